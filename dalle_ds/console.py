@@ -1,0 +1,58 @@
+"""What every command shares: logs on stderr, one summary at the end, errors a person can mend without a traceback."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from dalle_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Log to stderr, so that stdout carries nothing but the summary."""
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+                        datefmt="%H:%M:%S", force=True)
+    for chatty in ("aiobotocore", "botocore", "s3fs", "fsspec", "PIL", "matplotlib", "alembic", "urllib3", "mlflow.store"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """Print the outcome on stdout: aligned lines for people, or one JSON object on the last line."""
+    if as_json:
+        print(json.dumps(summary, default=str), flush=True)
+        return
+    width = max((len(key) for key in summary), default=0)
+    for key, value in summary.items():
+        text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, default=str) if isinstance(value, dict) else value
+        print(f"{key:<{width}}  {text}", flush=True)
+
+
+def user_errors_exit(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a command: a UserError becomes its message on stderr and exit code 2. DALLE_DS_TRACEBACK=1 shows the traceback."""
+
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> T:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("DALLE_DS_TRACEBACK") == "1":
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    return wrapper
+
+
+def progress(iterable: Iterable[T] | None = None, *, total: int | None = None, initial: int = 0, what: str, unit: str,
+             enabled: bool = True) -> "tqdm[T]":
+    """The one progress bar: rate and ETA on stderr; in a log file a line every ten seconds instead of a redrawn one."""
+    live = sys.stderr.isatty()
+    return tqdm(iterable, total=total, initial=initial, desc=what, unit=unit, disable=not enabled, file=sys.stderr,
+                dynamic_ncols=live, ncols=None if live else 100, mininterval=0.2 if live else 10.0)

@@ -1,0 +1,22 @@
+"""Errors that a user can mend: shown as one message without a traceback, exit code 2."""
+
+
+class UserError(Exception):
+    """Wrong input; the message carries the value found and the value expected."""
+
+
+class ConfigError(UserError):
+    """A recipe, an override or a DeepSpeed JSON that cannot be used."""
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or too small for what is asked of it."""
+
+
+class FingerprintMismatch(UserError):
+    """Two things that must stem from the same dVAE, tokenizer or schema do not."""
+
+    def __init__(self, what: str, expected: str, found: str, hint: str = "") -> None:
+        """`what` names the thing compared, e.g. "dVAE of data set s3://bucket/tokens"."""
+        super().__init__(f"{what}: expected fingerprint {expected}, found {found}. {hint}".rstrip())
+        self.expected, self.found = expected, found
