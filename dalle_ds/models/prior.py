@@ -1,0 +1,223 @@
+"""The prior: a decoder-only sparse transformer over text and image tokens (paper section 2.2, appendix B).
+
+Slots: [start-of-text, up to T-1 text tokens, pads] then [start-of-image, the first N-1 image tokens]; slot i < T-1 predicts
+text token i, slot T+j predicts image token j. The paper does not say whether its two start tokens count within 256 + 1024;
+with both inside, the sequence is exactly 1280 = 40 blocks of 32, the block size of its kernels.
+
+B batch, T text slots, N image tokens, L = T + N slots, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dalle_ds.models.attention import KeyValueCache, SelfAttention
+from dalle_ds.models.resblock import MLP, ResBlock
+from dalle_ds.ops.masks import layer_patterns
+from dalle_ds.recipes import Config
+
+PAD = -1
+"""Marks a text slot without a token in `text` inputs."""
+
+
+class PriorConfig(Config):
+    """Geometry of the prior; the defaults are the paper's 12-billion-parameter model."""
+
+    n_layers: int = Field(64, ge=1)
+    n_heads: int = Field(62, ge=1)
+    d_head: int = Field(64, ge=1)
+    text_len: int = Field(256, ge=2, description="text slots, start-of-text included")
+    grid: int = Field(32, ge=1, description="image tokens a side")
+    text_vocab: int = Field(16384, ge=1)
+    image_vocab: int = Field(8192, ge=2)
+    conv_kernel: int = Field(11, ge=1, description="side of the last layer's window, odd")
+
+    @model_validator(mode="after")
+    def _check(self) -> "PriorConfig":
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel is {self.conv_kernel}, expected an odd number: the window is centred")
+        return self
+
+    @property
+    def d_model(self) -> int:
+        return self.n_heads * self.d_head
+
+    @property
+    def n_image(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def n_slots(self) -> int:
+        return self.text_len + self.n_image
+
+
+class NLL(NamedTuple):
+    """Summed negative log-likelihoods in nats, fp32 scalars, and the number of targets in each sum."""
+
+    text_sum: Tensor
+    n_text: Tensor
+    image_sum: Tensor
+    n_image: Tensor
+
+
+class SlotEmbedding(nn.Module):
+    """Tokens to vectors, fp32 (paper appendix B.1, figure 10, and D item 2)."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.config = config
+        self.text = nn.Embedding(config.text_vocab, d)
+        self.image = nn.Embedding(config.image_vocab, d)
+        self.start_of_text = nn.Parameter(torch.empty(d))
+        self.start_of_image = nn.Parameter(torch.empty(d))
+        self.text_position = nn.Parameter(torch.empty(config.text_len, d))
+        # One learned vector for each text position, used where there is no token. Pads are ordinary keys, not masked out:
+        # the paper found that this generalises better to captions unlike the training ones.
+        self.pad = nn.Parameter(torch.empty(config.text_len, d))
+        self.row = nn.Parameter(torch.empty(config.grid, d))
+        self.column = nn.Parameter(torch.empty(config.grid, d))
+
+    def text_slots(self, text_BT: Tensor) -> Tensor:
+        """text (B, T-1) int64, PAD where empty -> (B, T, D): start-of-text, then tokens or pads."""
+        start = (self.start_of_text + self.text_position[0]).expand(text_BT.shape[0], 1, -1)
+        tokens = self.text(text_BT.clamp(min=0)) + self.text_position[1:]
+        # the pad vector takes the place of token plus position: both would be learned per position anyway
+        rest = torch.where((text_BT == PAD)[:, :, None], self.pad[1:], tokens)
+        return torch.cat([start, rest], 1)
+
+    def image_slots(self, previous_BN: Tensor, first: int) -> Tensor:
+        """Slots from image cell `first` on. `previous` holds the tokens read there, one less where `first` is 0:
+        start-of-image comes in front. A slot carries the row and column of the cell that it predicts. -> (B, n, D)
+        """
+        x = self.image(previous_BN)
+        if first == 0:
+            x = torch.cat([self.start_of_image.expand(x.shape[0], 1, -1), x], 1)
+        cells = torch.arange(first, first + x.shape[1], device=x.device)
+        return x + self.row[cells // self.config.grid] + self.column[cells % self.config.grid]
+
+
+class Heads(nn.Module):
+    """Final norm and one fp32 unembedding for each modality: a slot never scores tokens of the other kind."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.d_model)
+        self.text = nn.Linear(config.d_model, config.text_vocab)
+        self.image = nn.Linear(config.d_model, config.image_vocab)
+
+    def forward(self, x_BLD: Tensor, modality: str) -> Tensor:
+        """-> logits (B, L, V) fp32 over the vocabulary of `modality`, "text" or "image"."""
+        return self.get_submodule(modality)(self.norm(x_BLD.float()))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, two residual blocks: each has its own gradient scale."""
+
+    def __init__(self, config: PriorConfig, attention: SelfAttention) -> None:
+        super().__init__()
+        self.attention = ResBlock(config.d_model, attention)
+        self.mlp = ResBlock(config.d_model, MLP(config.d_model))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.mlp(self.attention(x_BLD))
+
+
+class Prior(nn.Module):
+    """The sparse transformer. Plain single-device fp32 code; precision, sharding and recomputation are applied from outside."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = SlotEmbedding(config)
+        self.layers = nn.ModuleList(
+            Layer(
+                config,
+                SelfAttention(config.n_heads, config.d_head, pattern, config.text_len, config.grid, config.conv_kernel),
+            )
+            for pattern in layer_patterns(config.n_layers)
+        )
+        self.heads = Heads(config)
+        self.run_layer: Callable[[Layer, Tensor], Tensor] = lambda layer, x: layer(x)
+        """How a layer is run: activation checkpointing puts its own function here."""
+
+    def forward(self, text_BT: Tensor, image_BN: Tensor) -> NLL:
+        """text (B, T-1) int64 with PAD at the right, image (B, N) int64 -> summed losses of both modalities.
+
+        Text targets are real tokens only (whether pads were targets in the paper is not stated). Sums, not means: the
+        weighting of paper section 2.5 needs counts over the whole global batch, which only the trainer knows.
+        """
+        x = self._hidden(text_BT, image_BN)
+        n_text = self.config.text_len
+        text_logits = self.heads(x[:, : n_text - 1], "text")
+        text_sum = F.cross_entropy(text_logits.flatten(0, 1), text_BT.flatten(), ignore_index=PAD, reduction="sum")
+        image_logits = self.heads(x[:, n_text:], "image")
+        image_sum = F.cross_entropy(image_logits.flatten(0, 1), image_BN.flatten(), reduction="sum")
+        return NLL(text_sum, (text_BT != PAD).sum(), image_sum, torch.tensor(image_BN.numel(), device=image_BN.device))
+
+    def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
+        """-> (B, N) nats of every image token given its caption and the tokens before it."""
+        logits = self.image_logits(text_BT, image_BN)
+        return F.cross_entropy(logits.transpose(1, 2), image_BN, reduction="none")
+
+    def image_logits(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
+        """-> (B, N, V) fp32 logits of every image token."""
+        return self.heads(self._hidden(text_BT, image_BN)[:, self.config.text_len :], "image")
+
+    def _hidden(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
+        x = torch.cat([self.embed.text_slots(text_BT), self.embed.image_slots(image_BN[:, :-1], 0)], 1)
+        for layer in self.layers:
+            x = self.run_layer(layer, x)
+        return x
+
+    # ---- token by token -----------------------------------------------------------------------------------------------
+
+    def prefill(self, text_BT: Tensor) -> tuple[Tensor, list[KeyValueCache]]:
+        """Read the captions (B, T-1) and start-of-image -> logits (B, V) of image token 0, and the caches to go on with."""
+        x = torch.cat([self.embed.text_slots(text_BT), self.embed.image_slots(text_BT[:, :0], 0)], 1)
+        caches = [layer.attention.branch.new_cache(len(x), x) for layer in self.layers]
+        return self._read(x, caches), caches
+
+    def decode(self, token_B: Tensor, j: int, cache: list[KeyValueCache]) -> Tensor:
+        """Read image token j -> logits (B, V) of image token j + 1. `cache` grows by one slot."""
+        return self._read(self.embed.image_slots(token_B[:, None], j + 1), cache)
+
+    def _read(self, x_BLD: Tensor, caches: list[KeyValueCache]) -> Tensor:
+        for layer, cache in zip(self.layers, caches, strict=True):
+            block = layer.attention
+            edges = block.numerics
+            x_BLD = x_BLD + edges.leave(block.branch(edges.narrow(block.norm(edges.enter(x_BLD))), cache))
+            x_BLD = layer.mlp(x_BLD)
+        return self.heads(x_BLD[:, -1], "image")
+
+
+@torch.no_grad()
+def initialise(prior: Prior, generator: torch.Generator | None = None) -> None:
+    """Set every parameter of the model, in the order of `named_parameters` (the paper does not state its initialisation).
+
+    | parameter                        | value                                                            |
+    |----------------------------------|------------------------------------------------------------------|
+    | gains of norms                   | 1                                                                |
+    | biases                           | 0                                                                |
+    | embeddings, positions, pads      | Normal(0, 0.02)                                                  |
+    | matrices                         | Normal(0, 1 / sqrt(fan in)), so a normed input keeps unit scale  |
+    | last matrix of a residual branch | the same, divided by sqrt(2 * n_layers): the sum of the branches |
+    |                                  | then has unit scale whatever the depth (Child et al. 2019)       |
+    | unembeddings                     | Normal(0, 0.02): first losses near ln V                          |
+    """
+    for name, parameter in prior.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.startswith(("embed.", "heads.")):
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            std = parameter.shape[1] ** -0.5
+            if name.endswith("project.weight"):
+                std /= (2 * prior.config.n_layers) ** 0.5
+            parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,67 @@
+"""A pre-norm residual block whose number formats are applied from outside.
+
+B batch, L tokens, D model width.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Numerics:
+    """The edges of a residual branch. This base keeps everything in the input's dtype: fp32 truth.
+
+    `dalle_ds.precision` puts its own in their place (paper section 2.4, figure 4); the model knows nothing of it.
+    """
+
+    def enter(self, x_BLD: Tensor) -> Tensor:
+        """From the identity path to the branch, before the norm."""
+        return x_BLD
+
+    def narrow(self, h_BLD: Tensor) -> Tensor:
+        """After the norm: to the format the branch computes in."""
+        return h_BLD
+
+    def leave(self, y_BLD: Tensor) -> Tensor:
+        """From the branch back to the identity path."""
+        return y_BLD
+
+
+class BranchLinear(nn.Linear):
+    """A linear layer inside a residual branch: the matrices that the paper keeps in 16 bits.
+
+    `matmul(x, weight, bias)` can be replaced from outside, as the edges of the block can.
+    """
+
+    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matmul(x, self.weight, self.bias)
+
+
+class ResBlock(nn.Module):
+    """x + branch(norm(x)). One of these is the unit of gradient scaling: a layer has two, attention and MLP."""
+
+    def __init__(self, d_model: int, branch: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.branch = branch
+        self.numerics = Numerics()
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        edges = self.numerics
+        return x_BLD + edges.leave(self.branch(edges.narrow(self.norm(edges.enter(x_BLD)))))
+
+
+class MLP(nn.Module):
+    """Two matrices around a GELU, hidden width 4 * d_model (paper table 2)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.expand = BranchLinear(d_model, 4 * d_model)
+        self.project = BranchLinear(4 * d_model, d_model)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        # The paper does not state its GELU; the tanh form is one fused kernel everywhere.
+        return self.project(F.gelu(self.expand(x_BLD), approximate="tanh"))

@@ -1,0 +1,46 @@
+"""fp16 arithmetic with fp32 accumulation on any device: what tensor cores do, also where the CPU has no fp16 units.
+
+B batch, L tokens, I input width, O output width.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@cache
+def _cpu_has_fp16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def has_fast_fp16(device: torch.device) -> bool:
+    """Whether fp16 matrix products run natively. Without them torch falls back to scalar loops, 5 to 15 times slower than fp32."""
+    return device.type != "cpu" or _cpu_has_fp16()
+
+
+def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., I) fp16, weight (O, I) and bias (O) of any float type -> (..., O) fp16.
+
+    The weight is rounded to fp16; sums are fp32; the result is rounded once. Products of two fp16 numbers are exact in fp32,
+    so computing through fp32 gives what an fp16 unit with fp32 accumulators gives, up to the order of the sum.
+    """
+    weight16 = weight.to(torch.float16)
+    if has_fast_fp16(x.device):
+        return F.linear(x, weight16, None if bias is None else bias.to(torch.float16))
+    return F.linear(x.float(), weight16.float(), bias).to(torch.float16)
+
+
+def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) fp16 @ b (K, N) fp16 -> (M, N) fp32: the accumulators as they are, not rounded to fp16."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def through_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """fp16 tensors as fp32 where the device has no fp16 units, else unchanged. Gradients are rounded to fp16 on the way back."""
+    if tensors[0].dtype is torch.float16 and not has_fast_fp16(tensors[0].device):
+        return tuple(t.float() for t in tensors)
+    return tensors

@@ -1,0 +1,126 @@
+"""The life of a long-running command: asked to stop, left by its launcher, or started twice on one folder."""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import psutil
+
+from dalle_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EXIT_STOPPED = 143
+"""Exit code of a command that was asked to stop and saved its state: 128 + SIGTERM, as shells report it."""
+
+LAUNCHER_VARIABLE = "DALLE_DS_LAUNCHER_PID"
+"""Set by launchers whose death must end the work; without it the launching process chain is found by itself."""
+
+
+class StopFlag:
+    """Becomes true on SIGTERM or SIGINT, and when the process that launched the work is gone.
+
+    A signal only sets the flag; the step boundary saves and leaves. The second SIGINT acts at once, as people expect.
+    An orphan must stop too: a killed shell leaves its children running, and they would fight with the restarted run.
+    """
+
+    def __init__(self, poll_seconds: float = 1.0) -> None:
+        self.requested = False
+        self.reason = ""
+        self._poll_seconds = poll_seconds
+        self._launchers = _launching_processes()
+        self._done = threading.Event()
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopFlag":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        if self._launchers:
+            threading.Thread(target=self._watch_launchers, name="launcher-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._request(signal.Signals(number).name)
+
+    def _watch_launchers(self) -> None:
+        while not self._done.wait(self._poll_seconds):
+            for process in self._launchers:
+                # psutil compares the creation time too, so a recycled pid does not pass for the launcher
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    self._request(f"the launching process {process.pid} is gone")
+                    return
+
+    def _request(self, reason: str) -> None:
+        self.requested, self.reason = True, reason
+
+
+def _launching_processes() -> list[psutil.Process]:
+    """The processes whose death must end this one: the one named in the environment, and DeepSpeed's launchers above us."""
+    found = []
+    named = os.environ.get(LAUNCHER_VARIABLE, "")
+    if named.isdigit() and psutil.pid_exists(int(named)):
+        found.append(psutil.Process(int(named)))
+    for ancestor in psutil.Process().parents():
+        try:
+            command = " ".join(ancestor.cmdline()[:4])
+        except psutil.Error:
+            continue
+        if "deepspeed" in command or "torchrun" in command or "torch.distributed" in command:
+            found.append(ancestor)
+    return found
+
+
+class RunLock:
+    """One process at a time works in a folder: an advisory lock that dies with its holder, so a crash leaves none behind.
+
+    Raises:
+        UserError: the folder is still in use after `wait_seconds` (a stopping run needs a moment to save), naming its holder.
+    """
+
+    def __init__(self, folder: Path, wait_seconds: float = 60.0) -> None:
+        self._path = folder / ".lock"
+        self._wait_seconds = wait_seconds
+
+    def __enter__(self) -> "RunLock":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a+")
+        deadline = time.monotonic() + self._wait_seconds
+        told = False
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = self._holder()
+                if time.monotonic() > deadline:
+                    raise UserError(f"{self._path.parent} is in use by {holder}: wait for it, or stop it first") from None
+                if not told:
+                    log.info("%s is in use by %s; waiting up to %.0f s", self._path.parent, holder, self._wait_seconds)
+                    told = True
+                time.sleep(0.5)
+        self._file.truncate(0)
+        self._file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
+        self._file.flush()
+        return self
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read() or "another process"
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
