@@ -1,0 +1,208 @@
+"""Captions to BPE tokens: a sentencepiece model that merges only inside runs of a-z.
+
+The rule is the author's (openai/DALL-E issue 22): captions are lower-cased and split on everything that is not a-z. Digits,
+punctuation (the apostrophe too) and spaces are tokens of their own, never merged with anything. Characters that the vocabulary
+lacks fall back to their UTF-8 bytes; how the paper treats them is not stated. Lower-casing and whitespace are the model file's
+own normalisation (nmt_nfkc_cf), so the plain .model file works in any sentencepiece.
+"""
+
+import io
+import logging
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from dalle_ds.data.bpe_dropout import merge_word, uniforms
+from dalle_ds.data.fingerprint import fingerprint
+from dalle_ds.data.storage import read_bytes, write_bytes
+from dalle_ds.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+NORMALIZATION = "nmt_nfkc_cf"
+SPLITTING_RULE = "merge a-z only"
+SPACE = "\u2581"  # how sentencepiece writes a space
+SEGMENT = re.compile(r"[a-z]+|.", re.DOTALL)  # runs of a-z, and every other character alone
+ASCII_SINGLES = string.digits + string.punctuation + SPACE
+N_BYTES_AND_UNKNOWN = 256 + 1
+# The trainer's memory grows with the distinct words. Beyond a million of them the rest are typos that win no merge.
+MAX_DISTINCT_WORDS = 1_000_000
+MAX_WORD_LETTERS = 64  # longer runs are noise (keys, "aaaa..."); the trainer's time is quadratic in them
+CHARACTER_COVERAGE = 0.9995  # sentencepiece's own default: rarer characters are left to the byte fallback
+
+
+class CaptionTokenizer:
+    """Encode captions by a trained model. Picklable; equal fingerprints mean equal tokens.
+
+    Args:
+        model: the .model file as a path, file:// or s3:// url, or as bytes.
+
+    Raises:
+        DataError: missing, not a sentencepiece model, or one whose pieces cross the a-z boundary.
+    """
+
+    def __init__(self, model: str | Path | bytes) -> None:
+        source = "the tokenizer given as bytes" if isinstance(model, bytes) else f"tokenizer {model}"
+        try:
+            self.model_bytes = model if isinstance(model, bytes) else read_bytes(model)
+        except FileNotFoundError:
+            raise DataError(f"{source}: no such file; the tokenizer stage writes it") from None
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+        except RuntimeError as error:
+            raise DataError(f"{source}: expected a sentencepiece .model file, found {len(self.model_bytes)} bytes of "
+                            f"something else ({error})") from None
+        self.n_vocab: int = self._processor.vocab_size()
+        self._index_pieces(source)
+        rule = {"kind": "caption tokenizer", "normalization": NORMALIZATION, "split": SPLITTING_RULE}
+        self.fingerprint: str = fingerprint(rule, {"model": self.model_bytes})
+
+    def _index_pieces(self, source: str) -> None:
+        model = self._processor
+        self._id_of_piece = {}
+        self._rank_of_piece = {}
+        self._id_of_byte = {}
+        for i in range(self.n_vocab):
+            piece = model.id_to_piece(i)
+            if model.is_byte(i):
+                self._id_of_byte[int(piece[3:5], 16)] = i
+                continue
+            if model.is_unknown(i) or model.is_control(i) or model.is_unused(i):
+                continue
+            if len(piece) > 1:
+                if not re.fullmatch("[a-z]+", piece):
+                    raise DataError(f"{source}: piece {piece!r} (id {i}) merges more than a-z; expected a model of the "
+                                    f"splitting rule {SPLITTING_RULE!r}, as the tokenizer stage trains it")
+                self._rank_of_piece[piece] = -model.get_score(i)
+            self._id_of_piece[piece] = i
+        if len(self._id_of_byte) != 256:
+            raise DataError(f"{source}: {len(self._id_of_byte)} byte pieces, expected 256 (a model trained with byte_fallback)")
+
+    def encode(self, caption: str) -> list[int]:
+        """Token ids in [0, n_vocab), without any start or end mark; empty for a caption of spaces alone."""
+        return self._processor.encode(_valid_unicode(caption))
+
+    def encode_with_dropout(self, caption: str, p: float, rng: np.random.Generator) -> list[int]:
+        """As `encode`, with each merge candidate dropped with chance p (paper: 0.1, in training); a pure function of rng."""
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"BPE dropout p is {p}, expected a chance from 0 to 1")
+        draws = uniforms(rng)
+        ids: list[int] = []
+        for segment in SEGMENT.findall(self.normalize(caption)):
+            if "a" <= segment[0] <= "z":
+                ids += [self._id_of_piece[piece] for piece in merge_word(segment, self._rank_of_piece, p, draws)]
+            elif segment in self._id_of_piece:
+                ids.append(self._id_of_piece[segment])
+            else:
+                ids += [self._id_of_byte[byte] for byte in segment.encode()]
+        return ids
+
+    def normalize(self, caption: str) -> str:
+        """The caption as the model sees it: casefolded, NFKC, whitespace collapsed, spaces written as U+2581."""
+        return self._processor.normalize(_valid_unicode(caption))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The normalised text; negative ids (pads) are left out, bytes that form no character become U+FFFD."""
+        return self._processor.decode([int(i) for i in ids if i >= 0])
+
+    def piece(self, token: int) -> str:
+        """How the vocabulary spells a token; a space is U+2581, a byte <0x..>."""
+        return self._processor.id_to_piece(int(token))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CaptionTokenizer, (self.model_bytes,)
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) -> CaptionTokenizer:
+    """Learn the merges from captions and write the .model file.
+
+    Captions are streamed: memory grows with the distinct words, not with the captions. The same captions in any order give
+    the same bytes. Where the captions have too few distinct letter pairs for `vocab_size`, the vocabulary is as large as they
+    support (`n_vocab` of the result), and that is logged.
+
+    Raises:
+        ConfigError: `vocab_size` is below the bytes and single characters that every model needs.
+        DataError: the captions hold no word of a-z.
+    """
+    words, singles, n_captions = _count(captions)
+    if not words:
+        raise DataError(f"no word of a-z in {n_captions} captions: nothing to train a tokenizer on")
+    required = ASCII_SINGLES + _frequent_characters(words, singles)
+    floor = N_BYTES_AND_UNKNOWN + len(required) + len(string.ascii_lowercase)
+    if vocab_size < floor:
+        raise ConfigError(f"tokenizer vocab_size is {vocab_size}, expected at least {floor}: 256 bytes, the unknown mark, a-z "
+                          f"and {len(required)} other single characters")
+    tokenizer = CaptionTokenizer(_train(words, required, vocab_size))
+    lost = [c for c in required + string.ascii_lowercase if c not in tokenizer._id_of_piece]
+    assert not lost, f"sentencepiece left out required characters {lost}"
+    if tokenizer.n_vocab < vocab_size:
+        log.info("tokenizer: %d tokens asked for, %d made: %d captions of %d distinct words have no more merges to learn",
+                 vocab_size, tokenizer.n_vocab, n_captions, len(words))
+    write_bytes(path, tokenizer.model_bytes)
+    return tokenizer
+
+
+def _count(captions: Iterable[str]) -> tuple[Counter[str], Counter[str], int]:
+    """Counts of a-z words and of other characters after normalisation, and the number of captions."""
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name=NORMALIZATION, add_dummy_prefix=False,
+                                                       remove_extra_whitespaces=True, escape_whitespaces=True)
+    words: Counter[str] = Counter()
+    singles: Counter[str] = Counter()
+    n_captions = 0
+    for caption in captions:
+        n_captions += 1
+        for segment in SEGMENT.findall(normalizer.normalize(_valid_unicode(caption))):
+            (words if "a" <= segment[0] <= "z" else singles)[segment] += 1
+    return words, singles, n_captions
+
+
+def _frequent_characters(words: Counter[str], singles: Counter[str]) -> str:
+    """Non-ASCII characters worth a token: by falling count, until CHARACTER_COVERAGE of all characters is reached."""
+    other = {c: n for c, n in singles.items() if c not in ASCII_SINGLES}
+    total = sum(len(word) * n for word, n in words.items()) + singles.total()
+    uncovered = sum(other.values())
+    kept = []
+    for character, n in sorted(other.items(), key=lambda item: (-item[1], item[0])):
+        if uncovered <= (1.0 - CHARACTER_COVERAGE) * total:
+            break
+        kept.append(character)
+        uncovered -= n
+    return "".join(kept)
+
+
+def _train(words: Counter[str], required: str, vocab_size: int) -> bytes:
+    """Model bytes. Training on words alone, not captions, is what keeps every merge inside a-z."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_word_lines(words), input_format="tsv", model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        hard_vocab_limit=False,  # else too few merges are an error instead of a smaller vocabulary
+        normalization_rule_name=NORMALIZATION, add_dummy_prefix=False, remove_extra_whitespaces=True, byte_fallback=True,
+        character_coverage=1.0, required_chars=required, split_digits=True,
+        unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # start-of-text and pads are the model's own vectors, not tokens
+        max_sentence_length=4 * MAX_WORD_LETTERS, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+def _word_lines(words: Counter[str]) -> Iterator[str]:
+    # Sorted, because the trainer breaks ties between equally frequent pairs by the order of its input.
+    usable = ((word, n) for word, n in words.items() if len(word) <= MAX_WORD_LETTERS)
+    chosen = sorted(usable, key=lambda item: (-item[1], item[0]))[:MAX_DISTINCT_WORDS]
+    for word, n in chosen:
+        yield f"{word}\t{n}"
+    # Every letter once more as a word of its own: required_chars is no way to ask for letters, because the trainer takes
+    # characters by falling count and stops, required or not, where all of the text is covered, judged in single precision.
+    # A count far from 0 keeps them all.
+    n_letters = sum(len(word) * n for word, n in chosen)
+    for letter in string.ascii_lowercase:
+        yield f"{letter}\t{max(n_letters, 1)}"
+
+
+def _valid_unicode(text: str) -> str:
+    # A lone surrogate (half an emoji, cut by a crawler) has no UTF-8 form; sentencepiece would raise on it.
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,163 @@
+"""The tokenizer obeys the paper's splitting rule; BPE dropout is deterministic."""
+
+import itertools
+import logging
+import pickle
+import random
+import re
+import string
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from dalle_ds.data.tokenizer import SEGMENT, SPACE, CaptionTokenizer, train_tokenizer
+from dalle_ds.errors import ConfigError, DataError
+
+ADJECTIVES = ["red", "green", "blue", "small", "smiling", "grinning", "wooden", "medium-dark"]
+NOUNS = ["face", "cat", "umbrella", "clock", "person", "snowboarder", "woman's hat", "o'clock", "café", "piñata"]
+PLACES = ["on a table", "in the park", "with 2 eyes", "at 10:30", "(skin tone)", "beside 1,000 stars!"]
+CAPTIONS = [f"A {a} {n} {p}" for a, n, p in itertools.product(ADJECTIVES, NOUNS, PLACES)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> CaptionTokenizer:
+    return train_tokenizer(CAPTIONS, 600, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def odd_captions(n: int, seed: int = 0) -> list[str]:
+    """Words of the captions, cut, glued and mixed with capitals, digits, scripts, emoji, controls, half surrogates."""
+    rng = random.Random(seed)
+    words = " ".join(CAPTIONS).split()
+    spice = ["😀", "👩‍🚀", "日本語", "Straße", "ﬁ", "İstanbul", "\u00a0", "\t", "  ", "\n", "007", "x²", "3.14", "don't",
+             "\u2581", "<0x41>", "<unk>", "e\u0301", "\u200d", "A\u030a", "½", "\x00", "\ud83d", "ok…", "#hash_tag", "a-b", "ΑΒΓ", "Жук",
+             "👍🏽", "''", "zzzqqq", "supercalifragilistic"]
+    captions = ["", " ", "a", SPACE]
+    for _ in range(n):
+        parts = [rng.choice(words if rng.random() < 0.6 else spice) for _ in range(rng.randint(1, 12))]
+        parts = [part[: rng.randint(1, len(part))] if rng.random() < 0.3 else part for part in parts]
+        parts = [part.upper() if rng.random() < 0.1 else part for part in parts]
+        captions.append(rng.choice([" ", "", " ", "  "]).join(parts))
+    return captions
+
+
+def test_every_merged_piece_is_letters_alone(tokenizer):
+    pieces = [tokenizer.piece(i) for i in range(257, tokenizer.n_vocab)]
+    assert tokenizer.piece(0) == "<unk>" and tokenizer.piece(1) == "<0x00>" and tokenizer.piece(256) == "<0xFF>"
+    merged = [piece for piece in pieces if len(piece) > 1]
+    assert len(merged) > 100
+    assert [piece for piece in merged if not re.fullmatch("[a-z]+", piece)] == []
+
+
+def test_all_ascii_singles_and_frequent_others_have_a_piece(tokenizer):
+    pieces = {tokenizer.piece(i) for i in range(tokenizer.n_vocab)}
+    assert set(string.ascii_lowercase + string.digits + string.punctuation + SPACE) <= pieces  # q, z and 7 are in no caption
+    assert {"é", "ñ"} <= pieces
+
+
+def test_a_caption_is_the_concatenation_of_its_segments(tokenizer):
+    space = tokenizer.encode("a b")[1]
+    assert tokenizer.piece(space) == SPACE
+    for caption in odd_captions(400):
+        segments = SEGMENT.findall(tokenizer.normalize(caption))
+        alone = [[space] if segment == SPACE else tokenizer.encode(segment) for segment in segments]
+        assert tokenizer.encode(caption) == sum(alone, []), caption
+
+
+def test_digits_punctuation_and_spaces_are_single_tokens(tokenizer):
+    pieces = [tokenizer.piece(i) for i in tokenizer.encode("A  RED cat's 10:30")]
+    assert pieces == ["a", SPACE, "red", SPACE, "cat", "'", "s", SPACE, "1", "0", ":", "3", "0"]
+
+
+def test_unseen_characters_fall_back_to_bytes_and_come_back(tokenizer):
+    assert [tokenizer.piece(i) for i in tokenizer.encode("😀")] == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+    assert tokenizer.decode(tokenizer.encode("Red 😀 日本 cat")) == "red 😀 日本 cat"
+    assert tokenizer.decode([*tokenizer.encode("red cat"), -1, -1]) == "red cat"
+    assert tokenizer.encode("") == tokenizer.encode(" \t\n ") == []
+
+
+def test_merge_loop_equals_sentencepiece_without_dropout(tokenizer):
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    for caption in odd_captions(1500, seed=1):
+        assert tokenizer.encode_with_dropout(caption, 0.0, rng) == tokenizer.encode(caption), caption
+    assert rng.bit_generator.state == before
+
+
+def test_dropout_is_a_function_of_the_generator_and_keeps_the_text(tokenizer):
+    caption = "A smiling snowboarder beside 1,000 umbrellas 😀"
+    runs = [tokenizer.encode_with_dropout(caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
+    assert runs == [tokenizer.encode_with_dropout(caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
+    assert len({tuple(ids) for ids in runs}) > 25
+    assert {tokenizer.decode(ids) for ids in runs} == {caption.lower()}
+
+
+def test_dropout_of_everything_leaves_characters(tokenizer):
+    pieces = [tokenizer.piece(i) for i in tokenizer.encode_with_dropout("red cat", 1.0, np.random.default_rng(0))]
+    assert pieces == ["r", "e", "d", SPACE, "c", "a", "t"]
+
+
+def test_dropout_rate_matches_the_algorithm(tmp_path):
+    """"ab" has one merge: it is dropped with chance p, and then no candidate is left, so the word stays split."""
+    pair = train_tokenizer(["ab ab ab"], 400, tmp_path / "ab.model")
+    rng = np.random.default_rng(0)
+    n_split = sum(len(pair.encode_with_dropout("ab", 0.1, rng)) == 2 for _ in range(4000))
+    assert 0.08 < n_split / 4000 < 0.12
+
+
+def test_impossible_dropout_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="1.5"):
+        tokenizer.encode_with_dropout("a", 1.5, np.random.default_rng(0))
+
+
+def test_order_of_captions_does_not_matter(tmp_path):
+    shuffled = random.Random(3).sample(CAPTIONS, len(CAPTIONS))
+    first = train_tokenizer(CAPTIONS, 450, tmp_path / "a.model")
+    second = train_tokenizer(iter(shuffled), 450, tmp_path / "b.model")
+    assert first.model_bytes == second.model_bytes == (tmp_path / "b.model").read_bytes()
+    assert first.n_vocab == 450 and first.fingerprint == second.fingerprint
+
+
+def test_too_large_vocabulary_becomes_as_large_as_the_captions_support(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="dalle_ds.data.tokenizer"):
+        tokenizer = train_tokenizer(["a red cat", "a red hat"], 16384, tmp_path / "t.model")
+    assert 300 < tokenizer.n_vocab < 500
+    assert "16384" in caplog.text and str(tokenizer.n_vocab) in caplog.text
+    assert len(tokenizer.encode("red")) == 1
+
+
+def test_letters_that_no_caption_has_get_a_piece(tmp_path):
+    tokenizer = train_tokenizer(["the " * 20 + "cat"] * 3000, 400, tmp_path / "t.model")
+    assert [tokenizer.piece(i) for i in tokenizer.encode("quiz")] == ["q", "u", "i", "z"]
+
+
+def test_too_small_vocabulary_is_refused_with_both_numbers(tmp_path):
+    with pytest.raises(ConfigError, match=r"is 300, expected at least 3\d\d"):
+        train_tokenizer(CAPTIONS, 300, tmp_path / "t.model")
+
+
+def test_captions_without_words_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no word of a-z in 2 captions"):
+        train_tokenizer(["123", "日本"], 1000, tmp_path / "t.model")
+
+
+def test_loads_from_path_and_pickle_alike(tokenizer, tmp_path):
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    for copy in (CaptionTokenizer(tmp_path / "t.model"), pickle.loads(pickle.dumps(tokenizer)), CaptionTokenizer(f"file://{tmp_path}/t.model")):
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert copy.encode("A red umbrella") == tokenizer.encode("A red umbrella")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "t.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="t.model: expected a sentencepiece .model file"):
+        CaptionTokenizer(tmp_path / "t.model")
+    with pytest.raises(DataError, match="absent.model: no such file"):
+        CaptionTokenizer(tmp_path / "absent.model")
+
+
+def test_models_of_another_splitting_rule_are_refused(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS), model_prefix=str(tmp_path / "usual"),
+                                             model_type="bpe", vocab_size=400, hard_vocab_limit=False, minloglevel=2)
+    with pytest.raises(DataError, match="merges more than a-z"):
+        CaptionTokenizer(tmp_path / "usual.model")
