@@ -1,0 +1,39 @@
+"""Fingerprints: what a thing was made from, as a short hash that travels with everything made of it."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from dalle_ds.errors import FingerprintMismatch
+from dalle_ds.recipes import canonical_json
+
+LENGTH = 20  # hex characters: 80 bits
+
+
+def fingerprint(config: Mapping[str, Any], arrays: Mapping[str, torch.Tensor | np.ndarray | bytes] | None = None) -> str:
+    """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter)."""
+    digest = hashlib.sha256(canonical_json(dict(config)).encode())
+    for name, array in sorted((arrays or {}).items()):
+        dtype, shape, data = _content(array)
+        digest.update(f"\n{name}\0{dtype}\0{shape}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()[:LENGTH]
+
+
+def require_same(what: str, expected: str, found: str, hint: str = "") -> None:
+    """Raise FingerprintMismatch, with both fingerprints, unless they are equal."""
+    if expected != found:
+        raise FingerprintMismatch(what, expected, found, hint)
+
+
+def _content(array: torch.Tensor | np.ndarray | bytes) -> tuple[str, tuple[int, ...], Any]:
+    if isinstance(array, bytes):
+        return "bytes", (len(array),), array
+    if isinstance(array, torch.Tensor):
+        # Bytes through a uint8 view: numpy has no bfloat16.
+        flat = array.detach().cpu().contiguous().reshape(-1)
+        return str(array.dtype).removeprefix("torch."), tuple(array.shape), memoryview(flat.view(torch.uint8).numpy())
+    return array.dtype.name, tuple(array.shape), memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

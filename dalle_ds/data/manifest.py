@@ -1,0 +1,221 @@
+"""Manifests: what a shard holds and where it came from. Readers trust these alone, never a listing of data files."""
+
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dalle_ds.data import storage
+from dalle_ds.data.fingerprint import fingerprint, require_same
+from dalle_ds.errors import DataError
+
+SCHEMA: Final = 1
+SPLITS: Final = ("train", "validation")
+MANIFESTS: Final = "manifests"
+Split = Literal["train", "validation"]
+
+
+class Record(BaseModel):
+    """Base of what is stored as JSON: frozen; fields that a later version adds are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json(exclude_none=True, indent=1).encode()
+
+
+class InputIdentity(Record):
+    """Which object a shard was made of."""
+
+    path: str
+    bytes: int
+    checksum: str | None = None
+    etag: str | None = None
+
+
+class RawShardManifest(Record):
+    """A raw shard: one tar of KEY.webp|png|jpg with KEY.json members."""
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    shard: str
+    attempt: str
+    path: str  # of the tar, below the root
+    bytes: int
+    checksum: str  # SHA-256 of the tar
+    n_input: int
+    n_samples: int
+    dropped: dict[str, int]
+    dropped_path: str | None = None  # JSON lines {"key", "reason"}, below the root
+    fingerprint: str  # of the inputs and the filters
+    seconds: float
+
+
+class Block(Record):
+    """Some samples inside a part: `bytes` at `offset` is one ranged GET that holds both members of the block."""
+
+    name: str
+    offset: int
+    bytes: int
+    n_samples: int
+    crc32: str  # of those bytes, 8 hex characters: a ranged read can check itself
+
+
+class Part(Record):
+    """One split of one shard: a tar of blocks."""
+
+    path: str  # below the root
+    bytes: int
+    checksum: str  # SHA-256 of the tar
+    n_samples: int
+    blocks: list[Block]
+
+
+class ShardManifest(Record):
+    """A token shard. An empty split has no part."""
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    shard: str
+    attempt: str
+    input: InputIdentity
+    splits: dict[Split, Part]
+    n_input: int
+    dropped: dict[str, int]
+    dropped_samples: list[tuple[str, str]] = []  # (key, reason)
+    code_histogram: list[int]  # of the train split: how often each code is used
+    caption_lengths: dict[int, int]  # of the train split: BPE tokens a caption -> captions
+    fingerprint: str  # of the data set
+    seconds: float
+
+    @property
+    def n_samples(self) -> int:
+        return sum(part.n_samples for part in self.splits.values())
+
+
+class DatasetInfo(Record):
+    """dataset.json: what every shard of a token data set was made with."""
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    image_size: int
+    grid: int
+    n_codes: int
+    dvae: str
+    tokenizer: str
+    crop: str
+    validation_fraction: float
+    fingerprint: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        return self.grid**2
+
+    def sealed(self) -> "DatasetInfo":
+        """The same with its fingerprint: a hash of all other fields."""
+        return self.model_copy(update={"fingerprint": fingerprint(self.model_dump(exclude={"fingerprint"}))})
+
+
+class DatasetManifest(Record):
+    """manifest.json: a pure merge of the shard manifests, in the order of their names."""
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    fingerprint: str
+    complete: bool  # written at the end of an encode run, when every shard was done
+    shards: list[ShardManifest]
+    n_samples: dict[Split, int]
+    dropped: dict[str, int]
+    code_histogram: list[int]
+    caption_lengths: dict[int, int]
+
+    def parts(self, split: Split) -> list[Part]:
+        """The parts of a split in reading order (by shard name); shards without such samples have none."""
+        return [shard.splits[split] for shard in self.shards if split in shard.splits]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def parse(record_class: type[R], data: bytes, url: str) -> R:
+    """Validate JSON bytes; DataError names the file and what is wrong in it."""
+    try:
+        return record_class.model_validate_json(data)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or '(file)'}: {p['msg']}" for p in error.errors()[:3])
+        raise DataError(f"{url}: not a valid {record_class.__name__}: {problems}") from None
+
+
+def manifest_url(root_url: str | Path, shard: str) -> str:
+    return storage.join(root_url, MANIFESTS, f"{shard}.json")
+
+
+def done_shards(root_url: str | Path) -> set[str]:
+    """Names of the shards that are committed, by one listing."""
+    folder = storage.join(root_url, MANIFESTS)
+    return {url.removeprefix(folder).strip("/").removesuffix(".json") for url in storage.list_files(folder, ".json")}
+
+
+def load_shard_manifests(root_url: str | Path, record_class: type[R]) -> list[R]:
+    """All shard manifests under a root, in the order of their names; an empty list where there are none."""
+    urls = storage.list_files(storage.join(root_url, MANIFESTS), ".json")
+    with ThreadPoolExecutor(max_workers=16) as pool:  # latency, not work: each is a few kilobytes
+        return list(pool.map(lambda url: parse(record_class, storage.read_bytes(url), url), urls))
+
+
+def load_dataset_info(root_url: str | Path) -> DatasetInfo:
+    """dataset.json, checked against its own fingerprint.
+
+    Raises:
+        DataError: no data set there; FingerprintMismatch: the file was edited.
+    """
+    url = storage.join(root_url, "dataset.json")
+    try:
+        info = parse(DatasetInfo, storage.read_bytes(url), url)
+    except FileNotFoundError:
+        raise DataError(f"{root_url}: no token data set: dataset.json is missing. "
+                        "`python -m preprocessing encode` makes one") from None
+    if info.schema_version != SCHEMA:
+        raise DataError(f"{url}: schema {info.schema_version}, this version reads schema {SCHEMA}")
+    require_same(f"{url} (its content)", info.fingerprint, info.sealed().fingerprint, "The file was changed by hand.")
+    return info
+
+
+def merge(info: DatasetInfo, shards: Iterable[ShardManifest], *, complete: bool) -> DatasetManifest:
+    """Merge shard manifests; each must carry the data set's fingerprint."""
+    ordered = sorted(shards, key=lambda shard: shard.shard)
+    n_samples: Counter[Split] = Counter(dict.fromkeys(SPLITS, 0))
+    dropped: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()
+    histogram = [0] * info.n_codes
+    for shard in ordered:
+        require_same(f"shard {shard.shard}", info.fingerprint, shard.fingerprint, "It belongs to another data set.")
+        n_samples.update({split: part.n_samples for split, part in shard.splits.items()})
+        dropped.update(shard.dropped)
+        lengths.update(shard.caption_lengths)
+        for code, count in enumerate(shard.code_histogram):
+            histogram[code] += count
+    # What was summed up, and the lists of the dropped, stay in the shard manifests: the merged one must stay small.
+    slim = [shard.model_copy(update={"code_histogram": [], "caption_lengths": {}, "dropped_samples": []}) for shard in ordered]
+    return DatasetManifest(fingerprint=info.fingerprint, complete=complete, shards=slim, n_samples=dict(n_samples),
+                           dropped=dict(sorted(dropped.items())), code_histogram=histogram,
+                           caption_lengths=dict(sorted(lengths.items())))
+
+
+def load_manifest(root_url: str | Path) -> DatasetManifest:
+    """The data set's manifest: manifest.json, or, while an encode run is not finished, a merge of the shards done so far.
+
+    Raises:
+        DataError: no data set, or no shard done; FingerprintMismatch: shards of different making.
+    """
+    info = load_dataset_info(root_url)
+    url = storage.join(root_url, "manifest.json")
+    try:
+        manifest = parse(DatasetManifest, storage.read_bytes(url), url)
+        require_same(url, info.fingerprint, manifest.fingerprint, "It belongs to another data set.")
+        return manifest
+    except FileNotFoundError:
+        shards = load_shard_manifests(root_url, ShardManifest)
+    if not shards:
+        raise DataError(f"{root_url}: a token data set without any finished shard; "
+                        "run `python -m preprocessing encode` to its end")
+    return merge(info, shards, complete=False)

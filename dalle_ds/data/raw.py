@@ -1,0 +1,182 @@
+"""Raw shards: WebDataset tars of pictures with captions, read sample by sample, where nothing damaged goes uncounted."""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
+from dalle_ds.errors import DataError
+
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+MAX_MEMBER_BYTES: Final = 256 * 2**20
+MAX_LIST_BYTES: Final = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A picture, still encoded, with its caption. Samples that share a `group` (skin tones of one emoji) share a split."""
+
+    key: str
+    group: str
+    caption: str
+    image: bytes
+    extension: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A sample that was left out, and the word it is counted under."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RawShard:
+    """One tar to read: `checksum` and `n_samples` are known where a manifest tells them."""
+
+    name: str
+    url: str
+    bytes: int
+    checksum: str | None = None
+    n_samples: int | None = None
+
+
+def split_of(group: str, validation_fraction: float) -> str:
+    """ "train" or "validation", by hash of the group: stable whatever else is in the data set."""
+    draw = int.from_bytes(hashlib.sha256(b"split:" + group.encode()).digest()[:8], "big") / 2**64
+    return "validation" if draw < validation_fraction else "train"
+
+
+def list_raw_shards(root_url: str | Path) -> list[RawShard]:
+    """The shards under a root, by name: those with a manifest, or, where there are no manifests at all, every *.tar.
+
+    Raises:
+        DataError: neither is there.
+    """
+    manifests = load_shard_manifests(root_url, RawShardManifest)
+    if manifests:
+        return [RawShard(m.shard, storage.join(root_url, m.path), m.bytes, m.checksum, m.n_samples) for m in manifests]
+    tars = storage.list_sizes(root_url, ".tar")
+    if not tars:
+        raise DataError(f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
+                        "`python -m preprocessing ingest` makes them from a folder of pictures with captions")
+    names = {url: _shard_name(root_url, url) for url in tars}
+    return sorted((RawShard(names[url], url, size) for url, size in tars.items()), key=lambda shard: shard.name)
+
+
+def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:
+    """The samples of a shard in stored order; whatever cannot be one is a Dropped with its reason.
+
+    Raises:
+        DataError: the shard is missing, or is not the one its manifest describes (size, checksum).
+    """
+    try:
+        with storage.local_copy(shard.url) as file:
+            _check_identity(shard, file)
+            yield from _read_tar(file, shard.name)
+    except FileNotFoundError:
+        raise DataError(f"{shard.url}: the shard is gone") from None
+
+
+def iterate_pictures(root_url: str | Path, split: str, validation_fraction: float) -> Iterator[RawSample]:
+    """All samples of a split, shard by shard."""
+    if split not in ("train", "validation"):
+        raise ValueError(f"split {split!r}: expected 'train' or 'validation'")
+    for shard in list_raw_shards(root_url):
+        for sample in read_raw_shard(shard):
+            if isinstance(sample, RawSample) and split_of(sample.group, validation_fraction) == split:
+                yield sample
+
+
+def load_pictures(root_url: str | Path, split: str, validation_fraction: float) -> list[RawSample]:
+    """All samples of a split in memory, for small sets; `iterate_pictures` streams larger ones.
+
+    Raises:
+        DataError: the shards hold more than 8 GiB, or the split has no sample.
+    """
+    total = sum(shard.bytes for shard in list_raw_shards(root_url))
+    if total > MAX_LIST_BYTES:
+        raise DataError(f"{root_url}: {total / 2**30:.1f} GiB of raw shards, expected at most {MAX_LIST_BYTES / 2**30:.0f} GiB "
+                        "to be held in memory")
+    samples = list(iterate_pictures(root_url, split, validation_fraction))
+    if not samples:
+        raise DataError(f"{root_url}: no sample in the {split} split at validation_fraction {validation_fraction}")
+    return samples
+
+
+def _shard_name(root_url: str | Path, url: str) -> str:
+    # Sub-folders become part of the name, so that a/0.tar and b/0.tar stay two shards.
+    return url.removeprefix(str(root_url)).strip("/").removesuffix(".tar").replace("/", "_")
+
+
+def _check_identity(shard: RawShard, file: Path) -> None:
+    found = file.stat().st_size
+    if found != shard.bytes:
+        raise DataError(f"{shard.url}: {found} bytes, expected {shard.bytes}; the shard changed or is cut short")
+    if shard.checksum is not None:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != shard.checksum:
+            raise DataError(f"{shard.url}: SHA-256 {digest}, its manifest says {shard.checksum}; the shard is damaged")
+
+
+def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
+    key, parts, dropped = "", {}, ""
+    seen: set[str] = set()
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                member_key, extension = _split_name(member.name)
+                if member_key != key:
+                    if key:
+                        yield _assemble(key, parts, dropped)
+                    # A key that comes back later would silently become a second, half-empty sample.
+                    key, parts, dropped = member_key, {}, "duplicate key" if member_key in seen else ""
+                    seen.add(key)
+                if member.size > MAX_MEMBER_BYTES:
+                    dropped = dropped or "too large"
+                elif extension in parts:
+                    dropped = dropped or "duplicate key"
+                elif extension in IMAGE_EXTENSIONS or extension in ("json", "txt"):
+                    opened = tar.extractfile(member)
+                    parts[extension] = opened.read() if opened else b""
+                    if len(parts[extension]) != member.size:
+                        raise tarfile.ReadError("unexpected end of data")
+        if key:
+            yield _assemble(key, parts, dropped)
+    except (tarfile.TarError, OSError, ValueError, EOFError):
+        # The rest cannot be found again behind a broken header: count what is known to be lost, the sample being read.
+        yield Dropped(key or shard_name, "damaged shard")
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    # WebDataset's rule: the key ends at the first dot of the base name.
+    path = PurePosixPath(name)
+    base, _, extension = path.name.partition(".")
+    return (path.parent / base).as_posix().lstrip("/"), extension.lower()
+
+
+def _assemble(key: str, parts: dict[str, bytes], dropped: str) -> RawSample | Dropped:
+    if dropped:
+        return Dropped(key, dropped)
+    pictures = [extension for extension in parts if extension in IMAGE_EXTENSIONS]
+    if not pictures:
+        return Dropped(key, "no picture")
+    try:
+        record = json.loads(parts["json"]) if "json" in parts else {"caption": parts["txt"].decode()}
+        caption, group = record["caption"], record.get("group", key)
+    except KeyError:
+        return Dropped(key, "no caption")
+    except (ValueError, AttributeError, TypeError):
+        return Dropped(key, "unreadable caption")
+    if not isinstance(caption, str) or not isinstance(group, str):
+        return Dropped(key, "unreadable caption")
+    return RawSample(key, group, caption, parts[pictures[0]], pictures[0])

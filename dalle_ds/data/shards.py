@@ -1,0 +1,141 @@
+"""Token shards, schema 1: tars whose members are blocks of many samples, each block one ranged GET."""
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import Block, Part
+from dalle_ds.errors import DataError
+
+# n samples, N tokens a sample
+
+BLOCK_SAMPLES: Final = 256
+TOKENS: Final = "tokens.npy"
+CAPTIONS: Final = "captions.json"
+
+
+class PartWriter:
+    """Writes one part to a local file: equal samples give equal bytes.
+
+    Use as a context manager; samples are gathered into blocks of `block_samples`, the last one may be smaller.
+    """
+
+    def __init__(self, path: Path, shard: str, n_tokens: int, block_samples: int = BLOCK_SAMPLES) -> None:
+        self.path, self.shard, self.n_tokens, self.block_samples = path, shard, n_tokens, block_samples
+        self.blocks: list[Block] = []
+        self._file = path.open("w+b")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tokens: list[np.ndarray] = []
+        self._keys: list[str] = []
+        self._captions: list[str] = []
+        self._groups: list[str] = []
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def n_samples(self) -> int:
+        return sum(block.n_samples for block in self.blocks) + len(self._keys)
+
+    def add(self, tokens_N: np.ndarray, key: str, caption: str, group: str) -> None:
+        """Append one sample; tokens must fit 16 bits."""
+        if tokens_N.shape != (self.n_tokens,) or tokens_N.min() < 0 or tokens_N.max() > np.iinfo(np.uint16).max:
+            raise ValueError(f"tokens of {key}: shape {tokens_N.shape}, range {tokens_N.min()} to {tokens_N.max()}; "
+                             f"expected ({self.n_tokens},) in 0 to 65535")
+        self._tokens.append(tokens_N.astype(np.uint16))
+        self._keys.append(key)
+        self._captions.append(caption)
+        self._groups.append(group)
+        if len(self._keys) == self.block_samples:
+            self._write_block()
+
+    def finish(self, path_below_root: str) -> Part:
+        """Write what is left and the end of the tar; describe the finished file as it will be called below the root."""
+        if self._keys:
+            self._write_block()
+        self._tar.close()
+        self._file.seek(0)
+        checksum = hashlib.file_digest(self._file, "sha256").hexdigest()
+        self._file.close()
+        return Part(path=path_below_root, bytes=self.path.stat().st_size, checksum=checksum,
+                    n_samples=self.n_samples, blocks=self.blocks)
+
+    def _write_block(self) -> None:
+        name = f"{self.shard}-{len(self.blocks):05d}"
+        start = self._tar.offset
+        array = io.BytesIO()
+        np.save(array, np.stack(self._tokens), allow_pickle=False)
+        self._add_member(f"{name}.{TOKENS}", array.getvalue())
+        record = {"keys": self._keys, "captions": self._captions, "groups": self._groups}
+        self._add_member(f"{name}.{CAPTIONS}", json.dumps(record, ensure_ascii=False).encode())
+        self._file.seek(start)
+        data = self._file.read(self._tar.offset - start)
+        self.blocks.append(Block(name=name, offset=start, bytes=len(data), n_samples=len(self._keys), crc32=_crc32(data)))
+        self._tokens, self._keys, self._captions, self._groups = [], [], [], []
+
+    def _add_member(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)  # time, owner and mode stay at their fixed defaults
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+
+
+def read_block(root_url: str | Path, part: Part, block: Block) -> tuple[np.ndarray, list[str], list[str]]:
+    """One block by one ranged GET: tokens uint16 (n, N), keys, captions.
+
+    Raises:
+        DataError: the object is missing, cut short, or its bytes are not those that were written.
+    """
+    url = storage.join(root_url, part.path)
+    try:
+        data = storage.read_range(url, block.offset, block.bytes)
+    except FileNotFoundError:
+        raise DataError(f"{url}: the manifest names this object, but it is gone") from None
+    return parse_block(data, block, url)
+
+
+def parse_block(data: bytes, block: Block, url: str) -> tuple[np.ndarray, list[str], list[str]]:
+    """The content of a block's bytes; checks the CRC and the counts. Errors as `read_block`."""
+    if _crc32(data) != block.crc32:
+        raise DataError(f"{url}, block {block.name}: CRC-32 {_crc32(data)}, its manifest says {block.crc32}; "
+                        "the data is damaged")
+    members: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            opened = tar.extractfile(member)
+            members[member.name.removeprefix(f"{block.name}.")] = opened.read() if opened else b""
+    tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
+    if not len(tokens_nN) == len(record["keys"]) == len(record["captions"]) == block.n_samples:
+        raise DataError(f"{url}, block {block.name}: {len(tokens_nN)} token rows, {len(record['keys'])} keys, "
+                        f"{len(record['captions'])} captions; its manifest says {block.n_samples}")
+    return tokens_nN, record["keys"], record["captions"]
+
+
+def decode_members(tokens: bytes, captions: bytes) -> tuple[np.ndarray, dict[str, Sequence[str]]]:
+    """The two members of a block, decoded: tokens (n, N) and {"keys", "captions", "groups"}."""
+    return np.load(io.BytesIO(tokens), allow_pickle=False), json.loads(captions)
+
+
+def unbatch(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A stage for `webdataset` pipelines: its raw samples (one a block) become one dict a sample.
+
+        webdataset.WebDataset(urls).compose(unbatch)   ->   {"__key__", "tokens" uint16 (N,), "caption", "group"}
+    """
+    for block in blocks:
+        tokens_nN, record = decode_members(block[TOKENS], block[CAPTIONS])
+        for row, key, caption, group in zip(tokens_nN, record["keys"], record["captions"], record["groups"], strict=True):
+            yield {"__key__": key, "tokens": row, "caption": caption, "group": group}
+
+
+def _crc32(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
