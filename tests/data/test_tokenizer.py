@@ -30,8 +30,8 @@ def odd_captions(n: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     words = " ".join(CAPTIONS).split()
     spice = ["😀", "👩‍🚀", "日本語", "Straße", "ﬁ", "İstanbul", "\u00a0", "\t", "  ", "\n", "007", "x²", "3.14", "don't",
-             "\u2581", "<0x41>", "<unk>", "e\u0301", "\u200d", "A\u030a", "½", "\x00", "\ud83d", "ok…", "#hash_tag", "a-b", "ΑΒΓ", "Жук",
-             "👍🏽", "''", "zzzqqq", "supercalifragilistic"]
+             "\u2581", "<0x41>", "<unk>", "e\u0301", "\u200d", "A\u030a", "½", "\x00", "\ud83d", "ok…", "#hash_tag", "a-b",
+             "ΑΒΓ", "Жук", "👍🏽", "''", "zzzqqq", "supercalifragilistic"]
     captions = ["", " ", "a", SPACE]
     for _ in range(n):
         parts = [rng.choice(words if rng.random() < 0.6 else spice) for _ in range(rng.randint(1, 12))]

@@ -1,0 +1,124 @@
+"""The reading order covers each epoch once, whatever the number of ranks, and scales to a billion samples."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from dalle_ds.data.reading_order import ReadingOrder, rank_lanes
+from dalle_ds.errors import ConfigError, DataError
+
+BLOCKS = [17, 5, 40, 1, 33, 8, 0, 21, 64, 2, 11, 9]  # 211 samples
+PINNED = [80, 0, 67, 78, 5, 194, 170, 177, 205, 184, 59, 29]  # seed 3, epoch 0, update 0
+
+
+def order(**kwargs) -> ReadingOrder:
+    return ReadingOrder(BLOCKS, **({"seed": 3, "global_batch": 12, "window_blocks": 4} | kwargs))
+
+
+def indices(reading: ReadingOrder, update: int, lanes=None) -> list[int]:
+    return [place.index for place in reading.places(update, range(reading.global_batch) if lanes is None else lanes)]
+
+
+@pytest.mark.parametrize("global_batch", [1, 7, 12, 211])
+@pytest.mark.parametrize("window_blocks", [1, 4, 100])
+def test_an_epoch_reads_every_sample_at_most_once(global_batch, window_blocks):
+    reading = order(global_batch=global_batch, window_blocks=window_blocks)
+    seen = [i for step in range(reading.steps_per_epoch) for i in indices(reading, step)]
+    assert reading.n_samples == 211 and reading.steps_per_epoch == 211 // global_batch
+    assert len(seen) == len(set(seen)) == 211 // global_batch * global_batch
+    assert set(seen) <= set(range(211))
+
+
+def test_places_name_existing_rows():
+    reading = order()
+    first_of_block = np.cumsum([0, *BLOCKS])
+    for update in range(40):
+        for place in reading.places(update, range(12)):
+            assert 0 <= place.row < BLOCKS[place.block]
+            assert place.index == first_of_block[place.block] + place.row
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_the_global_batch_does_not_depend_on_the_ranks(world_size, micro_batch):
+    if 12 % (world_size * micro_batch):
+        with pytest.raises(ConfigError, match=rf"global batch 12 .* micro-batch {micro_batch} x {world_size} ranks"):
+            rank_lanes(global_batch=12, micro_batch=micro_batch, rank=0, world_size=world_size)
+        return
+    whole = order()
+    ranks = [order() for _ in range(world_size)]
+    for update in range(2 * whole.steps_per_epoch + 3):
+        parts = []
+        for rank, reading in enumerate(ranks):
+            micro_batches = rank_lanes(global_batch=12, micro_batch=micro_batch, rank=rank, world_size=world_size)
+            assert len(micro_batches) == 12 // world_size // micro_batch
+            parts += [i for lanes in micro_batches for i in indices(reading, update, lanes)]
+        assert parts == indices(whole, update)
+
+
+def test_a_seek_equals_walking_there():
+    walked = order()
+    batches = [indices(walked, update) for update in range(60)]
+    for update in (59, 0, 33, 34, 16, 17, 18):
+        assert indices(order(), update) == batches[update]
+    assert indices(walked, 5) == batches[5]  # backwards as well
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_what_they_leave_out():
+    reading = order()
+    steps = reading.steps_per_epoch
+    epochs = [[i for step in range(steps) for i in indices(reading, epoch * steps + step)] for epoch in range(6)]
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    left_out = {frozenset(range(211)) - frozenset(epoch) for epoch in epochs}
+    assert all(len(rest) == 211 - steps * 12 for rest in left_out) and len(left_out) > 1
+    assert indices(order(seed=4), 0) != indices(order(seed=3), 0)
+
+
+def test_the_order_is_pinned():
+    """Golden: a change of this list breaks the resume of every run that is under way."""
+    assert indices(order(), 0) == PINNED
+
+
+def test_a_batch_mixes_the_whole_split():
+    """Samples of one batch come from far apart, although a lane reads one window after another."""
+    reading = ReadingOrder([256] * 400, seed=0, global_batch=64)
+    for update in (0, 100, 1000):
+        assert len({place.block for place in reading.places(update, range(64))}) > 50
+
+
+def test_a_lane_needs_few_blocks_at_a_time():
+    reading = ReadingOrder([256] * 4000, seed=0, global_batch=16, window_blocks=8)
+    blocks = [reading.places(update, [5])[0].block for update in range(8 * 256)]
+    assert len(set(blocks)) <= 16  # two windows at most: a lane starts in the middle of one
+    every = {reading.places(update, [5])[0].block for update in range(reading.steps_per_epoch)}
+    assert len(every) <= reading.steps_per_epoch / 256 + 2 * 8  # read about once
+
+
+def test_a_quarter_billion_samples_cost_two_integers_a_block():
+    sizes = np.full(1_000_000, 256)
+    tracemalloc.start()
+    reading = ReadingOrder(sizes, seed=0, global_batch=1024)
+    batch = indices(reading, 3 * reading.steps_per_epoch + 123_456, range(512, 520))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reading.steps_per_epoch == 250_000 and len(set(batch)) == 8
+    assert peak < 100e6  # a list of the samples would be 2e9 bytes
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(DataError, match="211 samples in 12 blocks .* global batch of 212"):
+        order(global_batch=212)
+    with pytest.raises(DataError, match="0 samples in 0 blocks"):
+        ReadingOrder([], seed=0, global_batch=1)
+
+
+@pytest.mark.parametrize("bad", [{"seed": -1}, {"global_batch": 0}, {"window_blocks": 0}])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ConfigError, match="expected a seed of at least 0"):
+        order(**bad)
+
+
+def test_impossible_ranks_are_refused():
+    with pytest.raises(ConfigError, match="rank is 2, expected 0 to 1"):
+        rank_lanes(global_batch=12, micro_batch=1, rank=2, world_size=2)
