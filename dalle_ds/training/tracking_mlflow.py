@@ -1,0 +1,336 @@
+"""Deliver tracking records to MLflow: one run per folder, over restarts, outages and stores that vanish."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "mlflow_run.json"
+KEY_TAG = "dalle_ds.run_key"  # finds the run again when a kill fell between creating it and noting its id
+MAX_METRICS, MAX_ENTITIES = 1000, 100  # MLflow's limits for one log_batch request
+MAX_PARAM, MAX_TAG = 6000, 8000
+
+PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "REQUEST_LIMIT_EXCEEDED",
+             "MALFORMED_REQUEST", "NOT_IMPLEMENTED"}
+
+
+class Refused(Exception):
+    """The store understood the record and will never take it: resending is of no use."""
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """Which MLflow run belongs to a folder (mlflow_run.json)."""
+
+    uri: str
+    run_id: str | None = None
+    experiment_id: str | None = None
+    experiment: str = ""
+    run_name: str = ""
+    key: str = ""
+
+    def how_to_look(self) -> str:
+        """What a person opens or types to see the run."""
+        if self.uri.startswith("http"):
+            return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"mlflow server --backend-store-uri {self.uri} --host 127.0.0.1 --port 5000"
+
+
+def read_run(folder: Path) -> RunRef | None:
+    """The folder's MLflow run, or None before the first Tracker.start there. `run_id` is None until the store has answered once."""
+    try:
+        return RunRef(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        log.warning("%s is not readable (%s): a new MLflow run will be made", folder / RUN_FILE, error)
+        return None
+
+
+def write_run(folder: Path, run: RunRef) -> None:
+    """Atomic replace of mlflow_run.json."""
+    temporary = folder / f".{RUN_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
+    temporary.replace(folder / RUN_FILE)
+
+
+def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> str:
+    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else where the folder's run is, else an SQLite file beside the folder."""
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if chosen:
+        return chosen
+    if known is not None:
+        database = _sqlite_file(known.uri)
+        if database is None or database.exists():  # a folder that moved to another machine starts a store there
+            return known.uri
+    return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+
+
+def without_password(uri: str) -> str:
+    """`uri` as it may be written to files and logs; a password comes back from MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+class MlflowSink:
+    """Sends records to one run. Every method may raise: Refused is final, anything else means try again later.
+
+    The import of mlflow (seconds) and the creation of an SQLite store (about ten seconds) happen at the first delivery, in the caller's
+    thread.
+    """
+
+    def __init__(self, folder: Path, uri: str, *, attach_only: bool = False) -> None:
+        """`attach_only`: log to the run named in mlflow_run.json, never make another one, leave its status alone."""
+        self.folder, self.uri, self.attach_only = folder, uri, attach_only
+        self._client: Any = None
+        self._run_id: str | None = None
+        self._params: dict[str, str] = {}
+
+    def deliver(self, records: Sequence[dict[str, Any]], *, session: str | None) -> None:
+        """Send `records` in order. A record that the store refuses is named in the log and left out.
+
+        Args:
+            session: the tracker's session; run states of earlier sessions are out of date and skipped. None applies them.
+        """
+        self.connect()
+        with self._answers_translated():
+            self._deliver(records, session)
+
+    def connect(self) -> str:
+        """Find or make the run; returns its id."""
+        if self._run_id is not None:
+            return self._run_id
+        with self._answers_translated():
+            self._client = self._client or _make_client(self.uri)
+            self._run_id = self._find_or_create()
+            self._params = dict(self._client.get_run(self._run_id).data.params)
+        return self._run_id
+
+    def _deliver(self, records: Sequence[dict[str, Any]], session: str | None) -> None:
+        metrics = [record for record in records if record["kind"] == "metrics"]
+        try:
+            self._send_metrics(metrics)
+        except Refused:
+            for record in metrics:  # one of them is bad: find it
+                self._or_drop(self._send_metrics, [record])
+        for record in records:
+            match record["kind"]:
+                case "params":
+                    self._or_drop(self._send_params, record["values"])
+                case "tags":
+                    self._or_drop(self._send_tags, record["values"])
+                case "dataset":
+                    self._or_drop(self._send_dataset, record)
+                case "picture":
+                    self._or_drop(self._send_picture, record)
+                case "artifact":
+                    self._or_drop(self._send_artifact, record)
+                case "status" if not self.attach_only and session in (None, record["session"]):
+                    self._or_drop(self._send_status, record["status"])
+
+    def _or_drop(self, send: Any, record: Any) -> None:
+        try:
+            with self._answers_translated():
+                send(record)
+        except Refused as refusal:
+            log.warning("MLflow does not take a record, which is left out: %s; the record: %.300s", refusal, record)
+
+    def _send_metrics(self, records: Sequence[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, record["time"], record["step"]) for record in records for name, value in record["values"].items()]
+        with self._answers_translated():
+            for start in range(0, len(metrics), MAX_METRICS):
+                self._client.log_batch(self._run_id, metrics=metrics[start:start + MAX_METRICS], synchronous=True)
+
+    def _send_params(self, values: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        values = {name: value[:MAX_PARAM] for name, value in values.items()}
+        new = [Param(name, value) for name, value in values.items() if name not in self._params]
+        # MLflow never changes a parameter. A restart may have: its value goes to a tag, so that the dashboard shows both.
+        changed = {f"changed.{name}": value for name, value in values.items() if self._params.get(name, value) != value}
+        for start in range(0, len(new), MAX_ENTITIES):
+            self._client.log_batch(self._run_id, params=new[start:start + MAX_ENTITIES], synchronous=True)
+        self._params.update({param.key: param.value for param in new})
+        self._send_tags(changed)
+
+    def _send_tags(self, values: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, value[:MAX_TAG]) for name, value in values.items()]
+        for start in range(0, len(tags), MAX_ENTITIES):
+            self._client.log_batch(self._run_id, tags=tags[start:start + MAX_ENTITIES], synchronous=True)
+
+    def _send_dataset(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source_type = urlsplit(record["source"]).scheme or "local"
+        dataset = Dataset(name=record["name"][:500], digest=record["digest"][:36], source_type=source_type,
+                          source=json.dumps({"uri": record["source"]}))
+        self._client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
+
+    def _send_picture(self, record: dict[str, Any]) -> None:
+        from PIL import Image
+
+        path = self.folder / record["file"]
+        if not path.is_file():
+            raise Refused(f"{path} has vanished")
+        if record["step"] is None:
+            self._client.log_artifact(self._run_id, str(path), "pictures")
+        else:  # with a step, MLflow's page shows the pictures of one name on a time slider
+            with Image.open(path) as picture:
+                self._client.log_image(self._run_id, picture.convert("RGB"), key=record["name"], step=record["step"],
+                                       timestamp=record["time"], synchronous=True)
+        path.unlink(missing_ok=True)
+
+    def _send_artifact(self, record: dict[str, Any]) -> None:
+        path = self.folder / record["file"]  # an absolute path stands for itself
+        if not path.exists():
+            raise Refused(f"{path} has vanished")
+        if path.is_dir():
+            self._client.log_artifacts(self._run_id, str(path), record["folder"] or path.name)
+        else:
+            self._client.log_artifact(self._run_id, str(path), record["folder"] or None)
+        if record["is_copy"]:
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
+
+    def _send_status(self, status: str) -> None:
+        # not set_terminated: that one writes an advertisement of the run's URL to stdout
+        self._client.update_run(self._run_id, status=status)
+
+    def _find_or_create(self) -> str:
+        run = read_run(self.folder) or RunRef(uri=without_password(self.uri))
+        found = self._look_up(run)
+        if found is None and self.attach_only:
+            raise Refused(f"run {run.run_id} does not exist in {run.uri}")
+        if found is None:
+            if run.run_id is not None:
+                log.warning("MLflow run %s is not in %s: the log goes on in a new run", run.run_id, without_password(self.uri))
+            found = self._create(run)
+        elif found.info.status != "RUNNING" and not self.attach_only:
+            self._client.update_run(found.info.run_id, status="RUNNING")
+        if not self.attach_only:
+            write_run(self.folder, replace(run, uri=without_password(self.uri), run_id=found.info.run_id,
+                                           experiment_id=found.info.experiment_id))
+        return found.info.run_id
+
+    def _look_up(self, run: RunRef) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        if run.run_id is not None:
+            try:
+                found = self._client.get_run(run.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+            return found if found.info.lifecycle_stage == "active" else None
+        if run.key and (experiment := self._client.get_experiment_by_name(run.experiment)) is not None:
+            found = self._client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{run.key}'", max_results=1)
+            return found[0] if found else None
+        return None
+
+    def _create(self, run: RunRef) -> Any:
+        key = uuid.uuid4().hex if run.run_id is not None or not run.key else run.key
+        tags = {KEY_TAG: key}
+        if run.run_id is not None:
+            tags["dalle_ds.continues"] = run.run_id
+        # noted before it is made: after a kill in between, the next start finds the run by its key
+        write_run(self.folder, replace(run, uri=without_password(self.uri), run_id=None, key=key))
+        return self._client.create_run(self._experiment_id(run.experiment), tags=tags, run_name=run.run_name)
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            self._client.restore_experiment(experiment.experiment_id)
+        if experiment is not None:
+            return experiment.experiment_id
+        database = _sqlite_file(self.uri)
+        location = (database.parent / "mlartifacts").as_uri() if database else None
+        try:
+            return self._client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return self._client.get_experiment_by_name(name).experiment_id  # another stage was quicker
+
+    @contextlib.contextmanager
+    def _answers_translated(self) -> Any:
+        """Sort the store's errors into final ones (Refused) and the rest."""
+        try:
+            yield
+        except Exception as error:
+            code = getattr(error, "error_code", None)
+            if code == "RESOURCE_DOES_NOT_EXIST":
+                self._run_id = None  # the run was deleted, or the server came back with another database: look again, or make one
+            if code in PERMANENT:
+                raise Refused(f"{code}: {error}") from error
+            raise
+
+
+def _make_client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # mlflow would block for minutes inside one call; the spool is our patience
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    database = _sqlite_file(uri)
+    if database is not None:
+        create_sqlite_store(database)
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return MlflowClient(given if given and without_password(given) == uri else uri)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    found = re.match(r"sqlite:///(.+?)(\?.*)?$", uri)
+    return Path(found[1]).resolve() if found and not found[1].startswith(":memory:") else None
+
+
+def create_sqlite_store(database: Path) -> None:
+    """Create MLflow's tables in `database` if there is no such file.
+
+    The tables are made under another name and then renamed, because a kill amid MLflow's migrations leaves a file that it can't mend; in a
+    process of their own, because ten seconds of migrations would take the interpreter lock from the training beside them; and under a lock,
+    because two stages may start at once.
+
+    Raises:
+        RuntimeError: with what the migrations said.
+    """
+    if database.exists():
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(database.with_name(f".{database.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if database.exists():
+            return
+        unfinished = database.with_name(f".{database.name}.new")
+        for leftover in database.parent.glob(f"{unfinished.name}*"):
+            leftover.unlink()
+        program = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore; SqlAlchemyStore(sys.argv[1], sys.argv[2])"
+        done = subprocess.run([sys.executable, "-c", program, f"sqlite:///{unfinished}", (database.parent / "mlartifacts").as_uri()],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        if done.returncode != 0:
+            raise RuntimeError(f"MLflow could not create its tables in {database}: {done.stdout[-1500:]}")
+        unfinished.replace(database)

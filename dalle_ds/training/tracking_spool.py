@@ -1,0 +1,143 @@
+"""A queue of JSON records on disk that survives SIGKILL: what was appended and not acknowledged is read again after a restart."""
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEGMENT_BYTES = 8 << 20  # a drained segment is deleted: a run of 430,000 updates does not keep gigabytes of sent records
+
+
+@dataclass(frozen=True)
+class Position:
+    """Everything before byte `offset` of segment `segment` is acknowledged."""
+
+    segment: int = 0
+    offset: int = 0
+
+
+class Spool:
+    """Append on one side, read and acknowledge on the other; one process at a time reads (a file lock), any number appends.
+
+    Files: NNNNNNNN.jsonl (segments), position.json, lock. A process opens a new segment of its own and holds a lock on it while it may
+    append, so a line torn by SIGKILL can only be the last of an old segment, where it is ignored; readers don't go past a held segment.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writing: int | None = None
+        self._file: int | None = None
+        self._written = 0
+        self._lock: int | None = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One write of one line. Raises OSError where the disk refuses it."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        if self._file is None or self._written > SEGMENT_BYTES:
+            self._open_segment()
+        written = os.write(self._file, line)  # type: ignore[arg-type]
+        self._written += written
+        if written != len(line):  # disk full: whatever follows must not be glued to the torn line
+            os.close(self._file)  # type: ignore[arg-type]
+            self._file = None
+            raise OSError(f"only {written} of {len(line)} bytes of a tracking record could be written to {self.folder}")
+
+    def lock(self) -> bool:
+        """Become the reader; False while another process is."""
+        if self._lock is None:
+            handle = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(handle)
+                return False
+            self._lock = handle
+        return True
+
+    def read(self, limit: int) -> tuple[list[dict[str, Any]], Position]:
+        """Up to `limit` records after the acknowledged position, and the position to acknowledge once they are delivered."""
+        position = self._position()
+        segment, offset = position.segment, position.offset
+        records: list[dict[str, Any]] = []
+        segments = [number for number in self._segments() if number >= segment]
+        for number in segments:
+            if number != segment:
+                segment, offset = number, 0
+            with open(self._path(number), "rb") as file:
+                file.seek(offset)
+                while len(records) < limit:
+                    line = file.readline()
+                    if not line.endswith(b"\n"):
+                        break  # the end, or a line torn by a kill (or still being written: it is read next time)
+                    offset += len(line)
+                    try:
+                        records.append(json.loads(line))
+                    except ValueError:
+                        continue  # a damaged line must not hold up what follows
+                if len(records) >= limit or number == self._writing or _is_held(file.fileno()):
+                    break
+        return records, Position(segment, offset)
+
+    def acknowledge(self, position: Position) -> None:
+        """Persist the position, then delete the segments that lie before it."""
+        temporary = self.folder / f".position.{os.getpid()}"
+        temporary.write_text(json.dumps({"segment": position.segment, "offset": position.offset}))
+        temporary.replace(self.folder / "position.json")
+        for number in self._segments():
+            if number < position.segment and number != self._writing:
+                self._path(number).unlink(missing_ok=True)
+
+    def n_waiting(self) -> int:
+        """Records that are not acknowledged yet."""
+        return len(self.read(limit=1 << 60)[0])
+
+    def is_empty(self) -> bool:
+        """Whether all is acknowledged."""
+        return not self.read(limit=1)[0]
+
+    def close(self) -> None:
+        """Give back the files; what is unacknowledged stays on disk."""
+        for handle in (self._file, self._lock):
+            if handle is not None:
+                os.close(handle)
+        self._file = self._lock = self._writing = None
+
+    def _open_segment(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        number = max([self._position().segment, *self._segments()], default=0) + 1
+        while True:
+            try:
+                flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+                self._file = os.open(self._path(number), flags, 0o644)
+                break
+            except FileExistsError:  # another process took the number between our look and our open
+                number += 1
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ours until this process ends
+        self._writing, self._written = number, 0
+
+    def _segments(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.jsonl"
+
+    def _position(self) -> Position:
+        try:
+            tree = json.loads((self.folder / "position.json").read_text())
+            return Position(int(tree["segment"]), int(tree["offset"]))
+        except (OSError, ValueError, KeyError):
+            return Position()
+
+
+def _is_held(handle: int) -> bool:
+    """Whether somebody may still append to this file."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False

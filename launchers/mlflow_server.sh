@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# A real MLflow server. Runs point at it by MLFLOW_TRACKING_URI=http://HOST:PORT.
+#   launchers/mlflow_server.sh                                   # 127.0.0.1:5000, SQLite and artifacts in ./mlflow
+#   launchers/mlflow_server.sh --port 5001 --folder /data/mlflow
+#   launchers/mlflow_server.sh --backend postgresql://user@host/mlflow --artifacts s3://bucket/mlflow
+# Whatever follows `--` goes to `mlflow server`. It has no password of its own: keep it on 127.0.0.1 or behind a proxy that asks for one.
+set -euo pipefail
+
+host=127.0.0.1 port=5000 folder=mlflow backend="" artifacts=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --host) host=$2; shift 2 ;;
+    --port) port=$2; shift 2 ;;
+    --folder) folder=$2; shift 2 ;;
+    --backend) backend=$2; shift 2 ;;
+    --artifacts) artifacts=$2; shift 2 ;;
+    --) shift; break ;;
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
+  esac
+done
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  python=$here/.venv/bin/python
+  [ -x "$python" ] || python=python3
+fi
+export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
+
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+if [ -z "$backend" ]; then
+  backend=sqlite:///$folder/mlflow.db
+  # the same kill-proof creation that runs use when they write to a file without a server
+  "$python" -c 'import sys; from pathlib import Path; from dalle_ds.training.tracking_mlflow import create_sqlite_store as make
+make(Path(sys.argv[1]))' "$folder/mlflow.db"
+fi
+# clients send pictures through the server (proxied artifacts), so that only the server needs rights on the artifact store
+exec "$python" -m mlflow server --host "$host" --port "$port" --backend-store-uri "$backend" \
+  --artifacts-destination "${artifacts:-$folder/artifacts}" --serve-artifacts --workers "${MLFLOW_SERVER_WORKERS:-1}" "$@"
