@@ -20,10 +20,10 @@ from dalle_ds.training.tracking_spool import Spool
 log = logging.getLogger(__name__)
 
 SPOOL = "mlflow_spool"
-DRAIN_EVERY_S = 2.0       # metrics gather this long: one request carries many of them
+DRAIN_EVERY_S = 2.0  # metrics gather this long: one request carries many of them
 MAX_BACKOFF_S = 60.0
 BATCH_RECORDS = 200
-COPY_UP_TO = 64 << 20     # larger artifacts are uploaded from where they lie
+COPY_UP_TO = 64 << 20  # larger artifacts are uploaded from where they lie
 STATES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -39,7 +39,7 @@ class NullTracker:
         """A picture; those with a step appear on a time slider of that name."""
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """A file or a folder, put under `folder` of the run's artifacts. Files up to 64 MiB are copied now, others must stay."""
+        """A file or a folder for `folder` of the run's artifacts. Files up to 64 MiB are copied now, others must stay."""
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Searchable labels; the last value wins."""
@@ -58,8 +58,9 @@ class NullTracker:
 class Tracker(NullTracker):
     """See NullTracker for the calls. None of them waits for the server or raises because of it; `start` returns at once.
 
-    A folder has one MLflow run, over all restarts: its id is in FOLDER/mlflow_run.json, what is not delivered in FOLDER/mlflow_spool.
-    After a kill, records sent in the last moment may be sent again with the same step and time, which MLflow stores once.
+    A folder has one MLflow run, over all restarts: its id is in FOLDER/mlflow_run.json, what is not delivered in
+    FOLDER/mlflow_spool. After a kill, records of the last moment may be sent again with the same step and time, which MLflow
+    stores once.
     """
 
     def __init__(self, folder: Path, sink: MlflowSink, session: str | None) -> None:
@@ -72,8 +73,16 @@ class Tracker(NullTracker):
         self._thread = threading.Thread(target=self._drain, name="mlflow", daemon=True)
 
     @classmethod
-    def start(cls, folder: str | Path, *, uri: str | None = None, experiment: str = "dalle_ds", run_name: str = "",
-              tags: Mapping[str, Any] | None = None, params: Mapping[str, Any] | None = None) -> "Tracker":
+    def start(
+        cls,
+        folder: str | Path,
+        *,
+        uri: str | None = None,
+        experiment: str = "dalle_ds",
+        run_name: str = "",
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> "Tracker":
         """Go on with the folder's run, or begin it.
 
         Args:
@@ -86,7 +95,9 @@ class Tracker(NullTracker):
         known = read_run(folder)
         uri = resolve_uri(uri, folder, known)
         if known is None:
-            known = RunRef(uri=without_password(uri), experiment=experiment, run_name=run_name or folder.name, key=uuid.uuid4().hex)
+            known = RunRef(
+                uri=without_password(uri), experiment=experiment, run_name=run_name or folder.name, key=uuid.uuid4().hex
+            )
             write_run(folder, known)
         tracker = cls(folder, MlflowSink(folder, uri), session=uuid.uuid4().hex)
         tracker.params(params or {})
@@ -110,7 +121,10 @@ class Tracker(NullTracker):
         return read_run(self.folder)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._append("values", {"kind": "metrics", "step": int(step), "values": {_name(key): float(value) for key, value in values.items()}})
+        self._append(
+            "values",
+            {"kind": "metrics", "step": int(step), "values": {_name(key): float(value) for key, value in values.items()}},
+        )
 
     def picture(self, name: str, picture: Image.Image, step: int | None = None) -> None:
         name = _name(name)
@@ -164,8 +178,14 @@ class Tracker(NullTracker):
         self._thread.join(timeout)
         n_left = sum(lane.n_waiting() for lane in self._lanes.values())
         if n_left:
-            log.warning("%d tracking records could not be delivered to %s yet and stay in %s; the next start of this run sends them, or: "
-                        "python -m dalle_ds.training.tracking %s", n_left, without_password(self._sink.uri), self.folder / SPOOL, self.folder)
+            log.warning(
+                "%d tracking records could not be delivered to %s yet and stay in %s; the next start of this run sends "
+                "them, or: python -m dalle_ds.training.tracking %s",
+                n_left,
+                without_password(self._sink.uri),
+                self.folder / SPOOL,
+                self.folder,
+            )
         if not self._thread.is_alive():
             for lane in self._lanes.values():
                 lane.close()
@@ -235,7 +255,9 @@ class _Lane:
         pause = min(MAX_BACKOFF_S, 2.0 ** min(self._n_failures, 10))
         self._not_before = time.monotonic() + pause
         if self._n_failures in (1, 5) or self._n_failures % 20 == 0:
-            log.warning("MLflow does not answer (attempt %d, %s): records wait in %s", self._n_failures, reason, self.spool.folder)
+            log.warning(
+                "MLflow does not answer (attempt %d, %s): records wait in %s", self._n_failures, reason, self.spool.folder
+            )
 
 
 def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0) -> bool:

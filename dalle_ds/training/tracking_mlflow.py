@@ -22,8 +22,15 @@ KEY_TAG = "dalle_ds.run_key"  # finds the run again when a kill fell between cre
 MAX_METRICS, MAX_ENTITIES = 1000, 100  # MLflow's limits for one log_batch request
 MAX_PARAM, MAX_TAG = 6000, 8000
 
-PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "REQUEST_LIMIT_EXCEEDED",
-             "MALFORMED_REQUEST", "NOT_IMPLEMENTED"}
+PERMANENT = {
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "REQUEST_LIMIT_EXCEEDED",
+    "MALFORMED_REQUEST",
+    "NOT_IMPLEMENTED",
+}
 
 
 class Refused(Exception):
@@ -49,7 +56,7 @@ class RunRef:
 
 
 def read_run(folder: Path) -> RunRef | None:
-    """The folder's MLflow run, or None before the first Tracker.start there. `run_id` is None until the store has answered once."""
+    """The folder's MLflow run, or None before the first Tracker.start there. Its id is None until the store answered once."""
     try:
         return RunRef(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -67,7 +74,7 @@ def write_run(folder: Path, run: RunRef) -> None:
 
 
 def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> str:
-    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else where the folder's run is, else an SQLite file beside the folder."""
+    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else where the folder's run is, else a file beside the folder."""
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
         return chosen
@@ -79,7 +86,7 @@ def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> s
 
 
 def without_password(uri: str) -> str:
-    """`uri` as it may be written to files and logs; a password comes back from MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD."""
+    """`uri` as it may stand in files and logs; MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD bring the password back."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
@@ -89,8 +96,8 @@ def without_password(uri: str) -> str:
 class MlflowSink:
     """Sends records to one run. Every method may raise: Refused is final, anything else means try again later.
 
-    The import of mlflow (seconds) and the creation of an SQLite store (about ten seconds) happen at the first delivery, in the caller's
-    thread.
+    The import of mlflow (seconds) and the creation of an SQLite store (about ten seconds) happen at the first delivery, in the
+    caller's thread.
     """
 
     def __init__(self, folder: Path, uri: str, *, attach_only: bool = False) -> None:
@@ -152,10 +159,14 @@ class MlflowSink:
     def _send_metrics(self, records: Sequence[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(name, value, record["time"], record["step"]) for record in records for name, value in record["values"].items()]
+        metrics = [
+            Metric(name, value, record["time"], record["step"])
+            for record in records
+            for name, value in record["values"].items()
+        ]
         with self._answers_translated():
             for start in range(0, len(metrics), MAX_METRICS):
-                self._client.log_batch(self._run_id, metrics=metrics[start:start + MAX_METRICS], synchronous=True)
+                self._client.log_batch(self._run_id, metrics=metrics[start : start + MAX_METRICS], synchronous=True)
 
     def _send_params(self, values: dict[str, str]) -> None:
         from mlflow.entities import Param
@@ -165,7 +176,7 @@ class MlflowSink:
         # MLflow never changes a parameter. A restart may have: its value goes to a tag, so that the dashboard shows both.
         changed = {f"changed.{name}": value for name, value in values.items() if self._params.get(name, value) != value}
         for start in range(0, len(new), MAX_ENTITIES):
-            self._client.log_batch(self._run_id, params=new[start:start + MAX_ENTITIES], synchronous=True)
+            self._client.log_batch(self._run_id, params=new[start : start + MAX_ENTITIES], synchronous=True)
         self._params.update({param.key: param.value for param in new})
         self._send_tags(changed)
 
@@ -174,14 +185,18 @@ class MlflowSink:
 
         tags = [RunTag(name, value[:MAX_TAG]) for name, value in values.items()]
         for start in range(0, len(tags), MAX_ENTITIES):
-            self._client.log_batch(self._run_id, tags=tags[start:start + MAX_ENTITIES], synchronous=True)
+            self._client.log_batch(self._run_id, tags=tags[start : start + MAX_ENTITIES], synchronous=True)
 
     def _send_dataset(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source_type = urlsplit(record["source"]).scheme or "local"
-        dataset = Dataset(name=record["name"][:500], digest=record["digest"][:36], source_type=source_type,
-                          source=json.dumps({"uri": record["source"]}))
+        dataset = Dataset(
+            name=record["name"][:500],
+            digest=record["digest"][:36],
+            source_type=source_type,
+            source=json.dumps({"uri": record["source"]}),
+        )
         self._client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
 
     def _send_picture(self, record: dict[str, Any]) -> None:
@@ -194,8 +209,14 @@ class MlflowSink:
             self._client.log_artifact(self._run_id, str(path), "pictures")
         else:  # with a step, MLflow's page shows the pictures of one name on a time slider
             with Image.open(path) as picture:
-                self._client.log_image(self._run_id, picture.convert("RGB"), key=record["name"], step=record["step"],
-                                       timestamp=record["time"], synchronous=True)
+                self._client.log_image(
+                    self._run_id,
+                    picture.convert("RGB"),
+                    key=record["name"],
+                    step=record["step"],
+                    timestamp=record["time"],
+                    synchronous=True,
+                )
         path.unlink(missing_ok=True)
 
     def _send_artifact(self, record: dict[str, Any]) -> None:
@@ -226,8 +247,10 @@ class MlflowSink:
         elif found.info.status != "RUNNING" and not self.attach_only:
             self._client.update_run(found.info.run_id, status="RUNNING")
         if not self.attach_only:
-            write_run(self.folder, replace(run, uri=without_password(self.uri), run_id=found.info.run_id,
-                                           experiment_id=found.info.experiment_id))
+            write_run(
+                self.folder,
+                replace(run, uri=without_password(self.uri), run_id=found.info.run_id, experiment_id=found.info.experiment_id),
+            )
         return found.info.run_id
 
     def _look_up(self, run: RunRef) -> Any:
@@ -280,7 +303,8 @@ class MlflowSink:
         except Exception as error:
             code = getattr(error, "error_code", None)
             if code == "RESOURCE_DOES_NOT_EXIST":
-                self._run_id = None  # the run was deleted, or the server came back with another database: look again, or make one
+                # the run was deleted, or the server came back with another database: look again, or make one
+                self._run_id = None
             if code in PERMANENT:
                 raise Refused(f"{code}: {error}") from error
             raise
@@ -311,9 +335,9 @@ def _sqlite_file(uri: str) -> Path | None:
 def create_sqlite_store(database: Path) -> None:
     """Create MLflow's tables in `database` if there is no such file.
 
-    The tables are made under another name and then renamed, because a kill amid MLflow's migrations leaves a file that it can't mend; in a
-    process of their own, because ten seconds of migrations would take the interpreter lock from the training beside them; and under a lock,
-    because two stages may start at once.
+    The tables are made under another name and then renamed, because a kill amid MLflow's migrations leaves a file that it can't
+    mend; in a process of their own, because ten seconds of migrations would take the interpreter lock from the training beside
+    them; and under a lock, because two stages may start at once.
 
     Raises:
         RuntimeError: with what the migrations said.
@@ -328,9 +352,15 @@ def create_sqlite_store(database: Path) -> None:
         unfinished = database.with_name(f".{database.name}.new")
         for leftover in database.parent.glob(f"{unfinished.name}*"):
             leftover.unlink()
-        program = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore; SqlAlchemyStore(sys.argv[1], sys.argv[2])"
-        done = subprocess.run([sys.executable, "-c", program, f"sqlite:///{unfinished}", (database.parent / "mlartifacts").as_uri()],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        program = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(*sys.argv[1:])"
+        done = subprocess.run(
+            [sys.executable, "-c", program, f"sqlite:///{unfinished}", (database.parent / "mlartifacts").as_uri()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         if done.returncode != 0:
             raise RuntimeError(f"MLflow could not create its tables in {database}: {done.stdout[-1500:]}")
         unfinished.replace(database)

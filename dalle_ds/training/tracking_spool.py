@@ -1,4 +1,4 @@
-"""A queue of JSON records on disk that survives SIGKILL: what was appended and not acknowledged is read again after a restart."""
+"""A queue of JSON records on disk that survives SIGKILL: what was not acknowledged is read again after a restart."""
 
 import fcntl
 import json
@@ -21,8 +21,9 @@ class Position:
 class Spool:
     """Append on one side, read and acknowledge on the other; one process at a time reads (a file lock), any number appends.
 
-    Files: NNNNNNNN.jsonl (segments), position.json, lock. A process opens a new segment of its own and holds a lock on it while it may
-    append, so a line torn by SIGKILL can only be the last of an old segment, where it is ignored; readers don't go past a held segment.
+    Files: NNNNNNNN.jsonl (segments), position.json, lock. A process opens a new segment of its own and holds a lock on it while
+    it may append, so a line torn by SIGKILL can only be the last of an old segment, where it is ignored; readers don't go past a
+    held segment.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -51,17 +51,19 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        log = open(self.folder / "server.log", "ab")
-        self.process = subprocess.Popen(
-            ["bash", REPOSITORY / "launchers/mlflow_server.sh", "--folder", self.folder, "--port", str(self.port)],
-            stdout=log, stderr=log, env={**os.environ, "PYTHON": sys.executable}, start_new_session=True)
+        command = ["bash", REPOSITORY / "launchers/mlflow_server.sh", "--folder", self.folder, "--port", str(self.port)]
+        environment = {**os.environ, "PYTHON": sys.executable}
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         deadline = time.monotonic() + 120
         while True:
             try:
                 assert urllib.request.urlopen(f"{self.uri}/health", timeout=2).read() == b"OK"
                 return
             except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()[-3000:]
+                assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()[
+                    -3000:
+                ]
                 time.sleep(0.2)
 
     def kill(self) -> None:
@@ -96,6 +98,7 @@ def wait_for(condition, seconds=60):
 
 
 # ---- spool ----
+
 
 def test_spool_gives_back_what_was_not_acknowledged(tmp_path):
     spool = Spool(tmp_path)
@@ -154,13 +157,19 @@ def test_spool_has_one_reader_and_waits_for_segments_of_live_writers(tmp_path):
 
 # ---- SQLite ----
 
+
 def test_all_kinds_of_records_arrive_in_sqlite(tmp_path, database):
     source = tmp_path / "recipe.yaml"
     source.write_text("a: 1\n")
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "one.txt").write_text("1")
-    tracker = Tracker.start(tmp_path / "run", experiment="tests", run_name="all kinds", tags={"git": "abc"},
-                            params={"lr": 4.5e-4, "long": "x" * 9000, "odd:key!": True})
+    tracker = Tracker.start(
+        tmp_path / "run",
+        experiment="tests",
+        run_name="all kinds",
+        tags={"git": "abc"},
+        params={"lr": 4.5e-4, "long": "x" * 9000, "odd:key!": True},
+    )
     tracker.metrics({"loss": 2.5, "scale/block 01": 2.0**13, "nan": float("nan")}, step=0)
     tracker.metrics({"loss": 1.5}, step=1)
     tracker.picture("samples", Image.new("RGB", (8, 8), "red"), step=1)
@@ -179,12 +188,20 @@ def test_all_kinds_of_records_arrive_in_sqlite(tmp_path, database):
     assert history(uri, run_id, "loss") == {0: 2.5, 1: 1.5}
     assert history(uri, run_id, "scale/block 01") == {0: 8192.0}
     assert math.isnan(history(uri, run_id, "nan")[0])
-    files = {file.path for folder in ("", "images", "pictures", "config", "many") for file in client(uri).list_artifacts(run_id, folder)}
+    files = {
+        file.path
+        for folder in ("", "images", "pictures", "config", "many")
+        for file in client(uri).list_artifacts(run_id, folder)
+    }
     assert {"pictures/grid.png", "config/recipe.yaml", "many/one.txt"} <= files
     assert [name for name in files if name.startswith("images/samples") and name.endswith(".png")]
     assert (tmp_path / "mlartifacts").is_dir()  # beside the database
     dataset = run.inputs.dataset_inputs[0].dataset
-    assert (dataset.name, dataset.digest, json.loads(dataset.source)) == ("tokens", "0123456789abcdef", {"uri": "s3://bucket/tokens"})
+    assert (dataset.name, dataset.digest, json.loads(dataset.source)) == (
+        "tokens",
+        "0123456789abcdef",
+        {"uri": "s3://bucket/tokens"},
+    )
     assert not list((tmp_path / "run" / "mlflow_spool").rglob("*.png"))  # uploaded pictures leave the spool
 
 
@@ -206,7 +223,7 @@ def test_records_of_a_killed_process_arrive_with_the_next_start(tmp_path, databa
     program = textwrap.dedent(f"""
         import os, signal
         from dalle_ds.training.tracking import Tracker
-        tracker = Tracker.start({str(tmp_path / 'run')!r}, uri={NOBODY!r})
+        tracker = Tracker.start({str(tmp_path / "run")!r}, uri={NOBODY!r})
         for step in range(50):
             tracker.metrics({{"loss": step / 2}}, step=step)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -274,8 +291,10 @@ def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
         print(tracker.close(timeout=300))
     """)
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    workers = [subprocess.Popen([sys.executable, "-c", program, tmp_path / name], stdout=subprocess.PIPE, text=True, env=environment)
-               for name in ("stage_a", "stage_b")]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path / name], stdout=subprocess.PIPE, text=True, env=environment)
+        for name in ("stage_a", "stage_b")
+    ]
     assert [worker.communicate(timeout=400)[0] for worker in workers] == ["True\n", "True\n"]  # and nothing else on stdout
     runs = [read_run(tmp_path / name) for name in ("stage_a", "stage_b")]
     assert runs[0].experiment_id == runs[1].experiment_id and runs[0].run_id != runs[1].run_id
@@ -284,6 +303,7 @@ def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
 
 
 # ---- server ----
+
 
 def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     server.start()
@@ -319,6 +339,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
 
 # ---- never in the way ----
 
+
 def test_calls_do_not_wait_for_a_server_that_is_not_there(tmp_path):
     tracker = Tracker.start(tmp_path / "run", uri=NOBODY)
     for step in range(100):
@@ -332,7 +353,11 @@ def test_calls_do_not_wait_for_a_server_that_is_not_there(tmp_path):
 
 def test_a_full_disk_loses_records_but_raises_nothing(tmp_path, monkeypatch, caplog):
     tracker = Tracker.start(tmp_path / "run", uri=NOBODY)
-    monkeypatch.setattr("dalle_ds.training.tracking_spool.os.write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dalle_ds.training.tracking_spool.os.write", refuse)
     for step in range(3):
         tracker.metrics({"loss": 1.0}, step=step)
     assert caplog.text.count("No space left on device") == 1
