@@ -8,6 +8,7 @@ B batch, T text slots, N image tokens, L = T + N slots, D model width, V vocabul
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,10 @@ class SlotEmbedding(nn.Module):
         self.row = nn.Parameter(torch.empty(config.grid, d))
         self.column = nn.Parameter(torch.empty(config.grid, d))
 
+    def forward(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
+        """text (B, T-1), image (B, N) -> (B, L, D): all slots. The last image token is only ever a target."""
+        return torch.cat([self.text_slots(text_BT), self.image_slots(image_BN[:, :-1], 0)], 1)
+
     def text_slots(self, text_BT: Tensor) -> Tensor:
         """text (B, T-1) int64, PAD where empty -> (B, T, D): start-of-text, then tokens or pads."""
         start = (self.start_of_text + self.text_position[0]).expand(text_BT.shape[0], 1, -1)
@@ -123,8 +128,8 @@ class Layer(nn.Module):
         self.attention = ResBlock(config.d_model, attention)
         self.mlp = ResBlock(config.d_model, MLP(config.d_model))
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.mlp(self.attention(x_BLD))
+    def forward(self, x_BLD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        return self.mlp(self.attention(x_BLD, cache))
 
 
 class Prior(nn.Module):
@@ -145,12 +150,15 @@ class Prior(nn.Module):
         self.run_layer: Callable[[Layer, Tensor], Tensor] = lambda layer, x: layer(x)
         """How a layer is run: activation checkpointing puts its own function here."""
 
-    def forward(self, text_BT: Tensor, image_BN: Tensor) -> NLL:
-        """text (B, T-1) int64 with PAD at the right, image (B, N) int64 -> summed losses of both modalities.
+    def forward(self, text_BT: Tensor, image_BN: Tensor, *, per_token: bool = False) -> NLL | Tensor:
+        """text (B, T-1) int64 with PAD at the right, image (B, N) int64 -> summed losses of both modalities,
+        or with `per_token` what `image_nll` gives (engines that shard parameters can only be called, not asked by method).
 
         Text targets are real tokens only (whether pads were targets in the paper is not stated). Sums, not means: the
         weighting of paper section 2.5 needs counts over the whole global batch, which only the trainer knows.
         """
+        if per_token:
+            return self.image_nll(text_BT, image_BN)
         x = self._hidden(text_BT, image_BN)
         n_text = self.config.text_len
         text_logits = self.heads(x[:, : n_text - 1], "text")
@@ -169,7 +177,7 @@ class Prior(nn.Module):
         return self.heads(self._hidden(text_BT, image_BN)[:, self.config.text_len :], "image")
 
     def _hidden(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
-        x = torch.cat([self.embed.text_slots(text_BT), self.embed.image_slots(image_BN[:, :-1], 0)], 1)
+        x = self.embed(text_BT, image_BN)
         for layer in self.layers:
             x = self.run_layer(layer, x)
         return x
@@ -188,16 +196,20 @@ class Prior(nn.Module):
 
     def _read(self, x_BLD: Tensor, caches: list[KeyValueCache]) -> Tensor:
         for layer, cache in zip(self.layers, caches, strict=True):
-            block = layer.attention
-            edges = block.numerics
-            x_BLD = x_BLD + edges.leave(block.branch(edges.narrow(block.norm(edges.enter(x_BLD))), cache))
-            x_BLD = layer.mlp(x_BLD)
+            x_BLD = layer(x_BLD, cache)
         return self.heads(x_BLD[:, -1], "image")
 
 
 @torch.no_grad()
-def initialise(prior: Prior, generator: torch.Generator | None = None) -> None:
+def initialise(
+    prior: Prior,
+    generator: torch.Generator | None = None,
+    gathered: Callable[[nn.Parameter], AbstractContextManager] = nullcontext,
+) -> None:
     """Set every parameter of the model, in the order of `named_parameters` (the paper does not state its initialisation).
+
+    `gathered(parameter)` is a context in which the whole parameter is there: a sharded model is initialised one parameter
+    at a time, with the values that a plain one gets from the same generator.
 
     | parameter                        | value                                                            |
     |----------------------------------|------------------------------------------------------------------|
@@ -210,14 +222,15 @@ def initialise(prior: Prior, generator: torch.Generator | None = None) -> None:
     | unembeddings                     | Normal(0, 0.02): first losses near ln V                          |
     """
     for name, parameter in prior.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        elif name.startswith(("embed.", "heads.")):
-            parameter.normal_(0.0, 0.02, generator=generator)
-        else:
-            std = parameter.shape[1] ** -0.5
-            if name.endswith("project.weight"):
-                std /= (2 * prior.config.n_layers) ** 0.5
-            parameter.normal_(0.0, std, generator=generator)
+        with gathered(parameter):
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.startswith(("embed.", "heads.")):
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                std = parameter.shape[1] ** -0.5
+                if name.endswith("project.weight"):
+                    std /= (2 * prior.config.n_layers) ** 0.5
+                parameter.normal_(0.0, std, generator=generator)

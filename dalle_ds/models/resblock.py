@@ -4,6 +4,7 @@ B batch, L tokens, D model width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,9 +50,10 @@ class ResBlock(nn.Module):
         self.branch = branch
         self.numerics = Numerics()
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, *branch_args: Any) -> Tensor:
         edges = self.numerics
-        return x_BLD + edges.leave(self.branch(edges.narrow(self.norm(edges.enter(x_BLD)))))
+        h_BLD = edges.narrow(self.norm(edges.enter(x_BLD)))
+        return x_BLD + edges.leave(self.branch(h_BLD, *branch_args))
 
 
 class MLP(nn.Module):

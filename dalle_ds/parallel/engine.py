@@ -1,0 +1,215 @@
+"""The training engine: a prior under DeepSpeed, with fp16 branches and per-resblock scaling that DeepSpeed knows nothing of.
+
+Design: parameters are fp32 in ZeRO-3 partitions (each is its own master copy), branches compute in fp16, gradients are
+un-scaled in fp32 by leaf hooks before ZeRO-3 reduces them. Norm, clipping and accumulation therefore see true gradients, and
+nothing in DeepSpeed is patched.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from torch import Tensor, nn
+
+from dalle_ds.models.prior import NLL, Prior, PriorConfig, initialise
+from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.optim.groups import decay_groups, describe_groups
+from dalle_ds.parallel.engine_config import EngineConfig
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.precision.block_scaling import BlockScaler
+
+TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
+"""Weights of the two per-modality means in the training loss (paper section 2.2)."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW as torch takes it."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one update did, the same on every rank. Losses are means in nats a token over the global batch."""
+
+    text_loss: float
+    image_loss: float
+    took_step: bool
+    grad_norm: float
+    nonfinite_blocks: tuple[str, ...]
+    stop_requested: bool
+
+    @property
+    def loss(self) -> float:
+        return TEXT_WEIGHT * self.text_loss + IMAGE_WEIGHT * self.image_loss
+
+
+class PriorEngine:
+    """Owns the sharded model and its optimizer; one call is one update of the global batch."""
+
+    def __init__(self, model_config: PriorConfig, engine_config: EngineConfig, optimizer: OptimizerSettings, ranks: Ranks, seed: int) -> None:
+        """Build, initialise and shard the model. The same seed gives the same weights at any world size."""
+        self.ranks = ranks
+        self._accumulation = engine_config.json["gradient_accumulation_steps"]
+        sharded = engine_config.zero_stage == 3
+        model = _build(model_config, engine_config, sharded, seed)
+        self.scaler: BlockScaler | None = None
+        if engine_config.block_scaling is not None:
+            self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device)
+            for module in model.modules():
+                if isinstance(module, BranchLinear):
+                    # gathered as fp16, what the branch rounds it to anyway: half the traffic, the same numbers
+                    module.weight.comm_dtype = torch.float16
+        groups = decay_groups(model.named_parameters(), optimizer.weight_decay)
+        self.groups_description = describe_groups(groups)
+        for group in groups:
+            del group["names"]
+        torch_optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        self._engine, *_ = deepspeed.initialize(model=model, config=engine_config.json, optimizer=torch_optimizer)
+        self._torch_optimizer = torch_optimizer
+
+    @property
+    def module(self) -> Prior:
+        return self._engine.module
+
+    def update(self, micro_batches: Sequence[tuple[Tensor, Tensor]], lr: float, stop_requested: bool = False) -> UpdateReport:
+        """Forward, backward and step over this rank's (text, image) micro-batches of one global batch.
+
+        `stop_requested` of any rank reaches all of them in the report: it rides on the one collective that every update needs.
+        """
+        assert len(micro_batches) == self._accumulation, f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
+        for group in self._torch_optimizer.param_groups:
+            group["lr"] = lr
+        micro_batches = [(text.to(self.ranks.device), image.to(self.ranks.device)) for text, image in micro_batches]
+        # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass.
+        counts = torch.tensor([sum(int((text >= 0).sum()) for text, _ in micro_batches), sum(image.numel() for _, image in micro_batches)])
+        n_text, n_image = self.ranks.sum(counts.to(self.ranks.device, torch.float64)).tolist()
+        # the engine averages over ranks and micro-batches; the sums here are shares of global means
+        share = self.ranks.world_size * self._accumulation
+        n_blocks = len(self.scaler.names) if self.scaler else 0
+        shared = torch.zeros(3 + n_blocks, dtype=torch.float64, device=self.ranks.device)
+        for last, (text, image) in zip(_marks_last(len(micro_batches)), micro_batches, strict=True):
+            nll = NLL(*self._engine(text, image))
+            text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
+            self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
+            shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
+            if last:
+                shared[2] = float(stop_requested)
+                if self.scaler:
+                    shared[3:] = self.scaler.found_nonfinite
+                self.ranks.sum(shared)
+                self._veto_step_if_nonfinite(shared[3:])
+            skipped_before = self._engine.skipped_steps
+            self._engine.step()
+        if self.scaler:
+            self.scaler.update(shared[3:])
+        text_loss, image_loss, stop, *flags = shared.tolist()
+        norm = self._engine.get_global_grad_norm()
+        return UpdateReport(
+            text_loss=text_loss,
+            image_loss=image_loss,
+            took_step=self._engine.skipped_steps == skipped_before,
+            grad_norm=float("nan") if norm is None else float(norm),
+            nonfinite_blocks=tuple(self.scaler.names[i] for i, flag in enumerate(flags) if flag) if self.scaler else (),
+            stop_requested=stop > 0,
+        )
+
+    def _veto_step_if_nonfinite(self, flags: Tensor) -> None:
+        """Skip the entire update if any block of any rank had a non-finite gradient (paper appendix E.2 step 10).
+
+        Filtering and summation may have hidden the event, so a NaN is put where DeepSpeed's own check will find it:
+        parameters, moments and its step count then stay as they are.
+        """
+        if not self.scaler or not flags.any():
+            return
+        block = self.scaler.blocks[int(flags.nonzero()[0])]
+        parameter = block.norm.weight
+        safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("nan")))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """(text, image) mean loss in nats a token over all ranks' batches (equally many on every rank)."""
+        totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        with self._evaluating():
+            for text, image in batches:
+                nll = NLL(*self._engine(text.to(self.ranks.device), image.to(self.ranks.device)))
+                totals += torch.stack([t.double() for t in (nll.text_sum, nll.n_text, nll.image_sum, nll.n_image)])
+        text_sum, n_text, image_sum, n_image = self.ranks.sum(totals).tolist()
+        return text_sum / max(n_text, 1.0), image_sum / max(n_image, 1.0)
+
+    @torch.no_grad()
+    def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
+        """(B, N) nats of each image token of one batch, the same on every rank. All ranks must call it together."""
+        with self._evaluating():
+            return self._engine(text_BT.to(self.ranks.device), image_BN.to(self.ranks.device), per_token=True).cpu()
+
+    def _evaluating(self) -> AbstractContextManager:
+        return _EvalMode(self._engine)
+
+    # ---- this rank's part of every parameter ----------------------------------------------------------------------------
+
+    def shards(self) -> dict[str, Tensor]:
+        """Name -> this rank's flat fp32 part of the parameter (the last rank's is padded), or the whole below stage 3."""
+        return {name: getattr(p, "ds_tensor", p.data) for name, p in self.module.named_parameters()}
+
+    def refresh_resident_parameters(self) -> None:
+        """After writing into `shards()`: small parameters that ZeRO-3 keeps whole on every rank are gathered anew."""
+        resident = getattr(self._engine.optimizer, "persistent_parameters", [])
+        if resident:
+            for p in resident:
+                p.partition(has_been_updated=False)
+            resident[0].all_gather(resident)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write DeepSpeed's checkpoint files into `folder`. All ranks call it together."""
+        state = {**client_state, "block_scaler": self.scaler.state_dict() if self.scaler else None}
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Load what `save` wrote, on the same number of ranks; returns the client state."""
+        path, state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+        if self.scaler:
+            self.scaler.load_state_dict(state["block_scaler"])
+        return state
+
+
+def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed: int) -> Prior:
+    generator = torch.Generator().manual_seed(seed)
+    if not sharded:
+        model = Prior(config)
+        initialise(model, generator)
+        return model
+    # Each layer is sharded as soon as it is made: no rank ever holds the whole model.
+    with deepspeed.zero.Init(config_dict_or_path=engine_config.json):
+        model = Prior(config)
+    gathered: Callable[[nn.Parameter], AbstractContextManager] = lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)  # noqa: E731
+    initialise(model, generator, gathered)
+    return model
+
+
+def _marks_last(n: int) -> list[bool]:
+    return [i == n - 1 for i in range(n)]
+
+
+class _EvalMode(AbstractContextManager):
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        self._engine.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.train()

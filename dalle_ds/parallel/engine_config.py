@@ -1,0 +1,92 @@
+"""DeepSpeed's JSON: read, checked against what the recipe owns, and completed.
+
+The JSON says how the engine works (ZeRO stage, offload, formats, buckets), the recipe what a run is (batch, clipping,
+optimizer, schedule). A key has one home; the other's is refused rather than silently beaten.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.precision.block_scaling import BlockScalingConfig
+
+RECIPE_OWNS = {
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "global_batch and micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+}
+"""DeepSpeed key -> the recipe key that sets it."""
+
+_OURS = {"initial_scale_power", "min_scale_power", "max_scale_power", "growth_interval", "backoff", "backoff_window"}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A DeepSpeed configuration ready for `deepspeed.initialize`, and our part of its fp16 section."""
+
+    json: dict[str, Any]
+    block_scaling: BlockScalingConfig | None
+    """Set when the JSON says `"fp16": {"enabled": true, "loss_scale": "per_resblock"}`."""
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.json.get("zero_optimization", {}).get("stage", 0))
+
+
+def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip: float) -> EngineConfig:
+    """Read the JSON at `path` and complete it with the recipe's numbers.
+
+    Raises:
+        ConfigError: unreadable file, a key that the recipe owns, a wrong fp16 section, per-resblock scaling without stage 3.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed configuration {path} cannot be read: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from None
+    for key, recipe_key in RECIPE_OWNS.items():
+        if key in tree:
+            raise ConfigError(
+                f"{path} sets {key} = {json.dumps(tree[key])}, but that is the recipe's to say ({recipe_key}): remove it from the JSON"
+            )
+    block_scaling = _take_block_scaling(tree, path)
+    config = EngineConfig(
+        {
+            **tree,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip,
+            "steps_per_print": 10**9,  # progress and metrics are ours
+            # the optimizer is torch's AdamW, made by us
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        block_scaling,
+    )
+    if block_scaling is not None and config.zero_stage != 3:
+        raise ConfigError(f'{path}: "loss_scale": "per_resblock" needs zero_optimization.stage 3, found {config.zero_stage}')
+    return config
+
+
+def _take_block_scaling(tree: dict[str, Any], path: Path) -> BlockScalingConfig | None:
+    """Our reading of the fp16 section. Per-resblock scaling keeps parameters fp32, so DeepSpeed's own fp16 must stay off."""
+    section = tree.get("fp16", {})
+    if not section.get("enabled") or section.get("loss_scale") != "per_resblock":
+        return None
+    settings = {key: value for key, value in section.items() if key not in ("enabled", "loss_scale")}
+    unknown = sorted(set(settings) - _OURS)
+    if unknown:
+        raise ConfigError(f"{path}: fp16 with per_resblock scaling does not know {', '.join(unknown)}; known: {', '.join(sorted(_OURS))}")
+    tree["fp16"] = {"enabled": False}
+    try:
+        return BlockScalingConfig(**settings)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: fp16 section: {error.errors()[0]['loc']} {error.errors()[0]['msg']}") from None

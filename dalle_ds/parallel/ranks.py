@@ -1,0 +1,92 @@
+"""The process group: who this rank is, and the few collectives that the training story needs."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. Plain single-process use has rank 0 of 1 and no process group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place; returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What every rank passed, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's value, on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def any_error(self, error: Exception | None) -> Exception | None:
+        """The first error of any rank, on every rank: a rank that cannot go on must not leave the others waiting for it."""
+        return next((found for found in self.gather_objects(error) if found is not None), None)
+
+
+def join() -> Ranks:
+    """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # else DeepSpeed probes for accelerators and warns on every rank
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    # Compiling this operator takes a minute and a C++ compiler, and it only serves inference on CPUs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0":
+        _pick_free_port()
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave() -> None:
+    """Leave the process group, so that the processes end quietly."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_free_port() -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -1,0 +1,154 @@
+"""Per-resblock gradient scaling: keep the fp16 gradients of every residual block in range (paper section 2.4, appendix D).
+
+Each block has its own scale. Going backward, the gradient is multiplied by it where it enters the branch and divided where it
+leaves; the gradients of the block's parameters are divided in fp32 before anything else sees them, so reduction, clipping,
+norm and accumulation work on true gradients. Inf and NaN are taken out of ACTIVATION gradients at both edges ("filter"), so
+that an event in one block does not reach the blocks before it; they stay visible in PARAMETER gradients, which is how an
+event is noticed.
+
+The paper divides its loss by the global batch and multiplies its scales by M, the number of GPUs. Here a rank's loss is M
+times its share of the global mean, since the engine averages over ranks in fp32 after un-scaling: M cancels, fp16 sees the
+same numbers, and a run that resumes on another number of GPUs keeps its scales.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dalle_ds.precision.half import HalfNumerics, resblocks_of, use_fp16_branches
+from dalle_ds.recipes import Config
+
+
+class BlockScalingConfig(Config):
+    """The scale policy; the defaults are the paper's (appendix D item 1), as exponents of two."""
+
+    initial_scale_power: float = 13.0
+    min_scale_power: float = 7.0
+    max_scale_power: float = 24.0
+    growth_interval: int = Field(1000, ge=1, description="finite updates for a scale to double: growth is 2^(1/interval)")
+    backoff: float = Field(2**-0.5, gt=0, lt=1, description="factor after a non-finite gradient")
+    backoff_window: int = Field(125, ge=0, description="updates after a back-off in which the same scale is not lowered again")
+
+    @model_validator(mode="after")
+    def _check(self) -> "BlockScalingConfig":
+        low, start, high = self.min_scale_power, self.initial_scale_power, self.max_scale_power
+        if not low <= start <= high:
+            raise ValueError(f"scale powers min {low}, initial {start}, max {high} are not in this order")
+        return self
+
+
+def _filtered(grad: Tensor) -> Tensor:
+    """Zero in place of every Inf and NaN. A select: multiplying by a mask would keep NaN, as 0 * NaN = NaN."""
+    return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class _Enter(torch.autograd.Function):
+    """Forward: identity. Backward: filter and un-scale, in fp32, before the gradient joins the identity path."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return _filtered(grad) / scale, None
+
+
+class _Leave(torch.autograd.Function):
+    """Forward: to fp32. Backward: scale and filter in fp32, then round to the branch's format (which can overflow)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = y.dtype
+        return y.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return _filtered(grad * scale).to(ctx.dtype), None
+
+
+class ScaledNumerics(HalfNumerics):
+    """The edges of one block under gradient scaling. `scale` is a 0-d view into the scaler's vector."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    # Clones: the scale in use must be the one of this forward pass, also if the vector changes before the backward pass.
+    def enter(self, x_BLD: Tensor) -> Tensor:
+        return _Enter.apply(x_BLD, self.scale.clone())
+
+    def leave(self, y_BLD: Tensor) -> Tensor:
+        return _Leave.apply(y_BLD, self.scale.clone())
+
+
+class BlockScaler:
+    """The scales of a model's residual blocks and their policy. Knows nothing of ranks: the caller agrees the flags.
+
+    `found_nonfinite` (n_blocks,) float: 1 where a parameter gradient of this process held Inf or NaN since the last update.
+    """
+
+    def __init__(self, model: nn.Module, config: BlockScalingConfig, device: torch.device | str = "cpu") -> None:
+        """Apply fp16 branches with scaled edges to every residual block of `model`, and hooks to their parameters."""
+        use_fp16_branches(model)
+        named_blocks = resblocks_of(model)
+        if not named_blocks:
+            raise ValueError(f"{type(model).__name__} has no residual blocks to scale")
+        self.config = config
+        self.names = [name for name, _ in named_blocks]
+        self.blocks = [block for _, block in named_blocks]
+        n = len(self.names)
+        self.scale = torch.full((n,), 2.0**config.initial_scale_power, device=device)
+        self.since_backoff = torch.full((n,), config.backoff_window, dtype=torch.int64, device=device)
+        self.found_nonfinite = torch.zeros(n, device=device)
+        for i, block in enumerate(self.blocks):
+            block.numerics = ScaledNumerics(self.scale[i])
+            for parameter in block.parameters():
+                parameter.register_hook(self._unscale_hook(i))
+
+    def _unscale_hook(self, i: int) -> Any:
+        def unscale(grad: Tensor) -> Tensor:
+            # the largest magnitude is finite only if all are, and takes one pass without a temporary
+            nonfinite = ~torch.isfinite(torch.linalg.vector_norm(grad, float("inf")))
+            self.found_nonfinite[i] = torch.maximum(self.found_nonfinite[i], nonfinite.float())
+            return grad / self.scale[i]
+
+        return unscale
+
+    def update(self, nonfinite: Tensor) -> None:
+        """Move the scales after an update. `nonfinite` (n_blocks,): the flags agreed by all ranks.
+
+        Finite blocks grow, also when another block made the update be skipped ("if no parameter gradient in that resblock
+        holds a nonfinite value"); the others back off unless they did so within the window.
+        """
+        c = self.config
+        bad = nonfinite > 0
+        lower = bad & (self.since_backoff >= c.backoff_window)
+        factor = torch.where(bad, 1.0, 2.0 ** (1.0 / c.growth_interval))
+        factor = torch.where(lower, c.backoff, factor)
+        self.scale.mul_(factor).clamp_(2.0**c.min_scale_power, 2.0**c.max_scale_power)
+        self.since_backoff.add_(1).masked_fill_(lower, 0)
+        self.found_nonfinite.zero_()
+
+    def log2_scales(self) -> dict[str, float]:
+        """Name of block -> log2 of its scale."""
+        return dict(zip(self.names, self.scale.log2().tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs, by block name."""
+        return {
+            "scale": dict(zip(self.names, self.scale.tolist(), strict=True)),
+            "since_backoff": dict(zip(self.names, self.since_backoff.tolist(), strict=True)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the state is of a model with other blocks."""
+        if list(state["scale"]) != self.names:
+            raise ValueError(f"scales are of blocks {list(state['scale'])}, the model has {self.names}")
+        self.scale.copy_(torch.tensor(list(state["scale"].values())))
+        self.since_backoff.copy_(torch.tensor(list(state["since_backoff"].values())))

@@ -1,0 +1,56 @@
+"""fp16 residual branches: which numbers are 16-bit (paper section 2.4 and appendix D item 2).
+
+Parameters stay fp32 and are rounded to fp16 where they are used; identity path, norms, embeddings and logits are fp32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle_ds.models.resblock import BranchLinear, Numerics, ResBlock
+from dalle_ds.ops.half import linear_fp16, matmul_to_fp32
+
+
+class _LinearFP16(torch.autograd.Function):
+    """Saves the fp32 parameter rather than its fp16 copy: ZeRO-3 frees the parameter after the forward pass and gathers it
+    again before the backward pass, while a saved copy would keep every layer's weights alive in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return linear_fp16(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = linear_fp16(grad, weight.t(), None)
+        rows = grad.flatten(0, -2)
+        # weight gradients leave in fp32: the one place where fp16 would lose small sums for nothing
+        grad_weight = matmul_to_fp32(rows.t(), x.flatten(0, -2))
+        return grad_x, grad_weight, rows.float().sum(0) if ctx.has_bias else None
+
+
+class HalfNumerics(Numerics):
+    """Branch in fp16, identity path fp32, gradients not scaled: for evaluation, and as the plain twin in tests."""
+
+    def narrow(self, h_BLD: Tensor) -> Tensor:
+        return h_BLD.to(torch.float16)
+
+    def leave(self, y_BLD: Tensor) -> Tensor:
+        return y_BLD.float()
+
+
+def resblocks_of(model: nn.Module) -> list[tuple[str, ResBlock]]:
+    """(name, block) of every residual block in model order: the order of gradient scales everywhere."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ResBlock)]
+
+
+def use_fp16_branches(model: nn.Module) -> None:
+    """Make every residual branch of `model` compute in fp16."""
+    for _, block in resblocks_of(model):
+        block.numerics = HalfNumerics()
+        for module in block.branch.modules():
+            if isinstance(module, BranchLinear):
+                module.matmul = _LinearFP16.apply
