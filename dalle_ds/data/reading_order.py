@@ -1,4 +1,4 @@
-"""Reading order: which sample each lane of the global batch reads at each update, as a pure function of (seed, epoch, manifest).
+"""Reading order: which sample each lane of the global batch reads at each update, by (seed, epoch, manifest) alone.
 
 The blocks of the split are permuted once an epoch. Every WINDOW_BLOCKS neighbours in that permutation form a window, whose
 samples are permuted among themselves. The windows in a row are the epoch's order of all N samples. A global batch of G has

@@ -1,0 +1,72 @@
+"""Prefetch: run an iterator on a background thread, a few items ahead of its consumer."""
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.1  # how fast the thread notices that it shall stop
+_END = object()
+
+
+class Prefetch(Generic[T]):
+    """Iterate over `source`, made on a daemon thread, at most `depth` finished items ahead.
+
+    What `source` raises is raised to the consumer, after the items before it, and again at every later call.
+    A thread, not a process: the work is waiting for storage, and a process forked after S3 use hangs.
+    The thread ends at `close()`, and when the consumer is garbage-collected.
+    """
+
+    def __init__(self, source: Iterator[T], depth: int, name: str) -> None:
+        if depth < 1:
+            raise ValueError(f"prefetch depth is {depth}, expected at least 1")
+        self.wait_seconds = 0.0  # how long the consumer has stood waiting, in all
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=_produce, args=(source, self._queue, self._stop), name=name, daemon=True)
+        weakref.finalize(self, self._stop.set)
+        self._thread.start()
+
+    def __iter__(self) -> "Prefetch[T]":
+        return self
+
+    def __next__(self) -> T:
+        if self._failed is not None:
+            raise self._failed
+        if self._stop.is_set():
+            raise RuntimeError(f"{self._thread.name} is closed")
+        start = time.monotonic()
+        item, error = self._queue.get()
+        self.wait_seconds += time.monotonic() - start
+        if error is None and item is _END:
+            error = StopIteration()
+        if error is not None:
+            self._failed = error
+            raise error
+        return item
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop the thread; wait for it up to `timeout` seconds (it may stand in a read that is being retried)."""
+        self._stop.set()
+        self._thread.join(timeout)
+
+
+def _produce(source: Iterator[Any], out: queue.Queue, stop: threading.Event) -> None:
+    # A plain function: a bound method would keep the consumer alive, and it could never be collected.
+    item, error = None, None
+    while not stop.is_set() and error is None and item is not _END:
+        try:
+            item = next(source, _END)
+        except BaseException as raised:  # whatever it was, the consumer must hear of it instead of waiting for ever
+            item, error = None, raised
+        while not stop.is_set():
+            try:
+                out.put((item, error), timeout=_POLL_SECONDS)
+                break
+            except queue.Full:
+                continue

@@ -1,0 +1,120 @@
+"""Token data set: one split of the encoded shards, opened, checked against what they were made with, read block by block."""
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dalle_ds.data import storage
+from dalle_ds.data.block_cache import BlockCache
+from dalle_ds.data.fingerprint import fingerprint, require_same
+from dalle_ds.data.manifest import Block, Part, Split, load_dataset_info, load_manifest
+from dalle_ds.data.shards import read_block
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.errors import DataError, UserError
+
+# n samples of a block, N image tokens
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class DecodedBlock:
+    tokens_nN: np.ndarray  # uint16
+    keys: list[str]
+    captions: list[str]
+    nbytes: int
+
+
+class TokenDataset:
+    """One split of a token data set, opened and checked: manifests and tokenizer were made as dataset.json says.
+
+    Args:
+        root_url: folder of dataset.json; a path, file:// or s3:// url.
+        cache_bytes: decoded blocks kept in memory.
+
+    Raises:
+        DataError: missing, damaged or empty; FingerprintMismatch: a shard or the tokenizer belongs to another data set.
+    """
+
+    def __init__(self, root_url: str | Path, split: Split = "train", *, cache_bytes: int = CACHE_BYTES) -> None:
+        self.root_url, self.split, self.cache_bytes = str(root_url), split, cache_bytes
+        self.info = load_dataset_info(root_url)
+        self.fingerprint = self.info.fingerprint
+        manifest = load_manifest(root_url)
+        for shard in manifest.shards:
+            require_same(f"shard {shard.shard} of {root_url}", self.fingerprint, shard.fingerprint,
+                         "It was encoded for another data set (dVAE, tokenizer or crop).")
+        if not manifest.complete:
+            log.warning("%s: encoding is not finished; reading the %d shards that are done. The reading order changes "
+                        "when there are more", root_url, len(manifest.shards))
+        tokenizer_url = storage.join(root_url, "tokenizer.model")
+        self.tokenizer = CaptionTokenizer(tokenizer_url)
+        require_same(f"tokenizer {tokenizer_url}", self.info.tokenizer, self.tokenizer.fingerprint,
+                     "The shards were made with another one.")
+        self._index_blocks(manifest.parts(split))
+        if not self.n_samples:
+            raise DataError(f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} in all; "
+                            f"validation_fraction is {self.info.validation_fraction}")
+        self._cache = BlockCache(self._load, cache_bytes)
+
+    def _index_blocks(self, parts: Sequence[Part]) -> None:
+        # As arrays: a million Block objects would be near a gigabyte on every rank.
+        self._parts = [part.model_copy(update={"blocks": []}) for part in parts]
+        blocks = [(i, block) for i, part in enumerate(parts) for block in part.blocks]
+        self._part_of_block = np.array([i for i, _ in blocks], dtype=np.int32)
+        self._names = [block.name for _, block in blocks]
+        self._extents = np.array([(block.offset, block.bytes) for _, block in blocks], dtype=np.int64).reshape(-1, 2)
+        self._crc32 = np.array([int(block.crc32, 16) for _, block in blocks], dtype=np.uint32)
+        self.block_sizes = np.array([block.n_samples for _, block in blocks], dtype=np.int64)
+        self.n_samples = int(self.block_sizes.sum())
+        # Beside `fingerprint` (how it was made): these very samples in this order. A resume that must be exact compares it.
+        self.content_fingerprint = fingerprint({"parts": [[part.path, part.checksum] for part in parts]},
+                                               {"block_sizes": self.block_sizes})
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self._names)
+
+    def blocks(self, numbers: Iterable[int]) -> dict[int, DecodedBlock]:
+        """Decoded blocks by number, from the cache or by ranged GETs side by side."""
+        return self._cache.get(numbers)
+
+    def shard_of(self, block: int) -> str:
+        """Path below the root of the tar that a block lies in."""
+        return self._parts[self._part_of_block[block]].path
+
+    @property
+    def read_amplification(self) -> float:
+        """Blocks fetched so far per block of the split."""
+        return self._cache.n_loads / self.n_blocks
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """Of the blocks as stored; decoded ones take about the same."""
+        return int(self._extents[:, 1].max())
+
+    def _load(self, number: int) -> DecodedBlock:
+        part = self._parts[self._part_of_block[number]]
+        offset, length = map(int, self._extents[number])
+        block = Block(name=self._names[number], offset=offset, bytes=length, n_samples=int(self.block_sizes[number]),
+                      crc32=f"{self._crc32[number]:08x}")
+        where = f"{storage.join(self.root_url, part.path)}, block {block.name}"
+        try:
+            tokens_nN, keys, captions = read_block(self.root_url, part, block)
+        except UserError:
+            raise
+        except Exception as error:
+            raise DataError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
+        if tokens_nN.ndim != 2 or tokens_nN.shape[1] != self.info.n_tokens:
+            raise DataError(f"{where}: tokens of shape {tokens_nN.shape}, expected {self.info.n_tokens} a sample "
+                            f"(grid {self.info.grid}x{self.info.grid})")
+        if int(tokens_nN.max()) >= self.info.n_codes:
+            raise DataError(f"{where}: image token {tokens_nN.max()}, expected codes below {self.info.n_codes}")
+        texts = sum(map(sys.getsizeof, keys)) + sum(map(sys.getsizeof, captions))
+        return DecodedBlock(tokens_nN, keys, captions, nbytes=tokens_nN.nbytes + texts)

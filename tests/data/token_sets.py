@@ -1,0 +1,107 @@
+"""Small token data sets for tests: captions of a small grammar, and codes that picture them, so that a prior can learn them."""
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import DatasetInfo, InputIdentity, Part, ShardManifest, manifest_url, merge
+from dalle_ds.data.shards import PartWriter
+from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
+from dalle_ds.data.weights import write_weights
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("square", "bar", "column", "ring")
+PLACES = {"at the top": (0.25, 0.5), "at the bottom": (0.75, 0.5), "on the left": (0.5, 0.25), "on the right": (0.5, 0.75),
+          "in the middle": (0.5, 0.5)}
+BACKGROUND = 0
+
+
+def make_token_set(root: str | Path, *, n_samples: int = 256, n_validation: int = 32, grid: int = 4, n_codes: int = 32,
+                   n_shards: int = 2, block_samples: int = 16, noise: float = 0.05, vocab_size: int = 360, seed: int = 0,
+                   complete: bool = True) -> str:
+    """Write a valid token data set below `root` (a path or url) and return its url; equal arguments give equal data.
+
+    Args:
+        n_samples: of the train split, `n_validation` more of the other one; dealt over `n_shards`.
+        n_codes: at least 8: background, colours; the chance `noise` replaces a cell's code by any other.
+        complete: False leaves out manifest.json, as while an encode run is under way.
+    """
+    root = str(root)
+    rng = np.random.default_rng(seed)
+    samples = {split: [_sample(rng, grid, n_codes, noise) for _ in range(n)]
+               for split, n in (("train", n_samples), ("validation", n_validation))}
+    tokenizer = train_tokenizer(_grammar(), vocab_size, storage.join(root, "tokenizer.model"))
+    info = DatasetInfo(image_size=2 * grid, grid=grid, n_codes=n_codes, dvae=_write_dvae(root, grid, n_codes, seed),
+                       tokenizer=tokenizer.fingerprint, crop="none",
+                       validation_fraction=n_validation / (n_samples + n_validation)).sealed()
+    storage.write_bytes(storage.join(root, "dataset.json"), info.to_json())
+    shards = [_write_shard(root, info, tokenizer, f"{i:05d}", block_samples,
+                           {split: chosen[i::n_shards] for split, chosen in samples.items()}) for i in range(n_shards)]
+    if complete:
+        storage.write_bytes(storage.join(root, "manifest.json"), merge(info, shards, complete=True).to_json())
+    return root
+
+
+def picture(color: str, shape: str, place: str, grid: int, n_codes: int) -> np.ndarray:
+    """The codes (grid*grid,) that a caption names, without noise."""
+    cy, cx = (fraction * grid for fraction in PLACES[place])
+    y, x = np.mgrid[:grid, :grid] + 0.5
+    dy, dx, r = abs(y - cy), abs(x - cx), grid / 4
+    inside = {"square": (dy <= r) & (dx <= r), "bar": (dy <= r / 2) & (dx <= 2 * r), "column": (dx <= r / 2) & (dy <= 2 * r),
+              "ring": (np.maximum(dy, dx) <= r) & (np.maximum(dy, dx) > r - 1)}[shape]
+    return np.where(inside, 1 + COLORS.index(color) % (n_codes - 1), BACKGROUND).reshape(-1)
+
+
+def _grammar() -> list[str]:
+    return [f"A {color} {shape} {place}." for color in COLORS for shape in SHAPES for place in PLACES]
+
+
+def _sample(rng: np.random.Generator, grid: int, n_codes: int, noise: float) -> tuple[str, np.ndarray]:
+    color, shape, place = rng.choice(COLORS), rng.choice(SHAPES), rng.choice(list(PLACES))
+    codes = picture(color, shape, place, grid, n_codes)
+    codes = np.where(rng.random(codes.shape) < noise, rng.integers(n_codes, size=codes.shape), codes)
+    return f"A {color} {shape} {place}.", codes
+
+
+def _write_dvae(root: str, grid: int, n_codes: int, seed: int) -> str:
+    config = DVAEConfig(image_size=2 * grid, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, vocab_size=n_codes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DVAE(config)
+    return write_weights(storage.join(root, "dvae.safetensors"), kind="dvae", config=config.model_dump(), state=model.state_dict())
+
+
+def _write_shard(root: str, info: DatasetInfo, tokenizer: CaptionTokenizer, shard: str, block_samples: int,
+                 samples: dict[str, list[tuple[str, np.ndarray]]]) -> ShardManifest:
+    parts: dict[str, Part] = {}
+    histogram = np.zeros(info.n_codes, dtype=np.int64)
+    lengths: Counter[int] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for split, chosen in samples.items():
+            if not chosen:
+                continue
+            name = f"data/{shard}-test-{split}.tar"
+            with PartWriter(Path(folder) / "part.tar", shard, info.n_tokens, block_samples) as writer:
+                for i, (caption, codes) in enumerate(chosen):
+                    writer.add(codes, f"{split}-{shard}-{i:05d}", caption, group=caption)
+                    if split == "train":
+                        histogram += np.bincount(codes, minlength=info.n_codes)
+                        lengths[len(tokenizer.encode(caption))] += 1
+                parts[split] = writer.finish(name)
+            storage.put_file(Path(folder) / "part.tar", storage.join(root, name))
+    manifest = ShardManifest(shard=shard, attempt="test", input=InputIdentity(path="drawn", bytes=0), splits=parts,
+                             n_input=sum(map(len, samples.values())), dropped={}, code_histogram=histogram.tolist(),
+                             caption_lengths=lengths, fingerprint=info.fingerprint, seconds=0.0)
+    storage.create_exclusive(manifest_url(root, shard), manifest.to_json())
+    return manifest
+
+
+def edit_json(url: str, **changes: object) -> None:
+    """Replace fields of a stored JSON file: how tests damage a data set."""
+    storage.write_bytes(url, json.dumps(json.loads(storage.read_bytes(url)) | changes).encode())
