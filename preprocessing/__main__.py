@@ -1,0 +1,106 @@
+"""`python -m preprocessing VERB`: the table of verbs, no logic."""
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from dalle_ds.console import print_summary, setup_logging, user_errors_exit
+from dalle_ds.recipes import load_recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="From raw pictures with captions to token shards. Every verb can be killed and started again.")
+
+RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="YAML file with the verb's section.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value; may be repeated.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The summary as one JSON object on the last line of stdout.")]
+
+
+@app.command()
+def fetch(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Fetch the demo pictures, with captions, into a folder.
+
+    \b
+    python -m preprocessing fetch --set fetch.out=runs/demo/pictures
+    python -m preprocessing fetch --set fetch.out=/tmp/shapes --set fetch.source=drawn
+    """
+    _run("fetch", recipe, set_, json)
+
+
+@app.command()
+def ingest(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Turn a folder of pictures with captions into raw shards.
+
+    \b
+    python -m preprocessing ingest --recipe launchers/recipes/tiny_ingest.yaml
+    python -m preprocessing ingest --set ingest.pictures=/data/photos --set ingest.out=s3://bucket/raw --json
+    """
+    _run("ingest", recipe, set_, json)
+
+
+@app.command()
+def tokenizer(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Train the BPE tokenizer on the captions of the train split.
+
+    \b
+    python -m preprocessing tokenizer --recipe launchers/recipes/tiny_tokenizer.yaml
+    python -m preprocessing tokenizer --set tokenizer.raw=s3://bucket/raw --set tokenizer.out=s3://bucket/tokenizer.model
+    """
+    _run("tokenizer", recipe, set_, json)
+
+
+@app.command()
+def encode(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Encode raw shards with the dVAE into a token data set.
+
+    \b
+    python -m preprocessing encode --recipe launchers/recipes/tiny_encode.yaml
+    python -m preprocessing encode --recipe launchers/recipes/tiny_encode.yaml --set encode.out=s3://bucket/tokens
+    """
+    _run("encode", recipe, set_, json)
+
+
+@app.command()
+def verify(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Read everything back: checksums, counts, fingerprints. Exit code 1 if anything is wrong.
+
+    \b
+    python -m preprocessing verify --set verify.root=runs/demo/tokens
+    python -m preprocessing verify --set verify.root=s3://bucket/tokens --set verify.delete_orphans=true
+    """
+    _run("verify", recipe, set_, json)
+
+
+@app.command()
+def stats(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Counts, reasons of drops, code usage, caption lengths, bytes a sample; from the manifests alone.
+
+    \b
+    python -m preprocessing stats --set stats.root=runs/demo/tokens
+    python -m preprocessing stats --set stats.root=s3://bucket/tokens --json
+    """
+    _run("stats", recipe, set_, json)
+
+
+@user_errors_exit
+def _run(verb: str, recipe: str | None, overrides: list[str] | None, as_json: bool) -> NoReturn:
+    setup_logging()
+    signal.signal(signal.SIGTERM, _leave)
+    stage = importlib.import_module(f"preprocessing.{verb}")  # only now: --help need not wait for torch
+    config = load_recipe(stage.Recipe, recipe, overrides or ())
+    outcome = stage.run(getattr(config, verb))
+    for problem in outcome.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print_summary(outcome.summary, as_json)
+    raise SystemExit(0 if outcome.is_complete else 1)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(143)  # unwinds, so that temporary files go; what is committed stays
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m preprocessing")

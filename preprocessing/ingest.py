@@ -1,0 +1,217 @@
+"""Ingest: a folder of captioned pictures becomes raw WebDataset shards, filtered, with every sample accounted for."""
+
+import hashlib
+import io
+import json
+import logging
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from pydantic import Field
+
+from dalle_ds.data import storage
+from dalle_ds.data.fingerprint import fingerprint, require_same
+from dalle_ds.data.manifest import RawShardManifest, Record, done_shards, load_shard_manifests, parse
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config, canonical_json
+from preprocessing.commit import commit_shard, new_attempt
+from preprocessing.filters import FilterConfig, caption_filters, judge_caption, judge_picture, picture_filters
+from preprocessing.folder import Entry, read_folder
+from preprocessing.outcome import Outcome
+from preprocessing.pool import n_cores, run_shards
+
+log = logging.getLogger(__name__)
+
+RAW_INFO = "raw.json"
+
+
+class IngestConfig(Config):
+    """What `python -m preprocessing ingest` does."""
+
+    pictures: str  # folder of pictures with captions
+    out: str  # root of the raw shards
+    samples_per_shard: int = Field(256, ge=1)
+    workers: int | None = Field(None, ge=1)  # processes; all cores if not set
+    filters: FilterConfig = FilterConfig()
+
+
+class Recipe(Config):
+    ingest: IngestConfig
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The inputs of one shard: known before any work, so that a restart makes the same shards."""
+
+    name: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class IngestJob:
+    """One worker's task, picklable: `start` gives the function of one shard."""
+
+    out: str
+    filters: FilterConfig
+    fingerprint: str
+
+    def start(self, n_threads: int) -> Callable[[ShardPlan], RawShardManifest]:
+        return lambda plan: ingest_shard(plan, self)
+
+
+def run(config: IngestConfig) -> Outcome:
+    """Make all raw shards that are not there yet.
+
+    Raises:
+        DataError: no pictures or captions, or no room; FingerprintMismatch: `out` holds shards of other inputs or filters.
+    """
+    started = time.monotonic()
+    entries = plan_entries(read_folder(config.pictures.rstrip("/")), config.filters)
+    plans = plan_shards(entries, config.samples_per_shard)
+    mark = _claim(config, entries)
+    done = done_shards(config.out)
+    todo = [plan for plan in plans if plan.name not in done]
+    _require_room(config.out, todo)
+    if not todo:
+        log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
+    job = IngestJob(config.out, config.filters, mark)
+    _, failures = run_shards(job, todo, n_workers=config.workers or n_cores(), name=lambda plan: plan.name,
+                             size=lambda plan: len(plan.entries), what="ingest", unit="picture")
+    manifests = load_shard_manifests(config.out, RawShardManifest)
+    dropped: Counter[str] = Counter()
+    for manifest in manifests:
+        dropped.update(manifest.dropped)
+    summary = {
+        "out": config.out,
+        "shards": len(manifests),
+        "shards_made_now": len(todo) - len(failures),
+        "inputs": sum(manifest.n_input for manifest in manifests),
+        "samples": sum(manifest.n_samples for manifest in manifests),
+        "dropped": dict(sorted(dropped.items())),
+        "bytes": sum(manifest.bytes for manifest in manifests),
+        "failed_shards": failures,
+        "fingerprint": mark,
+        "seconds": time.monotonic() - started,
+    }
+    return Outcome(summary, is_complete=not failures)
+
+
+def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
+    """Judge what needs no pixels: captions, then equal files. Of equal files the first with a usable caption is kept."""
+    checks = caption_filters(config)
+    judged = [entry if entry.reason else replace(entry, reason=judge_caption(entry.caption, checks)) for entry in entries]
+    by_size = Counter(entry.bytes for entry in judged if not entry.reason)
+    suspects = [entry for entry in judged if not entry.reason and by_size[entry.bytes] > 1]  # equal files have equal sizes
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        digests = dict(zip((entry.url for entry in suspects), pool.map(_digest, suspects), strict=True))
+    seen: set[str] = set()
+    kept: list[Entry] = []
+    for entry in judged:
+        digest = digests.get(entry.url, "") if not entry.reason else ""
+        kept.append(replace(entry, reason="duplicate picture") if digest and digest in seen else entry)
+        seen.add(digest)
+    return kept
+
+
+def plan_shards(entries: list[Entry], samples_per_shard: int) -> list[ShardPlan]:
+    """Cut the entries, the dropped ones included, into shards of equal length."""
+    starts = range(0, len(entries), samples_per_shard)
+    return [ShardPlan(f"{number:05d}", tuple(entries[start:start + samples_per_shard])) for number, start in enumerate(starts)]
+
+
+def ingest_shard(plan: ShardPlan, job: IngestJob) -> RawShardManifest:
+    """Read, judge and pack the samples of one shard, and commit it."""
+    started = time.monotonic()
+    attempt = new_attempt()
+    filters = picture_filters(job.filters)
+    dropped: list[tuple[str, str]] = []
+    n_samples = 0
+    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
+        tar_file, dropped_file = Path(folder) / "data.tar", Path(folder) / "dropped.jsonl"
+        with tarfile.open(tar_file, "w", format=tarfile.PAX_FORMAT) as tar:
+            for entry in plan.entries:
+                data, reason = _read(entry) if not entry.reason else (b"", entry.reason)
+                reason = reason or judge_picture(data, filters, job.filters.max_pixels)
+                if reason:
+                    dropped.append((entry.key, reason))
+                    continue
+                _add(tar, f"{entry.key}.{PurePosixPath(entry.url).suffix.lower().lstrip('.')}", data)
+                record = {"caption": entry.caption, "group": entry.group}
+                _add(tar, f"{entry.key}.json", json.dumps(record, ensure_ascii=False).encode())
+                n_samples += 1
+        files = {f"data/{plan.name}-{attempt}.tar": tar_file}
+        if dropped:
+            lines = (json.dumps({"key": key, "reason": reason}, ensure_ascii=False) for key, reason in dropped)
+            dropped_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            files[f"dropped/{plan.name}-{attempt}.jsonl"] = dropped_file
+        path, *dropped_path = files
+        manifest = RawShardManifest(
+            shard=plan.name, attempt=attempt, path=path, bytes=tar_file.stat().st_size, checksum=sha256_of(tar_file),
+            n_input=len(plan.entries), n_samples=n_samples, dropped=dict(Counter(reason for _, reason in dropped)),
+            dropped_path=dropped_path[0] if dropped_path else None, fingerprint=job.fingerprint,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        commit_shard(job.out, plan.name, files, manifest)
+    return manifest
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class RawInfo(Record):
+    """raw.json: what the shards under a root were made of."""
+
+    fingerprint: str
+    pictures: str
+    n_input: int
+    samples_per_shard: int
+
+
+def _claim(config: IngestConfig, entries: list[Entry]) -> str:
+    # Which samples go into which shard must not change between a run and its restart.
+    listing = canonical_json([[entry.key, entry.group, entry.caption, entry.bytes] for entry in entries]).encode()
+    rules = {"filters": config.filters.model_dump(), "samples_per_shard": config.samples_per_shard}
+    mark = fingerprint(rules, {"listing": listing})
+    info = RawInfo(fingerprint=mark, pictures=config.pictures, n_input=len(entries), samples_per_shard=config.samples_per_shard)
+    url = storage.join(config.out, RAW_INFO)
+    if not storage.create_exclusive(url, info.to_json()):
+        there = parse(RawInfo, storage.read_bytes(url), url)
+        require_same(f"raw shards at {config.out}", there.fingerprint, mark,
+                     f"They were made of {there.n_input} pictures of {there.pictures}; pictures, captions or filters "
+                     "have changed since. Choose another `ingest.out`, or remove that one.")
+    return mark
+
+
+def _require_room(out: str, todo: list[ShardPlan]) -> None:
+    needed = sum(entry.bytes + 2048 for plan in todo for entry in plan.entries if not entry.reason)
+    free = storage.free_bytes(out)
+    if free is not None and needed > free:
+        raise DataError(f"{out}: {needed / 2**30:.2f} GiB needed for the raw shards, {free / 2**30:.2f} GiB free")
+
+
+def _digest(entry: Entry) -> str:
+    data, _ = _read(entry)
+    return hashlib.sha256(data).hexdigest() if data else ""
+
+
+def _read(entry: Entry) -> tuple[bytes, str | None]:
+    try:
+        return storage.read_bytes(entry.url), None
+    except FileNotFoundError:
+        return b"", "missing picture"
+    except PermissionError:
+        return b"", "not allowed to read"
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # time and owner stay 0: equal samples give equal bytes
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

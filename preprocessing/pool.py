@@ -1,0 +1,114 @@
+"""Shards over processes on this machine: spawned, restarted when one dies, gone when their parent is."""
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_sentinel
+from typing import Any, Protocol
+
+from dalle_ds.console import progress, setup_logging
+from dalle_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_BROKEN_POOLS = 3
+
+_work: Callable[[Any], Any] | None = None  # of this worker process
+
+
+class Job(Protocol):
+    """What a worker process does. It is pickled once for each process; `start` loads what is heavy."""
+
+    def start(self, n_threads: int) -> Callable[[Any], Any]: ...
+
+
+def n_cores() -> int:
+    """Cores this process may use: fewer than the machine has, under a container's or Slurm's affinity mask."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callable[[Any], str], size: Callable[[Any], int],
+               what: str, unit: str) -> tuple[list[Any], dict[str, str]]:
+    """Work on every shard, whatever happens to single ones.
+
+    Args:
+        name: of a shard, for messages. size: its samples (or other units), for the progress bar.
+
+    Returns:
+        (results in order of completion, {name of a failed shard: why}).
+    """
+    results: list[Any] = []
+    failures: dict[str, str] = {}
+    with progress(total=sum(map(size, shards)), what=what, unit=unit) as bar:
+
+        def settle(shard: Any, outcome: Callable[[], Any]) -> None:
+            try:
+                results.append(outcome())
+            except (UserError, OSError) as error:
+                # The other shards go on; this one has no manifest, so the next run takes it up again.
+                failures[name(shard)] = str(error)
+                log.error("shard %s stays open: %s", name(shard), error)
+            bar.update(size(shard))
+
+        if n_workers == 1 or len(shards) <= 1:
+            work = job.start(n_cores()) if shards else None
+            for shard in shards:
+                settle(shard, lambda shard=shard: work(shard))  # type: ignore[misc]
+            return results, failures
+        left = list(shards)
+        for _ in range(MAX_BROKEN_POOLS):
+            left = _one_pool(job, left, min(n_workers, len(left)), settle)
+            if not left:
+                return results, failures
+            log.warning("a worker process died (killed, or out of memory); %d shards are taken up again", len(left))
+        for shard in left:
+            failures[name(shard)] = f"worker processes died {MAX_BROKEN_POOLS} times; try fewer workers (memory?)"
+        return results, failures
+
+
+def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Callable[[Any, Callable[[], Any]], None]) -> list[Any]:
+    # Returns the shards that are not settled, if the pool broke.
+    # Spawn: a forked child would inherit S3 connections and locks that hang in it.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, n_cores() // n_workers)
+    executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(job, threads))
+    try:
+        pending: dict[Future[Any], Any] = {executor.submit(_run, shard): shard for shard in shards}
+        while pending:
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                if isinstance(future.exception(), BrokenProcessPool):
+                    return [shard for other, shard in pending.items()
+                            if not other.done() or isinstance(other.exception(), BrokenProcessPool)]
+                settle(pending.pop(future), future.result)
+        return []
+    except BaseException:
+        for process in multiprocessing.active_children():  # don't wait for shards that nobody will count
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(job: Job, n_threads: int) -> None:
+    global _work
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    setup_logging()
+    _work = job.start(n_threads)
+
+
+def _leave_with(parent: Any) -> None:
+    # A killed parent would leave idle workers behind for ever: they hold their own end of the queue open.
+    wait_for_sentinel([parent.sentinel])
+    os._exit(1)
+
+
+def _run(shard: Any) -> Any:
+    assert _work is not None
+    return _work(shard)
