@@ -1,0 +1,34 @@
+"""Learning rate of the prior: linear warm-up, then constant with halvings, or a half-cosine."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dalle_ds.recipes import Config
+
+
+class LearningRateConfig(Config):
+    """The paper: 4.5e-4 reached over 5,000 updates, then halved five times where the training loss stopped falling."""
+
+    peak: float = Field(4.5e-4, gt=0)
+    warmup_updates: int = Field(5000, ge=0)
+    shape: Literal["constant", "cosine"] = "constant"
+    halve_at: tuple[int, ...] = Field((), description="updates from which the rate is half of what it was before")
+    final_fraction: float = Field(0.03125, ge=0, le=1, description="cosine only: last rate as a fraction of the peak")
+
+    @model_validator(mode="after")
+    def _check(self) -> "LearningRateConfig":
+        if self.shape == "cosine" and self.halve_at:
+            raise ValueError(f"halve_at {list(self.halve_at)} has no meaning with shape 'cosine'")
+        return self
+
+    def at(self, update: int, n_updates: int) -> float:
+        """Rate for the update of that number (from 0) in a run of `n_updates`."""
+        if update < self.warmup_updates:
+            return self.peak * (update + 1) / self.warmup_updates
+        if self.shape == "constant":
+            return self.peak * 0.5 ** sum(update >= at for at in self.halve_at)
+        done = (update - self.warmup_updates) / max(1, n_updates - self.warmup_updates)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.peak * (self.final_fraction + (1 - self.final_fraction) * cosine)

@@ -1,0 +1,107 @@
+"""What a prior training run is: the tree behind a recipe file."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dalle_ds.data.manifest import DatasetInfo
+from dalle_ds.errors import ConfigError
+from dalle_ds.models.presets import PRESETS
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.optim.learning_rate import LearningRateConfig
+from dalle_ds.optim.weight_average import WeightAverageConfig
+from dalle_ds.recipes import Config
+
+
+class ModelSection(Config):
+    """A preset, and what differs from it. Grid and vocabularies follow from the data; set here, they must agree with it."""
+
+    preset: Literal["tiny", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
+    n_layers: int | None = None
+    n_heads: int | None = None
+    d_head: int | None = None
+    text_len: int | None = None
+    conv_kernel: int | None = None
+    grid: int | None = None
+    text_vocab: int | None = None
+    image_vocab: int | None = None
+
+    def resolve(self, data: DatasetInfo, text_vocab: int, source: str) -> PriorConfig:
+        """The geometry for the data set at `source`. Raises ConfigError where recipe and data disagree."""
+        from_data = {"grid": data.grid, "image_vocab": data.n_codes, "text_vocab": text_vocab}
+        for key, found in from_data.items():
+            wanted = getattr(self, key)
+            if wanted is not None and wanted != found:
+                raise ConfigError(f"the recipe's model.{key} is {wanted}, but the data set {source} has {found}")
+        own = {key: value for key, value in self.model_dump(exclude={"preset"}).items() if value is not None}
+        return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own, **from_data})
+
+
+class DataSection(Config):
+    dataset: str = Field(description="root of a token data set: a path or s3:// url")
+    dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
+    tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
+    bpe_dropout: float = Field(0.1, ge=0, lt=1)
+    prefetch: int = Field(2, ge=1, description="global batches read ahead")
+
+
+class OptimizerSection(Config):
+    """AdamW; the defaults are the paper's (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.96, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(4.5e-2, ge=0)
+    clip: float = Field(4.0, gt=0, description="global gradient norm")
+
+
+class CheckpointSection(Config):
+    every: int = Field(1000, ge=1, description="updates between checkpoints")
+    keep: int = Field(2, ge=1)
+
+
+class ValidationSection(Config):
+    every: int = Field(1000, ge=1, description="updates between validations")
+    samples: int | None = Field(8192, ge=1, description="held-out samples at most; null: all")
+
+
+class TrackingSection(Config):
+    uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the run folder")
+    experiment: str = "dalle_ds"
+    run_name: str = "prior"
+    every: int = Field(10, ge=1, description="updates between metrics")
+
+
+class PriorRun(Config):
+    """One training job of the prior over all its nodes and restarts; the defaults are the paper's."""
+
+    folder: str = Field(description="checkpoints, logs and the merged recipe go here")
+    deepspeed_config: str = "ds_configs/zero3_fp16.json"
+    updates: int = Field(430_000, ge=1)
+    global_batch: int = Field(1024, ge=1)
+    micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time")
+    seed: int = 0
+    activation_checkpointing: bool = Field(True, description="recompute each layer in the backward pass")
+    data: DataSection
+    model: ModelSection = ModelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    average: WeightAverageConfig = WeightAverageConfig()
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> "PriorRun":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches a rank takes for one update. Raises ConfigError where the batch does not divide among the ranks."""
+        per_pass = self.micro_batch * world_size
+        if self.global_batch % per_pass:
+            raise ConfigError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x {world_size} ranks = {per_pass}"
+            )
+        return self.global_batch // per_pass

@@ -1,0 +1,311 @@
+"""Train the prior: the story of a run, from recipe to last checkpoint."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dalle_ds.console import progress
+from dalle_ds.data.fingerprint import require_same
+from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
+from dalle_ds.models.presets import effective_parameters
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.optim.weight_average import WeightAverage
+from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine, UpdateReport
+from dalle_ds.parallel.engine_config import load_engine_config
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.recompute import recompute_layers
+from dalle_ds.recipes import dump_recipe, flatten
+from dalle_ds.training.charts import position_map_chart, scale_chart
+from dalle_ds.training.checkpoint import CheckpointStore
+from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
+from dalle_ds.training.lineage import code_tags
+from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.prior_state import RunIdentity, TrainState, load_average, save_average
+from dalle_ds.training.tracking import NullTracker, Tracker
+
+log = logging.getLogger(__name__)
+
+SUMMARY_FILE = "summary.json"
+PARITY_FILE = "parity.safetensors"
+PARITY_SAMPLES = 4
+
+
+def train_prior(run: PriorRun, ranks: Ranks) -> dict[str, Any]:
+    """Train, or go on with, the run in `run.folder`. All ranks call it; the summary is the same on each.
+
+    Raises:
+        UserError: anything about the recipe, the data or the disk that would stop the run later.
+        SystemExit(143): asked to stop; the state is saved.
+    """
+    # Only the main rank holds the lock: the others are its own.
+    with StopFlag() as stop:
+        if not ranks.is_main:
+            return _Trainer(run, ranks).run(stop)
+        with RunLock(Path(run.folder)):
+            return _Trainer(run, ranks).run(stop)
+
+
+class _Trainer:
+    """One run: what it is made of (built and checked in the constructor), and its loop."""
+
+    def __init__(self, run: PriorRun, ranks: Ranks) -> None:
+        self.recipe, self.ranks, self.folder = run, ranks, Path(run.folder)
+        ranks.barrier()  # the lock is held before anybody reads the folder
+        accumulation = run.accumulation(ranks.world_size)
+        engine_config = load_engine_config(
+            Path(run.deepspeed_config), micro_batch=run.micro_batch, accumulation=accumulation, clip=run.optimizer.clip
+        )
+        self.dataset = TokenDataset(run.data.dataset, "train")
+        self.validation_set = TokenDataset(run.data.dataset, "validation")
+        info = self.dataset.info
+        for what, expected, found in (("dVAE", run.data.dvae, info.dvae), ("tokenizer", run.data.tokenizer, info.tokenizer)):
+            if expected is not None:
+                require_same(f"{what} of data set {run.data.dataset}", expected, found, "The recipe asks for the former.")
+        self.model_config = run.model.resolve(info, self.dataset.tokenizer.n_vocab, run.data.dataset)
+        self.identity = RunIdentity(
+            model=self.model_config.model_dump(), data=self.dataset.fingerprint, content=self.dataset.content_fingerprint,
+            global_batch=run.global_batch, seed=run.seed,
+        )  # fmt: skip
+        self.checkpoints = CheckpointStore(self.folder / "checkpoints", run.checkpoint.keep)
+        found = self.checkpoints.newest(ranks)
+        if found is not None:
+            self._require_resumable(*found)
+        self.n_parameters = _count_parameters(self.model_config)
+        self.checkpoints.require_room(self.n_parameters)
+        self.validation = validation_batches(
+            self.validation_set, text_len=self.model_config.text_len, batch=run.micro_batch, rank=ranks.rank,
+            world_size=ranks.world_size, limit=run.validation.samples,
+        )  # fmt: skip
+        # every rank takes the same few samples: their losses are what an export must reproduce
+        self.parity_batch = validation_batches(
+            self.validation_set, text_len=self.model_config.text_len, batch=PARITY_SAMPLES, rank=0, world_size=1, limit=PARITY_SAMPLES
+        )[0]
+        self.state = TrainState()
+        self.stream = TokenStream(
+            self.dataset, text_len=self.model_config.text_len, global_batch=run.global_batch, micro_batch=run.micro_batch,
+            rank=ranks.rank, world_size=ranks.world_size, seed=run.seed, bpe_dropout=run.data.bpe_dropout,
+            start_update=found[1]["update"] if found else 0, prefetch=run.data.prefetch,
+        )  # fmt: skip
+        settings = run.optimizer
+        self.engine = PriorEngine(
+            self.model_config, engine_config,
+            OptimizerSettings(run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay),
+            ranks, run.seed,
+        )  # fmt: skip
+        if run.activation_checkpointing:
+            recompute_layers(self.engine.module)
+        self.average = WeightAverage(self.engine.shards(), run.average)
+        if found is not None:
+            self._restore(found[0])
+        self.tracker = self._start_tracking(engine_config.json, accumulation) if ranks.is_main else NullTracker()
+        self.scale_history: list[tuple[int, list[float]]] = []
+        self.last_validation: dict[str, float] = {}
+
+    # ---- the loop --------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: StopFlag) -> dict[str, Any]:
+        run, state = self.recipe, self.state
+        if state.update >= run.updates:
+            log.info("%s is finished: %d updates; nothing to do", self.folder, state.update)
+            return self._summary(resumed_at=state.update)
+        resumed_at, saved_at = state.update, state.update
+        status, began = "FAILED", time.monotonic()
+        before = state.seconds
+        meter = _Meter(tokens_per_update=run.global_batch * self.model_config.n_slots)
+        bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self.ranks.is_main)
+        try:
+            with bar, self.stream:
+                if state.update == 0:
+                    self._validate()
+                while state.update < run.updates:
+                    micro_batches = next(self.stream)
+                    lr = run.learning_rate.at(state.update, run.updates)
+                    report = self.engine.update([(b.text_BT, b.image_BN) for b in micro_batches], lr, stop.requested)
+                    state.update += 1
+                    state.seconds = before + time.monotonic() - began
+                    if report.took_step:
+                        if state.update % run.average.every == 0:
+                            self.average.copy(self.engine.shards())
+                    else:
+                        state.n_skipped += 1
+                    self._report(report, lr, meter, bar)
+                    if state.update % run.validation.every == 0 or state.update == run.updates:
+                        self._validate()
+                    if state.update % run.checkpoint.every == 0 or state.update == run.updates or report.stop_requested:
+                        self._save()
+                        saved_at = state.update
+                    if report.stop_requested and state.update < run.updates:
+                        status = "KILLED"
+                        log.info("asked to stop (%s): saved update %d in %s; the same command goes on from there",
+                                 stop.reason or "another rank", saved_at, self.checkpoints.folder)  # fmt: skip
+                        raise SystemExit(EXIT_STOPPED)
+            status = "FINISHED"
+            summary = self._summary(resumed_at)
+            if self.ranks.is_main:
+                self._write_json(SUMMARY_FILE, summary)
+                self.tracker.artifact(self.folder / SUMMARY_FILE)
+            return summary
+        finally:
+            self.tracker.close(status)
+
+    def _report(self, report: UpdateReport, lr: float, meter: "_Meter", bar: Any) -> None:
+        state, every = self.state, self.recipe.tracking.every
+        bar.update(1)
+        if not self.ranks.is_main:
+            return
+        meter.add()
+        if report.nonfinite_blocks:
+            log.warning("update %d skipped: non-finite gradient in %s", state.update, ", ".join(report.nonfinite_blocks))
+        elif not report.took_step:
+            log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
+        if state.update % every and report.took_step:
+            return
+        values = {
+            "train/loss": report.loss, "train/text_loss": report.text_loss, "train/image_loss": report.image_loss,
+            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped, "train/tokens_per_second": meter.rate(),
+            "train/epoch": state.update / self.stream.steps_per_epoch, "train/data_wait_seconds": self.stream.wait_seconds,
+            "train/captions_cut": self.stream.n_truncated,
+        }  # fmt: skip
+        if math.isfinite(report.grad_norm):
+            values["train/grad_norm"] = report.grad_norm
+        if self.engine.scaler:
+            scales = self.engine.scaler.log2_scales()
+            values |= {f"scale_log2/{name}": value for name, value in scales.items()}
+            self.scale_history.append((state.update, list(scales.values())))
+        self.tracker.metrics(values, state.update)
+        bar.set_postfix_str(f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False)
+
+    def _validate(self) -> None:
+        """Held-out losses of the averaged weights, and a map of the image loss by grid position."""
+        with self._averaged():
+            text_loss, image_loss = self.engine.evaluate([(b.text_BT, b.image_BN) for b in self.validation])
+            first = self.validation[0]
+            nll_BN = self.engine.image_nll(first.text_BT, first.image_BN)
+        self.last_validation = {"validation/text_loss": text_loss, "validation/image_loss": image_loss}
+        self.tracker.metrics(self.last_validation, self.state.update)
+        if self.ranks.is_main:
+            log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", self.state.update, image_loss, text_loss)
+            grid = self.model_config.grid
+            self.tracker.picture("loss_by_position", position_map_chart(nll_BN.mean(0).view(grid, grid).numpy()), self.state.update)
+            if len(self.scale_history) > 1 and self.engine.scaler:
+                updates, scales = zip(*self.scale_history, strict=True)
+                chart = scale_chart(list(updates), torch.tensor(scales).T.numpy(), self.engine.scaler.names)
+                self.tracker.picture("gradient_scales", chart, self.state.update)
+
+    def _averaged(self) -> Any:
+        return self.average.in_place_of(self.engine.shards(), self.engine.refresh_resident_parameters)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        with self._averaged():
+            nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
+
+        def write(folder: Path) -> None:
+            self.engine.save(folder, {"train_state": self.state.to_dict(), "n_copies": self.average.n_copies})
+            save_average(self.average, folder, self.ranks)
+            if self.ranks.is_main:
+                save_file(_parity_tensors(self.parity_batch, nll_BN), folder / PARITY_FILE)
+
+        run = self.tracker.run
+        about = {
+            **asdict(self.identity), "dataset": self.recipe.data.dataset, "dvae": self.dataset.info.dvae,
+            "tokenizer": self.dataset.info.tokenizer, "fp16_branches": self.engine.scaler is not None,
+            "mlflow": {"uri": run.uri, "run_id": run.run_id} if run is not None else None,
+        }  # fmt: skip
+        path = self.checkpoints.save(self.state.update, write, about, self.ranks)
+        if self.ranks.is_main:
+            log.info("saved %s", path)
+
+    def _require_resumable(self, checkpoint: Path, commit: dict[str, Any]) -> None:
+        self.identity.require_same(commit["about"], checkpoint)
+        if commit["world_size"] != self.ranks.world_size:
+            from dalle_ds.errors import ConfigError
+
+            raise ConfigError(
+                f"{checkpoint} is of {commit['world_size']} ranks, this job has {self.ranks.world_size}: start it with as many"
+            )
+
+    def _restore(self, checkpoint: Path) -> None:
+        client_state = self.engine.load(checkpoint)
+        self.state = TrainState(**client_state["train_state"])
+        load_average(self.average, checkpoint, client_state["n_copies"], self.ranks)
+        if self.ranks.is_main:
+            log.info("resumed from %s", checkpoint)
+
+    # ---- tracking --------------------------------------------------------------------------------------------------------
+
+    def _start_tracking(self, engine_json: dict[str, Any], accumulation: int) -> Tracker:
+        run, info = self.recipe, self.dataset.info
+        self._write_json("deepspeed.json", engine_json)
+        (self.folder / "recipe.yaml").write_text(dump_recipe(run))
+        tracker = Tracker.start(
+            self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name,
+            tags={
+                **code_tags(), "stage": "train_prior", "lineage.data": info.fingerprint, "lineage.data_content": self.identity.content,
+                "lineage.dvae": info.dvae, "lineage.tokenizer": info.tokenizer, "lineage.dataset": run.data.dataset,
+            },
+            params={
+                **flatten(run.model_dump(mode="json")), **{f"resolved.{k}": v for k, v in self.model_config.model_dump().items()},
+                "world_size": self.ranks.world_size, "accumulation": accumulation, "n_parameters": self.n_parameters,
+                "effective_parameters": effective_parameters(self.model_config), "n_train_samples": self.dataset.n_samples,
+            },
+        )  # fmt: skip
+        tracker.input_dataset("token_shards", run.data.dataset, info.fingerprint)
+        tracker.artifact(self.folder / "deepspeed.json")
+        tracker.artifact(self.folder / "recipe.yaml")
+        log.info("prior of %.1f million parameters on %d ranks x %d micro-batches of %d; %d train samples, %d updates an epoch; %s",
+                 self.n_parameters / 1e6, self.ranks.world_size, accumulation, run.micro_batch, self.dataset.n_samples,
+                 self.stream.steps_per_epoch, self.engine.groups_description)  # fmt: skip
+        return tracker
+
+    def _write_json(self, name: str, tree: dict[str, Any]) -> None:
+        temporary = self.folder / f".{name}.new"
+        temporary.write_text(json.dumps(tree, indent=1, default=str))
+        temporary.replace(self.folder / name)
+
+    def _summary(self, resumed_at: int) -> dict[str, Any]:
+        state = self.state
+        checkpoints = self.checkpoints.committed()
+        return {
+            "folder": str(self.folder), "updates": state.update, "resumed_at": resumed_at, "skipped_updates": state.n_skipped,
+            "seconds": round(state.seconds, 1), "checkpoint": str(checkpoints[-1]) if checkpoints else None,
+            "held_out_image_loss": self.last_validation.get("validation/image_loss"),
+            "held_out_text_loss": self.last_validation.get("validation/text_loss"),
+            "data_wait_seconds": round(self.stream.wait_seconds, 2), "n_parameters": self.n_parameters,
+        }  # fmt: skip
+
+
+class _Meter:
+    """Tokens a second since the last time it was asked."""
+
+    def __init__(self, tokens_per_update: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_update, self._clock = tokens_per_update, clock
+        self._since, self._tokens = clock(), 0
+
+    def add(self) -> None:
+        self._tokens += self._per_update
+
+    def rate(self) -> float:
+        now = self._clock()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        return rate
+
+
+def _parity_tensors(batch: TokenBatch, nll_BN: Tensor) -> dict[str, Tensor]:
+    return {"text": batch.text_BT.contiguous(), "image": batch.image_BN.contiguous(), "image_nll": nll_BN.float().contiguous()}
+
+
+def _count_parameters(config: PriorConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Prior(config).parameters())
