@@ -74,7 +74,8 @@ def _write_dvae(root: str, grid: int, n_codes: int, seed: int) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DVAE(config)
-    return write_weights(storage.join(root, "dvae.safetensors"), kind="dvae", config=config.model_dump(), state=model.state_dict())
+    url = storage.join(root, "dvae.safetensors")
+    return write_weights(url, kind="dvae", config=config.model_dump(), state=model.state_dict())
 
 
 def _write_shard(root: str, info: DatasetInfo, tokenizer: CaptionTokenizer, shard: str, block_samples: int,

@@ -1,0 +1,303 @@
+"""Token batches: the right samples on every number of ranks, exact resume, refusal of what does not fit, storage outages."""
+
+import itertools
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from dalle_ds.data import shards, storage
+from dalle_ds.data.manifest import load_dataset_info, load_manifest
+from dalle_ds.data.tokenizer import train_tokenizer
+from dalle_ds.data.tokens import PAD, TokenBatch, TokenDataset, TokenStream, validation_batches
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from tests.data.token_sets import edit_json, make_token_set
+
+SIZES = {"n_samples": 150, "n_validation": 50, "block_samples": 16, "n_shards": 3}
+SETTINGS = {"text_len": 24, "global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "bpe_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> str:
+    return make_token_set(tmp_path_factory.mktemp("set") / "tokens", **SIZES)
+
+
+@pytest.fixture
+def own_root(tmp_path) -> str:
+    return make_token_set(tmp_path / "tokens", **SIZES)
+
+
+def read(dataset: TokenDataset, n_updates: int, **settings) -> list[list[TokenBatch]]:
+    with TokenStream(dataset, **(SETTINGS | settings)) as stream:
+        return list(itertools.islice(stream, n_updates))
+
+
+def joined(updates: list[list[TokenBatch]]) -> list[tuple[list[str], torch.Tensor, torch.Tensor]]:
+    """Per update: keys, text, image tokens, over the micro-batches."""
+    return [([key for batch in update for key in batch.keys], torch.cat([batch.text_BT for batch in update]),
+             torch.cat([batch.image_BN for batch in update])) for update in updates]
+
+
+def assert_same(left, right) -> None:
+    assert len(left) == len(right)
+    for (keys, text, image), (other_keys, other_text, other_image) in zip(left, right, strict=True):
+        assert keys == other_keys
+        assert torch.equal(text, other_text) and torch.equal(image, other_image)
+
+
+def test_data_set_says_what_it_is(root):
+    dataset = TokenDataset(root)
+    assert dataset.n_samples == 150 and TokenDataset(root, "validation").n_samples == 50
+    assert dataset.info == load_dataset_info(root) and dataset.fingerprint == dataset.info.fingerprint
+    assert dataset.tokenizer.fingerprint == dataset.info.tokenizer
+    assert dataset.n_blocks == 12  # 3 shards of 50: 16 + 16 + 16 + 2
+    assert dataset.content_fingerprint != TokenDataset(root, "validation").content_fingerprint
+
+
+def test_batches_hold_the_samples_that_were_written(root):
+    dataset = TokenDataset(root)
+    written = {}
+    for part in load_manifest(root).parts("train"):
+        for block in part.blocks:
+            tokens_nN, keys, captions = shards.read_block(root, part, block)
+            written |= {key: (row, caption, part.path) for row, key, caption in zip(tokens_nN, keys, captions, strict=True)}
+    updates = read(dataset, 12, bpe_dropout=0.0)
+    seen = [key for update in updates for batch in update for key in batch.keys]
+    assert len(seen) == len(set(seen)) == 144  # one epoch, six samples left out
+    for update in updates:
+        assert [len(batch) for batch in update] == [2] * 6
+        for batch in update:
+            assert batch.text_BT.shape == (2, 23) and batch.text_BT.dtype == torch.int64
+            assert batch.image_BN.shape == (2, 16) and batch.image_BN.dtype == torch.int64
+            for i, key in enumerate(batch.keys):
+                row, caption, shard = written[key]
+                assert batch.image_BN[i].tolist() == row.tolist()
+                assert batch.captions[i] == caption and batch.shards[i] == shard
+                ids = dataset.tokenizer.encode(caption)[:23]
+                assert batch.text_BT[i].tolist() == ids + [PAD] * (23 - len(ids))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_global_batch_is_the_same_on_any_number_of_ranks(root, world_size):
+    alone = joined(read(TokenDataset(root), 30))
+    ranks = [joined(read(TokenDataset(root), 30, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    together = [([key for keys, _, _ in parts for key in keys], torch.cat([text for _, text, _ in parts]),
+                 torch.cat([image for _, _, image in parts])) for parts in zip(*ranks, strict=True)]
+    assert_same(together, alone)  # dropout draws included
+
+
+def test_a_resumed_stream_continues_exactly(root):
+    whole = joined(read(TokenDataset(root), 31))
+    for start in (1, 12, 29):  # 12: the first update of the second epoch
+        assert_same(joined(read(TokenDataset(root), 31 - start, start_update=start)), whole[start:])
+
+
+def test_the_stream_knows_where_it_is(root):
+    with TokenStream(TokenDataset(root), start_update=7, **SETTINGS) as stream:
+        assert stream.steps_per_epoch == 12 and stream.n_left_out == 6 and stream.next_update == 7
+        next(stream)
+        assert stream.next_update == 8
+
+
+def test_dropout_changes_from_epoch_to_epoch_but_not_the_pictures(root):
+    dataset = TokenDataset(root)
+    of_key: dict[str, list[tuple]] = {}
+    for update in read(dataset, 48, bpe_dropout=0.3):
+        for batch in update:
+            for i, key in enumerate(batch.keys):
+                of_key.setdefault(key, []).append((tuple(batch.text_BT[i].tolist()), tuple(batch.image_BN[i].tolist())))
+    often = [versions for versions in of_key.values() if len(versions) == 4]
+    assert len(often) > 50
+    assert all(len({image for _, image in versions}) == 1 for versions in often)
+    assert np.mean([len({text for text, _ in versions}) for versions in often]) > 2
+
+
+def test_long_captions_are_cut_and_counted(root):
+    dataset = TokenDataset(root)
+    with TokenStream(dataset, **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0})) as stream:
+        updates = [next(stream) for _ in range(stream.steps_per_epoch)]
+        captions = [caption for update in updates for batch in update for caption in batch.captions]
+        n_long = sum(len(dataset.tokenizer.encode(caption)) > 8 for caption in captions)
+        assert stream.n_truncated == n_long > 0
+    assert all(batch.text_BT.shape == (2, 8) and (batch.text_BT[0] >= 0).all() for batch in updates[0])
+
+
+def test_a_small_cache_gives_the_same_and_says_so(root, caplog):
+    with caplog.at_level(logging.WARNING):
+        small = joined(read(TokenDataset(root, cache_bytes=1), 13))
+    assert "blocks will be read many times over" in caplog.text
+    assert_same(small, joined(read(TokenDataset(root), 13)))
+
+
+def test_an_epoch_reads_each_block_once_where_the_cache_holds_them(root):
+    dataset = TokenDataset(root)
+    read(dataset, 24)
+    assert dataset.read_amplification == 1.0
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), [
+    ({"global_batch": 10, "micro_batch": 4}, ConfigError, "global batch 10 is not a multiple of micro-batch 4 x 1 ranks"),
+    ({"world_size": 5}, ConfigError, "global batch 12 .* x 5 ranks = 10"),
+    ({"global_batch": 152}, DataError, "150 samples in 12 blocks do not fill one global batch of 152"),
+    ({"bpe_dropout": 1.2}, ConfigError, "bpe_dropout 1.2"),
+    ({"start_update": -1}, ConfigError, "start_update -1"),
+    ({"text_len": 1}, ConfigError, "text_len is 1"),
+])
+def test_settings_that_cannot_work_are_refused_at_birth(root, settings, error, message):
+    with pytest.raises(error, match=message):
+        TokenStream(TokenDataset(root), **(SETTINGS | settings))
+
+
+def test_a_closed_stream_leaves_no_thread(root):
+    stream = TokenStream(TokenDataset(root), **(SETTINGS | {"rank": 3, "world_size": 6}))
+    next(stream)
+    assert any(thread.name == "token-stream-3" for thread in threading.enumerate())
+    stream.close()
+    assert not any(thread.name == "token-stream-3" for thread in threading.enumerate())
+
+
+# What does not fit is refused ---------------------------------------------------------------------------------------------
+
+
+def test_missing_data_set(tmp_path):
+    with pytest.raises(DataError, match="no token data set"):
+        TokenDataset(tmp_path)
+
+
+def test_shard_of_another_data_set(own_root):
+    edit_json(f"{own_root}/manifests/00001.json", fingerprint="00000000000000000000")
+    storage.delete(f"{own_root}/manifest.json")
+    with pytest.raises(FingerprintMismatch, match="00001.*00000000000000000000"):
+        TokenDataset(own_root)
+
+
+def test_merged_manifest_with_a_shard_of_another_data_set(own_root):
+    merged = load_manifest(own_root)
+    strange = [shard.model_copy(update={"fingerprint": "ffff"}) if shard.shard == "00002" else shard for shard in merged.shards]
+    storage.write_bytes(f"{own_root}/manifest.json", merged.model_copy(update={"shards": strange}).to_json())
+    with pytest.raises(FingerprintMismatch, match="shard 00002 .*found ffff"):
+        TokenDataset(own_root)
+
+
+def test_another_tokenizer(own_root):
+    train_tokenizer(["quite other words", "than those of the set"], 400, f"{own_root}/tokenizer.model")
+    expected = load_dataset_info(own_root).tokenizer
+    with pytest.raises(FingerprintMismatch, match=f"tokenizer .*expected fingerprint {expected}"):
+        TokenDataset(own_root)
+
+
+def test_edited_data_set_description(own_root):
+    edit_json(f"{own_root}/dataset.json", grid=8)
+    with pytest.raises(FingerprintMismatch, match="changed by hand"):
+        TokenDataset(own_root)
+
+
+def test_empty_split(tmp_path):
+    root = make_token_set(tmp_path / "tokens", n_samples=20, n_validation=0)
+    with pytest.raises(DataError, match="no samples in split 'validation', 20 in all"):
+        TokenDataset(root, "validation")
+
+
+def test_unfinished_encoding_is_read_with_a_warning(tmp_path, caplog):
+    root = make_token_set(tmp_path / "tokens", **SIZES, complete=False)
+    dataset = TokenDataset(root)
+    assert dataset.n_samples == 150 and "encoding is not finished" in caplog.text
+
+
+def test_a_damaged_block_is_named_to_the_consumer(own_root):
+    part = load_manifest(own_root).parts("train")[1]
+    url = f"{own_root}/{part.path}"
+    data = bytearray(storage.read_bytes(url))
+    data[part.blocks[0].offset + 700] ^= 1
+    storage.write_bytes(url, bytes(data))
+    with pytest.raises(DataError, match=rf"{part.path}, block {part.blocks[0].name}"):
+        read(TokenDataset(own_root), 12)
+
+
+def test_a_lost_shard_is_named_to_the_consumer(own_root):
+    part = load_manifest(own_root).parts("train")[2]
+    storage.delete(f"{own_root}/{part.path}")
+    with pytest.raises(DataError, match=part.path):
+        read(TokenDataset(own_root), 12)
+
+
+def test_any_other_fault_of_reading_is_named_too(root, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(storage, "read_range", refuse)
+    with pytest.raises(DataError, match=r"data/0000\d-test-train.tar, block .*PermissionError: not yours"):
+        read(TokenDataset(root), 1)
+
+
+def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
+    def wrong(tokens_nN):
+        monkeypatch.setattr("dalle_ds.data.token_dataset.read_block", lambda *_: (tokens_nN, ["k"] * 16, ["c"] * 16))
+
+    wrong(np.full((16, 16), 32, dtype=np.uint16))
+    with pytest.raises(DataError, match="image token 32, expected codes below 32"):
+        read(TokenDataset(root), 1)
+    wrong(np.zeros((16, 64), dtype=np.uint16))
+    with pytest.raises(DataError, match=r"shape \(16, 64\), expected 16 a sample \(grid 4x4\)"):
+        read(TokenDataset(root), 1)
+
+
+# Validation ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_has_equal_counts_and_no_sample_twice(root, world_size):
+    dataset = TokenDataset(root, "validation")
+    ranks = [validation_batches(dataset, text_len=24, batch=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {50 // (4 * world_size)}
+    keys = [key for batches in ranks for batch in batches for key in batch.keys]
+    assert len(keys) == len(set(keys)) == ranks[0].n_samples
+    assert ranks[0].n_samples + ranks[0].n_dropped == 50
+    again = validation_batches(dataset, text_len=24, batch=4, rank=0, world_size=world_size)
+    assert all(torch.equal(a.text_BT, b.text_BT) and a.keys == b.keys for a, b in zip(ranks[0], again, strict=True))
+
+
+def test_validation_limit_spreads_over_the_shards(root):
+    batches = validation_batches(TokenDataset(root, "validation"), text_len=24, batch=5, rank=0, world_size=1, limit=34)
+    assert len(batches) == 6 and batches.n_samples == 30 and batches.n_dropped == 4
+    assert len({shard for batch in batches for shard in batch.shards}) > 1
+    everything = validation_batches(TokenDataset(root, "validation"), text_len=24, batch=5, rank=0, world_size=1, limit=10**6)
+    assert everything.n_samples == 50
+
+
+def test_too_few_samples_to_validate_on(root):
+    with pytest.raises(DataError, match="50 samples of split 'validation' .* at least 60: one batch of 30 on each of 2 ranks"):
+        validation_batches(TokenDataset(root, "validation"), text_len=24, batch=30, rank=0, world_size=2)
+    with pytest.raises(ConfigError, match="rank 2 of 2"):
+        validation_batches(TokenDataset(root, "validation"), text_len=24, batch=1, rank=2, world_size=2)
+
+
+# Object storage -----------------------------------------------------------------------------------------------------------
+
+
+def test_s3_gives_the_same_and_survives_a_lost_server(root, monkeypatch, caplog):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test",
+                        "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "60")
+    try:
+        storage._s3().mkdir("tokens-outage")
+        remote = make_token_set("s3://tokens-outage/set", **SIZES)
+        expected = joined(read(TokenDataset(root), 12))
+        with TokenStream(TokenDataset(remote, cache_bytes=1), prefetch=1, **SETTINGS) as stream:
+            updates = [next(stream) for _ in range(3)]
+            server.stop()
+            # Its content outlives the server: moto keeps it in this process.
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
+            threading.Timer(1.0, server.start).start()
+            updates += [next(stream) for _ in range(9)]
+        assert "cannot read s3://tokens-outage/set/data/" in caplog.text  # the outage was felt
+        assert_same(joined(updates), expected)
+    finally:
+        server.stop()
