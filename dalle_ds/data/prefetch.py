@@ -29,7 +29,7 @@ class Prefetch(Generic[T]):
         self._stop = threading.Event()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=_produce, args=(source, self._queue, self._stop), name=name, daemon=True)
-        weakref.finalize(self, self._stop.set)
+        weakref.finalize(self, _shut, self._stop, self._thread)  # runs at the interpreter's exit too
         self._thread.start()
 
     def __iter__(self) -> "Prefetch[T]":
@@ -52,8 +52,13 @@ class Prefetch(Generic[T]):
 
     def close(self, timeout: float = 5.0) -> None:
         """Stop the thread; wait for it up to `timeout` seconds (it may stand in a read that is being retried)."""
-        self._stop.set()
-        self._thread.join(timeout)
+        _shut(self._stop, self._thread, timeout)
+
+
+def _shut(stop: threading.Event, thread: threading.Thread, timeout: float = 1.0) -> None:
+    stop.set()
+    if thread is not threading.current_thread():  # the garbage collector may run this on the thread itself
+        thread.join(timeout)
 
 
 def _produce(source: Iterator[Any], out: queue.Queue, stop: threading.Event) -> None:
