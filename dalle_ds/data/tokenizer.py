@@ -190,7 +190,7 @@ def _train(words: Counter[str], required: str, vocab_size: int) -> bytes:
 
 
 def _word_lines(words: Counter[str]) -> Iterator[str]:
-    # Sorted, because the trainer breaks ties between equally frequent pairs by the order of its input.
+    # The most frequent words, ties by spelling: what is cut off must not depend on the order of the captions.
     usable = ((word, n) for word, n in words.items() if len(word) <= MAX_WORD_LETTERS)
     chosen = sorted(usable, key=lambda item: (-item[1], item[0]))[:MAX_DISTINCT_WORDS]
     for word, n in chosen:

@@ -32,7 +32,7 @@ def odd_captions(n: int, seed: int = 0) -> list[str]:
     spice = ["😀", "👩‍🚀", "日本語", "Straße", "ﬁ", "İstanbul", "\u00a0", "\t", "  ", "\n", "007", "x²", "3.14", "don't",
              "\u2581", "<0x41>", "<unk>", "e\u0301", "\u200d", "A\u030a", "½", "\x00", "\ud83d", "ok…", "#hash_tag", "a-b",
              "ΑΒΓ", "Жук", "👍🏽", "''", "zzzqqq", "supercalifragilistic"]
-    captions = ["", " ", "a", SPACE]
+    captions = ["", " ", "a", SPACE, "a" * 300]
     for _ in range(n):
         parts = [rng.choice(words if rng.random() < 0.6 else spice) for _ in range(rng.randint(1, 12))]
         parts = [part[: rng.randint(1, len(part))] if rng.random() < 0.3 else part for part in parts]
@@ -84,6 +84,14 @@ def test_merge_loop_equals_sentencepiece_without_dropout(tokenizer):
     assert rng.bit_generator.state == before
 
 
+def test_merge_loop_takes_the_leftmost_of_equal_pairs(tmp_path):
+    tokenizer = train_tokenizer(["aa aab banana nana lalala zzz"] * 3, 400, tmp_path / "t.model")
+    rng = random.Random(0)
+    for _ in range(300):
+        word = "".join(rng.choice("abnlz") for _ in range(rng.randint(1, 14)))
+        assert tokenizer.encode_with_dropout(word, 0.0, np.random.default_rng()) == tokenizer.encode(word), word
+
+
 def test_dropout_is_a_function_of_the_generator_and_keeps_the_text(tokenizer):
     caption = "A smiling snowboarder beside 1,000 umbrellas 😀"
     runs = [tokenizer.encode_with_dropout(caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
@@ -129,6 +137,14 @@ def test_too_large_vocabulary_becomes_as_large_as_the_captions_support(tmp_path,
 def test_letters_that_no_caption_has_get_a_piece(tmp_path):
     tokenizer = train_tokenizer(["the " * 20 + "cat"] * 3000, 400, tmp_path / "t.model")
     assert [tokenizer.piece(i) for i in tokenizer.encode("quiz")] == ["q", "u", "i", "z"]
+
+
+def test_only_the_most_frequent_words_train(tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle_ds.data.tokenizer.MAX_DISTINCT_WORDS", 2)
+    captions = ["rarely seen", "often here", "here often"]
+    models = [train_tokenizer(order, 400, tmp_path / "t.model") for order in itertools.permutations(captions)]
+    assert len({model.model_bytes for model in models}) == 1
+    assert len(models[0].encode("often")) == 1 and len(models[0].encode("rarely")) > 3
 
 
 def test_too_small_vocabulary_is_refused_with_both_numbers(tmp_path):
