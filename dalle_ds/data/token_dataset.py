@@ -50,6 +50,7 @@ class TokenDataset:
         for shard in manifest.shards:
             require_same(f"shard {shard.shard} of {root_url}", self.fingerprint, shard.fingerprint,
                          "It was encoded for another data set (dVAE, tokenizer or crop).")
+        self.complete = manifest.complete  # else ranks that open it at different times may see different shards
         if not manifest.complete:
             log.warning("%s: encoding is not finished; reading the %d shards that are done. The reading order changes "
                         "when there are more", root_url, len(manifest.shards))
