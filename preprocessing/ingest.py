@@ -21,7 +21,7 @@ from dalle_ds.data.manifest import RawShardManifest, Record, done_shards, load_s
 from dalle_ds.errors import DataError
 from dalle_ds.recipes import Config, canonical_json
 from preprocessing.commit import commit_shard, new_attempt
-from preprocessing.filters import FilterConfig, caption_filters, judge_caption, judge_picture, picture_filters
+from preprocessing.filters import FILTER_RULES, FilterConfig, caption_filters, judge_caption, judge_picture, picture_filters
 from preprocessing.folder import Entry, read_folder
 from preprocessing.outcome import Outcome
 from preprocessing.pool import n_cores, run_shards
@@ -178,7 +178,7 @@ class RawInfo(Record):
 def _claim(config: IngestConfig, entries: list[Entry]) -> str:
     # Which samples go into which shard must not change between a run and its restart.
     listing = canonical_json([[entry.key, entry.group, entry.caption, entry.bytes] for entry in entries]).encode()
-    rules = {"filters": config.filters.model_dump(), "samples_per_shard": config.samples_per_shard}
+    rules = {"filters": config.filters.model_dump(), "version": FILTER_RULES, "samples_per_shard": config.samples_per_shard}
     mark = fingerprint(rules, {"listing": listing})
     info = RawInfo(fingerprint=mark, pictures=config.pictures, n_input=len(entries), samples_per_shard=config.samples_per_shard)
     url = storage.join(config.out, RAW_INFO)

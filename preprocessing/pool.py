@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.connection import wait as wait_for_sentinel
 from typing import Any, Protocol
 
@@ -43,6 +44,8 @@ def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callabl
     """
     results: list[Any] = []
     failures: dict[str, str] = {}
+    if not shards:
+        return results, failures
     with progress(total=sum(map(size, shards)), what=what, unit=unit) as bar:
 
         def settle(shard: Any, outcome: Callable[[], Any]) -> None:
@@ -54,10 +57,10 @@ def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callabl
                 log.error("shard %s stays open: %s", name(shard), error)
             bar.update(size(shard))
 
-        if n_workers == 1 or len(shards) <= 1:
-            work = job.start(n_cores()) if shards else None
+        if n_workers == 1 or len(shards) == 1:
+            work = job.start(n_cores())
             for shard in shards:
-                settle(shard, lambda shard=shard: work(shard))  # type: ignore[misc]
+                settle(shard, partial(work, shard))
             return results, failures
         left = list(shards)
         for _ in range(MAX_BROKEN_POOLS):

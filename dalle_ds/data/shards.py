@@ -5,7 +5,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,7 +105,13 @@ def read_block(root_url: str | Path, part: Part, block: Block) -> tuple[np.ndarr
 
 
 def parse_block(data: bytes, block: Block, url: str) -> tuple[np.ndarray, list[str], list[str]]:
-    """The content of a block's bytes; checks the CRC and the counts. Errors as `read_block`."""
+    """The content of a block's bytes: tokens, keys, captions. Errors as `read_block`."""
+    tokens_nN, record = parse_record(data, block, url)
+    return tokens_nN, record["keys"], record["captions"]
+
+
+def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[str, list[str]]]:
+    """Tokens and {"keys", "captions", "groups"} of a block's bytes; CRC and counts are checked. Errors as `read_block`."""
     if _crc32(data) != block.crc32:
         raise DataError(f"{url}, block {block.name}: CRC-32 {_crc32(data)}, its manifest says {block.crc32}; "
                         "the data is damaged")
@@ -115,13 +121,13 @@ def parse_block(data: bytes, block: Block, url: str) -> tuple[np.ndarray, list[s
             opened = tar.extractfile(member)
             members[member.name.removeprefix(f"{block.name}.")] = opened.read() if opened else b""
     tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
-    if not len(tokens_nN) == len(record["keys"]) == len(record["captions"]) == block.n_samples:
-        raise DataError(f"{url}, block {block.name}: {len(tokens_nN)} token rows, {len(record['keys'])} keys, "
-                        f"{len(record['captions'])} captions; its manifest says {block.n_samples}")
-    return tokens_nN, record["keys"], record["captions"]
+    counts = {"token rows": len(tokens_nN), **{name: len(values) for name, values in record.items()}}
+    if set(counts.values()) != {block.n_samples}:
+        raise DataError(f"{url}, block {block.name}: holds {counts}; its manifest says {block.n_samples} samples")
+    return tokens_nN, record
 
 
-def decode_members(tokens: bytes, captions: bytes) -> tuple[np.ndarray, dict[str, Sequence[str]]]:
+def decode_members(tokens: bytes, captions: bytes) -> tuple[np.ndarray, dict[str, list[str]]]:
     """The two members of a block, decoded: tokens (n, N) and {"keys", "captions", "groups"}."""
     return np.load(io.BytesIO(tokens), allow_pickle=False), json.loads(captions)
 

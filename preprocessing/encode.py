@@ -1,0 +1,178 @@
+"""Encode: raw shards, a dVAE and a tokenizer become a token data set, shard by shard, exactly once."""
+
+import logging
+import time
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationError
+
+from dalle_ds.data import storage
+from dalle_ds.data.fingerprint import require_same
+from dalle_ds.data.images import CROP_RULE
+from dalle_ds.data.manifest import (
+    DatasetInfo,
+    DatasetManifest,
+    InputIdentity,
+    ShardManifest,
+    done_shards,
+    load_dataset_info,
+    load_shard_manifests,
+    merge,
+)
+from dalle_ds.data.raw import RawShard, list_raw_shards
+from dalle_ds.data.shards import BLOCK_SAMPLES
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.weights import read_weights
+from dalle_ds.errors import DataError
+from dalle_ds.models.dvae import DVAEConfig
+from dalle_ds.recipes import Config
+from preprocessing.encode_shard import EncodeJob, code_usage
+from preprocessing.outcome import Outcome
+from preprocessing.pool import n_cores, run_shards
+
+log = logging.getLogger(__name__)
+
+MAX_CODES = 2**16  # codes are stored in 16 bits
+TYPICAL_SAMPLES_PER_MB = 20  # only for the progress bar, where nothing tells a shard's samples
+
+
+class EncodeConfig(Config):
+    """What `python -m preprocessing encode` does."""
+
+    raw: str  # root of the raw shards, or a folder of WebDataset tars
+    dvae: str  # dvae.safetensors
+    tokenizer: str  # tokenizer.model
+    out: str  # root of the token data set
+    validation_fraction: float = Field(0.05, ge=0, lt=1)  # of the groups; the paper holds out 606 thousand of 250 million
+    max_failure_rate: float = Field(0.1, ge=0, le=1)  # a shard with more failed samples stays open
+    workers: int | None = Field(None, ge=1)  # processes; not set: all cores, or one on a GPU
+    batch_size: int = Field(64, ge=1)
+    block_samples: int = Field(BLOCK_SAMPLES, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Recipe(Config):
+    encode: EncodeConfig
+
+
+def run(config: EncodeConfig) -> Outcome:
+    """Encode every shard that is not done, then write the merged manifest.
+
+    Raises:
+        DataError: no input, no dVAE, no room; FingerprintMismatch: `out` was made with another dVAE, tokenizer or crop.
+    """
+    started = time.monotonic()
+    shards = list_raw_shards(config.raw)
+    info = _claim(config)
+    done = done_shards(config.out)
+    if done:
+        _require_same_inputs(config, shards, load_shard_manifests(config.out, ShardManifest))
+    todo = [shard for shard in shards if shard.name not in done]
+    _require_room(config.out, todo, info)
+    if not todo:
+        log.info("%s: all %d shards are encoded already; nothing to do", config.out, len(shards))
+    device = _device(config.device)
+    job = EncodeJob(config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device)
+    n_workers = config.workers or (1 if device == "cuda" else n_cores())
+    made, failures = run_shards(job, todo, n_workers=n_workers, name=lambda shard: shard.name, size=_samples, what="encode",
+                                unit="picture")
+    manifests = load_shard_manifests(config.out, ShardManifest)
+    _require_same_inputs(config, shards, manifests)
+    manifest = merge(info, manifests, complete=not failures)
+    if not failures:
+        _publish(config.out, manifest)
+    seconds = time.monotonic() - started
+    return Outcome(_summary(config, manifest, made, failures, seconds), is_complete=not failures)
+
+
+def _summary(config: EncodeConfig, manifest: DatasetManifest, made: list[ShardManifest], failures: dict[str, str],
+             seconds: float) -> dict[str, object]:
+    n_samples = sum(manifest.n_samples.values())
+    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
+    return {
+        "out": config.out,
+        "shards": len(manifest.shards),
+        "shards_made_now": len(made),
+        "inputs": sum(shard.n_input for shard in manifest.shards),
+        "samples": dict(manifest.n_samples),
+        "dropped": manifest.dropped,
+        "bytes_per_sample": n_bytes / max(1, n_samples),
+        **code_usage(manifest.code_histogram),
+        "failed_shards": failures,
+        "fingerprint": manifest.fingerprint,
+        "seconds": seconds,
+        "pictures_per_second": sum(shard.n_input for shard in made) / seconds,
+    }
+
+
+def _claim(config: EncodeConfig) -> DatasetInfo:
+    # dataset.json goes first: of two runs with different models into one output, one is refused before it writes anything.
+    weights = read_weights(config.dvae, "dvae")
+    try:
+        dvae = DVAEConfig(**weights.config)
+    except ValidationError as error:
+        raise DataError(f"{config.dvae}: its config does not fit this version's DVAEConfig: {error}") from None
+    if dvae.vocab_size > MAX_CODES:
+        raise DataError(f"{config.dvae}: {dvae.vocab_size} codes, expected at most {MAX_CODES}")
+    tokenizer = CaptionTokenizer(config.tokenizer)
+    info = DatasetInfo(image_size=dvae.image_size, grid=dvae.grid, n_codes=dvae.vocab_size, dvae=weights.fingerprint,
+                       tokenizer=tokenizer.fingerprint, crop=CROP_RULE, validation_fraction=config.validation_fraction).sealed()
+    if not storage.create_exclusive(storage.join(config.out, "dataset.json"), info.to_json()):
+        _require_same_making(config.out, load_dataset_info(config.out), info)
+    for name, source in (("dvae.safetensors", config.dvae), ("tokenizer.model", config.tokenizer)):
+        if not storage.exists(storage.join(config.out, name)):
+            with storage.local_copy(source) as file:
+                storage.put_file(file, storage.join(config.out, name))
+    return info
+
+
+def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> None:
+    hint = "Another data set needs another `encode.out`."
+    for part in ("dvae", "tokenizer"):
+        require_same(f"{part} of data set {out}", getattr(there, part), getattr(ours, part), hint)
+    differing = {name: (value, getattr(ours, name)) for name, value in there if value != getattr(ours, name)}
+    differing.pop("fingerprint", None)
+    told = ", ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
+    require_same(f"data set {out} ({told})", there.fingerprint, ours.fingerprint, hint)
+
+
+def _require_same_inputs(config: EncodeConfig, shards: list[RawShard], manifests: list[ShardManifest]) -> None:
+    # Shards are known by name: another raw folder with the same names must not pass for done.
+    inputs = {manifest.shard: manifest.input for manifest in manifests}
+    for shard in shards:
+        made_of = inputs.get(shard.name)
+        if made_of is not None and not _is_same_input(made_of, shard):
+            raise DataError(f"{config.out}: shard {shard.name} was made from {made_of.path} ({made_of.bytes} bytes, checksum "
+                            f"{made_of.checksum}), which is not {shard.url} ({shard.bytes} bytes, checksum {shard.checksum}); "
+                            "another raw set needs another `encode.out`")
+
+
+def _is_same_input(made_of: InputIdentity, shard: RawShard) -> bool:
+    if made_of.bytes != shard.bytes:
+        return False
+    return made_of.checksum is None or shard.checksum is None or made_of.checksum == shard.checksum
+
+
+def _publish(out: str, manifest: DatasetManifest) -> None:
+    url = storage.join(out, "manifest.json")
+    data = manifest.to_json()
+    if not storage.exists(url) or storage.read_bytes(url) != data:
+        storage.write_bytes(url, data)
+
+
+def _require_room(out: str, todo: list[RawShard], info: DatasetInfo) -> None:
+    needed = sum(map(_samples, todo)) * (2 * info.n_tokens + 256)
+    free = storage.free_bytes(out)
+    if free is not None and needed > free:
+        raise DataError(f"{out}: about {needed / 2**30:.2f} GiB needed for the token shards, {free / 2**30:.2f} GiB free")
+
+
+def _samples(shard: RawShard) -> int:
+    return shard.n_samples if shard.n_samples is not None else max(1, shard.bytes * TYPICAL_SAMPLES_PER_MB // 2**20)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("encode.device is cuda, but torch sees no CUDA device; expected cpu or auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

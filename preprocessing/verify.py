@@ -1,0 +1,247 @@
+"""Verify: read back every manifest and every object it names, and tell all that is not as written."""
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field
+
+from dalle_ds.data import storage
+from dalle_ds.data.images import seed_of
+from dalle_ds.data.manifest import (
+    DatasetInfo,
+    DatasetManifest,
+    Part,
+    RawShardManifest,
+    ShardManifest,
+    load_dataset_info,
+    load_shard_manifests,
+    merge,
+    parse,
+)
+from dalle_ds.data.raw import Dropped, RawShard, read_raw_shard, split_of
+from dalle_ds.data.shards import parse_record
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.weights import read_weights
+from dalle_ds.errors import DataError, UserError
+from dalle_ds.recipes import Config
+from preprocessing.ingest import RAW_INFO, RawInfo
+from preprocessing.outcome import Outcome
+from preprocessing.pool import n_cores, run_shards
+
+log = logging.getLogger(__name__)
+
+MAX_TOLD = 100
+
+
+class VerifyConfig(Config):
+    """What `python -m preprocessing verify` does."""
+
+    root: str  # of raw shards or of a token data set
+    workers: int | None = Field(None, ge=1)
+    delete_orphans: bool = False  # objects that no manifest names: leftovers of killed workers. Not while an encode run goes on
+
+
+class Recipe(Config):
+    verify: VerifyConfig
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What one shard holds, and what is wrong with it."""
+
+    problems: list[str]
+    n_samples: int
+    key_hashes: np.ndarray  # 64 bits of each sample's key
+
+
+@dataclass(frozen=True)
+class VerifyJob:
+    """One worker's task; `info` is None for raw shards."""
+
+    root: str
+    info: DatasetInfo | None
+    fingerprint: str
+
+    def start(self, n_threads: int) -> Callable[[ShardManifest | RawShardManifest], ShardReport]:
+        return lambda manifest: check_shard(self, manifest)
+
+
+def run(config: VerifyConfig) -> Outcome:
+    """Check everything under the root; the outcome is complete only if nothing is wrong.
+
+    Raises:
+        DataError: neither raw shards nor a token data set lie there.
+    """
+    started = time.monotonic()
+    problems: list[str] = []
+    is_tokens = storage.exists(storage.join(config.root, "dataset.json"))
+    if is_tokens:
+        info = load_dataset_info(config.root)
+        mark = info.fingerprint
+        manifests: list[ShardManifest] | list[RawShardManifest] = load_shard_manifests(config.root, ShardManifest)
+        problems += _check_dataset(config.root, info, manifests)
+    else:
+        info, mark = None, _raw_fingerprint(config.root)
+        manifests = load_shard_manifests(config.root, RawShardManifest)
+    if not manifests:
+        problems.append(f"{config.root}: no shard is finished")
+    reports, failures = run_shards(VerifyJob(config.root, info, mark), manifests, n_workers=config.workers or n_cores(),
+                                   name=lambda manifest: manifest.shard, size=lambda manifest: manifest.n_samples,
+                                   what="verify", unit="sample")
+    problems += [problem for report in reports for problem in report.problems]
+    problems += [f"shard {name}: {why}" for name, why in failures.items()]
+    problems += _repeated_keys(reports)
+    orphans = _orphans(config.root, manifests)
+    if config.delete_orphans:
+        for url in orphans:
+            storage.delete(url)
+    summary = {
+        "root": config.root,
+        "kind": "tokens" if is_tokens else "raw",
+        "shards": len(manifests),
+        "samples": sum(report.n_samples for report in reports),
+        "n_problems": len(problems),
+        "problems": problems[:MAX_TOLD],
+        "orphans": len(orphans),
+        "orphan_bytes": sum(orphans.values()),
+        "orphans_deleted": config.delete_orphans,
+        "fingerprint": mark,
+        "seconds": time.monotonic() - started,
+    }
+    return Outcome(summary, is_complete=not problems, problems=problems[:MAX_TOLD])
+
+
+def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest) -> ShardReport:
+    """Read one shard back as a reader would, and compare it with its manifest."""
+    problems = []
+    if manifest.fingerprint != job.fingerprint:
+        problems.append(f"shard {manifest.shard}: fingerprint {manifest.fingerprint}, expected {job.fingerprint}")
+    if manifest.n_input != manifest.n_samples + sum(manifest.dropped.values()):
+        problems.append(f"shard {manifest.shard}: {manifest.n_input} inputs are not {manifest.n_samples} samples and "
+                        f"{sum(manifest.dropped.values())} dropped ones")
+    try:
+        if isinstance(manifest, ShardManifest):
+            assert job.info is not None
+            keys = _check_tokens(job.root, job.info, manifest, problems)
+        else:
+            keys = _check_raw(job.root, manifest, problems)
+    except (UserError, OSError) as error:
+        problems.append(str(error))
+        keys = []
+    return ShardReport(problems, len(keys), np.array([seed_of(key) for key in keys], dtype=np.uint64))
+
+
+def _check_tokens(root: str, info: DatasetInfo, manifest: ShardManifest, problems: list[str]) -> list[str]:
+    keys: list[str] = []
+    histogram = np.zeros(info.n_codes, dtype=np.int64)
+    for split, part in manifest.splits.items():
+        url = storage.join(root, part.path)
+        data = _whole_object(url, part)
+        for block in part.blocks:
+            tokens_nN, record = parse_record(data[block.offset:block.offset + block.bytes], block, url)
+            if tokens_nN.shape[1:] != (info.n_tokens,) or tokens_nN.dtype != np.uint16 or tokens_nN.max() >= info.n_codes:
+                problems.append(f"{url}, block {block.name}: tokens {tokens_nN.dtype} {tokens_nN.shape} up to "
+                                f"{tokens_nN.max()}, expected uint16 (n, {info.n_tokens}) below {info.n_codes}")
+                continue
+            if split == "train":
+                histogram += np.bincount(tokens_nN.reshape(-1), minlength=info.n_codes)
+            astray = [key for key, group in zip(record["keys"], record["groups"], strict=True)
+                      if split_of(group, info.validation_fraction) != split]
+            if astray:
+                problems.append(f"{url}, block {block.name}: {len(astray)} samples are not of the {split} split: {astray[:3]}")
+            keys += record["keys"]
+        if part.n_samples != sum(block.n_samples for block in part.blocks):
+            problems.append(f"{url}: {part.n_samples} samples are not the sum of its blocks")
+    if histogram.tolist() != manifest.code_histogram:
+        problems.append(f"shard {manifest.shard}: its code histogram is not that of its tokens")
+    return keys
+
+
+def _check_raw(root: str, manifest: RawShardManifest, problems: list[str]) -> list[str]:
+    shard = RawShard(manifest.shard, storage.join(root, manifest.path), manifest.bytes, manifest.checksum, manifest.n_samples)
+    keys = []
+    for sample in read_raw_shard(shard):
+        if isinstance(sample, Dropped):
+            problems.append(f"{shard.url}: sample {sample.key}: {sample.reason}")
+        else:
+            keys.append(sample.key)
+    if len(keys) != manifest.n_samples:
+        problems.append(f"{shard.url}: {len(keys)} samples, its manifest says {manifest.n_samples}")
+    if manifest.dropped_path:
+        url = storage.join(root, manifest.dropped_path)
+        reasons = Counter(json.loads(line)["reason"] for line in storage.read_bytes(url).splitlines())
+        if reasons != manifest.dropped:
+            problems.append(f"{url}: {dict(reasons)}, its manifest says {manifest.dropped}")
+    return keys
+
+
+def _whole_object(url: str, part: Part) -> bytes:
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        raise DataError(f"{url}: the manifest names this object, but it is gone") from None
+    if len(data) != part.bytes:
+        raise DataError(f"{url}: {len(data)} bytes, its manifest says {part.bytes}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != part.checksum:
+        raise DataError(f"{url}: SHA-256 {digest}, its manifest says {part.checksum}")
+    return data
+
+
+def _check_dataset(root: str, info: DatasetInfo, manifests: list[ShardManifest]) -> list[str]:
+    problems = []
+    readers: dict[str, tuple[str, Callable[[str], str]]] = {
+        "tokenizer.model": (info.tokenizer, lambda url: CaptionTokenizer(url).fingerprint),
+        "dvae.safetensors": (info.dvae, lambda url: read_weights(url, "dvae").fingerprint),
+    }
+    for name, (expected, fingerprint_of) in readers.items():
+        url = storage.join(root, name)
+        try:
+            found = fingerprint_of(url)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if found != expected:
+            problems.append(f"{url}: fingerprint {found}, dataset.json says {expected}")
+    url = storage.join(root, "manifest.json")
+    if not storage.exists(url):
+        return [*problems, f"{url}: missing; the encode run has not come to its end"]
+    try:
+        merged = parse(DatasetManifest, storage.read_bytes(url), url)
+        if merged != merge(info, manifests, complete=True):
+            problems.append(f"{url}: is not the merge of the {len(manifests)} shard manifests; run encode again")
+    except UserError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _raw_fingerprint(root: str) -> str:
+    url = storage.join(root, RAW_INFO)
+    try:
+        return parse(RawInfo, storage.read_bytes(url), url).fingerprint
+    except FileNotFoundError:
+        raise DataError(f"{root}: neither raw shards (raw.json) nor a token data set (dataset.json)") from None
+
+
+def _repeated_keys(reports: list[ShardReport]) -> list[str]:
+    hashes = np.concatenate([report.key_hashes for report in reports]) if reports else np.zeros(0, dtype=np.uint64)
+    n_repeated = len(hashes) - len(np.unique(hashes))
+    return [f"{n_repeated} samples have a key that another sample has too"] if n_repeated else []
+
+
+def _orphans(root: str, manifests: list[ShardManifest] | list[RawShardManifest]) -> dict[str, int]:
+    named: set[str] = set()
+    for manifest in manifests:
+        if isinstance(manifest, ShardManifest):
+            named |= {part.path for part in manifest.splits.values()}
+        else:
+            named |= {manifest.path, manifest.dropped_path or manifest.path}
+    found = storage.list_sizes(storage.join(root, "data")) | storage.list_sizes(storage.join(root, "dropped"))
+    wanted = {storage.join(root, path) for path in named}
+    return {url: size for url, size in found.items() if url not in wanted}
