@@ -128,11 +128,12 @@ class BlockScaler:
         """
         c = self.config
         bad = nonfinite > 0
+        self.since_backoff.add_(1)
         lower = bad & (self.since_backoff >= c.backoff_window)
         factor = torch.where(bad, 1.0, 2.0 ** (1.0 / c.growth_interval))
         factor = torch.where(lower, c.backoff, factor)
         self.scale.mul_(factor).clamp_(2.0**c.min_scale_power, 2.0**c.max_scale_power)
-        self.since_backoff.add_(1).masked_fill_(lower, 0)
+        self.since_backoff.masked_fill_(lower, 0)
         self.found_nonfinite.zero_()
 
     def log2_scales(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle_ds.console import progress
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
+from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.weight_average import WeightAverage
@@ -24,7 +25,7 @@ from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.recompute import recompute_layers
 from dalle_ds.recipes import dump_recipe, flatten
-from dalle_ds.training.charts import position_map_chart, scale_chart
+from dalle_ds.training.charts import gradient_scales, position_heatmap
 from dalle_ds.training.checkpoint import CheckpointStore
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
@@ -178,9 +179,8 @@ class _Trainer:
         if math.isfinite(report.grad_norm):
             values["train/grad_norm"] = report.grad_norm
         if self.engine.scaler:
-            scales = self.engine.scaler.log2_scales()
-            values |= {f"scale_log2/{name}": value for name, value in scales.items()}
-            self.scale_history.append((state.update, list(scales.values())))
+            values |= {f"scale_log2/{name}": value for name, value in self.engine.scaler.log2_scales().items()}
+            self.scale_history.append((state.update, self.engine.scaler.scale.tolist()))
         self.tracker.metrics(values, state.update)
         bar.set_postfix_str(f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False)
 
@@ -195,11 +195,12 @@ class _Trainer:
         if self.ranks.is_main:
             log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", self.state.update, image_loss, text_loss)
             grid = self.model_config.grid
-            self.tracker.picture("loss_by_position", position_map_chart(nll_BN.mean(0).view(grid, grid).numpy()), self.state.update)
+            chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {self.state.update}")
+            self.tracker.picture("loss_by_position", chart, self.state.update)
             if len(self.scale_history) > 1 and self.engine.scaler:
                 updates, scales = zip(*self.scale_history, strict=True)
-                chart = scale_chart(list(updates), torch.tensor(scales).T.numpy(), self.engine.scaler.names)
-                self.tracker.picture("gradient_scales", chart, self.state.update)
+                lines = dict(zip(self.engine.scaler.names, zip(*scales, strict=True), strict=True))
+                self.tracker.picture("gradient_scales", gradient_scales(updates, lines), self.state.update)
 
     def _averaged(self) -> Any:
         return self.average.in_place_of(self.engine.shards(), self.engine.refresh_resident_parameters)
@@ -229,8 +230,6 @@ class _Trainer:
     def _require_resumable(self, checkpoint: Path, commit: dict[str, Any]) -> None:
         self.identity.require_same(commit["about"], checkpoint)
         if commit["world_size"] != self.ranks.world_size:
-            from dalle_ds.errors import ConfigError
-
             raise ConfigError(
                 f"{checkpoint} is of {commit['world_size']} ranks, this job has {self.ranks.world_size}: start it with as many"
             )

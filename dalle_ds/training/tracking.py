@@ -1,8 +1,6 @@
 """Track a run in MLflow without ever waiting for it: calls append to a spool on disk, one thread delivers."""
 
-import argparse
 import logging
-import os
 import re
 import shutil
 import threading
@@ -14,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_ds.errors import DataError
 from dalle_ds.training.tracking_mlflow import RUN_FILE, MlflowSink, RunRef, read_run, resolve_uri, without_password, write_run
 from dalle_ds.training.tracking_spool import Spool
 
@@ -180,7 +179,7 @@ class Tracker(NullTracker):
         if n_left:
             log.warning(
                 "%d tracking records could not be delivered to %s yet and stay in %s; the next start of this run sends "
-                "them, or: python -m dalle_ds.training.tracking %s",
+                "them, or: dalle-ds replay %s",
                 n_left,
                 without_password(self._sink.uri),
                 self.folder / SPOOL,
@@ -264,12 +263,12 @@ def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0
     """Deliver what an ended run left in its spool. True if nothing is left.
 
     Raises:
-        FileNotFoundError: no run was ever tracked in `folder`.
+        DataError: no run was ever tracked in `folder`.
     """
     folder = Path(folder).resolve()
     known = read_run(folder)
     if known is None:
-        raise FileNotFoundError(f"{folder / RUN_FILE} does not exist: no run was tracked in this folder")
+        raise DataError(f"{folder / RUN_FILE} does not exist: no run was tracked in this folder")
     tracker = Tracker(folder, MlflowSink(folder, uri or known.uri, attach_only=not known.experiment), session=None)
     tracker._thread.start()
     return tracker._flush_and_stop(timeout)
@@ -278,12 +277,3 @@ def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0
 def _name(key: str) -> str:
     """MLflow takes letters, digits and _-./ and space."""
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", str(key))[:250]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Send what a run's spool still holds to MLflow.")
-    parser.add_argument("folder", type=Path, help="the run's folder (it holds mlflow_run.json)")
-    parser.add_argument("--uri", default=None, help="another MLflow store than the one noted in mlflow_run.json")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
-    raise SystemExit(os.EX_OK if replay(arguments.folder, uri=arguments.uri) else os.EX_TEMPFAIL)

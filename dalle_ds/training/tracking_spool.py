@@ -22,8 +22,8 @@ class Spool:
     """Append on one side, read and acknowledge on the other; one process at a time reads (a file lock), any number appends.
 
     Files: NNNNNNNN.jsonl (segments), position.json, lock. A process opens a new segment of its own and holds a lock on it while
-    it may append, so a line torn by SIGKILL can only be the last of an old segment, where it is ignored; readers don't go past a
-    held segment.
+    it may append, so a line torn by SIGKILL can only be the last of an old segment, where it is ignored; readers never go past
+    a held segment.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dalle_ds.errors import DataError
 from dalle_ds.training.tracking import NullTracker, Tracker, replay
 from dalle_ds.training.tracking_mlflow import MlflowSink, create_sqlite_store, read_run, without_password
 from dalle_ds.training.tracking_spool import Position, Spool
@@ -329,7 +330,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     late.metrics({"loss": 1.0}, step=1)
     late.picture("grid", Image.new("RGB", (4, 4)))
     assert not late.close()
-    assert f"python -m dalle_ds.training.tracking {tmp_path / 'late'}" in caplog.text
+    assert f"dalle-ds replay {tmp_path / 'late'}" in caplog.text
     server.start()
     assert replay(tmp_path / "late")
     run = client(server.uri).get_run(read_run(tmp_path / "late").run_id)
@@ -370,7 +371,7 @@ def test_a_mistake_of_the_caller_is_not_hidden(tmp_path):
 
 
 def test_replay_needs_a_tracked_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run was tracked"):
+    with pytest.raises(DataError, match="no run was tracked"):
         replay(tmp_path)
 
 
