@@ -1,0 +1,225 @@
+"""`dalle-ds VERB`: a table of verbs, no logic. What a verb needs is imported when it runs, so that --help is quick."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dalle_ds.console import print_summary, setup_logging, user_errors_exit
+from dalle_ds.errors import ConfigError
+
+app = typer.Typer(
+    name="dalle-ds",
+    help="Train and use the original DALL-E: dVAE, sparse-transformer prior, sampling. `dalle-ds VERB --help` has examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on the last line of stdout.")]
+Recipe = Annotated[Path | None, typer.Option(help="YAML file of the run's settings.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be repeated.")]
+ExportFolder = Annotated[str, typer.Option("--export", help="Export folder: a path or s3:// url.")]
+DataRoot = Annotated[str | None, typer.Option("--data", help="Token data set; unset: the one that the export names.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+
+
+@app.command("train-dvae")
+def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = False) -> None:
+    """Train the discrete VAE, or go on with it where its folder has a checkpoint.
+
+    \b
+    Examples:
+      dalle-ds train-dvae --recipe my_dvae.yaml
+      dalle-ds train-dvae --recipe my_dvae.yaml --set updates=500 --set folder=/data/dvae --json
+    """
+    from dalle_ds.recipes import load_recipe
+    from dalle_ds.training.dvae_trainer import DVAERun
+    from dalle_ds.training.dvae_trainer import train_dvae as run
+
+    print_summary(run(load_recipe(DVAERun, recipe, overrides or ())), json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="Folder of a prior's training run.")],
+    out: Annotated[str, typer.Option(help="Folder for the export: a path or s3:// url.")],
+    tag: Annotated[str | None, typer.Option(help="Checkpoint to take, e.g. update_00000500; unset: the newest.")] = None,
+    averaged: Annotated[bool, typer.Option(help="Take the averaged weights, or the last ones.")] = True,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint as one folder that samples without deepspeed.
+
+    \b
+    Examples:
+      dalle-ds export --run runs/prior --out runs/export
+      dalle-ds export --run runs/prior --out s3://models/dalle --no-averaged --json
+    """
+    from dalle_ds.training.export import export_checkpoint
+
+    print_summary(export_checkpoint(run, out, tag=tag, averaged=averaged), json)
+
+
+@app.command()
+def sample(
+    export: ExportFolder,
+    caption: Annotated[list[str] | None, typer.Option(help="A caption; may be repeated.")] = None,
+    captions: Annotated[Path | None, typer.Option(help="File with one caption a line.")] = None,
+    held_out: Annotated[int, typer.Option(min=0, help="Take this many captions of the validation split, one a group.")] = 0,
+    repeat: Annotated[Path | None, typer.Option(help="Draw the pictures of this samples.json again, bit for bit.")] = None,
+    n: Annotated[int, typer.Option(help="Candidates for each caption.")] = 4,
+    temperature: Annotated[float, typer.Option(help="1 as in the paper; lower is plainer; 0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability in sum; 1 keeps all.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Other seeds draw other pictures.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 32,
+    data: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures, grid.png, samples.json.")] = Path("samples"),
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Draw pictures for captions; needs no deepspeed.
+
+    \b
+    Examples:
+      dalle-ds sample --export runs/export --caption "a red apple" --caption "a blue house" --n 8
+      dalle-ds sample --export s3://models/dalle --captions captions.txt --n 4 --out pictures
+      dalle-ds sample --export runs/export --held-out 8 --n 4 --seed 1 --json
+      dalle-ds sample --export runs/export --repeat pictures/samples.json --out again
+    """
+    from dalle_ds.sampling.sampler import SampleSettings
+    from dalle_ds.training.report import repeat_export, sample_export
+
+    if repeat is not None:
+        print_summary(repeat_export(export, repeat, out, device=device), json)
+        return
+    settings = _checked(SampleSettings, n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch)
+    options = {"captions": caption or (), "captions_file": captions, "n_held_out": held_out, "data_url": data, "device": device}
+    print_summary(sample_export(export, out, settings, **options), json)
+
+
+@app.command()
+def evaluate(
+    export: ExportFolder,
+    data: DataRoot = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Held-out samples at most; unset: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffled captions and of the confidence interval.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for evaluate.json, losses and charts.")] = Path("evaluation"),
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Held-out image loss with the right captions and with shuffled ones, in nats an image token.
+
+    \b
+    Examples:
+      dalle-ds evaluate --export runs/export
+      dalle-ds evaluate --export runs/export --data s3://bucket/tokens --limit 2000 --json
+    """
+    from dalle_ds.training.report import evaluate_export
+
+    options: dict[str, Any] = {"data_url": data, "limit": limit, "seed": seed, "batch": batch, "device": device}
+    print_summary(evaluate_export(export, out, **options), json)
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="tiny, 1.2b, 2.8b, 5.6b or 12b.")] = "12b",
+    gpus: Annotated[int, typer.Option(help="GPUs in all.")] = 1024,
+    shard_gpus: Annotated[int | None, typer.Option(help="GPUs that ZeRO-3 shards over; unset: all.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Samples a GPU takes at a time.")] = 1,
+    updates: Annotated[int, typer.Option(help="The paper's is 430,000.")] = 430_000,
+    global_batch: Annotated[int, typer.Option(help="The paper's is 1024.")] = 1024,
+    tflops: Annotated[float, typer.Option(help="16-bit peak of one GPU: A100 312, H100 989, V100 125.")] = 312.0,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that useful arithmetic reaches.")] = 0.35,
+    price: Annotated[float | None, typer.Option(help="Of a GPU hour, for the cost.")] = None,
+    json: Json = False,
+) -> None:
+    """Memory, time and cost of training a prior, on paper: computed estimates, nothing is measured.
+
+    State: 16 bytes a parameter under ZeRO-3 (fp32 weight, gradient, two moments). Time: 3 x forward arithmetic (sparse
+    attention counted by reachable keys) at the given share of the peak. Activations: every layer recomputed, fused attention.
+
+    \b
+    Examples:
+      dalle-ds plan --preset 12b --gpus 1024
+      dalle-ds plan --preset 12b --gpus 256 --shard-gpus 8 --tflops 989 --mfu 0.4 --price 2.5 --json
+    """
+    from dalle_ds.models.presets import PRESETS
+    from dalle_ds.training.plan import PlanSettings
+    from dalle_ds.training.plan import plan as compute
+
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    sizes = {
+        "gpus": gpus,
+        "shard_gpus": shard_gpus,
+        "micro_batch": micro_batch,
+        "updates": updates,
+        "global_batch": global_batch,
+    }
+    settings = _checked(PlanSettings, **sizes, tflops=tflops, mfu=mfu, price=price)
+    print_summary({"preset": preset, **compute(PRESETS[preset], settings)}, json)
+
+
+@app.command()
+def doctor(
+    url: Annotated[list[str] | None, typer.Option(help="A place that must take a write; may be repeated.")] = None,
+    min_free_gib: Annotated[float, typer.Option(help="Disk that must be free here.")] = 2.0,
+    mlflow_uri: Annotated[str | None, typer.Option(help="MLflow store; unset: MLFLOW_TRACKING_URI, else local files.")] = None,
+    json: Json = False,
+) -> None:
+    """Preflight: versions, accelerator, disk, storage, MLflow, fonts. Exit code 1 where what training needs is missing.
+
+    \b
+    Examples:
+      dalle-ds doctor
+      dalle-ds doctor --url s3://bucket/tokens --url /data/runs --min-free-gib 100 --json
+    """
+    from dalle_ds.training.doctor import examine, print_findings, summary
+
+    findings = examine(url or (), min_free_gib=min_free_gib, mlflow_uri=mlflow_uri)
+    outcome = summary(findings)
+    print_findings(findings)
+    print_summary(outcome if json else {key: outcome[key] for key in ("ok", "failed", "warnings")}, json)
+    raise typer.Exit(0 if outcome["ok"] else 1)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A run's folder (it holds mlflow_run.json).")],
+    uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's.")] = None,
+    json: Json = False,
+) -> None:
+    """Send what a run's spool still holds to MLflow, after an outage.
+
+    \b
+    Examples:
+      dalle-ds replay runs/prior
+      dalle-ds replay runs/prior --uri http://127.0.0.1:5000 --json
+    """
+    from dalle_ds.training.tracking import replay as run
+
+    is_delivered = run(folder, uri=uri)
+    print_summary({"folder": str(folder), "delivered": is_delivered}, json)
+    raise typer.Exit(0 if is_delivered else 1)
+
+
+def _checked(config_class: Any, **values: Any) -> Any:
+    """Command-line values as a config, with its own error messages; None leaves the default."""
+    from dalle_ds.recipes import load_recipe
+
+    return load_recipe(config_class, overrides=[f"{key}={value}" for key, value in values.items() if value is not None])
+
+
+@user_errors_exit
+def main() -> None:
+    """Entry point of the `dalle-ds` command."""
+    setup_logging()
+    app()
+
+
+if __name__ == "__main__":
+    main()

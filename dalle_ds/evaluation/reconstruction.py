@@ -1,0 +1,44 @@
+"""How well a dVAE gives pictures back, and how much of its codebook it uses."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each picture in dB (B,), infinite where both are equal.
+
+    Raises:
+        ValueError: pictures are not uint8 of equal shapes.
+    """
+    if real_BCHW.shape != reconstructed_BCHW.shape or real_BCHW.dtype != np.uint8 or reconstructed_BCHW.dtype != np.uint8:
+        raise ValueError(
+            f"pictures {real_BCHW.dtype} {real_BCHW.shape} and {reconstructed_BCHW.dtype} {reconstructed_BCHW.shape}: "
+            "expected uint8 of equal shapes"
+        )
+    difference = real_BCHW.astype(np.float64) - reconstructed_BCHW
+    error = np.square(difference).reshape(len(difference), -1).mean(1)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / error)
+
+
+@dataclass(frozen=True)
+class CodebookUsage:
+    """Of one code histogram. Perplexity: the number of codes that, used equally often, would carry as much information."""
+
+    n_codes: int
+    n_used: int
+    perplexity: float
+
+    @property
+    def used_fraction(self) -> float:
+        return self.n_used / self.n_codes
+
+
+def codebook_usage(histogram_K: np.ndarray) -> CodebookUsage:
+    """Usage from how often each of K codes occurs. Raises ValueError where nothing was counted."""
+    counts = np.asarray(histogram_K, dtype=np.float64)
+    if counts.sum() <= 0:
+        raise ValueError("the code histogram is empty")
+    shares = counts[counts > 0] / counts.sum()
+    return CodebookUsage(len(counts), len(shares), float(np.exp(-(shares * np.log(shares)).sum())))

@@ -1,0 +1,26 @@
+"""Image tokens to pictures."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.models.dvae import DVAE
+
+
+def decode_pictures(dvae: DVAE, codes_BN: Tensor) -> list[Image.Image]:
+    """Codes (B, N) -> B pictures of the dVAE's size.
+
+    One at a time: a convolution's rounding depends on the batch, and a picture must repeat bit for bit whatever was decoded
+    beside it. The prior's many steps a picture are what takes the time.
+    """
+    device = next(dvae.parameters()).device
+    with torch.inference_mode():
+        images = [dvae.decode_tokens(codes_N[None].to(device))[0].cpu() for codes_N in codes_BN]
+    return [to_picture(image) for image in images]
+
+
+def to_picture(image_CHW: Tensor) -> Image.Image:
+    """uint8 (C, H, W), one or three channels -> a picture in RGB."""
+    if image_CHW.shape[0] == 1:
+        image_CHW = image_CHW.expand(3, -1, -1)
+    return Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy(), "RGB")

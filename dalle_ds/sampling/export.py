@@ -1,0 +1,92 @@
+"""An export folder opened for sampling: prior, dVAE and tokenizer that belong together."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_ds.data import storage
+from dalle_ds.data.fingerprint import require_same
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.weights import read_weights
+from dalle_ds.errors import DataError
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.models.prior import PAD, Prior, PriorConfig
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `dalle-ds export` wrote, in memory. `info` is its config.json."""
+
+    url: str
+    prior: Prior
+    dvae: DVAE
+    tokenizer: CaptionTokenizer
+    info: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the prior's weights: what samples and scores are signed with."""
+        return self.info["fingerprint"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.prior.parameters()).device
+
+    @property
+    def data_url(self) -> str | None:
+        """Where the token data set was when the model was trained."""
+        return (self.info.get("data") or {}).get("url")
+
+    def text(self, captions: list[str]) -> Tensor:
+        """Captions -> (C, T-1) int64, PAD where empty; what is too long is cut, as in training."""
+        width = self.prior.config.text_len - 1
+        text_CT = torch.full((len(captions), width), PAD, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            ids = self.tokenizer.encode(caption)[:width]
+            text_CT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return text_CT
+
+
+def load_export(url: str | Path, device: str = "cpu") -> Export:
+    """Open an export folder and check that its parts belong together.
+
+    Raises:
+        DataError: a file is missing or damaged, or the sizes of the parts don't fit each other.
+        FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
+    """
+    config_url = storage.join(url, "config.json")
+    try:
+        info = json.loads(storage.read_bytes(config_url))
+    except FileNotFoundError:
+        raise DataError(f"{url} is not an export folder: it has no config.json; `dalle-ds export` writes one") from None
+    except ValueError as error:
+        raise DataError(f"{config_url} is not JSON: {error}") from None
+    missing = {"fingerprint", "dvae", "tokenizer"} - info.keys()
+    if missing:
+        raise DataError(f"{config_url} lacks {', '.join(sorted(missing))}")
+
+    tokenizer = CaptionTokenizer(storage.join(url, "tokenizer.model"))
+    require_same(f"tokenizer of export {url}", info["tokenizer"], tokenizer.fingerprint, "Export the checkpoint again.")
+    dvae_weights = read_weights(storage.join(url, "dvae.safetensors"), "dvae")
+    require_same(f"dVAE of export {url}", info["dvae"], dvae_weights.fingerprint, "Export the checkpoint again.")
+    weights = read_weights(storage.join(url, "model.safetensors"), "prior")
+    require_same(f"prior of export {url}", info["fingerprint"], weights.fingerprint, "Export the checkpoint again.")
+
+    config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)
+    for what, expected, found in (
+        ("grid of the prior and of the dVAE", config.grid, dvae_config.grid),
+        ("image vocabulary of the prior and of the dVAE", config.image_vocab, dvae_config.vocab_size),
+        ("text vocabulary of the prior and of the tokenizer", config.text_vocab, tokenizer.n_vocab),
+    ):
+        if expected != found:
+            raise DataError(f"export {url}: {what} differ: {expected} and {found}")
+    with torch.device("meta"):  # no time spent on initial values
+        prior, dvae = Prior(config), DVAE(dvae_config)
+    prior.load_state_dict(weights.state, assign=True)
+    dvae.load_state_dict(dvae_weights.state, assign=True)
+    prior, dvae = prior.to(device).eval().requires_grad_(False), dvae.to(device).eval().requires_grad_(False)
+    return Export(str(url), prior, dvae, tokenizer, info)

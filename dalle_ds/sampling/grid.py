@@ -1,0 +1,132 @@
+"""A sheet of pictures with their captions, to look at."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, GAP = 24, 8
+PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (112, 117, 122)
+
+
+def picture_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    *,
+    title: str = "",
+    column_titles: Sequence[str] = (),
+    smallest: int = 128,
+) -> Image.Image:
+    """Rows of pictures, each row's caption under it; rows of one picture are laid side by side, captions under the pictures.
+
+    Args:
+        rows: pictures of one size, as many in each row.
+        captions: one for each row.
+        column_titles: written over the columns, where there is more than one.
+        smallest: pictures with a shorter side are enlarged to it.
+
+    Raises:
+        ValueError: no pictures, rows of unequal length, or captions that don't fit the rows.
+    """
+    if not rows or len({len(row) for row in rows}) != 1 or len(rows) != len(captions):
+        raise ValueError(f"rows of {[len(row) for row in rows]} pictures with {len(captions)} captions: expected equal rows")
+    rows = [[_enlarged(picture, smallest) for picture in row] for row in rows]
+    side = rows[0][0].width
+    font = ImageFont.load_default(max(15, side // 10))
+    if len(rows[0]) == 1:
+        cells = [_captioned([row[0]], caption, font, side) for row, caption in zip(rows, captions, strict=True)]
+        n_columns = _columns_for(len(cells))
+    else:
+        width = len(rows[0]) * (side + GAP) - GAP
+        cells = [_captioned(row, caption, font, width) for row, caption in zip(rows, captions, strict=True)]
+        n_columns = 1 if len(rows[0]) > 4 or len(rows) < 6 else 2
+    lines = [cells[start : start + n_columns] for start in range(0, len(cells), n_columns)]
+    header = _header(title, column_titles if len(rows[0]) > 1 else (), side, n_columns, cells[0].width, font)
+    return _stacked(header, lines)
+
+
+def _captioned(pictures: Sequence[Image.Image], caption: str, font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
+    lines = _wrapped(caption, font, width)
+    line_height = round(font.size * 1.3)
+    cell = Image.new("RGB", (width, pictures[0].height + 6 + line_height * len(lines)), PAPER)
+    for column, picture in enumerate(pictures):
+        cell.paste(picture, (column * (picture.width + GAP), 0))
+    draw = ImageDraw.Draw(cell)
+    for number, line in enumerate(lines):
+        draw.text((0, pictures[0].height + 6 + number * line_height), line, fill=INK, font=font)
+    return cell
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, at_most: int = 3) -> list[str]:
+    """Break at words (inside a word that is wider than the line) into at most three lines, the last one with an ellipsis."""
+    lines = [""]
+    for word in text.split() or [""]:
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > at_most:
+        last = lines[at_most - 1]
+        while last and font.getlength(f"{last}...") > width:
+            last = last[:-1]
+        lines = [*lines[: at_most - 1], f"{last.rstrip()}..."]
+    return lines
+
+
+def _header(
+    title: str, column_titles: Sequence[str], side: int, n_columns: int, cell_width: int, font: ImageFont.FreeTypeFont
+) -> Image.Image | None:
+    if not title and not column_titles:
+        return None
+    large, small = ImageFont.load_default(round(font.size * 1.3)), ImageFont.load_default(max(12, round(font.size * 0.8)))
+    width = n_columns * (cell_width + MARGIN) - MARGIN
+    title_lines = _wrapped(title, large, width) if title else []
+    title_height = round(large.size * 1.35) * len(title_lines)
+    titles_height = round(small.size * 1.6) if column_titles else 0
+    header = Image.new("RGB", (width, title_height + titles_height), PAPER)
+    draw = ImageDraw.Draw(header)
+    for number, line in enumerate(title_lines):
+        draw.text((0, number * round(large.size * 1.35)), line, fill=INK, font=large)
+    for repeat in range(n_columns if column_titles else 0):
+        for column, text in enumerate(column_titles):
+            x = repeat * (cell_width + MARGIN) + column * (side + GAP)
+            draw.text((x, title_height), _wrapped(text, small, side, at_most=1)[0], fill=FAINT, font=small)
+    return header
+
+
+def _stacked(header: Image.Image | None, lines: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    heights = [max(cell.height for cell in line) for line in lines]
+    width = max(sum(cell.width + MARGIN for cell in line) for line in lines) + MARGIN
+    header_height = header.height if header else 0
+    sheet = Image.new("RGB", (width, MARGIN + header_height + sum(height + MARGIN for height in heights)), PAPER)
+    if header:
+        sheet.paste(header, (MARGIN, MARGIN))
+    y = MARGIN + header_height
+    for line, height in zip(lines, heights, strict=True):
+        x = MARGIN
+        for cell in line:
+            sheet.paste(cell, (x, y))
+            x += cell.width + MARGIN
+        y += height + MARGIN
+    return sheet
+
+
+def _enlarged(picture: Image.Image, smallest: int) -> Image.Image:
+    short = min(picture.size)
+    if short >= smallest:
+        return picture
+    factor = smallest / short
+    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
+
+
+def _columns_for(n: int) -> int:
+    """Columns of a sheet that is somewhat wider than high."""
+    columns = 1
+    while columns * columns * 0.7 < n:
+        columns += 1
+    return min(columns, n)

@@ -1,0 +1,98 @@
+"""Held-out samples of the data set that an export was trained on: captions, real codes, and which of them belong together."""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle_ds.data import storage
+from dalle_ds.data.fingerprint import require_same
+from dalle_ds.data.shards import CAPTIONS
+from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens import TokenBatch, validation_batches
+from dalle_ds.errors import DataError
+from dalle_ds.sampling.export import Export
+
+READ_AT_LEAST = 512  # samples looked at when a few are chosen: one block alone may hold pictures of one kind
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """S samples of the validation split. Samples of a `group` are variants of one thing (skin tones of one emoji)."""
+
+    text_ST: Tensor
+    image_SN: Tensor
+    keys: list[str]
+    captions: list[str]
+    groups: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: Sequence[int]) -> "HeldOut":
+        """Some of the samples, in the order of `rows`."""
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        lists = ([items[row] for row in rows] for items in (self.keys, self.captions, self.groups))
+        return HeldOut(self.text_ST[index], self.image_SN[index], *lists)
+
+
+def read_held_out(export: Export, data_url: str | None = None, limit: int | None = None) -> HeldOut:
+    """The validation samples (at most `limit`, from all over the split) as the export's prior reads them.
+
+    Args:
+        data_url: where the data set is now; None takes the place that the export names.
+
+    Raises:
+        DataError: no data set there, or none named. FingerprintMismatch: it belongs to another dVAE or tokenizer.
+    """
+    url = data_url or export.data_url
+    if url is None:
+        raise DataError(f"export {export.url} does not name its data set: give its root by --data")
+    dataset = TokenDataset(url, split="validation")
+    require_same(f"dVAE of data set {url}", export.info["dvae"], dataset.info.dvae, "Its codes mean other pictures.")
+    require_same(f"tokenizer of data set {url}", export.info["tokenizer"], dataset.info.tokenizer)
+    batches = validation_batches(dataset, text_len=export.prior.config.text_len, batch=1, rank=0, world_size=1, limit=limit)
+    return HeldOut(
+        torch.cat([batch.text_BT for batch in batches]),
+        torch.cat([batch.image_BN for batch in batches]),
+        [key for batch in batches for key in batch.keys],
+        [caption for batch in batches for caption in batch.captions],
+        _groups(url, batches),
+    )
+
+
+def choose_held_out(export: Export, n: int, *, data_url: str | None = None, seed: int = 0) -> HeldOut:
+    """`n` held-out samples, each of another group and with another caption, drawn by `seed`.
+
+    Raises:
+        DataError: there are not so many groups (the message says how many).
+    """
+    held_out = read_held_out(export, data_url, limit=max(READ_AT_LEAST, 32 * n))
+    chosen: list[int] = []
+    seen: set[str] = set()
+    for row in np.random.default_rng(seed).permutation(len(held_out)).tolist():
+        marks = {f"group {held_out.groups[row]}", f"caption {held_out.captions[row].lower()}"}
+        if len(chosen) < n and not marks & seen:
+            chosen.append(row)
+            seen |= marks
+    if len(chosen) < n:
+        raise DataError(f"{n} held-out captions wanted, but the validation split has {len(chosen)} different ones")
+    return held_out.take(chosen)
+
+
+def _groups(root_url: str, batches: Sequence[TokenBatch]) -> list[str]:
+    """The group of each sample, from the shards that the samples came from (batches carry none: training needs none)."""
+    group_of: dict[tuple[str, str], str] = {}
+    for shard in sorted({shard for batch in batches for shard in batch.shards}):
+        data = storage.read_bytes(storage.join(root_url, shard))
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if member.name.endswith(f".{CAPTIONS}"):
+                    record = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    group_of.update({(shard, key): group for key, group in zip(record["keys"], record["groups"], strict=True)})
+    return [group_of[shard, key] for batch in batches for shard, key in zip(batch.shards, batch.keys, strict=True)]

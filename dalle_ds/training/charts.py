@@ -1,0 +1,99 @@
+"""Pictures for the dashboards: curves, all gradient scales over time, loss by place in the picture.
+
+Drawn without pyplot, whose figures are global: charts are made while other threads run.
+"""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+DPI = 110
+
+
+def curves(
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x_label: str = "update",
+    y_label: str = "",
+    log_y: bool = False,
+) -> Image.Image:
+    """Named lines (x values, y values) in one chart. Raises ValueError where x and y differ in length."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (x, y) in series.items():
+        if len(x) != len(y):
+            raise ValueError(f"curve {name!r} has {len(x)} x values and {len(y)} y values")
+        axes.plot(x, y, label=name, linewidth=1.5, marker="." if len(x) < 30 else None)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return _picture(figure)
+
+
+def scale_chart(
+    updates: Sequence[int], scales_LT: np.ndarray, names: Sequence[str], title: str = "Gradient scales"
+) -> Image.Image:
+    """The gradient scale of every residual block over time as a power of two, one line a block, coloured from first to last.
+
+    Args:
+        scales_LT: scale of each block (in the order of `names`) at each of `updates`; 0 or not finite leaves a gap.
+
+    Raises:
+        ValueError: the shape does not fit.
+    """
+    if scales_LT.shape != (len(names), len(updates)):
+        raise ValueError(f"scales have shape {scales_LT.shape}, expected ({len(names)} blocks, {len(updates)} updates)")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    with np.errstate(all="ignore"):
+        powers_LT = np.log2(np.asarray(scales_LT, dtype=np.float64))
+    powers_LT[~np.isfinite(powers_LT)] = np.nan
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(names)))
+    for colour, name, powers_T in zip(colours, names, powers_LT, strict=True):
+        axes.plot(updates, powers_T, color=colour, linewidth=1.0, label=name)
+    axes.set(title=title, xlabel="update", ylabel="log2(scale)")
+    axes.grid(alpha=0.25)
+    if len(names) > 12:  # too many for a legend
+        mapping = ScalarMappable(Normalize(0, len(names) - 1), colormaps["viridis"])
+        figure.colorbar(mapping, ax=axes, label="residual block, from the input on")
+    elif names:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    return _picture(figure)
+
+
+def position_map_chart(
+    values_GG: np.ndarray,
+    title: str = "Held-out image loss by position",
+    label: str = "nats an image token",
+    *,
+    diverging: bool = False,
+) -> Image.Image:
+    """A map over the grid of image tokens (rows downwards); `diverging` centres the colours on zero."""
+    if values_GG.ndim != 2:
+        raise ValueError(f"values have shape {values_GG.shape}, expected (rows, columns)")
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    reach = float(np.nanmax(np.abs(values_GG))) or 1.0
+    options = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if diverging else {"cmap": "viridis"}
+    image = axes.imshow(values_GG, interpolation="nearest", **options)
+    axes.set(title=title, xlabel="column", ylabel="row")
+    figure.colorbar(image, ax=axes, label=label)
+    return _picture(figure)
+
+
+def _picture(figure: Figure) -> Image.Image:
+    FigureCanvasAgg(figure)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return Image.open(buffer).convert("RGB")

@@ -1,0 +1,113 @@
+"""What a run of the prior would take, on paper: memory, time and cost, computed and nothing measured."""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from dalle_ds.models.presets import effective_parameters
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.ops.masks import attention_mask, layer_patterns
+from dalle_ds.recipes import Config
+
+PAPER_UPDATES, PAPER_BATCH = 430_000, 1024
+STATE_BYTES = 16  # a parameter: fp32 weight, fp32 gradient, two fp32 moments
+CHECKPOINT_BYTES = 16  # fp32 weight, two moments, averaged weight
+
+
+class PlanSettings(Config):
+    """The machine and the run; the defaults are the paper's run on A100s."""
+
+    gpus: int = Field(1024, ge=1)
+    shard_gpus: int | None = Field(None, ge=1, description="GPUs that ZeRO-3 shards over; unset: all of them")
+    micro_batch: int = Field(1, ge=1, description="samples a GPU takes at a time")
+    updates: int = Field(PAPER_UPDATES, ge=1)
+    global_batch: int = Field(PAPER_BATCH, ge=1)
+    tflops: float = Field(312.0, gt=0, description="16-bit peak of one GPU (A100: 312, H100: 989, V100: 125)")
+    mfu: float = Field(0.35, gt=0, le=1, description="share of the peak that useful arithmetic reaches")
+    price: float | None = Field(None, ge=0, description="a GPU hour, any currency")
+
+
+def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
+    """All numbers as one flat dict. Names that end in _estimate rest on assumptions beyond counting (named in the README)."""
+    shard_gpus = settings.shard_gpus or settings.gpus
+    n_effective, n_embedding, n_other = count_parameters(config)
+    n_parameters = n_effective + n_embedding + n_other
+    forward = forward_flops(config)
+    train_flops = 3 * forward  # one forward, twice as much backward; recomputation is not useful arithmetic
+    tokens = settings.updates * settings.global_batch * config.n_slots
+    seconds = settings.updates * settings.global_batch * train_flops / (settings.gpus * settings.tflops * 1e12 * settings.mfu)
+    state, activations = n_parameters * STATE_BYTES / shard_gpus, activation_bytes(config, settings.micro_batch)
+    gathered = gathered_bytes(config)
+    summary: dict[str, Any] = {
+        "note": "computed estimates, nothing was measured",
+        "layers": config.n_layers,
+        "d_model": config.d_model,
+        "parameters_effective": n_effective,
+        "parameters_embeddings": n_embedding,
+        "parameters_other": n_other,
+        "parameters": n_parameters,
+        "tokens_per_sample": config.n_slots,
+        "flops_per_token_forward": forward / config.n_slots,
+        "flops_per_token_train": train_flops / config.n_slots,
+        "flops_per_update": train_flops * settings.global_batch,
+        "state_gib_per_gpu": state / 2**30,
+        "gathered_layers_gib_estimate": gathered / 2**30,
+        "activations_gib_estimate": activations / 2**30,
+        "memory_gib_per_gpu_estimate": (state + gathered + activations) / 2**30,
+        "checkpoint_gib": n_parameters * CHECKPOINT_BYTES / 2**30,
+        "export_gib": n_parameters * 4 / 2**30,
+        "averaged_weights_cpu_gib_per_gpu": n_parameters * 4 / shard_gpus / 2**30,
+        "gpus": settings.gpus,
+        "shard_gpus": shard_gpus,
+        "replicas": settings.gpus / shard_gpus,
+        "updates": settings.updates,
+        "global_batch": settings.global_batch,
+        "train_tokens": tokens,
+        "seconds_per_update_estimate": seconds / settings.updates,
+        "days_estimate": seconds / 86400,
+        "gpu_hours_estimate": seconds * settings.gpus / 3600,
+    }
+    if settings.price is not None:
+        summary["cost_estimate"] = seconds * settings.gpus / 3600 * settings.price
+    return summary
+
+
+def count_parameters(config: PriorConfig) -> tuple[int, int, int]:
+    """-> (the paper's count 12 d^2 a layer, embeddings and unembeddings, the rest: biases and norms), from the model itself."""
+    with torch.device("meta"):
+        prior = Prior(config)
+    n_all = sum(parameter.numel() for parameter in prior.parameters())
+    n_embedding = sum(parameter.numel() for module in (prior.embed, prior.heads) for parameter in module.parameters())
+    n_effective = effective_parameters(config)
+    return n_effective, n_embedding, n_all - n_embedding - n_effective
+
+
+def forward_flops(config: PriorConfig) -> float:
+    """Multiply-adds count two, for one sample: matrices, attention over the keys that each pattern reaches, unembeddings."""
+    d, n = config.d_model, config.n_slots
+    matrices = 2.0 * effective_parameters(config) * n
+    pairs = {
+        pattern: int(attention_mask(pattern, config.text_len, config.grid, config.conv_kernel).sum())
+        for pattern in set(layer_patterns(config.n_layers))
+    }
+    attention = sum(4.0 * d * pairs[pattern] for pattern in layer_patterns(config.n_layers))  # scores, then the weighted sum
+    heads = 2.0 * d * ((config.text_len - 1) * config.text_vocab + config.n_image * config.image_vocab)
+    return matrices + attention + heads
+
+
+def activation_bytes(config: PriorConfig, micro_batch: int) -> float:
+    """Estimate with each layer recomputed: its fp32 input is kept; one layer's inner values in 16 bit exist at a time (norm,
+    q, k, v, attention, 4d of the MLP before and after its nonlinearity, and the gradients of half of it); fp32 logits and
+    their gradients. Attention is taken to store no scores (fused kernels)."""
+    d, n = config.d_model, config.n_slots
+    kept = config.n_layers * n * d * 4.0
+    inside = n * d * 2.0 * (2 + 3 + 1 + 8) * 1.5
+    logits = 2 * 4.0 * ((config.text_len - 1) * config.text_vocab + config.n_image * config.image_vocab)
+    return micro_batch * (kept + inside + logits)
+
+
+def gathered_bytes(config: PriorConfig) -> float:
+    """Estimate of what ZeRO-3 holds whole at a time: two layers in 16 bit and one layer's fp32 gradients."""
+    layer = effective_parameters(config) / config.n_layers
+    return layer * (2 * 2.0 + 4.0)
