@@ -51,7 +51,7 @@ class DVAEConfig(Config):
             raise ValueError(f"vocab_size is {self.vocab_size}, expected at least 2 codes")
         cell = 2 ** (self.n_groups - 1)
         if self.image_size % cell:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of the cell width {cell} of {self.n_groups} groups")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of the cell width {cell}")
         if self.n_hid % 4:
             raise ValueError(f"n_hid {self.n_hid} is not a multiple of 4: a block is a quarter as wide inside as outside")
         if not 0.0 < self.pixel_eps < 0.5:
