@@ -93,7 +93,7 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             data = file.read(length)
     else:
-        data = _retrying(lambda: _s3().cat_file(_key(url), start=offset, end=offset + length), url, "read")
+        data = _retrying(lambda: _s3_range(url, offset, length), url, "read")
     if len(data) != length:
         raise DataError(f"{url}: holds {len(data)} bytes at offset {offset}, expected {length}; the object is cut short")
     return data
@@ -295,6 +295,15 @@ def _head(url: str | Path) -> dict[str, Any]:
     return _retrying(lambda: _s3().call_s3("head_object", Bucket=bucket, Key=key), url, "look up")
 
 
+def _s3_range(url: str | Path, offset: int, length: int) -> bytes:
+    try:
+        return _s3().cat_file(_key(url), start=offset, end=offset + length)
+    except OSError as error:
+        if _status(error) == 416:  # the object ends before `offset`
+            return b""
+        raise
+
+
 def _download(url: str | Path, target: Path) -> None:
     expected = int(_head(url)["ContentLength"])
     _s3().get_file(_key(url), str(target))
@@ -333,6 +342,10 @@ def _retrying(action: Callable[[], T], url: str | Path, verb: str) -> T:
     )
     try:
         return retrying(action)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url}: no such object") from None
+    except PermissionError as error:
+        raise PermissionError(f"not allowed to {verb} {url} ({error}); AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY?") from None
     except tenacity.RetryError as error:
         last = error.last_attempt.exception()
         raise DataError(f"cannot {verb} {url}: tried for {limit:.0f} s, last answer: {_brief(last)}") from last

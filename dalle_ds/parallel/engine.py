@@ -161,13 +161,15 @@ class PriorEngine:
         """Name -> this rank's flat fp32 part of the parameter (the last rank's is padded), or the whole below stage 3."""
         return {name: getattr(p, "ds_tensor", p.data) for name, p in self.module.named_parameters()}
 
-    def refresh_resident_parameters(self) -> None:
-        """After writing into `shards()`: small parameters that ZeRO-3 keeps whole on every rank are gathered anew."""
-        resident = getattr(self._engine.optimizer, "persistent_parameters", [])
-        if resident:
-            for p in resident:
-                p.partition(has_been_updated=False)
-            resident[0].all_gather(resident)
+    def refresh_gathered_parameters(self) -> None:
+        """After writing into `shards()`: drop what ZeRO-3 holds gathered from before, and gather its resident ones anew.
+
+        Resident are the small parameters; others may linger, since ZeRO-3 keeps what it expects to need again soon.
+        """
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3: these two do just that around its own checkpoints
+            optimizer.checkpoint_event_prologue()
+            optimizer.checkpoint_event_epilogue()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 

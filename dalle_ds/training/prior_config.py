@@ -1,9 +1,11 @@
 """What a prior training run is: the tree behind a recipe file."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+import dalle_ds
 from dalle_ds.data.manifest import DatasetInfo
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import PRESETS
@@ -76,7 +78,9 @@ class PriorRun(Config):
     """One training job of the prior over all its nodes and restarts; the defaults are the paper's."""
 
     folder: str = Field(description="checkpoints, logs and the merged recipe go here")
-    deepspeed_config: str = "ds_configs/zero3_fp16.json"
+    deepspeed_config: str = Field(
+        "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, looked for here and then in the project's own folder"
+    )
     updates: int = Field(430_000, ge=1)
     global_batch: int = Field(1024, ge=1)
     micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time")
@@ -96,6 +100,13 @@ class PriorRun(Config):
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
+
+    @property
+    def deepspeed_path(self) -> Path:
+        """Where the DeepSpeed JSON is, so that recipes of the project work from any folder."""
+        here = Path(self.deepspeed_config)
+        ours = Path(dalle_ds.__file__).resolve().parents[1] / here
+        return ours if not here.exists() and ours.exists() else here
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches a rank takes for one update. Raises ConfigError where the batch does not divide among the ranks."""

@@ -63,7 +63,7 @@ class _Trainer:
         ranks.barrier()  # the lock is held before anybody reads the folder
         accumulation = run.accumulation(ranks.world_size)
         engine_config = load_engine_config(
-            Path(run.deepspeed_config), micro_batch=run.micro_batch, accumulation=accumulation, clip=run.optimizer.clip
+            run.deepspeed_path, micro_batch=run.micro_batch, accumulation=accumulation, clip=run.optimizer.clip
         )
         self.dataset = TokenDataset(run.data.dataset, "train")
         self.validation_set = TokenDataset(run.data.dataset, "validation")
@@ -203,7 +203,7 @@ class _Trainer:
                 self.tracker.picture("gradient_scales", gradient_scales(updates, lines), self.state.update)
 
     def _averaged(self) -> Any:
-        return self.average.in_place_of(self.engine.shards(), self.engine.refresh_resident_parameters)
+        return self.average.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
