@@ -152,9 +152,19 @@ def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
                         raise tarfile.ReadError("unexpected end of data")
         if key:
             yield _assemble(key, parts, dropped)
+        key = ""
+        if not _ends_properly(file, tar.offset):
+            raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, ValueError, EOFError):
         # The rest cannot be found again behind a broken header: count what is known to be lost, the sample being read.
         yield Dropped(key or shard_name, "damaged shard")
+
+
+def _ends_properly(file: Path, offset: int) -> bool:
+    # tarfile takes a cut or broken header in the middle of a file for its end; a whole tar ends in a block of zeros.
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        return opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _split_name(name: str) -> tuple[str, str]:

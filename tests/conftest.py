@@ -1,0 +1,42 @@
+"""Fixtures for all rooms."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.s3_server import BUCKET, S3Server
+
+
+@dataclass(frozen=True)
+class S3:
+    """A fresh prefix on the running server. `server` can be killed and restarted: the next test gets it back alive."""
+
+    url: str
+    server: S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One real S3 server for the whole session, started by the first test that needs it."""
+    server = S3Server(tmp_path_factory.mktemp("weed"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An empty s3:// prefix; the AWS_* variables point at the server, for child processes too."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield S3(f"s3://{BUCKET}/{tmp_path.name}", s3_server)
+    if not s3_server.is_running:
+        s3_server.start()
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A root on each kind of storage: the test runs twice."""
+    return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3").url

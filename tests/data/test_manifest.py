@@ -1,0 +1,91 @@
+"""Manifests: a merge is pure, and what does not belong is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import (
+    DatasetInfo,
+    InputIdentity,
+    Part,
+    ShardManifest,
+    done_shards,
+    load_dataset_info,
+    load_manifest,
+    manifest_url,
+    merge,
+)
+from dalle_ds.errors import DataError, FingerprintMismatch
+
+INFO = DatasetInfo(image_size=32, grid=8, n_codes=4, dvae="d", tokenizer="t", crop="c", validation_fraction=0.1).sealed()
+
+
+def shard(name: str, n_train: int, fingerprint: str = INFO.fingerprint) -> ShardManifest:
+    part = Part(path=f"data/{name}.tar", bytes=10, checksum="x", n_samples=n_train, blocks=[])
+    return ShardManifest(shard=name, attempt="a", input=InputIdentity(path="p", bytes=1), splits={"train": part},
+                         n_input=n_train + 1, dropped={"unreadable": 1}, dropped_samples=[("k", "unreadable")], code_histogram=[n_train, 0, 1, 0],
+                         caption_lengths={3: n_train}, fingerprint=fingerprint, seconds=1.0)
+
+
+def write(root: str, *shards: ShardManifest) -> None:
+    storage.write_bytes(storage.join(root, "dataset.json"), INFO.to_json())
+    for manifest in shards:
+        storage.write_bytes(manifest_url(root, manifest.shard), manifest.to_json())
+
+
+def test_merge_is_independent_of_the_order() -> None:
+    shards = [shard("b", 2), shard("a", 3)]
+    merged = merge(INFO, shards, complete=True)
+    assert merged == merge(INFO, shards[::-1], complete=True)
+    assert [part.path for part in merged.parts("train")] == ["data/a.tar", "data/b.tar"]
+    assert merged.parts("validation") == []
+    assert merged.n_samples == {"train": 5, "validation": 0}
+    assert merged.dropped == {"unreadable": 2}
+    assert merged.code_histogram == [5, 0, 2, 0]
+    assert merged.caption_lengths == {3: 5}
+
+
+def test_json_spells_the_schema(any_root: str) -> None:
+    write(any_root, shard("a", 1))
+    assert json.loads(storage.read_bytes(storage.join(any_root, "dataset.json")))["schema"] == 1
+    assert load_dataset_info(any_root) == INFO
+    assert done_shards(any_root) == {"a"}
+
+
+def test_unfinished_data_sets_are_merged_from_their_shards(any_root: str) -> None:
+    write(any_root, shard("a", 1), shard("b", 2))
+    merged = load_manifest(any_root)
+    assert merged.n_samples["train"] == 3
+    assert not merged.complete
+    whole = merge(INFO, [shard("a", 1)], complete=True)
+    storage.write_bytes(storage.join(any_root, "manifest.json"), whole.to_json())
+    assert load_manifest(any_root) == whole
+
+
+def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    with pytest.raises(DataError, match="dataset.json is missing"):
+        load_manifest(root)
+    write(root)
+    with pytest.raises(DataError, match="without any finished shard"):
+        load_manifest(root)
+    storage.write_bytes(manifest_url(root, "a"), b'{"shard": "a", "attempt"')
+    with pytest.raises(DataError, match=r"a.json: not a valid ShardManifest"):
+        load_manifest(root)
+    later = INFO.model_copy(update={"schema_version": 9})
+    (tmp_path / "dataset.json").write_bytes(later.to_json())
+    with pytest.raises(DataError, match="schema 9, this version reads schema 1"):
+        load_manifest(root)
+
+
+def test_edited_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, shard("a", 1), shard("b", 1, fingerprint="other"))
+    with pytest.raises(FingerprintMismatch, match="shard b: expected fingerprint .* found other"):
+        load_manifest(root)
+    edited = INFO.model_copy(update={"grid": 16})
+    (tmp_path / "dataset.json").write_bytes(edited.to_json())
+    with pytest.raises(FingerprintMismatch, match="changed by hand"):
+        load_manifest(root)

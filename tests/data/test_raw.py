@@ -1,0 +1,136 @@
+"""Raw shards: samples come back, damage is counted, groups keep to one split."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dalle_ds.data.raw import (
+    Dropped,
+    RawSample,
+    iterate_pictures,
+    list_raw_shards,
+    load_pictures,
+    read_raw_shard,
+    split_of,
+)
+from dalle_ds.errors import DataError
+from tests.pictures import encoded
+
+PICTURE = encoded(Image.new("RGB", (8, 8), "red"))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def record(caption: object = "a caption", **more: object) -> bytes:
+    return json.dumps({"caption": caption, **more}).encode()
+
+
+def read_one(path: Path) -> list[RawSample | Dropped]:
+    shard, = list_raw_shards(path.parent)
+    return list(read_raw_shard(shard))
+
+
+def test_samples_of_every_spelling(tmp_path: Path) -> None:
+    found = read_one(write_tar(tmp_path / "0.tar", [
+        ("a.png", PICTURE), ("a.json", record("first", group="g")), ("b.json", record("second")), ("b.PNG", PICTURE),
+        ("dir/c.jpg", PICTURE), ("dir/c.txt", "dritte \u00fc".encode()), ("dir/c.cls", b"ignored"),
+    ]))
+    assert found == [RawSample("a", "g", "first", PICTURE, "png"), RawSample("b", "b", "second", PICTURE, "png"),
+                     RawSample("dir/c", "dir/c", "dritte \u00fc", PICTURE, "jpg")]
+
+
+def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> None:
+    found = read_one(write_tar(tmp_path / "0.tar", [
+        ("a.json", record()), ("b.png", PICTURE), ("c.png", PICTURE), ("c.json", b"{"), ("d.png", PICTURE),
+        ("d.json", record(5)), ("e.png", PICTURE), ("e.txt", b"\xff\xfe"), ("f.png", PICTURE), ("f.json", b"[]"), ("good.png", PICTURE),
+        ("good.json", record()), ("a.png", PICTURE), ("h.png", PICTURE), ("h.png", PICTURE), ("h.json", record()),
+        ("i.png", PICTURE), ("i.json", record(group=7)),
+    ]))
+    assert {d.key: d.reason for d in found if isinstance(d, Dropped) and d.key != "a"} == {
+        "b": "no caption", "c": "unreadable caption", "d": "unreadable caption", "e": "unreadable caption",
+        "f": "unreadable caption", "h": "duplicate key", "i": "unreadable caption"}
+    # A key that comes back after others would be half a sample, twice.
+    assert [d.reason for d in found if isinstance(d, Dropped) and d.key == "a"] == ["no picture", "duplicate key"]
+    assert [s.key for s in found if isinstance(s, RawSample)] == ["good"]
+
+
+def test_hostile_member_names_are_only_keys(tmp_path: Path) -> None:
+    found = read_one(write_tar(tmp_path / "x" / "0.tar", [("../../evil.png", PICTURE), ("../../evil.json", record()),
+                                                          ("/abs.png", PICTURE), ("/abs.json", record())]))
+    assert len(found) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["0.tar", "x"]
+
+
+@pytest.mark.parametrize("cut", [512 * 9 + 100, 512 * 9 + 300, 512 * 8 + 20])
+def test_a_truncated_tar_gives_what_it_has_and_says_so(tmp_path: Path, cut: int) -> None:
+    members = [(f"{i}.{kind}", data) for i in range(5) for kind, data in (("png", PICTURE), ("json", record()))]
+    path = write_tar(tmp_path / "0.tar", members)
+    path.write_bytes(path.read_bytes()[:cut])
+    found = read_one(path)
+    assert isinstance(found[-1], Dropped)
+    assert found[-1].reason == "damaged shard"
+    assert found[:-1] == [RawSample(str(i), str(i), "a caption", PICTURE, "png") for i in range(len(found) - 1)]
+    assert len(found) == 3
+
+
+def test_rubbish_instead_of_a_tar(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(b"x" * 5000)
+    assert read_one(tmp_path / "0.tar") == [Dropped("0", "damaged shard")]
+
+
+def test_no_shards_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no raw shards"):
+        list_raw_shards(tmp_path)
+
+
+def test_a_shard_that_changed_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.png", PICTURE), ("a.json", record())])
+    shard, = list_raw_shards(tmp_path)
+    path.write_bytes(path.read_bytes() + b"\0" * 512)
+    with pytest.raises(DataError, match="the shard changed or is cut short"):
+        list(read_raw_shard(shard))
+    path.unlink()
+    with pytest.raises(DataError, match="gone"):
+        list(read_raw_shard(shard))
+
+
+def test_sub_folders_are_part_of_the_name(tmp_path: Path) -> None:
+    for name in ("b/0.tar", "a/0.tar"):
+        write_tar(tmp_path / name, [("k.png", PICTURE)])
+    assert [shard.name for shard in list_raw_shards(tmp_path)] == ["a_0", "b_0"]
+
+
+def test_the_split_follows_the_group() -> None:
+    drawn = [split_of(f"group {i}", 0.1) for i in range(5000)]
+    assert 0.08 < drawn.count("validation") / len(drawn) < 0.12
+    assert drawn == [split_of(f"group {i}", 0.1) for i in range(5000)]
+    assert {split_of(f"g{i}", 0.0) for i in range(100)} == {"train"}
+    # A larger fraction only adds: held-out samples stay held out.
+    assert all(split_of(f"group {i}", 0.2) == "validation" for i, split in enumerate(drawn) if split == "validation")
+
+
+def test_load_pictures(tmp_path: Path) -> None:
+    members = [(f"{i}.{kind}", data) for i in range(40) for kind, data in
+               (("png", PICTURE), ("json", record(f"caption {i}", group=str(i // 2))))]
+    write_tar(tmp_path / "0.tar", members[:30])
+    write_tar(tmp_path / "1.tar", members[30:])
+    train, held_out = (load_pictures(tmp_path, split, 0.3) for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 40
+    assert not {sample.group for sample in train} & {sample.group for sample in held_out}
+    assert list(iterate_pictures(tmp_path, "train", 0.3)) == train
+    with pytest.raises(DataError, match="no sample in the validation split"):
+        load_pictures(tmp_path, "validation", 0.0)
+    with pytest.raises(ValueError, match="expected 'train' or 'validation'"):
+        next(iterate_pictures(tmp_path, "test", 0.3))
