@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# The whole way on real pictures, on this machine: from raw pictures to generated ones, about ten minutes on two cores.
+#   bash launchers/demo.sh [--out runs/demo] [--pictures DIR]
+#     --pictures DIR   your own: NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
+# Stop it whenever you like, also with kill -9, and start it again: finished stages are not repeated, training goes on from its
+# last checkpoint.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=runs/demo
+pictures=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) out=${2:?--out needs a folder}; shift 2 ;;
+    --pictures) pictures=${2:?--pictures needs a folder}; shift 2 ;;
+    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
+  esac
+done
+if [ -n "$pictures" ] && [ ! -d "$pictures" ]; then
+  echo "error: --pictures $pictures: no such folder" >&2
+  exit 2
+fi
+
+source launchers/setup.sh demo
+
+mkdir -p "$out"
+# Stages end when this shell does, however it ends; else a killed demo would go on beside its successor.
+export DALLE_DS_LAUNCHER_PID=$$
+export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$(cd "$out" && pwd)/mlflow.db}
+child=""
+forward() { [ -z "$child" ] || kill -"$1" "$child" 2>/dev/null || true; }
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+
+began=$SECONDS
+names=("fetch pictures" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "sample" "evaluate")
+expected=(10 20 5 200 15 300 10 25 25) # seconds on two cores, for the ETA
+stage() { # stage NUMBER COMMAND...
+  local i=$(($1 - 1)) left=0 j
+  shift
+  for ((j = i; j < ${#names[@]}; j++)); do left=$((left + expected[j])); done
+  printf '\n=== %d/%d %s   (%d s so far, about %d s to go)\n    %s\n' \
+    $((i + 1)) ${#names[@]} "${names[i]}" $((SECONDS - began)) "$left" "$*" >&2
+  local start=$SECONDS status=0
+  "$@" &
+  child=$!
+  # a trapped signal ends `wait` early: wait again for the stage's own end
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  child=""
+  if [ "$status" -ne 0 ]; then
+    echo "stage '${names[i]}' ended with exit code $status; the same command goes on from here" >&2
+    exit "$status"
+  fi
+  printf '%s\t%d\n' "${names[i]}" $((SECONDS - start)) >>"$out/seconds.tsv"
+}
+
+recipes=launchers/recipes
+if [ -z "$pictures" ]; then
+  pictures=$out/pictures
+  stage 1 python -m preprocessing fetch --set fetch.out="$pictures"
+fi
+stage 2 python -m preprocessing ingest --recipe $recipes/tiny_ingest.yaml --set ingest.pictures="$pictures" --set ingest.out="$out/raw"
+stage 3 python -m preprocessing tokenizer --recipe $recipes/tiny_tokenizer.yaml \
+  --set tokenizer.raw="$out/raw" --set tokenizer.out="$out/tokenizer.model"
+stage 4 dalle-ds train-dvae --recipe $recipes/tiny_dvae.yaml --set data.raw="$out/raw" --set folder="$out/dvae"
+stage 5 python -m preprocessing encode --recipe $recipes/tiny_encode.yaml --set encode.raw="$out/raw" \
+  --set encode.dvae="$out/dvae/dvae.safetensors" --set encode.tokenizer="$out/tokenizer.model" --set encode.out="$out/tokens"
+stage 6 deepspeed --num_gpus 2 --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
+  launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior"
+# the last three are quick, but a finished demo started again should do nothing: each result is newer than what it was made of
+newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
+newer "$out/export/config.json" "$out/prior/summary.json" ||
+  stage 7 dalle-ds export --run "$out/prior" --out "$out/export"
+newer "$out/samples/samples.json" "$out/export/config.json" ||
+  stage 8 dalle-ds sample --export "$out/export" --held-out 8 --n 4 --seed 0 --out "$out/samples"
+newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
+  stage 9 dalle-ds evaluate --export "$out/export" --data "$out/tokens" --out "$out/evaluation"
+
+cat >&2 <<END
+
+Done in $((SECONDS - began)) s. Everything is in $out:
+  $out/samples/grid.png                  pictures for captions that training never saw
+  $out/dvae/                             the codebook's reconstructions and its report
+  $out/evaluation/evaluate.json          held-out loss with the right captions and with shuffled ones
+  $out/export/                           prior, dVAE and tokenizer: all that sampling needs
+The whole run as a dashboard:
+  $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000
+Pictures for a caption of yours:
+  $(dirname "$(command -v dalle-ds)")/dalle-ds sample --export $out/export --caption "a red heart" --n 8 --out $out/mine
+END

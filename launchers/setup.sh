@@ -1,0 +1,45 @@
+# Sourced by demo.sh and test.sh: a virtual environment with the project in it, made once and again only when pyproject.toml changes.
+#   source launchers/setup.sh EXTRAS     EXTRAS such as "demo" or "test,demo"
+# DALLE_DS_VENV names another folder than .venv; PYTHON another interpreter.
+# shellcheck shell=bash
+
+TORCH_PIN="torch==2.13.0" # on a machine with CUDA the same pin is the CUDA build
+
+_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+_venv=${DALLE_DS_VENV:-$_root/.venv}
+
+_find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or newer found; name one: PYTHON=/path/to/python3.11 bash $0" >&2
+  return 1
+}
+
+_setup() {
+  local extras=$1 wanted
+  wanted="$TORCH_PIN [$extras] $(cksum <"$_root/pyproject.toml")"
+  if [ -x "$_venv/bin/python" ] && [ "$(cat "$_venv/.installed" 2>/dev/null)" = "$wanted" ]; then
+    return
+  fi
+  local python
+  python=$(_find_python)
+  echo "setting up $_venv ($extras); a few minutes the first time" >&2
+  [ -x "$_venv/bin/python" ] || "$python" -m venv "$_venv"
+  rm -f "$_venv/.installed"
+  local pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
+  "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
+  "${pip[@]}" -e "$_root[$extras]"
+  case ",$extras," in
+    *,test,*) "${pip[@]}" --no-deps "dall-e==0.1" ;; # the reference dVAE; its own requirements name packages that it does not need
+  esac
+  echo "$wanted" >"$_venv/.installed"
+}
+
+_setup "$1"
+export PATH="$_venv/bin:$PATH"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up what the tests need and run them all: style, import rules, pytest. About ten minutes on two cores.
+#   bash launchers/test.sh [PYTEST OPTIONS]     e.g. tests/ops, or -k masks, or -m "not launch"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launchers/setup.sh test,demo
+# many small matrix products beside several ranks: more threads only get in each other's way
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+ruff check .
+lint-imports
+exec python -m pytest "$@"
