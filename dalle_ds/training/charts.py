@@ -41,38 +41,36 @@ def curves(
     return _picture(figure)
 
 
-def scale_chart(
-    updates: Sequence[int], scales_LT: np.ndarray, names: Sequence[str], title: str = "Gradient scales"
-) -> Image.Image:
+def gradient_scales(updates: Sequence[int], scales: Mapping[str, Sequence[float]], title: str = "Gradient scales") -> Image.Image:
     """The gradient scale of every residual block over time as a power of two, one line a block, coloured from first to last.
 
     Args:
-        scales_LT: scale of each block (in the order of `names`) at each of `updates`; 0 or not finite leaves a gap.
+        scales: block name -> scale at each of `updates`, in the blocks' order; 0 or not finite leaves a gap.
 
     Raises:
-        ValueError: the shape does not fit.
+        ValueError: a block has more or fewer scales than there are updates.
     """
-    if scales_LT.shape != (len(names), len(updates)):
-        raise ValueError(f"scales have shape {scales_LT.shape}, expected ({len(names)} blocks, {len(updates)} updates)")
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    with np.errstate(all="ignore"):
-        powers_LT = np.log2(np.asarray(scales_LT, dtype=np.float64))
-    powers_LT[~np.isfinite(powers_LT)] = np.nan
-    colours = colormaps["viridis"](np.linspace(0, 0.92, len(names)))
-    for colour, name, powers_T in zip(colours, names, powers_LT, strict=True):
-        axes.plot(updates, powers_T, color=colour, linewidth=1.0, label=name)
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(scales)))
+    for colour, (name, values) in zip(colours, scales.items(), strict=True):
+        if len(values) != len(updates):
+            raise ValueError(f"block {name!r} has {len(values)} scales for {len(updates)} updates")
+        with np.errstate(all="ignore"):
+            powers = np.log2(np.array(values, dtype=np.float64))
+        powers[~np.isfinite(powers)] = np.nan
+        axes.plot(updates, powers, color=colour, linewidth=1.0, label=name)
     axes.set(title=title, xlabel="update", ylabel="log2(scale)")
     axes.grid(alpha=0.25)
-    if len(names) > 12:  # too many for a legend
-        mapping = ScalarMappable(Normalize(0, len(names) - 1), colormaps["viridis"])
+    if len(scales) > 12:  # too many for a legend
+        mapping = ScalarMappable(Normalize(0, len(scales) - 1), colormaps["viridis"])
         figure.colorbar(mapping, ax=axes, label="residual block, from the input on")
-    elif names:
+    elif scales:
         axes.legend(frameon=False, fontsize=8, ncols=2)
     return _picture(figure)
 
 
-def position_map_chart(
+def position_heatmap(
     values_GG: np.ndarray,
     title: str = "Held-out image loss by position",
     label: str = "nats an image token",

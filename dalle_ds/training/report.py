@@ -16,7 +16,7 @@ from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
 from dalle_ds.sampling.likelihood import image_losses
 from dalle_ds.sampling.sampler import GRID, RECORD, SampleSettings, read_captions, repeat, sample
-from dalle_ds.training.charts import position_map_chart
+from dalle_ds.training.charts import position_heatmap
 from dalle_ds.training.tracking import NullTracker, Tracker
 from dalle_ds.training.tracking_mlflow import read_run
 
@@ -91,8 +91,8 @@ def evaluate_export(
     }
     (out / EVALUATION).write_text(json.dumps(result, indent=1), encoding="utf-8")
     charts = {
-        "held_out/loss_by_position": position_map_chart(loss_map),
-        "held_out/gap_by_position": position_map_chart(gap_map, "What captions tell, by position", diverging=True),
+        "held_out/loss_by_position": position_heatmap(loss_map),
+        "held_out/gap_by_position": position_heatmap(gap_map, "What captions tell, by position", diverging=True),
     }
     for name, chart in charts.items():
         chart.save(out / f"{name.rpartition('/')[2]}.png")

@@ -200,7 +200,7 @@ class MlflowSink:
         self._client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
 
     def _send_picture(self, record: dict[str, Any]) -> None:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         path = self.folder / record["file"]
         if not path.is_file():
@@ -208,15 +208,14 @@ class MlflowSink:
         if record["step"] is None:
             self._client.log_artifact(self._run_id, str(path), "pictures")
         else:  # with a step, MLflow's page shows the pictures of one name on a time slider
-            with Image.open(path) as picture:
-                self._client.log_image(
-                    self._run_id,
-                    picture.convert("RGB"),
-                    key=record["name"],
-                    step=record["step"],
-                    timestamp=record["time"],
-                    synchronous=True,
-                )
+            try:
+                with Image.open(path) as file:
+                    picture = file.convert("RGB")
+            except (UnidentifiedImageError, SyntaxError) as error:
+                raise Refused(f"{path} is damaged: {error}") from error
+            self._client.log_image(
+                self._run_id, picture, key=record["name"], step=record["step"], timestamp=record["time"], synchronous=True
+            )
         path.unlink(missing_ok=True)
 
     def _send_artifact(self, record: dict[str, Any]) -> None:

@@ -1,0 +1,42 @@
+"""A small export for tests: a prior with random weights beside the dVAE and tokenizer of a drawn data set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_ds.data import storage
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.weights import read_weights, write_weights
+from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from tests.data.token_sets import make_token_set
+
+
+def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int = 0, **data_options: Any) -> Path:
+    """folder/tokens (a data set) and folder/export; returns the latter. The prior is untrained, but far from uniform."""
+    data = make_token_set(folder / "tokens", **data_options)
+    export = folder / "export"
+    tokenizer = CaptionTokenizer(storage.join(data, "tokenizer.model"))
+    dvae = read_weights(storage.join(data, "dvae.safetensors"), "dvae")
+    grid = dvae.config["image_size"] >> (dvae.config["n_groups"] - 1)
+    config = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=16, grid=grid, text_vocab=tokenizer.n_vocab,
+                         image_vocab=dvae.config["vocab_size"], conv_kernel=3)  # fmt: skip
+    prior = Prior(config)
+    initialise(prior, torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # stronger heads and texts: tokens depend on captions and on each other
+        prior.heads.image.weight.mul_(15)
+        prior.embed.text.weight.mul_(40)
+    mark = write_weights(export / "model.safetensors", kind="prior", config=config.model_dump(), state=prior.state_dict())
+    for name in ("tokenizer.model", "dvae.safetensors"):
+        storage.write_bytes(export / name, storage.read_bytes(storage.join(data, name)))
+    info = {"fingerprint": mark, "update": 7, "dvae": dvae.fingerprint, "tokenizer": tokenizer.fingerprint,
+            "data": {"url": data}, "mlflow": mlflow}  # fmt: skip
+    (export / "config.json").write_text(json.dumps(info))
+    return export
+
+
+def edit_config(export: Path, **changes: Any) -> None:
+    """Replace entries of an export's config.json."""
+    file = export / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

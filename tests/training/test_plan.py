@@ -1,0 +1,59 @@
+"""The plan's numbers against the paper's and against counting by other means."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_ds.models.presets import PRESETS
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.training.plan import PlanSettings, count_parameters, forward_flops, plan
+
+
+@pytest.mark.parametrize("preset, billions", [("2.8b", 2.83), ("5.6b", 5.55), ("12b", 12.09)])
+def test_parameter_counts_of_the_paper(preset, billions):
+    summary = plan(PRESETS[preset], PlanSettings())
+    assert summary["parameters_effective"] / 1e9 == pytest.approx(billions, abs=0.005 + 0.002)
+    assert summary["parameters_other"] < 0.001 * summary["parameters_effective"]
+
+
+def test_counts_add_up_to_a_real_model():
+    config = PRESETS["tiny"]
+    assert sum(count_parameters(config)) == sum(parameter.numel() for parameter in Prior(config).parameters())
+
+
+def test_arithmetic_is_what_torch_counts():
+    config = PriorConfig(n_layers=4, n_heads=2, d_head=8, text_len=6, grid=4, text_vocab=20, image_vocab=16, conv_kernel=3)
+    prior = Prior(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        prior(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64))
+    # torch's count includes what the dense mask computes and throws away: replace it by the reachable pairs
+    n = config.n_slots
+    dense = config.n_layers * 4 * config.d_model * n * n
+    ours_without_attention = forward_flops(config) - sparse_attention(config)
+    counted = counter.get_total_flops()
+    matrices_only = counted if counted < ours_without_attention + dense / 2 else counted - dense
+    assert ours_without_attention == pytest.approx(matrices_only, rel=0.02)
+    assert 0 < sparse_attention(config) < dense
+
+
+def sparse_attention(config):
+    from dalle_ds.ops.masks import attention_mask, layer_patterns
+
+    total = 0
+    for pattern in layer_patterns(config.n_layers):
+        mask = attention_mask(pattern, config.text_len, config.grid, config.conv_kernel)
+        total += sum(4 * config.d_model * int(row.sum()) for row in mask)
+    return total
+
+
+def test_memory_and_time_scale_as_they_must():
+    config = PRESETS["12b"]
+    one, many = plan(config, PlanSettings(gpus=64)), plan(config, PlanSettings(gpus=1024))
+    assert one["state_gib_per_gpu"] == pytest.approx(16 * one["parameters"] / 64 / 2**30)
+    assert one["state_gib_per_gpu"] / many["state_gib_per_gpu"] == pytest.approx(16)
+    assert one["days_estimate"] / many["days_estimate"] == pytest.approx(16)
+    nodes = plan(config, PlanSettings(gpus=1024, shard_gpus=8, price=2.0))
+    assert nodes["state_gib_per_gpu"] == pytest.approx(128 * many["state_gib_per_gpu"]) and nodes["replicas"] == 128
+    assert nodes["cost_estimate"] == pytest.approx(2 * nodes["gpu_hours_estimate"])
+    # by hand: 6 * 12.09e9 * 1280 tokens * 1024 * 430,000 / (1024 * 312e12 * 0.35) s = 4.23 days, and a little attention
+    assert many["days_estimate"] == pytest.approx(4.23, rel=0.03)

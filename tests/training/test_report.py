@@ -1,0 +1,101 @@
+"""An export is shown in its own MLflow run; scores say whether captions matter."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dalle_ds.data.weights import read_weights, write_weights
+from dalle_ds.errors import ConfigError
+from dalle_ds.sampling.sampler import SampleSettings
+from dalle_ds.training.report import choose_device, evaluate_export, sample_export
+from dalle_ds.training.tracking import Tracker
+from dalle_ds.training.tracking_mlflow import read_run
+from tests.sampling.exports import edit_config, make_export
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """An export whose config.json names a real run in a real (SQLite) store."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracker = Tracker.start(folder / "run")
+        assert tracker.close()
+    run = read_run(folder / "run")
+    return make_export(folder, mlflow={"uri": run.uri, "run_id": run.run_id}, n_validation=40)
+
+
+def the_run(export):
+    from mlflow import MlflowClient
+
+    run = json.loads((export / "config.json").read_text())["mlflow"]
+    client = MlflowClient(run["uri"])
+    found = client.get_run(run["run_id"])
+    folders = [client.list_artifacts(run["run_id"], folder) for folder in ("images", "samples", "evaluation")]
+    return found, [file.path for folder in folders for file in folder]
+
+
+def test_evaluation_is_written_and_tracked(export, tmp_path):
+    summary = evaluate_export(str(export), tmp_path, batch=7)
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert summary["gap"] == written["gap"] and summary["n_samples"] == 40 and summary["tracked"]
+    assert np.mean(written["position_nll"]) == pytest.approx(summary["image_nll"], rel=1e-6)
+    with np.load(tmp_path / "losses.npz") as losses:
+        assert losses["nll"].shape == (40, 16)
+        assert (losses["captions"][losses["order"]] != losses["captions"]).all()
+        assert losses["nll_shuffled"].mean() - losses["nll"].mean() == pytest.approx(summary["gap"], abs=1e-5)
+    assert (tmp_path / "loss_by_position.png").exists() and (tmp_path / "gap_by_position.png").exists()
+    run, files = the_run(export)
+    assert run.data.metrics["held_out/caption_gap"] == pytest.approx(summary["gap"])
+    assert run.data.metrics["held_out/image_nll"] == pytest.approx(summary["image_nll"])
+    assert run.info.status == "FINISHED" and "evaluation/evaluate.json" in files
+
+
+def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
+    """Cut the way of the text: the gap must vanish exactly, and not for lack of sensitivity."""
+    deaf = make_export(tmp_path, n_validation=40)
+    weights = read_weights(deaf / "model.safetensors", "prior")
+    for name in ("embed.text.weight", "embed.pad", "embed.text_position"):
+        weights.state[name].zero_()
+    mark = write_weights(deaf / "model.safetensors", kind="prior", config=weights.config, state=weights.state)
+    edit_config(deaf, fingerprint=mark)
+    assert evaluate_export(str(deaf), tmp_path / "deaf")["gap"] == pytest.approx(0, abs=1e-6)
+    hearing = evaluate_export(str(export), tmp_path / "hearing")
+    assert abs(hearing["gap"]) > 1e-3 and not hearing["right_captions_win"]  # it listens, but was never taught
+
+
+def test_samples_are_tracked_with_their_record(export, tmp_path):
+    summary = sample_export(str(export), tmp_path, SampleSettings(n=2), n_held_out=2)
+    assert summary["pictures"] == 4 and summary["tracked"]
+    assert len(json.loads((tmp_path / "samples.json").read_text())["held_out_keys"]) == 2
+    _, files = the_run(export)
+    assert "samples/samples.json" in files
+    assert [file for file in files if file.startswith("images/samples+step+7+") and file.endswith(".png")]
+
+
+def test_an_export_without_a_run_is_sampled_untracked(tmp_path):
+    export = make_export(tmp_path)
+    assert not sample_export(str(export), tmp_path / "out", SampleSettings(n=1), captions=["A red bar."])["tracked"]
+
+
+def test_a_run_id_that_was_late_is_found_beside_the_checkpoints(tmp_path, export):
+    named = json.loads((export / "config.json").read_text())["mlflow"]
+    other = make_export(tmp_path, mlflow={"uri": named["uri"], "run_id": None})
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000007"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "mlflow_run.json").write_text(json.dumps(named))
+    edit_config(other, checkpoint=str(checkpoint))
+    assert sample_export(str(other), tmp_path / "out", SampleSettings(n=1), captions=["A red bar."])["tracked"]
+
+
+def test_captions_have_one_source(export, tmp_path):
+    for options in ({}, {"captions": ["a"], "n_held_out": 2}):
+        with pytest.raises(ConfigError, match="exactly one of --caption"):
+            sample_export(str(export), tmp_path, SampleSettings(), **options)
+
+
+def test_a_device_that_is_not_there_is_an_error():
+    with pytest.raises(ConfigError, match="--device nonsense"):
+        choose_device("nonsense")
+    assert choose_device("cpu") == "cpu"
