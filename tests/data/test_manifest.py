@@ -25,7 +25,8 @@ INFO = DatasetInfo(image_size=32, grid=8, n_codes=4, dvae="d", tokenizer="t", cr
 def shard(name: str, n_train: int, fingerprint: str = INFO.fingerprint) -> ShardManifest:
     part = Part(path=f"data/{name}.tar", bytes=10, checksum="x", n_samples=n_train, blocks=[])
     return ShardManifest(shard=name, attempt="a", input=InputIdentity(path="p", bytes=1), splits={"train": part},
-                         n_input=n_train + 1, dropped={"unreadable": 1}, dropped_samples=[("k", "unreadable")], code_histogram=[n_train, 0, 1, 0],
+                         n_input=n_train + 1, dropped={"unreadable": 1},
+                         dropped_samples=[("k", "unreadable")], code_histogram=[n_train, 0, 1, 0],
                          caption_lengths={3: n_train}, fingerprint=fingerprint, seconds=1.0)
 
 
