@@ -110,5 +110,5 @@ def kill_tree(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def last_json(text: str) -> dict[str, Any]:
-    """The summary that --json puts on the last line of stdout."""
-    return json.loads(text.strip().splitlines()[-1])
+    """The summary that --json puts on the last line of stdout; the deepspeed launcher logs there too, after it."""
+    return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])

@@ -117,7 +117,7 @@ class Heads(nn.Module):
 
     def forward(self, x_BLD: Tensor, modality: str) -> Tensor:
         """-> logits (B, L, V) fp32 over the vocabulary of `modality`, "text" or "image"."""
-        return self.get_submodule(modality)(self.norm(x_BLD.float()))
+        return self.get_submodule(modality)(self.norm(x_BLD)).float()
 
 
 class Layer(nn.Module):

@@ -51,10 +51,12 @@ def plain_run() -> list[list[float]]:
     return results
 
 
-def make_engine(folder: Path, ranks: Ranks, fp16: dict[str, Any] | None, accumulation: int = 1, threshold: int = 0) -> PriorEngine:
+def make_engine(
+    folder: Path, ranks: Ranks, fp16: dict[str, Any] | None, accumulation: int = 1, threshold: int = 0, stage: int = 3, **more: Any
+) -> PriorEngine:
     path = folder / f"ds-{ranks.rank}.json"
-    tree = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": threshold}}
-    path.write_text(json.dumps({**tree, **({"fp16": fp16} if fp16 else {})}))
+    zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": threshold}
+    path.write_text(json.dumps({"zero_optimization": zero, **({"fp16": fp16} if fp16 else {}), **more}))
     micro = GLOBAL_BATCH // ranks.world_size // accumulation
     return PriorEngine(CONFIG, load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP), ADAMW, ranks, seed=0)
 
@@ -65,6 +67,12 @@ def sharded_run(folder: Path, ranks: Ranks, accumulation: int = 1, recompute: bo
         recompute_layers(engine.module)
     reports = [engine.update(micro_batches(u, ranks, accumulation), ADAMW.lr) for u in range(UPDATES)]
     assert all(report.took_step for report in reports)
+    return [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
+
+
+def bf16_run(folder: Path, ranks: Ranks, stage: int) -> list[list[float]]:
+    engine = make_engine(folder, ranks, None, stage=stage, bf16={"enabled": True})
+    reports = [engine.update(micro_batches(u, ranks, 1), ADAMW.lr) for u in range(UPDATES)]
     return [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
 
 
@@ -146,6 +154,8 @@ def main(folder: Path) -> None:
         "fp16": sharded_run(folder, ranks, enabled=True, loss_scale="per_resblock"),
         "fp16_recomputed": sharded_run(folder, ranks, recompute=True, enabled=True, loss_scale="per_resblock"),
         "fp16_accumulated": sharded_run(folder, ranks, accumulation=2, enabled=True, loss_scale="per_resblock"),
+        "bf16_zero3": bf16_run(folder, ranks, 3),
+        "bf16_zero2": bf16_run(folder, ranks, 2),
         "inf": inf_in_one_block(folder, ranks),
         "checkpoint": save_and_load(folder, ranks),
         "averaging": averaging(folder, ranks),

@@ -36,6 +36,11 @@ def test_per_resblock_fp16_follows_fp32(outcome: dict[str, Any], case: str) -> N
     assert_close(outcome["rank0"][case], outcome["plain"], 2e-3)
 
 
+@pytest.mark.parametrize("case", ["bf16_zero3", "bf16_zero2"])
+def test_bf16_is_one_knob_away(outcome: dict[str, Any], case: str) -> None:
+    assert_close(outcome["rank0"][case], outcome["plain"], 5e-2)
+
+
 def test_recomputation_changes_nothing(outcome: dict[str, Any]) -> None:
     assert outcome["rank0"]["fp16_recomputed"] == outcome["rank0"]["fp16"]
 

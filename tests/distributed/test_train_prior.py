@@ -1,0 +1,123 @@
+"""launchers/train_prior.sh under the real launchers: every way to start it, to stop it and to go on."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from dalle_ds.training.export import export_checkpoint
+from tests import launching
+from tests.data.token_sets import make_token_set
+
+pytestmark = pytest.mark.launch
+
+SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=16", "micro_batch=4", "updates=8", "checkpoint.every=3",
+         "validation.every=4", "validation.samples=16", "tracking.every=1", "learning_rate.warmup_updates=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory as the demo leaves it: the default recipe finds its data there."""
+    home = tmp_path_factory.mktemp("home")
+    make_token_set(home / "runs" / "demo" / "tokens", n_samples=96, n_validation=32)
+    return home
+
+
+@pytest.fixture(scope="module")
+def env(home: Path) -> dict[str, str]:
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
+
+
+def settings(folder: str) -> list[str]:
+    return [part for setting in [*SMALL, f"folder={folder}"] for part in ("--set", setting)]
+
+
+def train(home: Path, env: dict[str, str], folder: str) -> dict[str, Any]:
+    command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *settings(folder), "--json"]
+    done = launching.run(command, home, env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return launching.last_json(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(home: Path, env: dict[str, str]) -> dict[str, Any]:
+    return train(home, env, "whole")
+
+
+def test_recipe_on_two_ranks(uninterrupted: dict[str, Any], home: Path) -> None:
+    assert (uninterrupted["updates"], uninterrupted["resumed_at"]) == (8, 0)
+    assert uninterrupted["held_out_image_loss"] < 3.4, "ln 32 is 3.47: nothing was learned"
+    assert Path(home, uninterrupted["checkpoint"]).name == "update_00000008"
+    assert json.loads((home / "whole" / "summary.json").read_text()) == uninterrupted
+    assert json.loads((home / "whole" / "deepspeed.json").read_text())["gradient_clipping"] == 4.0
+
+
+def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: dict[str, str]) -> None:
+    client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+    run = client.get_run(json.loads((home / "whole" / "mlflow_run.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED"
+    scales = [name for name in run.data.metrics if name.startswith("scale_log2/")]
+    assert sorted(scales) == [f"scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
+    wanted = ("loss", "text_loss", "image_loss", "grad_norm", "tokens_per_second", "skipped_updates", "learning_rate")
+    for name in wanted:
+        assert [point.step for point in client.get_metric_history(run.info.run_id, f"train/{name}")] == list(range(1, 9)), name
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "validation/image_loss")]
+    assert steps == [0, 4, 8]
+    info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
+    assert {key: run.data.tags[f"lineage.{key}"] for key in ("dvae", "tokenizer")} == {k: info[k] for k in ("dvae", "tokenizer")}
+    assert run.data.tags["lineage.data"] == info["fingerprint"]
+    assert run.data.params["optimizer.beta2"] == "0.96"
+
+
+def test_killed_run_ends_as_the_uninterrupted_one(uninterrupted: dict[str, Any], home: Path, env: dict[str, str]) -> None:
+    command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *settings("killed")]
+    with launching.started(command, home, env) as process:
+        first = home / "killed" / "checkpoints" / "update_00000003"
+        launching.wait_for(first.exists, "first checkpoint", process=process)
+        launching.kill_tree(process.pid, signal.SIGKILL)
+    resumed = train(home, env, "killed")
+    assert resumed["resumed_at"] in (3, 6)
+    for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
+        assert resumed[key] == uninterrupted[key], key
+    again = train(home, env, "killed")
+    assert again["resumed_at"] == again["updates"] == 8, "a finished run is not repeated"
+
+
+def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    summary = export_checkpoint("whole", "export")
+    assert summary["update"] == 8
+    assert summary["parity"]["tokens"] == 4 * 16
+    assert summary["parity"]["max_difference_same_format"] < 1e-4
+    assert summary["parity"]["max_difference_fp32"] < 1e-2
+    plain = export_checkpoint("whole", "export_last", averaged=False)
+    assert plain["fingerprint"] != summary["fingerprint"]
+
+
+def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict[str, str]) -> None:
+    """`deepspeed launchers/train_prior.sh` without any argument; then `bash launchers/train_prior.sh` in the same folder."""
+    folder = home / "runs" / "demo" / "prior"
+    command = [*launching.deepspeed(None), launching.TRAIN_PRIOR]
+    with launching.started(command, home, env) as process:
+        launching.wait_for((folder / "recipe.yaml").exists, "start of training", process=process)
+        # the launcher itself does not pass the signal on: its ranks must notice that it is gone
+        process.terminate()
+        launching.wait_for(lambda: list(folder.glob("checkpoints/update_*")), "saved state")
+        launching.wait_for(lambda: not launching.ranks_of(process.pid), "end of the ranks", timeout=60)
+    saved = json.loads(next(folder.glob("checkpoints/update_*/checkpoint.json")).read_text())["update"]
+    assert 0 < saved < 600
+    port = {"DS_LAUNCH_ARGS": f"--master_port {launching.free_port()}"}
+    more = ["--set", f"updates={saved + 2}", "--set", "validation.samples=16", "--json"]
+    done = launching.run(["bash", launching.TRAIN_PRIOR, *more], home, {**env, **port})
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = launching.last_json(done.stdout)
+    assert (summary["resumed_at"], summary["updates"]) == (saved, saved + 2)
+
+
+def test_error_reaches_the_exit_code_of_the_launcher(home: Path, env: dict[str, str]) -> None:
+    done = launching.run([*launching.deepspeed(1), launching.TRAIN_PRIOR, "--set", "global_batch=7"], home, env)
+    assert done.returncode == 2
+    assert "global_batch 7 is not a multiple of micro_batch 16" in done.stderr

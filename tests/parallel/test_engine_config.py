@@ -1,0 +1,70 @@
+"""DeepSpeed's JSON: one home for every key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.parallel.engine_config import EngineConfig, load_engine_config
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+def load(tmp_path: Path, tree: dict[str, Any]) -> EngineConfig:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(tree))
+    return load_engine_config(path, micro_batch=4, accumulation=2, clip=4.0)
+
+
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda p: p.name)
+def test_shipped_configurations_are_accepted(path: Path) -> None:
+    config = load_engine_config(path, micro_batch=4, accumulation=2, clip=4.0)
+    assert config.json["gradient_accumulation_steps"] == 2
+    assert (config.block_scaling is not None) == ("per_resblock" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "recipe_key"),
+    [("train_batch_size", 64, "global_batch"), ("gradient_clipping", 1.0, "optimizer.clip"), ("optimizer", {"type": "Adam"}, "optimizer")],
+)
+def test_what_the_recipe_owns_is_refused(tmp_path: Path, key: str, value: Any, recipe_key: str) -> None:
+    with pytest.raises(ConfigError, match=f"sets {key} = .*{recipe_key}"):
+        load(tmp_path, {**ZERO3, key: value})
+
+
+def test_per_resblock_section_becomes_ours(tmp_path: Path) -> None:
+    config = load(tmp_path, {**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "initial_scale_power": 10, "growth_interval": 500}})
+    assert config.block_scaling.initial_scale_power == 10
+    assert config.block_scaling.growth_interval == 500
+    assert config.json["fp16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize("section", [{"enabled": True, "loss_scale": 0, "initial_scale_power": 16}, {"enabled": False, "loss_scale": "per_resblock"}])
+def test_other_fp16_sections_are_deepspeeds(tmp_path: Path, section: dict[str, Any]) -> None:
+    config = load(tmp_path, {**ZERO3, "fp16": section})
+    assert config.block_scaling is None
+    assert config.json["fp16"] == section
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"fp16": {"enabled": True, "loss_scale": "per_resblock"}}, "needs zero_optimization.stage 3, found 0"),
+        ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "hysteresis": 2}}, "does not know hysteresis"),
+        ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "min_scale_power": 20}}, "not in this order"),
+    ],
+)
+def test_wrong_sections_say_what_is_wrong(tmp_path: Path, tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, tree)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_engine_config(tmp_path / "none.json", micro_batch=1, accumulation=1, clip=1.0)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_engine_config(tmp_path / "bad.json", micro_batch=1, accumulation=1, clip=1.0)

@@ -1,0 +1,115 @@
+"""Mistakes in a recipe, its data or its folder are said before training starts, with the value and the expectation."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.recipes import load_recipe
+from dalle_ds.training.prior_command import main
+from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.prior_trainer import train_prior
+from tests.data.token_sets import edit_json, make_token_set
+
+RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def token_set(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_token_set(tmp_path_factory.mktemp("tokens") / "set", n_samples=64, n_validation=16)
+
+
+def recipe(token_set: str, tmp_path: Path, *overrides: str) -> PriorRun:
+    return load_recipe(PriorRun, RECIPES / "tiny.yaml", [f"data.dataset={token_set}", f"folder={tmp_path / 'run'}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.grid=8", r"model.grid is 8, but the data set .* has 4"),
+        ("model.image_vocab=8192", r"model.image_vocab is 8192, but the data set .* has 32"),
+        ("global_batch=48", "global_batch 48 is not a multiple of micro_batch 16 x 2 ranks = 32"),
+        ("deepspeed_config=nowhere.json", "nowhere.json cannot be read"),
+    ],
+)
+def test_recipe_that_does_not_fit(token_set: str, tmp_path: Path, override: str, message: str) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    run = recipe(token_set, tmp_path, override)
+    if "ranks" in message:
+        with pytest.raises(ConfigError, match=message):
+            run.accumulation(2)
+        return
+    with pytest.raises(ConfigError, match=message):
+        train_prior(run, ranks)
+
+
+def test_deepspeed_json_that_sets_what_the_recipe_sets(token_set: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 3}}))
+    with pytest.raises(ConfigError, match=r"train_micro_batch_size_per_gpu = 8.*\(micro_batch\)"):
+        train_prior(recipe(token_set, tmp_path, f"deepspeed_config={tmp_path / 'ds.json'}"), ALONE)
+
+
+@pytest.mark.parametrize("key", ["dvae", "tokenizer"])
+def test_shards_of_another_dvae_or_tokenizer(token_set: str, tmp_path: Path, key: str) -> None:
+    found = json.loads((Path(token_set) / "dataset.json").read_text())[key]
+    with pytest.raises(FingerprintMismatch, match=f"expected fingerprint 0123456789abcdef, found {found}"):
+        train_prior(recipe(token_set, tmp_path, f"data.{key}='0123456789abcdef'"), ALONE)
+
+
+def test_one_foreign_shard_among_the_others(tmp_path: Path) -> None:
+    root = make_token_set(tmp_path / "set", n_samples=64, n_validation=16, complete=False)
+    edit_json(f"{root}/manifests/00001.json", fingerprint="feedfeedfeedfeed")
+    with pytest.raises(FingerprintMismatch, match="feedfeedfeedfeed"):
+        train_prior(recipe(root, tmp_path), ALONE)
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        train_prior(recipe(str(tmp_path / "nowhere"), tmp_path), ALONE)
+
+
+def test_no_room_for_a_checkpoint(token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="no room for checkpoints"):
+        train_prior(recipe(token_set, tmp_path), ALONE)
+
+
+def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) -> None:
+    run = recipe(token_set, tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
+    checkpoint.mkdir(parents=True)
+    about: dict[str, Any] = {"model": {}, "data": "other", "content": "other", "global_batch": 32, "seed": 0}
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
+    with pytest.raises(ConfigError, match="trained with other settings(.|\n)*data: checkpoint 'other'"):
+        train_prior(run, ALONE)
+
+
+def test_unknown_key_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(RECIPES / "tiny.yaml", ["--set", "learning_rate.peek=1"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "unknown key 'learning_rate.peek'" in error and "peak" in error
+
+
+def test_default_without_its_data_says_which_command_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(RECIPES / "tiny.yaml", [])
+    assert ended.value.code == 2
+    assert "bash launchers/demo.sh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(p for p in RECIPES.glob("*.yaml") if "updates" in p.read_text() and "dvae" not in p.name), ids=lambda p: p.name)
+def test_shipped_recipes_load(path: Path) -> None:
+    run = load_recipe(PriorRun, path)
+    assert run.deepspeed_path.exists()
