@@ -1,0 +1,88 @@
+"""A small world for the later stages: raw shards of drawn pictures, a tiny dVAE with random weights, a tokenizer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_ds.data.manifest import ShardManifest, load_shard_manifests
+from dalle_ds.data.weights import write_weights
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from preprocessing import ingest, pool, tokenizer
+from preprocessing.encode import EncodeConfig
+from preprocessing.ingest import IngestConfig
+from preprocessing.tokenizer import TokenizerConfig
+from tests.pictures import draw_folder
+
+N_PICTURES = 60
+N_SHARDS = 15
+
+
+def write_dvae(path: Path, seed: int = 0, image_size: int = 32) -> str:
+    """A tiny dVAE of random weights (8x8 codes out of 32) and its fingerprint."""
+    torch.manual_seed(seed)
+    config = DVAEConfig(image_size=image_size, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, vocab_size=32)
+    dvae = DVAE(config)
+    with torch.no_grad():  # spread the logits, so that random weights use many codes
+        dvae.encoder.blocks.output.conv.w.mul_(20)
+    return write_weights(path, kind="dvae", config=config.model_dump(), state=dvae.state_dict())
+
+
+def part_checksums(root: str) -> dict[str, dict[str, str]]:
+    """{shard: {split: SHA-256}}: equal for equal content."""
+    return {manifest.shard: {split: part.checksum for split, part in manifest.splits.items()}
+            for manifest in load_shard_manifests(root, ShardManifest)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny convolutions on two threads that share their cores with others spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pool, "n_cores", lambda: 1)
+    torch.set_num_threads(1)
+    yield
+    patch.undo()
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths of the inputs; `config` makes an encode config that can be varied."""
+
+    pictures: Path
+    raw: str
+    dvae: str
+    tokenizer: str
+
+    def config(self, out: object, **more: object) -> EncodeConfig:
+        values = {"raw": self.raw, "dvae": self.dvae, "tokenizer": self.tokenizer, "workers": 1, "validation_fraction": 0.2}
+        return EncodeConfig(**{**values, "out": str(out), "block_samples": 3, "batch_size": 4, "device": "cpu", **more})
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    pictures, raw = draw_folder(folder / "pictures", N_PICTURES), str(folder / "raw")
+    ingest.run(IngestConfig(pictures=str(pictures), out=raw, samples_per_shard=N_PICTURES // N_SHARDS, workers=1))
+    write_dvae(folder / "dvae.safetensors")
+    tokenizer.run(TokenizerConfig(raw=raw, out=str(folder / "tokenizer.model"), vocab_size=400, validation_fraction=0.2))
+    return World(pictures, raw, str(folder / "dvae.safetensors"), str(folder / "tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What an encode run without any trouble writes."""
+    from preprocessing import encode
+
+    out = str(tmp_path_factory.mktemp("undisturbed") / "tokens")
+    assert encode.run(world.config(out)).is_complete
+    return part_checksums(out)
+
+
+@pytest.fixture
+def is_undisturbed(undisturbed: dict[str, dict[str, str]]) -> Callable[[str], bool]:
+    """Whether a root holds, byte for byte, what an undisturbed run writes."""
+    return lambda root: part_checksums(root) == undisturbed

@@ -1,0 +1,67 @@
+"""Pool: a dying worker costs nothing but time, a dying parent leaves nobody behind."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.errors import DataError
+from preprocessing.pool import run_shards
+
+
+@dataclass(frozen=True)
+class Job:
+    """Squares numbers; dies once at `fatal`, raises at `wrong`."""
+
+    folder: Path
+    fatal: int = -1
+    always_fatal: int = -1
+    wrong: int = -1
+    bug: int = -1
+
+    def start(self, n_threads: int) -> Callable[[int], int]:
+        return self.work
+
+    def work(self, n: int) -> int:
+        mark = self.folder / str(n)
+        if n == self.always_fatal or (n == self.fatal and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if n == self.wrong:
+            raise DataError(f"shard {n} is damaged")
+        if n == self.bug:
+            raise ZeroDivisionError("a bug of ours")
+        return n * n
+
+
+def run(job: Job, n: int = 12, workers: int = 2) -> tuple[list[int], dict[str, str]]:
+    return run_shards(job, list(range(n)), n_workers=workers, name=str, size=lambda _: 1, what="test", unit="shard")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_failures_of_single_shards_are_told(tmp_path: Path, workers: int) -> None:
+    results, failures = run(Job(tmp_path, wrong=3), workers=workers)
+    assert sorted(results) == [n * n for n in range(12) if n != 3]
+    assert failures == {"3": "shard 3 is damaged"}
+
+
+def test_a_killed_worker_s_shards_are_redone(tmp_path: Path) -> None:
+    results, failures = run(Job(tmp_path, fatal=5))
+    assert sorted(results) == [n * n for n in range(12)]
+    assert failures == {}
+
+
+def test_a_shard_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
+    results, failures = run(Job(tmp_path, always_fatal=11))
+    assert "11" in failures
+    assert "worker processes died" in failures["11"]
+    assert len(results) + len(failures) == 12
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bugs_are_not_swallowed(tmp_path: Path, workers: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(Job(tmp_path, bug=2), workers=workers)
