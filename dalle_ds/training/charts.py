@@ -41,7 +41,9 @@ def curves(
     return _picture(figure)
 
 
-def gradient_scales(updates: Sequence[int], scales: Mapping[str, Sequence[float]], title: str = "Gradient scales") -> Image.Image:
+def gradient_scales(
+    updates: Sequence[int], scales: Mapping[str, Sequence[float]], title: str = "Gradient scales"
+) -> Image.Image:
     """The gradient scale of every residual block over time as a power of two, one line a block, coloured from first to last.
 
     Args:
@@ -59,7 +61,7 @@ def gradient_scales(updates: Sequence[int], scales: Mapping[str, Sequence[float]
         with np.errstate(all="ignore"):
             powers = np.log2(np.array(values, dtype=np.float64))
         powers[~np.isfinite(powers)] = np.nan
-        axes.plot(updates, powers, color=colour, linewidth=1.0, label=name)
+        axes.plot(updates, powers, color=colour, linewidth=1.0 if len(scales) > 12 else 2.0, label=name)
     axes.set(title=title, xlabel="update", ylabel="log2(scale)")
     axes.grid(alpha=0.25)
     if len(scales) > 12:  # too many for a legend
