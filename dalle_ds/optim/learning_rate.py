@@ -1,10 +1,10 @@
 """Learning rate of the prior: linear warm-up, then constant with halvings, or a half-cosine."""
 
-import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.recipes import Config
 
 
@@ -26,9 +26,9 @@ class LearningRateConfig(Config):
     def at(self, update: int, n_updates: int) -> float:
         """Rate for the update of that number (from 0) in a run of `n_updates`."""
         if update < self.warmup_updates:
-            return self.peak * (update + 1) / self.warmup_updates
+            return self.peak * linear_warmup(update, self.warmup_updates)
         if self.shape == "constant":
             return self.peak * 0.5 ** sum(update >= at for at in self.halve_at)
-        done = (update - self.warmup_updates) / max(1, n_updates - self.warmup_updates)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.peak * (self.final_fraction + (1 - self.final_fraction) * cosine)
+        return half_cosine(
+            update - self.warmup_updates, self.peak, self.peak * self.final_fraction, max(1, n_updates - self.warmup_updates)
+        )
