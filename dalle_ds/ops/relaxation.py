@@ -32,6 +32,16 @@ def kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
     return (ln_q.exp() * ln_q).sum(dim=-1) + math.log(logits_BKhw.shape[1])
 
 
+def mean_kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
+    """KL(mean of q over all cells of the batch || uniform) in nats, a scalar: 0 where all codes are used alike.
+
+    Not in the paper. The mean of `kl_to_uniform` is this plus the information that a code carries about its cell; the paper's
+    one weight holds down both. Runs too short for codes to come back to life can hold down this part more than the other.
+    """
+    q_K = torch.softmax(_codes_last(logits_BKhw), dim=-1).flatten(0, 2).mean(dim=0)
+    return torch.special.xlogy(q_K, q_K).sum() + math.log(logits_BKhw.shape[1])
+
+
 def _codes_last(logits_BKhw: Tensor) -> Tensor:
     # In channels_last memory this is a view, and softmax over the last dimension is several times faster than over dimension 1.
     return logits_BKhw.float().permute(0, 2, 3, 1).contiguous()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
+from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform, mean_kl_to_uniform
 
 
 def test_argmax_of_the_sample_follows_the_categorical() -> None:
@@ -47,6 +47,16 @@ def test_kl_against_torch_and_its_ends() -> None:
     torch.testing.assert_close(kl_to_uniform(logits), expected)
     assert kl_to_uniform(torch.zeros(1, 512, 1, 1)).item() == pytest.approx(0.0, abs=1e-5)
     assert kl_to_uniform(1e4 * torch.eye(512).view(1, 512, 512, 1)).mean().item() == pytest.approx(math.log(512))
+
+
+def test_mean_kl_sees_unused_codes_but_not_sharp_ones() -> None:
+    one_hot = 1e4 * torch.eye(8).view(1, 8, 8, 1)  # every cell is sure, every code is used once
+    assert mean_kl_to_uniform(one_hot).item() == pytest.approx(0.0, abs=1e-5)
+    assert kl_to_uniform(one_hot).mean().item() == pytest.approx(math.log(8))
+    same = one_hot[:, :, :1].expand(1, 8, 8, 1)  # every cell takes code 0
+    assert mean_kl_to_uniform(same).item() == pytest.approx(math.log(8))
+    logits = torch.randn(2, 8, 3, 3) * 2
+    assert 0 < mean_kl_to_uniform(logits) < kl_to_uniform(logits).mean()
 
 
 def test_tau_zero_is_refused() -> None:

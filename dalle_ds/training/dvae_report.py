@@ -1,0 +1,105 @@
+"""What a dVAE is worth on held-out pictures: numbers, and pictures to look at."""
+
+# B batch, C channels, K codes, h and w grid cells, N = h*w
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.evaluation.reconstruction import codebook_usage, psnr
+from dalle_ds.models.dvae import DVAE
+from dalle_ds.ops.logit_laplace import log_density, split_output
+from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of held-out pictures. PSNR is with hard codes: argmax, no noise, as the prior's data are encoded.
+
+    The bounds are the true ones (KL weight 1), in nats a sub-pixel: with codes drawn from q, and with relaxed ones at `tau`.
+    """
+
+    psnr: float  # dB, mean over pictures
+    codes_used: int
+    n_codes: int
+    perplexity: float
+    kl_per_cell: float  # nats
+    elb_hard: float
+    elb_relaxed: float
+    tau: float
+    n_pictures: int
+
+    def metrics(self) -> dict[str, float]:
+        """As named in the tracker."""
+        values = {key: float(value) for key, value in asdict(self).items() if key not in ("tau", "n_pictures", "n_codes")}
+        return {f"validation/{key}": value for key, value in values.items()}
+
+
+@torch.no_grad()
+def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None) -> tuple[HeldOut, np.ndarray]:
+    """Measure on uint8 pictures, in fp32 -> (numbers, how often each code is chosen (K,)). The noise is always the same."""
+    device = next(model.parameters()).device
+    config = model.config
+    generator = torch.Generator(device).manual_seed(0)
+    errors, counts_K = [], np.zeros(config.vocab_size, dtype=np.int64)
+    sums = {"kl": 0.0, "hard": 0.0, "relaxed": 0.0}
+    for chunk_BCHW in images_BCHW.split(BATCH):
+        chunk_BCHW = chunk_BCHW.to(device)
+        pixels_BCHW = model.map_images(chunk_BCHW)
+        logits_BKhw = model.encode_logits(pixels_BCHW)
+        codes_BN = logits_BKhw.argmax(dim=1).flatten(1)
+        counts_K += np.bincount(codes_BN.flatten().cpu().numpy(), minlength=config.vocab_size)
+        errors.append(psnr(chunk_BCHW.cpu().numpy(), model.decode_tokens(codes_BN).cpu().numpy()))
+        sums["kl"] += kl_to_uniform(logits_BKhw).sum().item()
+        relaxed_BKhw = gumbel_softmax(logits_BKhw, tau, generator)
+        drawn_Bhw = gumbel_softmax(logits_BKhw, 1.0, generator).argmax(dim=1)  # the Gumbel maximum is a draw from q
+        for name, output in (("hard", model.decoder.from_codes(drawn_Bhw)), ("relaxed", model.decoder(relaxed_BKhw))):
+            mu, ln_b = split_output(output)
+            sums[name] += log_density(pixels_BCHW, mu, floored(ln_b, ln_b_min)).sum().item()
+    n_pictures, n_subpixels = len(images_BCHW), images_BCHW.numel()
+    usage = codebook_usage(counts_K)
+    numbers = HeldOut(
+        psnr=float(np.concatenate(errors).mean()), codes_used=usage.n_used, n_codes=usage.n_codes, perplexity=usage.perplexity,
+        kl_per_cell=sums["kl"] / (n_pictures * config.n_tokens), elb_hard=(sums["hard"] - sums["kl"]) / n_subpixels,
+        elb_relaxed=(sums["relaxed"] - sums["kl"]) / n_subpixels, tau=tau, n_pictures=n_pictures,
+    )  # fmt: skip
+    return numbers, counts_K
+
+
+def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
+    """ln b, not below `minimum` where one is set."""
+    return ln_b if minimum is None else ln_b.clamp(min=minimum)
+
+
+@torch.no_grad()
+def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pairs: int = 3, min_side: int = 64) -> Image.Image:
+    """Rows of held-out pictures, each above its reconstruction from hard codes; small ones are enlarged without smoothing."""
+    chosen_BCHW = images_BCHW[: columns * pairs].to(next(model.parameters()).device)
+    made_BCHW = model.decode_tokens(model.tokens(chosen_BCHW))
+    rows = []
+    for start in range(0, len(chosen_BCHW), columns):
+        for images in (chosen_BCHW, made_BCHW):
+            row_BHWC = images[start : start + columns].permute(0, 2, 3, 1).cpu().numpy()
+            missing = columns - len(row_BHWC)
+            rows.append(np.concatenate([*row_BHWC, *[np.full_like(row_BHWC[0], 255)] * missing], axis=1))
+    grid = Image.fromarray(np.concatenate(rows, axis=0).squeeze())
+    enlarge = -(-min_side // images_BCHW.shape[-1])
+    return grid.resize((grid.width * enlarge, grid.height * enlarge), Image.Resampling.NEAREST)
+
+
+def usage_chart(counts_K: np.ndarray, title: str) -> Image.Image:
+    """How often each code is chosen, from the most to the least used, on a logarithmic scale."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(np.arange(len(counts_K)), np.sort(counts_K)[::-1], width=1.0)
+    axes.set(title=title, xlabel="codes, by use", ylabel="cells", yscale="log", ylim=(0.5, None))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

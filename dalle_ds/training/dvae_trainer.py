@@ -1,0 +1,299 @@
+"""Train the dVAE: the story of a run, from recipe to weights, report and pictures."""
+
+import json
+import logging
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_ds.console import progress
+from dalle_ds.data.fingerprint import fingerprint, require_same
+from dalle_ds.data.raw import list_raw_shards
+from dalle_ds.data.weights import read_weights, write_weights
+from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.models.dvae import DVAE
+from dalle_ds.ops.logit_laplace import log_density
+from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
+from dalle_ds.optim.averaging import ParameterAverage
+from dalle_ds.optim.schedules import linear_warmup
+from dalle_ds.recipes import dump_recipe, flatten
+from dalle_ds.training.dvae_config import DVAERun
+from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
+from dalle_ds.training.dvae_report import HeldOut, floored, measure, reconstruction_grid, usage_chart
+from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
+from dalle_ds.training.lineage import code_tags
+from dalle_ds.training.tracking import Tracker
+
+__all__ = ["DVAERun", "train_dvae"]
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "dvae.safetensors"
+REPORT_FILE = "dvae_report.json"
+CHECKPOINT_FILE = "checkpoint.pt"
+RECONSTRUCTIONS_FILE = "reconstructions.png"
+
+# What may differ between a run and its restart without making it another run.
+_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "device"}
+
+
+def train_dvae(run: DVAERun) -> dict[str, Any]:
+    """Train, or go on with, the run in `run.folder`; a finished run is left alone. Returns the report.
+
+    Raises:
+        UserError: anything about the recipe, the data or the folder that would stop the run later.
+        SystemExit(143): asked to stop; the state is saved.
+    """
+    folder = Path(run.folder)
+    with StopFlag() as stop, RunLock(folder):
+        identity = _identity(run)
+        finished = _finished(folder, identity)
+        if finished is not None:
+            log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
+            return finished
+        return _Trainer(run, identity).run(stop)
+
+
+class _Trainer:
+    """One run: what it is made of (built and checked in the constructor), and its loop."""
+
+    def __init__(self, run: DVAERun, identity: str) -> None:
+        self.recipe, self.identity, self.folder = run, identity, Path(run.folder)
+        self.device = _device(run)
+        # Denormal numbers are very slow on CPUs, and codes that die make many.
+        torch.set_flush_denormal(True)
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        torch.manual_seed(run.seed)
+        # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
+        self.model = DVAE(run.model).to(self.device, memory_format=torch.channels_last)
+        self.parameters = list(self.model.parameters())
+        settings = run.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=run.schedules.lr.start, betas=(settings.beta1, settings.beta2), eps=settings.eps,
+            weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
+        self.average = ParameterAverage(self.model, run.average.decay, run.average.start)
+        self.noise = torch.Generator(self.device).manual_seed(run.seed)
+        self.update, self.seconds, self.position = 0, 0.0, Position()
+        self._restore()
+        self.validation = validation_pictures(run.data, run.model.image_size)
+        self.stream = PictureStream(run.data, run.model.image_size, run.batch_size, run.seed, self.position)
+
+    # ---- the loop --------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: StopFlag) -> dict[str, Any]:
+        run = self.recipe
+        (self.folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
+        tags = {**code_tags(), "stage": "dvae", "run_fingerprint": self.identity}
+        self.tracker = Tracker.start(
+            self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name, tags=tags,
+            params=flatten(run.model_dump(mode="json")),
+        )  # fmt: skip
+        self.tracker.input_dataset("raw", run.data.raw, _shards_digest(run))
+        status, before, began, resumed_at = "FAILED", self.seconds, time.monotonic(), self.update
+        bar = progress(total=run.updates, initial=self.update, what="dVAE", unit="update")
+        try:
+            with bar:
+                while self.update < run.updates:
+                    metrics = self._step()
+                    self.update += 1
+                    self.seconds = before + time.monotonic() - began
+                    bar.update(1)
+                    if self.update % run.tracking.every == 0:
+                        rate = (self.update - resumed_at) * run.batch_size / (time.monotonic() - began)
+                        values = {name: float(value) for name, value in metrics.items()} | {"train/images_per_second": rate}
+                        self.tracker.metrics(values, self.update)
+                        bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
+                    if self.update % run.report_every == 0 and self.update < run.updates:
+                        self._validate()
+                    if stop.requested and self.update < run.updates:
+                        self._save()
+                        status = "KILLED"
+                        log.info("asked to stop (%s): saved update %d in %s; the same command goes on from there",
+                                 stop.reason, self.update, self.folder)  # fmt: skip
+                        raise SystemExit(EXIT_STOPPED)
+                    if self.update % run.checkpoint_every == 0 or self.update == run.updates:
+                        self._save()
+            summary = self._finish()
+            status = "FINISHED"
+            return summary
+        finally:
+            self.stream.close()
+            self.tracker.close(status)
+
+    def _step(self) -> dict[str, Any]:
+        """One update of the parameters and of their average -> metrics, some still on the device."""
+        run, schedules = self.recipe, self.recipe.schedules
+        tau, kl_weight = schedules.tau.at(self.update), schedules.kl_weight.at(self.update)
+        lr = schedules.lr.at(self.update) * linear_warmup(self.update, schedules.lr_warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = next(self.stream)
+        self.position = batch.next_position
+        parts = batch.images_BCHW.split(run.micro_batch or run.batch_size)
+        sums: dict[str, Tensor] = {}
+        for images_BCHW in parts:
+            loss, terms = self._loss(images_BCHW, tau, kl_weight)
+            self.scaler.scale(loss / len(parts)).backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / len(parts)
+        self.scaler.unscale_(self.optimizer)
+        clip = run.optimizer.clip if run.optimizer.clip is not None else float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        took_step = self.scaler.get_scale() >= scale  # a skipped step lowers the scale
+        if took_step:
+            self.average.update(self.model)
+        return {
+            **{f"train/{name}": value for name, value in sums.items()}, "train/grad_norm": grad_norm, "train/learning_rate": lr,
+            "train/tau": tau, "train/kl_weight": kl_weight, "train/loss_scale": scale,
+            "train/unusable_pictures": batch.n_unusable, "train/data_wait_seconds": self.stream.wait_seconds,
+        }  # fmt: skip
+
+    def _loss(self, images_BCHW: Tensor, tau: float, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bound, divided once, as a whole, by the number of sub-pixels (paper, appendix A.1), in nats."""
+        run = self.recipe
+        images_BCHW = images_BCHW.to(self.device, memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, _DTYPES[run.precision], enabled=run.precision != "fp32"):
+            pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, self.noise)
+        n_subpixels = images_BCHW[0].numel()
+        nll = -log_density(pixels_BCHW, mu, floored(ln_b, run.loss.ln_b_min)).mean()
+        kl_per_cell = kl_to_uniform(logits_BKhw).mean()
+        loss = nll + kl_weight * kl_per_cell * (run.model.n_tokens / n_subpixels)
+        terms = {"nll": nll.detach(), "kl_per_cell": kl_per_cell.detach()}
+        if run.loss.usage_weight:
+            usage_kl = mean_kl_to_uniform(logits_BKhw)
+            loss = loss + run.loss.usage_weight * usage_kl * (run.model.n_tokens / n_subpixels)
+            terms["usage_kl"] = usage_kl.detach()
+        return loss, {"loss": loss.detach(), **terms}
+
+    # ---- measuring -------------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> HeldOut:
+        """Measure the averaged weights on held-out pictures; numbers and pictures go to the tracker."""
+        tau = self.recipe.schedules.tau.at(self.update)
+        with self.average.applied_to(self.model):
+            numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min)
+            grid = reconstruction_grid(self.model, self.validation)
+        self.tracker.metrics(numbers.metrics(), self.update)
+        self.tracker.picture("reconstructions", grid, self.update)
+        title = f"{numbers.codes_used} of {numbers.n_codes} codes in use, perplexity {numbers.perplexity:.0f}"
+        self.tracker.picture("codebook_usage", usage_chart(counts_K, title), self.update)
+        grid.save(self.folder / RECONSTRUCTIONS_FILE)
+        log.info("update %d, held out: PSNR %.2f dB, %s", self.update, numbers.psnr, title)
+        return numbers
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the averaged weights, then the report: the report says that the run is finished."""
+        numbers = self._validate()
+        model = self.recipe.model
+        with self.average.applied_to(self.model):
+            state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+            mark = write_weights(
+                self.folder / WEIGHTS_FILE, kind="dvae", config=model.model_dump(), state=state, extra={"run": self.identity}
+            )
+        report = {
+            "dvae": mark, "run": self.identity, "weights": str(self.folder / WEIGHTS_FILE), "image_size": model.image_size,
+            "grid": model.grid, **asdict(numbers), "updates": self.update, "seconds": round(self.seconds, 1),
+            "parameters": sum(p.numel() for p in self.parameters), "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
+        }  # fmt: skip
+        _write_aside(self.folder / REPORT_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+        self.tracker.tags({"dvae": mark})
+        for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE, "recipe.yaml"):
+            self.tracker.artifact(self.folder / name)
+        return report
+
+    # ---- stopping and going on -------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity, "update": self.update, "seconds": self.seconds, "position": list(self.position),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
+            "noise": self.noise.get_state(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+        _write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
+
+    def _restore(self) -> None:
+        path = self.folder / CHECKPOINT_FILE
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # zip, pickle and storage errors alike
+            raise DataError(f"{path} is damaged ({type(error).__name__}); move it away to start anew") from None
+        require_same(f"checkpoint {path}", self.identity, state["identity"],
+                     "It is of another recipe or other pictures: choose another folder, or move it away.")  # fmt: skip
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.noise.set_state(state["noise"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.update, self.seconds, self.position = state["update"], state["seconds"], Position(*state["position"])
+        log.info("going on from update %d", self.update)
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _device(run: DVAERun) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {run.device!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {run.device!r}, but torch {torch.__version__} finds no CUDA device here")
+    if run.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"precision is fp16, which needs a CUDA device (here: {device}); take precision=bf16 or fp32")
+    return device
+
+
+def _identity(run: DVAERun) -> str:
+    settings = run.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    settings["data"] = {**settings["data"], "raw": _shards_digest(run)}  # the same pictures in another place are the same
+    return fingerprint({"stage": "dvae", **settings})
+
+
+def _shards_digest(run: DVAERun) -> str:
+    shards = list_raw_shards(run.data.raw)
+    return fingerprint({"shards": [[shard.name, shard.bytes, shard.checksum] for shard in shards]})
+
+
+def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The report of a finished run in this folder; None where there is none."""
+    path = folder / REPORT_FILE
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        found, mark = report["run"], report["dvae"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is damaged; move it away to train again") from None
+    require_same(f"finished run {path}", identity, found,
+                 "It is of another recipe or other pictures: choose another folder, or move it away.")  # fmt: skip
+    if not (folder / WEIGHTS_FILE).exists():
+        return None  # the last checkpoint is complete: the weights are written again from it
+    require_same(f"weights {folder / WEIGHTS_FILE}", mark, read_weights(folder / WEIGHTS_FILE, "dvae").fingerprint)
+    return report
+
+
+def _write_aside(path: Path, write: Any) -> None:
+    """Write under another name, bring it to the disk, then put it in place: a kill leaves the old file or the new one."""
+    aside = path.with_name(path.name + ".incoming")
+    try:
+        write(aside)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    aside.replace(path)

@@ -1,0 +1,297 @@
+"""Training of the dVAE: it learns, it goes on to the last digit after a stop, it refuses what does not fit."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle_ds.data.images import dvae_augment
+from dalle_ds.data.raw import split_of
+from dalle_ds.data.weights import read_weights
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.optim.schedules import HalfCosine
+from dalle_ds.recipes import dump_recipe, load_recipe
+from dalle_ds.training import dvae_trainer
+from dalle_ds.training.dvae_config import DVAERun
+from dalle_ds.training.dvae_pictures import PictureStream, Position, augment, validation_pictures
+from dalle_ds.training.dvae_trainer import _Trainer, train_dvae
+from dalle_ds.training.tracking import NullTracker
+
+KEYS = [f"{shard:02d}{n:03d}" for shard in range(3) for n in range(24)]
+TRAIN_KEYS = [key for key in KEYS if split_of(key, 0.2) == "train"]
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of drawn pictures: a coloured disc or square on white; one picture is damaged, one too small."""
+    root = tmp_path_factory.mktemp("raw")
+    rng = np.random.default_rng(0)
+    too_small, damaged = TRAIN_KEYS[3], TRAIN_KEYS[30]
+    for shard in range(3):
+        with tarfile.open(root / f"{shard:02d}.tar", "w") as tar:
+            for n in range(24):
+                key = f"{shard:02d}{n:03d}"
+                image = _draw(rng, side=12 if key == too_small else 48)
+                _add(tar, f"{key}.png", b"not a picture" if key == damaged else image)
+                _add(tar, f"{key}.json", json.dumps({"caption": f"thing {key}", "group": key}).encode())
+    return root
+
+
+def _draw(rng: np.random.Generator, side: int) -> bytes:
+    y, x = np.mgrid[:side, :side] / side
+    cy, cx, radius = *rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.35)
+    inside = np.hypot(y - cy, x - cx) < radius if rng.random() < 0.5 else np.maximum(abs(y - cy), abs(x - cx)) < radius
+    pixels = np.where(inside[..., None], rng.integers(0, 256, 3), 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _run(raw: Path, folder: Path, **changes: Any) -> DVAERun:
+    settings: dict[str, Any] = {
+        "folder": str(folder),
+        "data": {"raw": str(raw), "validation_fraction": 0.2},
+        "model": {"image_size": 16, "n_groups": 2, "n_blk_per_group": 1, "n_hid": 16, "n_init": 16, "vocab_size": 32},
+        "optimizer": {"clip": 1.0},
+        "schedules": {
+            "tau": {"start": 1.0, "end": 0.0625, "updates": 60},
+            "kl_weight": {"start": 0.0, "end": 0.2, "updates": 5},
+            "lr": {"start": 5e-3, "end": 1e-4, "updates": 120},
+        },
+        "loss": {"ln_b_min": -1.0, "usage_weight": 1.0},
+        "average": {"start": "warm"},
+        "updates": 12,
+        "batch_size": 8,
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "checkpoint_every": 5,
+        "report_every": 100,
+        "tracking": {"uri": f"sqlite:///{folder.parent}/mlflow.db", "every": 1},
+    }
+    return DVAERun(**{**settings, **changes})
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, float]]:
+    """(update, loss, gradient norm) of every step that is taken; and no MLflow, which takes seconds to start."""
+    taken: list[tuple[int, float, float]] = []
+    step = _Trainer._step
+
+    def recording(self: _Trainer) -> dict[str, Any]:
+        metrics = step(self)
+        taken.append((self.update, float(metrics["train/loss"]), float(metrics["train/grad_norm"])))
+        return metrics
+
+    monkeypatch.setattr(_Trainer, "_step", recording)
+    monkeypatch.setattr(dvae_trainer.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
+    return taken
+
+
+class _StopAfter:
+    """Stands for StopFlag: asked to stop once a step of number `update` was taken."""
+
+    reason = "test"
+
+    def __init__(self, losses: list[tuple[int, float, float]], update: int) -> None:
+        self.losses, self.update = losses, update
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.losses) and self.losses[-1][0] + 1 == self.update
+
+    def __enter__(self) -> "_StopAfter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopped_and_resumed_gives_the_uninterrupted_losses(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    train_dvae(_run(raw, tmp_path / "whole", precision=precision))
+    whole = losses.copy()
+    assert [update for update, *_ in whole] == list(range(12))
+    losses.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(dvae_trainer, "StopFlag", lambda: _StopAfter(losses, 7))
+        with pytest.raises(SystemExit) as left:
+            train_dvae(_run(raw, tmp_path / "parts", precision=precision))
+    assert left.value.code == 143
+    train_dvae(_run(raw, tmp_path / "parts", precision=precision))
+    assert losses == whole
+    final = [read_weights(tmp_path / name / "dvae.safetensors", "dvae") for name in ("whole", "parts")]
+    assert final[0].fingerprint == final[1].fingerprint
+
+
+def test_killed_without_saving_repeats_from_the_last_checkpoint(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_dvae(_run(raw, tmp_path / "whole"))
+    whole = losses.copy()
+    losses.clear()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self: _Trainer) -> None:
+        if self.update >= 8:
+            raise Killed
+        return step(self)
+
+    step = _Trainer._step
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "_step", kill)
+        with pytest.raises(Killed):
+            train_dvae(_run(raw, tmp_path / "killed"))
+    losses.clear()
+    (tmp_path / "killed" / "checkpoint.pt.incoming").write_bytes(b"half a checkpoint")
+    train_dvae(_run(raw, tmp_path / "killed"))
+    assert losses == whole[5:]  # checkpoint_every is 5
+
+
+def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
+    run = _run(raw, tmp_path / "run", updates=120)
+    report = train_dvae(run)
+    assert losses[-1][1] < losses[0][1] - 0.5
+    weights = read_weights(tmp_path / "run" / "dvae.safetensors", "dvae")
+    assert weights.fingerprint == report["dvae"]
+    model = DVAE(DVAEConfig(**weights.config))
+    model.load_state_dict(weights.state)
+    held_out = validation_pictures(run.data, 16)
+    white = torch.full_like(held_out, 255)
+    made = model.decode_tokens(model.tokens(held_out))
+    errors = [((held_out.float() - other.float()) ** 2).mean((1, 2, 3)) for other in (made, white)]
+    assert report["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors[0])).mean().item(), abs=0.05)
+    assert errors[0].mean() < 0.75 * errors[1].mean()
+    assert report["codes_used"] == len(model.tokens(held_out).unique())
+    assert 1 < report["perplexity"] <= report["codes_used"] <= 32
+    assert 0 < report["kl_per_cell"] < math.log(32)
+    assert report["elb_hard"] == pytest.approx(report["elb_relaxed"], abs=0.3)  # tau is 1/16 at the end
+    assert json.loads((tmp_path / "run" / "dvae_report.json").read_text()) == report
+    assert Image.open(tmp_path / "run" / "reconstructions.png").width >= 12 * 64
+    assert load_recipe(DVAERun, tmp_path / "run" / "recipe.yaml") == run
+
+    losses.clear()
+    assert train_dvae(run) == report
+    assert losses == []
+    with pytest.raises(FingerprintMismatch, match="another recipe or other pictures"):
+        train_dvae(_run(raw, tmp_path / "run", updates=120, seed=1))
+
+
+def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
+    run = _run(raw, tmp_path / "run", loss={})
+    trainer = _Trainer(run, "test")
+    try:
+        images = validation_pictures(run.data, 16)[:4]
+        loss, terms = trainer._loss(images, tau=0.5, kl_weight=6.6)
+    finally:
+        trainer.stream.close()
+    # per picture: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
+    whole_picture = (768 * terms["nll"] + 6.6 * 64 * terms["kl_per_cell"]) / 768
+    torch.testing.assert_close(loss.detach(), whole_picture)
+
+
+def test_micro_batches_add_up_to_the_batch(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
+    changes = {"updates": 1, "loss": {"ln_b_min": -1.0}}  # the usage term is of the micro-batch, so it is left out
+    train_dvae(_run(raw, tmp_path / "whole", **changes))
+    train_dvae(_run(raw, tmp_path / "parts", micro_batch=4, **changes))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_augmentation_at_the_papers_zooms_is_listing_1() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    for seed in range(20):
+        ours = augment(pixels, 32, np.random.default_rng(seed), 9 / 8, 12 / 8)
+        assert np.array_equal(ours, dvae_augment(pixels, 32, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("window_mb", [64, 0])
+def test_stream_goes_on_anywhere_and_reads_every_picture_once_an_epoch(raw: Path, tmp_path: Path, window_mb: int) -> None:
+    data = _run(raw, tmp_path).data
+    if not window_mb:  # a window smaller than a shard holds one shard: three windows
+        data = data.model_copy(update={"window_mb": 0})
+    first = PictureStream(data, 16, 4, seed=3)
+    batches = [next(first) for _ in range(30)]
+    first.close()
+    assert batches[-1].next_position.epoch >= 1
+    for at in (4, 17):
+        again = PictureStream(data, 16, 4, 3, batches[at].next_position)
+        for expected in batches[at + 1 : at + 4]:
+            found = next(again)
+            assert torch.equal(found.images_BCHW, expected.images_BCHW)
+            assert found.next_position == expected.next_position
+        again.close()
+    n_read = sum(len(b.images_BCHW) for b in batches if b.next_position.epoch == 0)
+    n_usable = len(TRAIN_KEYS) - 2  # one is damaged, one too small
+    assert n_usable - 4 < n_read <= n_usable  # a batch reaches over the end of the epoch
+    assert batches[-1].n_unusable >= 2
+    assert len(validation_pictures(data, 16)) == len(KEYS) - len(TRAIN_KEYS)
+
+
+def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no raw shards"):
+        train_dvae(_run(tmp_path / "nothing", tmp_path / "run"))
+    with pytest.raises(ConfigError, match="fp16, which needs a CUDA device"):
+        train_dvae(_run(raw, tmp_path / "run", precision="fp16"))
+    with pytest.raises(ConfigError, match="'gpu', expected auto"):
+        train_dvae(_run(raw, tmp_path / "run", device="gpu"))
+    with pytest.raises(DataError, match="at least 64 pixels"):
+        train_dvae(_run(raw, tmp_path / "run", model={"image_size": 64}))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(DataError, match=r"checkpoint.pt is damaged"):
+        train_dvae(_run(raw, tmp_path / "run"))
+
+
+def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
+    run = _run(raw, tmp_path / "run", updates=100_000, checkpoint_every=100_000)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(run))
+    command = [sys.executable, "-m", "dalle_ds.cli", "train-dvae", "--recipe", str(tmp_path / "recipe.yaml"), "--json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "mlflow_run.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors
+    assert "the same command goes on from there" in errors
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["update"] >= 1
+    assert Position(*state["position"]).offset >= 1
+
+
+def test_recipes_fit_and_the_full_size_is_the_papers() -> None:
+    full = load_recipe(DVAERun, RECIPES / "dvae.yaml")
+    assert full == DVAERun(folder=full.folder, data={"raw": full.data.raw}, micro_batch=8)
+    assert full.model == DVAEConfig()
+    assert full.schedules.tau == HalfCosine(start=1.0, end=1 / 16, updates=150_000)
+    assert (full.batch_size, full.updates, full.average.decay, full.average.start) == (512, 3_000_000, 0.999, "plain")
+    assert (full.loss.ln_b_min, full.loss.usage_weight) == (None, 0.0)
+    tiny = load_recipe(DVAERun, RECIPES / "tiny_dvae.yaml")
+    assert (tiny.model.grid, tiny.model.vocab_size) == (8, 512)
