@@ -32,8 +32,8 @@ def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = 
 
     \b
     Examples:
-      dalle-ds train-dvae --recipe my_dvae.yaml
-      dalle-ds train-dvae --recipe my_dvae.yaml --set updates=500 --set folder=/data/dvae --json
+      dalle-ds train-dvae --recipe launchers/recipes/tiny_dvae.yaml
+      dalle-ds train-dvae --recipe launchers/recipes/tiny_dvae.yaml --set updates=500 --set folder=/data/dvae --json
     """
     from dalle_ds.recipes import load_recipe
     from dalle_ds.training.dvae_trainer import DVAERun

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, GAP = 24, 8
-PAPER, INK, FAINT = (255, 255, 255), (32, 33, 36), (112, 117, 122)
+# Grey paper: a picture on white, as most of the demo's are, must show where it ends.
+PAPER, INK, FAINT = (240, 241, 243), (32, 33, 36), (96, 101, 106)
 
 
 def picture_grid(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_ds.sampling.grid import MARGIN, picture_grid
+from dalle_ds.sampling.grid import MARGIN, PAPER, picture_grid
 
 
 def picture(color, side=32):
@@ -38,7 +38,7 @@ def test_long_captions_and_long_words_stay_inside():
     assert sheet.width == plain.width
     assert sheet.height < plain.height + 100  # three lines at most
     margin = np.asarray(sheet)[:, -MARGIN:]
-    assert (margin == 255).all()
+    assert (margin == PAPER).all()
 
 
 def test_titles_change_only_the_top():

@@ -1,6 +1,7 @@
 """An export is shown in its own MLflow run; scores say whether captions matter."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from tests.sampling.exports import edit_config, make_export
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory):
+def export(tmp_path_factory, empty_store):
     """An export whose config.json names a real run in a real (SQLite) store."""
     folder = tmp_path_factory.mktemp("report")
+    shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         tracker = Tracker.start(folder / "run")

@@ -18,25 +18,11 @@ from PIL import Image
 
 from dalle_ds.errors import DataError
 from dalle_ds.training.tracking import NullTracker, Tracker, replay
-from dalle_ds.training.tracking_mlflow import MlflowSink, create_sqlite_store, read_run, without_password
+from dalle_ds.training.tracking_mlflow import MlflowSink, read_run, without_password
 from dalle_ds.training.tracking_spool import Position, Spool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """MLflow's tables, made once: the migrations take about ten seconds."""
-    database = tmp_path_factory.mktemp("store") / "mlflow.db"
-    create_sqlite_store(database)
-    return database
-
-
-@pytest.fixture
-def database(tmp_path, empty_store, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return shutil.copy(empty_store, tmp_path / "mlflow.db")
 
 
 class Server:
