@@ -17,6 +17,13 @@ from dalle_ds.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_BROKEN_POOLS = 3
+MAX_FAILURES_IN_A_ROW = 10  # then it is the storage or the set-up, not the shards
+
+
+
+class _GiveUp(Exception):
+    pass
+
 
 _work: Callable[[Any], Any] | None = None  # of this worker process
 
@@ -44,38 +51,61 @@ def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callabl
     """
     results: list[Any] = []
     failures: dict[str, str] = {}
+    settled: set[str] = set()
     if not shards:
         return results, failures
+    n_in_a_row = 0
     with progress(total=sum(map(size, shards)), what=what, unit=unit) as bar:
 
         def settle(shard: Any, outcome: Callable[[], Any]) -> None:
+            nonlocal n_in_a_row
+            settled.add(name(shard))
             try:
                 results.append(outcome())
+                n_in_a_row = 0
             except (UserError, OSError) as error:
                 # The other shards go on; this one has no manifest, so the next run takes it up again.
                 failures[name(shard)] = str(error)
                 log.error("shard %s stays open: %s", name(shard), error)
+                n_in_a_row += 1
             bar.update(size(shard))
+            if n_in_a_row == MAX_FAILURES_IN_A_ROW:
+                raise _GiveUp
 
-        if n_workers == 1 or len(shards) == 1:
-            work = job.start(n_cores())
-            for shard in shards:
-                settle(shard, partial(work, shard))
-            return results, failures
-        left = list(shards)
-        for _ in range(MAX_BROKEN_POOLS):
-            left = _one_pool(job, left, min(n_workers, len(left)), settle)
-            if not left:
-                return results, failures
-            log.warning("a worker process died (killed, or out of memory); %d shards are taken up again", len(left))
-        for shard in left:
-            failures[name(shard)] = f"worker processes died {MAX_BROKEN_POOLS} times; try fewer workers (memory?)"
-        return results, failures
+        try:
+            _settle_all(job, shards, n_workers, settle)
+        except _GiveUp:
+            log.error("%d shards in a row failed: the rest is not tried", MAX_FAILURES_IN_A_ROW)
+            untried = f"not tried: {MAX_FAILURES_IN_A_ROW} shards in a row had failed"
+            failures |= {name(shard): untried for shard in shards if name(shard) not in settled}
+        except BrokenProcessPool:
+            died = f"worker processes died {MAX_BROKEN_POOLS} times; try fewer workers (memory?)"
+            failures |= {name(shard): died for shard in shards if name(shard) not in settled}
+    return results, failures
 
 
-def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Callable[[Any, Callable[[], Any]], None]) -> list[Any]:
+Settle = Callable[[Any, Callable[[], Any]], None]
+
+
+def _settle_all(job: Job, shards: Sequence[Any], n_workers: int, settle: Settle) -> None:
+    if n_workers == 1 or len(shards) == 1:
+        work = job.start(n_cores())
+        for shard in shards:
+            settle(shard, partial(work, shard))
+        return
+    left = list(shards)
+    for _ in range(MAX_BROKEN_POOLS):
+        left = _one_pool(job, left, min(n_workers, len(left)), settle)
+        if not left:
+            return
+        log.warning("a worker process died (killed, or out of memory); %d shards are taken up again", len(left))
+    raise BrokenProcessPool
+
+
+def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Settle) -> list[Any]:
     # Returns the shards that are not settled, if the pool broke.
     # Spawn: a forked child would inherit S3 connections and locks that hang in it.
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     threads = max(1, n_cores() // n_workers)
     executor = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(job, threads))
@@ -83,14 +113,15 @@ def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Callable[[Any
         pending: dict[Future[Any], Any] = {executor.submit(_run, shard): shard for shard in shards}
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            is_broken = any(isinstance(future.exception(), BrokenProcessPool) for future in done)
             for future in done:
-                if isinstance(future.exception(), BrokenProcessPool):
-                    return [shard for other, shard in pending.items()
-                            if not other.done() or isinstance(other.exception(), BrokenProcessPool)]
-                settle(pending.pop(future), future.result)
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    settle(pending.pop(future), future.result)
+            if is_broken:  # what a dead worker had committed is found again by its manifest
+                return list(pending.values())
         return []
     except BaseException:
-        for process in multiprocessing.active_children():  # don't wait for shards that nobody will count
+        for process in set(multiprocessing.active_children()) - others:  # don't wait for shards that nobody will count
             process.terminate()
         raise
     finally:

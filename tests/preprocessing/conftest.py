@@ -36,7 +36,7 @@ def part_checksums(root: str) -> dict[str, dict[str, str]]:
             for manifest in load_shard_manifests(root, ShardManifest)}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny convolutions on two threads that share their cores with others spend their time waiting for each other."""
     before = torch.get_num_threads()

@@ -20,6 +20,7 @@ class Job:
     fatal: int = -1
     always_fatal: int = -1
     wrong: int = -1
+    wrong_from: int = 1_000_000
     bug: int = -1
 
     def start(self, n_threads: int) -> Callable[[int], int]:
@@ -30,7 +31,7 @@ class Job:
         if n == self.always_fatal or (n == self.fatal and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if n == self.wrong:
+        if n == self.wrong or n >= self.wrong_from:
             raise DataError(f"shard {n} is damaged")
         if n == self.bug:
             raise ZeroDivisionError("a bug of ours")
@@ -59,6 +60,16 @@ def test_a_shard_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
     assert "11" in failures
     assert "worker processes died" in failures["11"]
     assert len(results) + len(failures) == 12
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_failures_in_a_row_end_it(tmp_path: Path, workers: int) -> None:
+    """A storage that stays away is not asked a thousand times."""
+    results, failures = run(Job(tmp_path, wrong_from=5), n=40, workers=workers)
+    assert sorted(results) == [n * n for n in range(5)]
+    assert len(failures) == 35
+    assert sum("damaged" in why for why in failures.values()) == 10
+    assert failures["39"] == "not tried: 10 shards in a row had failed"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

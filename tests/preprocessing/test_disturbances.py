@@ -1,0 +1,160 @@
+"""Encode under disturbance: killed, doubled, its S3 server shot. The result is always the undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import done_shards, load_manifest
+from preprocessing import encode, ingest, pool, stats, tokenizer, verify
+from preprocessing.ingest import IngestConfig
+from preprocessing.stats import StatsConfig
+from preprocessing.tokenizer import TokenizerConfig
+from preprocessing.verify import VerifyConfig
+from tests.conftest import S3
+from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
+
+Check = Callable[[str], bool]
+
+
+def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[str]:
+    """The command as people type it."""
+    values = {"raw": world.raw, "dvae": world.dvae, "tokenizer": world.tokenizer, "out": out, "workers": workers,
+              "validation_fraction": 0.2, "block_samples": 3, "batch_size": 4, "device": "cpu"}
+    sets = [part for name, value in values.items() for part in ("--set", f"encode.{name}={value}")]
+    return subprocess.Popen([sys.executable, "-m", "preprocessing", "encode", "--json", *sets], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, object]:
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    return json.loads(stdout.splitlines()[-1])
+
+
+def wait_for_shards(root: str, count: int, is_alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while len(done_shards(root)) < count:
+        assert is_alive(), "it ended before it was disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def problems(root: str) -> int:
+    return verify.run(VerifyConfig(root=root, workers=1)).summary["n_problems"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_is_finished_by_the_next(world: World, tmp_path: Path, is_undisturbed: Check,
+                                              stop: signal.Signals) -> None:
+    out = str(tmp_path / "tokens")
+    process = start_encode(world, out, workers=2)
+    wait_for_shards(out, 1, lambda: process.poll() is None)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(stop)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (-9 if stop == signal.SIGKILL else 143), stderr[-2000:]
+    gone, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, "workers outlived their parent"
+    n_done = len(done_shards(out))
+    assert not (tmp_path / "tokens" / "manifest.json").exists()
+    assert problems(out) == 1  # only that the merged manifest is missing: what is committed is whole
+    assert encode.run(world.config(out)).summary["shards_made_now"] == N_SHARDS - n_done
+    assert is_undisturbed(out)
+    assert problems(out) == 0
+
+
+def run_two(world: World, out: str) -> None:
+    outcomes = []
+    threads = [threading.Thread(target=lambda: outcomes.append(encode.run(world.config(out)))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [outcome.is_complete for outcome in outcomes] == [True, True]
+
+
+def test_two_runs_at_once_are_harmless(world: World, any_root: str, is_undisturbed: Check) -> None:
+    run_two(world, any_root)
+    assert is_undisturbed(any_root)
+    report = verify.run(VerifyConfig(root=any_root, workers=1)).summary
+    assert (report["n_problems"], report["orphans"], report["samples"]) == (0, 0, N_PICTURES)
+
+
+@pytest.mark.s3
+def test_the_whole_pipeline_on_s3(world: World, s3: S3, is_undisturbed: Check) -> None:
+    raw, model, out = f"{s3.url}/raw", f"{s3.url}/tokenizer.model", f"{s3.url}/tokens"
+    pictures = f"{s3.url}/pictures"
+    for file in sorted(world.pictures.iterdir()):
+        storage.put_file(file, storage.join(pictures, file.name))
+    ingest.run(IngestConfig(pictures=pictures, out=raw, samples_per_shard=N_PICTURES // N_SHARDS, workers=1))
+    tokenizer.run(TokenizerConfig(raw=raw, out=model, vocab_size=400, validation_fraction=0.2))
+    storage.put_file(world.dvae, f"{s3.url}/dvae.safetensors")
+    config = world.config(out, raw=raw, tokenizer=model, dvae=f"{s3.url}/dvae.safetensors")
+    outcome = encode.run(config.model_copy(update={"workers": 2}))  # spawned workers, each with its own connections
+    assert outcome.is_complete
+    assert is_undisturbed(out)
+    assert problems(out) == 0
+    assert stats.run(StatsConfig(root=out)).summary["inputs"] == N_PICTURES
+    assert encode.run(config).summary["shards_made_now"] == 0
+
+
+@pytest.mark.s3
+def test_the_server_is_killed_in_the_middle(world: World, s3: S3, is_undisturbed: Check) -> None:
+    """SIGKILL while shards are being written: the run waits for the server and ends well."""
+    out = f"{s3.url}/tokens"
+    process = start_encode(world, out)
+    wait_for_shards(out, 3, lambda: process.poll() is None)
+    s3.server.kill()
+    time.sleep(2)
+    assert process.poll() is None
+    s3.server.start()
+    finish(process)
+    assert is_undisturbed(out)
+    assert problems(out) == 0
+    assert load_manifest(out).complete
+
+
+@pytest.mark.s3
+def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
+        world: World, s3: S3, is_undisturbed: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{s3.url}/tokens"
+    monkeypatch.setattr(pool, "progress", _killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
+    with pytest.raises(Exception, match=r"cannot .* s3://.*: tried for 0 s, last answer:"):
+        encode.run(world.config(out))
+    monkeypatch.undo()
+    for name, value in s3.server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3.server.start()
+    assert len(done_shards(out)) == N_SHARDS - 2
+    assert encode.run(world.config(out)).summary["shards_made_now"] == 2
+    assert is_undisturbed(out)
+    assert problems(out) == 0
+
+
+def _killing_progress(kill: Callable[[], None], after: int) -> Callable[..., object]:
+    # The progress bar ticks after each shard: an exact place between two shards.
+    class Bar:
+        n = 0
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self, _: int) -> None:
+            self.n += 1
+            if self.n == after:
+                kill()
+
+    return lambda **_: Bar()
