@@ -27,6 +27,8 @@ if [ -z "$python" ]; then
   [ -x "$python" ] || python=python3
 fi
 export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
+# runners for jobs that training never submits: processes and seconds of start-up
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
 
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)

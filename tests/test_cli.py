@@ -8,20 +8,29 @@ import sys
 
 import pytest
 
-from dalle_ds.cli import app
+from dalle_ds import cli
 from tests.sampling.exports import make_export
 
 VERBS = ("train-dvae", "export", "sample", "evaluate", "plan", "doctor", "replay")
 
 
-def dalle_ds(*arguments, **environment):
+@pytest.fixture
+def dalle_ds(monkeypatch, capsys):
+    """The command in this process (a new one spends seconds on importing torch) -> exit code, stdout, stderr."""
+    monkeypatch.setattr(cli, "setup_logging", lambda: None)  # it would take over pytest's handlers
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dalle-ds", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def in_process(*arguments):
     return subprocess.run([sys.executable, "-m", "dalle_ds.cli", *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, **environment})  # fmt: skip
-
-
-def last_json(done):
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+                          env={**os.environ, "COLUMNS": "200"})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +39,17 @@ def export(tmp_path_factory):
 
 
 def test_verbs_are_these():
-    assert [command.name or command.callback.__name__ for command in app.registered_commands] == list(VERBS)
+    assert [command.name or command.callback.__name__ for command in cli.app.registered_commands] == list(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_has_examples_that_name_the_verb_and_only_known_options(verb):
-    done = dalle_ds(verb, "--help", COLUMNS="200")
-    assert done.returncode == 0
-    examples = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("dalle-ds ")]
+def test_help_has_examples_that_name_the_verb_and_only_known_options(verb, dalle_ds, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = dalle_ds(verb, "--help")
+    assert code == 0
+    examples = [line.strip() for line in out.splitlines() if line.strip().startswith("dalle-ds ")]
     assert len(examples) >= 2 and all(line.startswith(f"dalle-ds {verb}") for line in examples)
-    options = done.stdout.partition("Options:")[2]
+    options = out.partition("Options:")[2]
     assert "--json" in options
     for option in re.findall(r"--[a-z-]+", " ".join(examples)):
         assert option in options or option.replace("--no-", "--") in options
@@ -52,42 +62,47 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_sample_and_repeat(export, tmp_path):
-    arguments = ("--caption", "A red square at the top.", "--n", 2, "--seed", 3, "--out", tmp_path / "one", "--json")
-    summary = last_json(dalle_ds("sample", "--export", export, *arguments))
-    assert summary["pictures"] == 2
-    again = dalle_ds("sample", "--export", export, "--repeat", tmp_path / "one" / "samples.json", "--out", tmp_path / "two")
-    assert again.returncode == 0 and "pictures" in again.stdout
-    names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
+def test_sample_and_repeat(export, tmp_path, dalle_ds):
+    """In processes of their own: the same pictures, and the summary is all there is on stdout."""
+    caption, out = "A red square at the top.", tmp_path / "one"
+    done = in_process("sample", "--export", export, "--caption", caption, "--n", 2, "--seed", 3, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["pictures"] == 2
+    code, text, _ = dalle_ds("sample", "--export", export, "--repeat", out / "samples.json", "--out", tmp_path / "two")
+    assert code == 0 and "pictures" in text
+    names = sorted(path.name for path in out.glob("*.png"))
     assert len(names) == 3
     for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert (out / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_evaluate(export, tmp_path):
-    summary = last_json(dalle_ds("evaluate", "--export", export, "--limit", 20, "--out", tmp_path, "--json"))
-    assert summary["n_samples"] == 20
+def test_evaluate(export, tmp_path, dalle_ds):
+    code, out, _ = dalle_ds("evaluate", "--export", export, "--limit", 20, "--out", tmp_path, "--json")
+    summary = json.loads(out.splitlines()[-1])
+    assert code == 0 and summary["n_samples"] == 20
     assert summary["image_nll_shuffled"] - summary["image_nll"] == pytest.approx(summary["gap"])
 
 
-def test_plan():
-    summary = last_json(dalle_ds("plan", "--preset", "12b", "--gpus", 1024, "--json"))
-    assert summary["preset"] == "12b" and "estimate" in summary["note"]
-    people = dalle_ds("plan", "--preset", "2.8b")
-    assert "days_estimate" in people.stdout and people.returncode == 0
+def test_plan(dalle_ds):
+    code, out, _ = dalle_ds("plan", "--preset", "12b", "--gpus", 1024, "--json")
+    summary = json.loads(out)
+    assert code == 0 and summary["preset"] == "12b" and "estimate" in summary["note"]
+    assert "days_estimate" in dalle_ds("plan", "--preset", "2.8b")[1]
 
 
-def test_doctor(tmp_path):
-    outcome = last_json(dalle_ds("doctor", "--url", tmp_path, "--min-free-gib", 0.001, "--json"))
-    assert outcome["ok"] and outcome["failed"] == []
-    assert {"python", "torch", "deepspeed", "disk", f"write {tmp_path}"} <= {finding["name"] for finding in outcome["findings"]}
+def test_doctor(tmp_path, dalle_ds):
+    code, out, _ = dalle_ds("doctor", "--url", tmp_path, "--min-free-gib", 0.001, "--json")
+    outcome = json.loads(out.splitlines()[-1])
+    assert code == 0 and outcome["ok"] and outcome["failed"] == []
+    names = {finding["name"] for finding in outcome["findings"]}
+    assert {"python", "torch", "deepspeed", "disk", f"write {tmp_path}"} <= names
     assert list(tmp_path.iterdir()) == []  # the probe is gone
     blocker = tmp_path / "file"
     blocker.write_text("")
-    bad = dalle_ds("doctor", "--url", blocker / "below", "--min-free-gib", 1e9, "--mlflow-uri", "http://127.0.0.1:9", "--json")
-    assert bad.returncode == 1
-    outcome = json.loads(bad.stdout.splitlines()[-1])
-    assert outcome["failed"] == ["disk", f"write {blocker / 'below'}"]
+    options = ("--url", blocker / "below", "--min-free-gib", 1e9, "--mlflow-uri", "http://127.0.0.1:9", "--json")
+    code, out, _ = dalle_ds("doctor", *options)
+    outcome = json.loads(out.splitlines()[-1])
+    assert code == 1 and outcome["failed"] == ["disk", f"write {blocker / 'below'}"]
     assert "tracking" in outcome["warnings"]  # training does without
 
 
@@ -102,8 +117,9 @@ def test_doctor(tmp_path):
     (("train-dvae", "--recipe", "nowhere.yaml"), "nowhere.yaml cannot be read"),
     (("export", "--run", "nowhere", "--out", "out"), "nowhere has no committed checkpoint"),
 ])  # fmt: skip
-def test_mistakes_get_a_message_and_exit_code_2(arguments, message, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "dalle_ds.cli", *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_get_a_message_and_exit_code_2(arguments, message, tmp_path, dalle_ds, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = dalle_ds(*arguments)
+    assert code == 2
+    assert message in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

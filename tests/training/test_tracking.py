@@ -293,7 +293,20 @@ def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
 
 
 def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
+    # a run that ends before the server is there at all: the log says how to send it later
+    early = Tracker.start(tmp_path / "early", uri=server.uri)
+    early.metrics({"loss": 1.0}, step=1)
+    early.picture("grid", Image.new("RGB", (4, 4)))
+    assert not early.close()
+    assert f"dalle-ds replay {tmp_path / 'early'}" in caplog.text
     server.start()
+    assert replay(tmp_path / "early")
+    run = client(server.uri).get_run(read_run(tmp_path / "early").run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
+    assert client(server.uri).list_artifacts(run.info.run_id, "pictures")[0].path == "pictures/grid.png"
+
+    # a server that goes away in the middle of a run and comes back
+    caplog.clear()
     tracker = Tracker.start(tmp_path / "run", uri=server.uri, experiment="outage", params={"a": 1})
     tracker.metrics({"loss": 0.0}, step=0)
     wait_for(lambda: tracker.run.run_id is not None and history(server.uri, tracker.run.run_id, "loss") == {0: 0.0})
@@ -309,19 +322,6 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     pictures = [file.path for file in client(server.uri).list_artifacts(tracker.run.run_id, "images")]
     assert sum(path.endswith(".png") for path in pictures) == 1
     assert client(server.uri).get_run(tracker.run.run_id).info.status == "FINISHED"
-
-    # a run that ends while the server is away: the log says how to send the rest later
-    server.kill()
-    late = Tracker.start(tmp_path / "late", uri=server.uri)
-    late.metrics({"loss": 1.0}, step=1)
-    late.picture("grid", Image.new("RGB", (4, 4)))
-    assert not late.close()
-    assert f"dalle-ds replay {tmp_path / 'late'}" in caplog.text
-    server.start()
-    assert replay(tmp_path / "late")
-    run = client(server.uri).get_run(read_run(tmp_path / "late").run_id)
-    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
-    assert client(server.uri).list_artifacts(run.info.run_id, "pictures")[0].path == "pictures/grid.png"
 
 
 # ---- never in the way ----
