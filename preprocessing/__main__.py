@@ -88,7 +88,7 @@ def stats(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption 
 @user_errors_exit
 def _run(verb: str, recipe: str | None, overrides: list[str] | None, as_json: bool) -> NoReturn:
     setup_logging()
-    signal.signal(signal.SIGTERM, _leave)
+    _catch_sigterm()
     stage = importlib.import_module(f"preprocessing.{verb}")  # only now: --help need not wait for torch
     config = load_recipe(stage.Recipe, recipe, overrides or ())
     outcome = stage.run(getattr(config, verb))
@@ -98,8 +98,11 @@ def _run(verb: str, recipe: str | None, overrides: list[str] | None, as_json: bo
     raise SystemExit(0 if outcome.is_complete else 1)
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(143)  # unwinds, so that temporary files go; what is committed stays
+def _catch_sigterm() -> None:
+    def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(143)  # unwinds, so that temporary files go; what is committed stays
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 if __name__ == "__main__":

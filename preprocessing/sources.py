@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -112,17 +113,17 @@ def _tuxpaint(scratch: Path) -> Iterator[Captioned]:
         text = file.with_suffix(".txt")
         lines = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.exists() else []
         caption = lines[0].strip() if lines else None  # translations follow
-        yield Captioned(_flat_name(file, root), caption, _caption_group(caption), file.replace)
+        yield Captioned(_flat_name(file, root), caption, _caption_group(caption), partial(shutil.copyfile, file))
 
 
 def _openclipart(scratch: Path) -> Iterator[Captioned]:
-    # The pictures have no captions; the drawings they were made of do.
+    # The pictures have no captions; the drawings they were made of do. Many pictures are links to others: copied, not moved.
     pictures = _unpack_deb(CLIPART_PNG, scratch / "png") / "usr/share/openclipart/png"
     drawings = _unpack_deb(CLIPART_SVG, scratch / "svg") / "usr/share/openclipart/svg"
     for file in sorted(pictures.rglob("*.png")):
         drawing = drawings / file.relative_to(pictures).with_suffix(".svg")
         caption = _svg_title(drawing) if drawing.exists() else None
-        yield Captioned(_flat_name(file, pictures), caption, _caption_group(caption), file.replace)
+        yield Captioned(_flat_name(file, pictures), caption, _caption_group(caption), partial(shutil.copyfile, file))
 
 
 def _svg_title(file: Path) -> str | None:
