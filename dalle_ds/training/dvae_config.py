@@ -84,7 +84,8 @@ class DVAERun(Config):
     micro_batch: int | None = Field(None, ge=1, description="pictures that go through at a time; unset: the whole batch")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp16", description="fp16, on CUDA only: one loss scale, as the paper")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the arithmetic; unset: torch's choice")
+    workers: int = Field(1, ge=1, description="threads that each take a micro-batch of the update at the same time; for CPUs")
+    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: torch's choice")
     seed: int = 0
     checkpoint_every: int = Field(2000, ge=1, description="updates between checkpoints")
     report_every: int = Field(5000, ge=1, description="updates between validations")

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 RECONSTRUCTIONS_FILE = "reconstructions.png"
 
 # What may differ between a run and its restart without making it another run.
-_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "device"}
+_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "workers", "device"}
 
 
 def train_dvae(run: DVAERun) -> dict[str, Any]:
@@ -80,7 +82,12 @@ class _Trainer:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
         self.average = ParameterAverage(self.model, run.average.decay, run.average.start)
-        self.noise = torch.Generator(self.device).manual_seed(run.seed)
+        # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for one another
+        # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
+        # gradients are summed in order: the same losses in every run.
+        self.n_parts = run.batch_size // (run.micro_batch or run.batch_size)
+        self.noises = [torch.Generator(self.device).manual_seed(run.seed + part) for part in range(self.n_parts)]
+        self.pool = ThreadPoolExecutor(run.workers, "dvae", initializer=torch.set_flush_denormal, initargs=(True,))
         self.update, self.seconds, self.position = 0, 0.0, Position()
         self._restore()
         self.validation = validation_pictures(run.data, run.model.image_size)
@@ -126,6 +133,7 @@ class _Trainer:
             return summary
         finally:
             self.stream.close()
+            self.pool.shutdown()
             self.tracker.close(status)
 
     def _step(self) -> dict[str, Any]:
@@ -137,13 +145,7 @@ class _Trainer:
             group["lr"] = lr
         batch = next(self.stream)
         self.position = batch.next_position
-        parts = batch.images_BCHW.split(run.micro_batch or run.batch_size)
-        sums: dict[str, Tensor] = {}
-        for images_BCHW in parts:
-            loss, terms = self._loss(images_BCHW, tau, kl_weight)
-            self.scaler.scale(loss / len(parts)).backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value / len(parts)
+        sums = self._accumulate(batch.images_BCHW, tau, kl_weight)
         self.scaler.unscale_(self.optimizer)
         clip = run.optimizer.clip if run.optimizer.clip is not None else float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
@@ -160,12 +162,32 @@ class _Trainer:
             "train/unusable_pictures": batch.n_unusable, "train/data_wait_seconds": self.stream.wait_seconds,
         }  # fmt: skip
 
-    def _loss(self, images_BCHW: Tensor, tau: float, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _accumulate(self, images_BCHW: Tensor, tau: float, kl_weight: float) -> dict[str, Tensor]:
+        """Leave the (scaled) gradient of the batch in the parameters -> the terms of the loss, averaged over the parts."""
+
+        def gradients(images_BCHW: Tensor, noise: torch.Generator) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+            loss, terms = self._loss(images_BCHW, tau, kl_weight, noise)
+            return torch.autograd.grad(self.scaler.scale(loss / self.n_parts), self.parameters), terms
+
+        parts = images_BCHW.split(len(images_BCHW) // self.n_parts)
+        run_parts = self.pool.map if self.recipe.workers > 1 else map
+        sums: dict[str, Tensor] = {}
+        for part_gradients, terms in run_parts(gradients, parts, self.noises):
+            for parameter, gradient in zip(self.parameters, part_gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / self.n_parts
+        return sums
+
+    def _loss(
+        self, images_BCHW: Tensor, tau: float, kl_weight: float, noise: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The bound, divided once, as a whole, by the number of sub-pixels (paper, appendix A.1), in nats."""
         run = self.recipe
         images_BCHW = images_BCHW.to(self.device, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, _DTYPES[run.precision], enabled=run.precision != "fp32"):
-            pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, self.noise)
+        # No cache of cast weights: each is used once, and workers must not share what belongs to another's graph.
+        with torch.autocast(self.device.type, _DTYPES[run.precision], enabled=run.precision != "fp32", cache_enabled=False):
+            pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, noise)
         n_subpixels = images_BCHW[0].numel()
         nll = -log_density(pixels_BCHW, mu, floored(ln_b, run.loss.ln_b_min)).mean()
         kl_per_cell = kl_to_uniform(logits_BKhw).mean()
@@ -219,7 +241,7 @@ class _Trainer:
         state = {
             "identity": self.identity, "update": self.update, "seconds": self.seconds, "position": list(self.position),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
-            "noise": self.noise.get_state(), "scaler": self.scaler.state_dict(),
+            "noise": [noise.get_state() for noise in self.noises], "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         _write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
 
@@ -236,7 +258,8 @@ class _Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
-        self.noise.set_state(state["noise"])
+        for noise, noise_state in zip(self.noises, state["noise"], strict=True):
+            noise.set_state(noise_state)
         self.scaler.load_state_dict(state["scaler"])
         self.update, self.seconds, self.position = state["update"], state["seconds"], Position(*state["position"])
         log.info("going on from update %d", self.update)

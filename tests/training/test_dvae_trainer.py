@@ -127,20 +127,20 @@ class _StopAfter:
         pass
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"precision": "bf16", "micro_batch": 4, "workers": 2}])
 def test_stopped_and_resumed_gives_the_uninterrupted_losses(
-    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch, precision: str
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    train_dvae(_run(raw, tmp_path / "whole", precision=precision))
+    train_dvae(_run(raw, tmp_path / "whole", **changes))
     whole = losses.copy()
     assert [update for update, *_ in whole] == list(range(12))
     losses.clear()
     with monkeypatch.context() as patch:
         patch.setattr(dvae_trainer, "StopFlag", lambda: _StopAfter(losses, 7))
         with pytest.raises(SystemExit) as left:
-            train_dvae(_run(raw, tmp_path / "parts", precision=precision))
+            train_dvae(_run(raw, tmp_path / "parts", **changes))
     assert left.value.code == 143
-    train_dvae(_run(raw, tmp_path / "parts", precision=precision))
+    train_dvae(_run(raw, tmp_path / "parts", **changes))
     assert losses == whole
     final = [read_weights(tmp_path / name / "dvae.safetensors", "dvae") for name in ("whole", "parts")]
     assert final[0].fingerprint == final[1].fingerprint
@@ -206,7 +206,7 @@ def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
     trainer = _Trainer(run, "test")
     try:
         images = validation_pictures(run.data, 16)[:4]
-        loss, terms = trainer._loss(images, tau=0.5, kl_weight=6.6)
+        loss, terms = trainer._loss(images, 0.5, 6.6, torch.Generator())
     finally:
         trainer.stream.close()
     # per picture: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
@@ -214,11 +214,22 @@ def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(loss.detach(), whole_picture)
 
 
-def test_micro_batches_add_up_to_the_batch(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
-    changes = {"updates": 1, "loss": {"ln_b_min": -1.0}}  # the usage term is of the micro-batch, so it is left out
+def test_workers_change_nothing(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
+    for workers in (1, 3):
+        train_dvae(_run(raw, tmp_path / f"{workers}", micro_batch=2, workers=workers, updates=5))
+    assert losses[:5] == losses[5:]
+
+
+def test_micro_batches_add_up_to_the_batch(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without noise, and without the usage term, which is of the micro-batch.
+    monkeypatch.setattr("dalle_ds.models.dvae.gumbel_softmax", lambda logits, tau, _: torch.softmax(logits / tau, dim=1))
+    changes = {"updates": 2, "loss": {"ln_b_min": -1.0}}
     train_dvae(_run(raw, tmp_path / "whole", **changes))
-    train_dvae(_run(raw, tmp_path / "parts", micro_batch=4, **changes))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    train_dvae(_run(raw, tmp_path / "parts", micro_batch=2, **changes))
+    for whole, parts in zip(losses[:2], losses[2:], strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
 
 
 def test_augmentation_at_the_papers_zooms_is_listing_1() -> None:
