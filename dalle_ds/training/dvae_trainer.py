@@ -82,7 +82,7 @@ class _Trainer:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
         self.average = ParameterAverage(self.model, run.average.decay, run.average.start)
-        # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for one another
+        # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
         # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
         # gradients are summed in order: the same losses in every run.
         self.n_parts = run.batch_size // (run.micro_batch or run.batch_size)
