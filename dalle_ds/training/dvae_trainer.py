@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,7 @@ class _Trainer:
         # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
         self.model = DVAE(run.model).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
+        _require_room(self.folder, sum(p.numel() for p in self.parameters))
         settings = run.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=run.schedules.lr.start, betas=(settings.beta1, settings.beta2), eps=settings.eps,
@@ -308,6 +310,13 @@ def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
         return None  # the last checkpoint is complete: the weights are written again from it
     require_same(f"weights {folder / WEIGHTS_FILE}", mark, read_weights(folder / WEIGHTS_FILE, "dvae").fingerprint)
     return report
+
+
+def _require_room(folder: Path, n_parameters: int) -> None:
+    # fp32 weights, two moments and the average, twice: a checkpoint is written beside the one before; and the weights file
+    needed, free = n_parameters * (2 * 16 + 4), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"no room in {folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed for checkpoints")
 
 
 def _write_aside(path: Path, write: Any) -> None:

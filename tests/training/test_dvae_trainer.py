@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from dalle_ds.data.images import dvae_augment
 from dalle_ds.data.raw import split_of
 from dalle_ds.data.weights import read_weights
-from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.optim.schedules import HalfCosine
 from dalle_ds.recipes import dump_recipe, load_recipe
@@ -202,7 +203,7 @@ def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses
 
 
 def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
-    run = _run(raw, tmp_path / "run", loss={})
+    run = _run(raw, tmp_path, loss={})
     trainer = _Trainer(run, "test")
     try:
         images = validation_pictures(run.data, 16)[:4]
@@ -273,6 +274,12 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
         train_dvae(_run(raw, tmp_path / "run", model={"image_size": 64}))
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(DataError, match=r"checkpoint.pt is damaged"):
+        train_dvae(_run(raw, tmp_path / "run"))
+
+
+def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dvae_trainer.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
+    with pytest.raises(UserError, match=r"no room in .*: 0 MiB free, [1-9]\d* MiB needed"):
         train_dvae(_run(raw, tmp_path / "run"))
 
 
