@@ -316,7 +316,7 @@ def _require_room(folder: Path, n_parameters: int) -> None:
     # fp32 weights, two moments and the average, twice: a checkpoint is written beside the one before; and the weights file
     needed, free = n_parameters * (2 * 16 + 4), shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"no room in {folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed for checkpoints")
+        raise UserError(f"no room in {folder}: {free / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB needed for checkpoints")
 
 
 def _write_aside(path: Path, write: Any) -> None:
