@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 from functools import partial
@@ -62,9 +61,7 @@ def _fetch(source: Source, out: Path, limit: int | None) -> None:
         folder = Path(scratch) / "pictures"
         folder.mkdir()
         write_source(source, folder, limit, partial(progress, what=f"fetch {source.name}", unit="picture"))
-        if out.exists():
-            out.rmdir()  # `_already_there` saw that it is empty
-        shutil.move(folder, out)
+        folder.rename(out)  # onto nothing or an empty folder; fails if another process has filled it meanwhile
 
 
 def _already_there(out: Path, config: FetchConfig) -> dict[str, Any] | None:

@@ -1,19 +1,22 @@
 """Fingerprints: what a thing was made from, as a short hash that travels with everything made of it."""
 
 import hashlib
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from dalle_ds.errors import FingerprintMismatch
 from dalle_ds.recipes import canonical_json
 
+if TYPE_CHECKING:  # importing torch takes seconds, which ingest and its worker processes need not wait
+    import torch
+
 LENGTH = 20  # hex characters: 80 bits
 
 
-def fingerprint(config: Mapping[str, Any], arrays: Mapping[str, torch.Tensor | np.ndarray | bytes] | None = None) -> str:
+def fingerprint(config: Mapping[str, Any], arrays: "Mapping[str, torch.Tensor | np.ndarray | bytes] | None" = None) -> str:
     """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter)."""
     digest = hashlib.sha256(canonical_json(dict(config)).encode())
     for name, array in sorted((arrays or {}).items()):
@@ -29,10 +32,11 @@ def require_same(what: str, expected: str, found: str, hint: str = "") -> None:
         raise FingerprintMismatch(what, expected, found, hint)
 
 
-def _content(array: torch.Tensor | np.ndarray | bytes) -> tuple[str, tuple[int, ...], Any]:
+def _content(array: "torch.Tensor | np.ndarray | bytes") -> tuple[str, tuple[int, ...], Any]:
     if isinstance(array, bytes):
         return "bytes", (len(array),), array
-    if isinstance(array, torch.Tensor):
+    torch = sys.modules.get("torch")  # whoever passes a tensor has imported it
+    if torch is not None and isinstance(array, torch.Tensor):
         # Bytes through a uint8 view: numpy has no bfloat16.
         flat = array.detach().cpu().contiguous().reshape(-1)
         return str(array.dtype).removeprefix("torch."), tuple(array.shape), memoryview(flat.view(torch.uint8).numpy())
