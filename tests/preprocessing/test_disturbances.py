@@ -32,7 +32,7 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
               "validation_fraction": 0.2, "block_samples": 3, "batch_size": 4, "device": "cpu"}
     sets = [part for name, value in values.items() for part in ("--set", f"encode.{name}={value}")]
     return subprocess.Popen([sys.executable, "-m", "preprocessing", "encode", "--json", *sets], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.pictures.parent)})  # what a SIGKILL leaves
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
