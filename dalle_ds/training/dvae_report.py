@@ -81,7 +81,9 @@ def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
 @torch.no_grad()
 def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pairs: int = 3, min_side: int = 64) -> Image.Image:
     """Rows of held-out pictures, each above its reconstruction from hard codes; small ones are enlarged without smoothing."""
-    chosen_BCHW = images_BCHW[: columns * pairs].to(next(model.parameters()).device)
+    # Spread over the set: neighbours in it are often alike.
+    spread = torch.linspace(0, len(images_BCHW) - 1, min(columns * pairs, len(images_BCHW))).long()
+    chosen_BCHW = images_BCHW[spread].to(next(model.parameters()).device)
     made_BCHW = model.decode_tokens(model.tokens(chosen_BCHW))
     rows = []
     for start in range(0, len(chosen_BCHW), columns):
