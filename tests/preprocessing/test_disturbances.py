@@ -31,8 +31,10 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
     values = {"raw": world.raw, "dvae": world.dvae, "tokenizer": world.tokenizer, "out": out, "workers": workers,
               "validation_fraction": 0.2, "block_samples": 3, "batch_size": 4, "device": "cpu"}
     sets = [part for name, value in values.items() for part in ("--set", f"encode.{name}={value}")]
-    return subprocess.Popen([sys.executable, "-m", "preprocessing", "encode", "--json", *sets], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.pictures.parent)})  # what a SIGKILL leaves
+    # What a SIGKILL leaves in TMPDIR goes with the test's own folder.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.pictures.parent)}
+    return subprocess.Popen([sys.executable, "-m", "preprocessing", "encode", "--json", *sets], text=True, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
