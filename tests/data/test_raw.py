@@ -55,7 +55,8 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
     found = read_one(write_tar(tmp_path / "0.tar", [
         ("a.json", record()), ("b.png", PICTURE), ("c.png", PICTURE), ("c.json", b"{"), ("d.png", PICTURE),
         ("d.json", record(5)), ("e.png", PICTURE), ("e.txt", b"\xff\xfe"), ("f.png", PICTURE), ("f.json", b"[]"),
-        ("good.png", PICTURE), ("good.json", record()), ("a.png", PICTURE), ("h.png", PICTURE), ("h.png", PICTURE), ("h.json", record()),
+        ("good.png", PICTURE), ("good.json", record()), ("a.png", PICTURE),
+        ("h.png", PICTURE), ("h.png", PICTURE), ("h.json", record()),
         ("i.png", PICTURE), ("i.json", record(group=7)),
     ]))
     assert {d.key: d.reason for d in found if isinstance(d, Dropped) and d.key != "a"} == {
