@@ -17,8 +17,13 @@ T = TypeVar("T")
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Log to stderr, so that stdout carries nothing but the summary."""
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
-                        datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level,
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
     for chatty in ("aiobotocore", "botocore", "s3fs", "fsspec", "PIL", "matplotlib", "alembic", "urllib3", "mlflow.store"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -30,12 +35,15 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
         return
     width = max((len(key) for key in summary), default=0)
     for key, value in summary.items():
-        text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, default=str) if isinstance(value, dict) else value
-        print(f"{key:<{width}}  {text}", flush=True)
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        elif isinstance(value, dict):
+            value = json.dumps(value, default=str)
+        print(f"{key:<{width}}  {value}", flush=True)
 
 
 def user_errors_exit(function: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a command: a UserError becomes its message on stderr and exit code 2. DALLE_DS_TRACEBACK=1 shows the traceback."""
+    """Decorate a command: a UserError becomes its message on stderr and exit code 2; DALLE_DS_TRACEBACK=1 lets it through."""
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> T:
@@ -50,9 +58,26 @@ def user_errors_exit(function: Callable[..., T]) -> Callable[..., T]:
     return wrapper
 
 
-def progress(iterable: Iterable[T] | None = None, *, total: int | None = None, initial: int = 0, what: str, unit: str,
-             enabled: bool = True) -> "tqdm[T]":
+def progress(
+    iterable: Iterable[T] | None = None,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    what: str,
+    unit: str,
+    enabled: bool = True,
+) -> "tqdm[T]":
     """The one progress bar: rate and ETA on stderr; in a log file a line every ten seconds instead of a redrawn one."""
     live = sys.stderr.isatty()
-    return tqdm(iterable, total=total, initial=initial, desc=what, unit=unit, disable=not enabled, file=sys.stderr,
-                dynamic_ncols=live, ncols=None if live else 100, mininterval=0.2 if live else 10.0)
+    return tqdm(
+        iterable,
+        total=total,
+        initial=initial,
+        desc=what,
+        unit=unit,
+        disable=not enabled,
+        file=sys.stderr,
+        dynamic_ncols=live,
+        ncols=None if live else 100,
+        mininterval=0.2 if live else 10.0,
+    )

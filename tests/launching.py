@@ -40,7 +40,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; output captured."""
     with started(command, cwd, extra_env) as process:
         out, err = process.communicate(timeout=timeout)
@@ -51,7 +53,13 @@ def run(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = Non
 def started(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A running job in its own session; at the end of the context its whole tree is gone."""
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment(extra_env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=cwd,
+        env=environment(extra_env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     tree: set[psutil.Process] = set()
     try:
@@ -80,7 +88,11 @@ def family(pid: int) -> set[psutil.Process]:
 
 def ranks_of(pid: int) -> list[psutil.Process]:
     """The training processes themselves, without launchers."""
-    return [p for p in family(pid) if any("--local_rank" in part for part in _cmdline(p)) and "launcher" not in " ".join(_cmdline(p))]
+    return [
+        p
+        for p in family(pid)
+        if any("--local_rank" in part for part in _cmdline(p)) and "launcher" not in " ".join(_cmdline(p))
+    ]
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

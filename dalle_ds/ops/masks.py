@@ -43,7 +43,7 @@ def image_may_attend(pattern: Pattern, query: Tensor, key: Tensor, grid: int, co
     if pattern is Pattern.COLUMN:
         return (back >= 0) & (back % grid == 0)
     reach = conv_kernel // 2
-    # back = dr * grid + dc with 0 <= dr <= reach and |dc| <= reach, in closed form; also right where the window is wider than a row
+    # back = dr * grid + dc with 0 <= dr <= reach and |dc| <= reach, in closed form; right for windows wider than a row too
     return (back >= 0) & (back <= reach * grid + reach) & ((back + reach) % grid <= 2 * reach)
 
 

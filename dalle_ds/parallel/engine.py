@@ -5,7 +5,7 @@ un-scaled in fp32 by leaf hooks before ZeRO-3 reduces them. Norm, clipping and a
 nothing in DeepSpeed is patched.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_ds.models.prior import NLL, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import BranchLinear
@@ -56,7 +56,9 @@ class UpdateReport:
 class PriorEngine:
     """Owns the sharded model and its optimizer; one call is one update of the global batch."""
 
-    def __init__(self, model_config: PriorConfig, engine_config: EngineConfig, optimizer: OptimizerSettings, ranks: Ranks, seed: int) -> None:
+    def __init__(
+        self, model_config: PriorConfig, engine_config: EngineConfig, optimizer: OptimizerSettings, ranks: Ranks, seed: int
+    ) -> None:
         """Build, initialise and shard the model. The same seed gives the same weights at any world size."""
         self.ranks = ranks
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
@@ -86,12 +88,16 @@ class PriorEngine:
 
         `stop_requested` of any rank reaches all of them in the report: it rides on the one collective that every update needs.
         """
-        assert len(micro_batches) == self._accumulation, f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
+        assert len(micro_batches) == self._accumulation, (
+            f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
+        )
         for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
         micro_batches = [(text.to(self.ranks.device), image.to(self.ranks.device)) for text, image in micro_batches]
         # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass.
-        counts = torch.tensor([sum(int((text >= 0).sum()) for text, _ in micro_batches), sum(image.numel() for _, image in micro_batches)])
+        counts = torch.tensor(
+            [sum(int((text >= 0).sum()) for text, _ in micro_batches), sum(image.numel() for _, image in micro_batches)]
+        )
         n_text, n_image = self.ranks.sum(counts.to(self.ranks.device, torch.float64)).tolist()
         # the engine averages over ranks and micro-batches; the sums here are shares of global means
         share = self.ranks.world_size * self._accumulation
@@ -197,8 +203,7 @@ def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed
     # Each layer is sharded as soon as it is made: no rank ever holds the whole model.
     with deepspeed.zero.Init(config_dict_or_path=engine_config.json):
         model = Prior(config)
-    gathered: Callable[[nn.Parameter], AbstractContextManager] = lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0)  # noqa: E731
-    initialise(model, generator, gathered)
+    initialise(model, generator, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
     return model
 
 

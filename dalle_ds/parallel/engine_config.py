@@ -55,7 +55,8 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
     for key, recipe_key in RECIPE_OWNS.items():
         if key in tree:
             raise ConfigError(
-                f"{path} sets {key} = {json.dumps(tree[key])}, but that is the recipe's to say ({recipe_key}): remove it from the JSON"
+                f"{path} sets {key} = {json.dumps(tree[key])}, but that is the recipe's to say ({recipe_key}): "
+                "remove it from the JSON"
             )
     block_scaling = _take_block_scaling(tree, path)
     config = EngineConfig(
@@ -84,7 +85,9 @@ def _take_block_scaling(tree: dict[str, Any], path: Path) -> BlockScalingConfig 
     settings = {key: value for key, value in section.items() if key not in ("enabled", "loss_scale")}
     unknown = sorted(set(settings) - _OURS)
     if unknown:
-        raise ConfigError(f"{path}: fp16 with per_resblock scaling does not know {', '.join(unknown)}; known: {', '.join(sorted(_OURS))}")
+        raise ConfigError(
+            f"{path}: fp16 with per_resblock scaling does not know {', '.join(unknown)}; known: {', '.join(sorted(_OURS))}"
+        )
     tree["fp16"] = {"enabled": False}
     try:
         return BlockScalingConfig(**settings)

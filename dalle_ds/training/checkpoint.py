@@ -51,7 +51,9 @@ class CheckpointStore:
         digests = _digests(incoming, ranks)
         if ranks.is_main:
             commit = incoming / COMMIT_FILE
-            commit.write_text(json.dumps({"update": update, "world_size": ranks.world_size, "about": about, "files": digests}, indent=1))
+            commit.write_text(
+                json.dumps({"update": update, "world_size": ranks.world_size, "about": about, "files": digests}, indent=1)
+            )
             _sync(incoming)
             if final.exists():  # the same update saved again, e.g. after a fall-back: the new one counts
                 shutil.rmtree(final)
@@ -78,7 +80,9 @@ class CheckpointStore:
             if ranks.is_main:
                 log.error("checkpoint %s is DAMAGED and passed over: %s", path, problem)
         if candidates:
-            raise DataError(f"all {len(candidates)} checkpoints in {self.folder} are damaged; move the folder away to start anew")
+            raise DataError(
+                f"all {len(candidates)} checkpoints in {self.folder} are damaged; move the folder away to start anew"
+            )
         return None
 
     def require_room(self, n_parameters: int) -> None:
@@ -124,7 +128,10 @@ def _problem(checkpoint: Path, ranks: Ranks) -> str | None:
 def _digests(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     # the ranks share the hashing: at 12 billion parameters there are 200 GB to read
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    own = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names[ranks.rank :: ranks.world_size]}
+    own = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in names[ranks.rank :: ranks.world_size]
+    }
     return {name: digest for part in ranks.gather_objects(own) for name, digest in part.items()}
 
 

@@ -28,7 +28,9 @@ MAX_NLL_DIFFERENCE = 1e-3
 """Nats a token by which export and engine may differ on one token: fp16 rounding in another order of summation."""
 
 
-def export_checkpoint(run_folder: str | Path, out: str | Path, *, tag: str | None = None, averaged: bool = True) -> dict[str, Any]:
+def export_checkpoint(
+    run_folder: str | Path, out: str | Path, *, tag: str | None = None, averaged: bool = True
+) -> dict[str, Any]:
     """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the proof of parity.
 
     Args:
@@ -62,7 +64,11 @@ def export_checkpoint(run_folder: str | Path, out: str | Path, *, tag: str | Non
     storage.write_bytes(storage.join(out, "parity.json"), json.dumps(parity, indent=1).encode())
     # last: a folder without config.json is not taken for an export
     storage.write_bytes(storage.join(out, "config.json"), json.dumps(info, indent=1).encode())
-    return {"export": str(out), **{key: info[key] for key in ("fingerprint", "update", "averaged", "checkpoint")}, "parity": parity}
+    return {
+        "export": str(out),
+        **{key: info[key] for key in ("fingerprint", "update", "averaged", "checkpoint")},
+        "parity": parity,
+    }
 
 
 def _find(run_folder: Path, tag: str | None) -> Path:
@@ -112,7 +118,8 @@ def _prove_parity(checkpoint: Path, config: PriorConfig, state: dict[str, Tensor
     difference = (same_format_BN - saved["image_nll"]).abs().max().item()
     if not difference <= MAX_NLL_DIFFERENCE:
         raise DataError(
-            f"export of {checkpoint} differs from the engine by {difference:.2e} nats on a token, expected at most {MAX_NLL_DIFFERENCE:.0e}"
+            f"export of {checkpoint} differs from the engine by {difference:.2e} nats on a token, "
+            f"expected at most {MAX_NLL_DIFFERENCE:.0e}"
         )
     parity = {
         "samples": len(fp32_BN), "tokens": fp32_BN.numel(), "engine_mean_image_nll": saved["image_nll"].mean().item(),

@@ -22,7 +22,9 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train_prior.sh", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--recipe", type=Path, default=default_recipe, help="YAML file (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. learning_rate.peak=1e-3")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. learning_rate.peak=1e-3"
+    )
     parser.add_argument("--deepspeed_config", metavar="JSON", help="same as --set deepspeed_config=JSON")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON line, last on stdout")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
@@ -46,7 +48,9 @@ def _run(recipe: Path, overrides: list[str], as_json: bool, is_default: bool) ->
     run = load_recipe(PriorRun, recipe, overrides)
     dataset = run.data.dataset
     if is_default and "://" not in dataset and not Path(dataset, "dataset.json").exists():
-        raise DataError(f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe")
+        raise DataError(
+            f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
+        )
     # importing and joining takes seconds: a mistake in the recipe should not have to wait for it
     from dalle_ds.parallel.ranks import join, leave
     from dalle_ds.training.prior_trainer import train_prior

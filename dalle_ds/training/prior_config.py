@@ -68,7 +68,9 @@ class ValidationSection(Config):
 
 
 class TrackingSection(Config):
-    uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the run folder")
+    uri: str | None = Field(
+        None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the run folder"
+    )
     experiment: str = "dalle_ds"
     run_name: str = "prior"
     every: int = Field(10, ge=1, description="updates between metrics")
@@ -113,6 +115,7 @@ class PriorRun(Config):
         per_pass = self.micro_batch * world_size
         if self.global_batch % per_pass:
             raise ConfigError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} x {world_size} ranks = {per_pass}"
+                f"global_batch {self.global_batch} is not a multiple of "
+                f"micro_batch {self.micro_batch} x {world_size} ranks = {per_pass}"
             )
         return self.global_batch // per_pass

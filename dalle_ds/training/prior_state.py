@@ -43,13 +43,16 @@ class RunIdentity:
         different = [f"{key}: checkpoint {saved.get(key)!r}, recipe {now[key]!r}" for key in now if saved.get(key) != now[key]]
         if different:
             raise ConfigError(
-                f"{folder} was trained with other settings; use another folder or the old settings:\n  " + "\n  ".join(different)
+                f"{folder} was trained with other settings; use another folder or the old settings:\n  "
+                + "\n  ".join(different)
             )
 
 
 def save_average(average: WeightAverage, folder: Path, ranks: Ranks) -> None:
     """This rank's shards of the averaged weights."""
-    save_file(average.averages, folder / average_file(ranks.rank, ranks.world_size), metadata={"n_copies": str(average.n_copies)})
+    save_file(
+        average.averages, folder / average_file(ranks.rank, ranks.world_size), metadata={"n_copies": str(average.n_copies)}
+    )
 
 
 def load_average(average: WeightAverage, folder: Path, n_copies: int, ranks: Ranks) -> None:

@@ -88,7 +88,12 @@ class _Trainer:
         )  # fmt: skip
         # every rank takes the same few samples: their losses are what an export must reproduce
         self.parity_batch = validation_batches(
-            self.validation_set, text_len=self.model_config.text_len, batch=PARITY_SAMPLES, rank=0, world_size=1, limit=PARITY_SAMPLES
+            self.validation_set,
+            text_len=self.model_config.text_len,
+            batch=PARITY_SAMPLES,
+            rank=0,
+            world_size=1,
+            limit=PARITY_SAMPLES,
         )[0]
         self.state = TrainState()
         self.stream = TokenStream(
@@ -182,7 +187,9 @@ class _Trainer:
             values |= {f"scale_log2/{name}": value for name, value in self.engine.scaler.log2_scales().items()}
             self.scale_history.append((state.update, self.engine.scaler.scale.tolist()))
         self.tracker.metrics(values, state.update)
-        bar.set_postfix_str(f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False)
+        bar.set_postfix_str(
+            f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
+        )
 
     def _validate(self) -> None:
         """Held-out losses of the averaged weights, and a map of the image loss by grid position."""
@@ -193,9 +200,13 @@ class _Trainer:
         self.last_validation = {"validation/text_loss": text_loss, "validation/image_loss": image_loss}
         self.tracker.metrics(self.last_validation, self.state.update)
         if self.ranks.is_main:
-            log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", self.state.update, image_loss, text_loss)
+            log.info(
+                "update %d: held-out image loss %.4f, text loss %.4f nats a token", self.state.update, image_loss, text_loss
+            )
             grid = self.model_config.grid
-            chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {self.state.update}")
+            chart = position_heatmap(
+                nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {self.state.update}"
+            )
             self.tracker.picture("loss_by_position", chart, self.state.update)
             if len(self.scale_history) > 1 and self.engine.scaler:
                 updates, scales = zip(*self.scale_history, strict=True)
@@ -250,11 +261,11 @@ class _Trainer:
         tracker = Tracker.start(
             self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name,
             tags={
-                **code_tags(), "stage": "train_prior", "lineage.data": info.fingerprint, "lineage.data_content": self.identity.content,
-                "lineage.dvae": info.dvae, "lineage.tokenizer": info.tokenizer, "lineage.dataset": run.data.dataset,
+                **code_tags(), "stage": "train_prior", "lineage.data": info.fingerprint, "lineage.dataset": run.data.dataset,
+                "lineage.data_content": self.identity.content, "lineage.dvae": info.dvae, "lineage.tokenizer": info.tokenizer,
             },
             params={
-                **flatten(run.model_dump(mode="json")), **{f"resolved.{k}": v for k, v in self.model_config.model_dump().items()},
+                **flatten(run.model_dump(mode="json")), **flatten(self.model_config.model_dump(), "resolved."),
                 "world_size": self.ranks.world_size, "accumulation": accumulation, "n_parameters": self.n_parameters,
                 "effective_parameters": effective_parameters(self.model_config), "n_train_samples": self.dataset.n_samples,
             },
@@ -262,9 +273,10 @@ class _Trainer:
         tracker.input_dataset("token_shards", run.data.dataset, info.fingerprint)
         tracker.artifact(self.folder / "deepspeed.json")
         tracker.artifact(self.folder / "recipe.yaml")
-        log.info("prior of %.1f million parameters on %d ranks x %d micro-batches of %d; %d train samples, %d updates an epoch; %s",
-                 self.n_parameters / 1e6, self.ranks.world_size, accumulation, run.micro_batch, self.dataset.n_samples,
-                 self.stream.steps_per_epoch, self.engine.groups_description)  # fmt: skip
+        log.info("prior of %.1f million parameters on %d ranks x %d micro-batches of %d", self.n_parameters / 1e6,
+                 self.ranks.world_size, accumulation, run.micro_batch)  # fmt: skip
+        log.info("%d train samples, %d updates an epoch", self.dataset.n_samples, self.stream.steps_per_epoch)
+        log.info("parameter groups: %s", self.engine.groups_description)
         return tracker
 
     def _write_json(self, name: str, tree: dict[str, Any]) -> None:

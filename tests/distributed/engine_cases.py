@@ -52,13 +52,21 @@ def plain_run() -> list[list[float]]:
 
 
 def make_engine(
-    folder: Path, ranks: Ranks, fp16: dict[str, Any] | None, accumulation: int = 1, threshold: int = 0, stage: int = 3, **more: Any
+    folder: Path,
+    ranks: Ranks,
+    fp16: dict[str, Any] | None,
+    accumulation: int = 1,
+    threshold: int = 0,
+    stage: int = 3,
+    **more: Any,
 ) -> PriorEngine:
     path = folder / f"ds-{ranks.rank}.json"
     zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": threshold}
     path.write_text(json.dumps({"zero_optimization": zero, **({"fp16": fp16} if fp16 else {}), **more}))
     micro = GLOBAL_BATCH // ranks.world_size // accumulation
-    return PriorEngine(CONFIG, load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP), ADAMW, ranks, seed=0)
+    return PriorEngine(
+        CONFIG, load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP), ADAMW, ranks, seed=0
+    )
 
 
 def sharded_run(folder: Path, ranks: Ranks, accumulation: int = 1, recompute: bool = False, **fp16: Any) -> list[list[float]]:
@@ -142,7 +150,12 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
             plain.load_state_dict(wholes)
             nll = plain(*global_batch(9))
             expected = [(nll.text_sum / nll.n_text).item(), (nll.image_sum / nll.n_image).item()]
-    return {"before": before, "averaged": averaged, "after": engine.evaluate(batch), "expected": expected if ranks.is_main else None}
+    return {
+        "before": before,
+        "averaged": averaged,
+        "after": engine.evaluate(batch),
+        "expected": expected if ranks.is_main else None,
+    }
 
 
 def main(folder: Path) -> None:
@@ -150,7 +163,9 @@ def main(folder: Path) -> None:
     results = {
         "fp32": sharded_run(folder, ranks),
         "fp32_accumulated": sharded_run(folder, ranks, accumulation=2),
-        "fp16_scale_1": sharded_run(folder, ranks, enabled=True, loss_scale="per_resblock", initial_scale_power=0, min_scale_power=0),
+        "fp16_scale_1": sharded_run(
+            folder, ranks, enabled=True, loss_scale="per_resblock", initial_scale_power=0, min_scale_power=0
+        ),
         "fp16": sharded_run(folder, ranks, enabled=True, loss_scale="per_resblock"),
         "fp16_recomputed": sharded_run(folder, ranks, recompute=True, enabled=True, loss_scale="per_resblock"),
         "fp16_accumulated": sharded_run(folder, ranks, accumulation=2, enabled=True, loss_scale="per_resblock"),

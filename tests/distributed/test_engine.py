@@ -1,4 +1,4 @@
-"""The engine on two real ranks against one plain process. One launch serves all tests: starting it takes longer than they do."""
+"""The engine on two real ranks against one plain process. One launch serves all tests: it takes longer than they do."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,13 @@ def test_training_waits_for_a_lost_store_and_goes_on(s3: S3, tmp_path: Path) -> 
     tokens = make_token_set(f"{s3.url}/tokens", n_samples=512, block_samples=4)
     folder = tmp_path / "run"
     overrides = [*SMALL, f"folder={folder}", f"data.dataset={tokens}"]
-    command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *(p for o in overrides for p in ("--set", o)), "--json"]
+    command = [
+        *launching.deepspeed(2),
+        launching.TRAIN_PRIOR,
+        *launching.TINY,
+        *(p for o in overrides for p in ("--set", o)),
+        "--json",
+    ]
     with launching.started(command, tmp_path) as process:
         launching.wait_for(lambda: list(folder.glob("checkpoints/update_*")), "first checkpoint", process=process)
         s3.server.kill()

@@ -67,7 +67,9 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "validation/image_loss")]
     assert steps == [0, 4, 8]
     info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
-    assert {key: run.data.tags[f"lineage.{key}"] for key in ("dvae", "tokenizer")} == {k: info[k] for k in ("dvae", "tokenizer")}
+    assert {key: run.data.tags[f"lineage.{key}"] for key in ("dvae", "tokenizer")} == {
+        k: info[k] for k in ("dvae", "tokenizer")
+    }
     assert run.data.tags["lineage.data"] == info["fingerprint"]
     assert run.data.params["optimizer.beta2"] == "0.96"
 

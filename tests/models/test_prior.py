@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from dalle_ds.models.presets import PRESETS, effective_parameters
-from dalle_ds.models.prior import PAD, NLL, Prior, PriorConfig, initialise
+from dalle_ds.models.prior import NLL, PAD, Prior, PriorConfig, initialise
 
 CONFIG = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
 

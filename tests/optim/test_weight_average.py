@@ -34,4 +34,7 @@ def test_exchange_is_exact_and_announced() -> None:
     with average.in_place_of(weights, lambda: calls.append(weights["w"].clone())):
         assert torch.equal(weights["w"], torch.arange(5.0))
     assert torch.equal(weights["w"], before)
-    assert [torch.equal(seen, expected) for seen, expected in zip(calls, (torch.arange(5.0), before), strict=True)] == [True, True]
+    assert [torch.equal(seen, expected) for seen, expected in zip(calls, (torch.arange(5.0), before), strict=True)] == [
+        True,
+        True,
+    ]

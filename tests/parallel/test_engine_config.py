@@ -28,7 +28,11 @@ def test_shipped_configurations_are_accepted(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "recipe_key"),
-    [("train_batch_size", 64, "global_batch"), ("gradient_clipping", 1.0, "optimizer.clip"), ("optimizer", {"type": "Adam"}, "optimizer")],
+    [
+        ("train_batch_size", 64, "global_batch"),
+        ("gradient_clipping", 1.0, "optimizer.clip"),
+        ("optimizer", {"type": "Adam"}, "optimizer"),
+    ],
 )
 def test_what_the_recipe_owns_is_refused(tmp_path: Path, key: str, value: Any, recipe_key: str) -> None:
     with pytest.raises(ConfigError, match=f"sets {key} = .*{recipe_key}"):
@@ -36,13 +40,18 @@ def test_what_the_recipe_owns_is_refused(tmp_path: Path, key: str, value: Any, r
 
 
 def test_per_resblock_section_becomes_ours(tmp_path: Path) -> None:
-    config = load(tmp_path, {**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "initial_scale_power": 10, "growth_interval": 500}})
+    config = load(
+        tmp_path,
+        {**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "initial_scale_power": 10, "growth_interval": 500}},
+    )
     assert config.block_scaling.initial_scale_power == 10
     assert config.block_scaling.growth_interval == 500
     assert config.json["fp16"] == {"enabled": False}
 
 
-@pytest.mark.parametrize("section", [{"enabled": True, "loss_scale": 0, "initial_scale_power": 16}, {"enabled": False, "loss_scale": "per_resblock"}])
+@pytest.mark.parametrize(
+    "section", [{"enabled": True, "loss_scale": 0, "initial_scale_power": 16}, {"enabled": False, "loss_scale": "per_resblock"}]
+)
 def test_other_fp16_sections_are_deepspeeds(tmp_path: Path, section: dict[str, Any]) -> None:
     config = load(tmp_path, {**ZERO3, "fp16": section})
     assert config.block_scaling is None

@@ -158,7 +158,9 @@ def test_policy_follows_the_paper() -> None:
 
 
 def test_scales_stay_within_their_limits() -> None:
-    scaler = BlockScaler(make_prior(), BlockScalingConfig(initial_scale_power=7, min_scale_power=7, max_scale_power=7.01, backoff_window=0))
+    scaler = BlockScaler(
+        make_prior(), BlockScalingConfig(initial_scale_power=7, min_scale_power=7, max_scale_power=7.01, backoff_window=0)
+    )
     scaler.update(torch.ones(6))
     assert scaler.scale.log2().tolist() == [7.0] * 6
     for _ in range(50):

@@ -35,19 +35,18 @@ def recipe(token_set: str, tmp_path: Path, *overrides: str) -> PriorRun:
     [
         ("model.grid=8", r"model.grid is 8, but the data set .* has 4"),
         ("model.image_vocab=8192", r"model.image_vocab is 8192, but the data set .* has 32"),
-        ("global_batch=48", "global_batch 48 is not a multiple of micro_batch 16 x 2 ranks = 32"),
+        ("global_batch=1024", "64 samples"),
         ("deepspeed_config=nowhere.json", "nowhere.json cannot be read"),
     ],
 )
 def test_recipe_that_does_not_fit(token_set: str, tmp_path: Path, override: str, message: str) -> None:
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    run = recipe(token_set, tmp_path, override)
-    if "ranks" in message:
-        with pytest.raises(ConfigError, match=message):
-            run.accumulation(2)
-        return
-    with pytest.raises(ConfigError, match=message):
-        train_prior(run, ranks)
+    with pytest.raises(UserError, match=message):
+        train_prior(recipe(token_set, tmp_path, override), ALONE)
+
+
+def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="global_batch 48 is not a multiple of micro_batch 16 x 2 ranks = 32"):
+        recipe(token_set, tmp_path, "global_batch=48").accumulation(2)
 
 
 def test_deepspeed_json_that_sets_what_the_recipe_sets(token_set: str, tmp_path: Path) -> None:
@@ -109,7 +108,11 @@ def test_default_without_its_data_says_which_command_makes_it(
     assert "bash launchers/demo.sh" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(p for p in RECIPES.glob("*.yaml") if "updates" in p.read_text() and "dvae" not in p.name), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in RECIPES.glob("*.yaml") if "updates" in p.read_text() and "dvae" not in p.name),
+    ids=lambda p: p.name,
+)
 def test_shipped_recipes_load(path: Path) -> None:
     run = load_recipe(PriorRun, path)
     assert run.deepspeed_path.exists()
