@@ -1,69 +1,86 @@
-"""Iterate averaging: an exponential moving average of the parameters, taken after every update."""
+"""Iterate averaging: an exponential moving average of named tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
+
+from dalle_ds.recipes import Config
 
 
-class ParameterAverage:
-    """average <- d * average + (1 - d) * parameters, on the parameters' own device, in their own dtype.
+class AverageConfig(Config):
+    """How an average moves. The paper: dVAE 0.999 at every update; prior 0.99 at a copy every 25 updates, on the CPU."""
 
-    The paper averages its dVAE with decay 0.999 at every update, over millions of updates. In a run of thousands the first
-    iterates would still weigh in at the end, so `start` says how the average begins:
+    decay: float = Field(0.999, ge=0, lt=1, description="weight of the past each time")
+    start: Literal["plain", "warm"] = Field(
+        "plain", description="plain: the average starts as the initial weights; warm: short memory at first, for short runs"
+    )
 
-    - "plain": as the paper; the average starts as the initial parameters.
-    - "warm": update n uses min(decay, n / (n + 9)): short memory at first, longer as the run grows.
+
+class PriorAverageConfig(AverageConfig):
+    """The paper's for the prior: a horizon of about 2,500 updates (appendix B.2)."""
+
+    every: int = Field(25, ge=1, description="updates between copies")
+    decay: float = Field(0.99, ge=0, lt=1, description="weight of the past at each copy")
+
+
+class WeightAverage:
+    """average <- d * average + (1 - d) * weights, for a model's parameters or one rank's shards of them.
+
+    With start "warm" the n-th time uses d = min(decay, n / (n + 9)): early weights, still near the initial ones, fade quickly.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, start: Literal["plain", "warm"] = "plain") -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay is {decay}, expected at least 0 and below 1")
-        if start not in ("plain", "warm"):
-            raise ValueError(f"start is {start!r}, expected 'plain' or 'warm'")
-        self.decay, self.start, self.n_updates = decay, start, 0
-        self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    def __init__(self, weights: Mapping[str, Tensor], config: AverageConfig, device: torch.device | str | None = None) -> None:
+        """`device` holds the averages, in fp32; None: where the weights are."""
+        self.config = config
+        self.n_updates = 0
+        self.averages = {
+            name: weight.detach().to(device or weight.device, torch.float32, copy=True) for name, weight in weights.items()
+        }
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the parameters as they are now: call once after each optimizer step that was taken."""
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in the weights as they are now."""
         self.n_updates += 1
-        decay = self.decay
-        if self.start == "warm":
+        decay = self.config.decay
+        if self.config.start == "warm":
             decay = min(decay, self.n_updates / (self.n_updates + 9))
-        torch._foreach_lerp_(list(self.average.values()), self._matching(model), 1.0 - decay)
+        values = [weights[name].detach().to(average.device, torch.float32) for name, average in self.averages.items()]
+        torch._foreach_lerp_(list(self.averages.values()), values, 1.0 - decay)
 
     @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model has the averaged parameters; after it, its own to the last bit."""
-        own = [parameter.detach().clone() for parameter in self._matching(model)]
+    def in_place_of(self, weights: Mapping[str, Tensor], refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """While the context lasts, `weights` hold the averages; after it, what they held before, to the last bit.
+
+        `refresh` is called after each exchange, for engines that keep other copies of the weights.
+        """
+        own = {name: weights[name].detach().clone() for name in self.averages}
         try:
-            self._copy_into(model, list(self.average.values()))
+            _fill(weights, self.averages)
+            refresh()
             yield
         finally:
-            self._copy_into(model, own)
+            _fill(weights, own)
+            refresh()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs; holds references, so save it before the next update."""
-        return {"n_updates": self.n_updates, "average": self.average}
+        return {"n_updates": self.n_updates, "average": self.averages}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Refuses an average of other parameters."""
-        average: dict[str, Tensor] = state["average"]  # type: ignore[assignment]
-        if average.keys() != self.average.keys():
-            different = sorted(average.keys() ^ self.average.keys())
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the average is of other tensors."""
+        averages: Mapping[str, Tensor] = state["average"]
+        if averages.keys() != self.averages.keys():
+            different = sorted(averages.keys() ^ self.averages.keys())
             raise ValueError(f"the saved average belongs to another model: only one of them has {different[:5]}")
-        self.n_updates = int(state["n_updates"])  # type: ignore[call-overload]
-        for name, value in average.items():
-            self.average[name].copy_(value)
+        self.n_updates = int(state["n_updates"])
+        _fill(self.averages, averages)
 
-    def _matching(self, model: nn.Module) -> list[Tensor]:
-        parameters = dict(model.named_parameters())
-        return [parameters[name] for name in self.average]
 
-    @torch.no_grad()
-    def _copy_into(self, model: nn.Module, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._matching(model), values, strict=True):
-            parameter.copy_(value)
+@torch.no_grad()
+def _fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].copy_(value)

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dalle_ds.models.dvae import DVAEConfig
+from dalle_ds.optim.averaging import AverageConfig
 from dalle_ds.optim.schedules import HalfCosine
 from dalle_ds.recipes import Config
 
@@ -57,11 +58,6 @@ class LossSection(Config):
     )
 
 
-class AverageSection(Config):
-    decay: float = Field(0.999, ge=0, lt=1, description="per update")
-    start: Literal["plain", "warm"] = Field("plain", description="warm: short memory at first, for short runs")
-
-
 class DVAETracking(Config):
     uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the folder")
     experiment: str = "dalle_ds"
@@ -78,7 +74,7 @@ class DVAERun(Config):
     optimizer: AdamWSection = AdamWSection()
     schedules: ScheduleSection = ScheduleSection()
     loss: LossSection = LossSection()
-    average: AverageSection = AverageSection()
+    average: AverageConfig = AverageConfig()
     updates: int = Field(3_000_000, ge=1)
     batch_size: int = Field(512, ge=1)
     micro_batch: int | None = Field(None, ge=1, description="pictures that go through at a time; unset: the whole batch")

@@ -22,7 +22,7 @@ from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
-from dalle_ds.optim.averaging import ParameterAverage
+from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.optim.schedules import linear_warmup
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.dvae_config import DVAERun
@@ -83,7 +83,7 @@ class _Trainer:
             weight_decay=settings.weight_decay, fused=True,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
-        self.average = ParameterAverage(self.model, run.average.decay, run.average.start)
+        self.average = WeightAverage(self._weights(), run.average)
         # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
         # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
         # gradients are summed in order: the same losses in every run.
@@ -138,6 +138,9 @@ class _Trainer:
             self.pool.shutdown()
             self.tracker.close(status)
 
+    def _weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
     def _step(self) -> dict[str, Any]:
         """One update of the parameters and of their average -> metrics, some still on the device."""
         run, schedules = self.recipe, self.recipe.schedules
@@ -157,7 +160,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         took_step = self.scaler.get_scale() >= scale  # a skipped step lowers the scale
         if took_step:
-            self.average.update(self.model)
+            self.average.update(self._weights())
         return {
             **{f"train/{name}": value for name, value in sums.items()}, "train/grad_norm": grad_norm, "train/learning_rate": lr,
             "train/tau": tau, "train/kl_weight": kl_weight, "train/loss_scale": scale,
@@ -206,7 +209,7 @@ class _Trainer:
     def _validate(self) -> HeldOut:
         """Measure the averaged weights on held-out pictures; numbers and pictures go to the tracker."""
         tau = self.recipe.schedules.tau.at(self.update)
-        with self.average.applied_to(self.model):
+        with self.average.in_place_of(self._weights()):
             numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min)
             grid = reconstruction_grid(self.model, self.validation)
         self.tracker.metrics(numbers.metrics(), self.update)
@@ -221,7 +224,7 @@ class _Trainer:
         """Write the averaged weights, then the report: the report says that the run is finished."""
         numbers = self._validate()
         model = self.recipe.model
-        with self.average.applied_to(self.model):
+        with self.average.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
             mark = write_weights(
                 self.folder / WEIGHTS_FILE, kind="dvae", config=model.model_dump(), state=state, extra={"run": self.identity}

@@ -10,8 +10,8 @@ from dalle_ds.data.manifest import DatasetInfo
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.optim.averaging import PriorAverageConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
-from dalle_ds.optim.weight_average import WeightAverageConfig
 from dalle_ds.recipes import Config
 
 
@@ -92,7 +92,7 @@ class PriorRun(Config):
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection = OptimizerSection()
     learning_rate: LearningRateConfig = LearningRateConfig()
-    average: WeightAverageConfig = WeightAverageConfig()
+    average: PriorAverageConfig = PriorAverageConfig()
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
     tracking: TrackingSection = TrackingSection()

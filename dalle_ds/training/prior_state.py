@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.optim.weight_average import WeightAverage
+from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.parallel.ranks import Ranks
 
 
@@ -51,17 +51,17 @@ class RunIdentity:
 def save_average(average: WeightAverage, folder: Path, ranks: Ranks) -> None:
     """This rank's shards of the averaged weights."""
     save_file(
-        average.averages, folder / average_file(ranks.rank, ranks.world_size), metadata={"n_copies": str(average.n_copies)}
+        average.averages, folder / average_file(ranks.rank, ranks.world_size), metadata={"n_updates": str(average.n_updates)}
     )
 
 
-def load_average(average: WeightAverage, folder: Path, n_copies: int, ranks: Ranks) -> None:
+def load_average(average: WeightAverage, folder: Path, n_updates: int, ranks: Ranks) -> None:
     """Raises DataError where the file is not of this model."""
     saved = load_file(folder / average_file(ranks.rank, ranks.world_size))
-    if saved.keys() != average.averages.keys():
-        raise DataError(f"averaged weights in {folder} have other names than the model's parameters")
-    average.averages = saved
-    average.n_copies = n_copies
+    try:
+        average.load_state_dict({"n_updates": n_updates, "average": saved})
+    except ValueError as error:
+        raise DataError(f"averaged weights in {folder}: {error}") from None
 
 
 def average_file(rank: int, world_size: int) -> str:

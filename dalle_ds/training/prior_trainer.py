@@ -19,7 +19,7 @@ from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validati
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
-from dalle_ds.optim.weight_average import WeightAverage
+from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine, UpdateReport
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks
@@ -109,7 +109,7 @@ class _Trainer:
         )  # fmt: skip
         if run.activation_checkpointing:
             recompute_layers(self.engine.module)
-        self.average = WeightAverage(self.engine.shards(), run.average)
+        self.average = WeightAverage(self.engine.shards(), run.average, device="cpu")
         if found is not None:
             self._restore(found[0])
         self.tracker = self._start_tracking(engine_config.json, accumulation) if ranks.is_main else NullTracker()
@@ -140,7 +140,7 @@ class _Trainer:
                     state.seconds = before + time.monotonic() - began
                     if report.took_step:
                         if state.update % run.average.every == 0:
-                            self.average.copy(self.engine.shards())
+                            self.average.update(self.engine.shards())
                     else:
                         state.n_skipped += 1
                     self._report(report, lr, meter, bar)
@@ -223,7 +223,7 @@ class _Trainer:
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
 
         def write(folder: Path) -> None:
-            self.engine.save(folder, {"train_state": self.state.to_dict(), "n_copies": self.average.n_copies})
+            self.engine.save(folder, {"train_state": self.state.to_dict(), "n_averaged": self.average.n_updates})
             save_average(self.average, folder, self.ranks)
             if self.ranks.is_main:
                 save_file(_parity_tensors(self.parity_batch, nll_BN), folder / PARITY_FILE)
@@ -248,7 +248,7 @@ class _Trainer:
     def _restore(self, checkpoint: Path) -> None:
         client_state = self.engine.load(checkpoint)
         self.state = TrainState(**client_state["train_state"])
-        load_average(self.average, checkpoint, client_state["n_copies"], self.ranks)
+        load_average(self.average, checkpoint, client_state["n_averaged"], self.ranks)
         if self.ranks.is_main:
             log.info("resumed from %s", checkpoint)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.optim.weight_average import WeightAverage, WeightAverageConfig
 from dalle_ds.parallel.engine import IMAGE_WEIGHT, TEXT_WEIGHT, OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -132,10 +132,10 @@ def save_and_load(folder: Path, ranks: Ranks) -> dict[str, Any]:
 def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Evaluate with averaged weights; small parameters stay whole on every rank (threshold), as in real configurations."""
     engine = make_engine(folder, ranks, None, threshold=1000)
-    average = WeightAverage(engine.shards(), WeightAverageConfig(every=1, decay=0.5))
+    average = WeightAverage(engine.shards(), AverageConfig(decay=0.5))
     for update in range(3):
         engine.update(micro_batches(update, ranks, 1), ADAMW.lr)
-        average.copy(engine.shards())
+        average.update(engine.shards())
     batch = micro_batches(9, ranks, 1)
     before = engine.evaluate(batch)
     with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):

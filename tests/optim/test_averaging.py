@@ -1,64 +1,72 @@
-"""The average against the formula, its warm start, and that borrowing it leaves the model as it was."""
+"""The average against the formula, its warm start, and that borrowing it leaves the weights as they were."""
+
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from dalle_ds.optim.averaging import ParameterAverage
+from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 
 
-def _model(value: float) -> torch.nn.Linear:
-    model = torch.nn.Linear(2, 1, bias=False)
-    torch.nn.init.constant_(model.weight, value)
-    return model
+def weights(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((2,), value)}
 
 
 def test_plain_average_follows_the_formula() -> None:
-    model = _model(1.0)
-    average = ParameterAverage(model, decay=0.9)
+    average = WeightAverage(weights(1.0), AverageConfig(decay=0.9))
     expected = 1.0
     for value in (2.0, -3.0, 5.0):
-        torch.nn.init.constant_(model.weight, value)
-        average.update(model)
+        average.update(weights(value))
         expected = 0.9 * expected + 0.1 * value
-    torch.testing.assert_close(average.average["weight"], torch.full((1, 2), expected))
+    torch.testing.assert_close(average.averages["w"], torch.full((2,), expected))
 
 
-def test_warm_start_forgets_the_initial_parameters() -> None:
-    model = _model(100.0)
-    plain, warm = ParameterAverage(model, 0.999), ParameterAverage(model, 0.999, "warm")
-    torch.nn.init.constant_(model.weight, 1.0)
+def test_warm_start_forgets_the_initial_weights() -> None:
+    plain, warm = (WeightAverage(weights(100.0), AverageConfig(start=start)) for start in ("plain", "warm"))
     for _ in range(50):
-        plain.update(model)
-        warm.update(model)
-    assert plain.average["weight"][0, 0] > 90
-    assert warm.average["weight"][0, 0] == pytest.approx(1.0, abs=1e-3)
+        plain.update(weights(1.0))
+        warm.update(weights(1.0))
+    assert plain.averages["w"][0] > 90
+    assert warm.averages["w"][0] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_applied_to_gives_the_average_and_then_the_own_parameters_back() -> None:
-    model = _model(1.0)
-    average = ParameterAverage(model, 0.5)
-    torch.nn.init.constant_(model.weight, 3.0)
-    average.update(model)
-    with pytest.raises(RuntimeError, match="inside"), average.applied_to(model):
-        assert model.weight[0, 0].item() == 2.0
+def test_a_long_run_reaches_the_decay_asked_for() -> None:
+    average = WeightAverage(weights(0.0), AverageConfig(decay=0.9, start="warm"))
+    for _ in range(500):
+        average.update(weights(0.0))
+    average.update(weights(1.0))
+    torch.testing.assert_close(average.averages["w"], torch.full((2,), 0.1))
+
+
+def test_exchange_is_exact_announced_and_undone_after_an_error() -> None:
+    own, seen = weights(3.3), []
+    average = WeightAverage(weights(1.0), AverageConfig())
+    with pytest.raises(RuntimeError, match="inside"), average.in_place_of(own, lambda: seen.append(own["w"][0].item())):
+        assert own["w"][0] == 1.0
         raise RuntimeError("inside")
-    assert model.weight[0, 0].item() == 3.0
+    assert torch.equal(own["w"], weights(3.3)["w"])
+    assert seen == [1.0, own["w"][0].item()]
+
+
+def test_half_precision_weights_are_averaged_in_fp32() -> None:
+    average = WeightAverage({"w": torch.ones(1, dtype=torch.bfloat16)}, AverageConfig(decay=0.999))
+    average.update({"w": torch.zeros(1, dtype=torch.bfloat16)})
+    assert average.averages["w"].item() == pytest.approx(0.999)
 
 
 def test_state_goes_round_and_another_models_is_refused() -> None:
-    model = _model(1.0)
-    average = ParameterAverage(model, 0.9, "warm")
-    torch.nn.init.constant_(model.weight, 4.0)
-    average.update(model)
-    other = ParameterAverage(_model(0.0), 0.9, "warm")
+    average = WeightAverage(weights(1.0), AverageConfig(start="warm"))
+    average.update(weights(4.0))
+    other = WeightAverage(weights(0.0), AverageConfig(start="warm"))
     other.load_state_dict(average.state_dict())
     assert other.n_updates == 1
-    assert torch.equal(other.average["weight"], average.average["weight"])
+    assert torch.equal(other.averages["w"], average.averages["w"])
     with pytest.raises(ValueError, match="belongs to another model"):
-        ParameterAverage(torch.nn.Linear(2, 1), 0.9).load_state_dict(average.state_dict())
+        WeightAverage({"v": torch.ones(2)}, AverageConfig()).load_state_dict(average.state_dict())
 
 
-@pytest.mark.parametrize(("decay", "start", "words"), [(1.0, "plain", "decay is 1.0"), (0.9, "cold", "start is 'cold'")])
-def test_bad_settings_are_named(decay: float, start: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        ParameterAverage(_model(0.0), decay, start)  # type: ignore[arg-type]
+@pytest.mark.parametrize("settings", [{"decay": 1.0}, {"start": "cold"}])
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        AverageConfig(**settings)
