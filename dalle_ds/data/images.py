@@ -47,8 +47,10 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
         raise ImageProblem("unreadable") from None
 
 
-def dvae_augment(image: Picture, target: int, rng: np.random.Generator) -> np.ndarray:
-    """Random crop, resize and flip for dVAE training (listing 1): uint8 (target, target, 3).
+def dvae_augment(
+    image: Picture, target: int, rng: np.random.Generator, *, min_zoom: float = 9 / 8, max_zoom: float = 12 / 8
+) -> np.ndarray:
+    """Random crop, resize and flip for dVAE training (listing 1, whose zooms are the defaults): uint8 (target, target, 3).
 
     Raises:
         ImageProblem: "too small", if the short side is under `target`; the paper's rule never enlarges.
@@ -58,7 +60,7 @@ def dvae_augment(image: Picture, target: int, rng: np.random.Generator) -> np.nd
     side = _short_side(height, width, target)
     top = int(rng.integers(0, height - side + 1))
     left = int(rng.integers(0, width - side + 1))
-    resized = int(rng.integers(min(side, round(9 / 8 * target)), min(side, round(12 / 8 * target)) + 1))
+    resized = int(rng.integers(min(side, round(min_zoom * target)), min(side, round(max_zoom * target)) + 1))
     crop_HWC = _resize_and_crop(pixels_HWC[top:top + side, left:left + side], resized, target, rng)
     return np.ascontiguousarray(crop_HWC[:, ::-1]) if rng.integers(2) else crop_HWC
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data.images import ImageProblem, area_resize, decode_image, prior_crop, seed_of
+from dalle_ds.data.images import ImageProblem, decode_image, dvae_augment, prior_crop, seed_of
 from dalle_ds.data.prefetch import Prefetch
 from dalle_ds.data.raw import RawSample, RawShard, iterate_pictures, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.errors import DataError
@@ -133,7 +133,9 @@ class _BatchMaker:
     def _augmented(self, sample: RawSample, rng: np.random.Generator) -> np.ndarray | None:
         try:
             pixels_HWC = self.decoded.get(sample)
-            return augment(pixels_HWC, self.image_size, rng, self.data.min_zoom, self.data.max_zoom)
+            return dvae_augment(
+                pixels_HWC, self.image_size, rng, min_zoom=self.data.min_zoom, max_zoom=self.data.max_zoom
+            )
         except ImageProblem as problem:
             if not self.unusable[problem.reason]:
                 log.warning("%s is passed over: %s; further ones of this kind are only counted", sample.key, problem.reason)
@@ -156,23 +158,6 @@ class _DecodedCache:
                 self.pictures[sample.key] = found
                 self.room -= found.nbytes
         return found
-
-
-def augment(pixels_HWC: np.ndarray, size: int, rng: np.random.Generator, min_zoom: float, max_zoom: float) -> np.ndarray:
-    """Random square crop, area resize to a random multiple of `size`, random crop and flip (listing 1 at zooms 9/8 to 12/8).
-
-    Raises:
-        ImageProblem: "too small", if the short side is under `size`; the paper's rule never enlarges.
-    """
-    height, width = pixels_HWC.shape[:2]
-    side = min(height, width)
-    if side < size:
-        raise ImageProblem("too small")
-    top, left = (int(rng.integers(0, slack + 1)) for slack in (height - side, width - side))
-    resized = int(rng.integers(min(side, round(min_zoom * size)), min(side, round(max_zoom * size)) + 1))
-    inner_top, inner_left = (int(rng.integers(0, resized - size + 1)) for _ in range(2))
-    crop_HWC = area_resize(pixels_HWC[top : top + side, left : left + side], resized, inner_top, inner_left, size)
-    return np.ascontiguousarray(crop_HWC[:, ::-1]) if rng.integers(2) else crop_HWC
 
 
 def validation_pictures(data: PictureSection, image_size: int) -> Tensor:

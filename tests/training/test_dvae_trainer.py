@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_ds.data.images import dvae_augment
 from dalle_ds.data.raw import split_of
 from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
@@ -27,7 +26,7 @@ from dalle_ds.optim.schedules import HalfCosine
 from dalle_ds.recipes import dump_recipe, load_recipe
 from dalle_ds.training import dvae_trainer
 from dalle_ds.training.dvae_config import DVAERun
-from dalle_ds.training.dvae_pictures import PictureStream, Position, augment, validation_pictures
+from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae_trainer import _Trainer, train_dvae
 from dalle_ds.training.tracking import NullTracker
 
@@ -231,13 +230,6 @@ def test_micro_batches_add_up_to_the_batch(
     train_dvae(_run(raw, tmp_path / "parts", micro_batch=2, **changes))
     for whole, parts in zip(losses[:2], losses[2:], strict=True):
         assert parts == pytest.approx(whole, rel=1e-4)
-
-
-def test_augmentation_at_the_papers_zooms_is_listing_1() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
-    for seed in range(20):
-        ours = augment(pixels, 32, np.random.default_rng(seed), 9 / 8, 12 / 8)
-        assert np.array_equal(ours, dvae_augment(pixels, 32, np.random.default_rng(seed)))
 
 
 @pytest.mark.parametrize("window_mb", [64, 0])
