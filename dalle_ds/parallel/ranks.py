@@ -1,6 +1,8 @@
 """The process group: who this rank is, and the few collectives that the training story needs."""
 
 import os
+import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,8 @@ def join() -> Ranks:
     if not cuda:
         # else DeepSpeed probes for accelerators and warns on every rank
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives by names that torch is renaming; users can do nothing about it
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
@@ -70,7 +74,8 @@ def join() -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0":
         _pick_free_port()
@@ -85,8 +90,6 @@ def leave() -> None:
 
 
 def _pick_free_port() -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -110,7 +110,7 @@ def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict
         launching.wait_for(lambda: list(folder.glob("checkpoints/update_*")), "saved state")
         launching.wait_for(lambda: not launching.ranks_of(process.pid), "end of the ranks", timeout=60)
     saved = json.loads(next(folder.glob("checkpoints/update_*/checkpoint.json")).read_text())["update"]
-    assert 0 < saved < 500
+    assert 0 < saved < 800
     port = {"DS_LAUNCH_ARGS": f"--master_port {launching.free_port()}"}
     more = ["--set", f"updates={saved + 2}", "--set", "validation.samples=16", "--json"]
     done = launching.run(["bash", launching.TRAIN_PRIOR, *more], home, {**env, **port})
