@@ -29,7 +29,10 @@ def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight16 = weight.to(torch.float16)
     if has_fast_fp16(x.device):
         return F.linear(x, weight16, None if bias is None else bias.to(torch.float16))
-    return F.linear(x.float(), weight16.float(), bias).to(torch.float16)
+    # not F.linear: ZeRO-3 replaces it by its own, slower on CPUs and of no use here, below autograd
+    rows, columns = x.flatten(0, -2).float(), weight16.float().t()
+    product = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
+    return product.to(torch.float16).unflatten(0, x.shape[:-1])
 
 
 def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
