@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
 # The whole way on real pictures, on this machine: from raw pictures to generated ones, about ten minutes on two cores.
-#   bash launchers/demo.sh [--out runs/demo] [--pictures DIR]
+#   bash launchers/demo.sh [--out runs/demo] [--pictures DIR] [--quick]
 #     --pictures DIR   your own: NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
+#     --quick          a few updates only: shows that everything works, not what it can draw
 # Stop it whenever you like, also with kill -9, and start it again: finished stages are not repeated, training goes on from its
 # last checkpoint.
 set -euo pipefail
 
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
 out=runs/demo
 pictures=""
+dvae_quick=() prior_quick=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --out) out=${2:?--out needs a folder}; shift 2 ;;
-    --pictures) pictures=${2:?--pictures needs a folder}; shift 2 ;;
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
+    --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
+    --quick)
+      dvae_quick=(--set updates=60 --set schedules.tau.updates=40 --set schedules.lr.updates=60)
+      prior_quick=(--set updates=20 --set checkpoint.every=10 --set validation.every=20)
+      shift ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -35,7 +43,7 @@ trap 'forward INT' INT
 
 began=$SECONDS
 names=("fetch pictures" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "sample" "evaluate")
-expected=(10 20 5 200 15 300 10 25 25) # seconds on two cores, for the ETA
+expected=(5 10 5 180 15 330 10 10 10) # seconds on two cores, for the ETA
 stage() { # stage NUMBER COMMAND...
   local i=$(($1 - 1)) left=0 j
   shift
@@ -67,22 +75,31 @@ fi
 stage 2 python -m preprocessing ingest --recipe $recipes/tiny_ingest.yaml --set ingest.pictures="$pictures" --set ingest.out="$out/raw"
 stage 3 python -m preprocessing tokenizer --recipe $recipes/tiny_tokenizer.yaml \
   --set tokenizer.raw="$out/raw" --set tokenizer.out="$out/tokenizer.model"
-stage 4 dalle-ds train-dvae --recipe $recipes/tiny_dvae.yaml --set data.raw="$out/raw" --set folder="$out/dvae"
+stage 4 dalle-ds train-dvae --recipe $recipes/tiny_dvae.yaml --set data.raw="$out/raw" --set folder="$out/dvae" \
+  "${dvae_quick[@]}"
 stage 5 python -m preprocessing encode --recipe $recipes/tiny_encode.yaml --set encode.raw="$out/raw" \
   --set encode.dvae="$out/dvae/dvae.safetensors" --set encode.tokenizer="$out/tokenizer.model" --set encode.out="$out/tokens"
 stage 6 deepspeed --num_gpus 2 --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
-  launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior"
+  launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior" "${prior_quick[@]}"
 # the last three are quick, but a finished demo started again should do nothing: each result is newer than what it was made of
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage 7 dalle-ds export --run "$out/prior" --out "$out/export"
 newer "$out/samples/samples.json" "$out/export/config.json" ||
-  stage 8 dalle-ds sample --export "$out/export" --held-out 8 --n 4 --seed 0 --out "$out/samples"
+  stage 8 dalle-ds sample --export "$out/export" --held-out 8 --n 6 --temperature 0.8 --out "$out/samples"
 newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
   stage 9 dalle-ds evaluate --export "$out/export" --data "$out/tokens" --out "$out/evaluation"
 
+told=$(python - "$out/evaluation/evaluate.json" <<'END'
+import json, sys
+e = json.load(open(sys.argv[1]))
+print(f"Held-out image loss, nats a token: {e['image_nll']:.3f} with the right captions, {e['image_nll_shuffled']:.3f} with shuffled ones:")
+print(f"the captions are worth {e['gap']:.3f} ({e['confidence']:.0%} interval {e['gap_low']:.3f} to {e['gap_high']:.3f}).")
+END
+)
 cat >&2 <<END
 
+$told
 Done in $((SECONDS - began)) s. Everything is in $out:
   $out/samples/grid.png                  pictures for captions that training never saw
   $out/dvae/                             the codebook's reconstructions and its report

@@ -82,18 +82,15 @@ class _Trainer:
             self._require_resumable(*found)
         self.n_parameters = _count_parameters(self.model_config)
         self.checkpoints.require_room(self.n_parameters)
+        n_held_out = min(run.validation.samples or self.validation_set.n_samples, self.validation_set.n_samples)
         self.validation = validation_batches(
-            self.validation_set, text_len=self.model_config.text_len, batch=run.micro_batch, rank=ranks.rank,
-            world_size=ranks.world_size, limit=run.validation.samples,
+            self.validation_set, text_len=self.model_config.text_len, rank=ranks.rank, world_size=ranks.world_size,
+            batch=max(1, min(run.micro_batch, n_held_out // ranks.world_size)), limit=n_held_out,
         )  # fmt: skip
         # every rank takes the same few samples: their losses are what an export must reproduce
+        n_parity = min(PARITY_SAMPLES, self.validation_set.n_samples)
         self.parity_batch = validation_batches(
-            self.validation_set,
-            text_len=self.model_config.text_len,
-            batch=PARITY_SAMPLES,
-            rank=0,
-            world_size=1,
-            limit=PARITY_SAMPLES,
+            self.validation_set, text_len=self.model_config.text_len, batch=n_parity, rank=0, world_size=1, limit=n_parity
         )[0]
         self.state = TrainState()
         self.stream = TokenStream(
