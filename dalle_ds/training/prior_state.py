@@ -15,13 +15,12 @@ from dalle_ds.parallel.ranks import Ranks
 class TrainState:
     """Progress of a run. The position in the data is `update` alone: the reading order is a function of it.
 
-    `n_updates_done` counts the attempts, `n_skipped` those without a step (a non-finite gradient).
+    `update` counts the attempts, `n_skipped` those without a step (a non-finite gradient).
     """
 
     update: int = 0
     n_skipped: int = 0
     seconds: float = 0.0
-    mlflow_step: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
