@@ -21,16 +21,18 @@ _find_python() {
 }
 
 _setup() {
-  local extras=$1 wanted
-  wanted="$TORCH_PIN [$extras] $(cksum <"$_root/pyproject.toml")"
-  if [ -x "$_venv/bin/python" ] && [ "$(cat "$_venv/.installed" 2>/dev/null)" = "$wanted" ]; then
+  local extras=$1 wanted extra missing=""
+  wanted="$TORCH_PIN $(cksum <"$_root/pyproject.toml")"
+  for extra in ${extras//,/ }; do # one mark an extra: what the tests installed serves the demo too
+    [ "$(cat "$_venv/.installed-$extra" 2>/dev/null)" = "$wanted" ] || missing=yes
+  done
+  if [ -x "$_venv/bin/python" ] && [ -z "$missing" ]; then
     return
   fi
   local python
   python=$(_find_python)
   echo "setting up $_venv ($extras); a few minutes the first time" >&2
   [ -x "$_venv/bin/python" ] || "$python" -m venv "$_venv"
-  rm -f "$_venv/.installed"
   local pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check)
   # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
@@ -38,7 +40,9 @@ _setup() {
   case ",$extras," in
     *,test,*) "${pip[@]}" --no-deps "dall-e==0.1" ;; # the reference dVAE; its own requirements name packages that it does not need
   esac
-  echo "$wanted" >"$_venv/.installed"
+  for extra in ${extras//,/ }; do
+    echo "$wanted" >"$_venv/.installed-$extra"
+  done
 }
 
 _setup "$1"

@@ -45,30 +45,26 @@ def run(
     cwd: Path,
     extra_env: Mapping[str, str] | None = None,
     timeout: float = 300,
-    stdin: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output captured."""
-    with started(command, cwd, extra_env, stdin) as process:
+    with started(command, cwd, extra_env) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @contextmanager
-def started(
-    command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None, stdin: Path | None = None
-) -> Iterator[subprocess.Popen[str]]:
+def started(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A running job in its own session; at the end of the context its whole tree is gone."""
-    with (stdin or Path(os.devnull)).open() as source:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment(extra_env),
-            stdin=source,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(extra_env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     tree: set[psutil.Process] = set()
     try:
         yield process

@@ -46,7 +46,7 @@ def test_recipe_that_does_not_fit(token_set: str, tmp_path: Path, override: str,
 
 def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="global_batch 48 is not a multiple of micro_batch 16 x 2 ranks = 32"):
-        recipe(token_set, tmp_path, "global_batch=48").accumulation(2)
+        recipe(token_set, tmp_path, "global_batch=48", "micro_batch=16").accumulation(2)
 
 
 def test_deepspeed_json_that_sets_what_the_recipe_sets(token_set: str, tmp_path: Path) -> None:
