@@ -120,6 +120,8 @@ def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict
 
 
 def test_error_reaches_the_exit_code_of_the_launcher(home: Path, env: dict[str, str]) -> None:
-    done = launching.run([*launching.deepspeed(1), launching.TRAIN_PRIOR, "--set", "global_batch=7", "--set", "micro_batch=2"], home, env)
+    done = launching.run(
+        [*launching.deepspeed(1), launching.TRAIN_PRIOR, "--set", "global_batch=7", "--set", "micro_batch=2"], home, env
+    )
     assert done.returncode == 2
     assert "global_batch 7 is not a multiple of micro_batch 2" in done.stderr
