@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,22 +49,25 @@ def train_prior(run: PriorRun, ranks: Ranks) -> dict[str, Any]:
         SystemExit(143): asked to stop; the state is saved.
     """
     # Only the main rank holds the lock: the others are its own.
-    with StopFlag() as stop:
-        if not ranks.is_main:
-            return _Trainer(run, ranks).run(stop)
-        with RunLock(Path(run.folder)):
-            return _Trainer(run, ranks).run(stop)
+    with StopFlag() as stop, RunLock(Path(run.folder)) if ranks.is_main else nullcontext():
+        ranks.barrier()  # the lock is held before anybody reads the folder
+        trainer = _Trainer(run, ranks)
+        if trainer.is_finished:
+            return trainer.finished_summary()
+        trainer.prepare()
+        return trainer.run(stop)
 
 
 class _Trainer:
-    """One run: what it is made of (built and checked in the constructor), and its loop."""
+    """One run: checked in the constructor, built by `prepare`, and its loop."""
 
     def __init__(self, run: PriorRun, ranks: Ranks) -> None:
         self.recipe, self.ranks, self.folder = run, ranks, Path(run.folder)
-        ranks.barrier()  # the lock is held before anybody reads the folder
-        accumulation = run.accumulation(ranks.world_size)
-        engine_config = load_engine_config(
-            run.deepspeed_path, micro_batch=run.micro_batch, accumulation=accumulation, clip=run.optimizer.clip
+        self.engine_config = load_engine_config(
+            run.deepspeed_path,
+            micro_batch=run.micro_batch,
+            accumulation=run.accumulation(ranks.world_size),
+            clip=run.optimizer.clip,
         )
         self.dataset = TokenDataset(run.data.dataset, "train")
         self.validation_set = TokenDataset(run.data.dataset, "validation")
@@ -77,10 +81,31 @@ class _Trainer:
             global_batch=run.global_batch, seed=run.seed,
         )  # fmt: skip
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", run.checkpoint.keep)
-        found = self.checkpoints.newest(ranks)
-        if found is not None:
-            self._require_resumable(*found)
+        self.newest = self.checkpoints.newest(ranks)
+        if self.newest is not None:
+            self.identity.require_same(self.newest[1]["about"], self.newest[0])
         self.n_parameters = _count_parameters(self.model_config)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a checkpoint holds all updates already."""
+        return self.newest is not None and self.newest[1]["update"] >= self.recipe.updates
+
+    def finished_summary(self) -> dict[str, Any]:
+        """The summary of the run that finished here, for a job that has nothing to do; at any number of ranks."""
+        assert self.newest is not None
+        checkpoint, update = self.newest[0], self.newest[1]["update"]
+        if self.ranks.is_main:
+            log.info("%s is finished: %d updates; nothing to do", self.folder, update)
+        path = self.folder / SUMMARY_FILE
+        known = json.loads(path.read_text()) if path.exists() else {"updates": update, "checkpoint": str(checkpoint)}
+        return {**known, "resumed_at": update}
+
+    def prepare(self) -> None:
+        """Build the engine and the stream, and go to where the newest checkpoint was."""
+        run, ranks, found = self.recipe, self.ranks, self.newest
+        if found is not None:
+            self._require_same_ranks(*found)
         self.checkpoints.require_room(self.n_parameters)
         n_held_out = min(run.validation.samples or self.validation_set.n_samples, self.validation_set.n_samples)
         self.validation = validation_batches(
@@ -100,7 +125,7 @@ class _Trainer:
         )  # fmt: skip
         settings = run.optimizer
         self.engine = PriorEngine(
-            self.model_config, engine_config,
+            self.model_config, self.engine_config,
             OptimizerSettings(run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay),
             ranks, run.seed,
         )  # fmt: skip
@@ -109,7 +134,7 @@ class _Trainer:
         self.average = WeightAverage(self.engine.shards(), run.average, device="cpu")
         if found is not None:
             self._restore(found[0])
-        self.tracker = self._start_tracking(engine_config.json, accumulation) if ranks.is_main else NullTracker()
+        self.tracker = self._start_tracking() if ranks.is_main else NullTracker()
         self.scale_history: list[tuple[int, list[float]]] = []
         self.last_validation: dict[str, float] = {}
 
@@ -117,9 +142,6 @@ class _Trainer:
 
     def run(self, stop: StopFlag) -> dict[str, Any]:
         run, state = self.recipe, self.state
-        if state.update >= run.updates:
-            log.info("%s is finished: %d updates; nothing to do", self.folder, state.update)
-            return self._summary(resumed_at=state.update)
         resumed_at, saved_at = state.update, state.update
         status, began = "FAILED", time.monotonic()
         before = state.seconds
@@ -154,7 +176,7 @@ class _Trainer:
             status = "FINISHED"
             summary = self._summary(resumed_at)
             if self.ranks.is_main:
-                self._write_json(SUMMARY_FILE, summary)
+                self._write(SUMMARY_FILE, json.dumps(summary, indent=1))
                 self.tracker.artifact(self.folder / SUMMARY_FILE)
             return summary
         finally:
@@ -235,8 +257,7 @@ class _Trainer:
         if self.ranks.is_main:
             log.info("saved %s", path)
 
-    def _require_resumable(self, checkpoint: Path, commit: dict[str, Any]) -> None:
-        self.identity.require_same(commit["about"], checkpoint)
+    def _require_same_ranks(self, checkpoint: Path, commit: dict[str, Any]) -> None:
         if commit["world_size"] != self.ranks.world_size:
             raise ConfigError(
                 f"{checkpoint} is of {commit['world_size']} ranks, this job has {self.ranks.world_size}: start it with as many"
@@ -251,10 +272,11 @@ class _Trainer:
 
     # ---- tracking --------------------------------------------------------------------------------------------------------
 
-    def _start_tracking(self, engine_json: dict[str, Any], accumulation: int) -> Tracker:
+    def _start_tracking(self) -> Tracker:
         run, info = self.recipe, self.dataset.info
-        self._write_json("deepspeed.json", engine_json)
-        (self.folder / "recipe.yaml").write_text(dump_recipe(run))
+        accumulation = run.accumulation(self.ranks.world_size)
+        self._write("deepspeed.json", json.dumps(self.engine_config.json, indent=1))
+        self._write("recipe.yaml", dump_recipe(run))
         tracker = Tracker.start(
             self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name,
             tags={
@@ -276,9 +298,9 @@ class _Trainer:
         log.info("parameter groups: %s", self.engine.groups_description)
         return tracker
 
-    def _write_json(self, name: str, tree: dict[str, Any]) -> None:
+    def _write(self, name: str, text: str) -> None:
         temporary = self.folder / f".{name}.new"
-        temporary.write_text(json.dumps(tree, indent=1, default=str))
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.folder / name)
 
     def _summary(self, resumed_at: int) -> dict[str, Any]:
