@@ -78,10 +78,6 @@ class S3Server:
             self._process.wait(timeout=30)
             self._process = None
 
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
     stop = kill  # SIGTERM takes 15 s and saves nothing more
 
 

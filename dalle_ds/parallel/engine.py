@@ -5,8 +5,8 @@ un-scaled in fp32 by leaf hooks before ZeRO-3 reduces them. Norm, clipping and a
 nothing in DeepSpeed is patched.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,12 @@ class PriorEngine:
         share = self.ranks.world_size * self._accumulation
         n_blocks = len(self.scaler.names) if self.scaler else 0
         shared = torch.zeros(3 + n_blocks, dtype=torch.float64, device=self.ranks.device)
-        for last, (text, image) in zip(_marks_last(len(micro_batches)), micro_batches, strict=True):
+        for number, (text, image) in enumerate(micro_batches, start=1):
             nll = NLL(*self._engine(text, image))
             text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
             self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
-            if last:
+            if number == self._accumulation:
                 shared[2] = float(stop_requested)
                 if self.scaler:
                     shared[3:] = self.scaler.found_nonfinite
@@ -145,7 +145,7 @@ class PriorEngine:
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """(text, image) mean loss in nats a token over all ranks' batches (equally many on every rank)."""
         totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
-        with self._evaluating():
+        with _evaluating(self._engine):
             for text, image in batches:
                 nll = NLL(*self._engine(text.to(self.ranks.device), image.to(self.ranks.device)))
                 totals += torch.stack([t.double() for t in (nll.text_sum, nll.n_text, nll.image_sum, nll.n_image)])
@@ -155,11 +155,8 @@ class PriorEngine:
     @torch.no_grad()
     def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """(B, N) nats of each image token of one batch, the same on every rank. All ranks must call it together."""
-        with self._evaluating():
+        with _evaluating(self._engine):
             return self._engine(text_BT.to(self.ranks.device), image_BN.to(self.ranks.device), per_token=True).cpu()
-
-    def _evaluating(self) -> AbstractContextManager:
-        return _EvalMode(self._engine)
 
     # ---- this rank's part of every parameter ----------------------------------------------------------------------------
 
@@ -207,16 +204,10 @@ def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed
     return model
 
 
-def _marks_last(n: int) -> list[bool]:
-    return [i == n - 1 for i in range(n)]
-
-
-class _EvalMode(AbstractContextManager):
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        self._engine.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.train()
+@contextmanager
+def _evaluating(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    engine.eval()
+    try:
+        yield
+    finally:
+        engine.train()

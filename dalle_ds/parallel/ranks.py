@@ -48,10 +48,6 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def any_error(self, error: Exception | None) -> Exception | None:
-        """The first error of any rank, on every rank: a rank that cannot go on must not leave the others waiting for it."""
-        return next((found for found in self.gather_objects(error) if found is not None), None)
-
 
 def join() -> Ranks:
     """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone."""

@@ -142,7 +142,7 @@ class _Trainer:
 
     def run(self, stop: StopFlag) -> dict[str, Any]:
         run, state = self.recipe, self.state
-        resumed_at, saved_at = state.update, state.update
+        resumed_at = state.update
         status, began = "FAILED", time.monotonic()
         before = state.seconds
         meter = _Meter(tokens_per_update=run.global_batch * self.model_config.n_slots)
@@ -167,11 +167,10 @@ class _Trainer:
                         self._validate()
                     if state.update % run.checkpoint.every == 0 or state.update == run.updates or report.stop_requested:
                         self._save()
-                        saved_at = state.update
                     if report.stop_requested and state.update < run.updates:
                         status = "KILLED"
                         log.info("asked to stop (%s): saved update %d in %s; the same command goes on from there",
-                                 stop.reason or "another rank", saved_at, self.checkpoints.folder)  # fmt: skip
+                                 stop.reason or "another rank", state.update, self.checkpoints.folder)  # fmt: skip
                         raise SystemExit(EXIT_STOPPED)
             status = "FINISHED"
             summary = self._summary(resumed_at)

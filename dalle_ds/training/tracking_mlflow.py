@@ -48,12 +48,6 @@ class RunRef:
     run_name: str = ""
     key: str = ""
 
-    def how_to_look(self) -> str:
-        """What a person opens or types to see the run."""
-        if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"mlflow server --backend-store-uri {self.uri} --host 127.0.0.1 --port 5000"
-
 
 def read_run(folder: Path) -> RunRef | None:
     """The folder's MLflow run, or None before the first Tracker.start there. Its id is None until the store answered once."""

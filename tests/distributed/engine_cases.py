@@ -10,6 +10,7 @@ import torch
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
+from dalle_ds.parallel.consolidate import whole_parameter
 from dalle_ds.parallel.engine import IMAGE_WEIGHT, TEXT_WEIGHT, OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -143,8 +144,6 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
         wholes = {}
         parts = ranks.gather_objects(average.averages)
         if ranks.is_main:
-            from dalle_ds.parallel.consolidate import whole_parameter
-
             plain = Prior(CONFIG)
             wholes = {n: whole_parameter([part[n] for part in parts], p.shape) for n, p in plain.named_parameters()}
             plain.load_state_dict(wholes)
