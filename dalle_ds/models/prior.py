@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle_ds.models.attention import KeyValueCache, SelfAttention
 from dalle_ds.models.resblock import MLP, ResBlock
+from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
 from dalle_ds.ops.masks import layer_patterns
 from dalle_ds.recipes import Config
 
@@ -106,18 +107,38 @@ class SlotEmbedding(nn.Module):
         return x + self.row[cells // self.config.grid] + self.column[cells % self.config.grid]
 
 
+class Unembedding(nn.Linear):
+    """Scores of one modality's tokens, fp32 whatever the caller's autocast; `ignore_index` marks targets that are none.
+
+    Losses are made in here, not from its logits: all logits of a batch never exist at once. And parameters are read where the
+    module is called, which is when engines that shard them gather them.
+    """
+
+    def __init__(self, d_model: int, vocab: int, ignore_index: int | None = None) -> None:
+        super().__init__(d_model, vocab)
+        self.ignore_index = ignore_index
+
+    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None, *, per_token: bool = False) -> Tensor:
+        """-> logits (B, L, V), or given targets the sum of their losses in nats, or with `per_token` each of them (B, L)."""
+        if targets_BL is None:
+            with torch.autocast(x_BLD.device.type, enabled=False):
+                return F.linear(x_BLD.float(), self.weight.float(), self.bias.float())
+        rows = x_BLD.flatten(0, -2), self.weight, self.bias, targets_BL.flatten(), self.ignore_index
+        return linear_nll(*rows).view_as(targets_BL) if per_token else linear_cross_entropy(*rows)
+
+
 class Heads(nn.Module):
     """Final norm and one fp32 unembedding for each modality: a slot never scores tokens of the other kind."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.d_model)
-        self.text = nn.Linear(config.d_model, config.text_vocab)
-        self.image = nn.Linear(config.d_model, config.image_vocab)
+        self.text = Unembedding(config.d_model, config.text_vocab, ignore_index=PAD)
+        self.image = Unembedding(config.d_model, config.image_vocab)
 
-    def forward(self, x_BLD: Tensor, modality: str) -> Tensor:
-        """-> logits (B, L, V) fp32 over the vocabulary of `modality`, "text" or "image"."""
-        return self.get_submodule(modality)(self.norm(x_BLD)).float()
+    def forward(self, x_BLD: Tensor, modality: str, targets_BL: Tensor | None = None, *, per_token: bool = False) -> Tensor:
+        """What the unembedding of `modality`, "text" or "image", gives: logits (B, L, V) fp32, or losses given targets."""
+        return self.get_submodule(modality)(self.norm(x_BLD), targets_BL, per_token=per_token)
 
 
 class Layer(nn.Module):
@@ -161,16 +182,14 @@ class Prior(nn.Module):
             return self.image_nll(text_BT, image_BN)
         x = self._hidden(text_BT, image_BN)
         n_text = self.config.text_len
-        text_logits = self.heads(x[:, : n_text - 1], "text")
-        text_sum = F.cross_entropy(text_logits.flatten(0, 1), text_BT.flatten(), ignore_index=PAD, reduction="sum")
-        image_logits = self.heads(x[:, n_text:], "image")
-        image_sum = F.cross_entropy(image_logits.flatten(0, 1), image_BN.flatten(), reduction="sum")
+        text_sum = self.heads(x[:, : n_text - 1], "text", text_BT)
+        image_sum = self.heads(x[:, n_text:], "image", image_BN)
         return NLL(text_sum, (text_BT != PAD).sum(), image_sum, torch.tensor(image_BN.numel(), device=image_BN.device))
 
     def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """-> (B, N) nats of every image token given its caption and the tokens before it."""
-        logits = self.image_logits(text_BT, image_BN)
-        return F.cross_entropy(logits.transpose(1, 2), image_BN, reduction="none")
+        x = self._hidden(text_BT, image_BN)[:, self.config.text_len :]
+        return self.heads(x, "image", image_BN, per_token=True)
 
     def image_logits(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """-> (B, N, V) fp32 logits of every image token."""

@@ -1,0 +1,95 @@
+"""Cross-entropy of a linear layer, some rows at a time: never all logits at once.
+
+R rows (tokens), C rows of one chunk, D model width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MAX_LOGITS = 2**23
+"""Logits that exist at a time: 32 MiB in fp32, one picture of 1024 tokens over 8192 codes. Rows enough to keep the matrix
+products at full speed; the paper's text and image logits of one sample alone would be 48 MiB, and as much again each for
+their softmax and their gradient."""
+
+
+def linear_cross_entropy(
+    x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, ignore_index: int | None = None
+) -> Tensor:
+    """-> the sum of -ln softmax(x @ weight.T + bias)[target] over all rows whose target is not `ignore_index`, an fp32 scalar.
+
+    Logits are fp32 under any autocast. Gradients are made in the forward pass, while a chunk's logits are at hand: backward
+    computes nothing again and needs no weight, which ZeRO-3 may have freed by then. It runs once: retain_graph is of no use.
+    """
+    if ignore_index is not None:
+        # left out rather than masked: most text slots are pads, and the text vocabulary is the larger one
+        kept = (targets_R != ignore_index).nonzero().squeeze(1)
+        x_RD, targets_R = x_RD.index_select(0, kept), targets_R[kept]
+    with torch.autocast(x_RD.device.type, enabled=False):
+        # inside a Function gradients always read as switched off
+        with_gradients = torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(x_RD.float(), weight_VD.float(), bias_V.float(), targets_R, with_gradients)
+
+
+def linear_nll(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, ignore_index: int | None = None) -> Tensor:
+    """-> (R,) fp32, the terms of `linear_cross_entropy`, 0 where ignored. Meant for evaluation: with gradients switched on,
+    autograd keeps the logits of all chunks."""
+    ignore_index = -100 if ignore_index is None else ignore_index  # torch's own number for "none"
+    with torch.autocast(x_RD.device.type, enabled=False):
+        x, weight, bias = x_RD.float(), weight_VD.float(), bias_V.float()
+        chunks = [
+            F.cross_entropy(
+                torch.addmm(bias, x[rows], weight.t()), targets_R[rows], ignore_index=ignore_index, reduction="none"
+            )
+            for rows in _chunks(len(x), len(weight))
+        ]
+    return torch.cat(chunks) if chunks else x.new_zeros(0)
+
+
+def _chunks(n_rows: int, n_vocab: int) -> Iterator[slice]:
+    step = max(1, MAX_LOGITS // n_vocab)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, with_gradients: bool) -> Tensor:
+        n_rows, n_vocab = len(x_RD), len(weight_VD)
+        needed = [with_gradients and need for need in ctx.needs_input_grad[:3]]
+        grad_x = torch.empty_like(x_RD) if needed[0] else None
+        grad_weight = torch.zeros_like(weight_VD) if needed[1] else None
+        grad_bias = torch.zeros_like(bias_V) if needed[2] else None
+        nll_R = x_RD.new_empty(n_rows)
+        buffer = x_RD.new_empty(min(n_rows, max(1, MAX_LOGITS // n_vocab)), n_vocab)
+        for rows in _chunks(n_rows, n_vocab):
+            x_CD, target_C1 = x_RD[rows], targets_R[rows, None]
+            # one buffer, in turn logits, shifted logits, their exponentials and the gradient
+            logits_CV = torch.addmm(bias_V, x_CD, weight_VD.t(), out=buffer[: len(x_CD)])
+            logits_CV.sub_(logits_CV.amax(1, keepdim=True))
+            at_target_C1 = logits_CV.gather(1, target_C1)
+            sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
+            nll_R[rows] = (sum_C1.log() - at_target_C1).squeeze(1)
+            if not any(needed):
+                continue
+            grad_CV = logits_CV.div_(sum_C1)
+            grad_CV.scatter_add_(1, target_C1, grad_CV.new_full(target_C1.shape, -1.0))
+            if grad_x is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_x[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_CV.t(), x_CD)
+            if grad_bias is not None:
+                grad_bias.add_(grad_CV.sum(0))
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        return nll_R.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # in place: a second copy of the weight's gradient would be the largest tensor here. torch refuses a second backward
+        # pass, because what was saved has changed.
+        return *(None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), None, None
