@@ -47,12 +47,12 @@ def linear_nll(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tenso
             )
             for rows in _chunks(len(x), len(weight))
         ]
-    return torch.cat(chunks) if chunks else x.new_zeros(0)
+    return torch.cat(chunks)
 
 
 def _chunks(n_rows: int, n_vocab: int) -> Iterator[slice]:
     step = max(1, MAX_LOGITS // n_vocab)
-    for start in range(0, n_rows, step):
+    for start in range(0, max(n_rows, 1), step):  # without rows one empty chunk, so that gradients are zero, not absent
         yield slice(start, min(start + step, n_rows))
 
 

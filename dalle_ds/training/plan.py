@@ -7,6 +7,7 @@ from pydantic import Field
 
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.ops.cross_entropy import MAX_LOGITS
 from dalle_ds.ops.masks import attention_mask, layer_patterns
 from dalle_ds.recipes import Config
 
@@ -98,13 +99,14 @@ def forward_flops(config: PriorConfig) -> float:
 
 def activation_bytes(config: PriorConfig, micro_batch: int) -> float:
     """Estimate with each layer recomputed: its fp32 input is kept; one layer's inner values in 16 bit exist at a time (norm,
-    q, k, v, attention, 4d of the MLP before and after its nonlinearity, and the gradients of half of it); fp32 logits and
-    their gradients. Attention is taken to store no scores (fused kernels)."""
+    q, k, v, attention, 4d of the MLP before and after its nonlinearity, and the gradients of half of it); one chunk of fp32
+    logits, and the unembeddings' fp32 gradients, which the forward pass makes. Attention is taken to store no scores (fused
+    kernels)."""
     d, n = config.d_model, config.n_slots
     kept = config.n_layers * n * d * 4.0
     inside = n * d * 2.0 * (2 + 3 + 1 + 8) * 1.5
-    logits = 2 * 4.0 * ((config.text_len - 1) * config.text_vocab + config.n_image * config.image_vocab)
-    return micro_batch * (kept + inside + logits)
+    unembedding = 4.0 * (MAX_LOGITS + d * (config.text_vocab + config.image_vocab))
+    return micro_batch * (kept + inside) + unembedding
 
 
 def gathered_bytes(config: PriorConfig) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 
 from dalle_ds.models.presets import PRESETS, effective_parameters
@@ -45,6 +46,14 @@ def test_sizes_of_the_papers_table(preset: str, billions: float) -> None:
 def test_presets_build_without_memory(preset: str) -> None:
     with torch.device("meta"):
         assert all(p.is_meta for p in Prior(PRESETS[preset]).parameters())
+
+
+def test_the_largest_model_is_initialised_without_memory() -> None:
+    with torch.device("meta"):
+        prior = Prior(PRESETS["12b"])
+    initialise(prior, torch.Generator())
+    assert sum(p.numel() for p in prior.parameters()) > 12e9
+    assert all(tensor.is_meta for tensor in prior.state_dict().values())
 
 
 def test_twelve_billion_is_1280_slots() -> None:
@@ -92,6 +101,34 @@ def test_losses_are_sums_over_real_tokens(prior: Prior, batch: tuple[torch.Tenso
     per_sample = [prior(text[i : i + 1], image[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(nll.text_sum, sum(part.text_sum for part in per_sample))
     torch.testing.assert_close(prior(text, image, per_token=True), prior.image_nll(text, image))
+
+
+@pytest.mark.parametrize("max_logits", [2**23, 5 * 13])
+def test_losses_and_gradients_are_those_of_all_logits_at_once(
+    prior: Prior, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch, max_logits: int
+) -> None:
+    monkeypatch.setattr("dalle_ds.ops.cross_entropy.MAX_LOGITS", max_logits)
+    text, image = batch
+    prior.requires_grad_(True)
+    nll = prior(text, image)
+    text_logits = prior.heads(prior._hidden(text, image)[:, : CONFIG.text_len - 1], "text")
+    text_sum = F.cross_entropy(text_logits[text != PAD], text[text != PAD], reduction="sum")
+    image_nll = F.cross_entropy(prior.image_logits(text, image).transpose(1, 2), image, reduction="none")
+    torch.testing.assert_close((nll.text_sum, nll.image_sum), (text_sum, image_nll.sum()))
+    torch.testing.assert_close(prior.image_nll(text, image), image_nll)
+    names, parameters = zip(*prior.named_parameters(), strict=True)
+    losses = (nll.text_sum / 56 + nll.image_sum * 7 / 56, text_sum / 56 + image_nll.sum() * 7 / 56)
+    for name, found, expected in zip(names, *(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_logits_and_losses_are_fp32_under_autocast(prior: Prior) -> None:
+    x, image = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(2)), torch.arange(48).view(3, 16) % 13
+    calls = ((), (image,))
+    expected = [prior.heads(x, "image", *arguments) for arguments in calls]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [prior.heads(x, "image", *arguments) for arguments in calls]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
