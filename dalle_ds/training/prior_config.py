@@ -1,7 +1,7 @@
 """What a prior training run is: the tree behind a recipe file."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -87,7 +87,9 @@ class PriorRun(Config):
     global_batch: int = Field(1024, ge=1)
     micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time")
     seed: int = 0
-    activation_checkpointing: bool = Field(True, description="recompute each layer in the backward pass")
+    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        True, description="recompute each layer in the backward pass, or with a number k every k-th one"
+    )
     data: DataSection
     model: ModelSection = ModelSection()
     optimizer: OptimizerSection = OptimizerSection()

@@ -130,7 +130,7 @@ class _Trainer:
             ranks, run.seed,
         )  # fmt: skip
         if run.activation_checkpointing:
-            recompute_layers(self.engine.module)
+            recompute_layers(self.engine.module, every=int(run.activation_checkpointing))  # true is 1: each of them
         self.average = WeightAverage(self.engine.shards(), run.average, device="cpu")
         if found is not None:
             self._restore(found[0])
