@@ -1,37 +1,34 @@
 """Sparse self-attention branch of the prior, for whole sequences and token by token.
 
-B batch, L tokens, H heads, D head width, C model width (H * D).
+B batch, L slots, T of them text, H heads, D head width, C model width (H * D); S slots of a layer's ring of image keys.
 """
 
 from dataclasses import dataclass
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
-from dalle_ds.ops.attention import dense_attention
-from dalle_ds.ops.masks import Pattern, shared_mask
+from dalle_ds.ops.attention import Attention
+from dalle_ds.ops.backends import attention_backend, choose_backend
+from dalle_ds.ops.decoding import attend_to_reach, reach_of
+from dalle_ds.ops.masks import Pattern, transpose_grid
 
 
 @dataclass
-class KeyValueCache:
-    """Keys and values of the tokens read so far, (B, H, max L, D); `append` fills it in order."""
+class LayerCache:
+    """Keys and values of what a layer has read: text once for each caption, image keys in a ring for each candidate."""
 
-    k_BHLD: Tensor
-    v_BHLD: Tensor
-    length: int = 0
+    text_k_CHTD: Tensor
+    text_v_CHTD: Tensor
+    ring_k_BHSD: Tensor
+    ring_v_BHSD: Tensor
 
-    def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add tokens; returns all keys and values up to and including them."""
-        end = self.length + k_BHLD.shape[2]
-        self.k_BHLD[:, :, self.length : end] = k_BHLD
-        self.v_BHLD[:, :, self.length : end] = v_BHLD
-        self.length = end
-        return self.k_BHLD[:, :, :end], self.v_BHLD[:, :, :end]
-
-    def expand(self, n: int) -> "KeyValueCache":
-        """The same past for n candidates of each row: (B * n, ...). The past is copied once, not computed again."""
-        return KeyValueCache(self.k_BHLD.repeat_interleave(n, 0), self.v_BHLD.repeat_interleave(n, 0), self.length)
+    def expand(self, n: int) -> "LayerCache":
+        """The same past for n candidates of each row; the text is not copied."""
+        rings = (ring.repeat_interleave(n, 0) for ring in (self.ring_k_BHSD, self.ring_v_BHSD))
+        return LayerCache(self.text_k_CHTD, self.text_v_CHTD, *rings)
 
 
 class SelfAttention(nn.Module):
@@ -41,22 +38,73 @@ class SelfAttention(nn.Module):
         super().__init__()
         d_model = n_heads * d_head
         self.n_heads, self.pattern = n_heads, pattern
+        self.n_text, self.grid, self.conv_kernel = n_text, grid, conv_kernel
         self.qkv = BranchLinear(d_model, 3 * d_model)
         self.project = BranchLinear(d_model, d_model)
-        self.geometry = (n_text, grid, conv_kernel)
+        self.attend: Attention | None = None
+        """The backend, see `use_attention`; None: the dense reference."""
 
-    def forward(self, x_BLC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """x (B, L, C) -> (B, L, C). With a cache, x holds the tokens that follow the cached ones."""
-        q, k, v = rearrange(self.qkv(x_BLC), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
-        start = 0
-        if cache is not None:
-            start = cache.length
-            k, v = cache.append(k, v)
-        mask = shared_mask(self.pattern, *self.geometry, x_BLC.device)[start : start + q.shape[2], : k.shape[2]]
-        return self.project(rearrange(dense_attention(q, k, v, mask), "b h l d -> b l (h d)"))
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        """x (B, L, C), the whole sequence -> (B, L, C)."""
+        attend = self.attend or self._dense(x_BLC.device)
+        # columns first: the states are permuted once, at model width, and not q, k, v and the result
+        x_BLC = self._reorder(attend, x_BLC)
+        out_BHLD = attend(*self._heads(x_BLC))
+        return self._reorder(attend, self.project(rearrange(out_BHLD, "b h l d -> b l (h d)")))
 
-    def new_cache(self, batch: int, like: Tensor) -> KeyValueCache:
-        """An empty cache for `batch` sequences, with the dtype and device of `like`."""
-        n_text, grid, _ = self.geometry
-        shape = (batch, self.n_heads, n_text + grid * grid, self.project.in_features // self.n_heads)
-        return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
+    def prefill(self, x_BLC: Tensor) -> tuple[Tensor, LayerCache]:
+        """x (B, L, C), all text slots and at least the first image slot -> (B, L, C), and what later slots need of it."""
+        q, k, v = self._heads(x_BLC)
+        out_BHLD = self._dense(x_BLC.device)(q, k, v)
+        ring = reach_of(self.pattern, self.grid, self.conv_kernel, x_BLC.device).ring
+        n_image = k.shape[2] - self.n_text
+        kept = torch.arange(max(0, n_image - ring), n_image, device=x_BLC.device)
+        parts = [part[:, :, : self.n_text].contiguous() for part in (k, v)]
+        for part in (k, v):
+            ring_BHSD = part.new_zeros(*part.shape[:2], ring, part.shape[3])
+            parts.append(ring_BHSD.index_copy_(2, kept % ring, part[:, :, self.n_text + kept]))
+        return self.project(rearrange(out_BHLD, "b h l d -> b l (h d)")), LayerCache(*parts)
+
+    def decode(self, x_B1C: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
+        """x (B, 1, C) of image slot `slot` (int64, one element, on the device) -> (B, 1, C); its key joins the cache."""
+        q, k, v = self._heads(x_B1C)
+        reach = reach_of(self.pattern, self.grid, self.conv_kernel, x_B1C.device)
+        keys, values = (
+            ring.index_copy_(2, slot_1 % reach.ring, new)
+            for ring, new in ((cache.ring_k_BHSD, k), (cache.ring_v_BHSD, v))
+        )
+        if reach.read_NW is not None:
+            read_W = reach.read_NW[slot_1][0]
+            keys, values = keys.index_select(2, read_W), values.index_select(2, read_W)
+        out_BH1D = attend_to_reach(q, cache.text_k_CHTD, cache.text_v_CHTD, keys, values, reach.hidden_NW[slot_1][0])
+        return self.project(rearrange(out_BH1D, "b h l d -> b l (h d)"))
+
+    def _heads(self, x_BLC: Tensor) -> Tensor:
+        return rearrange(self.qkv(x_BLC), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
+
+    def _reorder(self, attend: Attention, x_BLC: Tensor) -> Tensor:
+        return transpose_grid(x_BLC, self.n_text, self.grid) if attend.columns_first else x_BLC
+
+    def _dense(self, device: torch.device) -> Attention:
+        return self.backend("dense", device)
+
+    def backend(self, name: str, device: torch.device) -> Attention:
+        """The attention backend `name` for this layer's pattern. Raises ConfigError where it can't run."""
+        return attention_backend(name, self.pattern, self.n_text, self.grid, self.conv_kernel, device)
+
+
+def use_attention(model: nn.Module, name: str, device: torch.device) -> str:
+    """Make every attention layer of `model` compute whole sequences with the backend `name`; "auto": the fastest on `device`.
+
+    Returns:
+        The name of the backend in use.
+
+    Raises:
+        ConfigError: no such backend, or it can't run on `device`.
+    """
+    if name == "auto":
+        name = choose_backend(device)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = module.backend(name, device)
+    return name

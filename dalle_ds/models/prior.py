@@ -9,6 +9,7 @@ B batch, T text slots, N image tokens, L = T + N slots, D model width, V vocabul
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dalle_ds.models.attention import KeyValueCache, SelfAttention
+from dalle_ds.models.attention import LayerCache, SelfAttention
 from dalle_ds.models.resblock import MLP, ResBlock
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
 from dalle_ds.ops.masks import layer_patterns
@@ -86,7 +87,7 @@ class SlotEmbedding(nn.Module):
 
     def forward(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """text (B, T-1), image (B, N) -> (B, L, D): all slots. The last image token is only ever a target."""
-        return torch.cat([self.text_slots(text_BT), self.image_slots(image_BN[:, :-1], 0)], 1)
+        return torch.cat([self.text_slots(text_BT), self.image_slots(image_BN[:, :-1])], 1)
 
     def text_slots(self, text_BT: Tensor) -> Tensor:
         """text (B, T-1) int64, PAD where empty -> (B, T, D): start-of-text, then tokens or pads."""
@@ -96,15 +97,19 @@ class SlotEmbedding(nn.Module):
         rest = torch.where((text_BT == PAD)[:, :, None], self.pad[1:], tokens)
         return torch.cat([start, rest], 1)
 
-    def image_slots(self, previous_BN: Tensor, first: int) -> Tensor:
-        """Slots from image cell `first` on. `previous` holds the tokens read there, one less where `first` is 0:
-        start-of-image comes in front. A slot carries the row and column of the cell that it predicts. -> (B, n, D)
-        """
-        x = self.image(previous_BN)
-        if first == 0:
-            x = torch.cat([self.start_of_image.expand(x.shape[0], 1, -1), x], 1)
-        cells = torch.arange(first, first + x.shape[1], device=x.device)
-        return x + self.row[cells // self.config.grid] + self.column[cells % self.config.grid]
+    def image_slots(self, previous_BN: Tensor) -> Tensor:
+        """The first image slots: start-of-image, then the tokens given (B, n) -> (B, n + 1, D)."""
+        start = self.start_of_image.expand(previous_BN.shape[0], 1, -1)
+        x = torch.cat([start, self.image(previous_BN)], 1)
+        return x + self._cell_positions(torch.arange(x.shape[1], device=x.device))
+
+    def image_slot(self, previous_B: Tensor, slot_1: Tensor) -> Tensor:
+        """One image slot after the first, which holds the token of the cell before -> (B, 1, D)."""
+        return self.image(previous_B)[:, None] + self._cell_positions(slot_1)
+
+    def _cell_positions(self, cells_n: Tensor) -> Tensor:
+        """A slot carries the row and column of the cell that it predicts. -> (n, D)"""
+        return self.row[cells_n // self.config.grid] + self.column[cells_n % self.config.grid]
 
 
 class Unembedding(nn.Linear):
@@ -149,8 +154,36 @@ class Layer(nn.Module):
         self.attention = ResBlock(config.d_model, attention)
         self.mlp = ResBlock(config.d_model, MLP(config.d_model))
 
-    def forward(self, x_BLD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        return self.mlp(self.attention(x_BLD, cache))
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.mlp(self.attention(x_BLD))
+
+    def prefill(self, x_BLD: Tensor) -> tuple[Tensor, LayerCache]:
+        """The first slots of a sequence, and what later ones need of them."""
+        caches = []
+
+        def branch(h_BLD: Tensor) -> Tensor:
+            y_BLD, cache = self.attention.branch.prefill(h_BLD)
+            caches.append(cache)
+            return y_BLD
+
+        return self.mlp(self.attention.around(branch, x_BLD)), caches[0]
+
+    def decode(self, x_B1D: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
+        """Image slot `slot` after those in the cache."""
+        return self.mlp(self.attention.around(lambda h_B1D: self.attention.branch.decode(h_B1D, cache, slot_1), x_B1D))
+
+
+@dataclass
+class DecodingCache:
+    """All that decoding goes on from. Its tensors keep their shapes and places: a CUDA graph of one step serves all steps."""
+
+    layers: list[LayerCache]
+    slot_1: Tensor
+    """The image slot that the next token goes to, (1,) int64."""
+
+    def expand(self, n: int) -> "DecodingCache":
+        """The same past for n candidates of each caption: what was computed is shared or copied, not computed again."""
+        return DecodingCache([layer.expand(n) for layer in self.layers], self.slot_1.clone())
 
 
 class Prior(nn.Module):
@@ -203,20 +236,26 @@ class Prior(nn.Module):
 
     # ---- token by token -----------------------------------------------------------------------------------------------
 
-    def prefill(self, text_BT: Tensor) -> tuple[Tensor, list[KeyValueCache]]:
-        """Read the captions (B, T-1) and start-of-image -> logits (B, V) of image token 0, and the caches to go on with."""
-        x = torch.cat([self.embed.text_slots(text_BT), self.embed.image_slots(text_BT[:, :0], 0)], 1)
-        caches = [layer.attention.branch.new_cache(len(x), x) for layer in self.layers]
-        return self._read(x, caches), caches
+    def prefill(self, text_CT: Tensor, prime_CP: Tensor | None = None) -> tuple[Tensor, DecodingCache]:
+        """Read captions (C, T-1), start-of-image and the first P < N image tokens of each, none by default
+        -> logits (C, V) of image token P, and the cache to go on with.
+        """
+        prime_CP = text_CT[:, :0] if prime_CP is None else prime_CP
+        x_CLD = torch.cat([self.embed.text_slots(text_CT), self.embed.image_slots(prime_CP)], 1)
+        caches = []
+        for layer in self.layers:
+            x_CLD, cache = layer.prefill(x_CLD)
+            caches.append(cache)
+        next_slot_1 = torch.tensor([prime_CP.shape[1] + 1], device=x_CLD.device)
+        return self.heads(x_CLD[:, -1], "image"), DecodingCache(caches, next_slot_1)
 
-    def decode(self, token_B: Tensor, j: int, cache: list[KeyValueCache]) -> Tensor:
-        """Read image token j -> logits (B, V) of image token j + 1. `cache` grows by one slot."""
-        return self._read(self.embed.image_slots(token_B[:, None], j + 1), cache)
-
-    def _read(self, x_BLD: Tensor, caches: list[KeyValueCache]) -> Tensor:
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x_BLD = layer(x_BLD, cache)
-        return self.heads(x_BLD[:, -1], "image")
+    def decode(self, token_B: Tensor, cache: DecodingCache) -> Tensor:
+        """Read the next image token -> logits (B, V) of the one after it. The cache moves on by one slot."""
+        x_B1D = self.embed.image_slot(token_B, cache.slot_1)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_B1D = layer.decode(x_B1D, layer_cache, cache.slot_1)
+        cache.slot_1 += 1
+        return self.heads(x_B1D[:, -1], "image")
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ B batch, L tokens, D model width.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,10 +49,14 @@ class ResBlock(nn.Module):
         self.branch = branch
         self.numerics = Numerics()
 
-    def forward(self, x_BLD: Tensor, *branch_args: Any) -> Tensor:
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.around(self.branch, x_BLD)
+
+    def around(self, branch: Callable[[Tensor], Tensor], x_BLD: Tensor) -> Tensor:
+        """The block with another way to compute its branch, such as attention's token by token."""
         edges = self.numerics
         h_BLD = edges.narrow(self.norm(edges.enter(x_BLD)))
-        return x_BLD + edges.leave(self.branch(h_BLD, *branch_args))
+        return x_BLD + edges.leave(branch(h_BLD))
 
 
 class MLP(nn.Module):

@@ -42,6 +42,15 @@ def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def batched_matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., M, K) @ b (..., K, N) -> (..., M, N) fp32, whatever float type a and b have."""
+    if a.dtype is torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32).unflatten(0, a.shape[:-2])
+    return a.float() @ b.float()
+
+
 def through_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp16 tensors as fp32 where the device has no fp16 units, else unchanged. Gradients come back rounded to fp16."""
     if tensors[0].dtype is torch.float16 and not has_fast_fp16(tensors[0].device):

@@ -5,7 +5,6 @@ all text and, of the image, what its layer's pattern allows; self is always incl
 """
 
 from enum import StrEnum
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -57,8 +56,7 @@ def attention_mask(pattern: Pattern, n_text: int, grid: int, conv_kernel: int) -
     return mask
 
 
-@cache
-def shared_mask(pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device) -> Tensor:
-    """`attention_mask` on `device`, built once for all layers of a pattern (1.6 MB each at 1280 slots, 64 layers)."""
-    with torch.inference_mode(False):  # a mask first met while sampling must serve training too
-        return attention_mask(pattern, n_text, grid, conv_kernel).to(device)
+def transpose_grid(x_BL: Tensor, n_text: int, grid: int) -> Tensor:
+    """(B, L, ...) with the image part column by column if it was row by row, and the other way round."""
+    image = x_BL[:, n_text:].unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([x_BL[:, :n_text], image], 1)

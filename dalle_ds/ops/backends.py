@@ -1,0 +1,89 @@
+"""Which attention backend runs: asked for by name, or the fastest that the device has.
+
+L slots, T of them text, H heads, D head width.
+"""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.ops.attention import Attention, DenseAttention
+from dalle_ds.ops.masks import Pattern, transpose_grid
+from dalle_ds.ops.structured import StructuredAttention, structured_problem
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("flex", "structured", "dense", "math")
+
+
+@cache
+def attention_backend(
+    name: str, pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device
+) -> Attention:
+    """The backend `name`, one of BACKENDS, made once for all layers of a pattern.
+
+    Raises:
+        ConfigError: no such backend, or it can't run on `device`.
+    """
+    problem = backend_problem(name, device)
+    if problem:
+        raise ConfigError(f"attention backend {name!r} can't be used: {problem}")
+    if name == "structured":
+        return StructuredAttention(pattern, n_text, grid, conv_kernel)
+    if name == "flex":
+        from dalle_ds.ops.flex import FlexAttention  # takes a second to import
+
+        return FlexAttention(pattern, n_text, grid, conv_kernel, device)
+    return DenseAttention(pattern, n_text, grid, conv_kernel, device, math_only=name == "math")
+
+
+def backend_problem(name: str, device: torch.device) -> str | None:
+    """Why backend `name` can't run on `device`, or None."""
+    if name not in BACKENDS:
+        return f"there is none of this name; expected one of {', '.join(BACKENDS)}"
+    if name == "structured":
+        return structured_problem(device)
+    if name == "flex":
+        from dalle_ds.ops.flex import flex_problem
+
+        return flex_problem(device)
+    return None
+
+
+def choose_backend(device: torch.device) -> str:
+    """The fastest backend of `device`: flex on CUDA, structured elsewhere, or dense, with the reason in the log."""
+    first = "flex" if device.type == "cuda" else "structured"
+    problem = backend_problem(first, device)
+    if problem is None:
+        return first
+    log.warning("attention: dense instead of %s, which is faster, since %s", first, problem)
+    return "dense"
+
+
+def errors_against_dense(
+    attend: Attention, pattern: Pattern, n_text: int, grid: int, conv_kernel: int, n_heads: int, d_head: int,
+    dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """How exact a backend is: {"out" | "grad": (relative error of `attend`, of dense attention)}, both in `dtype`, against dense
+    attention in fp64, on seeded inputs laid out as the model's fused projection leaves them.
+    """
+    n = n_text + grid * grid
+    generator = torch.Generator().manual_seed(0)
+    qkv_1L3HD = torch.randn(1, n, 3, n_heads, d_head, generator=generator).to(device, dtype)
+    grad_1LHD = torch.randn(1, n, n_heads, d_head, generator=generator).to(device, dtype)
+    dense = DenseAttention(pattern, n_text, grid, conv_kernel, device)
+
+    def run(attend: Attention, dtype: torch.dtype) -> dict[str, Tensor]:
+        qkv = qkv_1L3HD.to(dtype, copy=True).requires_grad_()
+        ordered = transpose_grid(qkv, n_text, grid) if attend.columns_first else qkv
+        out = attend(*(part.transpose(1, 2) for part in ordered.unbind(2))).transpose(1, 2)
+        out = transpose_grid(out, n_text, grid) if attend.columns_first else out
+        out.backward(grad_1LHD.to(dtype))
+        return {"out": out.detach().double(), "grad": qkv.grad.double()}
+
+    true, ours, theirs = run(dense, torch.float64), run(attend, dtype), run(dense, dtype)
+    # a NaN anywhere makes its error NaN, which no limit admits
+    return {key: tuple(float((x[key] - true[key]).norm() / true[key].norm()) for x in (ours, theirs)) for key in true}

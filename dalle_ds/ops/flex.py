@@ -1,0 +1,65 @@
+"""Sparse attention on CUDA: FlexAttention, which skips every 128 x 128 block of pairs that a mask leaves empty.
+
+B batch, H heads, L slots, T of them text, D head width, G grid side.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from dalle_ds.ops.masks import Pattern, image_may_attend
+
+BLOCK = 128
+"""Side of a block: what the Triton kernels for D = 64 use, forward; smaller ones would force smaller tiles."""
+
+def flex_problem(device: torch.device) -> str | None:
+    """Why FlexAttention can't train on `device`, or None."""
+    if device.type != "cuda":
+        return f"it has no backward pass outside CUDA, the device is {device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"its kernels need triton ({error})"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {capability}"
+
+
+class FlexAttention:
+    """Attention under one pattern: (q, k, v) (B, H, L, D) -> (B, H, L, D).
+
+    In column layers the image part of all four comes column by column (`columns_first`): in raster order every block of 128
+    keys holds some key of each column, and not one could be skipped.
+    """
+
+    def __init__(self, pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device) -> None:
+        self.columns_first = pattern is Pattern.COLUMN
+        # Built here and not when first used: made lazily inside a checkpointed region, they break its recomputation.
+        with torch.inference_mode(False):
+            self.block_mask = _block_mask(pattern, n_text, grid, conv_kernel, device)
+
+    def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+        # contiguous: gradients of strided keys have been wrong in released versions (pytorch issue 146377)
+        return _compiled()(q_BHLD.contiguous(), k_BHLD.contiguous(), v_BHLD.contiguous(), block_mask=self.block_mask)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """Only the function is compiled, never a module: ZeRO-3's hooks break compiled modules. Static shapes and one graph, so that
+    reaching the recompile limit is an error; left alone, it falls back to materialised scores with no more than a warning."""
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _block_mask(pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device) -> BlockMask:
+    def raster(image: Tensor) -> Tensor:
+        """Index in raster order of an image slot of this layer's order."""
+        return (image % grid) * grid + image // grid if pattern is Pattern.COLUMN else image
+
+    def may_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        local = image_may_attend(pattern, raster(query - n_text), raster(key - n_text), grid, conv_kernel)
+        return torch.where(key < n_text, query >= key, (query >= n_text) & local)
+
+    n = n_text + grid * grid
+    return create_block_mask(may_attend, None, None, n, n, device=device, BLOCK_SIZE=BLOCK)
