@@ -17,7 +17,7 @@ from dalle_ds.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 PAD = -1
-_DROPOUT = 2  # use of the seed, beside the two of the reading order
+_DROPOUT, _CAPTION = 2, 3  # uses of the seed, beside the two of the reading order
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TokenBatch:
     text_BT: torch.Tensor  # int64, PAD at the right
     image_BN: torch.Tensor  # int64, raster order
     keys: tuple[str, ...]
-    captions: tuple[str, ...]
+    captions: tuple[str, ...]  # as stored, dropped ones too
     shards: tuple[str, ...]
     n_truncated: int  # captions with more than T tokens
 
@@ -39,12 +39,14 @@ class TokenStream:
     """The micro-batches of one rank, update after update, over epochs without end; see `reading_order` for which samples.
 
     Each item is the list of the rank's global_batch / (micro_batch * world_size) micro-batches of one update. Update n
-    belongs to epoch n // steps_per_epoch. All of it, BPE dropout included, is a function of (seed, update, manifest): a
+    belongs to epoch n // steps_per_epoch. All of it, both dropouts included, is a function of (seed, update, manifest): a
     stream started at update n on any number of ranks gives what an uninterrupted one would have given.
 
     Args:
         text_len: the model's text slots; captions are cut to text_len - 1 tokens (slot 0 is start-of-text).
         bpe_dropout: chance to drop a merge candidate; the paper has 0.1.
+        caption_dropout: chance that a sample's text is all PAD, so that the prior learns pictures without a caption too and can
+            be sampled with classifier-free guidance; the paper has none. Kept captions stay as they would be without it.
         start_update: number of the first update to give.
         prefetch: updates made ahead on a background thread.
 
@@ -54,10 +56,12 @@ class TokenStream:
     """
 
     def __init__(self, dataset: TokenDataset, *, text_len: int, global_batch: int, micro_batch: int, rank: int, world_size: int,
-                 seed: int, bpe_dropout: float, start_update: int = 0, prefetch: int = 2) -> None:
+                 seed: int, bpe_dropout: float, caption_dropout: float = 0.0, start_update: int = 0, prefetch: int = 2) -> None:
         if not 0.0 <= bpe_dropout <= 1.0 or start_update < 0:
             raise ConfigError(f"bpe_dropout {bpe_dropout}, start_update {start_update}: expected a chance from 0 to 1 and an "
                               "update of at least 0")
+        if not 0.0 <= caption_dropout < 1.0:
+            raise ConfigError(f"caption_dropout {caption_dropout}: expected a chance of at least 0 and below 1")
         lanes = rank_lanes(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
         order = ReadingOrder(dataset.block_sizes, seed=seed, global_batch=global_batch)
         self.steps_per_epoch = order.steps_per_epoch
@@ -65,7 +69,7 @@ class TokenStream:
         self.next_update = start_update
         self.n_truncated = 0
         _warn_if_cache_is_small(dataset, n_lanes=len(lanes) * micro_batch)
-        collate = _Collate(dataset, text_len=text_len, bpe_dropout=bpe_dropout, seed=seed)
+        collate = _Collate(dataset, text_len=text_len, bpe_dropout=bpe_dropout, caption_dropout=caption_dropout, seed=seed)
         self._prefetch = Prefetch(_updates(dataset, order, lanes, collate, start_update), prefetch, f"token-stream-{rank}")
 
     def __iter__(self) -> "TokenStream":
@@ -120,7 +124,7 @@ def validation_batches(dataset: TokenDataset, *, text_len: int, batch: int, rank
                         f"one batch of {batch} on each of {world_size} ranks")
     n_samples = n_batches * batch * world_size
     places = _spread_places(dataset.block_sizes, n_samples)
-    collate = _Collate(dataset, text_len=text_len, bpe_dropout=0.0, seed=0)
+    collate = _Collate(dataset, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
     starts = [(i * world_size + rank) * batch for i in range(n_batches)]
     ours = [places[start : start + batch] for start in starts]
     batches = [collate(chosen, dataset.blocks(place.block for place in chosen), epoch=0) for chosen in ours]
@@ -141,15 +145,18 @@ def _spread_places(block_sizes: np.ndarray, n: int) -> list[Place]:
 class _Collate:
     """Places to a TokenBatch."""
 
-    def __init__(self, dataset: TokenDataset, *, text_len: int, bpe_dropout: float, seed: int) -> None:
+    def __init__(self, dataset: TokenDataset, *, text_len: int, bpe_dropout: float, caption_dropout: float, seed: int) -> None:
         if text_len < 2:
             raise ConfigError(f"text_len is {text_len}, expected at least 2: start-of-text and one token")
-        self._dataset, self._n_text, self._p, self._seed = dataset, text_len - 1, bpe_dropout, seed
+        self._dataset, self._n_text, self._seed = dataset, text_len - 1, seed
+        self._p, self._p_caption = bpe_dropout, caption_dropout
 
     def __call__(self, places: Sequence[Place], blocks: Mapping[int, DecodedBlock], *, epoch: int) -> TokenBatch:
         text_BT = np.full((len(places), self._n_text), PAD, dtype=np.int64)
         n_truncated = 0
         for row, place in zip(text_BT, places, strict=True):
+            if self._drops_caption(epoch, place.index):
+                continue
             tokens = self._encode(blocks[place.block].captions[place.row], epoch, place.index)
             n_truncated += len(tokens) > self._n_text
             row[: len(tokens)] = tokens[: self._n_text]
@@ -160,6 +167,13 @@ class _Collate:
             captions=tuple(blocks[p.block].captions[p.row] for p in places),
             shards=tuple(self._dataset.shard_of(p.block) for p in places),
             n_truncated=n_truncated)
+
+    def _drops_caption(self, epoch: int, index: int) -> bool:
+        if self._p_caption == 0.0:
+            return False
+        # A use of the seed of its own: with or without it, BPE dropout draws the same for this sample.
+        bits = np.random.PCG64(np.random.SeedSequence((self._seed, _CAPTION, epoch, index))).random_raw()
+        return bits < self._p_caption * 2.0**64
 
     def _encode(self, caption: str, epoch: int, index: int) -> list[int]:
         if self._p == 0.0:

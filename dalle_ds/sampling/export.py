@@ -41,6 +41,11 @@ class Export:
         """Where the token data set was when the model was trained."""
         return (self.info.get("data") or {}).get("url")
 
+    @property
+    def caption_dropout(self) -> float:
+        """Share of captions left out when the model was trained; above 0 it knows pictures without a caption."""
+        return float(self.info.get("caption_dropout", 0.0))  # exports from before the option lack it
+
     def text(self, captions: list[str]) -> Tensor:
         """Captions -> (C, T-1) int64, PAD where empty; what is too long is cut, as in training."""
         width = self.prior.config.text_len - 1

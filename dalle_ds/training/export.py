@@ -57,6 +57,7 @@ def export_checkpoint(
     info = {
         "fingerprint": fingerprint, "update": read_commit(checkpoint)["update"], "averaged": averaged, "dvae": about["dvae"],
         "tokenizer": about["tokenizer"], "data": {"url": dataset, "fingerprint": about["data"], "content": about["content"]},
+        "caption_dropout": about.get("caption_dropout", 0.0),  # checkpoints from before the option lack it
         "mlflow": about["mlflow"], "checkpoint": str(checkpoint.resolve()),
     }  # fmt: skip
     storage.write_bytes(storage.join(out, "tokenizer.model"), tokenizer_bytes)

@@ -44,6 +44,9 @@ class DataSection(Config):
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
     bpe_dropout: float = Field(0.1, ge=0, lt=1)
+    caption_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of training captions left out, for classifier-free guidance; the paper has none"
+    )
     prefetch: int = Field(2, ge=1, description="global batches read ahead")
 
 

@@ -121,7 +121,8 @@ class _Trainer:
         self.stream = TokenStream(
             self.dataset, text_len=self.model_config.text_len, global_batch=run.global_batch, micro_batch=run.micro_batch,
             rank=ranks.rank, world_size=ranks.world_size, seed=run.seed, bpe_dropout=run.data.bpe_dropout,
-            start_update=found[1]["update"] if found else 0, prefetch=run.data.prefetch,
+            caption_dropout=run.data.caption_dropout, start_update=found[1]["update"] if found else 0,
+            prefetch=run.data.prefetch,
         )  # fmt: skip
         settings = run.optimizer
         self.engine = PriorEngine(
@@ -249,7 +250,8 @@ class _Trainer:
         run = self.tracker.run
         about = {
             **asdict(self.identity), "dataset": self.recipe.data.dataset, "dvae": self.dataset.info.dvae,
-            "tokenizer": self.dataset.info.tokenizer, "fp16_branches": self.engine.scaler is not None,
+            "tokenizer": self.dataset.info.tokenizer, "caption_dropout": self.recipe.data.caption_dropout,
+            "fp16_branches": self.engine.scaler is not None,
             "mlflow": {"uri": run.uri, "run_id": run.run_id} if run is not None else None,
         }  # fmt: skip
         path = self.checkpoints.save(self.state.update, write, about, self.ranks)

@@ -144,6 +144,9 @@ def test_an_epoch_reads_each_block_once_where_the_cache_holds_them(root):
     ({"world_size": 5}, ConfigError, "global batch 12 .* x 5 ranks = 10"),
     ({"global_batch": 152}, DataError, "150 samples in 12 blocks do not fill one global batch of 152"),
     ({"bpe_dropout": 1.2}, ConfigError, "bpe_dropout 1.2"),
+    ({"caption_dropout": 1.0}, ConfigError, "caption_dropout 1.0: expected a chance of at least 0 and below 1"),
+    ({"caption_dropout": -0.1}, ConfigError, "caption_dropout -0.1"),
+    ({"caption_dropout": float("nan")}, ConfigError, "caption_dropout nan"),
     ({"start_update": -1}, ConfigError, "start_update -1"),
     ({"text_len": 1}, ConfigError, "text_len is 1"),
 ])
@@ -158,6 +161,78 @@ def test_a_closed_stream_leaves_no_thread(root):
     assert any(thread.name == "token-stream-3" for thread in threading.enumerate())
     stream.close()
     assert not any(thread.name == "token-stream-3" for thread in threading.enumerate())
+
+
+# Captions dropped ---------------------------------------------------------------------------------------------------------
+
+
+def texts_by_sample(updates: list[list[TokenBatch]], steps_per_epoch: int = 12) -> dict[tuple[int, str], list[int]]:
+    """(epoch, key) -> text row."""
+    return {(number // steps_per_epoch, key): row for number, update in enumerate(updates) for batch in update
+            for key, row in zip(batch.keys, batch.text_BT.tolist(), strict=True)}
+
+
+def test_dropped_captions_are_all_pad_and_kept_ones_have_the_same_pieces(root):
+    dataset = TokenDataset(root)
+    full, some = read(dataset, 36), read(dataset, 36, caption_dropout=0.4)
+    before, after = texts_by_sample(full), texts_by_sample(some)
+    assert before.keys() == after.keys() and len(before) == 3 * 144
+    assert all(row[0] != PAD for row in before.values())
+    dropped = {sample for sample, row in after.items() if row == [PAD] * 23}
+    assert 130 < len(dropped) < 216  # 432 * 0.4 = 173, four standard deviations are 41
+    assert all(after[sample] == before[sample] for sample in before.keys() - dropped)  # BPE dropout's draws included
+    for update, other in zip(full, some, strict=True):
+        for batch, twin in zip(update, other, strict=True):
+            assert torch.equal(batch.image_BN, twin.image_BN) and batch.captions == twin.captions
+
+
+def test_the_share_of_dropped_captions_is_the_chance(tmp_path):
+    dataset = TokenDataset(make_token_set(tmp_path / "tokens", n_samples=4000, n_validation=16, block_samples=500))
+    updates = read(dataset, 8, global_batch=1000, micro_batch=1000, caption_dropout=0.1)
+    text = torch.cat([batch.text_BT for update in updates for batch in update])
+    n_dropped = int((text == PAD).all(1).sum())
+    assert abs(n_dropped - 800) < 4 * (8000 * 0.1 * 0.9) ** 0.5  # standard deviation 27
+
+
+def test_other_captions_are_dropped_in_another_epoch_or_run(root):
+    def dropped(epoch: int, chance: float = 0.5, **settings) -> set[str]:
+        texts = texts_by_sample(read(TokenDataset(root), 24, caption_dropout=chance, **settings))
+        return {key for (e, key), row in texts.items() if e == epoch and row[0] == PAD}
+
+    first = dropped(0)
+    # halves of 150 samples that know nothing of each other share a quarter, 37; four standard deviations are 21
+    assert len(first & dropped(1)) < 58 and len(first & dropped(0, seed=6)) < 58 < len(first)
+    assert set() < dropped(0, chance=0.2) < first  # a smaller chance drops a part of the same captions
+
+
+@pytest.mark.parametrize("world_size", [2, 6])
+def test_dropped_captions_are_the_same_on_any_number_of_ranks_and_after_a_resume(root, world_size):
+    alone = joined(read(TokenDataset(root), 14, caption_dropout=0.3))
+    ranks = [joined(read(TokenDataset(root), 9, rank=rank, world_size=world_size, caption_dropout=0.3, start_update=5))
+             for rank in range(world_size)]
+    together = [([key for keys, _, _ in parts for key in keys], torch.cat([text for _, text, _ in parts]),
+                 torch.cat([image for _, _, image in parts])) for parts in zip(*ranks, strict=True)]
+    assert_same(together, alone[5:])  # the second epoch begins at 12
+    assert any((text == PAD).all(1).any() for _, text, _ in alone[5:])
+
+
+def test_dropped_captions_are_not_counted_as_cut(root):
+    dataset = TokenDataset(root)
+    with TokenStream(dataset, **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0}), caption_dropout=0.5) as stream:
+        batches = [batch for _ in range(12) for batch in next(stream)]
+        is_kept = [row[0] != PAD for batch in batches for row in batch.text_BT.tolist()]
+        is_long = [len(dataset.tokenizer.encode(caption)) > 8 for batch in batches for caption in batch.captions]
+        assert sum(is_long) > stream.n_truncated == sum(np.logical_and(is_kept, is_long)) > 0
+
+
+def test_validation_drops_no_caption(root):
+    dataset = TokenDataset(root, "validation")
+    # the same samples as training data would lose captions
+    assert any((text == PAD).all(1).any() for _, text, _ in joined(read(dataset, 4, caption_dropout=0.5)))
+    for batch in validation_batches(dataset, text_len=24, batch=5, rank=0, world_size=1):
+        for caption, row in zip(batch.captions, batch.text_BT.tolist(), strict=True):
+            ids = dataset.tokenizer.encode(caption)[:23]
+            assert row == ids + [PAD] * (23 - len(ids))
 
 
 # What does not fit is refused ---------------------------------------------------------------------------------------------

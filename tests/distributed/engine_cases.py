@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,27 @@ from dalle_ds.parallel.recompute import recompute_layers
 CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, text_vocab=40, image_vocab=32, conv_kernel=3)
 ADAMW = OptimizerSettings(lr=3e-3, betas=(0.9, 0.96), eps=1e-8, weight_decay=0.045)
 UPDATES, GLOBAL_BATCH, CLIP = 5, 8, 0.5  # the norm starts near 1, so clipping is at work
+KEPT = (8, 4, 0, 1, 8)  # captions kept at each update where some are dropped: none on rank 1, none at all, ...
 
 
-def global_batch(update: int) -> tuple[torch.Tensor, torch.Tensor]:
+def global_batch(update: int, n_captions: int = GLOBAL_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """(text, image); only the first `n_captions` samples have a caption."""
     generator = torch.Generator().manual_seed(update)
     text = torch.randint(0, 40, (GLOBAL_BATCH, 5), generator=generator)
     lengths = torch.randint(1, 6, (GLOBAL_BATCH, 1), generator=generator)  # unequal: the mean must be over the global batch
+    lengths[n_captions:] = 0
     return text.masked_fill(torch.arange(5) >= lengths, -1), torch.randint(0, 32, (GLOBAL_BATCH, 16), generator=generator)
 
 
-def micro_batches(update: int, ranks: Ranks, accumulation: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    text, image = global_batch(update)
+def micro_batches(
+    update: int, ranks: Ranks, accumulation: int, n_captions: int = GLOBAL_BATCH
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    text, image = global_batch(update, n_captions)
     mine = slice(ranks.rank * GLOBAL_BATCH // ranks.world_size, (ranks.rank + 1) * GLOBAL_BATCH // ranks.world_size)
     return list(zip(text[mine].chunk(accumulation), image[mine].chunk(accumulation), strict=True))
 
 
-def plain_run() -> list[list[float]]:
+def plain_run(kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES) -> list[list[float]]:
     """One process, torch alone: (text loss, image loss, norm before clipping) of every update."""
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
@@ -42,8 +48,8 @@ def plain_run() -> list[list[float]]:
     optimizer = torch.optim.AdamW(groups, lr=ADAMW.lr, betas=ADAMW.betas, eps=ADAMW.eps)
     results = []
     for update in range(UPDATES):
-        nll = model(*global_batch(update))
-        text_loss, image_loss = nll.text_sum / nll.n_text, nll.image_sum / nll.n_image
+        nll = model(*global_batch(update, kept[update]))
+        text_loss, image_loss = nll.text_sum / nll.n_text.clamp(min=1), nll.image_sum / nll.n_image
         (TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -70,11 +76,14 @@ def make_engine(
     )
 
 
-def sharded_run(folder: Path, ranks: Ranks, accumulation: int = 1, recompute: bool = False, **fp16: Any) -> list[list[float]]:
+def sharded_run(
+    folder: Path, ranks: Ranks, accumulation: int = 1, recompute: bool = False,
+    kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES, **fp16: Any,
+) -> list[list[float]]:  # fmt: skip
     engine = make_engine(folder, ranks, fp16 or None, accumulation)
     if recompute:
         recompute_layers(engine.module)
-    reports = [engine.update(micro_batches(u, ranks, accumulation), ADAMW.lr) for u in range(UPDATES)]
+    reports = [engine.update(micro_batches(u, ranks, accumulation, kept[u]), ADAMW.lr) for u in range(UPDATES)]
     assert all(report.took_step for report in reports)
     return [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
 
@@ -168,6 +177,8 @@ def main(folder: Path) -> None:
         "fp16": sharded_run(folder, ranks, enabled=True, loss_scale="per_resblock"),
         "fp16_recomputed": sharded_run(folder, ranks, recompute=True, enabled=True, loss_scale="per_resblock"),
         "fp16_accumulated": sharded_run(folder, ranks, accumulation=2, enabled=True, loss_scale="per_resblock"),
+        "fp32_captions_dropped": sharded_run(folder, ranks, accumulation=2, kept=KEPT),
+        "fp16_captions_dropped": sharded_run(folder, ranks, kept=KEPT, enabled=True, loss_scale="per_resblock"),
         "bf16_zero3": bf16_run(folder, ranks, 3),
         "bf16_zero2": bf16_run(folder, ranks, 2),
         "inf": inf_in_one_block(folder, ranks),
@@ -177,6 +188,7 @@ def main(folder: Path) -> None:
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
     if ranks.is_main:
         (folder / "plain.json").write_text(json.dumps(plain_run()))
+        (folder / "plain_captions_dropped.json").write_text(json.dumps(plain_run(KEPT)))
     leave()
 
 

@@ -17,7 +17,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = Path(__file__).with_name("engine_cases.py")
     done = launching.run([*launching.deepspeed(2), str(cases), str(folder)], folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    names = ("rank0", "rank1", "plain")
+    names = ("rank0", "rank1", "plain", "plain_captions_dropped")
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
@@ -34,6 +34,14 @@ def test_zero3_on_two_ranks_is_one_plain_process(outcome: dict[str, Any], case: 
 @pytest.mark.parametrize("case", ["fp16_scale_1", "fp16", "fp16_accumulated"])
 def test_per_resblock_fp16_follows_fp32(outcome: dict[str, Any], case: str) -> None:
     assert_close(outcome["rank0"][case], outcome["plain"], 2e-3)
+
+
+@pytest.mark.parametrize(("case", "tolerance"), [("fp32_captions_dropped", 2e-5), ("fp16_captions_dropped", 2e-3)])
+def test_a_global_batch_may_have_few_captions_or_none(outcome: dict[str, Any], case: str, tolerance: float) -> None:
+    found = outcome["rank0"][case]
+    assert_close(found, outcome["plain_captions_dropped"], tolerance)
+    text_loss, image_loss, norm = found[2]
+    assert text_loss == 0.0 and image_loss > 1.0 and norm > 0.0, "no caption at all: the pictures alone are learned"
 
 
 @pytest.mark.parametrize("case", ["bf16_zero3", "bf16_zero2"])

@@ -1,6 +1,7 @@
 """launchers/train_prior.sh under the real launchers: every way to start it, to stop it and to go on."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from dalle_ds.sampling.export import load_export
 from dalle_ds.training.export import export_checkpoint
 from tests import launching
 from tests.data.token_sets import make_token_set
@@ -31,12 +33,12 @@ def env(home: Path) -> dict[str, str]:
     return {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
 
 
-def settings(folder: str) -> list[str]:
-    return [part for setting in [*SMALL, f"folder={folder}"] for part in ("--set", setting)]
+def settings(folder: str, *more: str) -> list[str]:
+    return [part for setting in [*SMALL, f"folder={folder}", *more] for part in ("--set", setting)]
 
 
-def train(home: Path, env: dict[str, str], folder: str, n_ranks: int = 2) -> dict[str, Any]:
-    command = [*launching.deepspeed(n_ranks), launching.TRAIN_PRIOR, *launching.TINY, *settings(folder), "--json"]
+def train(home: Path, env: dict[str, str], folder: str, *more: str, n_ranks: int = 2) -> dict[str, Any]:
+    command = [*launching.deepspeed(n_ranks), launching.TRAIN_PRIOR, *launching.TINY, *settings(folder, *more), "--json"]
     done = launching.run(command, home, env)
     assert done.returncode == 0, done.stderr[-4000:]
     return launching.last_json(done.stdout)
@@ -97,6 +99,42 @@ def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Pa
     assert summary["parity"]["max_difference_fp32"] < 1e-2
     plain = export_checkpoint("whole", "export_last", averaged=False)
     assert plain["fingerprint"] != summary["fingerprint"]
+
+
+def losses(home: Path, env: dict[str, str], folder: str, name: str) -> list[float]:
+    run_id = json.loads((home / folder / "mlflow_run.json").read_text())["run_id"]
+    return [point.value for point in MlflowClient(env["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, name)]
+
+
+def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    train(home, env, "dropped", "data.caption_dropout=0.5", "updates=2")
+    for name, is_same in (("validation/text_loss", True), ("validation/image_loss", True), ("train/text_loss", False)):
+        first, of_whole = losses(home, env, "dropped", name)[0], losses(home, env, "whole", name)[0]  # equal weights still
+        assert (first == of_whole) == is_same, f"{name}: {first}, {of_whole} without dropout"
+    # like BPE dropout, another value is no other run: what the last job had is what the export says
+    resumed = train(home, env, "dropped", "data.caption_dropout=0.25", "data.bpe_dropout=0.2", "updates=3")
+    assert (resumed["resumed_at"], resumed["updates"]) == (2, 3)
+    for folder, tag, expected in (("whole", None, 0.0), ("dropped", "update_00000002", 0.5), ("dropped", None, 0.25)):
+        out = home / f"export_{folder}_{tag}"
+        export_checkpoint(folder, out, tag=tag)
+        assert json.loads((out / "config.json").read_text())["caption_dropout"] == expected
+        assert load_export(out).caption_dropout == expected
+
+
+def test_checkpoint_from_before_caption_dropout_is_exported_with_none(
+    uninterrupted: dict[str, Any], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    shutil.copytree(home / "whole", tmp_path / "old")
+    commit = max((tmp_path / "old").glob("checkpoints/update_*")) / "checkpoint.json"
+    tree = json.loads(commit.read_text())
+    assert tree["about"].pop("caption_dropout") == 0.0
+    commit.write_text(json.dumps(tree))
+    export_checkpoint(tmp_path / "old", tmp_path / "export")
+    assert load_export(tmp_path / "export").caption_dropout == 0.0
 
 
 def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict[str, str]) -> None:

@@ -108,6 +108,12 @@ def test_loaded_parts_equal_what_was_written(made, export):
     assert long.shape == (2, 15) and (long[0] >= 0).all() and long[1, -1] == -1
 
 
+def test_caption_dropout_is_read_back_and_zero_in_older_exports(export, copy):
+    assert "caption_dropout" not in export.info and export.caption_dropout == 0.0
+    edit_config(copy, caption_dropout=0.1)
+    assert load_export(copy).caption_dropout == 0.1
+
+
 def test_parts_of_another_export_are_refused(copy):
     train_tokenizer(["other words altogether"] * 3, 330, copy / "tokenizer.model")
     with pytest.raises(FingerprintMismatch, match="tokenizer of export"):

@@ -44,6 +44,17 @@ def test_recipe_that_does_not_fit(token_set: str, tmp_path: Path, override: str,
         train_prior(recipe(token_set, tmp_path, override), ALONE)
 
 
+@pytest.mark.parametrize("value", ["1", "-0.1", ".nan", "often"])
+def test_caption_dropout_that_is_no_chance(token_set: str, tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.caption_dropout = .*(less than 1|greater than or equal to 0|number)"):
+        recipe(token_set, tmp_path, f"data.caption_dropout={value}")
+
+
+def test_the_papers_way_drops_no_caption(token_set: str, tmp_path: Path) -> None:
+    for run in (recipe(token_set, tmp_path), load_recipe(PriorRun, RECIPES / "12b.yaml")):
+        assert run.data.caption_dropout == 0.0
+
+
 def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="global_batch 48 is not a multiple of micro_batch 16 x 2 ranks = 32"):
         recipe(token_set, tmp_path, "global_batch=48", "micro_batch=16").accumulation(2)
