@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dalle_ds.bench.verbs import bench
 from dalle_ds.console import print_summary, setup_logging, user_errors_exit
 from dalle_ds.errors import ConfigError
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on the last line of stdout.")]
 Recipe = Annotated[Path | None, typer.Option(help="YAML file of the run's settings.")]

@@ -1,0 +1,89 @@
+"""Is our attention faster than dense attention, masked and merely causal, for each pattern and a model's mix of them?
+
+B batch, L slots, H heads, D head width, F fused: the 3 of queries, keys and values.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_ds.bench.machine import DTYPES, Machine, machine_for
+from dalle_ds.bench.report import Report, mixed
+from dalle_ds.bench.settings import AttentionSettings
+from dalle_ds.bench.timing import Comparison, take_turns
+from dalle_ds.console import progress
+from dalle_ds.ops.backends import attention_backend, choose_backend
+from dalle_ds.ops.masks import Pattern, layer_patterns, transpose_grid
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(settings: AttentionSettings) -> Report:
+    """Forward alone, and forward with backward ("training")."""
+    counts = Counter(layer_patterns(settings.mix_layers))
+    with machine_for(settings) as machine, progress(total=2 * len(counts), what="attention", unit="pattern") as bar:
+        report = Report("attention", machine.name)
+        for mode in ("forward", "training"):
+            seen = {}
+            for pattern in sorted(counts):
+                seen[pattern] = compare(settings, machine, pattern, with_backward=mode == "training")
+                bar.update()
+            for other in ("dense", "causal"):
+                for pattern, turns in seen.items():
+                    ratio = turns.ratio("ours", other)
+                    report.add(f"{pattern}_{mode}", other, turns.seconds("ours"), turns.seconds(other), ratio)
+                report.add(f"mix_{mode}", other, *mixed(counts, seen, other))
+    return report
+
+
+def compare(settings: AttentionSettings, machine: Machine, pattern: Pattern, *, with_backward: bool) -> Comparison:
+    """Ours, masked dense and causal dense attention in turns on views of one projection output, as in the model."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.batch, settings.n_slots, 3, settings.heads, settings.d_head)
+    fused = torch.randn(shape, generator=generator).to(machine.device, DTYPES[settings.dtype]).requires_grad_(with_backward)
+    grad_BHLD = torch.randn_like(fused[:, :, 0]).transpose(1, 2)
+
+    def runs(attend: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def forward() -> None:
+            attend(fused)
+
+        def training() -> None:
+            fused.grad = None
+            attend(fused).backward(grad_BHLD)
+
+        return training if with_backward else forward
+
+    geometry = (pattern, settings.text_len, settings.grid, settings.conv_kernel, machine.device)
+    chosen = choose_backend(machine.device) if settings.backend == "auto" else settings.backend
+    variants = {
+        "dense": runs(on_fused(attention_backend("dense", *geometry), settings)),
+        "ours": runs(on_fused(attention_backend(chosen, *geometry), settings)),
+        "causal": runs(on_fused(_causal, settings)),
+    }
+    return take_turns(variants, "dense", settings.rounds, machine.clock)
+
+
+def on_fused(attend: Attend, settings: AttentionSettings) -> Callable[[Tensor], Tensor]:
+    """Attention as a function of fused (B, L, F, H, D) -> (B, H, L, D), raster order in and out.
+
+    A backend that wants image slots column by column pays for the two permutations here; in a model they are cheaper, on
+    states a third as wide.
+    """
+    n_text, grid = settings.text_len, settings.grid
+
+    def raster(fused_BLFHD: Tensor) -> Tensor:
+        return attend(*fused_BLFHD.transpose(1, 3).unbind(2))
+
+    def columns(fused_BLFHD: Tensor) -> Tensor:
+        out_BHLD = raster(transpose_grid(fused_BLFHD, n_text, grid))
+        return transpose_grid(out_BHLD.transpose(1, 2), n_text, grid).transpose(1, 2)
+
+    return columns if getattr(attend, "columns_first", False) else raster
+
+
+def _causal(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
+    # The wrong mask: it sees more than any pattern allows. A row of its own because it is the fastest dense kernel there is.
+    return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True)

@@ -1,0 +1,66 @@
+"""Where a benchmark runs and in which number format: the device by name, threads, dtypes."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dalle_ds.bench.settings import Common, Dtype
+from dalle_ds.bench.timing import Clock, clock_for
+from dalle_ds.errors import ConfigError
+from dalle_ds.precision.half import use_fp16_branches
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device and how to time it."""
+
+    device: torch.device
+    threads: int
+    clock: Clock
+
+    @property
+    def name(self) -> str:
+        """For people and tables: chip, threads, torch."""
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {threads}, torch {torch.__version__}"
+
+
+@contextmanager
+def machine_for(settings: Common) -> Iterator[Machine]:
+    """The machine that the settings ask for, with its threads set while it is used."""
+    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        yield Machine(device, settings.threads, clock_for(device, settings.threads))
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def in_precision(model: nn.Module, dtype: Dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Prepare fp32 `model` for `dtype`; -> the context for its forward pass. No gradient scaling: it hardly costs time."""
+    if dtype == "fp16":
+        use_fp16_branches(model)
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

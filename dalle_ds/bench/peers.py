@@ -1,0 +1,95 @@
+"""How do training step and sampling compare with the package dalle-pytorch at the same depth, width and sequence?
+
+Its layers differ from ours in more than attention: a gated MLP with half as many parameters again, rotary positions, token
+shift. So a ratio says what a user of either gets, not what one kernel gains; the parameters of both stand beside it.
+
+Two forms of it: `peer_axial`, its axial_row and axial_col in the paper's places and axial_row at the end, and `peer_conv`, with
+its conv_like (5x5) at the end, which is very slow.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from dalle_ds.bench.decoding import OurSampler, Sampler, position_weights
+from dalle_ds.bench.machine import Machine, in_precision, machine_for
+from dalle_ds.bench.memory import in_fresh_process, peak_bytes
+from dalle_ds.bench.model import build_prior, prior_step
+from dalle_ds.bench.peer_package import PeerSampler, build_peer, import_peer, peer_step
+from dalle_ds.bench.report import Report, mixed
+from dalle_ds.bench.settings import PeersSettings
+from dalle_ds.bench.timing import take_turns
+from dalle_ds.console import progress
+from dalle_ds.models.attention import use_attention
+
+PEER = "dalle-pytorch 1.6.6"
+FORMS = ("peer_axial", "peer_conv")
+
+
+def run(settings: PeersSettings) -> Report:
+    """A training step (forward, loss, backward, AdamW) and its peak memory, then sampling with either's cache.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    import_peer()
+    with machine_for(settings) as machine:
+        report = Report("peers", machine.name)
+        report.note(peer=PEER, layers=settings.layers, d_model=settings.heads * settings.d_head)
+        _compare_steps(settings, machine, report)
+        _compare_sampling(settings, machine, report)
+    for side in ("ours", *FORMS):
+        report.note(**{f"step_peak_mib_{side}": in_fresh_process(step_peak_bytes, settings, side) / 2**20})
+    return report
+
+
+def step_peak_bytes(settings: PeersSettings, side: str) -> int:
+    """Peak of the first training step above the model's own memory: activations, gradients and moments."""
+    with machine_for(settings) as machine:
+        step, _ = _training(settings, machine, side)
+        return peak_bytes(step, machine.device)
+
+
+def _training(settings: PeersSettings, machine: Machine, side: str) -> tuple[Callable[[], None], int]:
+    """A training step of one side; and the parameters of its layers."""
+    if side == "ours":
+        model = build_prior(settings, machine, settings.layers, settings.heads)
+        use_attention(model, "auto", machine.device)
+        step = prior_step(model, settings.batch, in_precision(model, settings.dtype, machine.device))
+        layers = model.layers
+    else:
+        model = build_peer(settings, machine, conv=side == "peer_conv", cached=False)
+        step = peer_step(model, settings.batch, in_precision(model, settings.dtype, machine.device))
+        layers = model.transformer
+    return step, sum(parameter.numel() for parameter in layers.parameters() if parameter.requires_grad)
+
+
+def _compare_steps(settings: PeersSettings, machine: Machine, report: Report) -> None:
+    steps = {}
+    for side in ("ours", *FORMS):
+        steps[side], n_parameters = _training(settings, machine, side)
+        report.note(**{f"parameters_of_layers_{side}": n_parameters})
+    turns = take_turns(steps, "ours", settings.rounds, machine.clock)
+    for form in FORMS:
+        report.add("step", form, turns.seconds("ours"), turns.seconds(form), turns.ratio("ours", form))
+
+
+@torch.inference_mode()
+def _compare_sampling(settings: PeersSettings, machine: Machine, report: Report) -> None:
+    prior = build_prior(settings, machine, settings.layers, settings.heads)
+    samplers: dict[str, Sampler] = {"ours": OurSampler(prior, 1, settings.pictures)}
+    for form in FORMS:
+        peer = build_peer(settings, machine, conv=form == "peer_conv", cached=True)
+        samplers[form] = PeerSampler(peer, settings.pictures)
+    seen = {}
+    for position in progress(settings.positions, what="sampling", unit="position"):
+        for sampler in samplers.values():
+            sampler.go_to(position)
+        steps = {side: sampler.step for side, sampler in samplers.items()}
+        seen[position] = take_turns(steps, "ours", settings.rounds, machine.clock)
+    weights = position_weights(settings.positions, settings.grid**2)
+    for form in FORMS:
+        ours_seconds, peer_seconds, ratio = mixed(weights, seen, form)
+        report.add("token", form, ours_seconds, peer_seconds, ratio)
+        report.note(**{f"tokens_per_second_{form}": settings.pictures / peer_seconds})
+        report.note(tokens_per_second_ours=settings.pictures / ours_seconds)

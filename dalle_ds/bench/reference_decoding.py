@@ -1,0 +1,51 @@
+"""The other side of sampling: a prior's own weights, decoded with a dense key-value cache, or with none.
+
+Every past key is kept and read under the row of the pattern's mask: what a cache is before it knows of sparse patterns.
+
+B batch, L slots, H heads, D head width, C model width, V vocabulary, T text slots.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dalle_ds.models.attention import SelfAttention
+from dalle_ds.models.prior import Prior
+from dalle_ds.ops.attention import DenseAttention
+
+
+class DenseDecoder:
+    """Reads slots in order; remembers the keys and values of all of them."""
+
+    def __init__(self, prior: Prior, batch: int) -> None:
+        self.prior, self.length = prior, 0
+        config, like = prior.config, prior.embed.row
+        shape = (len(prior.layers), 2, batch, config.n_heads, config.n_slots, config.d_head)
+        self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        geometry = (config.text_len, config.grid, config.conv_kernel, like.device)
+        patterns = {layer.attention.branch.pattern for layer in prior.layers}
+        self.masks = {pattern: DenseAttention(pattern, *geometry).mask_LL for pattern in patterns}
+
+    def read(self, x_BLC: Tensor) -> Tensor:
+        """The next slots, embedded -> logits (B, V) of the image token after the last of them."""
+        end = self.length + x_BLC.shape[1]
+        for layer, kv in zip(self.prior.layers, self.kv, strict=True):
+            block = layer.attention
+            h_BLC = block.numerics.narrow(block.norm(block.numerics.enter(x_BLC)))
+            y_BLC = self._attend(block.branch, h_BLC, kv[:, :, :, :end])
+            x_BLC = layer.mlp(x_BLC + block.numerics.leave(y_BLC))
+        self.length = end
+        return self.prior.heads(x_BLC[:, -1:], "image")[:, 0]
+
+    def _attend(self, attention: SelfAttention, h_BLC: Tensor, kv: Tensor) -> Tensor:
+        q, k, v = rearrange(attention.qkv(h_BLC), "b l (three h d) -> three b h l d", three=3, h=attention.n_heads)
+        kv[0, :, :, self.length :], kv[1, :, :, self.length :] = k, v
+        end = kv.shape[3]
+        mask = self.masks[attention.pattern][self.length : end, :end]
+        out_BHLD = torch.nn.functional.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
+        return attention.project(rearrange(out_BHLD, "b h l d -> b l (h d)"))
+
+
+def embed(prior: Prior, text_BT: Tensor, image_BN: Tensor) -> Tensor:
+    """Captions and the image tokens read so far -> (B, T + 1 + n, C): all slots up to the one that predicts the next token."""
+    return torch.cat([prior.embed.text_slots(text_BT), prior.embed.image_slots(image_BN)], 1)

@@ -1,0 +1,121 @@
+"""What can be chosen in each benchmark: the one home of its options and their defaults."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from dalle_ds.recipes import Config
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+PRECISION = "fp32, bf16 (autocast) or fp16 (fp16 branches)."
+
+
+def _numbers(value: Any) -> Any:
+    return str(value).split(",") if isinstance(value, str | int) else value
+
+
+class Common(Config):
+    """Options of every benchmark."""
+
+    threads: int = Field(1, ge=1, description="CPU threads. The clock is CPU time at 1, else the wall clock.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1.")
+    rounds: int = Field(5, ge=1, description="Turns of each side.")
+
+
+class Geometry(Common):
+    """Options of every benchmark that has a sequence: the defaults are the paper's."""
+
+    text_len: int = Field(256, ge=2, description="Text slots.")
+    grid: int = Field(32, ge=1, description="Image tokens a side.")
+    conv_kernel: int = Field(11, ge=1, description="Window of the last layer, odd.")
+    d_head: int = Field(64, ge=1, description="Width of a head.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Geometry":
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel is {self.conv_kernel}, expected an odd number: the window is centred")
+        return self
+
+    @property
+    def n_slots(self) -> int:
+        return self.text_len + self.grid**2
+
+
+class AttentionSettings(Geometry):
+    """Attention alone."""
+
+    batch: int = Field(2, ge=1, description="Sequences at once.")
+    heads: int = Field(8, ge=1, description="Heads.")
+    dtype: Dtype = Field("fp32", description="Of queries, keys and values: fp32, bf16, fp16.")
+    backend: str = Field("auto", description="Ours: auto, structured, flex, math.")
+    mix_layers: int = Field(64, ge=1, description="Depth of the model whose mix of patterns is summed up.")
+
+
+class ResblockSettings(Geometry):
+    """One layer: attention and MLP."""
+
+    batch: int = Field(2, ge=1, description="Sequences at once.")
+    heads: int = Field(8, ge=1, description="Heads; the model is heads * d_head wide.")
+    dtype: Dtype = Field("fp32", description=PRECISION)
+    mix_layers: int = Field(64, ge=1, description="Depth of the model whose mix of patterns is summed up.")
+
+
+class PriorSettings(Geometry):
+    """A whole prior."""
+
+    text_vocab: int = Field(16384, ge=1, description="Text tokens.")
+    image_vocab: int = Field(8192, ge=2, description="Image tokens.")
+
+
+class StepSettings(PriorSettings):
+    """A training step of a whole prior."""
+
+    layers: int | None = Field(None, ge=1, description="Layers; unset: 12, on a GPU 2.")
+    heads: int | None = Field(None, ge=1, description="Heads; unset: 8, on a GPU the 32 of preset 1.2b.")
+    batch: int = Field(2, ge=1, description="Samples of a step.")
+    dtype: Dtype = Field("fp32", description=PRECISION)
+    rounds: int = Field(3, ge=1, description="Turns of each side.")
+    peak_tflops: float | None = Field(None, gt=0, description="Peak of the device in this precision, for MFU.")
+
+
+class SamplingSettings(PriorSettings):
+    """Drawing image tokens one by one."""
+
+    heads: int = Field(8, ge=1, description="Heads.")
+    positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
+        (8, 128, 256, 512, 768, 1000), description="Image tokens at which both sides are timed, rising, with commas."
+    )
+
+    @field_validator("positions")
+    @classmethod
+    def _fit(cls, positions: tuple[int, ...], others: ValidationInfo) -> tuple[int, ...]:
+        if not {"grid", "rounds"} <= others.data.keys():
+            return positions  # those have errors of their own
+        last = (
+            others.data["grid"] ** 2 - 1 - (2 * others.data["rounds"] + 4)
+        )  # drawn there: warm-up and turns around two others
+        if not positions or list(positions) != sorted(set(positions)) or positions[0] < 0 or positions[-1] > last:
+            raise ValueError(f"expected rising ones from 0 to {last} on this grid and with {others.data['rounds']} rounds")
+        return positions
+
+
+class SampleSettings(SamplingSettings):
+    """Sampling with ours, with a dense cache, with none."""
+
+    layers: int = Field(12, ge=1, description="Layers.")
+    batch: int = Field(16, ge=1, description="Pictures at once: candidates of one caption, then one each of many captions.")
+    rounds: int = Field(3, ge=1, description="Turns of each side.")
+    uncached: bool = Field(True, description="Time also the way without any cache, one round (slow).")
+
+
+class PeersSettings(SamplingSettings):
+    """Another project's training step and sampling."""
+
+    layers: int = Field(4, ge=1, description="Layers.")
+    batch: int = Field(2, ge=1, description="Samples of a training step.")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Of the training step: fp32, or bf16 (autocast, both sides).")
+    pictures: int = Field(16, ge=1, description="Pictures sampled at once, of one caption.")
+    rounds: int = Field(2, ge=1, description="Turns of each side.")
+    positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
+        (8, 512, 1000), description="Image tokens at which both sides are timed, rising, with commas."
+    )

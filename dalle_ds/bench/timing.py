@@ -1,0 +1,88 @@
+"""Take turns on the clock: every variant between two runs of a baseline, so that a busy machine slows both sides alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one side is than another: median over the rounds, with the smallest and the largest."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `take_turns` saw: seconds of every run, and each round's ratio of every variant to the baseline."""
+
+    baseline: str
+    runs: dict[str, list[float]]
+    rounds: dict[str, list[float]]
+
+    def seconds(self, name: str) -> float:
+        """Median of one run."""
+        return statistics.median(self.runs[name])
+
+    def ratio(self, ours: str, other: str) -> Ratio:
+        """Speed of `ours` against `other`, above 1 where ours is faster; `other` is the baseline or another variant."""
+        pairs = zip(self._against_baseline(ours), self._against_baseline(other), strict=True)
+        ratios = [mine / theirs for mine, theirs in pairs]
+        return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+    def _against_baseline(self, name: str) -> list[float]:
+        return [1.0] * len(next(iter(self.rounds.values()))) if name == self.baseline else self.rounds[name]
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], object]], baseline: str, rounds: int, clock: Clock, *, warm_up: bool = True
+) -> Comparison:
+    """Run all `variants` in turns. A ratio is the mean of the baseline right before and right after, over the variant.
+
+    Raises:
+        ValueError: nothing to compare, or no baseline among the variants.
+    """
+    others = [name for name in variants if name != baseline]
+    if baseline not in variants or not others or rounds < 1:
+        raise ValueError(
+            f"baseline {baseline!r} of {list(variants)}, {rounds} rounds: expected it among others, 1 or more rounds"
+        )
+    if warm_up:
+        for run in variants.values():
+            run()
+    runs: dict[str, list[float]] = {name: [] for name in variants}
+    ratios: dict[str, list[float]] = {name: [] for name in others}
+
+    def measure(name: str) -> float:
+        start = clock()
+        variants[name]()
+        runs[name].append(clock() - start)
+        return runs[name][-1]
+
+    before = measure(baseline)
+    for _ in range(rounds):
+        for name in others:
+            taken, after = measure(name), measure(baseline)
+            ratios[name].append((before + after) / 2 / taken)
+            before = after
+    return Comparison(baseline, runs, ratios)
+
+
+def clock_for(device: torch.device, threads: int) -> Clock:
+    """One CPU thread: the process's CPU time, which others on the machine hardly disturb. Else the wall clock, on a GPU
+    after all its work is done."""
+    if device.type == "cuda":
+
+        def synchronised() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronised
+    return time.process_time if threads == 1 else time.perf_counter

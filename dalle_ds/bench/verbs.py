@@ -1,0 +1,91 @@
+"""`dalle-ds bench NAME`: a table of benchmarks, whose options are the fields of their settings."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dalle_ds.console import print_summary
+
+QUESTIONS = {
+    "attention": "Attention alone against dense attention, masked and causal, each pattern and their mix.",
+    "resblock": "One layer, forward and backward, against the same layer with dense attention.",
+    "step": "A whole training step against the same step with dense attention; tokens a second, FLOP/s, MFU.",
+    "sample": "Cached sampling against a dense key-value cache and against none.",
+    "peers": "Training step and sampling against the package dalle-pytorch, where it is installed.",
+}
+EXAMPLES = {
+    "attention": "--dtype bf16 --json",
+    "resblock": "--heads 16 --batch 1 --dtype fp16",
+    "step": "--layers 4 --dtype bf16 --peak-tflops 1.5",
+    "sample": "--layers 4 --batch 8 --positions 8,512,1000",
+    "peers": "--layers 2 --json",
+}
+
+
+class _Benchmarks(TyperGroup):
+    """Makes a command when it is asked for: settings need pydantic, and `dalle-ds --help` should be quick."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(QUESTIONS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in QUESTIONS:
+            return None
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        single.command(cmd_name)(_command(cmd_name))
+        return typer.main.get_command(single)
+
+
+bench = typer.Typer(
+    name="bench",
+    cls=_Benchmarks,
+    help="Ours and the other side in turns on this machine. `dalle-ds bench NAME --help` has examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@bench.callback()
+def _group() -> None:
+    pass
+
+
+def _command(name: str) -> Callable[..., None]:
+    """A function whose parameters are the fields of the benchmark's settings, as typer reads them."""
+    from dalle_ds.bench import settings as classes
+    from dalle_ds.recipes import load_recipe
+
+    settings_class = getattr(classes, f"{name.capitalize()}Settings")
+
+    def command(json: bool, **options: Any) -> None:
+        # imported here: an error in the options needs no torch
+        given = [f"{key}={value}" for key, value in options.items() if value is not None]
+        settings = load_recipe(settings_class, overrides=given)
+        report = import_module(f"dalle_ds.bench.{name}").run(settings)
+        report.print_table(to_stderr=json)
+        if json:
+            print_summary(report.summary(), as_json=True)
+
+    fields = settings_class.model_fields.items()
+    parameters = [_parameter(key, field.annotation, field.default, field.description) for key, field in fields]
+    parameters.append(_parameter("json", bool, False, "End with the summary as one JSON object on stdout."))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__doc__ = f"{QUESTIONS[name]}\n\n\b\nExamples:\n  dalle-ds bench {name}\n  dalle-ds bench {name} {EXAMPLES[name]}\n"
+    return command
+
+
+def _parameter(name: str, annotation: Any, default: Any, description: str | None) -> inspect.Parameter:
+    # what typer cannot read by itself, such as a choice or a list of numbers, is text: the settings check it
+    known = annotation if annotation in (bool, int, float, str, int | None, float | None) else str
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    option = f"--{name.replace('_', '-')}"
+    annotated = Annotated[known, typer.Option(f"{option}/--no-{option[2:]}" if default is True else option, help=description)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)

@@ -1,0 +1,168 @@
+"""Every benchmark on a tiny shape, as people type it; and that the other side computes the same thing."""
+
+import json
+import math
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from dalle_ds import cli
+from dalle_ds.bench import __main__ as bench_main
+from dalle_ds.bench import attention, decoding, memory, peer_package
+from dalle_ds.bench.settings import AttentionSettings, PeersSettings
+from dalle_ds.models.attention import use_attention
+from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.ops.backends import attention_backend
+from dalle_ds.ops.masks import Pattern
+
+SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
+PRIOR = "--layers 2 --text-vocab 50 --image-vocab 40"
+PATTERNS = ("row", "column", "conv", "mix")
+MODES = ("forward", "training")
+SAMPLED = [f"token_{form}_vs_{other}" for form in ("1x3", "3x1") for other in ("dense_cache", "no_cache")]
+needs_peer = pytest.mark.skipif(find_spec("dalle_pytorch") is None, reason="dalle-pytorch is not installed")
+
+
+@pytest.fixture
+def type_in(monkeypatch, capsys):
+    """A command line in this process -> exit code, stdout, stderr."""
+
+    def run(line, main=cli.main):
+        monkeypatch.setattr(sys.modules[main.__wrapped__.__module__], "setup_logging", lambda: None)
+        monkeypatch.setattr(sys, "argv", line.split())
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("line, ratios", [
+    ("attention", [f"{p}_{mode}_vs_{other}" for p in PATTERNS for mode in MODES for other in ("dense", "causal")]),
+    ("attention --dtype bf16 --backend dense --mix-layers 1", None),
+    ("resblock", [f"{pattern}_vs_dense" for pattern in PATTERNS]),
+    ("resblock --dtype fp16", None),
+    (f"step {PRIOR} --peak-tflops 0.1 --dtype bf16 --threads 2", ["step_vs_dense"]),
+    (f"sample {PRIOR} --positions 0,4,9 --batch 3", SAMPLED),
+    (f"sample {PRIOR} --positions 7 --batch 3 --no-uncached", [name for name in SAMPLED if "dense" in name]),
+    pytest.param(f"peers {PRIOR} --d-head 64 --positions 2,6 --pictures 3",
+                 [f"{what}_vs_{form}" for what in ("step", "token") for form in ("peer_axial", "peer_conv")], marks=needs_peer),
+])  # fmt: skip
+def test_summary(line, ratios, type_in):
+    threads = torch.get_num_threads()
+    code, out, err = type_in(f"dalle-ds bench {line} {SHAPE} --json")
+    assert code == 0 and out.count("\n") == 1  # the table is on stderr
+    summary = json.loads(out)
+    name = line.split()[0]
+    assert summary["bench"] == name and summary["device"] in err and torch.__version__ in summary["device"]
+    if ratios is not None:
+        assert set(summary["ratios"]) == set(ratios)
+    for key, ratio in summary["ratios"].items():
+        what, _, other = key.partition("_vs_")
+        low, high = summary["spread"][key]
+        assert 0 < low <= ratio <= high
+        assert summary["seconds"][f"{what}_ours"] > 0 and summary["seconds"][f"{what}_{other}"] > 0
+    numbers = [value for value in summary.values() if isinstance(value, int | float)]
+    assert all(math.isfinite(value) and value > 0 for value in (*summary["ratios"].values(), *numbers))
+    assert torch.get_num_threads() == threads
+
+
+def test_table_without_json_and_the_module_as_command(type_in):
+    code, out, err = type_in(f"python -m dalle_ds.bench resblock {SHAPE}".removeprefix("python -m "), bench_main.main)
+    assert code == 0 and "times faster" in out and "mix" in out and "times faster" not in err
+    code, out, _ = type_in("bench resblock --help", bench_main.main)
+    assert code == 0 and "dalle-ds bench resblock --heads" in out and "--threads" in out
+
+
+@pytest.mark.parametrize("line, message", [
+    (f"sample {SHAPE} --positions 4,2", "positions = '4,2'"),
+    (f"sample {SHAPE} --positions 1,10", "from 0 to 9"),
+    (f"sample {SHAPE} --positions 1,x", "positions.1 = 'x'"),
+    (f"attention {SHAPE} --backend fast", "attention backend 'fast'"),
+    (f"attention {SHAPE} --dtype fp8", "dtype = 'fp8'"),
+    ("resblock --conv-kernel 4", "conv_kernel is 4"),
+    (f"step {SHAPE} --device tpu", "--device tpu"),
+])  # fmt: skip
+def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):
+    code, out, err = type_in(f"dalle-ds bench {line}")
+    assert code == 2 and message in err and "Traceback" not in err and out == ""
+
+
+def test_without_the_peer_the_message_says_what_to_install(type_in, monkeypatch):
+    monkeypatch.setattr(peer_package, "find_spec", lambda name: None)
+    code, _, err = type_in(f"dalle-ds bench peers {SHAPE} --positions 1")
+    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "environment of its own" in err
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+def test_attention_sides_agree_on_the_fused_projection(pattern):
+    """What is timed is right: outputs and gradients in raster order, whichever order the backend wants."""
+    settings, cpu = AttentionSettings(text_len=4, grid=4, conv_kernel=3, heads=2), torch.device("cpu")
+    fused = torch.randn(2, settings.n_slots, 3, 2, 64)
+    results = []
+    for name in ("dense", "structured"):
+        leaf = fused.clone().requires_grad_()
+        out = attention.on_fused(attention_backend(name, pattern, 4, 4, 3, cpu), settings)(leaf)
+        out.square().sum().backward()
+        results.append((out.detach(), leaf.grad))
+    for dense, structured in zip(*results, strict=True):
+        torch.testing.assert_close(structured, dense, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("captions, candidates", [(1, 3), (3, 1)])
+def test_every_way_of_sampling_gives_the_logits_of_the_whole_sequence(captions, candidates):
+    config = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=4, grid=4, text_vocab=20, image_vocab=30, conv_kernel=3)
+    prior = Prior(config)
+    initialise(prior, torch.Generator().manual_seed(1))
+    for parameter in (*prior.embed.parameters(), prior.heads.image.weight):
+        parameter.mul_(30)  # logits that depend on what was read
+    use_attention(prior, "dense", torch.device("cpu"))
+    ways = (decoding.OurSampler, decoding.DenseSampler, decoding.UncachedSampler)
+    samplers = [way(prior, captions, candidates) for way in ways]
+    for start in (0, 6):
+        for sampler in samplers:
+            sampler.go_to(start)
+        image_BN = samplers[0].image_CN.repeat_interleave(candidates, 0).clone()
+        samplers[2].logits_BV = samplers[0].logits_BV  # it has read nothing yet
+        for position in range(start, 15):
+            image_BN[:, position] = samplers[0].draw()
+            for sampler in samplers:
+                sampler.step()
+            text_BT = samplers[0].text_CT.repeat_interleave(candidates, 0)
+            expected_BV = prior.image_logits(text_BT, image_BN)[:, position + 1]
+            assert expected_BV.std() > 0.1
+            for sampler in samplers:
+                torch.testing.assert_close(sampler.logits_BV, expected_BV, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_stand_for_all_tokens():
+    assert decoding.position_weights((8, 128, 1000), 1024) == {8: 68.0, 128: 496.0, 1000: 460.0}
+    assert decoding.position_weights((5,), 16) == {5: 16.0}
+
+
+def allocate(mebibytes):
+    return memory.peak_bytes(lambda: torch.ones(mebibytes << 18).sum(), torch.device("cpu"))
+
+
+def test_peak_memory_of_a_fresh_process():
+    assert 256 << 20 <= memory.in_fresh_process(allocate, 256) < 320 << 20
+
+
+@needs_peer
+@torch.no_grad()
+@pytest.mark.parametrize("conv", [False, True])
+def test_the_peers_cache_gives_its_own_logits(conv):
+    """Else its time would be that of something that nobody can use."""
+    settings = PeersSettings(
+        text_len=4, grid=4, conv_kernel=3, heads=2, layers=3, text_vocab=20, image_vocab=30, positions="1", rounds=1
+    )
+    machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
+    model = peer_package.build_peer(settings, machine, conv=conv, cached=True)
+    sampler = peer_package.PeerSampler(model, 2)
+    sampler.go_to(0)
+    for _ in range(6):
+        sampler.step()
+        torch.testing.assert_close(sampler.logits_BV, model(sampler.text_BT, sampler.image_BP)[:, -1], rtol=1e-4, atol=1e-4)
