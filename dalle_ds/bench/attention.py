@@ -16,7 +16,7 @@ from dalle_ds.bench.settings import AttentionSettings
 from dalle_ds.bench.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.ops.backends import attention_backend, choose_backend
-from dalle_ds.ops.masks import Pattern, layer_patterns, transpose_grid
+from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns, transpose_grid
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -56,11 +56,11 @@ def compare(settings: AttentionSettings, machine: Machine, pattern: Pattern, *, 
 
         return training if with_backward else forward
 
-    geometry = (pattern, settings.text_len, settings.grid, settings.conv_kernel, machine.device)
-    chosen = choose_backend(machine.device) if settings.backend == "auto" else settings.backend
+    mask = SparseMask(pattern, settings.text_len, settings.grid, settings.conv_kernel)
+    chosen = choose_backend(machine.device, settings.grid) if settings.backend == "auto" else settings.backend
     variants = {
-        "dense": runs(on_fused(attention_backend("dense", *geometry), settings)),
-        "ours": runs(on_fused(attention_backend(chosen, *geometry), settings)),
+        "dense": runs(on_fused(attention_backend("dense", mask, machine.device), settings)),
+        "ours": runs(on_fused(attention_backend(chosen, mask, machine.device), settings)),
         "causal": runs(on_fused(_causal, settings)),
     }
     return take_turns(variants, "dense", settings.rounds, machine.clock)

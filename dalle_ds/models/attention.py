@@ -10,10 +10,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
-from dalle_ds.ops.attention import Attention
-from dalle_ds.ops.backends import attention_backend, choose_backend
+from dalle_ds.ops.attention import Attention, DenseAttention
+from dalle_ds.ops.backends import attention_backend, choose_backend, errors_against_dense
 from dalle_ds.ops.decoding import attend_to_reach, reach_of
-from dalle_ds.ops.masks import Pattern, transpose_grid
+from dalle_ds.ops.masks import SparseMask, transpose_grid
 
 
 @dataclass
@@ -34,11 +34,10 @@ class LayerCache:
 class SelfAttention(nn.Module):
     """Multi-head attention under one of the paper's three patterns, one softmax over text and image keys together."""
 
-    def __init__(self, n_heads: int, d_head: int, pattern: Pattern, n_text: int, grid: int, conv_kernel: int) -> None:
+    def __init__(self, n_heads: int, d_head: int, mask: SparseMask) -> None:
         super().__init__()
         d_model = n_heads * d_head
-        self.n_heads, self.pattern = n_heads, pattern
-        self.n_text, self.grid, self.conv_kernel = n_text, grid, conv_kernel
+        self.n_heads, self.d_head, self.mask = n_heads, d_head, mask
         self.qkv = BranchLinear(d_model, 3 * d_model)
         self.project = BranchLinear(d_model, d_model)
         self.attend: Attention | None = None
@@ -46,7 +45,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """x (B, L, C), the whole sequence -> (B, L, C)."""
-        attend = self.attend or self._dense(x_BLC.device)
+        attend = self.attend or self.backend("dense", x_BLC.device)
         # columns first: the states are permuted once, at model width, and not q, k, v and the result
         x_BLC = self._reorder(attend, x_BLC)
         out_BHLD = attend(*self._heads(x_BLC))
@@ -55,24 +54,22 @@ class SelfAttention(nn.Module):
     def prefill(self, x_BLC: Tensor) -> tuple[Tensor, LayerCache]:
         """x (B, L, C), all text slots and at least the first image slot -> (B, L, C), and what later slots need of it."""
         q, k, v = self._heads(x_BLC)
-        out_BHLD = self._dense(x_BLC.device)(q, k, v)
-        ring = reach_of(self.pattern, self.grid, self.conv_kernel, x_BLC.device).ring
-        n_image = k.shape[2] - self.n_text
+        out_BHLD = self.backend("dense", x_BLC.device)(q, k, v)
+        ring = reach_of(self.mask, x_BLC.device).ring
+        n_image = k.shape[2] - self.mask.n_text
         kept = torch.arange(max(0, n_image - ring), n_image, device=x_BLC.device)
-        parts = [part[:, :, : self.n_text].contiguous() for part in (k, v)]
+        parts = [part[:, :, : self.mask.n_text].contiguous() for part in (k, v)]
         for part in (k, v):
             ring_BHSD = part.new_zeros(*part.shape[:2], ring, part.shape[3])
-            parts.append(ring_BHSD.index_copy_(2, kept % ring, part[:, :, self.n_text + kept]))
+            parts.append(ring_BHSD.index_copy_(2, kept % ring, part[:, :, self.mask.n_text + kept]))
         return self.project(rearrange(out_BHLD, "b h l d -> b l (h d)")), LayerCache(*parts)
 
     def decode(self, x_B1C: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
         """x (B, 1, C) of image slot `slot` (int64, one element, on the device) -> (B, 1, C); its key joins the cache."""
         q, k, v = self._heads(x_B1C)
-        reach = reach_of(self.pattern, self.grid, self.conv_kernel, x_B1C.device)
-        keys, values = (
-            ring.index_copy_(2, slot_1 % reach.ring, new)
-            for ring, new in ((cache.ring_k_BHSD, k), (cache.ring_v_BHSD, v))
-        )
+        reach = reach_of(self.mask, x_B1C.device)
+        place_1 = slot_1 % reach.ring
+        keys, values = cache.ring_k_BHSD.index_copy_(2, place_1, k), cache.ring_v_BHSD.index_copy_(2, place_1, v)
         if reach.read_NW is not None:
             read_W = reach.read_NW[slot_1][0]
             keys, values = keys.index_select(2, read_W), values.index_select(2, read_W)
@@ -83,14 +80,11 @@ class SelfAttention(nn.Module):
         return rearrange(self.qkv(x_BLC), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
 
     def _reorder(self, attend: Attention, x_BLC: Tensor) -> Tensor:
-        return transpose_grid(x_BLC, self.n_text, self.grid) if attend.columns_first else x_BLC
-
-    def _dense(self, device: torch.device) -> Attention:
-        return self.backend("dense", device)
+        return transpose_grid(x_BLC, self.mask.n_text, self.mask.grid) if attend.columns_first else x_BLC
 
     def backend(self, name: str, device: torch.device) -> Attention:
-        """The attention backend `name` for this layer's pattern. Raises ConfigError where it can't run."""
-        return attention_backend(name, self.pattern, self.n_text, self.grid, self.conv_kernel, device)
+        """The attention backend `name` for this layer. Raises ConfigError where it can't run."""
+        return attention_backend(name, self.mask, device)
 
 
 def use_attention(model: nn.Module, name: str, device: torch.device) -> str:
@@ -102,9 +96,29 @@ def use_attention(model: nn.Module, name: str, device: torch.device) -> str:
     Raises:
         ConfigError: no such backend, or it can't run on `device`.
     """
+    layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
     if name == "auto":
-        name = choose_backend(device)
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.attend = module.backend(name, device)
+        name = choose_backend(device, layers[0].mask.grid)
+    for layer in layers:
+        layer.attend = layer.backend(name, device)
     return name
+
+
+def verify_attention(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Compare the backend that `model` uses with dense attention on this very machine, in `dtype`: outputs and gradients of
+    every pattern at the model's sequence length. Released compilers and kernels have been silently wrong before.
+
+    Raises:
+        RuntimeError: the errors are out of proportion to those of dense attention in the same format.
+    """
+    layers = {layer.mask.pattern: layer for layer in model.modules() if isinstance(layer, SelfAttention)}
+    for pattern, layer in layers.items():
+        if layer.attend is None or isinstance(layer.attend, DenseAttention):
+            continue
+        errors = errors_against_dense(layer.attend, layer.mask, min(2, layer.n_heads), layer.d_head, dtype, device)
+        for what, (ours, dense) in errors.items():
+            if not ours <= 2 * dense + 1e-6:
+                raise RuntimeError(
+                    f"{type(layer.attend).__name__}, {pattern} pattern, {dtype} on {device}: relative error of {what} is "
+                    f"{ours:.1e}, expected at most twice dense attention's {dense:.1e}; set attention: dense in the recipe"
+                )

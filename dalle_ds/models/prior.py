@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle_ds.models.attention import LayerCache, SelfAttention
 from dalle_ds.models.resblock import MLP, ResBlock
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
-from dalle_ds.ops.masks import layer_patterns
+from dalle_ds.ops.masks import SparseMask, layer_patterns
 from dalle_ds.recipes import Config
 
 PAD = -1
@@ -196,7 +196,9 @@ class Prior(nn.Module):
         self.layers = nn.ModuleList(
             Layer(
                 config,
-                SelfAttention(config.n_heads, config.d_head, pattern, config.text_len, config.grid, config.conv_kernel),
+                SelfAttention(
+                    config.n_heads, config.d_head, SparseMask(pattern, config.text_len, config.grid, config.conv_kernel)
+                ),
             )
             for pattern in layer_patterns(config.n_layers)
         )

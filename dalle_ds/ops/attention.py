@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle_ds.ops.half import through_fp32
-from dalle_ds.ops.masks import Pattern, attention_mask
+from dalle_ds.ops.masks import SparseMask
 
 
 class Attention(Protocol):
@@ -27,23 +27,15 @@ class Attention(Protocol):
 class DenseAttention:
     """Scaled dot-product attention under a boolean mask: the reference that every other backend must equal.
 
-    Softmax and sums are fp32 inside the fused kernels. On CUDA without cuDNN's kernel, which gives NaN gradients for some masked
-    shapes (pytorch issue 196678); `math_only` leaves torch's plain operators alone, for hardware where no fused kernel runs.
+    Softmax and sums are fp32 inside the fused kernels. On CUDA without cuDNN's kernel, which gives NaN gradients for some
+    masked shapes (pytorch issue 196678); with `math_only` by torch's plain operators, for hardware where no fused kernel runs.
     """
 
     columns_first = False
 
-    def __init__(
-        self,
-        pattern: Pattern,
-        n_text: int,
-        grid: int,
-        conv_kernel: int,
-        device: torch.device,
-        math_only: bool = False,
-    ) -> None:
+    def __init__(self, mask: SparseMask, device: torch.device, math_only: bool = False) -> None:
         with torch.inference_mode(False):  # a mask first met while sampling must serve training too
-            self.mask_LL = attention_mask(pattern, n_text, grid, conv_kernel).to(device)
+            self.mask_LL = mask.dense().to(device)
         self._kernels = [SDPBackend.MATH] if math_only else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         self._choose_kernel = math_only or device.type == "cuda"
 

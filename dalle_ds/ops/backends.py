@@ -1,6 +1,6 @@
 """Which attention backend runs: asked for by name, or the fastest that the device has.
 
-L slots, T of them text, H heads, D head width.
+L slots, H heads, D head width.
 """
 
 import logging
@@ -11,19 +11,21 @@ from torch import Tensor
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.ops.attention import Attention, DenseAttention
-from dalle_ds.ops.masks import Pattern, transpose_grid
+from dalle_ds.ops.masks import SparseMask, transpose_grid
 from dalle_ds.ops.structured import StructuredAttention, structured_problem
 
 log = logging.getLogger(__name__)
 
 BACKENDS = ("flex", "structured", "dense", "math")
 
+SMALL_GRID = 16
+"""Below this, a window's share of the sequence is too large for structured attention to pay on CPUs: 0.7 times the speed of
+dense attention at grid 8, 1.6 to 2 times at grid 16."""
+
 
 @cache
-def attention_backend(
-    name: str, pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device
-) -> Attention:
-    """The backend `name`, one of BACKENDS, made once for all layers of a pattern.
+def attention_backend(name: str, mask: SparseMask, device: torch.device) -> Attention:
+    """The backend `name`, one of BACKENDS, for layers with this mask; made once for all of them.
 
     Raises:
         ConfigError: no such backend, or it can't run on `device`.
@@ -32,12 +34,12 @@ def attention_backend(
     if problem:
         raise ConfigError(f"attention backend {name!r} can't be used: {problem}")
     if name == "structured":
-        return StructuredAttention(pattern, n_text, grid, conv_kernel)
+        return StructuredAttention(mask)
     if name == "flex":
         from dalle_ds.ops.flex import FlexAttention  # takes a second to import
 
-        return FlexAttention(pattern, n_text, grid, conv_kernel, device)
-    return DenseAttention(pattern, n_text, grid, conv_kernel, device, math_only=name == "math")
+        return FlexAttention(mask, device)
+    return DenseAttention(mask, device, math_only=name == "math")
 
 
 def backend_problem(name: str, device: torch.device) -> str | None:
@@ -53,8 +55,10 @@ def backend_problem(name: str, device: torch.device) -> str | None:
     return None
 
 
-def choose_backend(device: torch.device) -> str:
-    """The fastest backend of `device`: flex on CUDA, structured elsewhere, or dense, with the reason in the log."""
+def choose_backend(device: torch.device, grid: int) -> str:
+    """The fastest backend: flex on CUDA, structured elsewhere, dense on small grids; says in the log where it can't have it."""
+    if device.type != "cuda" and grid < SMALL_GRID:
+        return "dense"
     first = "flex" if device.type == "cuda" else "structured"
     problem = backend_problem(first, device)
     if problem is None:
@@ -64,23 +68,21 @@ def choose_backend(device: torch.device) -> str:
 
 
 def errors_against_dense(
-    attend: Attention, pattern: Pattern, n_text: int, grid: int, conv_kernel: int, n_heads: int, d_head: int,
-    dtype: torch.dtype, device: torch.device
+    attend: Attention, mask: SparseMask, n_heads: int, d_head: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[float, float]]:
-    """How exact a backend is: {"out" | "grad": (relative error of `attend`, of dense attention)}, both in `dtype`, against dense
-    attention in fp64, on seeded inputs laid out as the model's fused projection leaves them.
+    """How exact a backend is: {"out" | "grad": (relative error of `attend`, of dense attention)}, both in `dtype`, against
+    dense attention in fp64, on seeded inputs laid out as the model's fused projection leaves them.
     """
-    n = n_text + grid * grid
     generator = torch.Generator().manual_seed(0)
-    qkv_1L3HD = torch.randn(1, n, 3, n_heads, d_head, generator=generator).to(device, dtype)
-    grad_1LHD = torch.randn(1, n, n_heads, d_head, generator=generator).to(device, dtype)
-    dense = DenseAttention(pattern, n_text, grid, conv_kernel, device)
+    qkv_1L3HD = torch.randn(1, mask.n_slots, 3, n_heads, d_head, generator=generator).to(device, dtype)
+    grad_1LHD = torch.randn(1, mask.n_slots, n_heads, d_head, generator=generator).to(device, dtype)
+    dense = DenseAttention(mask, device)
 
     def run(attend: Attention, dtype: torch.dtype) -> dict[str, Tensor]:
         qkv = qkv_1L3HD.to(dtype, copy=True).requires_grad_()
-        ordered = transpose_grid(qkv, n_text, grid) if attend.columns_first else qkv
+        ordered = transpose_grid(qkv, mask.n_text, mask.grid) if attend.columns_first else qkv
         out = attend(*(part.transpose(1, 2) for part in ordered.unbind(2))).transpose(1, 2)
-        out = transpose_grid(out, n_text, grid) if attend.columns_first else out
+        out = transpose_grid(out, mask.n_text, mask.grid) if attend.columns_first else out
         out.backward(grad_1LHD.to(dtype))
         return {"out": out.detach().double(), "grad": qkv.grad.double()}
 

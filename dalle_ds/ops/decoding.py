@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.ops.half import batched_matmul_to_fp32
-from dalle_ds.ops.masks import Pattern, image_may_attend
+from dalle_ds.ops.masks import SparseMask
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Reach:
 
 
 @cache
-def reach_of(pattern: Pattern, grid: int, conv_kernel: int, device: torch.device) -> Reach:
-    """The `Reach` of a pattern, from the one definition of its mask."""
-    n = grid * grid
+def reach_of(mask: SparseMask, device: torch.device) -> Reach:
+    """The `Reach` of layers with this mask."""
+    n = mask.grid * mask.grid
     slots = torch.arange(n, device="cpu")
     with torch.inference_mode(False):
-        seen_NN = image_may_attend(pattern, slots[:, None], slots[None, :], grid, conv_kernel)
+        seen_NN = mask.image_may_attend(slots[:, None], slots[None, :])
         ring = int(((slots[:, None] - slots[None, :]) * seen_NN).max()) + 1
         width = int(seen_NN.sum(1).max())
         # the keys of each query first, in order; where there are fewer than W, unseen ones fill up

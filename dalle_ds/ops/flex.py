@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dalle_ds.ops.masks import Pattern, image_may_attend
+from dalle_ds.ops.masks import Pattern, SparseMask
 
 BLOCK = 128
 """Side of a block: what the Triton kernels for D = 64 use, forward; smaller ones would force smaller tiles."""
+
 
 def flex_problem(device: torch.device) -> str | None:
     """Why FlexAttention can't train on `device`, or None."""
@@ -24,7 +25,9 @@ def flex_problem(device: torch.device) -> str | None:
     except ImportError as error:
         return f"its kernels need triton ({error})"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {capability}"
+    if capability < (8, 0):
+        return f"it needs compute capability (8, 0), {torch.cuda.get_device_name(device)} has {capability}"
+    return None
 
 
 class FlexAttention:
@@ -34,11 +37,11 @@ class FlexAttention:
     keys holds some key of each column, and not one could be skipped.
     """
 
-    def __init__(self, pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device) -> None:
-        self.columns_first = pattern is Pattern.COLUMN
+    def __init__(self, mask: SparseMask, device: torch.device) -> None:
+        self.columns_first = mask.pattern is Pattern.COLUMN
         # Built here and not when first used: made lazily inside a checkpointed region, they break its recomputation.
         with torch.inference_mode(False):
-            self.block_mask = _block_mask(pattern, n_text, grid, conv_kernel, device)
+            self.block_mask = _block_mask(mask, device)
 
     def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
         # contiguous: gradients of strided keys have been wrong in released versions (pytorch issue 146377)
@@ -47,19 +50,20 @@ class FlexAttention:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Only the function is compiled, never a module: ZeRO-3's hooks break compiled modules. Static shapes and one graph, so that
-    reaching the recompile limit is an error; left alone, it falls back to materialised scores with no more than a warning."""
+    # Only the function is compiled, never a module: ZeRO-3's hooks break compiled modules. Static shapes and one graph, so that
+    # reaching the recompile limit is an error; left alone, it falls back to materialised scores with no more than a warning.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _block_mask(pattern: Pattern, n_text: int, grid: int, conv_kernel: int, device: torch.device) -> BlockMask:
+def _block_mask(mask: SparseMask, device: torch.device) -> BlockMask:
+    n_text, grid, by_column = mask.n_text, mask.grid, mask.pattern is Pattern.COLUMN
+
     def raster(image: Tensor) -> Tensor:
-        """Index in raster order of an image slot of this layer's order."""
-        return (image % grid) * grid + image // grid if pattern is Pattern.COLUMN else image
+        """Index in raster order of an image slot in the layer's own order."""
+        return (image % grid) * grid + image // grid if by_column else image
 
     def may_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        local = image_may_attend(pattern, raster(query - n_text), raster(key - n_text), grid, conv_kernel)
+        local = mask.image_may_attend(raster(query - n_text), raster(key - n_text))
         return torch.where(key < n_text, query >= key, (query >= n_text) & local)
 
-    n = n_text + grid * grid
-    return create_block_mask(may_attend, None, None, n, n, device=device, BLOCK_SIZE=BLOCK)
+    return create_block_mask(may_attend, None, None, mask.n_slots, mask.n_slots, device=device, BLOCK_SIZE=BLOCK)

@@ -5,6 +5,7 @@ all text and, of the image, what its layer's pattern allows; self is always incl
 """
 
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,32 +29,44 @@ def layer_patterns(n_layers: int) -> list[Pattern]:
     return [Pattern.COLUMN if (i - 2) % 4 == 0 else Pattern.ROW for i in range(1, n_layers)] + [Pattern.CONV]
 
 
-def image_may_attend(pattern: Pattern, query: Tensor, key: Tensor, grid: int, conv_kernel: int) -> Tensor:
-    """Whether image slot `query` sees image slot `key` (raster indices, broadcast against each other) -> bool tensor.
+class SparseMask(NamedTuple):
+    """Which keys the queries of one layer may see: the one definition that every backend and cache is built from."""
 
-    row: the previous `grid` slots and itself, running over row borders, so that the last one seen lies right above.
-    column: the same column in this and earlier rows.
-    conv: a centred causal window of conv_kernel x conv_kernel offsets dr * grid + dc, |dr|, |dc| <= conv_kernel // 2,
-    taken in raster order without regard to row borders (the Toeplitz reading of the paper's "wraparound").
-    """
-    back = query - key
-    if pattern is Pattern.ROW:
-        return (back >= 0) & (back <= grid)
-    if pattern is Pattern.COLUMN:
-        return (back >= 0) & (back % grid == 0)
-    reach = conv_kernel // 2
-    # back = dr * grid + dc with 0 <= dr <= reach and |dc| <= reach, in closed form; right for windows wider than a row too
-    return (back >= 0) & (back <= reach * grid + reach) & ((back + reach) % grid <= 2 * reach)
+    pattern: Pattern
+    n_text: int
+    grid: int
+    """Image slots a side."""
+    conv_kernel: int
+    """Side of the window of convolutional layers, odd."""
 
+    @property
+    def n_slots(self) -> int:
+        return self.n_text + self.grid * self.grid
 
-def attention_mask(pattern: Pattern, n_text: int, grid: int, conv_kernel: int) -> Tensor:
-    """The dense mask, True = may attend, (L, L) with L = n_text + grid * grid, query by key."""
-    n = n_text + grid * grid
-    # device named: masks are values, also while a model is built on the meta device
-    mask = torch.ones(n, n, dtype=torch.bool, device="cpu").tril_()
-    image = torch.arange(grid * grid, device="cpu")
-    mask[n_text:, n_text:] = image_may_attend(pattern, image[:, None], image[None, :], grid, conv_kernel)
-    return mask
+    def image_may_attend(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether image slot `query` sees image slot `key` (raster indices, broadcast against each other) -> bool tensor.
+
+        row: the previous `grid` slots and itself, running over row borders, so that the last one seen lies right above.
+        column: the same column in this and earlier rows.
+        conv: a centred causal window of conv_kernel x conv_kernel offsets dr * grid + dc, |dr|, |dc| <= conv_kernel // 2,
+        taken in raster order without regard to row borders (the Toeplitz reading of the paper's "wraparound").
+        """
+        back = query - key
+        if self.pattern is Pattern.ROW:
+            return (back >= 0) & (back <= self.grid)
+        if self.pattern is Pattern.COLUMN:
+            return (back >= 0) & (back % self.grid == 0)
+        reach = self.conv_kernel // 2
+        # back = dr * grid + dc with 0 <= dr <= reach and |dc| <= reach, in closed form; right for windows wider than a row too
+        return (back >= 0) & (back <= reach * self.grid + reach) & ((back + reach) % self.grid <= 2 * reach)
+
+    def dense(self) -> Tensor:
+        """All pairs, True = may attend, (L, L), query by key."""
+        # device named: masks are values, also while a model is built on the meta device
+        mask = torch.ones(self.n_slots, self.n_slots, dtype=torch.bool, device="cpu").tril_()
+        image = torch.arange(self.grid * self.grid, device="cpu")
+        mask[self.n_text :, self.n_text :] = self.image_may_attend(image[:, None], image[None, :])
+        return mask
 
 
 def transpose_grid(x_BL: Tensor, n_text: int, grid: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_ds.ops.half import through_fp32
-from dalle_ds.ops.masks import Pattern, image_may_attend
+from dalle_ds.ops.masks import Pattern, SparseMask
 
 # Private operators of torch: the public function returns no log-sum-exp. `structured_problem` says where they are missing.
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -36,13 +36,12 @@ class StructuredAttention:
 
     columns_first = False
 
-    def __init__(self, pattern: Pattern, n_text: int, grid: int, conv_kernel: int) -> None:
-        self.n_text = n_text
-        self.windows = _Windows(pattern, n_text, grid, conv_kernel)
+    def __init__(self, mask: SparseMask) -> None:
+        self.windows = _Windows(mask)
 
     def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
         q, k, v = through_fp32(q_BHLD, k_BHLD, v_BHLD)
-        return _TwoParts.apply(q, k, v, self.n_text, self.windows).to(q_BHLD.dtype)
+        return _TwoParts.apply(q, k, v, self.windows).to(q_BHLD.dtype)
 
 
 class _Windows:
@@ -52,17 +51,17 @@ class _Windows:
     window and block alike, under a causal mask.
     """
 
-    def __init__(self, pattern: Pattern, n_text: int, grid: int, conv_kernel: int) -> None:
-        self.n_text, self.grid, self.by_column = n_text, grid, pattern is Pattern.COLUMN
-        self.rows_back = {Pattern.ROW: 1, Pattern.COLUMN: 0, Pattern.CONV: -(-(conv_kernel // 2) * (grid + 1) // grid)}[pattern]
-        self.rows_back = min(self.rows_back, grid - 1)
+    def __init__(self, mask: SparseMask) -> None:
+        self.n_text, self.grid, self.by_column = mask.n_text, mask.grid, mask.pattern is Pattern.COLUMN
+        reach = {Pattern.ROW: mask.grid, Pattern.COLUMN: 0, Pattern.CONV: mask.conv_kernel // 2 * (mask.grid + 1)}[mask.pattern]
+        self.rows_back = min(-(-reach // mask.grid), mask.grid - 1)
         # the first windows begin in the text, masked; where the text is too short for that, zeros come in front of it
-        self.n_lead = max(0, self.rows_back * grid - n_text)
+        self.n_lead = max(0, self.rows_back * mask.grid - mask.n_text)
         with torch.inference_mode(False):  # a mask first met while sampling must serve training too
-            n, width = grid, (self.rows_back + 1) * grid
+            n, width = mask.grid, (self.rows_back + 1) * mask.grid
             query_nQ1 = torch.arange(n * n, device="cpu").view(n, n, 1)
             key_n1W = (torch.arange(1, n + 1, device="cpu")[:, None] * n + torch.arange(-width, 0, device="cpu"))[:, None]
-            seen_nQW = (key_n1W >= 0) & image_may_attend(pattern, query_nQ1, key_n1W, grid, conv_kernel)
+            seen_nQW = (key_n1W >= 0) & mask.image_may_attend(query_nQ1, key_n1W)
             self._mask_1nQW = torch.zeros(seen_nQW.shape, device="cpu").masked_fill_(~seen_nQW, float("-inf"))[None]
 
     def blocks(self, x_HLD: Tensor) -> Tensor:
@@ -74,10 +73,8 @@ class _Windows:
         """Keys or values (H, lead + L, D) as overlapping windows (H, n, W, D)."""
         if self.by_column:
             return self.blocks(x_HLD)
-        head, slot, width = x_HLD.stride()
         first = self.n_lead + self.n_text - self.rows_back * self.grid
-        size = (x_HLD.shape[0], self.grid, (self.rows_back + 1) * self.grid, x_HLD.shape[2])
-        return x_HLD.as_strided(size, (head, self.grid * slot, slot, width), x_HLD.storage_offset() + first * slot)
+        return x_HLD[:, first:].unfold(1, (self.rows_back + 1) * self.grid, self.grid).transpose(2, 3)
 
     def collect(self, grad_HnWD: Tensor) -> Tensor:
         """Gradients of windows -> of blocks (H, n, Q, D): for each key the sum over all windows that hold it, in place."""
@@ -103,9 +100,9 @@ class _TwoParts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, n_text: int, windows: _Windows) -> Tensor:
+    def forward(ctx: Any, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, windows: _Windows) -> Tensor:
         attend = getattr(torch.ops.aten, _FORWARD)
-        q, k, v = q_BHLD, k_BHLD, v_BHLD
+        q, k, v, n_text = q_BHLD, k_BHLD, v_BHLD, windows.n_text
         # torch's causal mask starts at the top left: text sees earlier text, every image slot all text
         out, lse_BHL = attend(q, k[:, :, :n_text], v[:, :, :n_text], 0.0, True)
         led_k, led_v = windows.lead(k), windows.lead(v)
@@ -121,14 +118,14 @@ class _TwoParts(torch.autograd.Function):
                 whole.copy_(torch.lerp(whole.float(), local.float(), share))
             whole_lse.copy_(torch.logaddexp(whole_lse, local_lse))
         ctx.save_for_backward(q, k, v, out, lse_BHL)
-        ctx.n_text, ctx.windows = n_text, windows
+        ctx.windows = windows
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         attend_backward = getattr(torch.ops.aten, _BACKWARD)
         q, k, v, out, lse_BHL = ctx.saved_tensors
-        n_text, windows = ctx.n_text, ctx.windows
+        windows, n_text = ctx.windows, ctx.windows.n_text
         grad_q, text_grad_k, text_grad_v = attend_backward(
             grad_BHLD, q, k[:, :, :n_text], v[:, :, :n_text], out, lse_BHL, 0.0, True
         )
@@ -150,4 +147,4 @@ class _TwoParts(torch.autograd.Function):
             windows.blocks(grad_q[b]).add_(local_grad_q)
             windows.blocks(grad_k[b]).copy_(windows.collect(local_grad_k))
             windows.blocks(grad_v[b]).copy_(windows.collect(local_grad_v))
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None

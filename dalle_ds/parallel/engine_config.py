@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from dalle_ds.errors import ConfigError
@@ -38,6 +39,13 @@ class EngineConfig:
     @property
     def zero_stage(self) -> int:
         return int(self.json.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """The format that residual branches compute in."""
+        if self.block_scaling is not None or self.json.get("fp16", {}).get("enabled"):
+            return torch.float16
+        return torch.bfloat16 if self.json.get("bf16", {}).get("enabled") else torch.float32
 
 
 def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip: float) -> EngineConfig:

@@ -13,6 +13,7 @@ from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import DataError
+from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.models.prior import PAD, Prior, PriorConfig
 
@@ -93,5 +94,6 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
         prior, dvae = Prior(config), DVAE(dvae_config)
     prior.load_state_dict(weights.state, assign=True)
     dvae.load_state_dict(dvae_weights.state, assign=True)
+    use_attention(prior, "auto", torch.device(device))
     prior, dvae = prior.to(device).eval().requires_grad_(False), dvae.to(device).eval().requires_grad_(False)
     return Export(str(url), prior, dvae, tokenizer, info)

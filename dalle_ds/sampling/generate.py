@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dalle_ds.models.prior import Prior
+from dalle_ds.models.prior import PAD, DecodingCache, Prior
 
 
 @torch.inference_mode()
@@ -20,13 +20,14 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    guidance: float = 1.0,
     prime_codes_CP: Tensor | None = None,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample K pictures for each caption -> codes (C, K, N) int64, on the CPU.
 
-    A caption's slots are computed once for its K candidates. A picture depends on its caption, its seed and the settings, not
-    on what else is sampled beside it (but for rounding: other batch sizes may take other matrix kernels).
+    A caption and its given tokens are read once for its K candidates. A picture depends on its caption, its seed and the
+    settings, not on what else is sampled beside it (but for rounding: other batch sizes may take other matrix kernels).
 
     Args:
         text_CT: captions (C, T-1) int64, padded as the prior expects.
@@ -34,40 +35,77 @@ def generate(
         temperature: divides the logits; 0 takes the likeliest token. The paper samples at 1.
         top_k: keep the k likeliest tokens; 0 keeps all (the paper's way).
         top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
+        guidance: classifier-free guidance (Ho and Salimans 2022): logits move from those without a caption towards and past
+            those with it; 1 leaves it out. Only for a prior that was trained with dropped captions. Doubles the work.
         prime_codes_CP: the first P tokens of every picture of a caption, given instead of sampled: the paper's image-to-image
             gives the top 15 rows of 32.
-        on_token: called after each sampled token with its index and all codes so far (B, N).
+        on_token: called after each sampled token with its index and all codes so far (B, N), on the prior's device.
 
     Raises:
         ValueError: settings out of range, shapes that do not fit.
     """
-    config = prior.config
+    n_image, n_captions = prior.config.n_image, len(text_CT)
     device = next(prior.parameters()).device
-    n_candidates = _check(text_CT, seeds_CK, temperature, top_k, top_p)
-    codes_BN = torch.zeros(len(text_CT) * n_candidates, config.n_image, dtype=torch.int64)
-    n_given = 0
-    if prime_codes_CP is not None:
-        n_given = prime_codes_CP.shape[1]
-        if prime_codes_CP.shape[0] != len(text_CT) or not 0 < n_given <= config.n_image:
-            raise ValueError(
-                f"prime codes have shape {tuple(prime_codes_CP.shape)}, expected ({len(text_CT)}, 1..{config.n_image})"
-            )
-        codes_BN[:, :n_given] = prime_codes_CP.repeat_interleave(n_candidates, 0)
-
-    # All random numbers in advance, one for each place: a given token takes its number along, so that keeping fewer rows of a
-    # picture changes nothing but those rows; drawn on the CPU, so that a GPU samples the same picture.
-    draws_BN = torch.stack([_draws(seed, config.n_image) for seeds in seeds_CK for seed in seeds]).to(device)
-    logits_BV, caches = prior.prefill(text_CT.to(device))
-    logits_BV = logits_BV.repeat_interleave(n_candidates, 0)
-    caches = [cache.expand(n_candidates) for cache in caches]
-    for j in range(config.n_image):
-        if j >= n_given:
-            codes_BN[:, j] = pick(logits_BV, draws_BN[:, j], temperature, top_k, top_p).cpu()
+    n_candidates = _check(text_CT, seeds_CK, temperature, top_k, top_p, guidance)
+    prime_CP = torch.zeros(n_captions, 0, dtype=torch.int64) if prime_codes_CP is None else prime_codes_CP
+    n_given = prime_CP.shape[1]
+    if len(prime_CP) != n_captions or n_given > n_image:
+        raise ValueError(f"prime codes have shape {tuple(prime_CP.shape)}, expected ({n_captions}, 0..{n_image})")
+    codes_BN = torch.zeros(n_captions * n_candidates, n_image, dtype=torch.int64, device=device)
+    codes_BN[:, :n_given] = prime_CP.repeat_interleave(n_candidates, 0)
+    if n_given < n_image:
+        # All random numbers in advance, one for each place: a given token takes its number along, so that keeping fewer rows of
+        # a picture changes nothing but those rows; drawn on the CPU, so that a GPU samples the same picture.
+        draws_BN = torch.stack([_draws(seed, n_image) for seeds in seeds_CK for seed in seeds]).to(device)
+        text_CT, prime_CP = text_CT.to(device), prime_CP.to(device)
+        guided = guidance != 1
+        if guided:  # below each other: all captions, then as many rows without one
+            text_CT, prime_CP = torch.cat([text_CT, torch.full_like(text_CT, PAD)]), prime_CP.repeat(2, 1)
+        logits_CV, cache = prior.prefill(text_CT, prime_CP)
+        logits_BV, cache = logits_CV.repeat_interleave(n_candidates, 0), cache.expand(n_candidates)
+        decode = _decoder(prior, cache, len(logits_BV))
+        for j in range(n_given, n_image):
+            logits_BV = _guide(logits_BV, guidance) if guided else logits_BV
+            codes_BN[:, j] = pick(logits_BV, draws_BN[:, j], temperature, top_k, top_p)
             if on_token is not None:
                 on_token(j, codes_BN)
-        if j + 1 < config.n_image:
-            logits_BV = prior.decode(codes_BN[:, j].to(device), j, caches)
-    return codes_BN.unflatten(0, (len(text_CT), n_candidates))
+            if j + 1 < n_image:
+                logits_BV = decode(codes_BN[:, j].repeat(2 if guided else 1))
+    return codes_BN.cpu().unflatten(0, (n_captions, n_candidates))
+
+
+def _guide(logits_BV: Tensor, guidance: float) -> Tensor:
+    """Logits with captions, then without -> guided ones, half as many rows."""
+    with_caption, without = logits_BV.chunk(2)
+    return torch.lerp(without, with_caption, guidance)
+
+
+def _decoder(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tensor], Tensor]:
+    """`prior.decode` on `cache`; on CUDA one recorded graph, replayed for every token: its many small kernels would wait for
+    Python otherwise. The logits are then the same tensor each time, overwritten by the next call.
+    """
+    if cache.slot_1.device.type != "cuda":
+        return lambda token_B: prior.decode(token_B, cache)
+    token_B = torch.zeros(batch, dtype=torch.int64, device=cache.slot_1.device)
+    slot = int(cache.slot_1)
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):  # libraries set themselves up in the first runs, which a recording does not allow
+        for _ in range(2):
+            prior.decode(token_B, cache)
+            # back to where it was: the first real token overwrites the keys, whose place held one out of reach by then
+            cache.slot_1.fill_(slot)
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits_BV = prior.decode(token_B, cache)
+
+    def replay(next_B: Tensor) -> Tensor:
+        token_B.copy_(next_B)
+        graph.replay()
+        return logits_BV
+
+    return replay
 
 
 def pick(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -92,7 +130,9 @@ def _draws(seed: int, n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _check(text_CT: Tensor, seeds_CK: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float) -> int:
+def _check(
+    text_CT: Tensor, seeds_CK: Sequence[Sequence[int]], temperature: float, top_k: int, top_p: float, guidance: float
+) -> int:
     counts = {len(seeds) for seeds in seeds_CK}
     if len(seeds_CK) != len(text_CT) or len(counts) != 1 or 0 in counts:
         raise ValueError(
@@ -104,4 +144,6 @@ def _check(text_CT: Tensor, seeds_CK: Sequence[Sequence[int]], temperature: floa
         raise ValueError(f"top_k {top_k}: expected 0 (all) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p}: expected above 0, at most 1")
+    if not (0 <= guidance < float("inf")):
+        raise ValueError(f"guidance {guidance}: expected 0 or more; 1 leaves it out")
     return counts.pop()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle_ds.console import progress
 from dalle_ds.data.fingerprint import require_same
-from dalle_ds.errors import DataError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.recipes import Config
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import Export
@@ -32,6 +32,7 @@ class SampleSettings(Config):
     temperature: float = Field(1.0, ge=0, description="the paper's is 1; 0 takes the likeliest token")
     top_k: int = Field(0, ge=0, description="0 keeps all tokens, as the paper")
     top_p: float = Field(1.0, gt=0, le=1)
+    guidance: float = Field(1.0, ge=0, description="of captions over none; 1 leaves it out, as the paper")
     seed: int = Field(0, ge=0)
     batch: int = Field(32, ge=1, description="pictures at once")
 
@@ -64,6 +65,11 @@ def sample(
     if not captions or not all(caption.strip() for caption in captions):
         raise DataError(
             f"{len(captions)} captions, {sum(not caption.strip() for caption in captions)} of them empty: expected some"
+        )
+    if settings.guidance != 1 and export.caption_dropout == 0:
+        raise ConfigError(
+            f"guidance {settings.guidance:g} needs a prior that knows pictures without a caption, but {export.url} was trained "
+            "with data.caption_dropout 0, expected above 0; sample with guidance 1"
         )
     codes_CKN = _draw(export, captions, settings)
     out.mkdir(parents=True, exist_ok=True)
@@ -147,6 +153,7 @@ def _draw(export: Export, captions: list[str], settings: SampleSettings) -> Tens
                     temperature=settings.temperature,
                     top_k=settings.top_k,
                     top_p=settings.top_p,
+                    guidance=settings.guidance,
                     on_token=lambda _, codes_BN: bar.update(len(codes_BN)),
                 )
     return codes_CKN
@@ -160,7 +167,8 @@ def _sheet(
         real = decode_pictures(export.dvae, real_codes_CN)
         rows = [[picture, *row] for picture, row in zip(real, rows, strict=True)]
         titles = ["real, by its codes", *(f"sample {k + 1}" for k in range(settings.n))]
-    limits = [f"top-k {settings.top_k}"] * (settings.top_k > 0) + [f"top-p {settings.top_p}"] * (settings.top_p < 1)
+    limits = [f"guidance {settings.guidance:g}"] * (settings.guidance != 1)
+    limits += [f"top-k {settings.top_k}"] * (settings.top_k > 0) + [f"top-p {settings.top_p}"] * (settings.top_p < 1)
     title = ", ".join([f"Temperature {settings.temperature:g}", *limits, f"seed {settings.seed}"])
     return picture_grid(rows, captions, title=title, column_titles=titles)
 

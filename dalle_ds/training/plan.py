@@ -8,7 +8,7 @@ from pydantic import Field
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
-from dalle_ds.ops.masks import attention_mask, layer_patterns
+from dalle_ds.ops.masks import SparseMask, layer_patterns
 from dalle_ds.recipes import Config
 
 PAPER_UPDATES, PAPER_BATCH = 430_000, 1024
@@ -89,7 +89,7 @@ def forward_flops(config: PriorConfig) -> float:
     d, n = config.d_model, config.n_slots
     matrices = 2.0 * effective_parameters(config) * n
     pairs = {
-        pattern: int(attention_mask(pattern, config.text_len, config.grid, config.conv_kernel).sum())
+        pattern: int(SparseMask(pattern, config.text_len, config.grid, config.conv_kernel).dense().sum())
         for pattern in set(layer_patterns(config.n_layers))
     }
     attention = sum(4.0 * d * pairs[pattern] for pattern in layer_patterns(config.n_layers))  # scores, then the weighted sum

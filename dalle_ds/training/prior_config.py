@@ -90,6 +90,9 @@ class PriorRun(Config):
     global_batch: int = Field(1024, ge=1)
     micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time")
     seed: int = 0
+    attention: Literal["auto", "flex", "structured", "dense", "math"] = Field(
+        "auto", description="backend; auto: flex on CUDA, structured on CPUs, or dense where these can't run"
+    )
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         True, description="recompute each layer in the backward pass, or with a number k every k-th one"
     )

@@ -18,6 +18,7 @@ from dalle_ds.console import progress
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError
+from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.averaging import WeightAverage
@@ -130,6 +131,8 @@ class _Trainer:
             OptimizerSettings(run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay),
             ranks, run.seed,
         )  # fmt: skip
+        self.attention = use_attention(self.engine.module, run.attention, ranks.device)
+        verify_attention(self.engine.module, self.engine_config.branch_dtype, ranks.device)
         if run.activation_checkpointing:
             recompute_layers(self.engine.module, every=int(run.activation_checkpointing))  # true is 1: each of them
         self.average = WeightAverage(self.engine.shards(), run.average, device="cpu")

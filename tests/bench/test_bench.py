@@ -15,7 +15,7 @@ from dalle_ds.bench.settings import AttentionSettings, PeersSettings
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.ops.backends import attention_backend
-from dalle_ds.ops.masks import Pattern
+from dalle_ds.ops.masks import Pattern, SparseMask
 
 SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
 PRIOR = "--layers 2 --text-vocab 50 --image-vocab 40"
@@ -104,7 +104,7 @@ def test_attention_sides_agree_on_the_fused_projection(pattern):
     results = []
     for name in ("dense", "structured"):
         leaf = fused.clone().requires_grad_()
-        out = attention.on_fused(attention_backend(name, pattern, 4, 4, 3, cpu), settings)(leaf)
+        out = attention.on_fused(attention_backend(name, SparseMask(pattern, 4, 4, 3), cpu), settings)(leaf)
         out.square().sum().backward()
         results.append((out.detach(), leaf.grad))
     for dense, structured in zip(*results, strict=True):

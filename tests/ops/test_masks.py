@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dalle_ds.ops.masks import Pattern, attention_mask, layer_patterns, shared_mask
+from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns, transpose_grid
 
 
 def brute_force(pattern: Pattern, n_text: int, grid: int, kernel: int) -> torch.Tensor:
@@ -32,18 +32,18 @@ def brute_force(pattern: Pattern, n_text: int, grid: int, kernel: int) -> torch.
 @pytest.mark.parametrize("pattern", list(Pattern))
 @pytest.mark.parametrize(("n_text", "grid", "kernel"), [(6, 4, 3), (3, 5, 5), (2, 8, 11), (5, 8, 5), (1, 1, 3), (4, 16, 11)])
 def test_equals_brute_force(pattern: Pattern, n_text: int, grid: int, kernel: int) -> None:
-    assert torch.equal(attention_mask(pattern, n_text, grid, kernel), brute_force(pattern, n_text, grid, kernel))
+    assert torch.equal(SparseMask(pattern, n_text, grid, kernel).dense(), brute_force(pattern, n_text, grid, kernel))
 
 
 def test_row_of_the_papers_toy_grid_sees_the_previous_five() -> None:
-    image = attention_mask(Pattern.ROW, 6, 4, 3)[6:, 6:]
+    image = SparseMask(Pattern.ROW, 6, 4, 3).dense()[6:, 6:]
     assert image.sum(1).tolist() == [1, 2, 3, 4] + [5] * 12
     # the last one seen lies in the same column of the row above
     assert image[9].nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
 
 
 def test_full_size_key_counts() -> None:
-    most_keys = {pattern: int(attention_mask(pattern, 256, 32, 11)[256:, 256:].sum(1).max()) for pattern in Pattern}
+    most_keys = {pattern: int(SparseMask(pattern, 256, 32, 11).dense()[256:, 256:].sum(1).max()) for pattern in Pattern}
     assert most_keys == {Pattern.ROW: 33, Pattern.COLUMN: 32, Pattern.CONV: 61}
 
 
@@ -64,7 +64,8 @@ def test_no_layers_is_refused() -> None:
         layer_patterns(0)
 
 
-def test_mask_first_met_while_sampling_serves_training() -> None:
-    with torch.inference_mode():
-        mask = shared_mask(Pattern.ROW, 3, 3, 3, torch.device("cpu"))
-    assert not mask.is_inference()
+def test_transposed_grid_is_column_by_column_and_back() -> None:
+    slots = torch.arange(3 + 9).expand(2, -1)
+    transposed = transpose_grid(slots, 3, 3)
+    assert transposed[1].tolist() == [0, 1, 2, 3, 6, 9, 4, 7, 10, 5, 8, 11]
+    assert torch.equal(transpose_grid(transposed, 3, 3), slots)
