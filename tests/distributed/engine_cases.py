@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
@@ -78,9 +79,10 @@ def make_engine(
 
 def sharded_run(
     folder: Path, ranks: Ranks, accumulation: int = 1, recompute: bool = False,
-    kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES, **fp16: Any,
+    attention: str = "dense", kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES, **fp16: Any,
 ) -> list[list[float]]:  # fmt: skip
     engine = make_engine(folder, ranks, fp16 or None, accumulation)
+    use_attention(engine.module, attention, ranks.device)
     if recompute:
         recompute_layers(engine.module)
     reports = [engine.update(micro_batches(u, ranks, accumulation, kept[u]), ADAMW.lr) for u in range(UPDATES)]
@@ -88,8 +90,9 @@ def sharded_run(
     return [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
 
 
-def bf16_run(folder: Path, ranks: Ranks, stage: int) -> list[list[float]]:
+def bf16_run(folder: Path, ranks: Ranks, stage: int, attention: str = "dense") -> list[list[float]]:
     engine = make_engine(folder, ranks, None, stage=stage, bf16={"enabled": True})
+    use_attention(engine.module, attention, ranks.device)
     reports = [engine.update(micro_batches(u, ranks, 1), ADAMW.lr) for u in range(UPDATES)]
     return [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
 
@@ -179,7 +182,12 @@ def main(folder: Path) -> None:
         "fp16_accumulated": sharded_run(folder, ranks, accumulation=2, enabled=True, loss_scale="per_resblock"),
         "fp32_captions_dropped": sharded_run(folder, ranks, accumulation=2, kept=KEPT),
         "fp16_captions_dropped": sharded_run(folder, ranks, kept=KEPT, enabled=True, loss_scale="per_resblock"),
+        "fp32_structured": sharded_run(folder, ranks, attention="structured"),
+        "fp16_structured": sharded_run(
+            folder, ranks, attention="structured", recompute=True, enabled=True, loss_scale="per_resblock"
+        ),
         "bf16_zero3": bf16_run(folder, ranks, 3),
+        "bf16_structured": bf16_run(folder, ranks, 3, attention="structured"),
         "bf16_zero2": bf16_run(folder, ranks, 2),
         "inf": inf_in_one_block(folder, ranks),
         "checkpoint": save_and_load(folder, ranks),

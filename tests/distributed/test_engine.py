@@ -26,12 +26,12 @@ def assert_close(found: list[list[float]], expected: list[list[float]], toleranc
         assert a == pytest.approx(b, rel=tolerance), f"update {update}: (text loss, image loss, norm) {a}, expected {b}"
 
 
-@pytest.mark.parametrize("case", ["fp32", "fp32_accumulated"])
+@pytest.mark.parametrize("case", ["fp32", "fp32_accumulated", "fp32_structured"])
 def test_zero3_on_two_ranks_is_one_plain_process(outcome: dict[str, Any], case: str) -> None:
     assert_close(outcome["rank0"][case], outcome["plain"], 2e-5)
 
 
-@pytest.mark.parametrize("case", ["fp16_scale_1", "fp16", "fp16_accumulated"])
+@pytest.mark.parametrize("case", ["fp16_scale_1", "fp16", "fp16_accumulated", "fp16_structured"])
 def test_per_resblock_fp16_follows_fp32(outcome: dict[str, Any], case: str) -> None:
     assert_close(outcome["rank0"][case], outcome["plain"], 2e-3)
 
@@ -44,7 +44,7 @@ def test_a_global_batch_may_have_few_captions_or_none(outcome: dict[str, Any], c
     assert text_loss == 0.0 and image_loss > 1.0 and norm > 0.0, "no caption at all: the pictures alone are learned"
 
 
-@pytest.mark.parametrize("case", ["bf16_zero3", "bf16_zero2"])
+@pytest.mark.parametrize("case", ["bf16_zero3", "bf16_zero2", "bf16_structured"])
 def test_bf16_is_one_knob_away(outcome: dict[str, Any], case: str) -> None:
     assert_close(outcome["rank0"][case], outcome["plain"], 5e-2)
 

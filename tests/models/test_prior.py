@@ -5,8 +5,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.presets import PRESETS, effective_parameters
-from dalle_ds.models.prior import NLL, PAD, Prior, PriorConfig, initialise
+from dalle_ds.models.prior import NLL, PAD, DecodingCache, Prior, PriorConfig, initialise
+from dalle_ds.ops.masks import Pattern, transpose_grid
+from dalle_ds.ops.structured import StructuredAttention
+from dalle_ds.precision.half import use_fp16_branches
 
 CONFIG = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
 
@@ -131,20 +135,106 @@ def test_logits_and_losses_are_fp32_under_autocast(prior: Prior) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+@pytest.mark.parametrize("given", [0, 1, 6, 15])
+def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor], given: int) -> None:
+    """After a prefix of captions and any number of given image tokens, read at once."""
     text, image = batch
-    whole = prior.image_logits(text, image)
-    logits, cache = prior.prefill(text)
-    steps = [logits] + [prior.decode(image[:, j], j, cache) for j in range(15)]
-    torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-5, atol=1e-5)
+    logits, cache = prior.prefill(text, image[:, :given])
+    steps = [logits] + [prior.decode(image[:, j], cache) for j in range(given, 15)]
+    torch.testing.assert_close(torch.stack(steps, 1), prior.image_logits(text, image)[:, given:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "fp16"])
+def test_all_1024_steps_of_the_papers_sequence(numerics: str) -> None:
+    """Row, column and conv layers at 256 + 1024 slots, two candidates of one caption, to 1e-5 of the full forward pass."""
+    config = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_vocab=50, image_vocab=40)
+    prior = Prior(config)
+    initialise(prior, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in prior.embed.parameters():
+            parameter.mul_(30)
+    if numerics == "fp16":
+        use_fp16_branches(prior)
+    generator = torch.Generator().manual_seed(1)
+    text, image = torch.randint(-1, 50, (1, 255), generator=generator), torch.randint(0, 40, (2, 1024), generator=generator)
+    with torch.inference_mode():
+        whole = prior.image_logits(text.expand(2, -1), image)
+        logits, cache = prior.prefill(text)
+        cache = cache.expand(2)
+        steps = [logits.expand(2, -1)] + [prior.decode(image[:, j], cache) for j in range(1023)]
+    difference = (torch.stack(steps, 1) - whole).abs().max()
+    assert difference < (1e-5 if numerics == "fp32" else 3e-3) and whole.std() > 0.05
+
+
+def test_decoding_keeps_shapes_and_places(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """What a recorded CUDA graph needs: each step writes into the tensors of the one before. The text is not copied."""
+    text, image = batch
+    _, first = prior.prefill(text)
+    cache = first.expand(2)
+
+    def tensors(cache: DecodingCache) -> list[torch.Tensor]:
+        return [cache.slot_1, *(tensor for layer in cache.layers for tensor in vars(layer).values())]
+
+    before = [(tensor.data_ptr(), tensor.shape) for tensor in tensors(cache)]
+    for j in range(15):
+        prior.decode(image[:, j].repeat_interleave(2), cache)
+    assert [(tensor.data_ptr(), tensor.shape) for tensor in tensors(cache)] == before
+    for layer, of_captions in zip(cache.layers, first.layers, strict=True):
+        assert layer.text_k_CHTD is of_captions.text_k_CHTD and len(layer.ring_k_BHSD) == 2 * len(text)
 
 
 def test_one_prefix_serves_many_candidates(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Two captions, three candidates each: every candidate sees its own caption and its own tokens."""
     text, image = batch
-    _, cache = prior.prefill(text[:1])
-    many = [layer.expand(3) for layer in cache]
-    expected = prior.image_logits(text[:1].expand(3, -1), image)[:, 1]
-    torch.testing.assert_close(prior.decode(image[:, 0], 0, many), expected, rtol=1e-5, atol=1e-5)
+    _, cache = prior.prefill(text[:2])
+    cache = cache.expand(3)
+    images = torch.cat([image, image.flip(1)])
+    steps = [prior.decode(images[:, j], cache) for j in range(6)]
+    expected = prior.image_logits(text[:2].repeat_interleave(3, 0), images)[:, 1:7]
+    torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["structured", "math"])
+def test_every_backend_gives_the_same_model(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor], name: str) -> None:
+    text, image = batch
+    expected = prior.image_nll(text, image)
+    assert use_attention(prior, name, torch.device("cpu")) == name
+    assert all(layer.attention.branch.attend is not None for layer in prior.layers)
+    torch.testing.assert_close(prior.image_nll(text, image), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_that_want_columns_first_get_and_give_them(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """The order that FlexAttention wants on CUDA, on any machine: dense attention on transposed states."""
+    text, image = batch
+    expected = prior.image_nll(text, image)
+    column = prior.layers[1].attention.branch
+    assert column.mask.pattern is Pattern.COLUMN
+    order = transpose_grid(torch.arange(CONFIG.n_slots)[None], CONFIG.text_len, CONFIG.grid)[0]
+
+    class ColumnsFirst:
+        columns_first = True
+
+        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=column.mask.dense()[order][:, order])
+
+    column.attend = ColumnsFirst()
+    torch.testing.assert_close(prior.image_nll(text, image), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_wrong_backend_is_found_at_the_start(prior: Prior) -> None:
+    cpu = torch.device("cpu")
+    use_attention(prior, "structured", cpu)
+    verify_attention(prior, torch.float32, cpu)
+    verify_attention(prior, torch.float16, cpu)
+
+    class SeesTheFuture(StructuredAttention):
+        def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    branch = prior.layers[1].attention.branch
+    branch.attend = SeesTheFuture(branch.mask)
+    with pytest.raises(RuntimeError, match="SeesTheFuture, column pattern, torch.float32 on cpu: relative error of out"):
+        verify_attention(prior, torch.float32, cpu)
 
 
 def test_even_window_is_refused() -> None:

@@ -62,7 +62,7 @@ def test_a_picture_does_not_depend_on_its_batch(prior):
 def test_the_prefix_is_computed_once_for_all_candidates(prior, monkeypatch):
     rows = []
     original = Prior.prefill
-    monkeypatch.setattr(Prior, "prefill", lambda self, text: (rows.append(len(text)), original(self, text))[1])
+    monkeypatch.setattr(Prior, "prefill", lambda self, *given: (rows.append(len(given[0])), original(self, *given))[1])
     generate(prior, TEXT[:2], [[1, 2, 3, 4]] * 2)
     assert rows == [2]
 
@@ -78,6 +78,36 @@ def test_given_rows_are_kept_and_the_rest_follows_from_them(prior):
     changed = generate(prior, TEXT, SEEDS, prime_codes_CP=other)
     assert torch.equal(changed[:, :, :8], other[:, None].expand(-1, 3, -1))
     assert not torch.equal(changed[:, :, 8:], free[:, :, 8:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+def test_guidance_moves_logits_from_no_caption_towards_the_caption(prior, guidance):
+    """Every token is the likeliest of u + g (c - u), with c and u from full forward passes."""
+    codes_CN = generate(prior, TEXT, [[1]] * 3, temperature=0, guidance=guidance)[:, 0]
+    with_caption, without = (prior.image_logits(text, codes_CN) for text in (TEXT, torch.full_like(TEXT, -1)))
+    assert torch.equal(codes_CN, (without + guidance * (with_caption - without)).argmax(-1))
+
+
+def test_guidance_with_given_rows_and_several_candidates(prior):
+    given = torch.arange(24).view(3, 8) % 16
+    codes_CKN = generate(prior, TEXT, SEEDS, guidance=2.0, prime_codes_CP=given)
+    assert torch.equal(codes_CKN[:, :, :8], given[:, None].expand(-1, 3, -1))
+    alone = generate(prior, TEXT[1:2], [[SEEDS[1][2]]], guidance=2.0, prime_codes_CP=given[1:2])
+    assert torch.equal(alone[0, 0], codes_CKN[1, 2])
+
+
+def test_nothing_is_left_to_draw_where_all_is_given(prior):
+    given = torch.arange(48).view(3, 16) % 16
+    assert torch.equal(generate(prior, TEXT, SEEDS, prime_codes_CP=given), given[:, None].expand(-1, 3, -1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_step_samples_what_the_cpu_samples(prior):
+    expected = generate(prior, TEXT, SEEDS)
+    assert torch.equal(generate(prior.to("cuda"), TEXT, SEEDS), expected)
+    prior.to("cpu")
 
 
 def test_every_token_is_reported_once(prior):
@@ -119,7 +149,9 @@ def test_limits_keep_the_likeliest():
     ({"temperature": float("nan")}, "temperature nan"),
     ({"top_k": -1}, "top_k -1"),
     ({"top_p": 0.0}, "top_p 0.0"),
-    ({"prime_codes_CP": torch.zeros(3, 17, dtype=torch.int64)}, r"\(3, 17\), expected \(3, 1..16\)"),
+    ({"guidance": -1.0}, "guidance -1.0"),
+    ({"guidance": float("inf")}, "guidance inf"),
+    ({"prime_codes_CP": torch.zeros(3, 17, dtype=torch.int64)}, r"\(3, 17\), expected \(3, 0..16\)"),
 ])  # fmt: skip
 def test_impossible_settings_are_refused(prior, options, message):
     with pytest.raises(ValueError, match=message):
