@@ -76,6 +76,7 @@ def sample(
     temperature: Annotated[float, typer.Option(help="1 as in the paper; lower is plainer; 0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability in sum; 1 keeps all.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance, for priors trained with dropped captions.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Other seeds draw other pictures.")] = 0,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 32,
     data: DataRoot = None,
@@ -98,7 +99,8 @@ def sample(
     if repeat is not None:
         print_summary(repeat_export(export, repeat, out, device=device), json)
         return
-    settings = _checked(SampleSettings, n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch)
+    limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+    settings = _checked(SampleSettings, n=n, seed=seed, batch=batch, **limits)
     options = {"captions": caption or (), "captions_file": captions, "n_held_out": held_out, "data_url": data, "device": device}
     print_summary(sample_export(export, out, settings, **options), json)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.weights import read_weights, write_weights
-from dalle_ds.errors import DataError, FingerprintMismatch
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
@@ -54,6 +54,19 @@ def test_files_and_record(export, tmp_path):
     assert (np.asarray(Image.open(tmp_path / image["file"])) == np.asarray(decoded)).all()
     assert Image.open(tmp_path / "grid.png").width > 3 * 128
     assert len(set(pictures(record, tmp_path).values())) > 1
+
+
+def test_guidance_is_for_priors_that_know_pictures_without_captions(export, copy, tmp_path):
+    with pytest.raises(ConfigError, match="guidance 3 needs a prior .* was trained with data.caption_dropout 0"):
+        sample(export, CAPTIONS, SampleSettings(guidance=3.0), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    edit_config(copy, caption_dropout=0.1)
+    trained = load_export(copy)
+    guided = sample(trained, CAPTIONS, SampleSettings(guidance=3.0), tmp_path / "guided")
+    plain = sample(trained, CAPTIONS, SampleSettings(), tmp_path / "plain")
+    assert pictures(guided, tmp_path / "guided") != pictures(plain, tmp_path / "plain")
+    again = repeat(trained, tmp_path / "guided" / "samples.json", tmp_path / "again")
+    assert pictures(again, tmp_path / "again") == pictures(guided, tmp_path / "guided")
 
 
 def test_pictures_repeat_bit_for_bit_from_their_record(made, export, tmp_path):
