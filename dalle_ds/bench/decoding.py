@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dalle_ds.bench.reference_decoding import DenseDecoder, embed
 from dalle_ds.models.prior import Prior
-from dalle_ds.sampling.generate import pick
+from dalle_ds.sampling.generate import _decoder, pick
 
 
 class Sampler(Protocol):
@@ -44,14 +44,15 @@ class PriorSampler:
 
 
 class OurSampler(PriorSampler):
-    """As `generate` does it."""
+    """As `generate` does it: on a GPU by a recorded graph."""
 
     def go_to(self, position: int) -> None:
         logits_CV, cache = self.prior.prefill(self.text_CT, self.image_CN[:, :position])
-        self.logits_BV, self.cache = logits_CV.repeat_interleave(self.candidates, 0), cache.expand(self.candidates)
+        self.logits_BV = logits_CV.repeat_interleave(self.candidates, 0)
+        self.decode = _decoder(self.prior, cache.expand(self.candidates), len(self.logits_BV))
 
     def step(self) -> None:
-        self.logits_BV = self.prior.decode(self.draw(), self.cache)
+        self.logits_BV = self.decode(self.draw())
 
 
 class DenseSampler(PriorSampler):

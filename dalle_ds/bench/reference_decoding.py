@@ -6,12 +6,12 @@ B batch, L slots, H heads, D head width, C model width, V vocabulary, T text slo
 """
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from dalle_ds.models.attention import SelfAttention
 from dalle_ds.models.prior import Prior
-from dalle_ds.ops.attention import DenseAttention
 
 
 class DenseDecoder:
@@ -22,9 +22,8 @@ class DenseDecoder:
         config, like = prior.config, prior.embed.row
         shape = (len(prior.layers), 2, batch, config.n_heads, config.n_slots, config.d_head)
         self.kv = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        geometry = (config.text_len, config.grid, config.conv_kernel, like.device)
-        patterns = {layer.attention.branch.pattern for layer in prior.layers}
-        self.masks = {pattern: DenseAttention(pattern, *geometry).mask_LL for pattern in patterns}
+        masks = {layer.attention.branch.mask for layer in prior.layers}
+        self.masks = {mask: mask.dense().to(like.device) for mask in masks}
 
     def read(self, x_BLC: Tensor) -> Tensor:
         """The next slots, embedded -> logits (B, V) of the image token after the last of them."""
@@ -41,8 +40,8 @@ class DenseDecoder:
         q, k, v = rearrange(attention.qkv(h_BLC), "b l (three h d) -> three b h l d", three=3, h=attention.n_heads)
         kv[0, :, :, self.length :], kv[1, :, :, self.length :] = k, v
         end = kv.shape[3]
-        mask = self.masks[attention.pattern][self.length : end, :end]
-        out_BHLD = torch.nn.functional.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
+        mask = self.masks[attention.mask][self.length : end, :end]
+        out_BHLD = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
         return attention.project(rearrange(out_BHLD, "b h l d -> b l (h d)"))
 
 

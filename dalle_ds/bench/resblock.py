@@ -16,7 +16,7 @@ from dalle_ds.bench.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.attention import SelfAttention, use_attention
 from dalle_ds.models.prior import Layer, PriorConfig
-from dalle_ds.ops.masks import Pattern, layer_patterns
+from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns
 
 
 def run(settings: ResblockSettings) -> Report:
@@ -26,7 +26,7 @@ def run(settings: ResblockSettings) -> Report:
     with machine_for(settings) as machine:
         report = Report("resblock", machine.name)
         for pattern in progress(sorted(counts), what="resblock", unit="pattern"):
-            seen[pattern], report.notes[f"attention_{pattern}"] = compare(settings, machine, pattern)
+            seen[pattern], report.notes["attention"] = compare(settings, machine, pattern)
     for pattern, turns in seen.items():
         report.add(str(pattern), "dense", turns.seconds("ours"), turns.seconds("dense"), turns.ratio("ours", "dense"))
     report.add("mix", "dense", *mixed(counts, seen, "dense"))
@@ -43,8 +43,8 @@ def compare(settings: ResblockSettings, machine: Machine, pattern: Pattern) -> t
         grid=settings.grid,
         conv_kernel=settings.conv_kernel,
     )
-    geometry = (config.text_len, config.grid, config.conv_kernel)
-    dense = Layer(config, SelfAttention(config.n_heads, config.d_head, pattern, *geometry)).to(machine.device)
+    mask = SparseMask(pattern, config.text_len, config.grid, config.conv_kernel)
+    dense = Layer(config, SelfAttention(config.n_heads, config.d_head, mask)).to(machine.device)
     precision = in_precision(dense, settings.dtype, machine.device)
     ours = deepcopy(dense)
     chosen = use_attention(ours, "auto", machine.device)

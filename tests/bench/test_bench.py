@@ -41,7 +41,7 @@ def type_in(monkeypatch, capsys):
 
 @pytest.mark.parametrize("line, ratios", [
     ("attention", [f"{p}_{mode}_vs_{other}" for p in PATTERNS for mode in MODES for other in ("dense", "causal")]),
-    ("attention --dtype bf16 --backend dense --mix-layers 1", None),
+    ("attention --dtype bf16 --backend structured --mix-layers 1", None),
     ("resblock", [f"{pattern}_vs_dense" for pattern in PATTERNS]),
     ("resblock --dtype fp16", None),
     (f"step {PRIOR} --peak-tflops 0.1 --dtype bf16 --threads 2", ["step_vs_dense"]),
