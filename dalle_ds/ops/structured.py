@@ -112,10 +112,7 @@ class _TwoParts(torch.autograd.Function):
             )
             whole, whole_lse = windows.blocks(out[b]), windows.blocks(lse_BHL[b, ..., None])[..., 0]
             share = torch.sigmoid(local_lse - whole_lse)[..., None]
-            if whole.dtype is torch.float32:
-                whole.lerp_(local, share)
-            else:
-                whole.copy_(torch.lerp(whole.float(), local.float(), share))
+            whole.copy_(torch.lerp(whole.float(), local.float(), share))
             whole_lse.copy_(torch.logaddexp(whole_lse, local_lse))
         ctx.save_for_backward(q, k, v, out, lse_BHL)
         ctx.windows = windows

@@ -114,7 +114,7 @@ def _deepspeed_checkpoint(branch: nn.Module, x: Tensor) -> Tensor:
         (lambda branch, x: checkpoint(branch, x, use_reentrant=True), 1e-6),
         (_deepspeed_checkpoint, 1e-6),
         (_autocast, 2e-2),
-        (lambda branch, x: torch.compile(branch, fullgraph=True, backend="aot_eager")(x), 1e-6),
+        (lambda branch, x: torch.compile(branch, fullgraph=True, backend="aot_eager_decomp_partition")(x), 1e-6),
     ],
     ids=["checkpoint", "reentrant checkpoint", "deepspeed checkpoint", "autocast", "compile"],
 )
