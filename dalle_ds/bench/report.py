@@ -23,7 +23,7 @@ class Report:
     def add(self, what: str, other: str, ours_seconds: float, other_seconds: float, ratio: Ratio) -> None:
         """One comparison: `ratio` is ours against `other`, above 1 is better."""
         self.rows.append((what, other, ours_seconds, other_seconds, ratio))
-        self.seconds[f"{what}_ours"] = ours_seconds
+        self.seconds.setdefault(f"{what}_ours", ours_seconds)  # of the first comparison, where there are several
         self.seconds[f"{what}_{other}"] = other_seconds
 
     def note(self, **facts: Any) -> "Report":
