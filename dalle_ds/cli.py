@@ -51,18 +51,21 @@ def export(
     out: Annotated[str, typer.Option(help="Folder for the export: a path or s3:// url.")],
     tag: Annotated[str | None, typer.Option(help="Checkpoint to take, e.g. update_00000500; unset: the newest.")] = None,
     averaged: Annotated[bool, typer.Option(help="Take the averaged weights, or the last ones.")] = True,
+    max_file_gb: Annotated[float, typer.Option(min=0, help="A model above this becomes several files with an index.")] = 5.0,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint as one folder that samples without deepspeed.
+    """Write a checkpoint as one folder that samples without deepspeed; a few tensors are in memory at a time.
 
     \b
     Examples:
       dalle-ds export --run runs/prior --out runs/export
       dalle-ds export --run runs/prior --out s3://models/dalle --no-averaged --json
+      dalle-ds export --run runs/12b --out /data/export --max-file-gb 2
     """
     from dalle_ds.training.export import export_checkpoint
 
-    print_summary(export_checkpoint(run, out, tag=tag, averaged=averaged), json)
+    max_file_bytes = int(max_file_gb * 10**9)
+    print_summary(export_checkpoint(run, out, tag=tag, averaged=averaged, max_file_bytes=max_file_bytes), json)
 
 
 @app.command()

@@ -65,9 +65,11 @@ def progress(
     initial: int = 0,
     what: str,
     unit: str,
+    unit_scale: bool = False,
     enabled: bool = True,
 ) -> "tqdm[T]":
-    """The one progress bar: rate and ETA on stderr; in a log file a line every ten seconds instead of a redrawn one."""
+    """The one progress bar: rate and ETA on stderr; in a log file a line every ten seconds instead of a redrawn one.
+    With `unit_scale` large counts are shown as k, M, G of the unit."""
     live = sys.stderr.isatty()
     return tqdm(
         iterable,
@@ -75,6 +77,7 @@ def progress(
         initial=initial,
         desc=what,
         unit=unit,
+        unit_scale=unit_scale,
         disable=not enabled,
         file=sys.stderr,
         dynamic_ncols=live,

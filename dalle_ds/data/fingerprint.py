@@ -18,12 +18,31 @@ LENGTH = 20  # hex characters: 80 bits
 
 def fingerprint(config: Mapping[str, Any], arrays: "Mapping[str, torch.Tensor | np.ndarray | bytes] | None" = None) -> str:
     """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter)."""
-    digest = hashlib.sha256(canonical_json(dict(config)).encode())
+    hasher = FingerprintHasher(config)
     for name, array in sorted((arrays or {}).items()):
+        hasher.add(name, array)
+    return hasher.value()
+
+
+class FingerprintHasher:
+    """`fingerprint`, for arrays that are not in memory together: they are added one after another, in the order of names."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._digest = hashlib.sha256(canonical_json(dict(config)).encode())
+        self._last: str | None = None
+
+    def add(self, name: str, array: "torch.Tensor | np.ndarray | bytes") -> None:
+        """Raises ValueError for a name that does not come after the last one."""
+        if self._last is not None and name <= self._last:
+            raise ValueError(f"{name} was added after {self._last}, expected ascending names")
+        self._last = name
         dtype, shape, data = _content(array)
-        digest.update(f"\n{name}\0{dtype}\0{shape}\0".encode())
-        digest.update(data)
-    return digest.hexdigest()[:LENGTH]
+        self._digest.update(f"\n{name}\0{dtype}\0{shape}\0".encode())
+        self._digest.update(data)
+
+    def value(self) -> str:
+        """The fingerprint of what was added so far."""
+        return self._digest.hexdigest()[:LENGTH]
 
 
 def require_same(what: str, expected: str, found: str, hint: str = "") -> None:

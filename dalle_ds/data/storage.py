@@ -32,6 +32,7 @@ T = TypeVar("T")
 DEFAULT_RETRY_SECONDS = 120.0
 PERMANENT_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: two conditional writes met; the loser must ask again
+RANGE_BYTES = 64 << 20  # of one GET where a large range is read: what is held beside its target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +98,27 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise DataError(f"{url}: holds {len(data)} bytes at offset {offset}, expected {length}; the object is cut short")
     return data
+
+
+def read_into(url: str | Path, offset: int, target: memoryview) -> None:
+    """Fill `target` with the object's bytes from `offset`, by ranged GETs of RANGE_BYTES on object storage.
+
+    Raises:
+        DataError: the object ends before `target` is full.
+    """
+    path = local_path(url)
+    if path is None:
+        for start in range(0, len(target), RANGE_BYTES):
+            part = target[start : start + RANGE_BYTES]
+            part[:] = read_range(url, offset + start, len(part))
+        return
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while target:
+            n = file.readinto(target)
+            if not n:
+                raise DataError(f"{url}: {len(target)} bytes are missing at its end; the file is cut short")
+            target = target[n:]
 
 
 @contextmanager
@@ -204,6 +226,22 @@ def put_file(local: str | Path, url: str | Path) -> None:
         return
     with _temporary_beside(path) as temporary:
         shutil.copyfile(local, temporary)
+        _sync(temporary)
+        temporary.replace(path)
+
+
+@contextmanager
+def written_aside(url: str | Path) -> Iterator[Path]:
+    """A local file to write to; what it holds at the end of the block becomes the object, atomically. Errors leave nothing."""
+    path = local_path(url)
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
+            spool = Path(folder) / "spool"
+            yield spool
+            put_file(spool, url)
+        return
+    with _temporary_beside(path) as temporary:  # on the same disk: large files are not copied again
+        yield temporary
         _sync(temporary)
         temporary.replace(path)
 

@@ -77,9 +77,10 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
 
     tokenizer = CaptionTokenizer(storage.join(url, "tokenizer.model"))
     require_same(f"tokenizer of export {url}", info["tokenizer"], tokenizer.fingerprint, "Export the checkpoint again.")
-    dvae_weights = read_weights(storage.join(url, "dvae.safetensors"), "dvae")
+    dvae_weights = read_weights(storage.join(url, "dvae.safetensors"), "dvae", device)
     require_same(f"dVAE of export {url}", info["dvae"], dvae_weights.fingerprint, "Export the checkpoint again.")
-    weights = read_weights(storage.join(url, "model.safetensors"), "prior")
+    # straight to the device: the host holds one tensor of it at a time, and the model takes these very tensors
+    weights = read_weights(storage.join(url, "model.safetensors"), "prior", device)
     require_same(f"prior of export {url}", info["fingerprint"], weights.fingerprint, "Export the checkpoint again.")
 
     config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)

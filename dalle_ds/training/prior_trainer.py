@@ -31,6 +31,7 @@ from dalle_ds.training.charts import gradient_scales, position_heatmap
 from dalle_ds.training.checkpoint import CheckpointStore
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
+from dalle_ds.training.parity import PARITY_FILE
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_state import RunIdentity, TrainState, load_average, save_average
 from dalle_ds.training.tracking import NullTracker, Tracker
@@ -38,7 +39,6 @@ from dalle_ds.training.tracking import NullTracker, Tracker
 log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
-PARITY_FILE = "parity.safetensors"
 PARITY_SAMPLES = 4
 
 

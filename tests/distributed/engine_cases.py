@@ -12,7 +12,6 @@ from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.parallel.consolidate import whole_parameter
 from dalle_ds.parallel.engine import IMAGE_WEIGHT, TEXT_WEIGHT, OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -157,7 +156,8 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
         parts = ranks.gather_objects(average.averages)
         if ranks.is_main:
             plain = Prior(CONFIG)
-            wholes = {n: whole_parameter([part[n] for part in parts], p.shape) for n, p in plain.named_parameters()}
+            flat = {n: torch.cat([part[n].flatten() for part in parts]) for n in parts[0]}
+            wholes = {n: flat[n][: p.numel()].view(p.shape) for n, p in plain.named_parameters()}
             plain.load_state_dict(wholes)
             nll = plain(*global_batch(9))
             expected = [(nll.text_sum / nll.n_text).item(), (nll.image_sum / nll.n_image).item()]

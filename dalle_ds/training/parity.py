@@ -1,0 +1,93 @@
+"""Proof that written weights give the engine's losses, with one tensor of the model in memory at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dalle_ds.data.stored_tensors import StoredTensor
+from dalle_ds.errors import DataError
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.precision.half import use_fp16_branches
+
+PARITY_FILE = "parity.safetensors"
+"""In a checkpoint: a few samples, and the losses that the engine gave them with the averaged weights."""
+
+MAX_NLL_DIFFERENCE = 1e-3
+"""Nats a token by which export and engine may differ on one token: fp16 rounding in another order of summation."""
+
+
+@torch.no_grad()
+def prove_parity(
+    checkpoint: Path, config: PriorConfig, tensors: Mapping[str, StoredTensor], *, fp16_branches: bool,
+    read: Callable[[int], object] = lambda n: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Score the batch that the engine scored when it saved, with the weights as they were written.
+
+    Args:
+        tensors: where the weights lie; all are read once in fp32, and once more if the engine's branches were fp16.
+        read: called with the bytes of each tensor that was read.
+
+    Raises:
+        DataError: the losses are not the engine's.
+    """
+    saved = load_file(checkpoint / PARITY_FILE)
+
+    def image_nll(fp16: bool) -> Tensor:
+        with torch.device("meta"):
+            prior = Prior(config)
+        if fp16:
+            use_fp16_branches(prior)
+        with weights_from_files(prior, tensors, fp16, read):
+            return prior.image_nll(saved["text"], saved["image"])
+
+    fp32_BN = image_nll(fp16=False)
+    same_format_BN = image_nll(fp16=True) if fp16_branches else fp32_BN
+    difference = (same_format_BN - saved["image_nll"]).abs().max().item()
+    if not difference <= MAX_NLL_DIFFERENCE:
+        raise DataError(
+            f"export of {checkpoint} differs from the engine by {difference:.2e} nats on a token, "
+            f"expected at most {MAX_NLL_DIFFERENCE:.0e}"
+        )
+    return {
+        "samples": len(fp32_BN), "tokens": fp32_BN.numel(), "engine_mean_image_nll": saved["image_nll"].mean().item(),
+        "max_difference_same_format": difference, "max_difference_fp32": (fp32_BN - saved["image_nll"]).abs().max().item(),
+    }  # fmt: skip
+
+
+@contextmanager
+def weights_from_files(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], fp16_branches: bool = False,
+    read: Callable[[int], object] = lambda n: None,
+) -> Iterator[None]:  # fmt: skip
+    """While the context lasts, each module of a model on the meta device reads its parameters when it is called, and drops them
+    when it is done. Parameters must be used where their module is called, which ZeRO-3 asks for too."""
+    handles = []
+    for path, module in model.named_modules():
+        names = {name: f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
+        if not names:
+            continue
+
+        def load(module: nn.Module, _inputs: object, names: Mapping[str, str] = names) -> None:
+            for name, key in names.items():
+                value = tensors[key].read()
+                read(tensors[key].nbytes)
+                if fp16_branches and isinstance(module, BranchLinear) and name == "weight":
+                    value = value.half()  # what the branch does at once; here the fp32 original goes first
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+        def drop(module: nn.Module, _inputs: object, _output: object, names: Mapping[str, str] = names) -> None:
+            for name in names:
+                setattr(module, name, nn.Parameter(module.get_parameter(name).to("meta"), requires_grad=False))
+
+        handles += [module.register_forward_pre_hook(load), module.register_forward_hook(drop, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
