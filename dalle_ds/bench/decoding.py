@@ -4,6 +4,8 @@ C captions, K candidates of each, B = C * K pictures, P image tokens read before
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from typing import Protocol
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from dalle_ds.bench.reference_decoding import DenseDecoder, embed
 from dalle_ds.models.prior import Prior
-from dalle_ds.sampling.generate import _decoder, pick
+from dalle_ds.sampling.generate import decoder, pick
 
 
 class Sampler(Protocol):
@@ -44,12 +46,17 @@ class PriorSampler:
 
 
 class OurSampler(PriorSampler):
-    """As `generate` does it: on a GPU by a recorded graph."""
+    """As `generate` does it: on a GPU by a recorded graph, on CPUs with packed weights, which the other sides must not get."""
+
+    def __init__(self, prior: Prior, captions: int, candidates: int) -> None:
+        super().__init__(deepcopy(prior), captions, candidates)
+        self._decoder = ExitStack()
 
     def go_to(self, position: int) -> None:
         logits_CV, cache = self.prior.prefill(self.text_CT, self.image_CN[:, :position])
         self.logits_BV = logits_CV.repeat_interleave(self.candidates, 0)
-        self.decode = _decoder(self.prior, cache.expand(self.candidates), len(self.logits_BV))
+        self._decoder.close()
+        self.decode = self._decoder.enter_context(decoder(self.prior, cache.expand(self.candidates), len(self.logits_BV)))
 
     def step(self) -> None:
         self.logits_BV = self.decode(self.draw())

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle_ds.models.attention import LayerCache, SelfAttention
-from dalle_ds.models.resblock import MLP, ResBlock
+from dalle_ds.models.resblock import MLP, Linear, ResBlock
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
 from dalle_ds.ops.masks import SparseMask, layer_patterns
 from dalle_ds.recipes import Config
@@ -112,7 +111,7 @@ class SlotEmbedding(nn.Module):
         return self.row[cells_n // self.config.grid] + self.column[cells_n % self.config.grid]
 
 
-class Unembedding(nn.Linear):
+class Unembedding(Linear):
     """Scores of one modality's tokens, fp32 whatever the caller's autocast; `ignore_index` marks targets that are none.
 
     Losses are made in here, not from its logits: all logits of a batch never exist at once. And parameters are read where the
@@ -127,7 +126,7 @@ class Unembedding(nn.Linear):
         """-> logits (B, L, V), or given targets the sum of their losses in nats, or with `per_token` each of them (B, L)."""
         if targets_BL is None:
             with torch.autocast(x_BLD.device.type, enabled=False):
-                return F.linear(x_BLD.float(), self.weight.float(), self.bias.float())
+                return self.matmul(x_BLD.float(), self.weight.float(), self.bias.float())
         rows = x_BLD.flatten(0, -2), self.weight, self.bias, targets_BL.flatten(), self.ignore_index
         return linear_nll(*rows).view_as(targets_BL) if per_token else linear_cross_entropy(*rows)
 

@@ -28,16 +28,17 @@ class Numerics:
         return y_BLD
 
 
-class BranchLinear(nn.Linear):
-    """A linear layer inside a residual branch: the matrices that the paper keeps in 16 bits.
-
-    `matmul(x, weight, bias)` can be replaced from outside, as the edges of the block can.
-    """
+class Linear(nn.Linear):
+    """A linear layer whose product `matmul(x, weight, bias)` can be replaced from outside, as the edges of a block can."""
 
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.weight, self.bias)
+
+
+class BranchLinear(Linear):
+    """A linear layer inside a residual branch: the matrices that the paper keeps in 16 bits."""
 
 
 class ResBlock(nn.Module):

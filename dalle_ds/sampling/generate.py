@@ -3,12 +3,15 @@
 C captions, K candidates a caption, B = C * K pictures, T text slots, N image tokens, P given (prime) tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dalle_ds.models.prior import PAD, DecodingCache, Prior
+from dalle_ds.models.resblock import Linear
+from dalle_ds.ops.packed import packed_linear
 
 
 @torch.inference_mode()
@@ -63,14 +66,14 @@ def generate(
             text_CT, prime_CP = torch.cat([text_CT, torch.full_like(text_CT, PAD)]), prime_CP.repeat(2, 1)
         logits_CV, cache = prior.prefill(text_CT, prime_CP)
         logits_BV, cache = logits_CV.repeat_interleave(n_candidates, 0), cache.expand(n_candidates)
-        decode = _decoder(prior, cache, len(logits_BV))
-        for j in range(n_given, n_image):
-            logits_BV = _guide(logits_BV, guidance) if guided else logits_BV
-            codes_BN[:, j] = pick(logits_BV, draws_BN[:, j], temperature, top_k, top_p)
-            if on_token is not None:
-                on_token(j, codes_BN)
-            if j + 1 < n_image:
-                logits_BV = decode(codes_BN[:, j].repeat(2 if guided else 1))
+        with decoder(prior, cache, len(logits_BV)) as decode:
+            for j in range(n_given, n_image):
+                logits_BV = _guide(logits_BV, guidance) if guided else logits_BV
+                codes_BN[:, j] = pick(logits_BV, draws_BN[:, j], temperature, top_k, top_p)
+                if on_token is not None:
+                    on_token(j, codes_BN)
+                if j + 1 < n_image:
+                    logits_BV = decode(codes_BN[:, j].repeat(2 if guided else 1))
     return codes_BN.cpu().unflatten(0, (n_captions, n_candidates))
 
 
@@ -80,12 +83,31 @@ def _guide(logits_BV: Tensor, guidance: float) -> Tensor:
     return torch.lerp(without, with_caption, guidance)
 
 
-def _decoder(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tensor], Tensor]:
-    """`prior.decode` on `cache`; on CUDA one recorded graph, replayed for every token: its many small kernels would wait for
-    Python otherwise. The logits are then the same tensor each time, overwritten by the next call.
+@contextmanager
+def decoder(prior: Prior, cache: DecodingCache, batch: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """`prior.decode` on `cache`, quick for many tokens of `batch` pictures: on CUDA a recorded graph, on CPUs packed weights
+    (a second copy of them, while the context lasts). Logits may be the same tensor each time, overwritten by the next call.
     """
-    if cache.slot_1.device.type != "cuda":
-        return lambda token_B: prior.decode(token_B, cache)
+    if cache.slot_1.device.type == "cuda":
+        yield _recorded(prior, cache, batch)
+        return
+    packed = []
+    for module in prior.modules():
+        # a product that somebody has replaced already, by a 16-bit one say, stays as it is
+        if isinstance(module, Linear) and module.matmul is Linear.matmul:
+            matmul = packed_linear(module.weight, batch)
+            if matmul is not None:
+                module.matmul = matmul
+                packed.append(module)
+    try:
+        yield lambda token_B: prior.decode(token_B, cache)
+    finally:
+        for module in packed:
+            del module.matmul  # back to the class's own
+
+
+def _recorded(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tensor], Tensor]:
+    """One step as a CUDA graph, replayed for every token: its many small kernels would wait for Python otherwise."""
     token_B = torch.zeros(batch, dtype=torch.int64, device=cache.slot_1.device)
     slot = int(cache.slot_1)
     warm_up = torch.cuda.Stream()

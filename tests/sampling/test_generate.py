@@ -1,10 +1,14 @@
 """Drawing tokens: against a full forward pass, against the softmax, and independent of what is drawn beside."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
-from dalle_ds.sampling.generate import generate, pick
+from dalle_ds.models.resblock import Linear
+from dalle_ds.precision.half import use_fp16_branches
+from dalle_ds.sampling.generate import decoder, generate, pick
 from dalle_ds.sampling.likelihood import image_losses
 
 
@@ -95,6 +99,28 @@ def test_guidance_with_given_rows_and_several_candidates(prior):
     assert torch.equal(codes_CKN[:, :, :8], given[:, None].expand(-1, 3, -1))
     alone = generate(prior, TEXT[1:2], [[SEEDS[1][2]]], guidance=2.0, prime_codes_CP=given[1:2])
     assert torch.equal(alone[0, 0], codes_CKN[1, 2])
+
+
+@torch.no_grad()
+def test_packed_weights_are_used_while_decoding_and_not_after(prior):
+    text, codes = TEXT[:1], torch.arange(16)[None] % 16
+    _, cache = prior.prefill(text, codes[:, :3])
+    plain = [prior.decode(codes[:, j], cache) for j in (3, 4, 5)]
+    _, cache = prior.prefill(text, codes[:, :3])
+    with decoder(prior, cache, batch=1) as decode:
+        assert prior.heads.image.matmul is not Linear.matmul and prior.layers[0].mlp.branch.expand.matmul is not Linear.matmul
+        packed = [decode(codes[:, j]) for j in (3, 4, 5)]
+    assert all(module.matmul is Linear.matmul for module in prior.modules() if isinstance(module, Linear))
+    torch.testing.assert_close(torch.stack(packed), torch.stack(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_16_bit_products_are_not_replaced_by_packed_ones(prior):
+    fp16 = deepcopy(prior)
+    use_fp16_branches(fp16)
+    before = fp16.layers[0].mlp.branch.expand.matmul
+    with decoder(fp16, fp16.prefill(TEXT)[1], batch=3):
+        assert fp16.layers[0].mlp.branch.expand.matmul == before
+    assert fp16.layers[0].mlp.branch.expand.matmul == before
 
 
 def test_nothing_is_left_to_draw_where_all_is_given(prior):
