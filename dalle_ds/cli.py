@@ -142,18 +142,20 @@ def plan(
     global_batch: Annotated[int, typer.Option(help="The paper's is 1024.")] = 1024,
     tflops: Annotated[float, typer.Option(help="16-bit peak of one GPU: A100 312, H100 989, V100 125.")] = 312.0,
     mfu: Annotated[float, typer.Option(help="Share of the peak that useful arithmetic reaches.")] = 0.35,
+    moments: Annotated[str, typer.Option(help="Of AdamW: fp32 or low_bit, as the recipe's optimizer.moments.")] = "fp32",
     price: Annotated[float | None, typer.Option(help="Of a GPU hour, for the cost.")] = None,
     json: Json = False,
 ) -> None:
     """Memory, time and cost of training a prior, on paper: computed estimates, nothing is measured.
 
-    State: 16 bytes a parameter under ZeRO-3 (fp32 weight, gradient, two moments). Time: 3 x forward arithmetic (sparse
-    attention counted by reachable keys) at the given share of the peak. Activations: every layer recomputed, fused attention.
+    State: fp32 weight, gradient and two moments under ZeRO-3: 16 bytes a parameter, with --moments low_bit 12 for most. Time:
+    3 x forward arithmetic (sparse attention counted by reachable keys) at the given share of the peak. Activations: every
+    layer recomputed, fused attention.
 
     \b
     Examples:
       dalle-ds plan --preset 12b --gpus 1024
-      dalle-ds plan --preset 12b --gpus 256 --shard-gpus 8 --tflops 989 --mfu 0.4 --price 2.5 --json
+      dalle-ds plan --preset 12b --gpus 256 --shard-gpus 8 --moments low_bit --tflops 989 --mfu 0.4 --price 2.5 --json
     """
     from dalle_ds.models.presets import PRESETS
     from dalle_ds.training.plan import PlanSettings
@@ -168,7 +170,7 @@ def plan(
         "updates": updates,
         "global_batch": global_batch,
     }
-    settings = _checked(PlanSettings, **sizes, tflops=tflops, mfu=mfu, price=price)
+    settings = _checked(PlanSettings, **sizes, tflops=tflops, mfu=mfu, moments=moments, price=price)
     print_summary({"preset": preset, **compute(PRESETS[preset], settings)}, json)
 
 

@@ -1,8 +1,8 @@
-"""Which parameters decay: chosen by name pattern, first match wins."""
+"""Parameter groups: what decays and what keeps moments of 16 bits, chosen by name pattern, first match wins."""
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,20 +15,44 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r".", True),
 )
 
+# The paper lists gains, biases, embeddings and unembeddings as 32-bit, moments included (appendix D). What is left are the four
+# matrices of attention and the two of the MLP.
+LOW_BIT_RULES: tuple[tuple[str, bool], ...] = (
+    (r"bias$", False),
+    (r"norm\.", False),
+    (r"^layers\.", True),
+    (r".", False),
+)
 
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW parameter groups, decayed first; an empty one is left out."""
-    groups: dict[bool, dict[str, Any]] = {
-        True: {"params": [], "names": [], "weight_decay": weight_decay},
-        False: {"params": [], "names": [], "weight_decay": 0.0},
-    }
+
+def decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, moments: Literal["fp32", "low_bit"] = "fp32"
+) -> list[dict[str, Any]]:
+    """AdamW parameter groups, decayed first; empty ones are left out.
+
+    With moments "low_bit" each group has the option `moments` of `LowBitAdamW`, and there are up to three: decayed matrices
+    with low-bit moments, decayed unembeddings with fp32 ones, and the rest.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in named_parameters:
-        decays = next(decays for pattern, decays in DECAY_RULES if re.search(pattern, name))
-        groups[decays]["params"].append(parameter)
-        groups[decays]["names"].append(name)
-    return [group for group in groups.values() if group["params"]]
+        decays, low_bit = _first_match(DECAY_RULES, name), moments == "low_bit" and _first_match(LOW_BIT_RULES, name)
+        if (decays, low_bit) not in groups:
+            groups[decays, low_bit] = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0}
+            if moments == "low_bit":
+                groups[decays, low_bit]["moments"] = "low_bit" if low_bit else "fp32"
+        groups[decays, low_bit]["params"].append(parameter)
+        groups[decays, low_bit]["names"].append(name)
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """One line a group for the log at start-up."""
-    return "; ".join(f"weight decay {g['weight_decay']:g}: {len(g['names'])} tensors, e.g. {g['names'][0]}" for g in groups)
+    return "; ".join(
+        f"weight decay {g['weight_decay']:g}, moments {g.get('moments', 'fp32')}: {len(g['names'])} tensors, "
+        f"e.g. {g['names'][0]}"
+        for g in groups
+    )
+
+
+def _first_match(rules: tuple[tuple[str, bool], ...], name: str) -> bool:
+    return next(answer for pattern, answer in rules if re.search(pattern, name))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dalle_ds.models.prior import NLL, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.ranks import Ranks
@@ -29,12 +30,13 @@ TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW as torch takes it."""
+    """AdamW as torch takes it, and the format of its moments: "low_bit" is `LowBitAdamW`, which also clips the variance."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    moments: Moments = "fp32"
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,15 @@ class PriorEngine:
                 if isinstance(module, BranchLinear):
                     # gathered as fp16, what the branch rounds it to anyway: half the traffic, the same numbers
                     module.weight.comm_dtype = torch.float16
-        groups = decay_groups(model.named_parameters(), optimizer.weight_decay)
+        groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments)
         self.groups_description = describe_groups(groups)
         for group in groups:
             del group["names"]
-        torch_optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        torch_optimizer: torch.optim.Optimizer
+        if optimizer.moments == "low_bit":
+            torch_optimizer = LowBitAdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
+        else:
+            torch_optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self._engine, *_ = deepspeed.initialize(model=model, config=engine_config.json, optimizer=torch_optimizer)
         self._torch_optimizer = torch_optimizer
 
@@ -157,6 +163,15 @@ class PriorEngine:
         """(B, N) nats of each image token of one batch, the same on every rank. All ranks must call it together."""
         with _evaluating(self._engine):
             return self._engine(text_BT.to(self.ranks.device), image_BN.to(self.ranks.device), per_token=True).cpu()
+
+    def optimizer_bytes_per_parameter(self) -> float:
+        """Bytes of moments for one parameter of the model, counted over the tensors of all ranks, ZeRO's padding included.
+
+        0 before the first step that was taken: only then are there moments. All ranks call it together.
+        """
+        n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        total = torch.tensor(float(moment_bytes(self._torch_optimizer)), dtype=torch.float64, device=self.ranks.device)
+        return float(self.ranks.sum(total)) / n_parameters
 
     # ---- this rank's part of every parameter ----------------------------------------------------------------------------
 

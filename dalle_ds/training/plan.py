@@ -1,6 +1,6 @@
 """What a run of the prior would take, on paper: memory, time and cost, computed and nothing measured."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -9,11 +9,12 @@ from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
 from dalle_ds.ops.masks import SparseMask, layer_patterns
+from dalle_ds.optim.groups import decay_groups
 from dalle_ds.recipes import Config
 
 PAPER_UPDATES, PAPER_BATCH = 430_000, 1024
-STATE_BYTES = 16  # a parameter: fp32 weight, fp32 gradient, two fp32 moments
-CHECKPOINT_BYTES = 16  # fp32 weight, two moments, averaged weight
+STATE_BYTES = 8  # a parameter: fp32 weight, fp32 gradient; its moments come on top
+CHECKPOINT_BYTES = 8  # fp32 weight, averaged weight; likewise
 
 
 class PlanSettings(Config):
@@ -26,6 +27,7 @@ class PlanSettings(Config):
     global_batch: int = Field(PAPER_BATCH, ge=1)
     tflops: float = Field(312.0, gt=0, description="16-bit peak of one GPU (A100: 312, H100: 989, V100: 125)")
     mfu: float = Field(0.35, gt=0, le=1, description="share of the peak that useful arithmetic reaches")
+    moments: Literal["fp32", "low_bit"] = Field("fp32", description="the recipe's optimizer.moments")
     price: float | None = Field(None, ge=0, description="a GPU hour, any currency")
 
 
@@ -38,7 +40,8 @@ def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
     train_flops = 3 * forward  # one forward, twice as much backward; recomputation is not useful arithmetic
     tokens = settings.updates * settings.global_batch * config.n_slots
     seconds = settings.updates * settings.global_batch * train_flops / (settings.gpus * settings.tflops * 1e12 * settings.mfu)
-    state, activations = n_parameters * STATE_BYTES / shard_gpus, activation_bytes(config, settings.micro_batch)
+    moments = moment_bytes_per_parameter(config, settings.moments)
+    state, activations = n_parameters * (STATE_BYTES + moments) / shard_gpus, activation_bytes(config, settings.micro_batch)
     gathered = gathered_bytes(config)
     summary: dict[str, Any] = {
         "note": "computed estimates, nothing was measured",
@@ -52,11 +55,12 @@ def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
         "flops_per_token_forward": forward / config.n_slots,
         "flops_per_token_train": train_flops / config.n_slots,
         "flops_per_update": train_flops * settings.global_batch,
+        "optimizer_bytes_per_parameter": moments,
         "state_gib_per_gpu": state / 2**30,
         "gathered_layers_gib_estimate": gathered / 2**30,
         "activations_gib_estimate": activations / 2**30,
         "memory_gib_per_gpu_estimate": (state + gathered + activations) / 2**30,
-        "checkpoint_gib": n_parameters * CHECKPOINT_BYTES / 2**30,
+        "checkpoint_gib": n_parameters * (CHECKPOINT_BYTES + moments) / 2**30,
         "export_gib": n_parameters * 4 / 2**30,
         "averaged_weights_cpu_gib_per_gpu": n_parameters * 4 / shard_gpus / 2**30,
         "gpus": settings.gpus,
@@ -82,6 +86,14 @@ def count_parameters(config: PriorConfig) -> tuple[int, int, int]:
     n_embedding = sum(parameter.numel() for module in (prior.embed, prior.heads) for parameter in module.parameters())
     n_effective = effective_parameters(config)
     return n_effective, n_embedding, n_all - n_embedding - n_effective
+
+
+def moment_bytes_per_parameter(config: PriorConfig, moments: Literal["fp32", "low_bit"]) -> float:
+    """Mean over all parameters of what their two moments take."""
+    with torch.device("meta"):
+        groups = decay_groups(Prior(config).named_parameters(), 1.0, moments)
+    counted = [(sum(p.numel() for p in group["params"]), 4 if group.get("moments") == "low_bit" else 8) for group in groups]
+    return sum(n * size for n, size in counted) / sum(n for n, _ in counted)
 
 
 def forward_flops(config: PriorConfig) -> float:

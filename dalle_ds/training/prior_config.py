@@ -58,6 +58,10 @@ class OptimizerSection(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(4.5e-2, ge=0)
     clip: float = Field(4.0, gt=0, description="global gradient norm")
+    moments: Literal["fp32", "low_bit"] = Field(
+        "fp32",
+        description="low_bit: of the layers' matrices 16 bits each (1-6-9, 0-6-10), variance clipped at 5, as the paper has it",
+    )
 
 
 class CheckpointSection(Config):

@@ -85,6 +85,7 @@ class _Trainer:
         self.newest = self.checkpoints.newest(ranks)
         if self.newest is not None:
             self.identity.require_same(self.newest[1]["about"], self.newest[0])
+            self._require_same_moments(*self.newest)
         self.n_parameters = _count_parameters(self.model_config)
 
     @property
@@ -128,7 +129,9 @@ class _Trainer:
         settings = run.optimizer
         self.engine = PriorEngine(
             self.model_config, self.engine_config,
-            OptimizerSettings(run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay),
+            OptimizerSettings(
+                run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay, settings.moments
+            ),
             ranks, run.seed,
         )  # fmt: skip
         self.attention = use_attention(self.engine.module, run.attention, ranks.device)
@@ -139,6 +142,7 @@ class _Trainer:
         if found is not None:
             self._restore(found[0])
         self.tracker = self._start_tracking() if ranks.is_main else NullTracker()
+        self.optimizer_bytes = 0.0
         self.scale_history: list[tuple[int, list[float]]] = []
         self.last_validation: dict[str, float] = {}
 
@@ -162,6 +166,8 @@ class _Trainer:
                     state.update += 1
                     state.seconds = before + time.monotonic() - began
                     if report.took_step:
+                        if not self.optimizer_bytes:
+                            self._report_optimizer_bytes()
                         if state.update % run.average.every == 0:
                             self.average.update(self.engine.shards())
                     else:
@@ -213,6 +219,13 @@ class _Trainer:
             f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
         )
 
+    def _report_optimizer_bytes(self) -> None:
+        """After a step: counted over real tensors, which the optimizer makes in its first one."""
+        self.optimizer_bytes = self.engine.optimizer_bytes_per_parameter()
+        self.tracker.params({"optimizer_bytes_per_parameter": round(self.optimizer_bytes, 4)})
+        if self.ranks.is_main:
+            log.info("%s moments: %.2f bytes a parameter", self.recipe.optimizer.moments, self.optimizer_bytes)
+
     def _validate(self) -> None:
         """Held-out losses of the averaged weights, and a map of the image loss by grid position."""
         with self._averaged():
@@ -254,7 +267,7 @@ class _Trainer:
         about = {
             **asdict(self.identity), "dataset": self.recipe.data.dataset, "dvae": self.dataset.info.dvae,
             "tokenizer": self.dataset.info.tokenizer, "caption_dropout": self.recipe.data.caption_dropout,
-            "fp16_branches": self.engine.scaler is not None,
+            "fp16_branches": self.engine.scaler is not None, "moments": self.recipe.optimizer.moments,
             "mlflow": {"uri": run.uri, "run_id": run.run_id} if run is not None else None,
         }  # fmt: skip
         path = self.checkpoints.save(self.state.update, write, about, self.ranks)
@@ -266,6 +279,11 @@ class _Trainer:
             raise ConfigError(
                 f"{checkpoint} is of {commit['world_size']} ranks, this job has {self.ranks.world_size}: start it with as many"
             )
+
+    def _require_same_moments(self, checkpoint: Path, commit: dict[str, Any]) -> None:
+        saved, ours = commit["about"].get("moments", "fp32"), self.recipe.optimizer.moments
+        if saved != ours:
+            raise ConfigError(f"{checkpoint} has {saved} moments, but the recipe's optimizer.moments is {ours}: set {saved}")
 
     def _restore(self, checkpoint: Path) -> None:
         client_state = self.engine.load(checkpoint)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dalle_ds.parallel.recompute import recompute_layers
 
 CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, text_vocab=40, image_vocab=32, conv_kernel=3)
 ADAMW = OptimizerSettings(lr=3e-3, betas=(0.9, 0.96), eps=1e-8, weight_decay=0.045)
+LOW_BIT = replace(ADAMW, moments="low_bit")
 UPDATES, GLOBAL_BATCH, CLIP = 5, 8, 0.5  # the norm starts near 1, so clipping is at work
 KEPT = (8, 4, 0, 1, 8)  # captions kept at each update where some are dropped: none on rank 1, none at all, ...
 
@@ -65,14 +67,18 @@ def make_engine(
     accumulation: int = 1,
     threshold: int = 0,
     stage: int = 3,
+    adamw: OptimizerSettings = ADAMW,
+    offload: bool = False,
     **more: Any,
 ) -> PriorEngine:
     path = folder / f"ds-{ranks.rank}.json"
     zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": threshold}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     path.write_text(json.dumps({"zero_optimization": zero, **({"fp16": fp16} if fp16 else {}), **more}))
     micro = GLOBAL_BATCH // ranks.world_size // accumulation
     return PriorEngine(
-        CONFIG, load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP), ADAMW, ranks, seed=0
+        CONFIG, load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP), adamw, ranks, seed=0
     )
 
 
@@ -141,6 +147,27 @@ def save_and_load(folder: Path, ranks: Ranks) -> dict[str, Any]:
             "scales_end_equal": second.scaler.state_dict() == first.scaler.state_dict()}  # fmt: skip
 
 
+def low_bit_moments(folder: Path, ranks: Ranks, name: str, **how: Any) -> dict[str, Any]:
+    """A run with 16-bit moments; then a checkpoint of it, and how its engine and a new one go on from there."""
+    first = make_engine(folder, ranks, None, adamw=LOW_BIT, **how)
+    bytes_before = first.optimizer_bytes_per_parameter()
+    losses = []
+    for update in range(UPDATES):
+        report = first.update(micro_batches(update, ranks, 1), ADAMW.lr)
+        losses.append([report.text_loss, report.image_loss, report.grad_norm])
+    n_bytes = first.optimizer_bytes_per_parameter()
+    checkpoint = folder / name
+    checkpoint.mkdir(exist_ok=True)
+    first.save(checkpoint, {})
+    ranks.barrier()
+    expected = [first.update(micro_batches(u, ranks, 1), ADAMW.lr).loss for u in range(UPDATES, UPDATES + 3)]
+    second = make_engine(folder, ranks, None, adamw=LOW_BIT, **how)
+    second.load(checkpoint)
+    found = [second.update(micro_batches(u, ranks, 1), ADAMW.lr).loss for u in range(UPDATES, UPDATES + 3)]
+    return {"losses": losses, "bytes_before": bytes_before, "bytes": n_bytes, "expected": expected, "found": found,
+            "bytes_after_load": second.optimizer_bytes_per_parameter()}  # fmt: skip
+
+
 def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Evaluate with averaged weights; small parameters stay whole on every rank (threshold), as in real configurations."""
     engine = make_engine(folder, ranks, None, threshold=1000)
@@ -192,6 +219,9 @@ def main(folder: Path) -> None:
         "inf": inf_in_one_block(folder, ranks),
         "checkpoint": save_and_load(folder, ranks),
         "averaging": averaging(folder, ranks),
+        "low_bit": low_bit_moments(folder, ranks, "low_bit"),
+        "low_bit_offloaded": low_bit_moments(folder, ranks, "low_bit_offloaded", offload=True),
+        "low_bit_bf16_zero2": low_bit_moments(folder, ranks, "low_bit_zero2", stage=2, bf16={"enabled": True}),
     }
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(results))
     if ranks.is_main:

@@ -83,3 +83,22 @@ def test_averaged_weights_are_evaluated_and_taken_back(outcome: dict[str, Any]) 
     assert case["averaged"] == pytest.approx(case["expected"], rel=2e-5)
     assert case["averaged"] != case["before"]
     assert case["after"] == case["before"]
+
+
+@pytest.mark.parametrize(("case", "tolerance"), [("low_bit", 5e-3), ("low_bit_offloaded", 5e-3), ("low_bit_bf16_zero2", 5e-2)])
+def test_low_bit_moments_follow_fp32_ones_and_resume_to_the_last_digit(
+    outcome: dict[str, Any], case: str, tolerance: float
+) -> None:
+    found = outcome["rank0"][case]
+    assert found == outcome["rank1"][case]
+    assert_close(found["losses"], outcome["plain"], tolerance)
+    assert found["found"] == found["expected"]
+    # 36,864 parameters in the layers' matrices, 6,696 others; a little more for padding
+    assert found["bytes_before"] == 0
+    assert found["bytes"] == found["bytes_after_load"] == pytest.approx((36_864 * 4 + 6_696 * 8) / 43_560, rel=0.01)
+
+
+def test_low_bit_moments_are_at_work(outcome: dict[str, Any]) -> None:
+    assert outcome["rank0"]["low_bit"]["losses"] != outcome["rank0"]["fp32"]
+    # offloaded, DeepSpeed sums the norm in another order
+    assert_close(outcome["rank0"]["low_bit_offloaded"]["losses"], outcome["rank0"]["low_bit"]["losses"], 1e-5)

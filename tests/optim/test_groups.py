@@ -13,4 +13,18 @@ def test_matrices_decay_and_nothing_else() -> None:
     assert all(p.dim() == 2 for p in decayed["params"])
     assert {name.split(".")[0] for name in decayed["names"]} == {"layers", "heads"}
     assert len(decayed["params"]) + len(rest["params"]) == len(list(prior.parameters()))
-    assert "weight decay 0.045: 6 tensors" in describe_groups([decayed, rest])
+    assert "weight decay 0.045, moments fp32: 6 tensors" in describe_groups([decayed, rest])
+
+
+def test_low_bit_moments_are_the_layers_matrices_alone() -> None:
+    prior = Prior(CONFIG)
+    matrices, unembeddings, rest = groups = decay_groups(prior.named_parameters(), 0.045, "low_bit")
+    assert [(g["weight_decay"], g["moments"]) for g in groups] == [(0.045, "low_bit"), (0.045, "fp32"), (0.0, "fp32")]
+    assert sorted(matrices["names"]) == [
+        f"layers.0.{name}.weight"
+        for name in ("attention.branch.project", "attention.branch.qkv", "mlp.branch.expand", "mlp.branch.project")
+    ]
+    assert sorted(unembeddings["names"]) == ["heads.image.weight", "heads.text.weight"]
+    assert sum(len(g["params"]) for g in groups) == len(list(prior.parameters()))
+    assert all("moments" not in g for g in decay_groups(prior.named_parameters(), 0.045))
+    assert "moments low_bit: 4 tensors" in describe_groups(groups)

@@ -52,6 +52,13 @@ def test_memory_and_time_scale_as_they_must():
     assert one["state_gib_per_gpu"] == pytest.approx(16 * one["parameters"] / 64 / 2**30)
     assert one["state_gib_per_gpu"] / many["state_gib_per_gpu"] == pytest.approx(16)
     assert one["days_estimate"] / many["days_estimate"] == pytest.approx(16)
+    small = plan(config, PlanSettings(gpus=64, moments="low_bit"))
+    saved = (one["state_gib_per_gpu"] - small["state_gib_per_gpu"]) * 64 * 2**30
+    assert saved == pytest.approx(4 * one["parameters_effective"]), "two bytes for each moment of each matrix of the layers"
+    assert (one["checkpoint_gib"] - small["checkpoint_gib"]) * 2**30 == pytest.approx(saved)
+    assert (
+        small["optimizer_bytes_per_parameter"] == pytest.approx(4.065, abs=1e-3) and one["optimizer_bytes_per_parameter"] == 8
+    )
     nodes = plan(config, PlanSettings(gpus=1024, shard_gpus=8, price=2.0))
     assert nodes["state_gib_per_gpu"] == pytest.approx(128 * many["state_gib_per_gpu"]) and nodes["replicas"] == 128
     assert nodes["cost_estimate"] == pytest.approx(2 * nodes["gpu_hours_estimate"])

@@ -1,0 +1,184 @@
+"""AdamW with 16-bit moments against torch's."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode
+from dalle_ds.optim import adamw
+from dalle_ds.optim.adamw import LowBitAdamW, moment_bytes
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.96), "eps": 1e-8, "weight_decay": 0.045}
+
+
+def parameter(n: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(7)))
+
+
+def gradient(n: int, step: int) -> torch.Tensor:
+    """Of very unequal sizes, as in a deep model."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(6).exp2().clamp_max(4) * 1e-2
+
+
+def run(optimizer: torch.optim.Optimizer, p: nn.Parameter, steps: range) -> None:
+    for step in steps:
+        p.grad = gradient(p.numel(), step)
+        optimizer.step()
+
+
+def torch_adamw(p: nn.Parameter) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p], foreach=False, fused=False, **SETTINGS)
+
+
+@pytest.mark.parametrize("n", [1, 17, 5000])
+def test_with_fp32_moments_it_is_torchs_to_the_last_bit(n: int) -> None:
+    ours, theirs = parameter(n), parameter(n)
+    a, b = LowBitAdamW([ours], moments="fp32", **SETTINGS), torch_adamw(theirs)
+    run(a, ours, range(20))
+    run(b, theirs, range(20))
+    assert torch.equal(ours, theirs)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(a.state[ours][key], b.state[theirs][key])
+
+
+def test_low_bit_is_torchs_with_moments_rounded_after_each_step() -> None:
+    ours, theirs = parameter(5000), parameter(5000)
+    a, b = LowBitAdamW([ours], **SETTINGS), torch_adamw(theirs)
+    for step in range(20):
+        run(a, ours, range(step, step + 1))
+        run(b, theirs, range(step, step + 1))
+        assert torch.equal(ours, theirs)
+        for key, fmt in (("exp_avg", FORMAT_1_6_9), ("exp_avg_sq", FORMAT_0_6_10)):
+            codes = encode(b.state[theirs][key], fmt)
+            assert torch.equal(a.state[ours][key], codes)
+            b.state[theirs][key].copy_(decode(codes, fmt))
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces = parameter(1000), parameter(1000)
+    run(LowBitAdamW([whole], **SETTINGS), whole, range(3))
+    monkeypatch.setattr(adamw, "_PLAIN_CHUNK", 7)  # 1000 is no multiple of it
+    run(LowBitAdamW([pieces], **SETTINGS), pieces, range(3))
+    assert torch.equal(whole, pieces)
+
+
+def test_the_compiled_loop_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "_COMPILED_CHUNK", 3000)
+    plain, compiled = parameter(10_000), parameter(10_000)
+    a, b = LowBitAdamW([plain], **SETTINGS), LowBitAdamW([compiled], compile_from=1, **SETTINGS)
+    run(a, plain, range(5))
+    run(b, compiled, range(5))
+    assert adamw._can_compile and adamw._compiled_loop.cache_info().currsize == 1
+    # the compiler may join a product and a sum, which rounds once less
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert (a.state[plain][key].int() - b.state[compiled][key].int()).abs().max() <= 1
+
+
+def test_without_a_compiler_it_goes_on_operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(adamw, "_can_compile", True)
+    monkeypatch.setattr(adamw, "_compiled_loop", lambda: no_compiler)
+    plain, asked = parameter(100), parameter(100)
+    run(LowBitAdamW([plain], **SETTINGS), plain, range(3))
+    run(LowBitAdamW([asked], compile_from=1, **SETTINGS), asked, range(3))
+    assert torch.equal(plain, asked) and not adamw._can_compile
+
+
+def test_it_learns_as_torchs_does() -> None:
+    """200 updates of a small network on a function: losses within 2 % of torch's at the end, and far below the start."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 8, generator=generator)
+    y = (x[:, :4] * x[:, 4:]).sum(1, keepdim=True)
+    losses = {}
+    for name in ("torch", "low_bit"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1))
+        settings = {**SETTINGS, "lr": 3e-3}
+        optimizer = (
+            LowBitAdamW(net.parameters(), **settings) if name == "low_bit" else torch.optim.AdamW(net.parameters(), **settings)
+        )
+        history = []
+        for _ in range(200):
+            loss = nn.functional.mse_loss(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        losses[name] = history
+    assert losses["torch"][-1] < 0.1 * losses["torch"][0]
+    assert losses["low_bit"] == pytest.approx(losses["torch"], rel=0.02)
+    assert losses["low_bit"] != losses["torch"]
+
+
+@pytest.mark.parametrize("moments", ["low_bit", "fp32"])
+def test_a_huge_gradient_leaves_a_variance_of_five(moments: str) -> None:
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = LowBitAdamW([p], moments=moments, **{**SETTINGS, "weight_decay": 0.0})
+    p.grad = torch.tensor([1e3, 1.0])  # 0.04 * 1e6 would be 40,000
+    optimizer.step()
+    variance = optimizer.state[p]["exp_avg_sq"]
+    variance = decode(variance, FORMAT_0_6_10) if moments == "low_bit" else variance
+    assert variance[0] == 5.0 and variance[1] == pytest.approx(0.04, rel=1e-3)
+    # clipped before the parameter is updated: mean 100, bias corrections 0.1 and 0.04
+    assert p[0].item() == pytest.approx(-1e-2 * (100 / 0.1) / (5 / 0.04) ** 0.5, rel=1e-5)
+    p.grad = torch.zeros(2)
+    optimizer.step()
+    variance = optimizer.state[p]["exp_avg_sq"]
+    variance = decode(variance, FORMAT_0_6_10) if moments == "low_bit" else variance
+    assert variance[0] == pytest.approx(0.96 * 5, rel=1e-3), "the next update starts from the clipped value"
+
+
+def test_state_goes_through_a_file_and_back_as_codes(tmp_path) -> None:
+    p = parameter(300)
+    optimizer = LowBitAdamW([p], **SETTINGS)
+    run(optimizer, p, range(3))
+    torch.save({"p": p, "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt")
+    q = nn.Parameter(saved["p"].detach().clone())
+    again = LowBitAdamW([q], **{**SETTINGS, "lr": 1.0})
+    again.load_state_dict(saved["optimizer"])
+    assert again.param_groups[0]["lr"] == SETTINGS["lr"]
+    assert again.state[q]["exp_avg"].dtype is torch.int16 and again.state[q]["step"] == 3
+    run(optimizer, p, range(3, 6))
+    run(again, q, range(3, 6))
+    assert torch.equal(p, q)
+
+
+def test_moments_of_another_format_are_refused() -> None:
+    p, q = parameter(3), parameter(3)
+    fp32, low_bit = LowBitAdamW([p], moments="fp32", **SETTINGS), LowBitAdamW([q], **SETTINGS)
+    run(fp32, p, range(1))
+    state = copy.deepcopy(fp32.state_dict())
+    state["param_groups"][0]["moments"] = "low_bit"
+    low_bit.load_state_dict(state)
+    with pytest.raises(ValueError, match="exp_avg is torch.float32, but the group's moments are low_bit"):
+        run(low_bit, q, range(1, 2))
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="moments 'fp8': expected one of fp32, low_bit"):
+        LowBitAdamW([{"params": [parameter(1)], "moments": "fp8"}], lr=1.0)
+    with pytest.raises(ValueError, match="variance_clip 9"):
+        LowBitAdamW([parameter(1)], lr=1.0, variance_clip=9)
+    p = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="fp32 master weights"):
+        LowBitAdamW([p], lr=1.0).step()
+
+
+def test_bytes_are_counted_on_real_tensors() -> None:
+    p, q = parameter(100), parameter(10)
+    optimizer = LowBitAdamW([{"params": [p]}, {"params": [q], "moments": "fp32"}], lr=1.0)
+    assert moment_bytes(optimizer) == 0
+    run(optimizer, p, range(1))
+    run(optimizer, q, range(1))
+    assert moment_bytes(optimizer) == 100 * 4 + 10 * 8
+    plain = torch_adamw(p)
+    run(plain, p, range(1))
+    assert moment_bytes(plain) == 800
