@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import load_recipe
 from dalle_ds.training.prior_command import main
 from dalle_ds.training.prior_config import PriorRun
-from dalle_ds.training.prior_trainer import train_prior
+from dalle_ds.training.prior_trainer import _Trainer, train_prior
 from tests.data.token_sets import edit_json, make_token_set
 
 RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
@@ -98,6 +99,18 @@ def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) 
     about: dict[str, Any] = {"model": {}, "data": "other", "content": "other", "global_batch": 32, "seed": 0}
     (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
     with pytest.raises(ConfigError, match="trained with other settings(.|\n)*data: checkpoint 'other'"):
+        train_prior(run, ALONE)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [({}, "low_bit"), ({"moments": "low_bit"}, "fp32")], ids=["older", "low_bit"])
+def test_moments_keep_their_format_in_a_run(token_set: str, tmp_path: Path, saved: dict[str, str], wanted: str) -> None:
+    run = recipe(token_set, tmp_path, f"optimizer.moments={wanted}")
+    about = {**asdict(_Trainer(run, ALONE).identity), **saved}
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
+    had = saved.get("moments", "fp32")
+    with pytest.raises(ConfigError, match=f"has {had} moments, but the recipe's optimizer.moments is {wanted}: set {had}"):
         train_prior(run, ALONE)
 
 
