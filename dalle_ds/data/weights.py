@@ -87,7 +87,9 @@ def write_weights(
                 _pour(names, state, writer, hasher, wrote)
         index = {
             "metadata": {
-                "total_size": sum(tensor.nbytes for tensor in state.values()), **metadata, "fingerprint": hasher.value()
+                "total_size": sum(tensor.nbytes for tensor in state.values()),
+                **metadata,
+                "fingerprint": hasher.value(),
             },
             "weight_map": {name: _name(file) for file, names in zip(files, parts, strict=True) for name in names},
         }
@@ -184,9 +186,7 @@ def _checked(url: str | Path, kind: Kind, opened: StoredWeights) -> Iterator[tup
     except FileNotFoundError as error:
         raise DataError(f"{url}: {error}") from None
     if hasher.value() != opened.fingerprint:
-        raise DataError(
-            f"{url}: damaged: its content has fingerprint {hasher.value()}, its header says {opened.fingerprint}"
-        )
+        raise DataError(f"{url}: damaged: its content has fingerprint {hasher.value()}, its header says {opened.fingerprint}")
 
 
 def _read_parts(url: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]] | None:

@@ -32,9 +32,7 @@ def zero_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     try:
         stage, n_ranks = int(optimizers[0]["zero_stage"]), optimizers[0]["partition_count"]
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        ranks = [
-            [_piece(file, group) for group in optimizer[key]] for file, optimizer in zip(files, optimizers, strict=True)
-        ]
+        ranks = [[_piece(file, group) for group in optimizer[key]] for file, optimizer in zip(files, optimizers, strict=True)]
         shapes: list[dict[str, torch.Size]] = _load_places(models[0])["param_shapes"]
         paddings = optimizers[0].get("param_alignment_paddings")
     except KeyError as error:

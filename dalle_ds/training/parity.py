@@ -1,6 +1,6 @@
 """Proof that written weights give the engine's losses, with one tensor of the model in memory at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,21 +69,24 @@ def weights_from_files(
     when it is done. Parameters must be used where their module is called, which ZeRO-3 asks for too."""
     handles = []
     for path, module in model.named_modules():
-        names = {name: f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
-        if not names:
+        empty = dict(module.named_parameters(recurse=False))
+        if not empty:
             continue
 
-        def load(module: nn.Module, _inputs: object, names: Mapping[str, str] = names) -> None:
-            for name, key in names.items():
-                value = tensors[key].read()
-                read(tensors[key].nbytes)
+        def load(module: nn.Module, _inputs: object, names: Iterable[str] = tuple(empty), path: str = path) -> None:
+            for name in names:
+                stored = tensors[f"{path}.{name}" if path else name]
+                value = stored.read()
                 if fp16_branches and isinstance(module, BranchLinear) and name == "weight":
                     value = value.half()  # what the branch does at once; here the fp32 original goes first
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
+                read(stored.nbytes)
 
-        def drop(module: nn.Module, _inputs: object, _output: object, names: Mapping[str, str] = names) -> None:
-            for name in names:
-                setattr(module, name, nn.Parameter(module.get_parameter(name).to("meta"), requires_grad=False))
+        # the same empty parameters come back: new ones would stand in the heap's holes, and each layer's activations would need
+        # another
+        def drop(module: nn.Module, _inputs: object, _output: object, empty: Mapping[str, nn.Parameter] = empty) -> None:
+            for name, parameter in empty.items():
+                setattr(module, name, parameter)
 
         handles += [module.register_forward_pre_hook(load), module.register_forward_hook(drop, always_call=True)]
     try:

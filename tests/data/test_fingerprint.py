@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_ds.data.fingerprint import fingerprint, require_same
+from dalle_ds.data.fingerprint import FingerprintHasher, fingerprint, require_same
 from dalle_ds.errors import FingerprintMismatch
 
 
@@ -30,6 +30,16 @@ def test_every_change_shows() -> None:
     marks = {fingerprint(config, arrays) for config, arrays in variants}
     assert len(marks) == len(variants)
     assert all(len(mark) >= 16 and int(mark, 16) >= 0 for mark in marks)
+
+
+def test_value_is_that_of_the_first_version_however_it_is_computed() -> None:
+    arrays = {"b.10": torch.arange(6.0).view(2, 3), "b.2": torch.ones(3).bfloat16(), "a": np.arange(4), "t": b"text"}
+    hasher = FingerprintHasher({"x": 1})
+    for name in sorted(arrays):
+        hasher.add(name, arrays[name])
+    assert hasher.value() == fingerprint({"x": 1}, arrays) == "7bb8631fbbad382df7c9", "old manifests would not fit"
+    with pytest.raises(ValueError, match="b.10 was added after t, expected ascending names"):
+        hasher.add("b.10", arrays["b.10"])
 
 
 def test_mismatch_tells_both() -> None:

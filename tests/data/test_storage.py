@@ -137,3 +137,27 @@ def test_a_short_outage_is_waited_out_and_a_long_one_ends_in_a_clear_error(s3: S
     s3.server.wait_until_ready()
     assert storage.read_bytes(f"{s3.url}/before") == b"kept"
     assert storage.read_bytes(f"{s3.url}/during") == b"written"
+
+
+def test_large_ranges_are_read_in_parts(any_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RANGE_BYTES", 7)
+    url = storage.join(any_root, "long")
+    storage.write_bytes(url, bytes(range(100)))
+    target = bytearray(60)
+    storage.read_into(url, 30, memoryview(target))
+    assert target == bytes(range(30, 90))
+    with pytest.raises(DataError, match="cut short"):
+        storage.read_into(url, 41, memoryview(target))
+
+
+def test_a_file_written_aside_appears_whole_or_not_at_all(any_root: str) -> None:
+    url = storage.join(any_root, "folder", "model")
+    with pytest.raises(ZeroDivisionError), storage.written_aside(url) as file:
+        file.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert storage.list_files(any_root) == [] and not storage.exists(url)
+    with storage.written_aside(url) as file:
+        file.write_bytes(b"whole")
+        assert not storage.exists(url)
+    assert storage.read_bytes(url) == b"whole"
+    assert not file.exists(), "nothing is left beside it"

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from dalle_ds.data.weights import read_weights, write_weights
+from dalle_ds.data import storage
+from dalle_ds.data.weights import read_weights, verified_fingerprint, write_weights
 from dalle_ds.errors import DataError
 
 
@@ -22,6 +24,50 @@ def test_round_trip(any_root: str) -> None:
     for name, tensor in state.items():
         assert weights.state[name].dtype == tensor.dtype
         assert torch.equal(weights.state[name], tensor)
+
+
+def test_files_are_what_the_library_reads_and_writes(tmp_path: Path) -> None:
+    state = {"b": torch.randn(3, 2), "a": torch.randn(5).half(), "n": torch.tensor([1, 2]), "flag": torch.tensor([True]),
+             "none": torch.empty(0, 3), "small": torch.randn(2).to(torch.float8_e5m2)}  # fmt: skip
+    mark = write_weights(tmp_path / "ours", kind="dvae", config={"n": 1}, state=state)
+    with safe_open(tmp_path / "ours", framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["fingerprint"] == mark
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == state.keys() and all(found[n].view(-1).tolist() == state[n].view(-1).tolist() for n in state)
+    save_file(state, tmp_path / "theirs", metadata=metadata)  # as all files were written once
+    assert read_weights(tmp_path / "theirs", "dvae").fingerprint == verified_fingerprint(tmp_path / "theirs", "dvae") == mark
+    with pytest.raises(ValueError, match="c is torch.complex64, which weights files cannot hold"):
+        write_weights(tmp_path / "complex", kind="dvae", config={}, state={"c": torch.zeros(1, dtype=torch.complex64)})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "theirs"], "nothing is left of a failed write"
+
+
+def test_several_files(any_root: str) -> None:
+    url = f"{any_root}/model.safetensors"
+    state = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
+    mark = write_weights(f"{any_root}/whole", kind="prior", config={}, state=state)
+    progress: list[int] = []
+    assert write_weights(url, kind="prior", config={}, state=state, max_file_bytes=90, wrote=progress.append) == mark
+    assert progress == [40] * 5
+    files = [f"{any_root}/model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert storage.list_files(any_root) == [*files, f"{url}.index.json", f"{any_root}/whole"]
+    weights = read_weights(url, "prior")
+    assert weights.fingerprint == mark and all(torch.equal(weights.state[name], state[name]) for name in state)
+
+    data = bytearray(storage.read_bytes(files[2]))
+    data[-1] ^= 1
+    storage.write_bytes(files[2], bytes(data))
+    with pytest.raises(DataError, match="damaged: its content has fingerprint"):
+        read_weights(url, "prior")
+    storage.write_bytes(files[2], storage.read_bytes(files[1]))
+    with pytest.raises(DataError, match="its files lack t4, which the index names"):
+        read_weights(url, "prior")
+    storage.delete(files[0])
+    with pytest.raises(DataError, match="model-00001-of-00003.safetensors: no such file, though .*index.json names it"):
+        read_weights(url, "prior")
+    storage.write_bytes(f"{url}.index.json", b"{}")
+    with pytest.raises(DataError, match="not an index of weights files"):
+        read_weights(url, "prior")
 
 
 def test_extra_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
