@@ -223,5 +223,5 @@ def test_peak_memory_is_two_tensors_and_a_constant(made, tmp_path, layout, avera
     found = json.loads(done.stdout.splitlines()[-1])
     bound = 2 * max(sizes) + CONSTANT
     assert found["grown"] <= bound, f"{found} for {sum(sizes)} bytes of weights, expected at most {bound}"
-    assert sum(sizes) < found["grown_by_loading"] <= sum(sizes) + bound, "the model once, not twice"
+    assert 0.9 * sum(sizes) < found["grown_by_loading"] <= sum(sizes) + bound, "the model once, not twice"
     assert re.search(r"export: 100%", done.stderr)
