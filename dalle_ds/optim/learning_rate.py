@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dalle_ds.optim.plateau import PlateauConfig
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.recipes import Config
 
@@ -15,16 +16,19 @@ class LearningRateConfig(Config):
     warmup_updates: int = Field(5000, ge=0)
     shape: Literal["constant", "cosine"] = "constant"
     halve_at: tuple[int, ...] = Field((), description="updates from which the rate is half of what it was before")
+    plateau: PlateauConfig | None = Field(None, description="constant only: halve where the training loss stops falling")
     final_fraction: float = Field(0.03125, ge=0, le=1, description="cosine only: last rate as a fraction of the peak")
 
     @model_validator(mode="after")
     def _check(self) -> "LearningRateConfig":
         if self.shape == "cosine" and self.halve_at:
             raise ValueError(f"halve_at {list(self.halve_at)} has no meaning with shape 'cosine'")
+        if self.shape == "cosine" and self.plateau is not None:
+            raise ValueError("plateau has no meaning with shape 'cosine', expected 'constant'")
         return self
 
     def at(self, update: int, n_updates: int) -> float:
-        """Rate for the update of that number (from 0) in a run of `n_updates`."""
+        """Rate for the update of that number (from 0) in a run of `n_updates`, before any halving on a plateau."""
         if update < self.warmup_updates:
             return self.peak * linear_warmup(update, self.warmup_updates)
         if self.shape == "constant":

@@ -5,7 +5,8 @@ un-scaled in fp32 by leaf hooks before ZeRO-3 reduces them. Norm, clipping and a
 nothing in DeepSpeed is patched.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,27 @@ import torch
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor
 
+from dalle_ds.errors import DataError
 from dalle_ds.models.prior import NLL, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.parallel.engine_config import EngineConfig
+from dalle_ds.parallel.fragments import collect, restore, shard_start
 from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.replica_gradients import ReplicaGradients
+from dalle_ds.parallel.replicas import Replicas, ReplicasConfig
+from dalle_ds.parallel.saved_state import AVERAGE, SavedState, StateParts
 from dalle_ds.precision.block_scaling import BlockScaler
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
 """Weights of the two per-modality means in the training loss (paper section 2.2)."""
+
+
+ENGINE_FILE = "engine.json"
+"""In a checkpoint: all that is not a tensor."""
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,22 @@ class PriorEngine:
     """Owns the sharded model and its optimizer; one call is one update of the global batch."""
 
     def __init__(
-        self, model_config: PriorConfig, engine_config: EngineConfig, optimizer: OptimizerSettings, ranks: Ranks, seed: int
-    ) -> None:
-        """Build, initialise and shard the model. The same seed gives the same weights at any world size."""
+        self, model_config: PriorConfig, engine_config: EngineConfig, optimizer: OptimizerSettings, ranks: Ranks, seed: int,
+        replicas: ReplicasConfig | None = None,
+    ) -> None:  # fmt: skip
+        """Build, initialise and shard the model. The same seed gives the same weights at any world size and in all replicas.
+
+        Raises:
+            ConfigError: replicas that the ranks or the DeepSpeed configuration can't make.
+        """
         self.ranks = ranks
+        self.replicas: Replicas | None = None
+        if replicas is not None and replicas.count > 1:
+            engine_config.require_replicable()
+            self.replicas = Replicas(replicas.count, ranks.rank, ranks.world_size)
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
         sharded = engine_config.zero_stage == 3
-        model = _build(model_config, engine_config, sharded, seed)
+        model = _build(model_config, engine_config, sharded, seed, self.replicas)
         self.scaler: BlockScaler | None = None
         if engine_config.block_scaling is not None:
             self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device)
@@ -82,8 +103,13 @@ class PriorEngine:
             torch_optimizer = LowBitAdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
         else:
             torch_optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
-        self._engine, *_ = deepspeed.initialize(model=model, config=engine_config.json, optimizer=torch_optimizer)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, config=engine_config.json, optimizer=torch_optimizer, mpu=self.replicas
+        )
         self._torch_optimizer = torch_optimizer
+        self.replica_gradients: ReplicaGradients | None = None
+        if replicas is not None and self.replicas is not None:
+            self.replica_gradients = ReplicaGradients(self.module, replicas, self.replicas, ranks.device)
 
     @property
     def module(self) -> Prior:
@@ -108,7 +134,7 @@ class PriorEngine:
         # the engine averages over ranks and micro-batches; the sums here are shares of global means
         share = self.ranks.world_size * self._accumulation
         n_blocks = len(self.scaler.names) if self.scaler else 0
-        shared = torch.zeros(3 + n_blocks, dtype=torch.float64, device=self.ranks.device)
+        shared = torch.zeros(4 + n_blocks, dtype=torch.float64, device=self.ranks.device)
         for number, (text, image) in enumerate(micro_batches, start=1):
             nll = NLL(*self._engine(text, image))
             text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
@@ -116,15 +142,20 @@ class PriorEngine:
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
             if number == self._accumulation:
                 shared[2] = float(stop_requested)
+                if self.replica_gradients:
+                    shared[3] = self.replica_gradients.any_nonfinite()
                 if self.scaler:
-                    shared[3:] = self.scaler.found_nonfinite
+                    shared[4:] = self.scaler.found_nonfinite
                 self.ranks.sum(shared)
-                self._veto_step_if_nonfinite(shared[3:])
+                if shared[3:].any():
+                    self._veto_step()
+                elif self.replica_gradients:
+                    self.replica_gradients.average()
             skipped_before = self._engine.skipped_steps
             self._engine.step()
         if self.scaler:
-            self.scaler.update(shared[3:])
-        text_loss, image_loss, stop, *flags = shared.tolist()
+            self.scaler.update(shared[4:])
+        text_loss, image_loss, stop, _, *flags = shared.tolist()
         norm = self._engine.get_global_grad_norm()
         return UpdateReport(
             text_loss=text_loss,
@@ -135,16 +166,13 @@ class PriorEngine:
             stop_requested=stop > 0,
         )
 
-    def _veto_step_if_nonfinite(self, flags: Tensor) -> None:
-        """Skip the entire update if any block of any rank had a non-finite gradient (paper appendix E.2 step 10).
+    def _veto_step(self) -> None:
+        """Skip the entire update: some block of some rank had a non-finite gradient (paper appendix E.2 step 10).
 
         Filtering and summation may have hidden the event, so a NaN is put where DeepSpeed's own check will find it:
         parameters, moments and its step count then stay as they are.
         """
-        if not self.scaler or not flags.any():
-            return
-        block = self.scaler.blocks[int(flags.nonzero()[0])]
-        parameter = block.norm.weight
+        parameter = self.module.heads.norm.weight
         safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("nan")))
 
     @torch.no_grad()
@@ -165,13 +193,14 @@ class PriorEngine:
             return self._engine(text_BT.to(self.ranks.device), image_BN.to(self.ranks.device), per_token=True).cpu()
 
     def optimizer_bytes_per_parameter(self) -> float:
-        """Bytes of moments for one parameter of the model, counted over the tensors of all ranks, ZeRO's padding included.
+        """Bytes of moments for one parameter of the model, counted over the tensors of a replica, ZeRO's padding included.
 
         0 before the first step that was taken: only then are there moments. All ranks call it together.
         """
         n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         total = torch.tensor(float(moment_bytes(self._torch_optimizer)), dtype=torch.float64, device=self.ranks.device)
-        return float(self.ranks.sum(total)) / n_parameters
+        n_replicas = self.replicas.count if self.replicas else 1
+        return float(self.ranks.sum(total)) / n_replicas / n_parameters
 
     # ---- this rank's part of every parameter ----------------------------------------------------------------------------
 
@@ -191,29 +220,82 @@ class PriorEngine:
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write DeepSpeed's checkpoint files into `folder`. All ranks call it together."""
-        state = {**client_state, "block_scaler": self.scaler.state_dict() if self.scaler else None}
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+    def save(self, folder: Path, client_state: dict[str, Any], averages: Mapping[str, Tensor] | None = None) -> None:
+        """Write this rank's part of weights, optimizer state and `averages` (tensors as in `shards()`) into `folder`, and from
+        the main rank what is not a tensor; `client_state` is plain data (JSON). All ranks call it together.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes = {name: _whole_shape(p) for name, p in self.module.named_parameters()}
+        parameters = dict(self.module.named_parameters())
+        # all replicas have the same weights: the first one writes them
+        is_writer = self.replicas is None or self.replicas.index == 0
+        parts = collect(self._engine, shapes) if is_writer else StateParts(shapes)
+        for name, average in (averages or {}).items() if is_writer else ():
+            if hasattr(parameters[name], "ds_id") or self.ranks.is_main:  # below stage 3 they are whole, on all ranks the same
+                parts.add(AVERAGE, name, shard_start(parameters[name]), average)
+        if self.replica_gradients:
+            self.replica_gradients.save(folder, parts)
+        parts.write(folder, self.ranks.rank, self.ranks.world_size)
+        if self.ranks.is_main:
+            state = {
+                "client": client_state,
+                "block_scaler": self.scaler.state_dict() if self.scaler else None,
+                "loss_scaler": _plain_values(getattr(self._engine.optimizer, "loss_scaler", None)),
+                "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
+            }
+            (folder / ENGINE_FILE).write_text(json.dumps(state, indent=1))
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` wrote, on the same number of ranks; returns the client state."""
-        path, state = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-        if self.scaler:
+    def load(self, folder: Path, averages: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Load what `save` wrote, on any number of ranks and at any ZeRO stage; fills `averages`, returns the client state.
+
+        Raises:
+            DataError: files are missing, damaged, or of another model.
+        """
+        saved = SavedState(folder)
+        found, expected = saved.shapes, {name: _whole_shape(p) for name, p in self.module.named_parameters()}
+        if found != expected:
+            different = sorted(found.items() ^ expected.items())
+            raise DataError(f"{folder} is of another model: only one of the two has {different[:4]}")
+        restore(self._engine, saved)
+        if self.replica_gradients:
+            self.replica_gradients.load(saved)
+        parameters = dict(self.module.named_parameters())
+        for name, average in (averages or {}).items():
+            start = shard_start(parameters[name])
+            values = saved.read(AVERAGE, name, start, start + average.numel())
+            average.view(-1)[: values.numel()].copy_(values)
+        self.refresh_gathered_parameters()
+        state = json.loads((folder / ENGINE_FILE).read_text())
+        for name, value in state["counters"].items():
+            setattr(self._engine, name, value)
+        # other numbers of ranks take other numbers of micro-batches; the engine steps where this one is a multiple of them
+        self._engine.micro_steps = self._engine.global_steps * self._accumulation
+        loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # plain torch optimizers, without ZeRO, have none
+        for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():
+            setattr(loss_scaler, name, value)
+        if self.scaler and state["block_scaler"]:
             self.scaler.load_state_dict(state["block_scaler"])
-        return state
+        return state["client"]
 
 
-def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed: int) -> Prior:
+def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _plain_values(thing: object) -> dict[str, Any]:
+    """Attributes that are numbers or flags: all that DeepSpeed's loss scalers remember."""
+    return {name: value for name, value in vars(thing).items() if isinstance(value, int | float)} if thing is not None else {}
+
+
+def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed: int, replicas: Replicas | None) -> Prior:
     generator = torch.Generator().manual_seed(seed)
     if not sharded:
         model = Prior(config)
         initialise(model, generator)
         return model
     # Each layer is sharded as soon as it is made: no rank ever holds the whole model.
-    with deepspeed.zero.Init(config_dict_or_path=engine_config.json):
+    shard_group = replicas.shard_group if replicas else None
+    with deepspeed.zero.Init(config_dict_or_path=engine_config.json, data_parallel_group=shard_group, mpu=replicas):
         model = Prior(config)
     initialise(model, generator, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
     return model

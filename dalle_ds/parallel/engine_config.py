@@ -40,6 +40,16 @@ class EngineConfig:
     def zero_stage(self) -> int:
         return int(self.json.get("zero_optimization", {}).get("stage", 0))
 
+    def require_replicable(self) -> None:
+        """Raises ConfigError where gradients can't be averaged between replicas under this configuration."""
+        if self.zero_stage != 3:
+            raise ConfigError(f"replicas need zero_optimization.stage 3, the DeepSpeed JSON has {self.zero_stage}")
+        if self.json.get("fp16", {}).get("enabled"):
+            raise ConfigError(
+                "replicas need true gradients, DeepSpeed's own fp16 scales them: "
+                'use "loss_scale": "per_resblock", or bf16, or fp32'
+            )
+
     @property
     def branch_dtype(self) -> torch.dtype:
         """The format that residual branches compute in."""

@@ -85,10 +85,13 @@ class CheckpointStore:
             )
         return None
 
-    def require_room(self, n_parameters: int) -> None:
-        """Raises UserError where the disk cannot take the checkpoints of a model of this size, before training starts."""
+    def require_room(self, n_parameters: int, more_bytes: int = 0) -> None:
+        """Raises UserError where the disk cannot take the checkpoints of a model of this size, before training starts.
+
+        `more_bytes` a parameter are written beside the usual state.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        size = n_parameters * BYTES_PER_PARAMETER
+        size = n_parameters * (BYTES_PER_PARAMETER + more_bytes)
         # one more than is kept: the new one is there before the oldest goes
         needed = size * max(1, self.keep + 1 - len(self.committed()))
         free = shutil.disk_usage(self.folder).free

@@ -20,7 +20,7 @@ from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import open_weights, verified_fingerprint, write_weights
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import Prior, PriorConfig
-from dalle_ds.parallel.consolidate import averaged_weights, trained_weights
+from dalle_ds.parallel.saved_state import AVERAGE, WEIGHTS, SavedState
 from dalle_ds.training.checkpoint import CheckpointStore, read_commit
 from dalle_ds.training.parity import prove_parity
 
@@ -107,7 +107,7 @@ def _weights(checkpoint: Path, config: PriorConfig, averaged: bool) -> dict[str,
     """Where the weights lie, once it is known that they are this model's."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Prior(config).named_parameters()}
-    tensors = averaged_weights(checkpoint, shapes) if averaged else trained_weights(checkpoint)
+    tensors = SavedState(checkpoint).of_kind(AVERAGE if averaged else WEIGHTS)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != shapes:
         different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))

@@ -12,6 +12,7 @@ from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.optim.averaging import PriorAverageConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
+from dalle_ds.parallel.replicas import ReplicasConfig
 from dalle_ds.recipes import Config
 
 
@@ -105,6 +106,7 @@ class PriorRun(Config):
     optimizer: OptimizerSection = OptimizerSection()
     learning_rate: LearningRateConfig = LearningRateConfig()
     average: PriorAverageConfig = PriorAverageConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
     tracking: TrackingSection = TrackingSection()

@@ -1,14 +1,10 @@
-"""All that a resumed prior run needs beside DeepSpeed's own files."""
+"""All that a resumed prior run needs beside the engine's own files."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
-from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.optim.averaging import WeightAverage
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.errors import ConfigError
 
 
 @dataclass
@@ -45,24 +41,3 @@ class RunIdentity:
                 f"{folder} was trained with other settings; use another folder or the old settings:\n  "
                 + "\n  ".join(different)
             )
-
-
-def save_average(average: WeightAverage, folder: Path, ranks: Ranks) -> None:
-    """This rank's shards of the averaged weights."""
-    save_file(
-        average.averages, folder / average_file(ranks.rank, ranks.world_size), metadata={"n_updates": str(average.n_updates)}
-    )
-
-
-def load_average(average: WeightAverage, folder: Path, n_updates: int, ranks: Ranks) -> None:
-    """Raises DataError where the file is not of this model."""
-    saved = load_file(folder / average_file(ranks.rank, ranks.world_size))
-    try:
-        average.load_state_dict({"n_updates": n_updates, "average": saved})
-    except ValueError as error:
-        raise DataError(f"averaged weights in {folder}: {error}") from None
-
-
-def average_file(rank: int, world_size: int) -> str:
-    """Name of a rank's file of averaged shards."""
-    return f"average-{rank:05d}-of-{world_size:05d}.safetensors"

@@ -22,6 +22,7 @@ from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.averaging import WeightAverage
+from dalle_ds.optim.plateau import Plateau
 from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine, UpdateReport
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks
@@ -33,7 +34,7 @@ from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.parity import PARITY_FILE
 from dalle_ds.training.prior_config import PriorRun
-from dalle_ds.training.prior_state import RunIdentity, TrainState, load_average, save_average
+from dalle_ds.training.prior_state import RunIdentity, TrainState
 from dalle_ds.training.tracking import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
@@ -106,9 +107,7 @@ class _Trainer:
     def prepare(self) -> None:
         """Build the engine and the stream, and go to where the newest checkpoint was."""
         run, ranks, found = self.recipe, self.ranks, self.newest
-        if found is not None:
-            self._require_same_ranks(*found)
-        self.checkpoints.require_room(self.n_parameters)
+        self.checkpoints.require_room(self.n_parameters, run.replicas.checkpoint_bytes)
         n_held_out = min(run.validation.samples or self.validation_set.n_samples, self.validation_set.n_samples)
         self.validation = validation_batches(
             self.validation_set, text_len=self.model_config.text_len, rank=ranks.rank, world_size=ranks.world_size,
@@ -120,6 +119,7 @@ class _Trainer:
             self.validation_set, text_len=self.model_config.text_len, batch=n_parity, rank=0, world_size=1, limit=n_parity
         )[0]
         self.state = TrainState()
+        self.plateau = Plateau(run.learning_rate.plateau) if run.learning_rate.plateau else None
         self.stream = TokenStream(
             self.dataset, text_len=self.model_config.text_len, global_batch=run.global_batch, micro_batch=run.micro_batch,
             rank=ranks.rank, world_size=ranks.world_size, seed=run.seed, bpe_dropout=run.data.bpe_dropout,
@@ -132,7 +132,7 @@ class _Trainer:
             OptimizerSettings(
                 run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay, settings.moments
             ),
-            ranks, run.seed,
+            ranks, run.seed, run.replicas,
         )  # fmt: skip
         self.attention = use_attention(self.engine.module, run.attention, ranks.device)
         verify_attention(self.engine.module, self.engine_config.branch_dtype, ranks.device)
@@ -161,11 +161,12 @@ class _Trainer:
                     self._validate()
                 while state.update < run.updates:
                     micro_batches = next(self.stream)
-                    lr = run.learning_rate.at(state.update, run.updates)
+                    lr = run.learning_rate.at(state.update, run.updates) * (self.plateau.factor if self.plateau else 1.0)
                     report = self.engine.update([(b.text_BT, b.image_BN) for b in micro_batches], lr, stop.requested)
                     state.update += 1
                     state.seconds = before + time.monotonic() - began
                     if report.took_step:
+                        self._watch_plateau(report.loss)
                         if not self.optimizer_bytes:
                             self._report_optimizer_bytes()
                         if state.update % run.average.every == 0:
@@ -190,6 +191,12 @@ class _Trainer:
             return summary
         finally:
             self.tracker.close(status)
+
+    def _watch_plateau(self, loss: float) -> None:
+        update = self.state.update
+        if self.plateau and update > self.recipe.learning_rate.warmup_updates and self.plateau.observe(update, loss):
+            log.info("update %d: the training loss has stopped falling (smoothed %.4f): learning rate halved, %d times now",
+                     update, self.plateau.state.smoothed, len(self.plateau.state.halvings))  # fmt: skip
 
     def _report(self, report: UpdateReport, lr: float, meter: "_Meter", bar: Any) -> None:
         state, every = self.state, self.recipe.tracking.every
@@ -258,8 +265,11 @@ class _Trainer:
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
 
         def write(folder: Path) -> None:
-            self.engine.save(folder, {"train_state": self.state.to_dict(), "n_averaged": self.average.n_updates})
-            save_average(self.average, folder, self.ranks)
+            state = {
+                "train_state": self.state.to_dict(), "n_averaged": self.average.n_updates,
+                "plateau": self.plateau.state_dict() if self.plateau else None,
+            }  # fmt: skip
+            self.engine.save(folder, state, self.average.averages)
             if self.ranks.is_main:
                 save_file(_parity_tensors(self.parity_batch, nll_BN), folder / PARITY_FILE)
 
@@ -274,21 +284,16 @@ class _Trainer:
         if self.ranks.is_main:
             log.info("saved %s", path)
 
-    def _require_same_ranks(self, checkpoint: Path, commit: dict[str, Any]) -> None:
-        if commit["world_size"] != self.ranks.world_size:
-            raise ConfigError(
-                f"{checkpoint} is of {commit['world_size']} ranks, this job has {self.ranks.world_size}: start it with as many"
-            )
-
     def _require_same_moments(self, checkpoint: Path, commit: dict[str, Any]) -> None:
         saved, ours = commit["about"].get("moments", "fp32"), self.recipe.optimizer.moments
         if saved != ours:
             raise ConfigError(f"{checkpoint} has {saved} moments, but the recipe's optimizer.moments is {ours}: set {saved}")
 
     def _restore(self, checkpoint: Path) -> None:
-        client_state = self.engine.load(checkpoint)
-        self.state = TrainState(**client_state["train_state"])
-        load_average(self.average, checkpoint, client_state["n_averaged"], self.ranks)
+        saved = self.engine.load(checkpoint, self.average.averages)
+        self.state, self.average.n_updates = TrainState(**saved["train_state"]), saved["n_averaged"]
+        if self.plateau and saved["plateau"]:
+            self.plateau.load_state_dict(saved["plateau"])
         if self.ranks.is_main:
             log.info("resumed from %s", checkpoint)
 
@@ -318,6 +323,8 @@ class _Trainer:
                  self.ranks.world_size, accumulation, run.micro_batch)  # fmt: skip
         log.info("%d train samples, %d updates an epoch", self.dataset.n_samples, self.stream.steps_per_epoch)
         log.info("parameter groups: %s", self.engine.groups_description)
+        if self.engine.replica_gradients:
+            log.info("%d replicas: %s", run.replicas.count, self.engine.replica_gradients.describe())
         return tracker
 
     def _write(self, name: str, text: str) -> None:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.parallel.consolidate import trained_weights
 from dalle_ds.parallel.engine import IMAGE_WEIGHT, TEXT_WEIGHT, OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -198,21 +196,6 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def deepspeed_files(folder: Path, ranks: Ranks, stage: int, **more: Any) -> dict[str, Any]:
-    """Where our reader of DeepSpeed's own checkpoint files finds parameters, against what DeepSpeed makes of them."""
-    engine = make_engine(folder, ranks, None, stage=stage, **more)
-    engine.update(micro_batches(0, ranks, 1), ADAMW.lr)
-    engine._engine.save_checkpoint(str(folder), tag=f"stage{stage}", save_latest=False)
-    ranks.barrier()
-    found = trained_weights(folder / f"stage{stage}")
-    expected = get_fp32_state_dict_from_zero_checkpoint(str(folder), f"stage{stage}")
-    return {
-        "same_names": found.keys() == expected.keys() == dict(engine.module.named_parameters()).keys(),
-        "different": [name for name in expected if not torch.equal(found[name].read(), expected[name])],
-        "files": max(len(tensor.pieces) for tensor in found.values()),
-    }
-
-
 def main(folder: Path) -> None:
     ranks = join()
     results = {
@@ -236,8 +219,6 @@ def main(folder: Path) -> None:
         "inf": inf_in_one_block(folder, ranks),
         "checkpoint": save_and_load(folder, ranks),
         "averaging": averaging(folder, ranks),
-        "files_zero3": deepspeed_files(folder, ranks, 3),
-        "files_zero2": deepspeed_files(folder, ranks, 2, bf16={"enabled": True}),
         "low_bit": low_bit_moments(folder, ranks, "low_bit"),
         "low_bit_offloaded": low_bit_moments(folder, ranks, "low_bit_offloaded", offload=True),
         "low_bit_bf16_zero2": low_bit_moments(folder, ranks, "low_bit_zero2", stage=2, bf16={"enabled": True}),

@@ -82,10 +82,15 @@ def test_killed_run_ends_as_the_uninterrupted_one(uninterrupted: dict[str, Any],
         first = home / "killed" / "checkpoints" / "update_00000003"
         launching.wait_for(first.exists, "first checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
+    shutil.copytree(home / "killed", home / "fewer")
     resumed = train(home, env, "killed")
     assert resumed["resumed_at"] in (3, 6)
     for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
         assert resumed[key] == uninterrupted[key], key
+    fewer = train(home, env, "fewer", n_ranks=1)  # another number of ranks: the same samples, other sums
+    assert fewer["resumed_at"] in (3, 6)
+    for key in ("held_out_image_loss", "held_out_text_loss"):
+        assert fewer[key] == pytest.approx(uninterrupted[key], rel=1e-4), key
     again = train(home, env, "killed", n_ranks=1)  # nothing to resume, so any number will do
     assert again["resumed_at"] == again["updates"] == 8, "a finished run is not repeated"
 

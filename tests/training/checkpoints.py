@@ -1,9 +1,8 @@
-"""Checkpoints of a prior that no engine trained: the files of two ranks, in each layout that runs have written."""
+"""Checkpoints of a prior that no engine trained: the files of two ranks."""
 
 import json
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -13,18 +12,17 @@ from dalle_ds.data import storage
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import read_weights
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.parallel.saved_state import AVERAGE, OPTIMIZER, WEIGHTS, StateParts
 from dalle_ds.precision.half import use_fp16_branches
 from tests.data.token_sets import make_token_set
 
-Layout = Literal["parts", "shards", "zero3", "zero2"]
 N_RANKS = 2
 
 
-def make_checkpoint(folder: Path, *layouts: Layout, **geometry: int) -> Prior:
+def make_checkpoint(folder: Path, **geometry: int) -> Prior:
     """folder/tokens, and folder/run with one checkpoint; returns the prior that it holds, as weights and as their average.
 
     Args:
-        layouts: parts: state-*.safetensors; shards: average-*.safetensors; zero3, zero2: DeepSpeed's own files.
         geometry: of the prior.
     """
     data = make_token_set(folder / "tokens")
@@ -42,8 +40,7 @@ def make_checkpoint(folder: Path, *layouts: Layout, **geometry: int) -> Prior:
     checkpoint = folder / "run" / "checkpoints" / "update_00000007"
     checkpoint.mkdir(parents=True)
     state = prior.state_dict()
-    for layout in layouts:
-        _WRITERS[layout](checkpoint, state)
+    _write_parts(checkpoint, state)
     about = {
         "model": config.model_dump(), "dataset": data, "dvae": dvae.fingerprint, "tokenizer": tokenizer.fingerprint,
         "data": "d", "content": "c", "caption_dropout": 0.1, "fp16_branches": True, "mlflow": None,
@@ -64,63 +61,13 @@ def _scored(prior: Prior) -> dict[str, Tensor]:
     return {"text": text, "image": image, "image_nll": prior.image_nll(text, image)}
 
 
-def _shards(value: Tensor) -> list[Tensor]:
-    """As ZeRO-3 cuts: parts of one length; what pads the last is no number, so that it is seen where it gets in."""
-    n = -(-value.numel() // N_RANKS)
-    return list(torch.cat([value.flatten(), torch.full((n * N_RANKS - value.numel(),), math.nan)]).split(n))
-
-
 def _write_parts(folder: Path, state: dict[str, Tensor]) -> None:
+    """As ZeRO-3 cuts: shards of one length; what pads the last is no number, so that it is seen where it gets in."""
     for rank in range(N_RANKS):
-        tensors, starts = {}, {}
+        parts = StateParts({name: value.shape for name, value in state.items()})
         for name, value in state.items():
-            shard = _shards(value)[rank]
-            start = rank * len(shard)
-            own = shard[: max(0, value.numel() - start)]
-            if own.numel():
-                for kind in ("weights", "average", "optimizer.exp_avg"):
-                    tensors[f"{kind}/{name}"] = own.clone()
-                    starts[f"{kind}/{name}"] = start
-        shapes = {name: list(value.shape) for name, value in state.items()}
-        metadata = {"shapes": json.dumps(shapes), "starts": json.dumps(starts), "steps": "{}"}
-        save_file(tensors, folder / f"state-{rank:05d}-of-{N_RANKS:05d}.safetensors", metadata=metadata)
-
-
-def _write_shards(folder: Path, state: dict[str, Tensor]) -> None:
-    for rank in range(N_RANKS):
-        shards = {name: _shards(value)[rank].clone() for name, value in state.items()}
-        save_file(shards, folder / f"average-{rank:05d}-of-{N_RANKS:05d}.safetensors", metadata={"n_updates": "7"})
-
-
-def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Parameters with weight decay and without, as the optimizer has them."""
-    return [{name: value for name, value in state.items() if (value.ndim > 1) == decays} for decays in (True, False)]
-
-
-def _write_zero3(folder: Path, state: dict[str, Tensor]) -> None:
-    groups = _groups(state)
-    for rank in range(N_RANKS):
-        flat = [torch.cat([_shards(value)[rank] for value in group.values()]) for group in groups]
-        content = {"zero_stage": 3, "partition_count": N_RANKS, "moments": [torch.zeros(99)], "fp32_flat_groups": flat}
-        torch.save({"optimizer_state_dict": content}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        torch.save(_shapes(groups), folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-
-
-def _write_zero2(folder: Path, state: dict[str, Tensor]) -> None:
-    groups = _groups(state)
-    joined = [torch.cat([value.flatten() for value in group.values()]) for group in groups]
-    for rank in range(N_RANKS):
-        flat = [_shards(values)[rank].clone() for values in joined]
-        content = {
-            "zero_stage": 2, "partition_count": [N_RANKS] * len(flat), "moments": [torch.zeros(99)],
-            "single_partition_of_fp32_groups": flat,
-        }  # fmt: skip
-        torch.save({"optimizer_state_dict": content}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    torch.save(_shapes(groups), folder / "mp_rank_00_model_states.pt")
-
-
-def _shapes(groups: list[dict[str, Tensor]]) -> dict[str, list[dict[str, torch.Size]]]:
-    return {"param_shapes": [{name: value.shape for name, value in group.items()} for group in groups]}
-
-
-_WRITERS = {"parts": _write_parts, "shards": _write_shards, "zero3": _write_zero3, "zero2": _write_zero2}
+            n = -(-value.numel() // N_RANKS)
+            padded = torch.cat([value.flatten(), torch.full((n * N_RANKS - value.numel(),), math.nan)])
+            for kind in (WEIGHTS, AVERAGE, f"{OPTIMIZER}.exp_avg"):
+                parts.add(kind, name, rank * n, padded[rank * n : (rank + 1) * n])
+        parts.write(folder, rank, N_RANKS)

@@ -93,6 +93,9 @@ def test_no_room_is_said_before_training(store: CheckpointStore, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match=r"1.00 GiB free, 44\.\d+ GiB needed"):
         store.require_room(10**9)
+    store.require_room(2 * 10**7)
+    with pytest.raises(UserError, match=r"1.00 GiB free, 1\.\d+ GiB needed"):
+        store.require_room(2 * 10**7, more_bytes=8)
 
 
 def test_commit_file_is_json_for_other_tools(store: CheckpointStore) -> None:

@@ -1,4 +1,4 @@
-"""Export: the same whatever the layout of the checkpoint and the number of files, in memory for two tensors, and proved."""
+"""Export: the same whatever the number of files, in memory for two tensors, and proved."""
 
 import json
 import os
@@ -27,10 +27,9 @@ CHECKPOINT = Path("run", "checkpoints", "update_00000007")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a run of each layout, and the prior that all of them hold. Its sizes are odd: shards are padded."""
+    """A folder with a run, and the prior that it holds. Its sizes are odd: shards are padded."""
     folder = tmp_path_factory.mktemp("runs")
-    priors = [make_checkpoint(folder / name, *name.split("+")) for name in ("parts", "shards+zero3", "shards+zero2")]
-    return folder, priors[0]
+    return folder, make_checkpoint(folder)
 
 
 def same_weights(export: Path, prior: Prior) -> bool:
@@ -39,10 +38,9 @@ def same_weights(export: Path, prior: Prior) -> bool:
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-@pytest.mark.parametrize("layout", ["parts", "shards+zero3", "shards+zero2"])
-def test_export_of_every_layout_holds_the_weights(made, tmp_path, layout, averaged):
+def test_export_holds_the_weights(made, tmp_path, averaged):
     folder, prior = made
-    summary = export_checkpoint(folder / layout / "run", tmp_path, averaged=averaged)
+    summary = export_checkpoint(folder / "run", tmp_path, averaged=averaged)
     config = {"kind": "prior", "config": prior.config.model_dump()}
     assert summary["fingerprint"] == fingerprint(config, prior.state_dict()), "as over all of them in memory"
     assert same_weights(tmp_path, prior)
@@ -59,8 +57,8 @@ def test_export_of_every_layout_holds_the_weights(made, tmp_path, layout, averag
 def test_several_files_are_the_same_model(made, tmp_path, request, out):
     folder, prior = made
     url = str(tmp_path / "export") if out == "local" else request.getfixturevalue("s3").url
-    whole = export_checkpoint(folder / "parts" / "run", tmp_path / "whole")
-    parts = export_checkpoint(folder / "parts" / "run", url, max_file_bytes=10_000)
+    whole = export_checkpoint(folder / "run", tmp_path / "whole")
+    parts = export_checkpoint(folder / "run", url, max_file_bytes=10_000)
     assert {**parts, "export": 0, "peak_memory_gigabytes": 0} == {**whole, "export": 0, "peak_memory_gigabytes": 0}
     assert same_weights(url, prior)
     if out == "local":
@@ -73,10 +71,10 @@ def test_several_files_are_the_same_model(made, tmp_path, request, out):
             assert tensors.keys() == {name for name, where in index["weight_map"].items() if where == file}
             assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 10_000
     # a folder holds one model: whatever was there before goes
-    export_checkpoint(folder / "parts" / "run", url)
+    export_checkpoint(folder / "run", url)
     if out == "local":
         assert [file.name for file in Path(url).glob("model*")] == ["model.safetensors"]
-    export_checkpoint(folder / "parts" / "run", url, max_file_bytes=20_000)
+    export_checkpoint(folder / "run", url, max_file_bytes=20_000)
     if out == "local":
         files = {file.name for file in Path(url).glob("model*")}
         index = json.loads(Path(url, "model.safetensors.index.json").read_text())
@@ -91,7 +89,7 @@ def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
     folder, prior = made
     write_weights(tmp_path / "w", kind="prior", config={}, state=prior.state_dict())
     tensors = open_weights(tmp_path / "w", "prior").tensors
-    batch = load_file(folder / "parts" / CHECKPOINT / "parity.safetensors")
+    batch = load_file(folder / CHECKPOINT / "parity.safetensors")
     for fp16 in (False, True):
         plain = Prior(prior.config)
         plain.load_state_dict(prior.state_dict())
@@ -117,8 +115,8 @@ def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
 def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatch):
     folder, prior = made
     out = tmp_path / "out"
-    export_checkpoint(folder / "parts" / "run", out)
-    scored = load_file(folder / "parts" / CHECKPOINT / "parity.safetensors")
+    export_checkpoint(folder / "run", out)
+    scored = load_file(folder / CHECKPOINT / "parity.safetensors")
     tensors = open_weights(out / "model.safetensors", "prior").tensors
     scored["image_nll"][1, 2] += 2e-3
     save_file(scored, tmp_path / "parity.safetensors")
@@ -130,7 +128,7 @@ def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatc
 
     monkeypatch.setattr("dalle_ds.training.export.prove_parity", fails)
     with pytest.raises(DataError, match="differs"):
-        export_checkpoint(folder / "parts" / "run", out)
+        export_checkpoint(folder / "run", out)
     with pytest.raises(DataError, match="not an export folder"):
         load_export(out)
 
@@ -139,11 +137,11 @@ def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatc
 
 
 def test_files_that_do_not_fit_are_named(made, tmp_path):
-    def run(name: str, layout: str) -> Path:
+    def run(name: str) -> Path:
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         copy = tmp_path / name / "checkpoints" / "update_00000007"
         copy.mkdir()
-        for file in (made[0] / layout / CHECKPOINT).iterdir():
+        for file in (made[0] / CHECKPOINT).iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
         return copy
 
@@ -153,18 +151,13 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
             export_checkpoint(checkpoint.parents[1], out, averaged=averaged)
         assert not out.exists(), "refused before anything is written"
 
-    for stem, layout in (("state", "parts"), ("average", "shards+zero3")):
-        copy = run(f"without {stem}", layout)
-        (copy / f"{stem}-00001-of-00002.safetensors").unlink()
-        refused(copy, f"holds 1 {stem}-.*expected 2")
-    (copy / "average-00000-of-00002.safetensors").unlink()
-    refused(copy, "holds no averaged weights")
-    (copy / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    refused(copy, "files of 1 ranks, expected 2", averaged=False)
-    (copy / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    refused(copy, "holds no weights", averaged=False)
+    copy = run("one rank's file is missing")
+    (copy / "state-00001-of-00002.safetensors").unlink()
+    refused(copy, "holds 1 state-.*expected 2")
+    (copy / "state-00000-of-00002.safetensors").unlink()
+    refused(copy, "holds 0 state-", averaged=False)
 
-    copy = run("cut", "parts")
+    copy = run("cut")
     file = copy / "state-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused(copy, "state-00001-of-00002.safetensors: not a safetensors file")
@@ -174,7 +167,7 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
         ("tokenizer", lambda about: about.update(tokenizer="other"), "tokenizer.model of data set"),
         ("dvae", lambda about: about.update(dvae="other"), "dvae.safetensors of data set"),
     ):
-        copy = run(name, "parts")
+        copy = run(name)
         tree = json.loads((copy / "checkpoint.json").read_text())
         change(tree["about"])
         (copy / "checkpoint.json").write_text(json.dumps(tree))
@@ -195,11 +188,11 @@ from dalle_ds.training.export import export_checkpoint
 def resident(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-small, large, averaged = sys.argv[1], sys.argv[2], sys.argv[3] == "averaged"
-export_checkpoint(small + "/run", small + "/warm", averaged=averaged)  # imports what is imported when first used
+small, large = sys.argv[1], sys.argv[2]
+export_checkpoint(small + "/run", small + "/warm")  # imports what is imported when first used
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = resident("VmRSS")
-export_checkpoint(large + "/run", large + "/export", averaged=averaged, max_file_bytes=int(sys.argv[4]))
+export_checkpoint(large + "/run", large + "/export", max_file_bytes=int(sys.argv[3]))
 grown = resident("VmHWM") - before
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
@@ -209,14 +202,12 @@ print(json.dumps({"grown": grown, "grown_by_loading": resident("VmHWM") - before
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of resident memory")
-@pytest.mark.parametrize(("layout", "averaged"), [("parts", True), ("zero3", False)])
-def test_peak_memory_is_two_tensors_and_a_constant(made, tmp_path, layout, averaged):
+def test_peak_memory_is_two_tensors_and_a_constant(made, tmp_path):
     """300 MB of weights in a process of its own; what a map of a file keeps resident counts too."""
-    prior = make_checkpoint(tmp_path, layout, n_layers=24, n_heads=8, d_head=64)
+    prior = make_checkpoint(tmp_path, n_layers=24, n_heads=8, d_head=64)
     sizes = [parameter.nbytes for parameter in prior.parameters()]
     assert sum(sizes) > 300e6
-    small = made[0] / ("parts" if averaged else "shards+zero3")
-    command = [sys.executable, "-c", MEASURED, small, tmp_path, "averaged" if averaged else "last", 100_000_000]
+    command = [sys.executable, "-c", MEASURED, made[0], tmp_path, 100_000_000]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=Path(__file__).parents[2],
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

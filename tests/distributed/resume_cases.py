@@ -1,0 +1,86 @@
+"""Save on some ranks, load on others; started by the deepspeed launcher: resume_cases.py save|load FOLDER."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_ds.optim.averaging import AverageConfig, WeightAverage
+from dalle_ds.parallel.engine import PriorEngine
+from dalle_ds.parallel.ranks import Ranks, join, leave
+from tests.distributed import engine_cases
+from tests.distributed.engine_cases import ADAMW, make_engine, micro_batches
+
+engine_cases.GLOBAL_BATCH = 6  # for one, two and three ranks
+
+PER_RESBLOCK = {"enabled": True, "loss_scale": "per_resblock", "backoff_window": 0}
+CASES: dict[str, dict[str, Any]] = {
+    "zero3_fp16": {"fp16": PER_RESBLOCK},
+    "zero3_fp32": {"fp16": None, "threshold": 1000},
+    "zero3_bf16": {"fp16": None, "bf16": {"enabled": True}},
+    "zero2_bf16": {"fp16": None, "stage": 2, "bf16": {"enabled": True}},
+    "zero0_fp32": {"fp16": None, "stage": 0},
+}
+ACROSS_STAGES = {"zero3_fp32": "zero0_fp32", "zero0_fp32": "zero3_fp32", "zero2_bf16": "zero3_bf16"}
+
+
+def _go_on(engine: PriorEngine, average: WeightAverage, ranks: Ranks) -> dict[str, Any]:
+    """Evaluation before anything moves, then two updates, then the averaged weights."""
+    batch = [engine_cases.global_batch(9)]
+    seen: dict[str, Any] = {"at_once": engine.evaluate(batch)}
+    reports = [engine.update(micro_batches(update, ranks, 1), ADAMW.lr) for update in (3, 4)]
+    seen["updates"] = [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
+    with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):
+        seen["averaged"] = engine.evaluate(batch)
+    seen["scales"] = engine.scaler.scale.tolist() if engine.scaler else None
+    return seen
+
+
+def _average(engine: PriorEngine) -> WeightAverage:
+    return WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+
+
+def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    results = {}
+    for case, options in CASES.items():
+        engine = make_engine(folder, ranks, **options)
+        average = _average(engine)
+        for update in range(3):
+            engine.update(micro_batches(update, ranks, 1), ADAMW.lr)
+            average.update(engine.shards())
+        if engine.scaler:
+            engine.scaler.update(torch.tensor([0, 1.0, 0, 0, 0, 0]))  # scales that differ from their start
+        checkpoint = folder / case
+        if ranks.is_main:
+            checkpoint.mkdir()
+        ranks.barrier()
+        engine.save(checkpoint, {"note": case}, average.averages)
+        ranks.barrier()
+        results[case] = _go_on(engine, average, ranks)
+    return results
+
+
+def load(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    results = {}
+    pairs = [(case, case) for case in CASES] + list(ACROSS_STAGES.items())
+    for source, target in pairs:
+        engine = make_engine(folder, ranks, **CASES[target])
+        average = _average(engine)
+        assert engine.load(folder / source, average.averages) == {"note": source}
+        results[f"{source} as {target}"] = _go_on(engine, average, ranks)
+    return results
+
+
+def main(action: str, folder: Path) -> None:
+    ranks = join()
+    results = {"save": save, "load": load}[action](folder, ranks)
+    if ranks.is_main:
+        (folder / f"{action}-{ranks.world_size}.json").write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    action, folder = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    main(action, Path(folder))

@@ -1,0 +1,49 @@
+"""A checkpoint of two ranks goes on at one, two and three, and at another ZeRO stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import launching
+from tests.distributed.resume_cases import ACROSS_STAGES, CASES
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("resume")
+    cases = str(Path(__file__).with_name("resume_cases.py"))
+    for action, n_ranks in (("save", 2), ("load", 2), ("load", 1), ("load", 3)):
+        done = launching.run([*launching.deepspeed(n_ranks), cases, action, str(folder)], folder)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*-?.json")}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_same_ranks_go_on_to_the_last_digit(outcome: dict[str, Any], case: str) -> None:
+    found, expected = outcome["load-2"][f"{case} as {case}"], outcome["save-2"][case]
+    assert json.dumps(found) == json.dumps(expected)  # as text: without ZeRO the norm is not known, and NaN equals nothing
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+@pytest.mark.parametrize("case", list(CASES))
+def test_other_ranks_go_on_within_rounding(outcome: dict[str, Any], case: str, n_ranks: int) -> None:
+    found, expected = outcome[f"load-{n_ranks}"][f"{case} as {case}"], outcome["save-2"][case]
+    tolerance = {"fp32": 2e-5, "fp16": 2e-3, "bf16": 2e-2}[case[-4:]]
+    assert found["at_once"] == pytest.approx(expected["at_once"], rel=1e-6)
+    assert found["scales"] == expected["scales"]
+    for a, b in zip(found["updates"], expected["updates"], strict=True):
+        assert a == pytest.approx(b, rel=tolerance, nan_ok=case == "zero0_fp32")
+    assert found["averaged"] == pytest.approx(expected["averaged"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("source", "target"), list(ACROSS_STAGES.items()))
+def test_another_zero_stage_takes_it(outcome: dict[str, Any], source: str, target: str) -> None:
+    found, expected = outcome["load-2"][f"{source} as {target}"], outcome["save-2"][source]
+    tolerance = {"fp32": 2e-5, "bf16": 2e-2}[source[-4:]]
+    assert found["at_once"] == pytest.approx(expected["at_once"], rel=1e-6 if "fp32" in source else 1e-3)
+    for (*losses, _), (*expected_losses, _) in zip(found["updates"], expected["updates"], strict=True):
+        assert losses == pytest.approx(expected_losses, rel=tolerance)
