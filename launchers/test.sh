@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them all: style, import rules, pytest. About ten minutes on two cores.
+# Set up what the tests need and run them all: style, import rules, pytest. About twelve minutes on two cores.
 #   bash launchers/test.sh [PYTEST OPTIONS]     e.g. tests/ops, or -k masks, or -m "not launch"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,4 +8,4 @@ source launchers/setup.sh test,demo
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 lint-imports
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"
