@@ -136,6 +136,11 @@ class BlockScaler:
         self.since_backoff.masked_fill_(lower, 0)
         self.found_nonfinite.zero_()
 
+    def at_limits(self) -> dict[str, str]:
+        """Name -> "floor" or "ceiling", of blocks whose scale is there: what fp16 loses is out of the policy's hands."""
+        powers, low, high = self.log2_scales(), self.config.min_scale_power + 1e-4, self.config.max_scale_power - 1e-4
+        return {name: "floor" if power < low else "ceiling" for name, power in powers.items() if not low <= power <= high}
+
     def log2_scales(self) -> dict[str, float]:
         """Name of block -> log2 of its scale."""
         return dict(zip(self.names, self.scale.log2().tolist(), strict=True))

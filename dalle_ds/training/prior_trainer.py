@@ -27,12 +27,14 @@ from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine, UpdateRepor
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.recompute import recompute_layers
+from dalle_ds.precision.block_scaling import BlockScaler
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.charts import gradient_scales, position_heatmap
 from dalle_ds.training.checkpoint import CheckpointStore
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.parity import PARITY_FILE
+from dalle_ds.training.plan import forward_flops
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_state import RunIdentity, TrainState
 from dalle_ds.training.tracking import NullTracker, Tracker
@@ -144,6 +146,9 @@ class _Trainer:
         self.tracker = self._start_tracking() if ranks.is_main else NullTracker()
         self.optimizer_bytes = 0.0
         self.scale_history: list[tuple[int, list[float]]] = []
+        self.at_limits: dict[str, str] = {}
+        # forward and backward, sparse attention counted by attended pairs, recomputed layers not counted
+        self.flops_per_token = 3 * forward_flops(self.model_config) / self.model_config.n_slots
         self.last_validation: dict[str, float] = {}
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -192,6 +197,14 @@ class _Trainer:
         finally:
             self.tracker.close(status)
 
+    def _warn_of_limits(self, scaler: BlockScaler) -> None:
+        now = scaler.at_limits()
+        for name, limit in now.items():
+            if self.at_limits.get(name) != limit:
+                log.warning("update %d: the gradient scale of %s is at its %s, 2^%g; if it stays there, widen the limits in "
+                            "the DeepSpeed JSON", self.state.update, name, limit, scaler.log2_scales()[name])  # fmt: skip
+        self.at_limits = now
+
     def _watch_plateau(self, loss: float) -> None:
         update = self.state.update
         if self.plateau and update > self.recipe.learning_rate.warmup_updates and self.plateau.observe(update, loss):
@@ -210,15 +223,18 @@ class _Trainer:
             log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
         if state.update % every and report.took_step:
             return
+        rate = meter.rate()
         values = {
             "train/loss": report.loss, "train/text_loss": report.text_loss, "train/image_loss": report.image_loss,
-            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped, "train/tokens_per_second": meter.rate(),
+            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped, "train/tokens_per_second": rate,
+            "train/model_tflops": rate * self.flops_per_token / 1e12,
             "train/epoch": state.update / self.stream.steps_per_epoch, "train/data_wait_seconds": self.stream.wait_seconds,
             "train/captions_cut": self.stream.n_truncated,
         }  # fmt: skip
         if math.isfinite(report.grad_norm):
             values["train/grad_norm"] = report.grad_norm
         if self.engine.scaler:
+            self._warn_of_limits(self.engine.scaler)
             values |= {f"scale_log2/{name}": value for name, value in self.engine.scaler.log2_scales().items()}
             self.scale_history.append((state.update, self.engine.scaler.scale.tolist()))
         self.tracker.metrics(values, state.update)
@@ -250,6 +266,9 @@ class _Trainer:
                 nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {self.state.update}"
             )
             self.tracker.picture("loss_by_position", chart, self.state.update)
+            if self.engine.scaler:
+                powers = sorted((power, name) for name, power in self.engine.scaler.log2_scales().items())
+                log.info("gradient scales from 2^%.1f (%s) to 2^%.1f (%s)", *powers[0], *powers[-1])
             if len(self.scale_history) > 1 and self.engine.scaler:
                 updates, scales = zip(*self.scale_history, strict=True)
                 lines = dict(zip(self.engine.scaler.names, zip(*scales, strict=True), strict=True))

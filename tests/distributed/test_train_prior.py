@@ -74,6 +74,8 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     }
     assert run.data.tags["lineage.data"] == info["fingerprint"]
     assert run.data.params["optimizer.beta2"] == "0.96"
+    tokens, tflops = (losses(home, env, "whole", f"train/{name}")[-1] for name in ("tokens_per_second", "model_tflops"))
+    assert tokens > 0 and 0 < tflops < 1, "a small model on a CPU"
 
 
 def test_killed_run_ends_as_the_uninterrupted_one(uninterrupted: dict[str, Any], home: Path, env: dict[str, str]) -> None:
