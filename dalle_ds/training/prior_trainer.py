@@ -2,9 +2,7 @@
 
 import json
 import logging
-import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle_ds.console import progress
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError
@@ -23,19 +20,17 @@ from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.optim.plateau import Plateau
-from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine, UpdateReport
+from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.recompute import recompute_layers
-from dalle_ds.precision.block_scaling import BlockScaler
 from dalle_ds.recipes import dump_recipe, flatten
-from dalle_ds.training.charts import gradient_scales, position_heatmap
 from dalle_ds.training.checkpoint import CheckpointStore
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.parity import PARITY_FILE
-from dalle_ds.training.plan import forward_flops
 from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.prior_report import RunReport
 from dalle_ds.training.prior_state import RunIdentity, TrainState
 from dalle_ds.training.tracking import NullTracker, Tracker
 
@@ -144,11 +139,7 @@ class _Trainer:
         if found is not None:
             self._restore(found[0])
         self.tracker = self._start_tracking() if ranks.is_main else NullTracker()
-        self.optimizer_bytes = 0.0
-        self.scale_history: list[tuple[int, list[float]]] = []
-        self.at_limits: dict[str, str] = {}
-        # forward and backward, sparse attention counted by attended pairs, recomputed layers not counted
-        self.flops_per_token = 3 * forward_flops(self.model_config) / self.model_config.n_slots
+        self.run_report = RunReport(run, self.model_config, self.engine, self.stream, self.state, self.tracker)
         self.last_validation: dict[str, float] = {}
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -158,10 +149,9 @@ class _Trainer:
         resumed_at = state.update
         status, began = "FAILED", time.monotonic()
         before = state.seconds
-        meter = _Meter(tokens_per_update=run.global_batch * self.model_config.n_slots)
-        bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self.ranks.is_main)
+        optimizer_bytes = 0.0
         try:
-            with bar, self.stream:
+            with self.run_report.bar, self.stream:
                 if state.update == 0:
                     self._validate()
                 while state.update < run.updates:
@@ -172,13 +162,14 @@ class _Trainer:
                     state.seconds = before + time.monotonic() - began
                     if report.took_step:
                         self._watch_plateau(report.loss)
-                        if not self.optimizer_bytes:
-                            self._report_optimizer_bytes()
+                        if not optimizer_bytes:
+                            optimizer_bytes = self.engine.optimizer_bytes_per_parameter()
+                            self.run_report.optimizer_bytes(run.optimizer.moments, optimizer_bytes)
                         if state.update % run.average.every == 0:
                             self.average.update(self.engine.shards())
                     else:
                         state.n_skipped += 1
-                    self._report(report, lr, meter, bar)
+                    self.run_report.updated(report, lr)
                     if state.update % run.validation.every == 0 or state.update == run.updates:
                         self._validate()
                     if state.update % run.checkpoint.every == 0 or state.update == run.updates or report.stop_requested:
@@ -197,82 +188,19 @@ class _Trainer:
         finally:
             self.tracker.close(status)
 
-    def _warn_of_limits(self, scaler: BlockScaler) -> None:
-        now = scaler.at_limits()
-        for name, limit in now.items():
-            if self.at_limits.get(name) != limit:
-                log.warning("update %d: the gradient scale of %s is at its %s, 2^%g; if it stays there, widen the limits in "
-                            "the DeepSpeed JSON", self.state.update, name, limit, scaler.log2_scales()[name])  # fmt: skip
-        self.at_limits = now
-
     def _watch_plateau(self, loss: float) -> None:
         update = self.state.update
         if self.plateau and update > self.recipe.learning_rate.warmup_updates and self.plateau.observe(update, loss):
             log.info("update %d: the training loss has stopped falling (smoothed %.4f): learning rate halved, %d times now",
                      update, self.plateau.state.smoothed, len(self.plateau.state.halvings))  # fmt: skip
 
-    def _report(self, report: UpdateReport, lr: float, meter: "_Meter", bar: Any) -> None:
-        state, every = self.state, self.recipe.tracking.every
-        bar.update(1)
-        if not self.ranks.is_main:
-            return
-        meter.add()
-        if report.nonfinite_blocks:
-            log.warning("update %d skipped: non-finite gradient in %s", state.update, ", ".join(report.nonfinite_blocks))
-        elif not report.took_step:
-            log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
-        if state.update % every and report.took_step:
-            return
-        rate = meter.rate()
-        values = {
-            "train/loss": report.loss, "train/text_loss": report.text_loss, "train/image_loss": report.image_loss,
-            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped, "train/tokens_per_second": rate,
-            "train/model_tflops": rate * self.flops_per_token / 1e12,
-            "train/epoch": state.update / self.stream.steps_per_epoch, "train/data_wait_seconds": self.stream.wait_seconds,
-            "train/captions_cut": self.stream.n_truncated,
-        }  # fmt: skip
-        if math.isfinite(report.grad_norm):
-            values["train/grad_norm"] = report.grad_norm
-        if self.engine.scaler:
-            self._warn_of_limits(self.engine.scaler)
-            values |= {f"scale_log2/{name}": value for name, value in self.engine.scaler.log2_scales().items()}
-            self.scale_history.append((state.update, self.engine.scaler.scale.tolist()))
-        self.tracker.metrics(values, state.update)
-        bar.set_postfix_str(
-            f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
-        )
-
-    def _report_optimizer_bytes(self) -> None:
-        """After a step: counted over real tensors, which the optimizer makes in its first one."""
-        self.optimizer_bytes = self.engine.optimizer_bytes_per_parameter()
-        self.tracker.params({"optimizer_bytes_per_parameter": round(self.optimizer_bytes, 4)})
-        if self.ranks.is_main:
-            log.info("%s moments: %.2f bytes a parameter", self.recipe.optimizer.moments, self.optimizer_bytes)
-
     def _validate(self) -> None:
-        """Held-out losses of the averaged weights, and a map of the image loss by grid position."""
         with self._averaged():
             text_loss, image_loss = self.engine.evaluate([(b.text_BT, b.image_BN) for b in self.validation])
             first = self.validation[0]
             nll_BN = self.engine.image_nll(first.text_BT, first.image_BN)
-        self.last_validation = {"validation/text_loss": text_loss, "validation/image_loss": image_loss}
-        self.tracker.metrics(self.last_validation, self.state.update)
-        if self.ranks.is_main:
-            log.info(
-                "update %d: held-out image loss %.4f, text loss %.4f nats a token", self.state.update, image_loss, text_loss
-            )
-            grid = self.model_config.grid
-            chart = position_heatmap(
-                nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {self.state.update}"
-            )
-            self.tracker.picture("loss_by_position", chart, self.state.update)
-            if self.engine.scaler:
-                powers = sorted((power, name) for name, power in self.engine.scaler.log2_scales().items())
-                log.info("gradient scales from 2^%.1f (%s) to 2^%.1f (%s)", *powers[0], *powers[-1])
-            if len(self.scale_history) > 1 and self.engine.scaler:
-                updates, scales = zip(*self.scale_history, strict=True)
-                lines = dict(zip(self.engine.scaler.names, zip(*scales, strict=True), strict=True))
-                self.tracker.picture("gradient_scales", gradient_scales(updates, lines), self.state.update)
+        self.last_validation = {"held_out_image_loss": image_loss, "held_out_text_loss": text_loss}
+        self.run_report.validated(text_loss, image_loss, nll_BN)
 
     def _averaged(self) -> Any:
         return self.average.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
@@ -357,27 +285,9 @@ class _Trainer:
         return {
             "folder": str(self.folder), "updates": state.update, "resumed_at": resumed_at, "skipped_updates": state.n_skipped,
             "seconds": round(state.seconds, 1), "checkpoint": str(checkpoints[-1]) if checkpoints else None,
-            "held_out_image_loss": self.last_validation.get("validation/image_loss"),
-            "held_out_text_loss": self.last_validation.get("validation/text_loss"),
+            **self.last_validation,
             "data_wait_seconds": round(self.stream.wait_seconds, 2), "n_parameters": self.n_parameters,
         }  # fmt: skip
-
-
-class _Meter:
-    """Tokens a second since the last time it was asked."""
-
-    def __init__(self, tokens_per_update: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_update, self._clock = tokens_per_update, clock
-        self._since, self._tokens = clock(), 0
-
-    def add(self) -> None:
-        self._tokens += self._per_update
-
-    def rate(self) -> float:
-        now = self._clock()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
-        return rate
 
 
 def _parity_tensors(batch: TokenBatch, nll_BN: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,119 @@
+"""What a prior run tells while it trains: metrics and pictures for MLflow, lines for the log, the progress bar."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dalle_ds.console import progress
+from dalle_ds.data.tokens import TokenStream
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.parallel.engine import PriorEngine, UpdateReport
+from dalle_ds.training.charts import gradient_scales, position_heatmap
+from dalle_ds.training.plan import forward_flops
+from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.prior_state import TrainState
+from dalle_ds.training.tracking import NullTracker
+
+log = logging.getLogger(__name__)
+
+
+class RunReport:
+    """Tells it once, from the main rank; on the others every call does nothing."""
+
+    def __init__(
+        self, run: PriorRun, model_config: PriorConfig, engine: PriorEngine, stream: TokenStream, state: TrainState,
+        tracker: NullTracker,
+    ) -> None:  # fmt: skip
+        self._is_main = engine.ranks.is_main
+        self._engine, self._stream, self._state, self._tracker = engine, stream, state, tracker
+        self._every, self._grid = run.tracking.every, model_config.grid
+        # forward and backward, sparse attention counted by attended pairs, recomputed layers not counted
+        self._flops_per_token = 3 * forward_flops(model_config) / model_config.n_slots
+        self._meter = _Meter(run.global_batch * model_config.n_slots)
+        self._scale_history: list[tuple[int, list[float]]] = []
+        self._at_limits: dict[str, str] = {}
+        self.bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
+
+    def updated(self, report: UpdateReport, lr: float) -> None:
+        """After every update; `state` counts it already."""
+        if not self._is_main:
+            return
+        state = self._state
+        self.bar.update(1)
+        self._meter.add()
+        if report.nonfinite_blocks:
+            log.warning("update %d skipped: non-finite gradient in %s", state.update, ", ".join(report.nonfinite_blocks))
+        elif not report.took_step:
+            log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
+        if state.update % self._every and report.took_step:
+            return
+        rate = self._meter.rate()
+        values = {
+            "train/loss": report.loss, "train/text_loss": report.text_loss, "train/image_loss": report.image_loss,
+            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped, "train/tokens_per_second": rate,
+            "train/model_tflops": rate * self._flops_per_token / 1e12,
+            "train/epoch": state.update / self._stream.steps_per_epoch, "train/data_wait_seconds": self._stream.wait_seconds,
+            "train/captions_cut": self._stream.n_truncated,
+        }  # fmt: skip
+        if math.isfinite(report.grad_norm):
+            values["train/grad_norm"] = report.grad_norm
+        if self._engine.scaler:
+            self._warn_of_limits()
+            values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
+            self._scale_history.append((state.update, self._engine.scaler.scale.tolist()))
+        self._tracker.metrics(values, state.update)
+        self.bar.set_postfix_str(
+            f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
+        )
+
+    def validated(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
+        """Held-out losses of the averaged weights; `nll_BN` of some samples makes a map of the image loss by grid position."""
+        if not self._is_main:
+            return
+        update, grid, scaler = self._state.update, self._grid, self._engine.scaler
+        self._tracker.metrics({"validation/text_loss": text_loss, "validation/image_loss": image_loss}, update)
+        log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", update, image_loss, text_loss)
+        chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {update}")
+        self._tracker.picture("loss_by_position", chart, update)
+        if scaler:
+            powers = sorted((power, name) for name, power in scaler.log2_scales().items())
+            log.info("gradient scales from 2^%.1f (%s) to 2^%.1f (%s)", *powers[0], *powers[-1])
+            if len(self._scale_history) > 1:
+                updates, scales = zip(*self._scale_history, strict=True)
+                lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
+                self._tracker.picture("gradient_scales", gradient_scales(updates, lines), update)
+
+    def optimizer_bytes(self, moments: str, bytes_per_parameter: float) -> None:
+        """Counted over real tensors, which the optimizer makes in its first step."""
+        if self._is_main:
+            self._tracker.params({"optimizer_bytes_per_parameter": round(bytes_per_parameter, 4)})
+            log.info("%s moments: %.2f bytes a parameter", moments, bytes_per_parameter)
+
+    def _warn_of_limits(self) -> None:
+        assert self._engine.scaler is not None
+        now, powers = self._engine.scaler.at_limits(), self._engine.scaler.log2_scales()
+        for name, limit in now.items():
+            if self._at_limits.get(name) != limit:
+                log.warning("update %d: the gradient scale of %s is at its %s, 2^%g; if it stays there, widen the limits in "
+                            "the DeepSpeed JSON", self._state.update, name, limit, powers[name])  # fmt: skip
+        self._at_limits = now
+
+
+class _Meter:
+    """Tokens a second since the last time it was asked."""
+
+    def __init__(self, tokens_per_update: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_update, self._clock = tokens_per_update, clock
+        self._since, self._tokens = clock(), 0
+
+    def add(self) -> None:
+        self._tokens += self._per_update
+
+    def rate(self) -> float:
+        now = self._clock()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        return rate
