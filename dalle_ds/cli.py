@@ -6,17 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from dalle_ds.bench.verbs import bench
-from dalle_ds.console import print_summary, setup_logging, user_errors_exit
+from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
 from dalle_ds.errors import ConfigError
 
 app = typer.Typer(
     name="dalle-ds",
     help="Train and use the original DALL-E: dVAE, sparse-transformer prior, sampling. `dalle-ds VERB --help` has examples.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **TYPER_SETTINGS,
 )
 
 app.add_typer(bench)

@@ -14,6 +14,14 @@ from dalle_ds.errors import UserError
 
 T = TypeVar("T")
 
+TYPER_SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+"""Of every table of commands: plain help, plain tracebacks."""
+
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Log to stderr, so that stdout carries nothing but the summary."""

@@ -8,11 +8,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dalle_ds.console import print_summary, setup_logging, user_errors_exit
+from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
 from dalle_ds.recipes import load_recipe
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="From raw pictures with captions to token shards. Every verb can be killed and started again.")
+app = typer.Typer(
+    help="From raw pictures with captions to token shards. Every verb can be killed and started again.",
+    no_args_is_help=True,
+    **TYPER_SETTINGS,
+)
 
 RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="YAML file with the verb's section.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value; may be repeated.")]

@@ -11,7 +11,7 @@ from torch import nn
 
 from dalle_ds.bench.machine import Machine
 from dalle_ds.bench.settings import PriorSettings
-from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.optim.groups import decay_groups
 
 
@@ -41,8 +41,7 @@ def prior_step(prior: Prior, batch: int, precision: AbstractContextManager[None]
     def loss() -> torch.Tensor:
         with precision:
             nll = prior(text_BT, image_BN)
-        # the paper's weights: an eighth for text, seven for the image
-        return nll.text_sum / nll.n_text / 8 + nll.image_sum / nll.n_image * 7 / 8
+        return TEXT_WEIGHT * nll.text_sum / nll.n_text + IMAGE_WEIGHT * nll.image_sum / nll.n_image
 
     return training_step(loss, decay_groups(prior.named_parameters(), 0.045))
 

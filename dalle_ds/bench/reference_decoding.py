@@ -5,6 +5,8 @@ Every past key is kept and read under the row of the pattern's mask: what a cach
 B batch, L slots, H heads, D head width, C model width, V vocabulary, T text slots.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -29,15 +31,13 @@ class DenseDecoder:
         """The next slots, embedded -> logits (B, V) of the image token after the last of them."""
         end = self.length + x_BLC.shape[1]
         for layer, kv in zip(self.prior.layers, self.kv, strict=True):
-            block = layer.attention
-            h_BLC = block.numerics.narrow(block.norm(block.numerics.enter(x_BLC)))
-            y_BLC = self._attend(block.branch, h_BLC, kv[:, :, :, :end])
-            x_BLC = layer.mlp(x_BLC + block.numerics.leave(y_BLC))
+            attend = partial(self._attend, layer.attention.branch, kv[:, :, :, :end])
+            x_BLC = layer.mlp(layer.attention.around(attend, x_BLC))
         self.length = end
         return self.prior.heads(x_BLC[:, -1:], "image")[:, 0]
 
-    def _attend(self, attention: SelfAttention, h_BLC: Tensor, kv: Tensor) -> Tensor:
-        q, k, v = rearrange(attention.qkv(h_BLC), "b l (three h d) -> three b h l d", three=3, h=attention.n_heads)
+    def _attend(self, attention: SelfAttention, kv: Tensor, h_BLC: Tensor) -> Tensor:
+        q, k, v = attention.heads(h_BLC)
         kv[0, :, :, self.length :], kv[1, :, :, self.length :] = k, v
         end = kv.shape[3]
         mask = self.masks[attention.mask][self.length : end, :end]

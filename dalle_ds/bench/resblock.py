@@ -16,7 +16,7 @@ from dalle_ds.bench.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.attention import SelfAttention, use_attention
 from dalle_ds.models.prior import Layer, PriorConfig
-from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns
+from dalle_ds.ops.masks import Pattern, layer_patterns
 
 
 def run(settings: ResblockSettings) -> Report:
@@ -43,8 +43,7 @@ def compare(settings: ResblockSettings, machine: Machine, pattern: Pattern) -> t
         grid=settings.grid,
         conv_kernel=settings.conv_kernel,
     )
-    mask = SparseMask(pattern, config.text_len, config.grid, config.conv_kernel)
-    dense = Layer(config, SelfAttention(config.n_heads, config.d_head, mask)).to(machine.device)
+    dense = Layer(config, SelfAttention(config.n_heads, config.d_head, config.mask(pattern))).to(machine.device)
     precision = in_precision(dense, settings.dtype, machine.device)
     ours = deepcopy(dense)
     chosen = use_attention(ours, "auto", machine.device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dalle_ds.console import print_summary
+from dalle_ds.console import TYPER_SETTINGS, print_summary
 
 QUESTIONS = {
     "attention": "Attention alone against dense attention, masked and causal, each pattern and their mix.",
@@ -35,7 +35,7 @@ class _Benchmarks(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in QUESTIONS:
             return None
-        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        single = typer.Typer(**TYPER_SETTINGS)
         single.command(cmd_name)(_command(cmd_name))
         return typer.main.get_command(single)
 
@@ -45,10 +45,7 @@ bench = typer.Typer(
     cls=_Benchmarks,
     help="Ours and the other side in turns on this machine. `dalle-ds bench NAME --help` has examples.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **TYPER_SETTINGS,
 )
 
 

@@ -4,34 +4,25 @@ Nothing here streams into its final place: an exception inside fsspec's `open(ur
 Every write is one PUT (or one multipart upload that is completed at its end), or a temporary file that is renamed.
 
 S3 endpoint and keys come from the usual AWS_* variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
-Transient S3 faults are retried with back-off and jitter for DALLE_DS_RETRY_SECONDS (default 120), above the client's retries.
+Transient S3 faults are retried (see storage_retry.py).
 Use spawn or forkserver, never fork, for processes that share work on S3.
 """
 
-import asyncio
 import functools
-import logging
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
-import tenacity
 
+from dalle_ds.data.storage_retry import error_code, retrying, status_of
 from dalle_ds.errors import DataError
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-DEFAULT_RETRY_SECONDS = 120.0
-PERMANENT_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: two conditional writes met; the loser must ask again
 RANGE_BYTES = 64 << 20  # of one GET where a large range is read: what is held beside its target
 
 
@@ -79,7 +70,7 @@ def read_bytes(url: str | Path) -> bytes:
     path = local_path(url)
     if path is not None:
         return path.read_bytes()
-    return _retrying(lambda: _s3().cat_file(_key(url)), url, "read")
+    return retrying(lambda: _s3().cat_file(_key(url)), url, "read")
 
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
@@ -94,7 +85,7 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             data = file.read(length)
     else:
-        data = _retrying(lambda: _s3_range(url, offset, length), url, "read")
+        data = retrying(lambda: _s3_range(url, offset, length), url, "read")
     if len(data) != length:
         raise DataError(f"{url}: holds {len(data)} bytes at offset {offset}, expected {length}; the object is cut short")
     return data
@@ -132,7 +123,7 @@ def local_copy(url: str | Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
         target = Path(folder) / "copy"
-        _retrying(lambda: _download(url, target), url, "download")
+        retrying(lambda: _download(url, target), url, "download")
         yield target
 
 
@@ -180,7 +171,7 @@ def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
         return found
     prefix = _key(prefix_url).rstrip("/") + "/"
     try:
-        entries = _retrying(lambda: _s3().find(prefix, detail=True), prefix_url, "list")
+        entries = retrying(lambda: _s3().find(prefix, detail=True), prefix_url, "list")
     except FileNotFoundError:
         return {}
     for key, entry in entries.items():
@@ -199,7 +190,7 @@ def write_bytes(url: str | Path, data: bytes) -> None:
     """Put or replace the object, atomically: readers see the old content or the new, never a part."""
     path = local_path(url)
     if path is None:
-        _retrying(lambda: _s3().pipe_file(_key(url), data), url, "write")
+        retrying(lambda: _s3().pipe_file(_key(url), data), url, "write")
         return
     with _temporary_beside(path) as temporary:
         _write_durably(temporary, data)
@@ -222,7 +213,7 @@ def put_file(local: str | Path, url: str | Path) -> None:
     """Upload a finished local file, atomically."""
     path = local_path(url)
     if path is None:
-        _retrying(lambda: _s3().put_file(str(local), _key(url)), url, "upload")
+        retrying(lambda: _s3().put_file(str(local), _key(url)), url, "upload")
         return
     with _temporary_beside(path) as temporary:
         shutil.copyfile(local, temporary)
@@ -253,7 +244,7 @@ def delete(url: str | Path) -> None:
         if path is not None:
             path.unlink()
         else:
-            _retrying(lambda: _s3().rm_file(_key(url)), url, "delete")
+            retrying(lambda: _s3().rm_file(_key(url)), url, "delete")
 
 
 def free_bytes(url: str | Path) -> int | None:
@@ -330,14 +321,14 @@ def _key(url: str | Path) -> str:
 
 def _head(url: str | Path) -> dict[str, Any]:
     bucket, _, key = _key(url).partition("/")
-    return _retrying(lambda: _s3().call_s3("head_object", Bucket=bucket, Key=key), url, "look up")
+    return retrying(lambda: _s3().call_s3("head_object", Bucket=bucket, Key=key), url, "look up")
 
 
 def _s3_range(url: str | Path, offset: int, length: int) -> bytes:
     try:
         return _s3().cat_file(_key(url), start=offset, end=offset + length)
     except OSError as error:
-        if _status(error) == 416:  # the object ends before `offset`
+        if status_of(error) == 416:  # the object ends before `offset`
             return b""
         raise
 
@@ -357,73 +348,8 @@ def _create_s3(url: str | Path, data: bytes) -> bool:
             return True
         except Exception as error:
             # AWS names the failed condition, so s3fs raises FileExistsError; other servers don't: OSError(EINVAL).
-            if isinstance(error, FileExistsError) or _error_code(error) in ("PreconditionFailed", "412"):
+            if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
                 return False
             raise
 
-    return _retrying(attempt, url, "create")
-
-
-def _retrying(action: Callable[[], T], url: str | Path, verb: str) -> T:
-    limit = float(os.environ.get("DALLE_DS_RETRY_SECONDS", DEFAULT_RETRY_SECONDS))
-
-    def tell(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("cannot %s %s (%s); try %d, next in %.1f s", verb, url, _brief(error), state.attempt_number,
-                    state.upcoming_sleep)
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, min=0.2, max=15),
-        stop=tenacity.stop_after_delay(limit),
-        before_sleep=tell,
-    )
-    try:
-        return retrying(action)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no such object") from None
-    except PermissionError as error:
-        raise PermissionError(f"not allowed to {verb} {url} ({error}); AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY?") from None
-    except tenacity.RetryError as error:
-        last = error.last_attempt.exception()
-        raise DataError(f"cannot {verb} {url}: tried for {limit:.0f} s, last answer: {_brief(last)}") from last
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, PERMANENT_ERRORS):
-        # A server that has only just restarted may not know its buckets and keys yet; 5xx then hides behind these types.
-        return _status(error) >= 500
-    from botocore.exceptions import BotoCoreError, NoCredentialsError, ParamValidationError
-
-    if isinstance(error, (NoCredentialsError, ParamValidationError)):
-        return False
-    status = _status(error)
-    if status:
-        return status >= 500 or status in TRANSIENT_STATUS
-    if isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError, BotoCoreError)):
-        return True
-    module = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) and error.errno not in (28, 30) or module in ("aiohttp", "botocore", "urllib3", "fsspec")
-
-
-def _status(error: BaseException) -> int:
-    response = _response(error)
-    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if response else 0
-
-
-def _error_code(error: BaseException) -> str:
-    response = _response(error)
-    return str(response.get("Error", {}).get("Code", "")) if response else ""
-
-
-def _response(error: BaseException | None) -> dict[str, Any] | None:
-    while error is not None:  # s3fs keeps botocore's error, which has the HTTP answer, as the cause
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return response
-        error = error.__cause__
-    return None
-
-
-def _brief(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+    return retrying(attempt, url, "create")

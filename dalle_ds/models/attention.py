@@ -48,12 +48,12 @@ class SelfAttention(nn.Module):
         attend = self.attend or self.backend("dense", x_BLC.device)
         # columns first: the states are permuted once, at model width, and not q, k, v and the result
         x_BLC = self._reorder(attend, x_BLC)
-        out_BHLD = attend(*self._heads(x_BLC))
+        out_BHLD = attend(*self.heads(x_BLC))
         return self._reorder(attend, self.project(rearrange(out_BHLD, "b h l d -> b l (h d)")))
 
     def prefill(self, x_BLC: Tensor) -> tuple[Tensor, LayerCache]:
         """x (B, L, C), all text slots and at least the first image slot -> (B, L, C), and what later slots need of it."""
-        q, k, v = self._heads(x_BLC)
+        q, k, v = self.heads(x_BLC)
         out_BHLD = self.backend("dense", x_BLC.device)(q, k, v)
         ring = reach_of(self.mask, x_BLC.device).ring
         n_image = k.shape[2] - self.mask.n_text
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
 
     def decode(self, x_B1C: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
         """x (B, 1, C) of image slot `slot` (int64, one element, on the device) -> (B, 1, C); its key joins the cache."""
-        q, k, v = self._heads(x_B1C)
+        q, k, v = self.heads(x_B1C)
         reach = reach_of(self.mask, x_B1C.device)
         place_1 = slot_1 % reach.ring
         keys, values = cache.ring_k_BHSD.index_copy_(2, place_1, k), cache.ring_v_BHSD.index_copy_(2, place_1, v)
@@ -76,7 +76,8 @@ class SelfAttention(nn.Module):
         out_BH1D = attend_to_reach(q, cache.text_k_CHTD, cache.text_v_CHTD, keys, values, reach.hidden_NW[slot_1][0])
         return self.project(rearrange(out_BH1D, "b h l d -> b l (h d)"))
 
-    def _heads(self, x_BLC: Tensor) -> Tensor:
+    def heads(self, x_BLC: Tensor) -> Tensor:
+        """x (B, L, C) -> queries, keys and values of every head, (3, B, H, L, D)."""
         return rearrange(self.qkv(x_BLC), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
 
     def _reorder(self, attend: Attention, x_BLC: Tensor) -> Tensor:

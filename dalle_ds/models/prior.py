@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from dalle_ds.models.attention import LayerCache, SelfAttention
 from dalle_ds.models.resblock import MLP, Linear, ResBlock
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
-from dalle_ds.ops.masks import SparseMask, layer_patterns
+from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns
 from dalle_ds.recipes import Config
 
 PAD = -1
 """Marks a text slot without a token in `text` inputs."""
+
+TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
+"""Weights of the two per-modality means in the training loss (paper section 2.2)."""
 
 
 class PriorConfig(Config):
@@ -55,6 +58,10 @@ class PriorConfig(Config):
     @property
     def n_slots(self) -> int:
         return self.text_len + self.n_image
+
+    def mask(self, pattern: Pattern) -> SparseMask:
+        """Which keys the layers with this pattern see."""
+        return SparseMask(pattern, self.text_len, self.grid, self.conv_kernel)
 
 
 class NLL(NamedTuple):
@@ -193,12 +200,7 @@ class Prior(nn.Module):
         self.config = config
         self.embed = SlotEmbedding(config)
         self.layers = nn.ModuleList(
-            Layer(
-                config,
-                SelfAttention(
-                    config.n_heads, config.d_head, SparseMask(pattern, config.text_len, config.grid, config.conv_kernel)
-                ),
-            )
+            Layer(config, SelfAttention(config.n_heads, config.d_head, config.mask(pattern)))
             for pattern in layer_patterns(config.n_layers)
         )
         self.heads = Heads(config)

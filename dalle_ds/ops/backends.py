@@ -5,6 +5,7 @@ L slots, H heads, D head width.
 
 import logging
 from functools import cache
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from dalle_ds.ops.structured import StructuredAttention, structured_problem
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("flex", "structured", "dense", "math")
+BackendName = Literal["flex", "structured", "dense", "math"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 SMALL_GRID = 16
 """Below this, a window's share of the sequence is too large for structured attention to pay on CPUs: 0.7 times the speed of
@@ -76,7 +78,7 @@ def errors_against_dense(
     generator = torch.Generator().manual_seed(0)
     qkv_1L3HD = torch.randn(1, mask.n_slots, 3, n_heads, d_head, generator=generator).to(device, dtype)
     grad_1LHD = torch.randn(1, mask.n_slots, n_heads, d_head, generator=generator).to(device, dtype)
-    dense = DenseAttention(mask, device)
+    dense = attention_backend("dense", mask, device)
 
     def run(attend: Attention, dtype: torch.dtype) -> dict[str, Tensor]:
         qkv = qkv_1L3HD.to(dtype, copy=True).requires_grad_()

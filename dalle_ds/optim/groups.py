@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
+
+from dalle_ds.optim.adamw import Moments
 
 # The paper does not say what its weight decay leaves out. Gains, biases and vectors learned per position or token only lose
 # by being pulled to zero; the matrices are what the penalty is for.
@@ -26,7 +28,7 @@ LOW_BIT_RULES: tuple[tuple[str, bool], ...] = (
 
 
 def decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, moments: Literal["fp32", "low_bit"] = "fp32"
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, moments: Moments = "fp32"
 ) -> list[dict[str, Any]]:
     """AdamW parameter groups, decayed first; empty ones are left out.
 

@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor
 
 from dalle_ds.errors import DataError
-from dalle_ds.models.prior import NLL, Prior, PriorConfig, initialise
+from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
@@ -29,10 +29,6 @@ from dalle_ds.parallel.replica_gradients import ReplicaGradients
 from dalle_ds.parallel.replicas import Replicas, ReplicasConfig
 from dalle_ds.parallel.saved_state import AVERAGE, SavedState, StateParts
 from dalle_ds.precision.block_scaling import BlockScaler
-
-TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
-"""Weights of the two per-modality means in the training loss (paper section 2.2)."""
-
 
 ENGINE_FILE = "engine.json"
 """In a checkpoint: all that is not a tensor."""

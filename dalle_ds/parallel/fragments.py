@@ -107,11 +107,11 @@ def _optimizer_states(engine: DeepSpeedEngine) -> dict[Tensor, dict[str, Tensor]
 
 
 def _copy_to_working_weights(engine: DeepSpeedEngine, saved: SavedState) -> None:
-    """The weights that forward passes use: the optimizer's own in fp32 engines, else 16-bit copies of them."""
-    for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            shard, start = parameter.ds_tensor, shard_start(parameter)
-            values = saved.read(WEIGHTS, name, start, start + shard.numel())
-            shard.view(-1)[: values.numel()].copy_(values)
-        else:
+    """The weights that forward passes use: without ZeRO the fragments themselves, else copies, in the engine's format."""
+    stage, parameters = engine.zero_optimization_stage(), dict(engine.module.named_parameters())
+    if stage == 3:
+        for fragment in fragments(engine):
+            parameters[fragment.name].ds_tensor.view(-1).copy_(fragment.values)
+    elif stage > 0:
+        for name, parameter in parameters.items():  # whole on every rank, while a rank's fragments are a part
             parameter.copy_(saved.whole(WEIGHTS, name))

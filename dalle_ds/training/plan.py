@@ -1,6 +1,6 @@
 """What a run of the prior would take, on paper: memory, time and cost, computed and nothing measured."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -8,7 +8,8 @@ from pydantic import Field
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
-from dalle_ds.ops.masks import SparseMask, layer_patterns
+from dalle_ds.ops.masks import layer_patterns
+from dalle_ds.optim.adamw import Moments
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.recipes import Config
 
@@ -27,7 +28,7 @@ class PlanSettings(Config):
     global_batch: int = Field(PAPER_BATCH, ge=1)
     tflops: float = Field(312.0, gt=0, description="16-bit peak of one GPU (A100: 312, H100: 989, V100: 125)")
     mfu: float = Field(0.35, gt=0, le=1, description="share of the peak that useful arithmetic reaches")
-    moments: Literal["fp32", "low_bit"] = Field("fp32", description="the recipe's optimizer.moments")
+    moments: Moments = Field("fp32", description="the recipe's optimizer.moments")
     price: float | None = Field(None, ge=0, description="a GPU hour, any currency")
 
 
@@ -88,7 +89,7 @@ def count_parameters(config: PriorConfig) -> tuple[int, int, int]:
     return n_effective, n_embedding, n_all - n_embedding - n_effective
 
 
-def moment_bytes_per_parameter(config: PriorConfig, moments: Literal["fp32", "low_bit"]) -> float:
+def moment_bytes_per_parameter(config: PriorConfig, moments: Moments) -> float:
     """Mean over all parameters of what their two moments take."""
     with torch.device("meta"):
         groups = decay_groups(Prior(config).named_parameters(), 1.0, moments)
@@ -100,10 +101,7 @@ def forward_flops(config: PriorConfig) -> float:
     """Multiply-adds count two, for one sample: matrices, attention over the keys that each pattern reaches, unembeddings."""
     d, n = config.d_model, config.n_slots
     matrices = 2.0 * effective_parameters(config) * n
-    pairs = {
-        pattern: int(SparseMask(pattern, config.text_len, config.grid, config.conv_kernel).dense().sum())
-        for pattern in set(layer_patterns(config.n_layers))
-    }
+    pairs = {pattern: int(config.mask(pattern).dense().sum()) for pattern in set(layer_patterns(config.n_layers))}
     attention = sum(4.0 * d * pairs[pattern] for pattern in layer_patterns(config.n_layers))  # scores, then the weighted sum
     heads = 2.0 * d * ((config.text_len - 1) * config.text_vocab + config.n_image * config.image_vocab)
     return matrices + attention + heads

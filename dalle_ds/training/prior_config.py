@@ -10,6 +10,8 @@ from dalle_ds.data.manifest import DatasetInfo
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.ops.backends import BackendName
+from dalle_ds.optim.adamw import Moments
 from dalle_ds.optim.averaging import PriorAverageConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas import ReplicasConfig
@@ -59,7 +61,7 @@ class OptimizerSection(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(4.5e-2, ge=0)
     clip: float = Field(4.0, gt=0, description="global gradient norm")
-    moments: Literal["fp32", "low_bit"] = Field(
+    moments: Moments = Field(
         "fp32",
         description="low_bit: of the layers' matrices 16 bits each (1-6-9, 0-6-10), variance clipped at 5, as the paper has it",
     )
@@ -95,7 +97,7 @@ class PriorRun(Config):
     global_batch: int = Field(1024, ge=1)
     micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time")
     seed: int = 0
-    attention: Literal["auto", "flex", "structured", "dense", "math"] = Field(
+    attention: Literal["auto", BackendName] = Field(
         "auto", description="backend; auto: flex on CUDA, structured on CPUs, or dense where these can't run"
     )
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(

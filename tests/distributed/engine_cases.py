@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from dalle_ds.models.attention import use_attention
-from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.parallel.engine import IMAGE_WEIGHT, TEXT_WEIGHT, OptimizerSettings, PriorEngine
+from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.parallel.recompute import recompute_layers

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import MLP, ResBlock
 from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
 from dalle_ds.precision.half import use_fp16_branches
@@ -25,7 +25,7 @@ def backward(prior: Prior) -> float:
     generator = torch.Generator().manual_seed(1)
     text, image = torch.randint(0, 11, (8, 4), generator=generator), torch.randint(0, 13, (8, 16), generator=generator)
     nll = prior(text, image)
-    loss = nll.text_sum / nll.n_text / 8 + nll.image_sum / nll.n_image * 7 / 8
+    loss = TEXT_WEIGHT * nll.text_sum / nll.n_text + IMAGE_WEIGHT * nll.image_sum / nll.n_image
     loss.backward()
     return loss.item()
 

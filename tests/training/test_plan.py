@@ -37,12 +37,11 @@ def test_arithmetic_is_what_torch_counts():
 
 
 def sparse_attention(config):
-    from dalle_ds.ops.masks import SparseMask, layer_patterns
+    from dalle_ds.ops.masks import layer_patterns
 
     total = 0
     for pattern in layer_patterns(config.n_layers):
-        mask = SparseMask(pattern, config.text_len, config.grid, config.conv_kernel).dense()
-        total += sum(4 * config.d_model * int(row.sum()) for row in mask)
+        total += sum(4 * config.d_model * int(row.sum()) for row in config.mask(pattern).dense())
     return total
 
 
