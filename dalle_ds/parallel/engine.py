@@ -24,6 +24,7 @@ from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.fragments import collect, restore, shard_start
+from dalle_ds.parallel.phases import PhaseTimer
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replica_gradients import ReplicaGradients
 from dalle_ds.parallel.replicas import Replicas, ReplicasConfig
@@ -103,6 +104,8 @@ class PriorEngine:
             model=model, config=engine_config.json, optimizer=torch_optimizer, mpu=self.replicas
         )
         self._torch_optimizer = torch_optimizer
+        self.phases = PhaseTimer(ranks.device)
+        """Of updates: forward, backward (with ZeRO-3's reduction), reduce (agreement, and averaging of replicas), step."""
         self.replica_gradients: ReplicaGradients | None = None
         if replicas is not None and self.replicas is not None:
             self.replica_gradients = ReplicaGradients(self.module, replicas, self.replicas, ranks.device)
@@ -132,9 +135,11 @@ class PriorEngine:
         n_blocks = len(self.scaler.names) if self.scaler else 0
         shared = torch.zeros(4 + n_blocks, dtype=torch.float64, device=self.ranks.device)
         for number, (text, image) in enumerate(micro_batches, start=1):
-            nll = NLL(*self._engine(text, image))
-            text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
-            self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
+            with self.phases("forward"):
+                nll = NLL(*self._engine(text, image))
+                text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
+            with self.phases("backward"):
+                self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
             if number == self._accumulation:
                 shared[2] = float(stop_requested)
@@ -142,13 +147,15 @@ class PriorEngine:
                     shared[3] = self.replica_gradients.any_nonfinite()
                 if self.scaler:
                     shared[4:] = self.scaler.found_nonfinite
-                self.ranks.sum(shared)
-                if shared[3:].any():
-                    self._veto_step()
-                elif self.replica_gradients:
-                    self.replica_gradients.average()
+                with self.phases("reduce"):
+                    self.ranks.sum(shared)
+                    if shared[3:].any():
+                        self._veto_step()
+                    elif self.replica_gradients:
+                        self.replica_gradients.average()
             skipped_before = self._engine.skipped_steps
-            self._engine.step()
+            with self.phases("step"):
+                self._engine.step()
         if self.scaler:
             self.scaler.update(shared[4:])
         text_loss, image_loss, stop, _, *flags = shared.tolist()

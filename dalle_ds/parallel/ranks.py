@@ -55,6 +55,7 @@ def join() -> Ranks:
     if not cuda:
         # else DeepSpeed probes for accelerators and warns on every rank
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler logs its start and stop to stderr
     # DeepSpeed calls collectives by names that torch is renaming; users can do nothing about it
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
     import deepspeed

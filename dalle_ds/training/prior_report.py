@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable
 
 from torch import Tensor
@@ -11,10 +10,11 @@ from dalle_ds.console import progress
 from dalle_ds.data.tokens import TokenStream
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
+from dalle_ds.parallel.phases import with_collective_share
 from dalle_ds.training.charts import gradient_scales, position_heatmap
-from dalle_ds.training.plan import forward_flops
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_state import TrainState
+from dalle_ds.training.throughput import Throughput, known_peak_tflops
 from dalle_ds.training.tracking import NullTracker
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,21 @@ class RunReport:
     ) -> None:  # fmt: skip
         self._is_main = engine.ranks.is_main
         self._engine, self._stream, self._state, self._tracker = engine, stream, state, tracker
-        self._every, self._grid = run.tracking.every, model_config.grid
-        # forward and backward, sparse attention counted by attended pairs, recomputed layers not counted
-        self._flops_per_token = 3 * forward_flops(model_config) / model_config.n_slots
-        self._meter = _Meter(run.global_batch * model_config.n_slots)
+        self._every, self._profile_every, self._grid = run.tracking.every, run.tracking.profile_every, model_config.grid
+        ranks = engine.ranks
+        peak = run.tracking.peak_tflops or known_peak_tflops(ranks.device)
+        self._throughput = Throughput(model_config, run.global_batch, peak * ranks.world_size if peak else None)
         self._scale_history: list[tuple[int, list[float]]] = []
         self._at_limits: dict[str, str] = {}
         self.bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
+
+    def profiled(self, update: Callable[[], UpdateReport]) -> UpdateReport:
+        """Run an update; where it is due, measure the share of its time that collectives take."""
+        if not self._is_main or not self._state.update or self._state.update % self._profile_every:
+            return update()
+        report, share = with_collective_share(update, self._engine.ranks.device)
+        self._tracker.metrics({"time_share/collectives": share}, self._state.update)
+        return report
 
     def updated(self, report: UpdateReport, lr: float) -> None:
         """After every update; `state` counts it already."""
@@ -43,18 +51,17 @@ class RunReport:
             return
         state = self._state
         self.bar.update(1)
-        self._meter.add()
+        self._throughput.add()
         if report.nonfinite_blocks:
             log.warning("update %d skipped: non-finite gradient in %s", state.update, ", ".join(report.nonfinite_blocks))
         elif not report.took_step:
             log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
         if state.update % self._every and report.took_step:
             return
-        rate = self._meter.rate()
         values = {
             "train/loss": report.loss, "train/text_loss": report.text_loss, "train/image_loss": report.image_loss,
-            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped, "train/tokens_per_second": rate,
-            "train/model_tflops": rate * self._flops_per_token / 1e12,
+            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped,
+            **self._throughput.metrics(self._engine.phases.take(), self._stream.wait_seconds),
             "train/epoch": state.update / self._stream.steps_per_epoch, "train/data_wait_seconds": self._stream.wait_seconds,
             "train/captions_cut": self._stream.n_truncated,
         }  # fmt: skip
@@ -100,20 +107,3 @@ class RunReport:
                 log.warning("update %d: the gradient scale of %s is at its %s, 2^%g; if it stays there, widen the limits in "
                             "the DeepSpeed JSON", self._state.update, name, limit, powers[name])  # fmt: skip
         self._at_limits = now
-
-
-class _Meter:
-    """Tokens a second since the last time it was asked."""
-
-    def __init__(self, tokens_per_update: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_update, self._clock = tokens_per_update, clock
-        self._since, self._tokens = clock(), 0
-
-    def add(self) -> None:
-        self._tokens += self._per_update
-
-    def rate(self) -> float:
-        now = self._clock()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
-        return rate

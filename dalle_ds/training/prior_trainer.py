@@ -5,6 +5,7 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ class _Trainer:
                 while state.update < run.updates:
                     micro_batches = next(self.stream)
                     lr = run.learning_rate.at(state.update, run.updates) * (self.plateau.factor if self.plateau else 1.0)
-                    report = self.engine.update([(b.text_BT, b.image_BN) for b in micro_batches], lr, stop.requested)
+                    tensors = [(batch.text_BT, batch.image_BN) for batch in micro_batches]
+                    report = self.run_report.profiled(partial(self.engine.update, tensors, lr, stop.requested))
                     state.update += 1
                     state.seconds = before + time.monotonic() - began
                     if report.took_step:

@@ -17,7 +17,9 @@ from tests.data.token_sets import make_token_set
 pytestmark = pytest.mark.launch
 
 SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=16", "micro_batch=4", "updates=8", "checkpoint.every=3",
-         "validation.every=4", "validation.samples=16", "tracking.every=1", "learning_rate.warmup_updates=2"]  # fmt: skip
+         "validation.every=4", "validation.samples=16", "tracking.every=1", "learning_rate.warmup_updates=2",
+         "tracking.profile_every=5", "tracking.peak_tflops=0.5"]  # fmt: skip
+PHASES = ("data_wait", "forward", "backward", "reduce", "step", "other")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,12 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     assert run.data.params["optimizer.beta2"] == "0.96"
     tokens, tflops = (losses(home, env, "whole", f"train/{name}")[-1] for name in ("tokens_per_second", "model_tflops"))
     assert tokens > 0 and 0 < tflops < 1, "a small model on a CPU"
+    assert losses(home, env, "whole", "train/mfu")[-1] == pytest.approx(tflops / (2 * 0.5)), "two ranks of half a TFLOP/s"
+    shares = [losses(home, env, "whole", f"time_share/{phase}") for phase in PHASES]
+    assert [sum(at_update) for at_update in zip(*shares, strict=True)] == pytest.approx([1.0] * 8)
+    assert all(share[-1] > 0 for share in shares)
+    (collectives,) = losses(home, env, "whole", "time_share/collectives")
+    assert 0 < collectives < 1
 
 
 def test_killed_run_ends_as_the_uninterrupted_one(uninterrupted: dict[str, Any], home: Path, env: dict[str, str]) -> None:
