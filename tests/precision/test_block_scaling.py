@@ -138,6 +138,18 @@ def test_event_is_seen_in_its_block_and_filtered_for_the_others(value: float) ->
     assert not all(p.grad.isfinite().all() for p in scaler.blocks[victim].parameters())
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_one_entry_raises_the_flag(value: float) -> None:
+    scaler = BlockScaler(make_prior(), BlockScalingConfig())
+    weight = scaler.blocks[3].branch.project.weight
+    grad = torch.ones_like(weight)
+    (weight * 1).backward(grad)
+    assert not scaler.found_nonfinite.any()
+    grad[2, 5] = value
+    (weight * 1).backward(grad)
+    assert scaler.found_nonfinite.tolist() == [0, 0, 0, 1, 0, 0]
+
+
 def test_policy_follows_the_paper() -> None:
     prior = make_prior()
     scaler = BlockScaler(prior, BlockScalingConfig())
