@@ -119,3 +119,14 @@ class PeersSettings(SamplingSettings):
     positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
         (8, 512, 1000), description="Image tokens at which both sides are timed, rising, with commas."
     )
+
+
+class LoaderSettings(Common):
+    """Reading token shards."""
+
+    dataset: str | None = Field(None, description="Root of a token data set on this machine; unset: a random one is made.")
+    samples: int = Field(8192, ge=256, description="Samples of the random one, 1024 codes each; a turn reads all.")
+    text_len: int = Field(256, ge=2, description="Text slots.")
+    batch: int = Field(64, ge=1, description="Samples of a batch.")
+    bpe_dropout: float = Field(0.1, ge=0, lt=1, description="Of our second row: webdataset has none.")
+    pace: float = Field(720.0, gt=0, description="Samples a second that a training loop consumes: ten times the demo's.")

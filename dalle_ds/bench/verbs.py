@@ -16,6 +16,7 @@ QUESTIONS = {
     "step": "A whole training step against the same step with dense attention; tokens a second, FLOP/s, MFU.",
     "sample": "Cached sampling against a dense key-value cache and against none.",
     "peers": "Training step and sampling against the package dalle-pytorch, where it is installed.",
+    "loader": "The training stream against plain webdataset on the same shards; does a training loop wait for it?",
 }
 EXAMPLES = {
     "attention": "--dtype bf16 --json",
@@ -23,6 +24,7 @@ EXAMPLES = {
     "step": "--layers 4 --dtype bf16 --peak-tflops 1.5",
     "sample": "--layers 4 --batch 8 --positions 8,512,1000",
     "peers": "--layers 2 --json",
+    "loader": "--dataset runs/demo/tokens --batch 32 --text-len 64",
 }
 
 

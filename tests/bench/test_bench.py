@@ -10,8 +10,9 @@ import torch
 
 from dalle_ds import cli
 from dalle_ds.bench import __main__ as bench_main
-from dalle_ds.bench import attention, decoding, memory, peer_package
-from dalle_ds.bench.settings import AttentionSettings, PeersSettings
+from dalle_ds.bench import attention, decoding, loader, memory, peer_package
+from dalle_ds.bench.settings import AttentionSettings, LoaderSettings, PeersSettings
+from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.ops.backends import attention_backend
@@ -69,6 +70,24 @@ def test_summary(line, ratios, type_in):
     assert torch.get_num_threads() == threads
 
 
+def test_loader(type_in, tmp_path):
+    root = loader.write_random_set(str(tmp_path), 256)
+    code, out, _ = type_in(f"dalle-ds bench loader --dataset {root} --batch 32 --rounds 1 --pace 5000 --json")
+    summary = json.loads(out)
+    assert code == 0 and set(summary["ratios"]) == {"epoch_vs_webdataset", "epoch_with_bpe_dropout_vs_webdataset"}
+    assert 0 <= summary["data_wait_share"] < 1 and summary["samples_per_second_ours"] > 0
+
+
+def test_loader_sides_read_the_same_samples(tmp_path):
+    settings = LoaderSettings(batch=32)
+    dataset = TokenDataset(loader.write_random_set(str(tmp_path), 256))
+    theirs = loader.webdataset_batches(dataset, settings)
+    with loader.stream(dataset, settings, bpe_dropout=0.0) as ours:
+        ours = [(batch.text_BT, batch.image_BN) for _ in range(ours.steps_per_epoch) for batch in next(ours)]
+    rows = [sorted(torch.cat([torch.cat(pair, 1) for pair in side]).tolist()) for side in (ours, theirs)]
+    assert len(rows[0]) == 256 and rows[0] == rows[1]
+
+
 def test_table_without_json_and_the_module_as_command(type_in):
     code, out, err = type_in(f"python -m dalle_ds.bench resblock {SHAPE}".removeprefix("python -m "), bench_main.main)
     assert code == 0 and "times faster" in out and "mix" in out and "times faster" not in err
@@ -83,6 +102,7 @@ def test_table_without_json_and_the_module_as_command(type_in):
     (f"attention {SHAPE} --backend fast", "attention backend 'fast'"),
     (f"attention {SHAPE} --dtype fp8", "dtype = 'fp8'"),
     ("resblock --conv-kernel 4", "conv_kernel is 4"),
+    ("loader --dataset nowhere", "nowhere"),
     (f"step {SHAPE} --device tpu", "--device tpu"),
 ])  # fmt: skip
 def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):

@@ -12,7 +12,7 @@ CONFIG = PriorConfig(n_layers=2, n_heads=1, d_head=8, text_len=6, grid=4, text_v
 def test_rates_and_shares_of_each_stretch() -> None:
     now = [100.0]
     throughput = Throughput(CONFIG, 8, peak_tflops=1e-6, clock=lambda: now[0])
-    for update in range(3):
+    for _ in range(3):
         throughput.add()
         now[0] += 2.0
     values = throughput.metrics({"forward": 1.5, "backward": 3.0, "step": 0.6}, waited_seconds=0.3)

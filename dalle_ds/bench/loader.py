@@ -1,0 +1,131 @@
+"""How many samples a second does the training stream give, and does a training loop ever wait for it?"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+from dalle_ds.bench.machine import machine_for
+from dalle_ds.bench.report import Report
+from dalle_ds.bench.settings import LoaderSettings
+from dalle_ds.bench.timing import take_turns
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import DatasetInfo, InputIdentity, ShardManifest, manifest_url, merge
+from dalle_ds.data.shards import PartWriter, unbatch
+from dalle_ds.data.tokenizer import train_tokenizer
+from dalle_ds.data.tokens import PAD, TokenDataset, TokenStream
+from dalle_ds.errors import ConfigError
+
+SHUFFLE_BUFFER = 1000  # webdataset's own recommendation
+N_SHARDS = 4
+WORDS, VOCABULARY = 2000, 1024
+
+
+def run(settings: LoaderSettings) -> Report:
+    """Batches of the training stream against the same shards, tokenizer and batch size through plain webdataset."""
+    made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.dataset is None else None
+    with machine_for(settings) as machine, made or nullcontext() as folder:
+        root = settings.dataset or write_random_set(folder, settings.samples)
+        dataset = TokenDataset(root)
+        if dataset.n_samples < settings.batch:
+            raise ConfigError(f"{root} has {dataset.n_samples} samples, --batch is {settings.batch}")
+        n_batches = dataset.n_samples // settings.batch
+        sides = {
+            "webdataset": lambda: take(webdataset_batches(dataset, settings), n_batches),
+            "ours": lambda: epoch(root, settings, bpe_dropout=0.0),
+            "dropout": lambda: epoch(root, settings, settings.bpe_dropout),
+        }
+        turns = take_turns(sides, "webdataset", settings.rounds, machine.clock)
+        share = wait_share(dataset, settings)
+        report = Report("loader", machine.name)
+    report.add("epoch", "webdataset", turns.seconds("ours"), turns.seconds("webdataset"), turns.ratio("ours", "webdataset"))
+    report.add("epoch_with_bpe_dropout", "webdataset", turns.seconds("dropout"), turns.seconds("webdataset"),
+               turns.ratio("dropout", "webdataset"))  # fmt: skip
+    report.note(**{f"samples_per_second_{name}": n_batches * settings.batch / turns.seconds(name) for name in sides})
+    return report.note(consumed_per_second=settings.pace, data_wait_share=share)
+
+
+def epoch(root: str, settings: LoaderSettings, bpe_dropout: float) -> None:
+    """Open the data set and read all of it once, with nothing left in memory from before."""
+    with stream(TokenDataset(root), settings, bpe_dropout) as source:
+        take(source, source.steps_per_epoch)
+
+
+def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) -> TokenStream:
+    """As the trainer makes it, for one rank with one micro-batch."""
+    return TokenStream(
+        dataset, text_len=settings.text_len, global_batch=settings.batch, micro_batch=settings.batch, rank=0, world_size=1,
+        seed=0, bpe_dropout=bpe_dropout, prefetch=2,
+    )  # fmt: skip
+
+
+def webdataset_batches(dataset: TokenDataset, settings: LoaderSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Shards one after another in random order, a shuffle buffer, the same tokenizer: the (text, image) batches of an epoch."""
+    n_text = settings.text_len - 1
+
+    def encode(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        text = torch.full((n_text,), PAD)
+        tokens = dataset.tokenizer.encode(sample["caption"])[:n_text]
+        text[: len(tokens)] = torch.tensor(tokens)
+        return text, torch.from_numpy(sample["tokens"].astype(np.int64))
+
+    paths = sorted({dataset.shard_of(block) for block in range(dataset.n_blocks)})
+    urls = [storage.join(dataset.root_url, path) for path in paths]
+    if any(storage.local_path(url) is None for url in urls):
+        raise ConfigError(f"{dataset.root_url}: plain webdataset reads local shards; give --dataset a path")
+    source = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).compose(unbatch).shuffle(SHUFFLE_BUFFER)
+    return iter(source.map(encode).batched(settings.batch, partial=False))
+
+
+def take(source: Iterator[object], n: int) -> None:
+    """Draw n batches."""
+    for _ in islice(source, n):
+        pass
+
+
+def wait_share(dataset: TokenDataset, settings: LoaderSettings) -> float:
+    """Share of its time that a loop which takes `pace` samples a second waits for the stream, in one epoch."""
+    with stream(dataset, settings, settings.bpe_dropout) as source:
+        take(source, 2)  # the first batch is always waited for
+        before, began = source.wait_seconds, time.perf_counter()
+        for _ in range(source.steps_per_epoch):
+            next(source)
+            time.sleep(settings.batch / settings.pace)
+        return (source.wait_seconds - before) / (time.perf_counter() - began)
+
+
+def write_random_set(folder: str, n_samples: int) -> str:
+    """A token data set of the paper's geometry: random codes, captions of words that are common as in a language."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(WORDS)]
+    chances = 1 / np.arange(1, WORDS + 1)
+    captions = [" ".join(rng.choice(words, rng.integers(4, 20), p=chances / chances.sum())) for _ in range(n_samples)]
+    tokenizer = train_tokenizer(captions[:2000], VOCABULARY, storage.join(folder, "tokenizer.model"))
+    info = DatasetInfo(
+        image_size=256, grid=32, n_codes=8192, dvae="none", tokenizer=tokenizer.fingerprint, crop="none", validation_fraction=0
+    ).sealed()
+    storage.write_bytes(storage.join(folder, "dataset.json"), info.to_json())
+    shards = []
+    for number in range(N_SHARDS):
+        name, chosen = f"{number:05d}", captions[number::N_SHARDS]
+        path = Path(folder) / f"{name}.tar"
+        with PartWriter(path, name, info.n_tokens) as writer:
+            for i, caption in enumerate(chosen):
+                writer.add(rng.integers(info.n_codes, size=info.n_tokens), f"{name}-{i}", caption, group=caption)
+            part = writer.finish(path.name)
+        manifest = ShardManifest(
+            shard=name, attempt="bench", input=InputIdentity(path="random", bytes=0), splits={"train": part},
+            n_input=len(chosen), dropped={}, code_histogram=[0] * info.n_codes, caption_lengths={},
+            fingerprint=info.fingerprint, seconds=0.0,
+        )  # fmt: skip
+        storage.create_exclusive(manifest_url(folder, name), manifest.to_json())
+        shards.append(manifest)
+    storage.write_bytes(storage.join(folder, "manifest.json"), merge(info, shards, complete=True).to_json())
+    return folder
