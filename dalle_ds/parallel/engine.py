@@ -14,7 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad
 from torch import Tensor
 
 from dalle_ds.errors import DataError
@@ -23,7 +23,7 @@ from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.parallel.engine_config import EngineConfig
-from dalle_ds.parallel.fragments import collect, restore, shard_start
+from dalle_ds.parallel.fragments import collect, restore, shard_start, unchanged
 from dalle_ds.parallel.phases import PhaseTimer
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replica_gradients import ReplicaGradients
@@ -57,6 +57,9 @@ class UpdateReport:
     took_step: bool
     grad_norm: float
     nonfinite_blocks: tuple[str, ...]
+    """Blocks that kept their weights and moments where the others stepped (`took_step`), or for which all kept them."""
+    loss_scale: float | None
+    """By which DeepSpeed's own fp16 multiplied the loss of this update; None: other formats."""
     stop_requested: bool
 
     @property
@@ -86,7 +89,7 @@ class PriorEngine:
         model = _build(model_config, engine_config, sharded, seed, self.replicas)
         self.scaler: BlockScaler | None = None
         if engine_config.block_scaling is not None:
-            self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device)
+            self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
             for module in model.modules():
                 if isinstance(module, BranchLinear):
                     # gathered as fp16, what the branch rounds it to anyway: half the traffic, the same numbers
@@ -119,11 +122,66 @@ class PriorEngine:
 
         `stop_requested` of any rank reaches all of them in the report: it rides on the one collective that every update needs.
         """
+        for group in self._torch_optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self._engine.skipped_steps
+        loss_scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
+        agreed = self._accumulate(micro_batches, stop_requested)
+        text_loss, image_loss, stop, _, *flags = agreed.tolist()
+        nonfinite_blocks = tuple(self.scaler.names[i] for i, flag in enumerate(flags) if flag) if self.scaler else ()
+        kept: set[str] = set()
+        with self.phases("reduce"):
+            if nonfinite_blocks and self.scaler and self.scaler.config.skip == "block":
+                kept = self._leave_out(nonfinite_blocks)
+            elif agreed[3:].any():
+                self._veto_step()
+            elif self.replica_gradients:
+                self.replica_gradients.average()
+        with self.phases("step"), unchanged(self._engine, kept):
+            self._engine.step()
+        if kept:
+            self.refresh_gathered_parameters()
+        if self.scaler:
+            self.scaler.update(agreed[4:])
+        norm = self._engine.get_global_grad_norm()
+        return UpdateReport(
+            text_loss=text_loss,
+            image_loss=image_loss,
+            took_step=self._engine.skipped_steps == skipped_before,
+            grad_norm=float("nan") if norm is None else float(norm),
+            nonfinite_blocks=nonfinite_blocks,
+            loss_scale=loss_scale,
+            stop_requested=stop > 0,
+        )
+
+    def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Find the blocks' first gradient scales on one global batch, as `BlockScaler.calibrate` does: before the first update,
+        and only where the configuration has `calibration_trials`. All ranks call it together.
+
+        Nothing but the scales changes: a trial is an update without its step.
+        """
+        if not self.scaler or not self.scaler.config.calibration_trials:
+            return
+        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
+
+        def attempt() -> Tensor:
+            agreed = self._accumulate(micro_batches)
+            self._veto_step()
+            self._engine.step()
+            return agreed[4:]
+
+        logger.disabled = True  # DeepSpeed would announce an overflow each time
+        self.scaler.calibrate(attempt)
+        logger.disabled = False
+        self._set_counters(counters)
+        self.phases.take()  # trials are no updates
+
+    def _accumulate(self, micro_batches: Sequence[tuple[Tensor, Tensor]], stop_requested: bool = False) -> Tensor:
+        """Forward and backward over one global batch, all but the step -> (4 + n_blocks,) float64, summed over the ranks: text
+        loss, image loss, requests to stop, gradients that replicas can't average, blocks with non-finite gradients."""
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
-        for group in self._torch_optimizer.param_groups:
-            group["lr"] = lr
         micro_batches = [(text.to(self.ranks.device), image.to(self.ranks.device)) for text, image in micro_batches]
         # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass.
         counts = torch.tensor(
@@ -134,40 +192,29 @@ class PriorEngine:
         share = self.ranks.world_size * self._accumulation
         n_blocks = len(self.scaler.names) if self.scaler else 0
         shared = torch.zeros(4 + n_blocks, dtype=torch.float64, device=self.ranks.device)
-        for number, (text, image) in enumerate(micro_batches, start=1):
+        for number, (text, image) in enumerate(micro_batches):
+            if number:
+                self._engine.step()  # which only counts, until all micro-batches are in
             with self.phases("forward"):
                 nll = NLL(*self._engine(text, image))
                 text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
-            if number == self._accumulation:
-                shared[2] = float(stop_requested)
-                if self.replica_gradients:
-                    shared[3] = self.replica_gradients.any_nonfinite()
-                if self.scaler:
-                    shared[4:] = self.scaler.found_nonfinite
-                with self.phases("reduce"):
-                    self.ranks.sum(shared)
-                    if shared[3:].any():
-                        self._veto_step()
-                    elif self.replica_gradients:
-                        self.replica_gradients.average()
-            skipped_before = self._engine.skipped_steps
-            with self.phases("step"):
-                self._engine.step()
+        shared[2] = float(stop_requested)
+        if self.replica_gradients:
+            shared[3] = self.replica_gradients.any_nonfinite()
         if self.scaler:
-            self.scaler.update(shared[4:])
-        text_loss, image_loss, stop, _, *flags = shared.tolist()
-        norm = self._engine.get_global_grad_norm()
-        return UpdateReport(
-            text_loss=text_loss,
-            image_loss=image_loss,
-            took_step=self._engine.skipped_steps == skipped_before,
-            grad_norm=float("nan") if norm is None else float(norm),
-            nonfinite_blocks=tuple(self.scaler.names[i] for i, flag in enumerate(flags) if flag) if self.scaler else (),
-            stop_requested=stop > 0,
-        )
+            shared[4:] = self.scaler.found_nonfinite
+        with self.phases("reduce"):
+            return self.ranks.sum(shared)
+
+    def _leave_out(self, blocks: Sequence[str]) -> set[str]:
+        """Zero the gradients of these blocks, so that norm and clipping see the others' alone -> names of their parameters."""
+        names = {f"{block}.{name}" for block in blocks for name, _ in self.module.get_submodule(block).named_parameters()}
+        for parameter in map(self.module.get_parameter, names):
+            safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+        return names
 
     def _veto_step(self) -> None:
         """Skip the entire update: some block of some rank had a non-finite gradient (paper appendix E.2 step 10).
@@ -208,7 +255,8 @@ class PriorEngine:
     # ---- this rank's part of every parameter ----------------------------------------------------------------------------
 
     def shards(self) -> dict[str, Tensor]:
-        """Name -> this rank's flat fp32 part of the parameter (the last rank's is padded), or the whole below stage 3."""
+        """Name -> this rank's flat part of the parameter (the last rank's is padded), or the whole below stage 3; fp32 but
+        under DeepSpeed's own fp16 and bf16."""
         return {name: getattr(p, "ds_tensor", p.data) for name, p in self.module.named_parameters()}
 
     def refresh_gathered_parameters(self) -> None:
@@ -269,16 +317,19 @@ class PriorEngine:
             average.view(-1)[: values.numel()].copy_(values)
         self.refresh_gathered_parameters()
         state = json.loads((folder / ENGINE_FILE).read_text())
-        for name, value in state["counters"].items():
-            setattr(self._engine, name, value)
-        # other numbers of ranks take other numbers of micro-batches; the engine steps where this one is a multiple of them
-        self._engine.micro_steps = self._engine.global_steps * self._accumulation
+        self._set_counters(state["counters"])
         loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # plain torch optimizers, without ZeRO, have none
         for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():
             setattr(loss_scaler, name, value)
         if self.scaler and state["block_scaler"]:
             self.scaler.load_state_dict(state["block_scaler"])
         return state["client"]
+
+    def _set_counters(self, counters: Mapping[str, int]) -> None:
+        for name, value in counters.items():
+            setattr(self._engine, name, value)
+        # other numbers of ranks take other numbers of micro-batches; the engine steps where this one is a multiple of them
+        self._engine.micro_steps = self._engine.global_steps * self._accumulation
 
 
 def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -25,7 +25,7 @@ RECIPE_OWNS = {
 }
 """DeepSpeed key -> the recipe key that sets it."""
 
-_OURS = {"initial_scale_power", "min_scale_power", "max_scale_power", "growth_interval", "backoff", "backoff_window"}
+_OURS = set(BlockScalingConfig.model_fields)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class EngineConfig:
                 "replicas need true gradients, DeepSpeed's own fp16 scales them: "
                 'use "loss_scale": "per_resblock", or bf16, or fp32'
             )
+        if self.block_scaling is not None and self.block_scaling.skip == "block":
+            raise ConfigError('replicas carry compression errors from update to update and skip whole ones: "skip": "update"')
 
     @property
     def branch_dtype(self) -> torch.dtype:
@@ -62,7 +64,8 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
     """Read the JSON at `path` and complete it with the recipe's numbers.
 
     Raises:
-        ConfigError: unreadable file, a key that the recipe owns, a wrong fp16 section, per-resblock scaling without stage 3.
+        ConfigError: unreadable file, a key that the recipe owns, a wrong fp16 section, per-resblock scaling without stage 3,
+            DeepSpeed's own 16-bit formats without ZeRO.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -90,6 +93,9 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
         },
         block_scaling,
     )
+    own_16_bit = [section for section in ("fp16", "bf16") if config.json.get(section, {}).get("enabled")]
+    if own_16_bit and config.zero_stage == 0:
+        raise ConfigError(f"{path}: {own_16_bit[0]} needs zero_optimization.stage 1, 2 or 3, found 0")
     if block_scaling is not None and config.zero_stage != 3:
         raise ConfigError(f'{path}: "loss_scale": "per_resblock" needs zero_optimization.stage 3, found {config.zero_stage}')
     return config

@@ -1,6 +1,7 @@
 """Which stretch of each parameter a rank of a ZeRO engine owns, and the optimizer state that belongs to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,21 @@ def restore(engine: DeepSpeedEngine, saved: SavedState) -> None:
             target[: values.numel()].copy_(values)
             target[values.numel() :].zero_()
     _copy_to_working_weights(engine, saved)
+
+
+@contextmanager
+@torch.no_grad()
+def unchanged(engine: DeepSpeedEngine, names: Set[str]) -> Iterator[None]:
+    """After the context these parameters' weights and optimizer entries are what they were before it; ZeRO-3 alone. Their count
+    of steps is not: it is that of ZeRO's flat tensors, which many parameters share."""
+    states, parameters, kept = _optimizer_states(engine), dict(engine.module.named_parameters()), []
+    for fragment in fragments(engine) if names else ():
+        if fragment.name in names:
+            kept += [fragment.values, parameters[fragment.name].ds_tensor, *fragment.state(states).values()]
+    copies = [tensor.clone() for tensor in kept]
+    yield
+    for tensor, copy in zip(kept, copies, strict=True):
+        tensor.copy_(copy)
 
 
 def _optimizer_states(engine: DeepSpeedEngine) -> dict[Tensor, dict[str, Tensor]]:

@@ -63,6 +63,9 @@ def join() -> Ranks:
 
     # Compiling this operator takes a minute and a C++ compiler, and it only serves inference on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not cuda:
+        # DeepSpeed refuses fp16 on CPUs without fast kernels for it; torch computes it on any, only slowly
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -7,11 +7,14 @@ that an event in one block does not reach the blocks before it; they stay visibl
 event is noticed.
 
 The paper divides its loss by the global batch and multiplies its scales by M, the number of GPUs. Here a rank's loss is M
-times its share of the global mean, since the engine averages over ranks in fp32 after un-scaling: M cancels, fp16 sees the
-same numbers, and a run that resumes on another number of GPUs keeps its scales.
+times its share of the global mean, since the engine averages over ranks in fp32 after un-scaling: M cancels, and fp16 sees
+the same numbers. Accumulation divides losses too, so scales are multiplied by the number of micro-batches as well: a run that
+goes on at another number of GPUs, with micro-batches of the same size, keeps its scales.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +22,10 @@ from torch import Tensor, nn
 
 from dalle_ds.precision.half import HalfNumerics, resblocks_of, use_fp16_branches
 from dalle_ds.recipes import Config
+
+CALIBRATION_MARGIN = 1.0
+"""Powers of two between the highest scale that calibration found to be finite and the first one: at the paper's growth, a
+thousand updates of room."""
 
 
 class BlockScalingConfig(Config):
@@ -30,6 +37,8 @@ class BlockScalingConfig(Config):
     growth_interval: int = Field(1000, ge=1, description="finite updates for a scale to double: growth is 2^(1/interval)")
     backoff: float = Field(2**-0.5, gt=0, lt=1, description="factor after a non-finite gradient")
     backoff_window: int = Field(125, ge=0, description="updates after a back-off in which the same scale is not lowered again")
+    skip: Literal["update", "block"] = Field("update", description="what a non-finite gradient in a block keeps from stepping")
+    calibration_trials: int = Field(0, ge=0, description="halvings of the range in which the first scales are sought; 0: none")
 
     @model_validator(mode="after")
     def _check(self) -> "BlockScalingConfig":
@@ -76,15 +85,16 @@ class _Leave(torch.autograd.Function):
 class ScaledNumerics(HalfNumerics):
     """The edges of one block under gradient scaling. `scale` is a 0-d view into the scaler's vector."""
 
-    def __init__(self, scale: Tensor) -> None:
-        self.scale = scale
+    def __init__(self, scale: Tensor, n_micro_batches: int) -> None:
+        self.scale, self.n_micro_batches = scale, n_micro_batches
 
-    # Clones: the scale in use must be the one of this forward pass, also if the vector changes before the backward pass.
+    # Products are copies: the scale in use must be the one of this forward pass, also if the vector changes before the
+    # backward pass.
     def enter(self, x_BLD: Tensor) -> Tensor:
-        return _Enter.apply(x_BLD, self.scale.clone())
+        return _Enter.apply(x_BLD, self.scale * self.n_micro_batches)
 
     def leave(self, y_BLD: Tensor) -> Tensor:
-        return _Leave.apply(y_BLD, self.scale.clone())
+        return _Leave.apply(y_BLD, self.scale * self.n_micro_batches)
 
 
 class BlockScaler:
@@ -93,13 +103,19 @@ class BlockScaler:
     `found_nonfinite` (n_blocks,) float: 1 where a parameter gradient of this process held Inf or NaN since the last update.
     """
 
-    def __init__(self, model: nn.Module, config: BlockScalingConfig, device: torch.device | str = "cpu") -> None:
-        """Apply fp16 branches with scaled edges to every residual block of `model`, and hooks to their parameters."""
+    def __init__(
+        self, model: nn.Module, config: BlockScalingConfig, device: torch.device | str = "cpu", n_micro_batches: int = 1
+    ) -> None:
+        """Apply fp16 branches with scaled edges to every residual block of `model`, and hooks to their parameters.
+
+        Losses are divided by `n_micro_batches`, of one rank in one update; the scales make up for it.
+        """
         use_fp16_branches(model)
         named_blocks = resblocks_of(model)
         if not named_blocks:
             raise ValueError(f"{type(model).__name__} has no residual blocks to scale")
         self.config = config
+        self.n_micro_batches = n_micro_batches
         self.names = [name for name, _ in named_blocks]
         self.blocks = [block for _, block in named_blocks]
         n = len(self.names)
@@ -107,7 +123,7 @@ class BlockScaler:
         self.since_backoff = torch.full((n,), config.backoff_window, dtype=torch.int64, device=device)
         self.found_nonfinite = torch.zeros(n, device=device)
         for i, block in enumerate(self.blocks):
-            block.numerics = ScaledNumerics(self.scale[i])
+            block.numerics = ScaledNumerics(self.scale[i], n_micro_batches)
             for parameter in block.parameters():
                 parameter.register_hook(self._unscale_hook(i))
 
@@ -118,7 +134,7 @@ class BlockScaler:
             low, high = torch.aminmax(grad)
             nonfinite = ~torch.isfinite(torch.maximum(-low, high))
             self.found_nonfinite[i] = torch.maximum(self.found_nonfinite[i], nonfinite.float())
-            return grad / self.scale[i]
+            return grad / (self.scale[i] * self.n_micro_batches)
 
         return unscale
 
@@ -137,6 +153,38 @@ class BlockScaler:
         self.scale.mul_(factor).clamp_(2.0**c.min_scale_power, 2.0**c.max_scale_power)
         self.since_backoff.masked_fill_(lower, 0)
         self.found_nonfinite.zero_()
+
+    def calibrate(self, attempt: Callable[[], Tensor]) -> None:
+        """Find first scales in a few passes rather than thousands of updates.
+
+        Args:
+            attempt: runs forward and backward passes with the scales as they are -> (n_blocks,) flags agreed by all ranks.
+
+        Each of `calibration_trials` passes halves the range of exponents of every block. The highest finite scale that it finds
+        is lowered by `CALIBRATION_MARGIN`. A block that overflows does not hand on all of its gradient, so in that trial blocks
+        before it may look finite where they are not: closing passes lower those that are non-finite, until none is, or those
+        that are cannot go lower.
+        """
+        c = self.config
+        low, high = torch.full_like(self.scale, c.min_scale_power), torch.full_like(self.scale, c.max_scale_power)
+
+        def nonfinite_at(powers: Tensor) -> Tensor:
+            self.scale.copy_(torch.exp2(powers))
+            bad = attempt() > 0
+            self.found_nonfinite.zero_()
+            return bad
+
+        for _ in range(c.calibration_trials):
+            middle = (low + high) / 2
+            bad = nonfinite_at(middle)
+            low, high = torch.where(bad, low, middle), torch.where(bad, middle, high)
+        powers, lower = low, torch.ones_like(low, dtype=torch.bool)
+        for _ in range(math.ceil((c.max_scale_power - c.min_scale_power) / CALIBRATION_MARGIN) + 1):
+            powers = (powers - CALIBRATION_MARGIN * lower).clamp(min=c.min_scale_power)
+            bad = nonfinite_at(powers)
+            lower = bad & (powers > c.min_scale_power)
+            if not lower.any():
+                break
 
     def at_limits(self) -> dict[str, str]:
         """Name -> "floor" or "ceiling", of blocks whose scale is there: what fp16 loses is out of the policy's hands."""
