@@ -140,18 +140,22 @@ def plan(
     tflops: Annotated[float, typer.Option(help="16-bit peak of one GPU: A100 312, H100 989, V100 125.")] = 312.0,
     mfu: Annotated[float, typer.Option(help="Share of the peak that useful arithmetic reaches.")] = 0.35,
     moments: Annotated[str, typer.Option(help="Of AdamW: fp32 or low_bit, as the recipe's optimizer.moments.")] = "fp32",
+    bucket: Annotated[int, typer.Option(help="reduce_bucket_size of the DeepSpeed JSON.")] = 50_000_000,
+    live: Annotated[int, typer.Option(help="stage3_max_live_parameters of the DeepSpeed JSON.")] = 1_000_000_000,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU: says whether the run fits.")] = None,
     price: Annotated[float | None, typer.Option(help="Of a GPU hour, for the cost.")] = None,
     json: Json = False,
 ) -> None:
-    """Memory, time and cost of training a prior, on paper: computed estimates, nothing is measured.
+    """Memory, communication, time and cost of training a prior, on paper: computed estimates, nothing is measured.
 
     State: fp32 weight, gradient and two moments under ZeRO-3: 16 bytes a parameter, with --moments low_bit 12 for most. Time:
     3 x forward arithmetic (sparse attention counted by reachable keys) at the given share of the peak. Activations: every
-    layer recomputed, fused attention.
+    layer recomputed, fused attention. Communication: what a GPU receives, weights gathered twice as fp16, gradients
+    scattered once as fp32, for each micro-batch.
 
     \b
     Examples:
-      dalle-ds plan --preset 12b --gpus 1024
+      dalle-ds plan --preset 12b --gpus 1024 --gpu-memory 16
       dalle-ds plan --preset 12b --gpus 256 --shard-gpus 8 --moments low_bit --tflops 989 --mfu 0.4 --price 2.5 --json
     """
     from dalle_ds.models.presets import PRESETS
@@ -167,7 +171,8 @@ def plan(
         "updates": updates,
         "global_batch": global_batch,
     }
-    settings = _checked(PlanSettings, **sizes, tflops=tflops, mfu=mfu, moments=moments, price=price)
+    rates = {"tflops": tflops, "mfu": mfu, "price": price}
+    settings = _checked(PlanSettings, **sizes, **rates, moments=moments, bucket=bucket, live=live, gpu_memory=gpu_memory)
     print_summary({"preset": preset, **compute(PRESETS[preset], settings)}, json)
 
 

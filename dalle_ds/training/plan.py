@@ -14,7 +14,8 @@ from dalle_ds.optim.groups import decay_groups
 from dalle_ds.recipes import Config
 
 PAPER_UPDATES, PAPER_BATCH = 430_000, 1024
-STATE_BYTES = 8  # a parameter: fp32 weight, fp32 gradient; its moments come on top
+GATHERED_BYTES = 2  # of most weights: fp16 on the way
+RESERVED_GIB = 1.5  # of a GPU: the driver's context, communication buffers, what fragments
 CHECKPOINT_BYTES = 8  # fp32 weight, averaged weight; likewise
 
 
@@ -29,6 +30,9 @@ class PlanSettings(Config):
     tflops: float = Field(312.0, gt=0, description="16-bit peak of one GPU (A100: 312, H100: 989, V100: 125)")
     mfu: float = Field(0.35, gt=0, le=1, description="share of the peak that useful arithmetic reaches")
     moments: Moments = Field("fp32", description="the recipe's optimizer.moments")
+    bucket: int = Field(50_000_000, ge=1, description="reduce_bucket_size of the DeepSpeed JSON")
+    live: int = Field(1_000_000_000, ge=1, description="stage3_max_live_parameters of the DeepSpeed JSON")
+    gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU, to see whether it is enough")
     price: float | None = Field(None, ge=0, description="a GPU hour, any currency")
 
 
@@ -42,8 +46,15 @@ def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
     tokens = settings.updates * settings.global_batch * config.n_slots
     seconds = settings.updates * settings.global_batch * train_flops / (settings.gpus * settings.tflops * 1e12 * settings.mfu)
     moments = moment_bytes_per_parameter(config, settings.moments)
-    state, activations = n_parameters * (STATE_BYTES + moments) / shard_gpus, activation_bytes(config, settings.micro_batch)
-    gathered = gathered_bytes(config)
+    shard = n_parameters / shard_gpus
+    parameters, gradients, optimizer = 4 * shard, 4 * shard, moments * shard  # fp32 weights are their own master copies
+    activations = activation_bytes(config, settings.micro_batch)
+    gathered, buffers = gathered_bytes(config, settings.live), bucket_bytes(settings.bucket)
+    state = parameters + gradients + optimizer
+    memory = state + gathered + activations + buffers
+    micro_batches = settings.global_batch / (settings.gpus * settings.micro_batch)
+    # a micro-batch gathers all weights for the forward and again for the backward pass, and scatters fp32 gradients
+    sent = micro_batches * n_parameters * (2 * GATHERED_BYTES + 4) * (shard_gpus - 1) / shard_gpus
     summary: dict[str, Any] = {
         "note": "computed estimates, nothing was measured",
         "layers": config.n_layers,
@@ -57,16 +68,25 @@ def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
         "flops_per_token_train": train_flops / config.n_slots,
         "flops_per_update": train_flops * settings.global_batch,
         "optimizer_bytes_per_parameter": moments,
+        "parameters_gib_per_gpu": parameters / 2**30,
+        "gradients_gib_per_gpu": gradients / 2**30,
+        "optimizer_gib_per_gpu": optimizer / 2**30,
         "state_gib_per_gpu": state / 2**30,
         "gathered_layers_gib_estimate": gathered / 2**30,
         "activations_gib_estimate": activations / 2**30,
-        "memory_gib_per_gpu_estimate": (state + gathered + activations) / 2**30,
+        "buffers_gib_estimate": buffers / 2**30,
+        "memory_gib_per_gpu_estimate": memory / 2**30,
+        "micro_batches_per_update": micro_batches,
+        "communication_gib_per_gpu_per_update": sent / 2**30,
         "checkpoint_gib": n_parameters * (CHECKPOINT_BYTES + moments) / 2**30,
         "export_gib": n_parameters * 4 / 2**30,
         "averaged_weights_cpu_gib_per_gpu": n_parameters * 4 / shard_gpus / 2**30,
         "gpus": settings.gpus,
         "shard_gpus": shard_gpus,
         "replicas": settings.gpus / shard_gpus,
+        "communication_between_replicas_gib_per_gpu_per_update": (
+            2 * gradients * (1 - shard_gpus / settings.gpus) / 2**30  # fp32, as a ring averages them, not compressed
+        ),
         "updates": settings.updates,
         "global_batch": settings.global_batch,
         "train_tokens": tokens,
@@ -74,6 +94,9 @@ def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
         "days_estimate": seconds / 86400,
         "gpu_hours_estimate": seconds * settings.gpus / 3600,
     }
+    if settings.gpu_memory is not None:
+        summary["gpu_memory_gib"] = settings.gpu_memory
+        summary["fits_estimate"] = memory / 2**30 <= settings.gpu_memory - RESERVED_GIB
     if settings.price is not None:
         summary["cost_estimate"] = seconds * settings.gpus / 3600 * settings.price
     return summary
@@ -109,17 +132,24 @@ def forward_flops(config: PriorConfig) -> float:
 
 def activation_bytes(config: PriorConfig, micro_batch: int) -> float:
     """Estimate with each layer recomputed: its fp32 input is kept; one layer's inner values in 16 bit exist at a time (norm,
-    q, k, v, attention, 4d of the MLP before and after its nonlinearity, and the gradients of half of it); one chunk of fp32
-    logits, and the unembeddings' fp32 gradients, which the forward pass makes. Attention is taken to store no scores (fused
-    kernels)."""
-    d, n = config.d_model, config.n_slots
+    q, k, v, attention, 4d of the MLP before and after its nonlinearity, and the gradients of half of it), or before that a
+    chunk of fp32 logits; and the unembeddings' fp32 gradients, which the forward pass makes. Attention is taken to store no
+    scores (fused kernels)."""
+    d, n = config.d_model, micro_batch * config.n_slots
     kept = config.n_layers * n * d * 4.0
     inside = n * d * 2.0 * (2 + 3 + 1 + 8) * 1.5
-    unembedding = 4.0 * (MAX_LOGITS + d * (config.text_vocab + config.image_vocab))
-    return micro_batch * (kept + inside) + unembedding
+    n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
+    unembedding = 4.0 * d * (config.text_vocab + config.image_vocab)
+    return kept + max(inside, 4.0 * min(MAX_LOGITS, n_logits)) + unembedding
 
 
-def gathered_bytes(config: PriorConfig) -> float:
-    """Estimate of what ZeRO-3 holds whole at a time: two layers in 16 bit and one layer's fp32 gradients."""
-    layer = effective_parameters(config) / config.n_layers
-    return layer * (2 * 2.0 + 4.0)
+def bucket_bytes(bucket: int) -> float:
+    """ZeRO-3's fp32 bucket of gradients, and the copy of it that a reduction makes."""
+    return 2 * 4.0 * bucket
+
+
+def gathered_bytes(config: PriorConfig, live: int) -> float:
+    """Estimate of what ZeRO-3 holds whole at a time: fp32 weights, up to the limit that it is given, and one layer's gradients.
+    It frees only what it will not need again soon, and around the last layer that is a lot."""
+    layers = effective_parameters(config)
+    return 4.0 * (min(layers, live) + layers / config.n_layers)

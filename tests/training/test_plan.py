@@ -58,8 +58,22 @@ def test_memory_and_time_scale_as_they_must():
     assert (
         small["optimizer_bytes_per_parameter"] == pytest.approx(4.065, abs=1e-3) and one["optimizer_bytes_per_parameter"] == 8
     )
+    parts = sum(many[f"{part}_gib_per_gpu"] for part in ("parameters", "gradients", "optimizer"))
+    assert many["state_gib_per_gpu"] == pytest.approx(parts)
+    # by hand: one micro-batch, 2 bytes twice and 4 once, from the 1023 other GPUs
+    assert many["communication_gib_per_gpu_per_update"] * 2**30 == pytest.approx(8 * many["parameters"] * 1023 / 1024)
+    assert one["communication_gib_per_gpu_per_update"] == pytest.approx(
+        16 * many["communication_gib_per_gpu_per_update"], rel=0.02
+    )
     nodes = plan(config, PlanSettings(gpus=1024, shard_gpus=8, price=2.0))
     assert nodes["state_gib_per_gpu"] == pytest.approx(128 * many["state_gib_per_gpu"]) and nodes["replicas"] == 128
     assert nodes["cost_estimate"] == pytest.approx(2 * nodes["gpu_hours_estimate"])
     # by hand: 6 * 12.09e9 * 1280 tokens * 1024 * 430,000 / (1024 * 312e12 * 0.35) s = 4.23 days, and a little attention
     assert many["days_estimate"] == pytest.approx(4.23, rel=0.03)
+
+
+def test_whether_a_gpu_is_large_enough():
+    config = PRESETS["12b"]
+    assert plan(config, PlanSettings(gpu_memory=16))["fits_estimate"]
+    assert not plan(config, PlanSettings(gpus=8, gpu_memory=16))["fits_estimate"]
+    assert "fits_estimate" not in plan(config, PlanSettings())

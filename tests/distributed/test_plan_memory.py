@@ -1,0 +1,30 @@
+"""`dalle-ds plan` against what two ranks of a small engine really allocate."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.training.plan import PlanSettings, plan
+from tests import launching
+from tests.distributed.memory_case import BUCKET, CONFIG, LIVE, MICRO_BATCH
+
+pytestmark = pytest.mark.launch
+
+# large allocations are returned when freed: what is resident is what is in use
+RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "262144"}
+
+
+def test_memory_of_a_rank(tmp_path: Path) -> None:
+    command = [*launching.deepspeed(2), str(Path(__file__).with_name("memory_case.py")), str(tmp_path)]
+    done = launching.run(command, launching.ROOT, RETURN_MEMORY)
+    assert done.returncode == 0, done.stderr[-4000:]
+    settings = PlanSettings(gpus=2, micro_batch=MICRO_BATCH, global_batch=2 * MICRO_BATCH, bucket=BUCKET, live=LIVE)
+    planned = {name: gib * 2**30 for name, gib in plan(CONFIG, settings).items() if "gib" in name}
+    for rank in (0, 1):
+        real = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for name in ("parameters", "gradients", "optimizer"):
+            assert real[name] == pytest.approx(planned[f"{name}_gib_per_gpu"], rel=1e-3), "ZeRO pads to whole shards"
+        beside_state = planned["memory_gib_per_gpu_estimate"] - planned["state_gib_per_gpu"]
+        # CPUs compute fp16 products through fp32 copies, which the plan of a GPU does not have
+        assert 0.7 < real["peak"] / beside_state < 1.5, f"{real['peak'] / 2**20:.0f} MiB, planned {beside_state / 2**20:.0f}"
