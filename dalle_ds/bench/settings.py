@@ -67,15 +67,26 @@ class PriorSettings(Geometry):
     image_vocab: int = Field(8192, ge=2, description="Image tokens.")
 
 
-class StepSettings(PriorSettings):
+class TrainingSettings(PriorSettings):
     """A training step of a whole prior."""
 
     layers: int | None = Field(None, ge=1, description="Layers; unset: 12, on a GPU 2.")
     heads: int | None = Field(None, ge=1, description="Heads; unset: 8, on a GPU the 32 of preset 1.2b.")
     batch: int = Field(2, ge=1, description="Samples of a step.")
-    dtype: Dtype = Field("fp32", description=PRECISION)
     rounds: int = Field(3, ge=1, description="Turns of each side.")
+
+
+class StepSettings(TrainingSettings):
+    """The step with two kinds of attention."""
+
+    dtype: Dtype = Field("fp32", description=PRECISION)
     peak_tflops: float | None = Field(None, gt=0, description="Peak of the device in this precision, for MFU.")
+
+
+class ScalingSettings(TrainingSettings):
+    """The fp16 step with two kinds of gradient scaling."""
+
+    rounds: int = Field(9, ge=1, description="Turns of each side.")
 
 
 class SamplingSettings(PriorSettings):

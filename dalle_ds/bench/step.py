@@ -1,31 +1,26 @@
 """What does our attention give a whole training step, and how much of the device does that step use?"""
 
 from dalle_ds.bench.machine import in_precision, machine_for
-from dalle_ds.bench.model import build_prior, prior_step
+from dalle_ds.bench.model import prior_step, prior_to_train
 from dalle_ds.bench.report import Report
 from dalle_ds.bench.settings import StepSettings
 from dalle_ds.bench.timing import take_turns
 from dalle_ds.models.attention import use_attention
 from dalle_ds.training.plan import forward_flops
 
-GPU_LAYERS, CPU_LAYERS = 2, 12
-GPU_HEADS, CPU_HEADS = 32, 8
-
 
 def run(settings: StepSettings) -> Report:
     """Forward, loss, backward and AdamW of the same prior, with the chosen attention and with the dense one."""
     with machine_for(settings) as machine:
-        on_gpu = machine.device.type == "cuda"
-        layers = settings.layers or (GPU_LAYERS if on_gpu else CPU_LAYERS)
-        heads = settings.heads or (GPU_HEADS if on_gpu else CPU_HEADS)
         steps, names = {}, {}
         for side, attention in (("dense", "dense"), ("ours", "auto")):
-            prior = build_prior(settings, machine, layers, heads)
+            prior = prior_to_train(settings, machine)
             names[side] = use_attention(prior, attention, machine.device)
             precision = in_precision(prior, settings.dtype, machine.device)
             steps[side] = prior_step(prior, settings.batch, precision)
         turns = take_turns(steps, "dense", settings.rounds, machine.clock)
-        report = Report("step", machine.name).note(attention=names["ours"], layers=layers, d_model=prior.config.d_model)
+        report = Report("step", machine.name)
+        report.note(attention=names["ours"], layers=prior.config.n_layers, d_model=prior.config.d_model)
     report.add("step", "dense", turns.seconds("ours"), turns.seconds("dense"), turns.ratio("ours", "dense"))
     # Useful arithmetic alone, as `dalle-ds plan` counts it: on both sides sparse attention by its reachable keys
     flops = 3 * forward_flops(prior.config) * settings.batch

@@ -10,7 +10,7 @@ import torch
 
 from dalle_ds import cli
 from dalle_ds.bench import __main__ as bench_main
-from dalle_ds.bench import attention, decoding, loader, memory, peer_package
+from dalle_ds.bench import attention, decoding, loader, memory, peer_package, scaling
 from dalle_ds.bench.settings import AttentionSettings, LoaderSettings, PeersSettings
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
@@ -20,6 +20,7 @@ from dalle_ds.ops.masks import Pattern, SparseMask
 
 SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
 PRIOR = "--layers 2 --text-vocab 50 --image-vocab 40"
+TINY = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=4, grid=4, text_vocab=20, image_vocab=30, conv_kernel=3)
 PATTERNS = ("row", "column", "conv", "mix")
 MODES = ("forward", "training")
 SAMPLED = [f"token_{form}_vs_{other}" for form in ("1x3", "3x1") for other in ("dense_cache", "no_cache")]
@@ -46,6 +47,7 @@ def type_in(monkeypatch, capsys):
     ("resblock", [f"{pattern}_vs_dense" for pattern in PATTERNS]),
     ("resblock --dtype fp16", None),
     (f"step {PRIOR} --peak-tflops 0.1 --dtype bf16 --threads 2", ["step_vs_dense"]),
+    (f"scaling {PRIOR}", ["step_vs_global"]),
     (f"sample {PRIOR} --positions 0,4,9 --batch 3", SAMPLED),
     (f"sample {PRIOR} --positions 7 --batch 3 --no-uncached", [name for name in SAMPLED if "dense" in name]),
     pytest.param(f"peers {PRIOR} --d-head 64 --positions 2,6 --pictures 3",
@@ -131,11 +133,23 @@ def test_attention_sides_agree_on_the_fused_projection(pattern):
         torch.testing.assert_close(structured, dense, rtol=1e-4, atol=1e-4)
 
 
+def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
+    monkeypatch.setattr(scaling, "adamw", lambda groups: torch.optim.SGD(groups, lr=1.0))  # AdamW would hide a wrong scale
+    steps = []
+    for side in (scaling.global_step, scaling.per_resblock_step):
+        prior = Prior(TINY)
+        initialise(prior, torch.Generator().manual_seed(1))
+        before = torch.cat([p.detach().flatten() for p in prior.parameters()])
+        torch.manual_seed(2)
+        side(prior, 2)()
+        steps.append(torch.cat([p.detach().flatten() for p in prior.parameters()]) - before)
+    assert torch.equal(*steps) and steps[0].norm() > 0.1, "both start with the same power of two, and those are exact"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("captions, candidates", [(1, 3), (3, 1)])
 def test_every_way_of_sampling_gives_the_logits_of_the_whole_sequence(captions, candidates):
-    config = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=4, grid=4, text_vocab=20, image_vocab=30, conv_kernel=3)
-    prior = Prior(config)
+    prior = Prior(TINY)
     initialise(prior, torch.Generator().manual_seed(1))
     for parameter in (*prior.embed.parameters(), prior.heads.image.weight):
         parameter.mul_(30)  # logits that depend on what was read
