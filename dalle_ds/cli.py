@@ -66,6 +66,25 @@ def export(
 
 
 @app.command()
+def import_openai(
+    encoder: Annotated[str, typer.Option(help="OpenAI's encoder.pkl; a path or s3:// url.")],
+    decoder: Annotated[str, typer.Option(help="OpenAI's decoder.pkl.")],
+    out: Annotated[str, typer.Option(help="Weights file to write.")] = "dvae.safetensors",
+    image_size: Annotated[int, typer.Option(help="Pixels a side of the pictures that it will encode.")] = 256,
+    json: Json = False,
+) -> None:
+    """Take the dVAE that OpenAI released; no code in its files runs, and its package is not needed.
+
+    \b
+    Examples:
+      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl --out s3://bucket/dvae.safetensors
+    """
+    from dalle_ds.training.openai_dvae import import_openai as take
+
+    print_summary(take(encoder, decoder, out, image_size), json)
+
+
+@app.command()
 def sample(
     export: ExportFolder,
     caption: Annotated[list[str] | None, typer.Option(help="A caption; may be repeated.")] = None,
