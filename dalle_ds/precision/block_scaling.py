@@ -24,8 +24,8 @@ from dalle_ds.precision.half import HalfNumerics, resblocks_of, use_fp16_branche
 from dalle_ds.recipes import Config
 
 CALIBRATION_MARGIN = 1.0
-"""Powers of two between the highest scale that calibration found to be finite and the first one: at the paper's growth, a
-thousand updates of room."""
+"""Powers of two between scales that calibration saw to be finite and the first ones: at the paper's growth, a thousand updates
+of room."""
 
 
 class BlockScalingConfig(Config):
@@ -160,10 +160,10 @@ class BlockScaler:
         Args:
             attempt: runs forward and backward passes with the scales as they are -> (n_blocks,) flags agreed by all ranks.
 
-        Each of `calibration_trials` passes halves the range of exponents of every block. The highest finite scale that it finds
-        is lowered by `CALIBRATION_MARGIN`. A block that overflows does not hand on all of its gradient, so in that trial blocks
-        before it may look finite where they are not: closing passes lower those that are non-finite, until none is, or those
-        that are cannot go lower.
+        Each of `calibration_trials` passes halves the range of exponents of every block. A block that overflows does not hand
+        on all of its gradient, so in that trial blocks before it may look finite where they are not: closing passes halve the
+        scales of those that are non-finite, until none is, or those that are have the smallest scale. From there all are
+        lowered by `CALIBRATION_MARGIN`.
         """
         c = self.config
         low, high = torch.full_like(self.scale, c.min_scale_power), torch.full_like(self.scale, c.max_scale_power)
@@ -178,13 +178,12 @@ class BlockScaler:
             middle = (low + high) / 2
             bad = nonfinite_at(middle)
             low, high = torch.where(bad, low, middle), torch.where(bad, middle, high)
-        powers, lower = low, torch.ones_like(low, dtype=torch.bool)
-        for _ in range(math.ceil((c.max_scale_power - c.min_scale_power) / CALIBRATION_MARGIN) + 1):
-            powers = (powers - CALIBRATION_MARGIN * lower).clamp(min=c.min_scale_power)
-            bad = nonfinite_at(powers)
-            lower = bad & (powers > c.min_scale_power)
+        for _ in range(math.ceil(c.max_scale_power - c.min_scale_power) + 1):
+            lower = nonfinite_at(low) & (low > c.min_scale_power)
             if not lower.any():
                 break
+            low = (low - 1.0 * lower).clamp(min=c.min_scale_power)
+        self.scale.copy_(torch.exp2((low - CALIBRATION_MARGIN).clamp(min=c.min_scale_power)))
 
     def at_limits(self) -> dict[str, str]:
         """Name -> "floor" or "ceiling", of blocks whose scale is there: what fp16 loses is out of the policy's hands."""

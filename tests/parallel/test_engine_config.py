@@ -63,6 +63,9 @@ def test_other_fp16_sections_are_deepspeeds(tmp_path: Path, section: dict[str, A
     [
         ({"fp16": {"enabled": True, "loss_scale": "per_resblock"}}, "needs zero_optimization.stage 3, found 0"),
         ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "hysteresis": 2}}, "does not know hysteresis"),
+        ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "skip": "half"}}, "skip.*'update' or 'block'"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 needs .*stage 1, 2 or 3, found 0"),
+        ({"fp16": {"enabled": True}}, "fp16 needs .*stage 1, 2 or 3, found 0"),
         ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "min_scale_power": 20}}, "not in this order"),
     ],
 )
@@ -77,3 +80,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         load_engine_config(tmp_path / "bad.json", micro_batch=1, accumulation=1, clip=1.0)
+
+
+def test_replicas_skip_whole_updates(tmp_path: Path) -> None:
+    section = {"enabled": True, "loss_scale": "per_resblock", "skip": "block"}
+    with pytest.raises(ConfigError, match='"skip": "update"'):
+        load(tmp_path, {**ZERO3, "fp16": section}).require_replicable()
+    load(tmp_path, {**ZERO3, "fp16": {**section, "skip": "update"}}).require_replicable()

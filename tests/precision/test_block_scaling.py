@@ -169,6 +169,55 @@ def test_policy_follows_the_paper() -> None:
     assert scaler.scale[2].item() == pytest.approx(2 * before, rel=1e-3), "a thousand finite updates double a scale"
 
 
+def backward_flags(prior: Prior, scaler: BlockScaler) -> Tensor:
+    backward(prior)
+    flags = scaler.found_nonfinite.clone()
+    scaler.found_nonfinite.zero_()
+    return flags
+
+
+def test_calibrated_scales_are_the_highest_finite_ones_less_a_margin() -> None:
+    prior = make_prior()
+    scaler = BlockScaler(prior, BlockScalingConfig(min_scale_power=-60, max_scale_power=60, calibration_trials=8))
+    scaler.calibrate(lambda: backward_flags(prior, scaler))
+    found = scaler.scale.clone()
+    assert not backward_flags(prior, scaler).any()
+    for i in range(len(scaler.names)):
+        for powers, is_finite in ((0.9, True), (2.1, False)):  # eight halvings of 120 leave a half
+            scaler.scale.copy_(found)
+            scaler.scale[i] *= 2**powers
+            assert backward_flags(prior, scaler)[i] == (not is_finite), f"{scaler.names[i]}, 2^{powers} above what was found"
+
+
+@pytest.mark.parametrize("trials", [1, 4, 10])
+def test_calibration_is_not_deceived_by_overflows_that_hide_others(trials: int) -> None:
+    scaler = BlockScaler(make_prior(), BlockScalingConfig(calibration_trials=trials))
+    limits = torch.tensor([9.0, 12, 15, 18, 21, 30])
+
+    def attempt() -> Tensor:
+        powers, bad = scaler.scale.log2(), torch.zeros(6)
+        for i in reversed(range(6)):  # while a later block overflows, a block takes six powers more
+            bad[i] = powers[i] > limits[i] + (6 if bad.any() else 0)
+        return bad
+
+    scaler.calibrate(attempt)
+    powers = scaler.scale.log2()
+    assert (powers <= limits).all() and (powers > limits.clamp(max=24) - 2 - 17 / 2**trials).all()
+
+
+def test_calibration_ends_where_a_block_never_is_finite() -> None:
+    scaler, attempts = BlockScaler(make_prior(), BlockScalingConfig(calibration_trials=5)), []
+
+    def attempt() -> Tensor:
+        attempts.append(torch.tensor([0, 0, 1.0, 0, 0, 0]))
+        return attempts[-1]
+
+    scaler.calibrate(attempt)
+    assert len(attempts) == 5 + 1
+    assert scaler.scale.log2()[2] == 7.0
+    assert scaler.scale.log2()[0] == pytest.approx(24 - 17 / 2**5 - 1)
+
+
 def test_scales_stay_within_their_limits() -> None:
     scaler = BlockScaler(
         make_prior(), BlockScalingConfig(initial_scale_power=7, min_scale_power=7, max_scale_power=7.01, backoff_window=0)
