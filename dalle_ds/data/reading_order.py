@@ -18,6 +18,7 @@ Memory: two integers a block, a window's permutation a lane; never a list of sam
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class ReadingOrder:
         self.steps_per_epoch = self.n_samples // global_batch
         self._first_index = np.cumsum(self.block_sizes) - self.block_sizes
         self._epoch = -1
-        self._window_of_lane: dict[int, tuple[int, int, np.ndarray]] = {}
+        self._window_of_lane: dict[int, _Window] = {}
 
     def places(self, update: int, lanes: Sequence[int]) -> list[Place]:
         """The samples of the given lanes at update number `update` (0, 1, ... over all epochs), in the order of the lanes."""
@@ -80,20 +81,32 @@ class ReadingOrder:
         self._epoch = epoch
 
     def _place(self, lane: int, position: int) -> Place:
+        window = self._window_of_lane.get(lane)
+        if window is None or not window.start <= position < window.end:
+            window = self._window_of_lane[lane] = self._window_at(position)
+        at = position - window.start
+        return Place(int(window.block[at]), int(window.row[at]), int(window.index[at]))
+
+    def _window_at(self, position: int) -> "_Window":
         permuted = int(np.searchsorted(self._starts, position, side="right")) - 1
-        window = permuted // self.window_blocks
-        first = window * self.window_blocks
-        held = self._window_of_lane.get(lane)
-        if held is None or held[0] != window:
-            start, end = self._starts[first], self._starts[min(first + self.window_blocks, len(self.block_sizes))]
-            held = (window, int(start), _permutation(int(end - start), self.seed, _WINDOW, self._epoch, window))
-            self._window_of_lane[lane] = held
-        _, start, order = held
-        shuffled = start + int(order[position - start])
-        near = self._starts[first : first + self.window_blocks + 1]
-        permuted = first + int(np.searchsorted(near, shuffled, side="right")) - 1
-        block, row = int(self._permuted_blocks[permuted]), shuffled - int(self._starts[permuted])
-        return Place(block, row, int(self._first_index[block]) + row)
+        number = permuted // self.window_blocks
+        first = number * self.window_blocks
+        starts = self._starts[first : first + self.window_blocks + 1]
+        start, end = int(starts[0]), int(starts[-1])
+        shuffled = start + _permutation(end - start, self.seed, _WINDOW, self._epoch, number)
+        permuted_blocks = np.searchsorted(starts, shuffled, side="right") - 1
+        block, row = self._permuted_blocks[first + permuted_blocks], shuffled - starts[permuted_blocks]
+        return _Window(start, end, block, row, self._first_index[block] + row)
+
+
+class _Window(NamedTuple):
+    """Positions `start` to `end` of an epoch's order, and the sample at each of them."""
+
+    start: int
+    end: int
+    block: np.ndarray
+    row: np.ndarray
+    index: np.ndarray
 
 
 def rank_lanes(*, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:

@@ -79,8 +79,13 @@ def test_unseen_characters_fall_back_to_bytes_and_come_back(tokenizer):
 def test_merge_loop_equals_sentencepiece_without_dropout(tokenizer):
     rng = np.random.default_rng(0)
     before = rng.bit_generator.state
-    for caption in odd_captions(1500, seed=1):
-        assert tokenizer.encode_with_dropout(caption, 0.0, rng) == tokenizer.encode(caption), caption
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    ascii_rng = random.Random(1)
+    plain = ["".join(map(chr, ascii_rng.choices(range(32, 127), k=ascii_rng.randint(0, 40)))) for _ in range(1500)]
+    for caption in [*odd_captions(1500, seed=1), *plain]:
+        expected = processor.encode(caption.encode("utf-8", "replace").decode())
+        assert tokenizer.encode(caption) == expected, caption
+        assert tokenizer.encode_with_dropout(caption, 0.0, rng) == expected, caption
     assert rng.bit_generator.state == before
 
 
