@@ -53,6 +53,11 @@ class EngineConfig:
             raise ConfigError('replicas carry compression errors from update to update and skip whole ones: "skip": "update"')
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """The format of all weights in forward passes: of 16 bits under DeepSpeed's own fp16 and bf16 alone."""
+        return torch.float32 if self.block_scaling is not None else self.branch_dtype
+
+    @property
     def branch_dtype(self) -> torch.dtype:
         """The format that residual branches compute in."""
         if self.block_scaling is not None or self.json.get("fp16", {}).get("enabled"):

@@ -68,7 +68,7 @@ def export_checkpoint(
         fingerprint = write_weights(
             model, kind="prior", config=config.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
         )
-    parity = _parity(checkpoint, config, model, about["fp16_branches"]) if averaged else None  # only of the average are losses
+    parity = _parity(checkpoint, config, model, about) if averaged else None  # only of the average are losses
     info = {
         "fingerprint": fingerprint, "update": commit["update"], "averaged": averaged, "dvae": about["dvae"],
         "tokenizer": about["tokenizer"], "data": {"url": dataset, "fingerprint": about["data"], "content": about["content"]},
@@ -115,11 +115,13 @@ def _weights(checkpoint: Path, config: PriorConfig, averaged: bool) -> dict[str,
     return tensors
 
 
-def _parity(checkpoint: Path, config: PriorConfig, model: str, fp16_branches: bool) -> dict[str, Any]:
-    tensors = open_weights(model, "prior").tensors
+def _parity(checkpoint: Path, config: PriorConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
+    tensors, fp16_branches = open_weights(model, "prior").tensors, about["fp16_branches"]
+    dtype = getattr(torch, about.get("weight_dtype", "float32"))  # checkpoints from before it was said lack it
+    n_passes = 1 if not fp16_branches and dtype is torch.float32 else 2
     n_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("heads.text."))
-    with progress(total=n_bytes * (2 if fp16_branches else 1), what="parity", unit="B", unit_scale=True) as bar:
-        parity = prove_parity(checkpoint, config, tensors, fp16_branches=fp16_branches, read=bar.update)
+    with progress(total=n_bytes * n_passes, what="parity", unit="B", unit_scale=True) as bar:
+        parity = prove_parity(checkpoint, config, tensors, fp16_branches=fp16_branches, dtype=dtype, read=bar.update)
     difference = parity["max_difference_same_format"]
     log.info("export equals the engine: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
     return parity

@@ -227,6 +227,7 @@ class _Trainer:
             **asdict(self.identity), "dataset": self.recipe.data.dataset, "dvae": self.dataset.info.dvae,
             "tokenizer": self.dataset.info.tokenizer, "caption_dropout": self.recipe.data.caption_dropout,
             "fp16_branches": self.engine.scaler is not None, "moments": self.recipe.optimizer.moments,
+            "weight_dtype": str(self.engine_config.weight_dtype).removeprefix("torch."),
             "mlflow": {"uri": run.uri, "run_id": run.run_id} if run is not None else None,
         }  # fmt: skip
         path = self.checkpoints.save(self.state.update, write, about, self.ranks)

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +25,9 @@ from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.fragments import fragments
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.parallel.recompute import recompute_layers
+from dalle_ds.parallel.saved_state import WEIGHTS, SavedState
 from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.training.parity import PARITY_FILE, prove_parity
 
 CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, text_vocab=40, image_vocab=32, conv_kernel=3)
 ADAMW = OptimizerSettings(lr=3e-3, betas=(0.9, 0.96), eps=1e-8, weight_decay=0.045)
@@ -254,8 +257,11 @@ def plain_calibration() -> list[float]:
     return scaler.scale.log2().tolist()
 
 
-def save_and_load(folder: Path, ranks: Ranks, name: str, fp16: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """Updates after a checkpoint: of the engine that wrote it, and of a new one that read it."""
+def save_and_load(
+    folder: Path, ranks: Ranks, name: str, fp16: dict[str, Any], weight_dtype: torch.dtype = torch.float32, **how: Any
+) -> dict[str, Any]:
+    """Updates after a checkpoint: of the engine that wrote it, and of a new one that read it. `parity`: how far the written
+    weights are from the engine's losses on a token."""
 
     def updates(engine: PriorEngine, numbers: Sequence[int]) -> list[dict[str, Any]]:
         return [asdict(engine.update(micro_batches(u, ranks, 1), ADAMW.lr)) for u in numbers]
@@ -269,13 +275,20 @@ def save_and_load(folder: Path, ranks: Ranks, name: str, fp16: dict[str, Any], *
     checkpoint = folder / name
     checkpoint.mkdir(exist_ok=True)
     first.save(checkpoint, {"note": 7})
+    text, image = global_batch(9)
+    nll = first.image_nll(text, image)
+    if ranks.is_main:
+        save_file({"text": text, "image": image, "image_nll": nll}, checkpoint / PARITY_FILE)
     ranks.barrier()
+    written = SavedState(checkpoint).of_kind(WEIGHTS)
+    proof = prove_parity(checkpoint, CONFIG, written, fp16_branches=first.scaler is not None, dtype=weight_dtype)
     second = make_engine(folder, ranks, fp16, **how)
     note = second.load(checkpoint)["note"]
     scales = [each.scaler.state_dict() for each in (first, second) if each.scaler]
     seen = [each.evaluate(micro_batches(9, ranks, 1)) for each in (first, second)]
     expected, found = updates(first, [3, 4, 5]), updates(second, [3, 4, 5])
-    return {"note": note, "before": before, "scales": scales, "seen": seen, "expected": expected, "found": found,
+    return {"note": note, "parity": proof["max_difference_same_format"], "before": before, "scales": scales, "seen": seen,
+            "expected": expected, "found": found,
             "scales_at_end": [each.scaler.state_dict() for each in (first, second) if each.scaler]}  # fmt: skip
 
 
@@ -341,8 +354,8 @@ def main(folder: Path) -> None:
         "checkpoint": save_and_load(
             folder, ranks, "checkpoint", {**WIDE, "backoff_window": 0, "skip": "block", "calibration_trials": TRIALS}
         ),
-        "checkpoint_global_zero3": save_and_load(folder, ranks, "global_zero3", TOO_HIGH),
-        "checkpoint_global_zero2": save_and_load(folder, ranks, "global_zero2", TOO_HIGH, stage=2),
+        "checkpoint_global_zero3": save_and_load(folder, ranks, "global_zero3", TOO_HIGH, torch.float16),
+        "checkpoint_global_zero2": save_and_load(folder, ranks, "global_zero2", TOO_HIGH, torch.float16, stage=2),
         "averaging": averaging(folder, ranks),
         "low_bit": low_bit_moments(folder, ranks, "low_bit"),
         "low_bit_offloaded": low_bit_moments(folder, ranks, "low_bit_offloaded", offload=["optimizer"]),

@@ -99,6 +99,7 @@ def test_resume_goes_on_to_the_last_digit(outcome: dict[str, Any]) -> None:
     for ours, theirs in (case["scales"], case["seen"], case["scales_at_end"], (case["found"], case["expected"])):
         assert ours == theirs
     assert len(set(case["scales"][0]["scale"].values())) > 2, "calibrated"
+    assert case["parity"] < 1e-4
 
 
 @pytest.mark.parametrize("case", ["checkpoint_global_zero3", "checkpoint_global_zero2"])
@@ -107,6 +108,7 @@ def test_global_fp16_lowers_its_scale_and_resumes(outcome: dict[str, Any], case:
     told = [(report["took_step"], report["loss_scale"]) for report in found["before"]]
     assert told == [(False, 2.0**20), (False, 2.0**19), (True, 2.0**18)]
     assert found["seen"][0] == found["seen"][1]
+    assert found["parity"] < 1e-4, "as fp16 weights, what was written gives the engine's losses"
     assert found["found"] == found["expected"]
     assert max(report["loss_scale"] for report in found["found"]) > 2.0**18, "it grows when the first engine's does"
 

@@ -90,8 +90,8 @@ def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
     write_weights(tmp_path / "w", kind="prior", config={}, state=prior.state_dict())
     tensors = open_weights(tmp_path / "w", "prior").tensors
     batch = load_file(folder / CHECKPOINT / "parity.safetensors")
-    for fp16 in (False, True):
-        plain = Prior(prior.config)
+    for fp16, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.float16), (False, torch.bfloat16)):
+        plain = Prior(prior.config).to(dtype)
         plain.load_state_dict(prior.state_dict())
         with torch.device("meta"):
             streamed = Prior(prior.config)
@@ -104,7 +104,7 @@ def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
             nonlocal most
             most = max(most, sum(p.nbytes for p in model.parameters() if p.device.type == "cpu"))
 
-        with torch.no_grad(), weights_from_files(streamed, tensors, fp16, count):
+        with torch.no_grad(), weights_from_files(streamed, tensors, fp16, count, dtype):
             found = streamed.image_nll(batch["text"], batch["image"])
             expected = plain.image_nll(batch["text"], batch["image"])
         assert torch.equal(found, expected)
