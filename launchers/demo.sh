@@ -12,13 +12,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
 out=runs/demo
 pictures=""
-dvae_quick=() prior_quick=()
+dvae_quick=() encode_quick=() prior_quick=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --quick)
       dvae_quick=(--set updates=60 --set schedules.tau.updates=40 --set schedules.lr.updates=60)
+      encode_quick=(--set encode.min_codes_used=0)
       prior_quick=(--set updates=20 --set checkpoint.every=10 --set validation.every=20)
       shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -78,7 +79,8 @@ stage 3 python -m preprocessing tokenizer --recipe $recipes/tiny_tokenizer.yaml 
 stage 4 dalle-ds train-dvae --recipe $recipes/tiny_dvae.yaml --set data.raw="$out/raw" --set folder="$out/dvae" \
   "${dvae_quick[@]}"
 stage 5 python -m preprocessing encode --recipe $recipes/tiny_encode.yaml --set encode.raw="$out/raw" \
-  --set encode.dvae="$out/dvae/dvae.safetensors" --set encode.tokenizer="$out/tokenizer.model" --set encode.out="$out/tokens"
+  --set encode.dvae="$out/dvae/dvae.safetensors" --set encode.tokenizer="$out/tokenizer.model" --set encode.out="$out/tokens" \
+  "${encode_quick[@]}"
 stage 6 deepspeed --num_gpus 2 --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
   launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior" "${prior_quick[@]}"
 # the last three are quick, but a finished demo started again should do nothing: each result is newer than what it was made of

@@ -1,5 +1,6 @@
 """Encode: raw shards, a dVAE and a tokenizer become a token data set, shard by shard, exactly once."""
 
+import json
 import logging
 import time
 from typing import Literal
@@ -46,6 +47,7 @@ class EncodeConfig(Config):
     out: str  # root of the token data set
     validation_fraction: float = Field(0.05, ge=0, lt=1)  # of the groups; the paper holds out 606 thousand of 250 million
     max_failure_rate: float = Field(0.1, ge=0, le=1)  # a shard with more failed samples stays open
+    min_codes_used: float = Field(0.25, ge=0, le=1)  # share of the codebook that the dVAE used on its held-out pictures
     workers: int | None = Field(None, ge=1)  # processes; not set: all cores, or one on a GPU
     batch_size: int = Field(64, ge=1)
     block_samples: int = Field(BLOCK_SAMPLES, ge=1)
@@ -113,6 +115,7 @@ def _claim(config: EncodeConfig) -> DatasetInfo:
         dvae = DVAEConfig(**weights.config)
     except ValidationError as error:
         raise DataError(f"{config.dvae}: its config does not fit this version's DVAEConfig: {error}") from None
+    _require_live_codebook(config, weights.extra)
     if dvae.vocab_size > MAX_CODES:
         raise DataError(f"{config.dvae}: {dvae.vocab_size} codes, expected at most {MAX_CODES}")
     tokenizer = CaptionTokenizer(config.tokenizer)
@@ -125,6 +128,18 @@ def _claim(config: EncodeConfig) -> DatasetInfo:
             with storage.local_copy(source) as file:
                 storage.put_file(file, storage.join(config.out, name))
     return info
+
+
+def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
+    if "held_out" not in extra:
+        log.info("%s carries no held-out report: how much of its codebook it uses is not known", config.dvae)
+        return
+    held_out = json.loads(extra["held_out"])
+    used, n_codes = held_out["codes_used"], held_out["n_codes"]
+    if used < config.min_codes_used * n_codes:
+        raise DataError(f"{config.dvae} used {used} of its {n_codes} codes on held-out pictures, expected at least "
+                        f"{config.min_codes_used:.0%}: a prior would learn little from its tokens. Train it better, or lower "
+                        "encode.min_codes_used")
 
 
 def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> None:

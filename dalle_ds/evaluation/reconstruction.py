@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from skimage.metrics import structural_similarity
 
 
 def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
@@ -11,15 +12,32 @@ def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: pictures are not uint8 of equal shapes.
     """
+    _require_pairs(real_BCHW, reconstructed_BCHW)
+    difference = real_BCHW.astype(np.float64) - reconstructed_BCHW
+    error = np.square(difference).reshape(len(difference), -1).mean(1)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / error)
+
+
+def ssim(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
+    """Structural similarity of each picture (B,), 1 where both are equal: the settings of Wang et al. 2004 (Gaussian window of
+    sigma 1.5), mean over channels.
+
+    Raises:
+        ValueError: pictures are not uint8 of equal shapes, at least 11 pixels a side.
+    """
+    _require_pairs(real_BCHW, reconstructed_BCHW)
+    settings = {"channel_axis": 0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    pairs = zip(real_BCHW, reconstructed_BCHW, strict=True)
+    return np.array([structural_similarity(real, other, **settings) for real, other in pairs])
+
+
+def _require_pairs(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> None:
     if real_BCHW.shape != reconstructed_BCHW.shape or real_BCHW.dtype != np.uint8 or reconstructed_BCHW.dtype != np.uint8:
         raise ValueError(
             f"pictures {real_BCHW.dtype} {real_BCHW.shape} and {reconstructed_BCHW.dtype} {reconstructed_BCHW.shape}: "
             "expected uint8 of equal shapes"
         )
-    difference = real_BCHW.astype(np.float64) - reconstructed_BCHW
-    error = np.square(difference).reshape(len(difference), -1).mean(1)
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255.0**2 / error)
 
 
 @dataclass(frozen=True)

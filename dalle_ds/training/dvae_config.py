@@ -89,6 +89,8 @@ class DVAERun(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "DVAERun":
+        if self.model.image_size < 11:
+            raise ValueError(f"model.image_size is {self.model.image_size}, expected at least 11: the window of SSIM")
         if self.batch_size % (self.micro_batch or self.batch_size):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         return self

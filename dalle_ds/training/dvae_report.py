@@ -11,12 +11,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dalle_ds.evaluation.reconstruction import codebook_usage, psnr
+from dalle_ds.evaluation.reconstruction import codebook_usage, psnr, ssim
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
 
 BATCH = 64
+COLLAPSED_BELOW = 0.1
+"""Share of the codes in use."""
+COLLAPSE_CAUSES = (
+    "usual causes: the weight of KL rises too fast or too high for the batch, tau falls too fast, the learning rate is too "
+    "high, ln b runs away (loss.ln_b_min), or the run is too short for the codebook (loss.usage_weight helps)"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class HeldOut:
     """
 
     psnr: float  # dB, mean over pictures
+    ssim: float  # mean over pictures
     codes_used: int
     n_codes: int
     perplexity: float
@@ -35,6 +42,11 @@ class HeldOut:
     elb_relaxed: float
     tau: float
     n_pictures: int
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether most codes are dead: the picture is carried by a few, and the prior would learn those."""
+        return self.codes_used < COLLAPSED_BELOW * self.n_codes
 
     def metrics(self) -> dict[str, float]:
         """As named in the tracker."""
@@ -48,7 +60,7 @@ def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None
     device = next(model.parameters()).device
     config = model.config
     generator = torch.Generator(device).manual_seed(0)
-    errors, counts_K = [], np.zeros(config.vocab_size, dtype=np.int64)
+    psnrs, ssims, counts_K = [], [], np.zeros(config.vocab_size, dtype=np.int64)
     sums = {"kl": 0.0, "hard": 0.0, "relaxed": 0.0}
     for chunk_BCHW in images_BCHW.split(BATCH):
         chunk_BCHW = chunk_BCHW.to(device)
@@ -56,7 +68,9 @@ def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None
         logits_BKhw = model.encode_logits(pixels_BCHW)
         codes_BN = logits_BKhw.argmax(dim=1).flatten(1)
         counts_K += np.bincount(codes_BN.flatten().cpu().numpy(), minlength=config.vocab_size)
-        errors.append(psnr(chunk_BCHW.cpu().numpy(), model.decode_tokens(codes_BN).cpu().numpy()))
+        pair = chunk_BCHW.cpu().numpy(), model.decode_tokens(codes_BN).cpu().numpy()
+        psnrs.append(psnr(*pair))
+        ssims.append(ssim(*pair))
         sums["kl"] += kl_to_uniform(logits_BKhw).sum().item()
         relaxed_BKhw = gumbel_softmax(logits_BKhw, tau, generator)
         drawn_Bhw = gumbel_softmax(logits_BKhw, 1.0, generator).argmax(dim=1)  # the Gumbel maximum is a draw from q
@@ -66,7 +80,8 @@ def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None
     n_pictures, n_subpixels = len(images_BCHW), images_BCHW.numel()
     usage = codebook_usage(counts_K)
     numbers = HeldOut(
-        psnr=float(np.concatenate(errors).mean()), codes_used=usage.n_used, n_codes=usage.n_codes, perplexity=usage.perplexity,
+        psnr=float(np.concatenate(psnrs).mean()), ssim=float(np.concatenate(ssims).mean()),
+        codes_used=usage.n_used, n_codes=usage.n_codes, perplexity=usage.perplexity,
         kl_per_cell=sums["kl"] / (n_pictures * config.n_tokens), elb_hard=(sums["hard"] - sums["kl"]) / n_subpixels,
         elb_relaxed=(sums["relaxed"] - sums["kl"]) / n_subpixels, tau=tau, n_pictures=n_pictures,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from dalle_ds.optim.schedules import linear_warmup
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.dvae_config import DVAERun
 from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
-from dalle_ds.training.dvae_report import HeldOut, floored, measure, reconstruction_grid, usage_chart
+from dalle_ds.training.dvae_report import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.tracking import Tracker
@@ -217,7 +217,9 @@ class _Trainer:
         title = f"{numbers.codes_used} of {numbers.n_codes} codes in use, perplexity {numbers.perplexity:.0f}"
         self.tracker.picture("codebook_usage", usage_chart(counts_K, title), self.update)
         grid.save(self.folder / RECONSTRUCTIONS_FILE)
-        log.info("update %d, held out: PSNR %.2f dB, %s", self.update, numbers.psnr, title)
+        log.info("update %d, held out: PSNR %.2f dB, SSIM %.3f, %s", self.update, numbers.psnr, numbers.ssim, title)
+        if numbers.has_collapsed and self.update >= self.recipe.schedules.kl_weight.updates:
+            log.warning("the codebook has COLLAPSED: %s; %s", title, COLLAPSE_CAUSES)
         return numbers
 
     def _finish(self) -> dict[str, Any]:
@@ -227,8 +229,9 @@ class _Trainer:
         with self.average.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
             mark = write_weights(
-                self.folder / WEIGHTS_FILE, kind="dvae", config=model.model_dump(), state=state, extra={"run": self.identity}
-            )
+                self.folder / WEIGHTS_FILE, kind="dvae", config=model.model_dump(), state=state,
+                extra={"run": self.identity, "held_out": json.dumps(asdict(numbers))},
+            )  # fmt: skip
         report = {
             "dvae": mark, "run": self.identity, "weights": str(self.folder / WEIGHTS_FILE), "image_size": model.image_size,
             "grid": model.grid, **asdict(numbers), "updates": self.update, "seconds": round(self.seconds, 1),

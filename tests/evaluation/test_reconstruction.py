@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dalle_ds.evaluation.reconstruction import codebook_usage, psnr
+from dalle_ds.evaluation.reconstruction import codebook_usage, psnr, ssim
 
 
 def test_psnr_of_known_errors():
@@ -17,12 +17,24 @@ def test_psnr_of_known_errors():
     assert values[2] == np.inf
 
 
-def test_psnr_refuses_what_it_would_misread():
-    real = np.zeros((1, 3, 4, 4), dtype=np.uint8)
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_what_would_be_misread_is_refused(measure):
+    real = np.zeros((1, 3, 16, 16), dtype=np.uint8)
     with pytest.raises(ValueError, match="expected uint8"):
-        psnr(real, real.astype(np.float32))
+        measure(real, real.astype(np.float32))
     with pytest.raises(ValueError, match="equal shapes"):
-        psnr(real, real[:, :1])
+        measure(real, real[:, :1])
+
+
+def test_ssim_of_flat_and_of_unrelated_pictures():
+    flat = np.full((1, 3, 16, 16), 100, dtype=np.uint8)
+    # without structure the luminance term alone is left: (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2
+    c = (0.01 * 255) ** 2
+    assert ssim(flat, flat + 50) == pytest.approx((2 * 100 * 150 + c) / (100**2 + 150**2 + c), rel=1e-6)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    assert ssim(noise, noise) == pytest.approx([1, 1])
+    assert ssim(noise[:1], noise[1:]) == pytest.approx(0, abs=0.1)
 
 
 def test_codebook_usage():

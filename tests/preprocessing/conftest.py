@@ -20,14 +20,14 @@ N_PICTURES = 60
 N_SHARDS = 15
 
 
-def write_dvae(path: Path, seed: int = 0, image_size: int = 32) -> str:
+def write_dvae(path: Path, seed: int = 0, image_size: int = 32, extra: dict[str, str] | None = None) -> str:
     """A tiny dVAE of random weights (8x8 codes out of 32) and its fingerprint."""
     torch.manual_seed(seed)
     config = DVAEConfig(image_size=image_size, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, vocab_size=32)
     dvae = DVAE(config)
     with torch.no_grad():  # spread the logits, so that random weights use many codes
         dvae.encoder.blocks.output.conv.w.mul_(20)
-    return write_weights(path, kind="dvae", config=config.model_dump(), state=dvae.state_dict())
+    return write_weights(path, kind="dvae", config=config.model_dump(), state=dvae.state_dict(), extra=extra)
 
 
 def part_checksums(root: str) -> dict[str, dict[str, str]]:

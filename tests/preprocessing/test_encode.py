@@ -213,6 +213,19 @@ def test_bad_input_is_told_at_the_start(world: World, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize(("used", "floor", "is_refused"), [(7, 0.25, True), (8, 0.25, False), (7, 0.2, False)])
+def test_a_collapsed_codebook_is_refused(world: World, tmp_path: Path, used: int, floor: float, is_refused: bool) -> None:
+    url = str(tmp_path / "dvae.safetensors")
+    write_dvae(tmp_path / "dvae.safetensors", extra={"held_out": json.dumps({"codes_used": used, "n_codes": 32})})
+    config = world.config(tmp_path / "out", dvae=url, min_codes_used=floor)
+    if is_refused:
+        with pytest.raises(DataError, match="used 7 of its 32 codes on held-out pictures, expected at least 25%"):
+            encode.run(config)
+        assert not (tmp_path / "out").exists()
+    else:
+        assert encode.run(config).is_complete
+
+
 def test_no_room_is_told_before_any_work(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "free_bytes", lambda url: 1000)
     with pytest.raises(DataError, match="needed for the token shards"):

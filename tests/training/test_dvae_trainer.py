@@ -178,6 +178,8 @@ def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses
     assert losses[-1][1] < losses[0][1] - 0.5
     weights = read_weights(tmp_path / "run" / "dvae.safetensors", "dvae")
     assert weights.fingerprint == report["dvae"]
+    held_out = json.loads(weights.extra["held_out"])
+    assert held_out.items() <= report.items() and 0 < held_out["ssim"] < 1
     model = DVAE(DVAEConfig(**weights.config))
     model.load_state_dict(weights.state)
     held_out = validation_pictures(run.data, 16)
@@ -199,6 +201,26 @@ def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses
     assert losses == []
     with pytest.raises(FingerprintMismatch, match="another recipe or other pictures"):
         train_dvae(_run(raw, tmp_path / "run", updates=120, seed=1))
+
+
+def test_a_collapsed_codebook_is_named(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    step = _Trainer._step
+
+    def one_code_for_all(self: _Trainer) -> dict[str, Any]:
+        metrics = step(self)
+        for weights in (self._weights(), self.average.averages):
+            weights["encoder.blocks.output.conv.w"].data.zero_()
+        return metrics
+
+    monkeypatch.setattr(_Trainer, "_step", one_code_for_all)
+    report = train_dvae(_run(raw, tmp_path / "run", updates=6, report_every=3))
+    assert report["codes_used"] < 4
+    told = [record.message for record in caplog.records if "COLLAPSED" in record.message]
+    assert len(told) == 1, "at update 3 the weight of KL is still rising, at 6 it is not"
+    assert f"{report['codes_used']} of 32 codes" in told[0] and "tau falls too fast" in told[0]
 
 
 def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
