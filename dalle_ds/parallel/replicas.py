@@ -42,12 +42,14 @@ class ReplicasConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "ReplicasConfig":
-        of_compression = self.model_fields_set - {"count", "compression"}
+        # not what was set: the recipe that a run keeps sets everything
+        changed = {name for name, known in type(self).model_fields.items() if getattr(self, name) != known.default}
+        of_compression = changed - {"count", "compression"}
         if self.compression == "none" and of_compression:
             raise ValueError(f"{', '.join(sorted(of_compression))} would be ignored: compression is none")
         if self.compression != "none" and self.count == 1:
             raise ValueError(f"compression is {self.compression}, but with count 1 no gradients go between replicas")
-        if self.rank is not None and "sent_fraction" in self.model_fields_set:
+        if self.rank is not None and "sent_fraction" in changed:
             raise ValueError("rank and sent_fraction both say how much is sent: set one of them")
         return self
 

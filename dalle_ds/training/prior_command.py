@@ -5,20 +5,29 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalle_ds.console import print_summary, setup_logging
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.recipes import load_recipe
 
+if TYPE_CHECKING:
+    from dalle_ds.training.prior_config import PriorRun
+
 EXAMPLES = """examples:
   deepspeed launchers/train_prior.sh
   deepspeed --num_gpus 2 launchers/train_prior.sh --recipe launchers/recipes/tiny.yaml --set updates=100
   deepspeed --hostfile hosts launchers/train_prior.sh --recipe launchers/recipes/12b.yaml
-The same command goes on where a stopped or killed run left off."""
+  torchrun --nproc_per_node 8 --max_restarts 3 launchers/train_prior.sh --recipe launchers/recipes/12b.yaml
+The same command goes on where a stopped or killed run left off; torchrun gives it again by itself."""
 
 
 def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
-    """Join the job, train, leave. Exit code 0: finished; 2: a mistake in the input; 143: asked to stop, state saved."""
+    """Join the job, train, leave.
+
+    Exit code 0: finished; 2: a mistake in the input, or a run that can't go on; 75: another rank was lost, to be started again;
+    143: asked to stop, state saved.
+    """
     parser = argparse.ArgumentParser(prog="train_prior.sh", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--recipe", type=Path, default=default_recipe, help="YAML file (default: %(default)s)")
@@ -26,39 +35,56 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key, e.g. learning_rate.peak=1e-3"
     )
     parser.add_argument("--deepspeed_config", metavar="JSON", help="same as --set deepspeed_config=JSON")
+    parser.add_argument(
+        "--replay", type=Path, metavar="DIR", help="make the update of a diagnosis again, by its own recipe where none is named"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON line, last on stdout")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     options = parser.parse_args(arguments)
-    overrides = list(options.set)
-    if options.deepspeed_config:
-        overrides.append(f"deepspeed_config={options.deepspeed_config}")
     is_main = os.environ.get("RANK", "0") == "0"
     setup_logging(logging.INFO if is_main else logging.WARNING)
     try:
-        _run(options.recipe, overrides, options.json, is_default=options.recipe == default_recipe)
-    except UserError as error:
+        run = _recipe(options, default_recipe)
+    except UserError as error:  # the same on every rank
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def _run(recipe: Path, overrides: list[str], as_json: bool, is_default: bool) -> None:
-    from dalle_ds.training.prior_config import PriorRun
-
-    run = load_recipe(PriorRun, recipe, overrides)
-    dataset = run.data.dataset
-    if is_default and "://" not in dataset and not Path(dataset, "dataset.json").exists():
-        raise DataError(
-            f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
-        )
+        sys.exit(error.exit_code)
     # importing and joining takes seconds: a mistake in the recipe should not have to wait for it
     from dalle_ds.parallel.ranks import join, leave
+    from dalle_ds.parallel.watch import first_to_say
+    from dalle_ds.training.diagnosis import replay
     from dalle_ds.training.prior_trainer import train_prior
 
     ranks = join()
     try:
-        summary = train_prior(run, ranks)
-        if ranks.is_main:
-            print_summary(summary, as_json)
-    finally:
+        summary = replay(run, ranks, options.replay) if options.replay else train_prior(run, ranks)
+    except UserError as error:
+        # without leave(), which may wait for a rank that is lost
+        if first_to_say(ranks, str(error)):
+            where = f" on rank {ranks.rank}" if ranks.world_size > 1 else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except SystemExit:  # of all ranks
         leave()
+        raise
+    if ranks.is_main:
+        print_summary(summary, options.json)
+    leave()
+
+
+def _recipe(options: argparse.Namespace, default_recipe: Path) -> "PriorRun":
+    from dalle_ds.training.prior_config import PriorRun
+
+    recipe, overrides, is_default = options.recipe, list(options.set), options.recipe == default_recipe
+    if options.deepspeed_config:
+        overrides.append(f"deepspeed_config={options.deepspeed_config}")
+    if options.replay and is_default:
+        recipe = options.replay / "recipe.yaml"
+        overrides.insert(0, f"deepspeed_config={options.replay / 'deepspeed.json'}")
+    run = load_recipe(PriorRun, recipe, overrides)
+    dataset = run.data.dataset
+    if is_default and not options.replay and "://" not in dataset and not Path(dataset, "dataset.json").exists():
+        raise DataError(
+            f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
+        )
+    return run

@@ -90,6 +90,20 @@ class TrackingSection(Config):
     )
 
 
+class FailureSection(Config):
+    """When a run ends rather than going on, or waiting, for nothing."""
+
+    collective_timeout: float = Field(
+        1800, gt=0, description="seconds that ranks wait for one of them, be it for its data, or for the main rank's disk"
+    )
+    nonfinite_losses: int = Field(20, ge=1, description="updates in a row whose loss is Inf or NaN, until a diagnosis")
+    updates_without_step: int = Field(
+        1500, ge=1,
+        description="such updates in a row, of all blocks or of one, until a diagnosis; the paper's policy lowers a gradient "
+        "scale once in 125 updates by sqrt(2), so that 1500 bring it from its start, 2^13, to its floor, 2^7",
+    )  # fmt: skip
+
+
 class PriorRun(Config):
     """One training job of the prior over all its nodes and restarts; the defaults are the paper's."""
 
@@ -116,6 +130,7 @@ class PriorRun(Config):
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
     tracking: TrackingSection = TrackingSection()
+    failure: FailureSection = FailureSection()
 
     @model_validator(mode="after")
     def _check(self) -> "PriorRun":

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,22 +16,21 @@ from torch import Tensor
 
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
-from dalle_ds.errors import ConfigError
-from dalle_ds.models.attention import use_attention, verify_attention
+from dalle_ds.errors import ConfigError, TrainingDiverged
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.optim.plateau import Plateau
-from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
-from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.parallel.recompute import recompute_layers
+from dalle_ds.parallel.watch import RankWatch, limit_waiting
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.checkpoint import CheckpointStore
+from dalle_ds.training.diagnosis import Patience, diagnose
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.parity import PARITY_FILE
 from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.prior_engine import build_engine, read_engine_config
 from dalle_ds.training.prior_report import RunReport
 from dalle_ds.training.prior_state import RunIdentity, TrainState
 from dalle_ds.training.tracking import NullTracker, Tracker
@@ -46,16 +46,20 @@ def train_prior(run: PriorRun, ranks: Ranks) -> dict[str, Any]:
 
     Raises:
         UserError: anything about the recipe, the data or the disk that would stop the run later.
+        TrainingDiverged: losses or gradients stay non-finite; RankLost: another rank died, failed or hangs.
         SystemExit(143): asked to stop; the state is saved.
     """
     # Only the main rank holds the lock: the others are its own.
-    with StopFlag() as stop, RunLock(Path(run.folder)) if ranks.is_main else nullcontext():
+    with StopFlag() as stop, RunLock(Path(run.folder)) if ranks.is_main else nullcontext(), ExitStack() as at_end:
         ranks.barrier()  # the lock is held before anybody reads the folder
-        trainer = _Trainer(run, ranks)
-        if trainer.is_finished:
-            return trainer.finished_summary()
-        trainer.prepare()
-        return trainer.run(stop)
+        with RankWatch(ranks, run.failure.collective_timeout) as watch:
+            trainer = _Trainer(run, ranks)
+            if trainer.is_finished:
+                return trainer.finished_summary()
+            at_end.callback(trainer.end_tracking)
+            watch.before_exit = trainer.end_tracking
+            trainer.prepare()
+            return trainer.run(stop)
 
 
 class _Trainer:
@@ -63,12 +67,8 @@ class _Trainer:
 
     def __init__(self, run: PriorRun, ranks: Ranks) -> None:
         self.recipe, self.ranks, self.folder = run, ranks, Path(run.folder)
-        self.engine_config = load_engine_config(
-            run.deepspeed_path,
-            micro_batch=run.micro_batch,
-            accumulation=run.accumulation(ranks.world_size),
-            clip=run.optimizer.clip,
-        )
+        self.tracker, self.status = NullTracker(), "FAILED"
+        self.engine_config = read_engine_config(run, ranks)
         self.dataset = TokenDataset(run.data.dataset, "train")
         self.validation_set = TokenDataset(run.data.dataset, "validation")
         info = self.dataset.info
@@ -124,18 +124,8 @@ class _Trainer:
             caption_dropout=run.data.caption_dropout, start_update=found[1]["update"] if found else 0,
             prefetch=run.data.prefetch,
         )  # fmt: skip
-        settings = run.optimizer
-        self.engine = PriorEngine(
-            self.model_config, self.engine_config,
-            OptimizerSettings(
-                run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay, settings.moments
-            ),
-            ranks, run.seed, run.replicas,
-        )  # fmt: skip
-        self.attention = use_attention(self.engine.module, run.attention, ranks.device)
-        verify_attention(self.engine.module, self.engine_config.branch_dtype, ranks.device)
-        if run.activation_checkpointing:
-            recompute_layers(self.engine.module, every=int(run.activation_checkpointing))  # true is 1: each of them
+        self.engine = build_engine(run, self.model_config, self.engine_config, ranks)
+        limit_waiting(run.failure.collective_timeout)
         self.average = WeightAverage(self.engine.shards(), run.average, device="cpu")
         if found is not None:
             self._restore(found[0])
@@ -148,47 +138,52 @@ class _Trainer:
     def run(self, stop: StopFlag) -> dict[str, Any]:
         run, state = self.recipe, self.state
         resumed_at = state.update
-        status, began = "FAILED", time.monotonic()
+        began, patience = time.monotonic(), Patience(run.failure)
         before = state.seconds
         optimizer_bytes = 0.0
-        try:
-            with self.run_report.bar, self.stream:
-                if state.update == 0:
+        with self.run_report.bar, self.stream:
+            if state.update == 0:
+                self._validate()
+            while state.update < run.updates:
+                micro_batches = next(self.stream)
+                lr = run.learning_rate.at(state.update, run.updates) * (self.plateau.factor if self.plateau else 1.0)
+                tensors = [(batch.text_BT, batch.image_BN) for batch in micro_batches]
+                report = self.run_report.profiled(partial(self.engine.update, tensors, lr, stop.requested))
+                state.update += 1
+                state.seconds = before + time.monotonic() - began
+                if report.took_step:
+                    self._watch_plateau(report.loss)
+                    if not optimizer_bytes:
+                        optimizer_bytes = self.engine.optimizer_bytes_per_parameter()
+                        self.run_report.optimizer_bytes(run.optimizer.moments, optimizer_bytes)
+                    if state.update % run.average.every == 0:
+                        self.average.update(self.engine.shards())
+                else:
+                    state.n_skipped += 1
+                self.run_report.updated(report, lr)
+                if reason := patience.observe(report):
+                    raise TrainingDiverged(diagnose(run, self.engine, micro_batches, lr, state.update, reason, self.tracker))
+                if state.update % run.validation.every == 0 or state.update == run.updates:
                     self._validate()
-                while state.update < run.updates:
-                    micro_batches = next(self.stream)
-                    lr = run.learning_rate.at(state.update, run.updates) * (self.plateau.factor if self.plateau else 1.0)
-                    tensors = [(batch.text_BT, batch.image_BN) for batch in micro_batches]
-                    report = self.run_report.profiled(partial(self.engine.update, tensors, lr, stop.requested))
-                    state.update += 1
-                    state.seconds = before + time.monotonic() - began
-                    if report.took_step:
-                        self._watch_plateau(report.loss)
-                        if not optimizer_bytes:
-                            optimizer_bytes = self.engine.optimizer_bytes_per_parameter()
-                            self.run_report.optimizer_bytes(run.optimizer.moments, optimizer_bytes)
-                        if state.update % run.average.every == 0:
-                            self.average.update(self.engine.shards())
-                    else:
-                        state.n_skipped += 1
-                    self.run_report.updated(report, lr)
-                    if state.update % run.validation.every == 0 or state.update == run.updates:
-                        self._validate()
-                    if state.update % run.checkpoint.every == 0 or state.update == run.updates or report.stop_requested:
-                        self._save()
-                    if report.stop_requested and state.update < run.updates:
-                        status = "KILLED"
-                        log.info("asked to stop (%s): saved update %d in %s; the same command goes on from there",
-                                 stop.reason or "another rank", state.update, self.checkpoints.folder)  # fmt: skip
-                        raise SystemExit(EXIT_STOPPED)
-            status = "FINISHED"
-            summary = self._summary(resumed_at)
-            if self.ranks.is_main:
-                self._write(SUMMARY_FILE, json.dumps(summary, indent=1))
-                self.tracker.artifact(self.folder / SUMMARY_FILE)
-            return summary
-        finally:
-            self.tracker.close(status)
+                is_due = state.update % run.checkpoint.every == 0 or report.stop_requested
+                # states without a finite loss must not take the places of good ones
+                if state.update == run.updates or (is_due and math.isfinite(report.loss)):
+                    self._save()
+                if report.stop_requested and state.update < run.updates:
+                    self.status = "KILLED"
+                    log.info("asked to stop (%s) at update %d: the same command goes on from the newest state in %s",
+                             stop.reason or "another rank", state.update, self.checkpoints.folder)  # fmt: skip
+                    raise SystemExit(EXIT_STOPPED)
+        self.status = "FINISHED"
+        summary = self._summary(resumed_at)
+        if self.ranks.is_main:
+            self._write(SUMMARY_FILE, json.dumps(summary, indent=1))
+            self.tracker.artifact(self.folder / SUMMARY_FILE)
+        return summary
+
+    def end_tracking(self) -> None:
+        """Tell MLflow how it ended. May wait for the server, up to a minute."""
+        self.tracker.close(self.status)
 
     def _watch_plateau(self, loss: float) -> None:
         update = self.state.update
