@@ -154,14 +154,14 @@ class PriorEngine:
             stop_requested=stop > 0,
         )
 
-    def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Find the blocks' first gradient scales on one global batch, as `BlockScaler.calibrate` does: before the first update,
-        and only where the configuration has `calibration_trials`. All ranks call it together.
+        and only where the configuration has `calibration_trials` -> whether it has. All ranks call it together.
 
         Nothing but the scales changes: a trial is an update without its step.
         """
         if not self.scaler or not self.scaler.config.calibration_trials:
-            return
+            return False
         counters = {name: getattr(self._engine, name) for name in _COUNTERS}
 
         def attempt() -> Tensor:
@@ -175,6 +175,7 @@ class PriorEngine:
         logger.disabled = False
         self._set_counters(counters)
         self.phases.take()  # trials are no updates
+        return True
 
     def _accumulate(self, micro_batches: Sequence[tuple[Tensor, Tensor]], stop_requested: bool = False) -> Tensor:
         """Forward and backward over one global batch, all but the step -> (4 + n_blocks,) float64, summed over the ranks: text

@@ -53,7 +53,10 @@ class RunReport:
         self.bar.update(1)
         self._throughput.add()
         if report.nonfinite_blocks:
-            log.warning("update %d skipped: non-finite gradient in %s", state.update, ", ".join(report.nonfinite_blocks))
+            what = "left out some blocks" if report.took_step else "skipped"
+            log.warning("update %d %s: non-finite gradient in %s", state.update, what, ", ".join(report.nonfinite_blocks))
+        elif not report.took_step and report.loss_scale is not None:
+            log.warning("update %d skipped: non-finite gradient at loss scale 2^%g", state.update, math.log2(report.loss_scale))
         elif not report.took_step:
             log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
         if state.update % self._every and report.took_step:
@@ -67,6 +70,8 @@ class RunReport:
         }  # fmt: skip
         if math.isfinite(report.grad_norm):
             values["train/grad_norm"] = report.grad_norm
+        if report.loss_scale is not None:
+            values["train/loss_scale"] = report.loss_scale
         if self._engine.scaler:
             self._warn_of_limits()
             values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
@@ -86,12 +91,17 @@ class RunReport:
         chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {update}")
         self._tracker.picture("loss_by_position", chart, update)
         if scaler:
-            powers = sorted((power, name) for name, power in scaler.log2_scales().items())
-            log.info("gradient scales from 2^%.1f (%s) to 2^%.1f (%s)", *powers[0], *powers[-1])
+            self.scales("gradient scales")
             if len(self._scale_history) > 1:
                 updates, scales = zip(*self._scale_history, strict=True)
                 lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
                 self._tracker.picture("gradient_scales", gradient_scales(updates, lines), update)
+
+    def scales(self, what: str) -> None:
+        """The range of the blocks' gradient scales, in the log."""
+        if self._is_main and self._engine.scaler:
+            powers = sorted((power, name) for name, power in self._engine.scaler.log2_scales().items())
+            log.info("%s from 2^%.1f (%s) to 2^%.1f (%s)", what, *powers[0], *powers[-1])
 
     def optimizer_bytes(self, moments: str, bytes_per_parameter: float) -> None:
         """Counted over real tensors, which the optimizer makes in its first step."""

@@ -121,11 +121,26 @@ def losses(home: Path, env: dict[str, str], folder: str, name: str) -> list[floa
     return [point.value for point in MlflowClient(env["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, name)]
 
 
+@pytest.fixture(scope="module")
+def dropped(home: Path, env: dict[str, str]) -> dict[str, Any]:
+    """Two updates in which captions are dropped, after a calibration."""
+    tree = json.loads((launching.ROOT / "ds_configs" / "zero3_fp16_cpu.json").read_text())
+    tree["fp16"]["calibration_trials"] = 4
+    (home / "calibrated.json").write_text(json.dumps(tree))
+    return train(home, env, "dropped", "data.caption_dropout=0.5", "updates=2", "deepspeed_config=calibrated.json")
+
+
+def test_calibrated_scales_before_the_first_update(dropped: dict[str, Any], home: Path, env: dict[str, str]) -> None:
+    assert dropped["skipped_updates"] == 0
+    scales = losses(home, env, "dropped", "scale_log2/layers.0.mlp")
+    assert scales[0] > 16, "the paper's start is 13"
+    assert scales[1] == pytest.approx(scales[0] + 1 / 1000, abs=1e-4)
+
+
 def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
-    uninterrupted: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    uninterrupted: dict[str, Any], dropped: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    train(home, env, "dropped", "data.caption_dropout=0.5", "updates=2")
     for name, is_same in (("validation/text_loss", True), ("validation/image_loss", True), ("train/text_loss", False)):
         first, of_whole = losses(home, env, "dropped", name)[0], losses(home, env, "whole", name)[0]  # equal weights still
         assert (first == of_whole) == is_same, f"{name}: {first}, {of_whole} without dropout"
