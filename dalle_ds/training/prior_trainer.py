@@ -148,6 +148,8 @@ class _Trainer:
                 micro_batches = next(self.stream)
                 lr = run.learning_rate.at(state.update, run.updates) * (self.plateau.factor if self.plateau else 1.0)
                 tensors = [(batch.text_BT, batch.image_BN) for batch in micro_batches]
+                if state.update == 0 and self.engine.calibrate(tensors):
+                    self.run_report.scales("calibrated gradient scales")
                 report = self.run_report.profiled(partial(self.engine.update, tensors, lr, stop.requested))
                 state.update += 1
                 state.seconds = before + time.monotonic() - began
