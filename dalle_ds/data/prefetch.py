@@ -1,14 +1,18 @@
 """Prefetch: run an iterator on a background thread, a few items ahead of its consumer."""
 
+import logging
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+WARN_AFTER_S = 60.0
 _POLL_SECONDS = 0.1  # how fast the thread notices that it shall stop
 _END = object()
 
@@ -19,15 +23,17 @@ class Prefetch(Generic[T]):
     What `source` raises is raised to the consumer, after the items before it, and again at every later call.
     A thread, not a process: the work is waiting for storage, and a process forked after S3 use hangs.
     The thread ends at `close()`, and when the consumer is garbage-collected.
+    A consumer that waits for a minute says so, and again after twice the time; `waiting_for` says what for.
     """
 
-    def __init__(self, source: Iterator[T], depth: int, name: str) -> None:
+    def __init__(self, source: Iterator[T], depth: int, name: str, waiting_for: Callable[[], str] = lambda: "an item") -> None:
         if depth < 1:
             raise ValueError(f"prefetch depth is {depth}, expected at least 1")
         self.wait_seconds = 0.0  # how long the consumer has stood waiting, in all
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._failed: BaseException | None = None
+        self._waiting_for = waiting_for
         self._thread = threading.Thread(target=_produce, args=(source, self._queue, self._stop), name=name, daemon=True)
         weakref.finalize(self, _shut, self._stop, self._thread)  # runs at the interpreter's exit too
         self._thread.start()
@@ -41,7 +47,7 @@ class Prefetch(Generic[T]):
         if self._stop.is_set():
             raise RuntimeError(f"{self._thread.name} is closed")
         start = time.monotonic()
-        item, error = self._queue.get()
+        item, error = self._get()
         self.wait_seconds += time.monotonic() - start
         if error is None and item is _END:
             error = StopIteration()
@@ -49,6 +55,17 @@ class Prefetch(Generic[T]):
             self._failed = error
             raise error
         return item
+
+    def _get(self) -> tuple[Any, BaseException | None]:
+        pause = WARN_AFTER_S
+        waited = 0.0
+        while True:
+            try:
+                return self._queue.get(timeout=pause)
+            except queue.Empty:
+                waited += pause
+                log.warning("%s has stood still for %g s, waiting for %s", self._thread.name, waited, self._waiting_for())
+                pause = waited
 
     def close(self, timeout: float = 5.0) -> None:
         """Stop the thread; wait for it up to `timeout` seconds (it may stand in a read that is being retried)."""

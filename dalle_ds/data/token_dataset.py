@@ -62,6 +62,7 @@ class TokenDataset:
         if not self.n_samples:
             raise DataError(f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} in all; "
                             f"validation_fraction is {self.info.validation_fraction}")
+        self._reading: set[str] = set()
         self._cache = BlockCache(self._load, cache_bytes)
 
     def _index_blocks(self, parts: Sequence[Part]) -> None:
@@ -86,6 +87,11 @@ class TokenDataset:
         """Decoded blocks by number, from the cache or by ranged GETs side by side."""
         return self._cache.get(numbers)
 
+    def reads_under_way(self) -> str:
+        """The blocks that are being read, for messages."""
+        blocks = sorted(self._reading.copy())
+        return f"{blocks[0]} and {len(blocks) - 1} others" if blocks else f"no read of {self.root_url}"
+
     def shard_of(self, block: int) -> str:
         """Path below the root of the tar that a block lies in."""
         return self._parts[self._part_of_block[block]].path
@@ -106,12 +112,15 @@ class TokenDataset:
         block = Block(name=self._names[number], offset=offset, bytes=length, n_samples=int(self.block_sizes[number]),
                       crc32=f"{self._crc32[number]:08x}")
         where = f"{storage.join(self.root_url, part.path)}, block {block.name}"
+        self._reading.add(where)
         try:
             tokens_nN, keys, captions = read_block(self.root_url, part, block)
         except UserError:
             raise
         except Exception as error:
             raise DataError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
+        finally:
+            self._reading.discard(where)
         if tokens_nN.ndim != 2 or tokens_nN.shape[1] != self.info.n_tokens:
             raise DataError(f"{where}: tokens of shape {tokens_nN.shape}, expected {self.info.n_tokens} a sample "
                             f"(grid {self.info.grid}x{self.info.grid})")

@@ -70,7 +70,8 @@ class TokenStream:
         self.n_truncated = 0
         _warn_if_cache_is_small(dataset, n_lanes=len(lanes) * micro_batch)
         collate = _Collate(dataset, text_len=text_len, bpe_dropout=bpe_dropout, caption_dropout=caption_dropout, seed=seed)
-        self._prefetch = Prefetch(_updates(dataset, order, lanes, collate, start_update), prefetch, f"token-stream-{rank}")
+        self._prefetch = Prefetch(_updates(dataset, order, lanes, collate, start_update), prefetch, f"token-stream-{rank}",
+                                  dataset.reads_under_way)
 
     def __iter__(self) -> "TokenStream":
         return self

@@ -59,7 +59,8 @@ class RankWatch:
         if self._ranks.world_size > 1:
             self._store = distributed_c10d._get_default_store()
             # a process number means nothing on another machine or in another container; siblings have one launcher
-            place = (os.uname().nodename, os.getppid())
+            namespace = Path("/proc/self/ns/pid")
+            place = (os.uname().nodename, str(namespace.readlink()) if namespace.exists() else "", os.getppid())
             found = self._ranks.gather_objects((place, os.getpid()))
             self._siblings = {pid: rank for rank, (where, pid) in enumerate(found) if where == place and pid != os.getpid()}
             threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()

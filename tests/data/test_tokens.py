@@ -2,15 +2,17 @@
 
 import itertools
 import logging
+import re
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from dalle_ds.data import shards, storage
+from dalle_ds.data import prefetch, shards, storage, token_dataset
 from dalle_ds.data.manifest import load_dataset_info, load_manifest
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.tokens import PAD, TokenBatch, TokenDataset, TokenStream, validation_batches
@@ -307,6 +309,22 @@ def test_any_other_fault_of_reading_is_named_too(root, monkeypatch):
     monkeypatch.setattr(storage, "read_range", refuse)
     with pytest.raises(DataError, match=r"data/0000\d-test-train.tar, block .*PermissionError: not yours"):
         read(TokenDataset(root), 1)
+
+
+def test_a_read_that_stands_still_is_named_again_and_again(root, monkeypatch, caplog):
+    monkeypatch.setattr(prefetch, "WARN_AFTER_S", 0.1)
+    read_block = token_dataset.read_block
+
+    def slow(*args):
+        while caplog.text.count("stood still") < 3:
+            time.sleep(0.01)
+        return read_block(*args)
+
+    monkeypatch.setattr(token_dataset, "read_block", slow)
+    with caplog.at_level(logging.WARNING):
+        read(TokenDataset(root), 1)
+    for seconds in ("0.1", "0.2", "0.4"):
+        assert re.search(rf"token-stream-0 has stood still for {seconds} s, waiting for .*.tar, block .* others", caplog.text)
 
 
 def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
