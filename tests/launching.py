@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,31 +79,25 @@ def started(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None =
 
 
 def family(pid: int) -> set[psutil.Process]:
-    """All processes of the session that `pid` leads, so also those whose parent is gone."""
+    """All processes of the session that `pid` leads, so also those whose parent is gone, and their descendants in others."""
     found = set()
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == pid:
-                found.add(process)
-        except (ProcessLookupError, PermissionError):
+                found |= {process, *process.children(recursive=True)}
+        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
             continue
     return found
 
 
-def ranks_of(pid: int) -> list[psutil.Process]:
-    """The training processes themselves, without launchers."""
-    return [
-        p
-        for p in family(pid)
-        if any("--local_rank" in part for part in _cmdline(p)) and "launcher" not in " ".join(_cmdline(p))
-    ]
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def ranks_of(pid: int) -> dict[int, psutil.Process]:
+    """The training processes themselves by rank, without launchers and without what they started."""
+    found = {}
+    for process in family(pid):
+        with suppress(psutil.Error):
+            if "-u" in process.cmdline() and "RANK" in process.environ():
+                found[int(process.environ()["RANK"])] = process
+    return found
 
 
 def wait_for(condition: Any, what: str, timeout: float = 120, process: subprocess.Popen[str] | None = None) -> None:

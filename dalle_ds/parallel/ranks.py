@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_ds.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -50,7 +52,11 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone."""
+    """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone.
+
+    Raises:
+        ConfigError: restarts by torchrun on several machines, without what they need.
+    """
     cuda = torch.cuda.is_available()
     if not cuda:
         # else DeepSpeed probes for accelerators and warns on every rank
@@ -79,7 +85,11 @@ def join() -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0":
         _pick_free_port()
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    backend = "nccl" if cuda else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_store_of_this_start(), rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -87,6 +97,16 @@ def leave() -> None:
     """Leave the process group, so that the processes end quietly."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _store_of_this_start() -> dist.Store:
+    """torchrun keeps one store over its restarts, where ranks would find the addresses of those that are gone."""
+    if os.environ["GROUP_WORLD_SIZE"] != "1":  # each machine counts its own restarts
+        raise ConfigError(
+            "restarts by torchrun on several machines need --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _pick_free_port() -> None:

@@ -73,7 +73,7 @@ class RankWatch:
         if not _is_of_a_collective(error):
             self._tell_others(f"rank {self._ranks.rank} failed: {type(error).__name__}: {error}")
             return
-        if "imed out" in str(error) or "timeout" in str(error):
+        if "Timed out waiting" in str(error) or "operation timeout" in str(error):  # as gloo and NCCL put it
             stopped = [f"rank {rank} (process {pid})" for pid, rank in self._siblings.items() if _is_stopped(pid)]
             reason = f"no answer from another rank within {self._timeout:g} s (failure.collective_timeout)"
             reason += f", stopped: {', '.join(stopped)}" if stopped else ""

@@ -45,17 +45,17 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
     setup_logging(logging.INFO if is_main else logging.WARNING)
     try:
         run = _recipe(options, default_recipe)
+        # importing and joining takes seconds: a mistake in the recipe should not have to wait for it
+        from dalle_ds.parallel.ranks import join, leave
+        from dalle_ds.parallel.watch import first_to_say
+        from dalle_ds.training.diagnosis import replay
+        from dalle_ds.training.prior_trainer import train_prior
+
+        ranks = join()
     except UserError as error:  # the same on every rank
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    # importing and joining takes seconds: a mistake in the recipe should not have to wait for it
-    from dalle_ds.parallel.ranks import join, leave
-    from dalle_ds.parallel.watch import first_to_say
-    from dalle_ds.training.diagnosis import replay
-    from dalle_ds.training.prior_trainer import train_prior
-
-    ranks = join()
     try:
         summary = replay(run, ranks, options.replay) if options.replay else train_prior(run, ranks)
     except UserError as error:
