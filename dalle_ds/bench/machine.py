@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dalle_ds.bench.settings import Common, Dtype
+from dalle_ds.bench.settings import Dtype, OneMachine
 from dalle_ds.bench.timing import Clock, clock_for
 from dalle_ds.errors import ConfigError
 from dalle_ds.precision.half import use_fp16_branches
@@ -35,7 +35,7 @@ class Machine:
 
 
 @contextmanager
-def machine_for(settings: Common) -> Iterator[Machine]:
+def machine_for(settings: OneMachine) -> Iterator[Machine]:
     """The machine that the settings ask for, with its threads set while it is used."""
     name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:

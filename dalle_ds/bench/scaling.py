@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from dalle_ds.bench.machine import machine_for
 from dalle_ds.bench.model import WEIGHT_DECAY, adamw, prior_to_train, random_loss
@@ -17,14 +18,48 @@ from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
 from dalle_ds.precision.half import use_fp16_branches
 
 
+class OneScale:
+    """torch's dynamic loss scale: the loss is multiplied, all gradients are divided and checked in one pass."""
+
+    def __init__(self, prior: Prior, power: float) -> None:
+        use_fp16_branches(prior)
+        self.scaler = torch.amp.GradScaler(prior.embed.row.device.type, init_scale=2.0**power, growth_interval=1000)
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+        """Backward and update; whether it was taken."""
+        before = self.scaler.get_scale()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
+
+
+class ScalePerBlock:
+    """Ours: scaled edges and un-scaling hooks in every block; a non-finite gradient of one skips the update."""
+
+    def __init__(self, prior: Prior, config: BlockScalingConfig) -> None:
+        self.scaler = BlockScaler(prior, config, prior.embed.row.device)
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
+        """Backward and update; whether it was taken."""
+        loss.backward()
+        is_finite = not self.scaler.found_nonfinite.any()
+        if is_finite:
+            optimizer.step()
+        self.scaler.update(self.scaler.found_nonfinite)
+        return is_finite
+
+
 def run(settings: ScalingSettings) -> Report:
     """Forward, loss, backward and AdamW of the same prior with fp16 branches, scaled in the two ways."""
+    config = BlockScalingConfig()
     with machine_for(settings) as machine:
         steps = {}
-        for side, scaled in (("global", global_step), ("ours", per_resblock_step)):
+        for side in ("global", "ours"):
             prior = prior_to_train(settings, machine)
             attention = use_attention(prior, "auto", machine.device)
-            steps[side] = scaled(prior, settings.batch)
+            scaling = OneScale(prior, config.initial_scale_power) if side == "global" else ScalePerBlock(prior, config)
+            steps[side] = scaled_step(prior, scaling, settings.batch)
         turns = take_turns(steps, "global", settings.rounds, machine.clock)
         report = Report("scaling", machine.name)
         report.note(attention=attention, layers=prior.config.n_layers, d_model=prior.config.d_model)
@@ -32,32 +67,12 @@ def run(settings: ScalingSettings) -> Report:
     return report
 
 
-def per_resblock_step(prior: Prior, batch: int) -> Callable[[], None]:
-    """Scaled edges and un-scaling hooks in every block; a non-finite gradient of a block skips the update."""
-    device = prior.embed.row.device
-    scaler = BlockScaler(prior, BlockScalingConfig(), device)
+def scaled_step(prior: Prior, scaling: OneScale | ScalePerBlock, batch: int) -> Callable[[], None]:
+    """Train `prior` on random tokens, a step at each call."""
     loss, optimizer = random_loss(prior, batch, nullcontext()), adamw(decay_groups(prior.named_parameters(), WEIGHT_DECAY))
 
     def step() -> None:
-        loss().backward()
-        if not scaler.found_nonfinite.any():
-            optimizer.step()
-        scaler.update(scaler.found_nonfinite)
-        optimizer.zero_grad()
-
-    return step
-
-
-def global_step(prior: Prior, batch: int) -> Callable[[], None]:
-    """torch's dynamic loss scale: the loss is multiplied, all gradients are divided and checked in one pass."""
-    use_fp16_branches(prior)
-    scaler = torch.amp.GradScaler(prior.embed.row.device.type, init_scale=2.0 ** BlockScalingConfig().initial_scale_power)
-    loss, optimizer = random_loss(prior, batch, nullcontext()), adamw(decay_groups(prior.named_parameters(), WEIGHT_DECAY))
-
-    def step() -> None:
-        scaler.scale(loss()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        scaling.step(loss(), optimizer)
         optimizer.zero_grad()
 
     return step

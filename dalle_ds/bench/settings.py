@@ -14,11 +14,16 @@ def _numbers(value: Any) -> Any:
     return str(value).split(",") if isinstance(value, str | int) else value
 
 
-class Common(Config):
-    """Options of every benchmark."""
+class OneMachine(Config):
+    """Where it runs."""
 
     threads: int = Field(1, ge=1, description="CPU threads. The clock is CPU time at 1, else the wall clock.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1.")
+
+
+class Common(OneMachine):
+    """Options of every benchmark that takes turns."""
+
     rounds: int = Field(5, ge=1, description="Turns of each side.")
 
 
@@ -87,6 +92,18 @@ class ScalingSettings(TrainingSettings):
     """The fp16 step with two kinds of gradient scaling."""
 
     rounds: int = Field(9, ge=1, description="Turns of each side.")
+
+
+class UnderflowSettings(OneMachine):
+    """A small prior whose layers have gradients of very different size."""
+
+    layers: int = Field(16, ge=2, description="Layers.")
+    powers: int = Field(4, ge=0, description="Each layer's gradients are 2^-powers of the layer's before; 0: a plain prior.")
+    heads: int = Field(2, ge=1, description="Heads, 32 wide.")
+    updates: int = Field(300, ge=1, description="Of each of the three runs.")
+    learning_rate: float = Field(5e-4, gt=0, description="The highest; warm-up, then a half-cosine.")
+    samples: int = Field(64, ge=16, description="Random samples to learn by heart, 16 of them an update.")
+    picture: str = Field("underflow.png", description="File for the picture.")
 
 
 class SamplingSettings(PriorSettings):

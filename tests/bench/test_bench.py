@@ -7,16 +7,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from PIL import Image
 
 from dalle_ds import cli
 from dalle_ds.bench import __main__ as bench_main
-from dalle_ds.bench import attention, decoding, loader, memory, peer_package, scaling
-from dalle_ds.bench.settings import AttentionSettings, LoaderSettings, PeersSettings
+from dalle_ds.bench import attention, decoding, loader, memory, peer_package, scaling, underflow
+from dalle_ds.bench.settings import AttentionSettings, LoaderSettings, PeersSettings, UnderflowSettings
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.ops.backends import attention_backend
 from dalle_ds.ops.masks import Pattern, SparseMask
+from dalle_ds.precision.block_scaling import BlockScalingConfig
 
 SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
 PRIOR = "--layers 2 --text-vocab 50 --image-vocab 40"
@@ -136,14 +138,39 @@ def test_attention_sides_agree_on_the_fused_projection(pattern):
 def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
     monkeypatch.setattr(scaling, "adamw", lambda groups: torch.optim.SGD(groups, lr=1.0))  # AdamW would hide a wrong scale
     steps = []
-    for side in (scaling.global_step, scaling.per_resblock_step):
+    for side in (lambda prior: scaling.OneScale(prior, 13), lambda prior: scaling.ScalePerBlock(prior, BlockScalingConfig())):
         prior = Prior(TINY)
         initialise(prior, torch.Generator().manual_seed(1))
         before = torch.cat([p.detach().flatten() for p in prior.parameters()])
         torch.manual_seed(2)
-        side(prior, 2)()
+        scaling.scaled_step(prior, side(prior), 2)()
         steps.append(torch.cat([p.detach().flatten() for p in prior.parameters()]) - before)
     assert torch.equal(*steps) and steps[0].norm() > 0.1, "both start with the same power of two, and those are exact"
+
+
+def test_underflow_is_of_the_last_blocks_under_one_scale_and_of_none_with_a_scale_each(type_in, tmp_path):
+    picture = tmp_path / "made" / "picture.png"
+    options = f"--layers 8 --powers 8 --heads 1 --updates 20 --samples 16 --learning-rate 2e-3 --picture {picture}"
+    code, out, err = type_in(f"dalle-ds bench underflow {options} --json")
+    summary = json.loads(out)
+    assert code == 0 and Image.open(picture).width > 500
+    assert summary["powers_of_two_plain"] < 8 and summary["powers_of_two_constructed"] > 50
+    assert summary["lost_blocks_one_scale"] >= 5 and summary["largest_loss_of_a_block_scale_per_block"] < 0.01
+    rows = [line.split() for line in err.splitlines() if line.lstrip()[:1].isdigit()]
+    assert rows[0][2:] == ["0.0%", "0.0%"] and rows[-1][2:] == ["100.0%", "0.0%"]
+    assert summary["training_loss_scale_per_block"] == pytest.approx(summary["training_loss_fp32"], rel=1e-3)
+    assert summary["training_loss_one_scale"] > 1.005 * summary["training_loss_fp32"]
+
+
+def test_in_fp32_sizes_of_gradients_change_nothing():
+    settings = UnderflowSettings(layers=4, updates=10, samples=16)
+    machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
+    data = underflow.random_samples(settings.samples, machine.device)
+    runs = []
+    for powers in (0, 8):
+        prior = underflow.build(settings, machine, powers)
+        runs.append(underflow.train(prior, underflow.unscaled, settings, data, lambda: None)[0])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0][-1] < runs[0][0]
 
 
 @torch.no_grad()
