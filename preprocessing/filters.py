@@ -7,11 +7,13 @@ import re
 from typing import Final, Protocol
 
 from PIL import Image
+from pydantic import Field, field_validator
 
 from dalle_ds.data.images import MAX_PIXELS, ImageProblem, decode_image
 from dalle_ds.recipes import Config
+from preprocessing.language import LANGUAGES, language_of
 
-FILTER_RULES: Final = 1  # part of the fingerprint of raw shards: change it when a filter judges otherwise
+FILTER_RULES: Final = 2  # part of the fingerprint of raw shards: change it when a filter judges otherwise
 
 
 class FilterConfig(Config):
@@ -20,10 +22,19 @@ class FilterConfig(Config):
     min_letters: int = 3
     max_characters: int = 2000
     max_boilerplate: float = 0.7  # share of a caption's letters and digits
+    language: str | None = "en"  # the captions' own; null keeps all languages
+    max_other_language: float = Field(0.8, ge=0, le=1)  # probability of another language above which a caption is dropped
     min_side: int = 32  # pixels
     max_pixels: int = MAX_PIXELS
     min_aspect: float = 0.5  # width / height; the paper's [1/2, 2]
     max_aspect: float = 2.0
+
+    @field_validator("language")
+    @classmethod
+    def _is_known(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"{language!r}: expected one of {', '.join(LANGUAGES)}, or null to keep all languages")
+        return language
 
 
 class CaptionFilter(Protocol):
@@ -66,10 +77,10 @@ class LongCaption:
 
 
 class DamagedCaption:
-    """Bytes that were no UTF-8, or control characters."""
+    """Bytes that were no UTF-8, halves of surrogate pairs, or control characters."""
 
     def __call__(self, caption: str) -> str | None:
-        is_damaged = "\ufffd" in caption or any(ord(c) < 32 and c not in "\t\n\r" for c in caption)
+        is_damaged = any(c == "\ufffd" or "\ud800" <= c <= "\udfff" or (c < " " and c not in "\t\n\r") for c in caption)
         return "damaged caption" if is_damaged else None
 
 
@@ -84,14 +95,14 @@ _DATES: Final = re.compile(
         rf"(?:\b{_DAY}\s+)?\b{_NUMBER}(?:\s+of)?[\s.-]+{_MONTH}[\s,.-]*{_YEAR}\b",  # 3rd of May, 2004
         rf"(?:\b{_DAY}\s+)?\b{_MONTH}\s*{_NUMBER}\s*,?\s*{_YEAR}\b",  # May 3, 2004
         rf"\b{_MONTH},?\s+{_YEAR}\b",  # May 2004
-        r"\b\d{4}[-/.:]\d{1,2}[-/.:]\d{1,2}\b",  # 2004-05-03
+        r"\b\d{4}[-/.:]\d{1,2}[-/.:]\d{1,2}(?:t\d\d:\d\d(?::\d\d)?z?)?\b",  # 2004-05-03, 2004-05-03T12:30Z
         r"\b\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d\d)\b",  # 3.5.2004
         r"\b\d{1,2}:\d\d(?::\d\d)?(?:\s*[ap]\.?m\b\.?)?",  # 12:30:01 pm
     ])
 )
 _PHRASES: Final = re.compile(
     r"\b(?:(?:photo(?:graph(?:ed)?|s)?|picture|image|shot|snapshot|file)\s+)?"
-    r"(?:photographed|taken|uploaded|created|captured|scanned|posted|published|added|modified)\s+(?:on|at|by|in)\b"
+    r"(?:photographed|taken|uploaded|created|captured|scanned|posted|published|added|modified)(?:\s+(?:on|at|by|in)\b|\s*$)"
     r"|\bphoto(?:graph)?\s+(?:by|of the day)\b|\b(?:stock|royalty[- ]free)\s+(?:photo|image|picture|vector)s?\b"
     r"|\ball rights reserved\b|\bcopyright\s*(?:\(c\)|©|by|\d{4})|\bpart of the [\w\s]{0,40}collection\b"
     r"|\b(?:img|dsc[nf]?|p?10\d|image|picture|untitled|scan)[_ -]?\d{2,}(?:\.(?:jpe?g|png|gif|tiff?))?\b"
@@ -109,6 +120,17 @@ class Boilerplate:
         rest = _PHRASES.sub(" ", _DATES.sub(" ", text))
         before, after = (sum(map(str.isalnum, version)) for version in (text, rest))
         return "boilerplate" if before and 1 - after / before > self.max_boilerplate else None
+
+
+class OtherLanguage:
+    """Confidently in another language than `language`. Short captions stay unjudged, doubtful ones are kept."""
+
+    def __init__(self, language: str, max_other: float) -> None:
+        self.language, self.max_other = language, max_other
+
+    def __call__(self, caption: str) -> str | None:
+        found = language_of(caption)
+        return "other language" if found and found[0] != self.language and found[1] > self.max_other else None
 
 
 class SmallPicture:
@@ -133,8 +155,9 @@ class AspectRatio:
 
 def caption_filters(config: FilterConfig) -> list[CaptionFilter]:
     """In the order in which they are asked; the first reason counts."""
-    return [EmptyCaption(), DamagedCaption(), LongCaption(config.max_characters), ShortCaption(config.min_letters),
-            Boilerplate(config.max_boilerplate)]
+    filters: list[CaptionFilter] = [EmptyCaption(), LongCaption(config.max_characters), DamagedCaption(),
+                                    ShortCaption(config.min_letters), Boilerplate(config.max_boilerplate)]
+    return filters + ([OtherLanguage(config.language, config.max_other_language)] if config.language else [])
 
 
 def picture_filters(config: FilterConfig) -> list[PictureFilter]:

@@ -23,6 +23,7 @@ from dalle_ds.recipes import Config, canonical_json
 from preprocessing.commit import commit_shard, new_attempt
 from preprocessing.filters import FILTER_RULES, FilterConfig, caption_filters, judge_caption, judge_picture, picture_filters
 from preprocessing.folder import Entry, read_folder
+from preprocessing.language import language_of
 from preprocessing.outcome import Outcome
 from preprocessing.pool import n_cores, run_shards
 
@@ -142,7 +143,8 @@ def ingest_shard(plan: ShardPlan, job: IngestJob) -> RawShardManifest:
                     dropped.append((entry.key, reason))
                     continue
                 _add(tar, f"{entry.key}.{PurePosixPath(entry.url).suffix.lower().lstrip('.')}", data)
-                record = {"caption": entry.caption, "group": entry.group}
+                language, score = language_of(entry.caption) or (None, None)
+                record = {"caption": entry.caption, "group": entry.group, "language": language, "language_score": score}
                 _add(tar, f"{entry.key}.json", json.dumps(record, ensure_ascii=False).encode())
                 n_samples += 1
         files = {f"data/{plan.name}-{attempt}.tar": tar_file}
