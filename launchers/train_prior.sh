@@ -2,10 +2,11 @@
 ''':' # Train the prior. Valid shell AND valid Python: to Python, all down to the closing quotes is one string.
 #   deepspeed launchers/train_prior.sh [ARGS]                 the launcher runs "python -u THIS_FILE --local_rank=N ARGS" per rank
 #   deepspeed --num_gpus 2 launchers/train_prior.sh --recipe launchers/recipes/tiny.yaml
-#   deepspeed --hostfile HOSTS launchers/train_prior.sh --recipe R
+#   deepspeed --hostfile HOSTS launchers/train_prior.sh --recipe R       several hosts: launchers/README.md
 #   bash launchers/train_prior.sh [ARGS]                      starts the deepspeed launcher on this very file
-#   srun bash launchers/train_prior.sh [ARGS]                 one task a GPU: Slurm is the launcher
-# DS_LAUNCH_ARGS="--num_gpus 2" adds launcher options to the bash form. ARGS: --help. Defaults live on the Python side.
+#   srun bash launchers/train_prior.sh [ARGS]                 one task a GPU: Slurm is the launcher; see launchers/slurm
+# DS_LAUNCH_ARGS="--num_gpus 2" adds launcher options to the bash form, which passes the environment on to the hosts of a
+# "--hostfile HOSTS". ARGS: --help. Defaults live on the Python side.
 # No backslash and no triple quote up here.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -13,15 +14,19 @@ if [ -x "$here/../.venv/bin/deepspeed" ] && ! command -v deepspeed >/dev/null 2>
   PATH="$here/../.venv/bin:$PATH"
   export PATH
 fi
-if [ -n "${SLURM_PROCID:-}" ] && [ -z "${RANK:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
-  RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-  MASTER_PORT=${MASTER_PORT:-29500}
-  export RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
-fi
-if [ -n "${RANK:-}" ] && [ -n "${LOCAL_RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; then
+# a task of a Slurm step, not a batch script, which also has a SLURM_PROCID
+if [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ] || { [ -n "${RANK:-}" ] && [ -n "${LOCAL_RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; }; then
   exec "${PYTHON:-python}" -u "$0" "$@"
 fi
+case " ${DS_LAUNCH_ARGS:-}" in
+  *" --hostfile"* | *" -H"*)
+    # ssh carries no variables over, and DeepSpeed shows those that it adds, keys too, in its log and in the list of processes
+    (umask 077 && env | grep -v "^DALLE_DS_LAUNCHER_PID=" |
+      grep -iE "^(PATH=|(AWS|MLFLOW|DALLE_DS|OMP|NCCL|GLOO|TORCH|HTTP|HTTPS|NO)_)" >.environment.$$)
+    mv .environment.$$ .environment
+    set -- --environment "$PWD/.environment" "$@"
+    ;;
+esac
 exec deepspeed ${DS_LAUNCH_ARGS:-} "$0" "$@"
 : <<'# end of the Python part'
 '''

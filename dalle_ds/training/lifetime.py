@@ -69,11 +69,16 @@ class StopFlag:
 
 
 def _launching_processes() -> list[psutil.Process]:
-    """The processes whose death must end this one: the one named in the environment, and DeepSpeed's launchers above us."""
+    """The processes whose death must end this one: the one named in the environment, and the launchers above us.
+
+    DeepSpeed's launcher of one node without its runner above it was started by ssh: then the ssh session is a launcher too, for
+    it ends when the host where the job began, or what ran there, is gone. Other sessions may end: people log out.
+    """
     found = []
     named = os.environ.get(LAUNCHER_VARIABLE, "")
     if named.isdigit() and psutil.pid_exists(int(named)):
         found.append(psutil.Process(int(named)))
+    is_of_node = False
     for ancestor in psutil.Process().parents():
         try:
             command = " ".join(ancestor.cmdline()[:4])
@@ -81,6 +86,10 @@ def _launching_processes() -> list[psutil.Process]:
             continue
         if "deepspeed" in command or "torchrun" in command or "torch.distributed" in command:
             found.append(ancestor)
+            is_of_node = "deepspeed.launcher.launch" in command
+        elif is_of_node and command.startswith("sshd"):
+            found.append(ancestor)
+            break
     return found
 
 

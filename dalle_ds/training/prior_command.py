@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalle_ds.console import print_summary, setup_logging
-from dalle_ds.errors import DataError, UserError
+from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.parallel.launch import take_environment, take_rank
 from dalle_ds.recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -38,9 +39,18 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--replay", type=Path, metavar="DIR", help="make the update of a diagnosis again, by its own recipe where none is named"
     )
+    parser.add_argument(
+        "--environment", type=Path, metavar="FILE", help="for hosts that ssh reaches: variables, NAME=VALUE a line as of `env`"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON line, last on stdout")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     options = parser.parse_args(arguments)
+    try:
+        if options.environment:
+            take_environment(options.environment)
+        take_rank()
+    except ConfigError as error:  # perhaps on this host alone
+        parser.error(str(error))
     is_main = os.environ.get("RANK", "0") == "0"
     setup_logging(logging.INFO if is_main else logging.WARNING)
     try:

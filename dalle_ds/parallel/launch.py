@@ -1,0 +1,60 @@
+"""What launchers leave to a rank: its number under Slurm and Open MPI, and the environment of the host where the job began.
+
+Imports neither torch nor deepspeed: OMP_NUM_THREADS and its like count only where they are set before.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+from dalle_ds.errors import ConfigError
+
+
+def take_environment(file: Path) -> None:
+    """Set the variables of `file`, a NAME=VALUE a line as `env` prints them, over those that this process has.
+
+    Raises:
+        ConfigError: no such file on this host, or another kind of line in it.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except FileNotFoundError:
+        host = os.uname().nodename
+        raise ConfigError(f"no {file} on {host}: --environment expects a file that all hosts of the job share") from None
+    for number, line in enumerate(lines, start=1):
+        name, equals, value = line.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ConfigError(f"{file}, line {number}: expected NAME=VALUE")  # the line itself may be a secret
+        os.environ[name] = value
+
+
+def take_rank() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT from Open MPI's or Slurm's variables.
+
+    Where RANK is set already, or neither started several processes, nothing changes. A Slurm batch script is alone: it has
+    SLURM_PROCID and SLURM_NTASKS too, but is no task of a step.
+
+    Raises:
+        ConfigError: Open MPI started several processes and MASTER_ADDR is not set.
+    """
+    told = os.environ
+    if "RANK" in told:
+        return
+    # mpirun first: inside of a Slurm job it starts its own daemons as a step
+    if int(told.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        if "MASTER_ADDR" not in told:
+            raise ConfigError("MASTER_ADDR is not set, and mpirun does not tell the host of rank 0: "
+                              "add --launcher_args '-x MASTER_ADDR=FIRST_HOST'")  # fmt: skip
+        prefix = "OMPI_COMM_WORLD_"
+        rank, local_rank, size, local_size = (told[prefix + name] for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))
+        address, port = told["MASTER_ADDR"], "29500"
+    elif int(told.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, local_rank, size = (told[name] for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"))
+        local_size = str(len(told["SLURM_GTIDS"].split(",")))  # of the tasks on this node
+        hosts = subprocess.check_output(["scontrol", "show", "hostnames", told["SLURM_STEP_NODELIST"]], text=True)
+        address, port = hosts.split()[0], str(20000 + int(told["SLURM_JOB_ID"]) % 10000)  # two jobs may share a node
+    else:
+        return
+    told |= {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size, "LOCAL_SIZE": local_size}
+    told.setdefault("MASTER_ADDR", address)
+    told.setdefault("MASTER_PORT", port)
