@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dalle_ds.training.tracking_mlflow import create_sqlite_store
 from tests.s3_server import BUCKET, S3Server
 
 
@@ -34,6 +35,14 @@ def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     yield S3(f"s3://{BUCKET}/{tmp_path.name}", s3_server)
     if not s3_server.is_running:
         s3_server.start()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once: the migrations take about ten seconds."""
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    create_sqlite_store(database)
+    return database
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
