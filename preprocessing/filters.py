@@ -4,12 +4,14 @@ The paper names the kinds of filters and not their thresholds, so these are ours
 """
 
 import re
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from PIL import Image
 from pydantic import Field, field_validator
 
 from dalle_ds.data.images import MAX_PIXELS, ImageProblem, decode_image
+from dalle_ds.data.raw import RawSample
 from dalle_ds.recipes import Config
 from preprocessing.language import LANGUAGES, language_of
 
@@ -25,7 +27,7 @@ class FilterConfig(Config):
     language: str | None = "en"  # the captions' own; null keeps all languages
     max_other_language: float = Field(0.8, ge=0, le=1)  # probability of another language above which a caption is dropped
     min_side: int = 32  # pixels
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = Field(64 * 2**20, ge=1, le=MAX_PIXELS)  # told by the header; 64 Mi take up to 1.3 GiB to decode
     min_aspect: float = 0.5  # width / height; the paper's [1/2, 2]
     max_aspect: float = 2.0
 
@@ -167,6 +169,12 @@ def picture_filters(config: FilterConfig) -> list[PictureFilter]:
 def judge_caption(caption: str, filters: list[CaptionFilter]) -> str | None:
     """The first filter's reason, or None."""
     return next(filter(None, (check(caption) for check in filters)), None)
+
+
+def sample_judge(config: FilterConfig) -> Callable[[RawSample], str | None]:
+    """A function that gives the reason to drop a sample, or None; captions are judged first, since that needs no decoding."""
+    captions, pictures = caption_filters(config), picture_filters(config)
+    return lambda sample: judge_caption(sample.caption, captions) or judge_picture(sample.image, pictures, config.max_pixels)
 
 
 def judge_picture(data: bytes, filters: list[PictureFilter], max_pixels: int) -> str | None:

@@ -123,8 +123,16 @@ def _read_captions(url: str) -> Iterator[_Line]:
 def _parse_json(line: str) -> object:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no file can hold
+        return False
+    return True
 
 
 def _line(source: str, record: object) -> _Line:
@@ -135,5 +143,7 @@ def _line(source: str, record: object) -> _Line:
     group = record.get("group") or ""
     if not isinstance(path, str) or not isinstance(caption, str) or not isinstance(group, str):
         return _Line(source, reason="bad caption line")
+    if not _is_text(path + caption + group):
+        return _Line(source, reason="damaged caption")
     # A path that leaves the folder is not in the listing, so it ends as a missing picture and is never opened.
     return _Line(source, str(PurePosixPath(path)), caption.strip(), group)

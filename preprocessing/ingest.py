@@ -1,4 +1,4 @@
-"""Ingest: a folder of captioned pictures becomes raw WebDataset shards, filtered, with every sample accounted for."""
+"""Ingest: captioned pictures in folders, tars or parquet become raw shards, filtered, with every sample accounted for."""
 
 import hashlib
 import io
@@ -11,20 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import Field
 
 from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.data.manifest import RawShardManifest, Record, done_shards, load_shard_manifests, parse
+from dalle_ds.data.raw import Dropped, RawSample
 from dalle_ds.errors import DataError
 from dalle_ds.recipes import Config, canonical_json
 from preprocessing.commit import commit_shard, new_attempt
-from preprocessing.filters import FILTER_RULES, FilterConfig, caption_filters, judge_caption, judge_picture, picture_filters
+from preprocessing.filters import FILTER_RULES, FilterConfig, caption_filters, judge_caption, sample_judge
 from preprocessing.folder import Entry, read_folder
+from preprocessing.inputs import FolderPart, Part, list_parts, read_entry
 from preprocessing.language import language_of
 from preprocessing.outcome import Outcome
+from preprocessing.parquet import Columns
 from preprocessing.pool import n_cores, run_shards
 
 log = logging.getLogger(__name__)
@@ -35,9 +38,10 @@ RAW_INFO = "raw.json"
 class IngestConfig(Config):
     """What `python -m preprocessing ingest` does."""
 
-    pictures: str  # folder of pictures with captions
+    pictures: str  # folder of pictures with captions, or of WebDataset tars (img2dataset's too), or of parquet files
     out: str  # root of the raw shards
-    samples_per_shard: int = Field(256, ge=1)
+    samples_per_shard: int = Field(256, ge=1)  # of a folder of pictures; each tar or parquet file becomes one shard
+    columns: Columns = Columns()  # of parquet files
     workers: int | None = Field(None, ge=1)  # processes; all cores if not set
     filters: FilterConfig = FilterConfig()
 
@@ -51,7 +55,7 @@ class ShardPlan:
     """The inputs of one shard: known before any work, so that a restart makes the same shards."""
 
     name: str
-    entries: tuple[Entry, ...]
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class IngestJob:
     fingerprint: str
 
     def start(self, n_threads: int) -> Callable[[ShardPlan], RawShardManifest]:
-        return lambda plan: ingest_shard(plan, self)
+        judge = sample_judge(self.filters)
+        return lambda plan: ingest_shard(plan, self, judge)
 
 
 def run(config: IngestConfig) -> Outcome:
@@ -73,9 +78,8 @@ def run(config: IngestConfig) -> Outcome:
         DataError: no pictures or captions, or no room; FingerprintMismatch: `out` holds shards of other inputs or filters.
     """
     started = time.monotonic()
-    entries = plan_entries(read_folder(config.pictures.rstrip("/")), config.filters)
-    plans = plan_shards(entries, config.samples_per_shard)
-    mark = _claim(config, entries)
+    plans, listing = _plan(config)
+    mark = _claim(config, len(listing), canonical_json(listing).encode())
     done = done_shards(config.out)
     todo = [plan for plan in plans if plan.name not in done]
     _require_room(config.out, todo)
@@ -83,7 +87,7 @@ def run(config: IngestConfig) -> Outcome:
         log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, mark)
     _, failures = run_shards(job, todo, n_workers=config.workers or n_cores(), name=lambda plan: plan.name,
-                             size=lambda plan: len(plan.entries), what="ingest", unit="picture")
+                             size=lambda plan: plan.part.bytes // 1024, what="ingest", unit="KiB")
     manifests = load_shard_manifests(config.out, RawShardManifest)
     dropped: Counter[str] = Counter()
     for manifest in manifests:
@@ -101,6 +105,18 @@ def run(config: IngestConfig) -> Outcome:
         "seconds": time.monotonic() - started,
     }
     return Outcome(summary, is_complete=not failures)
+
+
+def _plan(config: IngestConfig) -> tuple[list[ShardPlan], list[list[object]]]:
+    # The shards, and what tells these inputs from others.
+    url = config.pictures.rstrip("/")
+    parts = list_parts(url, config.columns)
+    if parts:
+        plans = [ShardPlan(f"{number:05d}", part) for number, part in enumerate(parts)]
+        return plans, [[part.url.removeprefix(url), part.bytes] for part in parts]
+    entries = plan_entries(read_folder(url), config.filters)
+    return (plan_shards(entries, config.samples_per_shard),
+            [[entry.key, entry.group, entry.caption, entry.bytes] for entry in entries])
 
 
 def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
@@ -123,29 +139,28 @@ def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
 def plan_shards(entries: list[Entry], samples_per_shard: int) -> list[ShardPlan]:
     """Cut the entries, the dropped ones included, into shards of equal length."""
     starts = range(0, len(entries), samples_per_shard)
-    return [ShardPlan(f"{number:05d}", tuple(entries[start:start + samples_per_shard])) for number, start in enumerate(starts)]
+    return [ShardPlan(f"{number:05d}", FolderPart(tuple(entries[start:start + samples_per_shard])))
+            for number, start in enumerate(starts)]
 
 
-def ingest_shard(plan: ShardPlan, job: IngestJob) -> RawShardManifest:
+def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], str | None]) -> RawShardManifest:
     """Read, judge and pack the samples of one shard, and commit it."""
     started = time.monotonic()
     attempt = new_attempt()
-    filters = picture_filters(job.filters)
     dropped: list[tuple[str, str]] = []
     n_samples = 0
     with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
         tar_file, dropped_file = Path(folder) / "data.tar", Path(folder) / "dropped.jsonl"
         with tarfile.open(tar_file, "w", format=tarfile.PAX_FORMAT) as tar:
-            for entry in plan.entries:
-                data, reason = _read(entry) if not entry.reason else (b"", entry.reason)
-                reason = reason or judge_picture(data, filters, job.filters.max_pixels)
-                if reason:
-                    dropped.append((entry.key, reason))
+            for sample in plan.part.samples():
+                reason = sample.reason if isinstance(sample, Dropped) else judge(sample)
+                if isinstance(sample, Dropped) or reason:
+                    dropped.append((sample.key, reason))
                     continue
-                _add(tar, f"{entry.key}.{PurePosixPath(entry.url).suffix.lower().lstrip('.')}", data)
-                language, score = language_of(entry.caption) or (None, None)
-                record = {"caption": entry.caption, "group": entry.group, "language": language, "language_score": score}
-                _add(tar, f"{entry.key}.json", json.dumps(record, ensure_ascii=False).encode())
+                _add(tar, f"{sample.key}.{sample.extension}", sample.image)
+                language, score = language_of(sample.caption) or (None, None)
+                record = {"caption": sample.caption, "group": sample.group, "language": language, "language_score": score}
+                _add(tar, f"{sample.key}.json", json.dumps(record, ensure_ascii=False).encode())
                 n_samples += 1
         files = {f"data/{plan.name}-{attempt}.tar": tar_file}
         if dropped:
@@ -155,7 +170,7 @@ def ingest_shard(plan: ShardPlan, job: IngestJob) -> RawShardManifest:
         path, *dropped_path = files
         manifest = RawShardManifest(
             shard=plan.name, attempt=attempt, path=path, bytes=tar_file.stat().st_size, checksum=sha256_of(tar_file),
-            n_input=len(plan.entries), n_samples=n_samples, dropped=dict(Counter(reason for _, reason in dropped)),
+            n_input=n_samples + len(dropped), n_samples=n_samples, dropped=dict(Counter(reason for _, reason in dropped)),
             dropped_path=dropped_path[0] if dropped_path else None, fingerprint=job.fingerprint,
             seconds=round(time.monotonic() - started, 3),
         )
@@ -173,44 +188,34 @@ class RawInfo(Record):
 
     fingerprint: str
     pictures: str
-    n_input: int
+    n_input: int  # samples of a folder; tars or parquet files
     samples_per_shard: int
 
 
-def _claim(config: IngestConfig, entries: list[Entry]) -> str:
+def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
     # Which samples go into which shard must not change between a run and its restart.
-    listing = canonical_json([[entry.key, entry.group, entry.caption, entry.bytes] for entry in entries]).encode()
     rules = {"filters": config.filters.model_dump(), "version": FILTER_RULES, "samples_per_shard": config.samples_per_shard}
     mark = fingerprint(rules, {"listing": listing})
-    info = RawInfo(fingerprint=mark, pictures=config.pictures, n_input=len(entries), samples_per_shard=config.samples_per_shard)
+    info = RawInfo(fingerprint=mark, pictures=config.pictures, n_input=n_input, samples_per_shard=config.samples_per_shard)
     url = storage.join(config.out, RAW_INFO)
     if not storage.create_exclusive(url, info.to_json()):
         there = parse(RawInfo, storage.read_bytes(url), url)
         require_same(f"raw shards at {config.out}", there.fingerprint, mark,
-                     f"They were made of {there.n_input} pictures of {there.pictures}; pictures, captions or filters "
+                     f"They were made of {there.n_input} inputs of {there.pictures}; pictures, captions or filters "
                      "have changed since. Choose another `ingest.out`, or remove that one.")
     return mark
 
 
 def _require_room(out: str, todo: list[ShardPlan]) -> None:
-    needed = sum(entry.bytes + 2048 for plan in todo for entry in plan.entries if not entry.reason)
+    needed = sum(plan.part.bytes for plan in todo)
     free = storage.free_bytes(out)
     if free is not None and needed > free:
         raise DataError(f"{out}: {needed / 2**30:.2f} GiB needed for the raw shards, {free / 2**30:.2f} GiB free")
 
 
 def _digest(entry: Entry) -> str:
-    data, _ = _read(entry)
+    data, _ = read_entry(entry)
     return hashlib.sha256(data).hexdigest() if data else ""
-
-
-def _read(entry: Entry) -> tuple[bytes, str | None]:
-    try:
-        return storage.read_bytes(entry.url), None
-    except FileNotFoundError:
-        return b"", "missing picture"
-    except PermissionError:
-        return b"", "not allowed to read"
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 MAX_PIXELS: Final = 128 * 2**20  # 134 megapixels; a decompression bomb names more in its header
 CROP_RULE: Final = "paper-listing-2/area/v1"  # part of a data set's fingerprint: change it when `prior_crop` changes
 
+# Pillow knows more, and some of those start other programs (Ghostscript for EPS): a lying picture must not choose.
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
 Picture = Image.Image | np.ndarray
 
 
@@ -34,7 +37,7 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning; ours is an error
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageProblem("too large")
                 image.load()
@@ -45,6 +48,18 @@ def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255)
         raise ImageProblem("too large") from None
     except Exception:  # decoders meet hostile bytes with every kind of exception: OSError, SyntaxError, struct.error, ...
         raise ImageProblem("unreadable") from None
+
+
+def extension_of(data: bytes) -> str:
+    """The extension of a picture's format, told by its first bytes ("jpg" if unknown); nothing is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                kind = (image.format or "").lower()
+    except Exception:  # as in decode_image, which will tell the reason
+        return "jpg"
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
 
 
 def dvae_augment(

@@ -14,6 +14,8 @@ from dalle_ds.errors import DataError
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
+MAX_TEXT_BYTES: Final = 4 * 2**20  # of a .txt or .json member
+MAX_KEY_CHARACTERS: Final = 200
 MAX_LIST_BYTES: Final = 8 * 2**30
 
 
@@ -132,7 +134,8 @@ def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                # Hidden files, such as the ._NAME.jpg that some systems add, are no samples; nor are links and folders.
+                if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 member_key, extension = _split_name(member.name)
                 if member_key != key:
@@ -141,7 +144,9 @@ def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
                     # A key that comes back later would silently become a second, half-empty sample.
                     key, parts, dropped = member_key, {}, "duplicate key" if member_key in seen else ""
                     seen.add(key)
-                if member.size > MAX_MEMBER_BYTES:
+                if not _is_safe(key):
+                    dropped = dropped or "unsafe name"
+                elif member.size > (MAX_MEMBER_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES):
                     dropped = dropped or "too large"
                 elif extension in parts:
                     dropped = dropped or "duplicate key"
@@ -174,18 +179,26 @@ def _split_name(name: str) -> tuple[str, str]:
     return (path.parent / base).as_posix().lstrip("/"), extension.lower()
 
 
+def _is_safe(key: str) -> bool:
+    # Whoever unpacks a shard that was made of this one must not be led out of a folder, or to a name no disk takes.
+    return key.isprintable() and len(key) <= MAX_KEY_CHARACTERS and "\\" not in key and ".." not in key.split("/")
+
+
 def _assemble(key: str, parts: dict[str, bytes], dropped: str) -> RawSample | Dropped:
     if dropped:
-        return Dropped(key, dropped)
+        return Dropped(ascii(key[:MAX_KEY_CHARACTERS])[1:-1] if dropped == "unsafe name" else key, dropped)
     pictures = [extension for extension in parts if extension in IMAGE_EXTENSIONS]
     if not pictures:
         return Dropped(key, "no picture")
     try:
-        record = json.loads(parts["json"]) if "json" in parts else {"caption": parts["txt"].decode()}
-        caption, group = record["caption"], record.get("group", key)
+        record = json.loads(parts["json"]) if "json" in parts else {}
+        caption, group = record.get("caption"), record.get("group", key)
+        if caption is None:  # img2dataset's json may be all about the picture, with the caption in the txt
+            caption = parts["txt"].decode()
+        f"{caption}{group}".encode()  # json may hold half a surrogate pair, which no file can
     except KeyError:
         return Dropped(key, "no caption")
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return Dropped(key, "unreadable caption")
     if not isinstance(caption, str) or not isinstance(group, str):
         return Dropped(key, "unreadable caption")
