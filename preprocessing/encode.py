@@ -49,6 +49,8 @@ class EncodeConfig(Config):
     max_failure_rate: float = Field(0.1, ge=0, le=1)  # a shard with more failed samples stays open
     min_codes_used: float = Field(0.25, ge=0, le=1)  # share of the codebook that the dVAE used on its held-out pictures
     workers: int | None = Field(None, ge=1)  # processes; not set: all cores, or one on a GPU
+    machine: int = Field(0, ge=0)  # of several that encode into one output: each begins at another shard and goes on until all
+    machines: int = Field(1, ge=1)  # are done
     batch_size: int = Field(64, ge=1)
     block_samples: int = Field(BLOCK_SAMPLES, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,6 +68,8 @@ def run(config: EncodeConfig) -> Outcome:
     """
     started = time.monotonic()
     shards = list_raw_shards(config.raw)
+    first = len(shards) * config.machine // config.machines % len(shards)  # Slurm's arrays may begin at 1
+    shards = shards[first:] + shards[:first]
     info = _claim(config)
     done = done_shards(config.out)
     if done:
@@ -77,8 +81,9 @@ def run(config: EncodeConfig) -> Outcome:
     device = _device(config.device)
     job = EncodeJob(config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device)
     n_workers = config.workers or (1 if device == "cuda" else n_cores())
-    made, failures = run_shards(job, todo, n_workers=n_workers, name=lambda shard: shard.name, size=_samples, what="encode",
-                                unit="picture")
+    results, failures = run_shards(job, todo, n_workers=n_workers, name=lambda shard: shard.name, size=_samples, what="encode",
+                                   unit="picture")
+    made = [manifest for manifest in results if manifest is not None]
     manifests = load_shard_manifests(config.out, ShardManifest)
     _require_same_inputs(config, shards, manifests)
     manifest = merge(info, manifests, complete=not failures)

@@ -14,7 +14,7 @@ import torch
 from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
-from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url, parse
+from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url
 from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard, split_of
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer
@@ -37,7 +37,7 @@ class EncodeJob:
     max_failure_rate: float
     device: str
 
-    def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest]:
+    def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
         """Load the models, once a process."""
         torch.set_num_threads(n_threads)
         weights = read_weights(storage.join(self.out, "dvae.safetensors"), "dvae")
@@ -50,16 +50,18 @@ class EncodeJob:
         return lambda shard: encode_shard(shard, self, dvae, tokenizer)
 
 
-def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: CaptionTokenizer) -> ShardManifest:
+def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: CaptionTokenizer) -> ShardManifest | None:
     """Encode and commit one shard; harmless where another worker does the same shard.
 
     Returns:
-        The manifest that stands: ours, or the one of a worker that was first.
+        The manifest; None where the one of another worker stands.
 
     Raises:
         DataError: the input is missing or damaged, or too many of its samples failed. Nothing is committed then.
     """
     started = time.monotonic()
+    if storage.exists(manifest_url(job.out, shard.name)):
+        return None
     attempt = new_attempt()
     dropped: list[tuple[str, str]] = []
     histogram = np.zeros(job.info.n_codes, dtype=np.int64)
@@ -89,10 +91,7 @@ def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: Caption
             code_histogram=histogram.tolist(), caption_lengths=dict(sorted(lengths.items())),
             fingerprint=job.info.fingerprint, seconds=round(time.monotonic() - started, 3),
         )
-        if commit_shard(job.out, shard.name, files, manifest):
-            return manifest
-    url = manifest_url(job.out, shard.name)
-    return parse(ShardManifest, storage.read_bytes(url), url)
+        return manifest if commit_shard(job.out, shard.name, files, manifest) else None
 
 
 def identity_of(shard: RawShard) -> InputIdentity:

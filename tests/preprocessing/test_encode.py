@@ -1,5 +1,6 @@
 """Encode: the tokens are those of a plain twin, shards are committed once, other makings and bad shards are refused."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -21,6 +22,7 @@ from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from preprocessing import encode, ingest, stats, tokenizer, verify
 from preprocessing.commit import commit_shard
+from preprocessing.encode_shard import EncodeJob
 from preprocessing.ingest import IngestConfig
 from preprocessing.stats import StatsConfig
 from preprocessing.tokenizer import TokenizerConfig
@@ -98,6 +100,21 @@ def test_worker_processes_write_the_same_bytes(world: World, tmp_path: Path, is_
     assert outcome.is_complete
     assert outcome.summary["shards_made_now"] == N_SHARDS
     assert is_undisturbed(str(tmp_path / "tokens"))
+
+
+def test_several_machines_begin_apart_and_leave_out_what_stands(
+    world: World, tmp_path: Path, is_undisturbed: Callable[[str], bool]
+) -> None:
+    out = tmp_path / "tokens"
+    outcome = encode.run(world.config(out, machine=1, machines=3))
+    made = sorted((out / "manifests").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.stem for path in made] == [f"{i % N_SHARDS:05}" for i in range(5, 5 + N_SHARDS)]
+    assert outcome.is_complete and is_undisturbed(str(out))
+    gone = dataclasses.replace(list_raw_shards(world.raw)[0], url=str(tmp_path / "gone.tar"))
+    work = EncodeJob(str(out), load_dataset_info(str(out)), 4, 3, 0.1, "cpu").start(1)
+    assert work(gone) is None, "another machine committed it meanwhile"
+    last = encode.run(world.config(out, machine=3, machines=3))
+    assert last.is_complete and last.summary["shards_made_now"] == 0
 
 
 def test_another_making_into_the_same_output_is_refused(world: World, tmp_path: Path) -> None:
