@@ -26,13 +26,16 @@ class Columns(Config):
 def read_parquet(url: str, name: str, columns: Columns) -> Iterator[RawSample | Dropped]:
     """The rows of a file in stored order; a row that cannot be a sample is a Dropped. Keys are NAME/ROW.
 
+    Memory: some pages of the file. A writer with default settings puts up to 1024 pictures into a page.
+
     Raises:
         DataError: the file is missing, or has not the columns.
     """
     try:
         with storage.local_copy(url) as path:
             try:
-                file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+                # With a buffer of its own each column is read page by page, else a whole row group of pictures is held.
+                file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
             except (pa.ArrowException, OSError):
                 yield Dropped(name, "damaged shard")
                 return

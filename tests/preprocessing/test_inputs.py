@@ -52,10 +52,11 @@ def img2dataset_output(folder: Path) -> Path:
         for i in range(3):
             key = f"{shard:05d}{i:04d}"
             # The caption column may have been left out of the json; then it is only in the txt.
+            caption = f"bear number {key}"
             record = {"key": key, "status": "success", "width": 48, "height": 48, "url": f"https://example.org/{key}",
-                      "error_message": None} | ({"caption": f"bear number {key}"} if shard == 0 and i < 2 else {"caption": None})
+                      "error_message": None, "caption": caption if shard == 0 and i < 2 else None}
             members += [(f"{key}.jpg", picture(10 * shard + i, "JPEG")), (f"{key}.json", json.dumps(record).encode()),
-                        (f"{key}.txt", b"" if (shard, i) == (0, 2) else f"bear number {key}".encode())]
+                        (f"{key}.txt", b"" if (shard, i) == (0, 2) else caption.encode())]
         write_tar(folder / f"{shard:05d}.tar", members)
         (folder / f"{shard:05d}_stats.json").write_text('{"count": 3, "successes": 3}')
         pq.write_table(pa.table({"url": ["https://example.org"], "caption": ["x"], "status": ["failed_to_download"]}),
