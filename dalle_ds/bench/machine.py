@@ -51,7 +51,7 @@ def machine_for(settings: OneMachine) -> Iterator[Machine]:
 
 
 def in_precision(model: nn.Module, dtype: Dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Prepare fp32 `model` for `dtype`; -> the context for its forward pass. No gradient scaling: it hardly costs time."""
+    """Prepare fp32 `model` for `dtype`; -> the context for its forward pass. No gradient scaling, see scaling.py."""
     if dtype == "fp16":
         use_fp16_branches(model)
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()

@@ -208,7 +208,7 @@ def draw(outcome: Outcome) -> Figure:
     size.set(title="size of weight gradients, fp32", xlabel="residual block", ylabel="log2(root mean square)")
     chosen = {"one_scale": "the highest that is finite", "scale_per_block": "as training left it"}
     for name, values in outcome.lost.items():
-        label = f"{names[name]}, {chosen[name]}"
+        label = f"{names[name]},\n{chosen[name]}"
         share.plot([100 * value for value in values], label=label, color=colours[name], marker=".")
     share.set(title="gradient entries that fp16 makes zero", xlabel="residual block", ylabel="% of the block's", ylim=(-4, 104))
     for name, values in outcome.losses.items():
