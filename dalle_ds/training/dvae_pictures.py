@@ -1,6 +1,6 @@
 """Batches of pictures for the dVAE: an endless order, a function of seed and position, made on a thread ahead of the step."""
 
-# B batch, C channels, H and W pixels
+# B batch, or a rank's part of it, C channels, H and W pixels
 
 import itertools
 import logging
@@ -35,18 +35,25 @@ START = Position()
 class PictureBatch(NamedTuple):
     images_BCHW: Tensor  # uint8
     next_position: Position
-    n_unusable: int  # pictures passed over since the stream began, in this process
+    n_unusable: int  # pictures passed over since the stream began, in this process; the sum over ranks counts each once
 
 
 class PictureStream:
     """Iterate over training batches; `close()` ends the thread.
 
     An epoch deals all shards, in a new order, into windows that fit in memory, and shuffles the pictures of each window.
-    Where everything fits one window it is read once and stays.
+    Where everything fits one window it is read once and stays. A batch is the next `batch_size` places of this order, whatever
+    they hold; for an unusable picture the next usable one of its window stands in, in a crop of its own.
+
+    Of several ranks each makes only its `places` of every batch (all, if None), and decodes no other pictures. It reads all
+    shards, and holds the window: any picture may fall to any rank, and the order is known once the window is read.
     """
 
-    def __init__(self, data: PictureSection, image_size: int, batch_size: int, seed: int, start: Position = START) -> None:
-        self._maker = _BatchMaker(data, image_size, batch_size, seed)
+    def __init__(
+        self, data: PictureSection, image_size: int, batch_size: int, seed: int, start: Position = START,
+        places: range | None = None,
+    ) -> None:  # fmt: skip
+        self._maker = _BatchMaker(data, image_size, batch_size, seed, range(batch_size) if places is None else places)
         self._batches = Prefetch(self._maker.batches(start), data.prefetch, "dvae-pictures")
 
     def __iter__(self) -> Iterator[PictureBatch]:
@@ -66,39 +73,39 @@ class PictureStream:
 
 
 class _BatchMaker:
-    def __init__(self, data: PictureSection, image_size: int, batch_size: int, seed: int) -> None:
-        self.data, self.image_size, self.batch_size, self.seed = data, image_size, batch_size, seed
+    def __init__(self, data: PictureSection, image_size: int, batch_size: int, seed: int, mine: range) -> None:
+        self.data, self.image_size, self.batch_size, self.seed, self.mine = data, image_size, batch_size, seed, mine
         self.shards = list_raw_shards(data.raw)
         self.fits_in_one = sum(shard.bytes for shard in self.shards) <= data.window_mb * 2**20
-        self.kept: list[RawSample] | None = None
+        self.samples: list[RawSample] = []  # of one window
+        self.order = np.arange(0)  # of these
         self.decoded = _DecodedCache(data.decoded_mb * 2**20 if self.fits_in_one else 0)
         self.unusable: Counter[str] = Counter()
 
     def batches(self, start: Position) -> Iterator[PictureBatch]:
-        images: list[np.ndarray] = []
-        for image, position in self._pictures(start):
-            images.append(image)
-            if len(images) == self.batch_size:
-                stacked_BHWC = torch.from_numpy(np.stack(images))
-                yield PictureBatch(stacked_BHWC.permute(0, 3, 1, 2), position, self.unusable.total())
-                images = []
+        places = self._places(start)
+        while True:
+            images = []
+            for n, place in enumerate(itertools.islice(places, self.batch_size)):
+                if n in self.mine:
+                    images.append(self._picture(place))
+            stacked_BHWC = torch.from_numpy(np.stack(images))
+            yield PictureBatch(stacked_BHWC.permute(0, 3, 1, 2), place._replace(offset=place.offset + 1), self.unusable.total())
 
-    def _pictures(self, start: Position) -> Iterator[tuple[np.ndarray, Position]]:
+    def _places(self, start: Position) -> Iterator[Position]:
+        # Each while `samples` and `order` are of its window.
         for epoch in itertools.count(start.epoch):
-            n_usable = 0
+            n_places = 0
             for window, shards in enumerate(self._windows(epoch)):
                 if (epoch, window) < start[:2]:
                     continue
-                samples = self._read(shards)
-                order = np.random.default_rng((self.seed, epoch, window)).permutation(len(samples))
-                for offset in range(start.offset if (epoch, window) == start[:2] else 0, len(samples)):
-                    rng = np.random.default_rng((self.seed, epoch, window, offset))
-                    image = self._augmented(samples[order[offset]], rng)
-                    if image is not None:
-                        n_usable += 1
-                        yield image, Position(epoch, window, offset + 1)
-            if n_usable == 0 and epoch > start.epoch:
-                raise DataError(f"{self.data.raw}: an epoch without one usable picture: {dict(self.unusable)}")
+                self._read(shards)
+                self.order = np.random.default_rng((self.seed, epoch, window)).permutation(len(self.samples))
+                for offset in range(start.offset if (epoch, window) == start[:2] else 0, len(self.samples)):
+                    n_places += 1
+                    yield Position(epoch, window, offset)
+            if n_places == 0 and epoch > start.epoch:
+                raise DataError(f"{self.data.raw}: no picture in the train split; passed over: {dict(self.unusable)}")
 
     def _windows(self, epoch: int) -> list[list[RawShard]]:
         if self.fits_in_one:
@@ -114,33 +121,34 @@ class _BatchMaker:
             room -= shard.bytes
         return windows
 
-    def _read(self, shards: list[RawShard]) -> list[RawSample]:
-        if self.kept is not None:
-            return self.kept
-        samples = []
+    def _read(self, shards: list[RawShard]) -> None:
+        if self.fits_in_one and self.samples:
+            return
+        self.samples = []  # first: two windows need not fit
         for shard in shards:
             for sample in read_raw_shard(shard):
                 if not isinstance(sample, RawSample):
-                    self.unusable[sample.reason] += 1
+                    self.unusable[sample.reason] += 0 in self.mine  # all ranks read it
                 elif split_of(sample.group, self.data.validation_fraction) == "train":
-                    samples.append(sample)
-        if self.fits_in_one:
-            if not samples:
-                raise DataError(f"{self.data.raw}: no picture in the train split; passed over: {dict(self.unusable)}")
-            self.kept = samples
-        return samples
+                    self.samples.append(sample)
 
-    def _augmented(self, sample: RawSample, rng: np.random.Generator) -> np.ndarray | None:
-        try:
-            pixels_HWC = self.decoded.get(sample)
-            return dvae_augment(
-                pixels_HWC, self.image_size, rng, min_zoom=self.data.min_zoom, max_zoom=self.data.max_zoom
-            )
-        except ImageProblem as problem:
-            if not self.unusable[problem.reason]:
-                log.warning("%s is passed over: %s; further ones of this kind are only counted", sample.key, problem.reason)
-            self.unusable[problem.reason] += 1
-            return None
+    def _picture(self, place: Position) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, *place))
+        for step in range(len(self.order)):
+            sample = self.samples[self.order[(place.offset + step) % len(self.order)]]
+            try:
+                pixels_HWC = self.decoded.get(sample)
+                return dvae_augment(pixels_HWC, self.image_size, rng, min_zoom=self.data.min_zoom, max_zoom=self.data.max_zoom)
+            except ImageProblem as problem:
+                if step == 0:  # others are counted at their own places
+                    self._count(sample, problem.reason)
+        raise DataError(f"{self.data.raw}: none of {len(self.order)} pictures is usable, which are all of a window "
+                        f"(data.window_mb {self.data.window_mb}); passed over: {dict(self.unusable)}")  # fmt: skip
+
+    def _count(self, sample: RawSample, reason: str) -> None:
+        if not self.unusable[reason]:
+            log.warning("%s is passed over: %s; further ones of this kind are only counted", sample.key, reason)
+        self.unusable[reason] += 1
 
 
 class _DecodedCache:

@@ -3,6 +3,7 @@
 # B batch, C channels, K codes, h and w grid cells, N = h*w
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from dalle_ds.evaluation.reconstruction import codebook_usage, psnr, ssim
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
+from dalle_ds.parallel.ranks import Ranks
 
 BATCH = 64
 COLLAPSED_BELOW = 0.1
@@ -54,38 +56,57 @@ class HeldOut:
         return {f"validation/{key}": value for key, value in values.items()}
 
 
+class _Measured(NamedTuple):
+    """Of a few pictures; sums are over all their cells or sub-pixels."""
+
+    psnr_B: np.ndarray
+    ssim_B: np.ndarray
+    counts_K: np.ndarray
+    kl: float
+    hard: float
+    relaxed: float
+
+
 @torch.no_grad()
-def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None) -> tuple[HeldOut, np.ndarray]:
-    """Measure on uint8 pictures, in fp32 -> (numbers, how often each code is chosen (K,)). The noise is always the same."""
-    device = next(model.parameters()).device
-    config = model.config
-    generator = torch.Generator(device).manual_seed(0)
-    psnrs, ssims, counts_K = [], [], np.zeros(config.vocab_size, dtype=np.int64)
-    sums = {"kl": 0.0, "hard": 0.0, "relaxed": 0.0}
-    for chunk_BCHW in images_BCHW.split(BATCH):
-        chunk_BCHW = chunk_BCHW.to(device)
-        pixels_BCHW = model.map_images(chunk_BCHW)
-        logits_BKhw = model.encode_logits(pixels_BCHW)
-        codes_BN = logits_BKhw.argmax(dim=1).flatten(1)
-        counts_K += np.bincount(codes_BN.flatten().cpu().numpy(), minlength=config.vocab_size)
-        pair = chunk_BCHW.cpu().numpy(), model.decode_tokens(codes_BN).cpu().numpy()
-        psnrs.append(psnr(*pair))
-        ssims.append(ssim(*pair))
-        sums["kl"] += kl_to_uniform(logits_BKhw).sum().item()
-        relaxed_BKhw = gumbel_softmax(logits_BKhw, tau, generator)
-        drawn_Bhw = gumbel_softmax(logits_BKhw, 1.0, generator).argmax(dim=1)  # the Gumbel maximum is a draw from q
-        for name, output in (("hard", model.decoder.from_codes(drawn_Bhw)), ("relaxed", model.decoder(relaxed_BKhw))):
-            mu, ln_b = split_output(output)
-            sums[name] += log_density(pixels_BCHW, mu, floored(ln_b, ln_b_min)).sum().item()
+def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, ranks: Ranks) -> tuple[HeldOut, np.ndarray]:
+    """Measure on uint8 pictures, in fp32 -> (numbers, how often each code is chosen (K,)), on every rank.
+
+    All ranks pass the same pictures and share them out. The noise is always the same, at any number of ranks.
+    """
+    mine = list(enumerate(images_BCHW.split(BATCH)))[ranks.rank :: ranks.world_size]
+    measured = {seed: _measure(model, chunk_BCHW, tau, ln_b_min, seed) for seed, chunk_BCHW in mine}
+    measured = {seed: chunk for of_rank in ranks.gather_objects(measured) for seed, chunk in of_rank.items()}
+    chunks = [measured[seed] for seed in range(len(measured))]
     n_pictures, n_subpixels = len(images_BCHW), images_BCHW.numel()
+    kl, hard, relaxed = (sum(getattr(chunk, name) for chunk in chunks) for name in ("kl", "hard", "relaxed"))
+    counts_K = np.sum([chunk.counts_K for chunk in chunks], axis=0)
     usage = codebook_usage(counts_K)
     numbers = HeldOut(
-        psnr=float(np.concatenate(psnrs).mean()), ssim=float(np.concatenate(ssims).mean()),
+        psnr=float(np.concatenate([chunk.psnr_B for chunk in chunks]).mean()),
+        ssim=float(np.concatenate([chunk.ssim_B for chunk in chunks]).mean()),
         codes_used=usage.n_used, n_codes=usage.n_codes, perplexity=usage.perplexity,
-        kl_per_cell=sums["kl"] / (n_pictures * config.n_tokens), elb_hard=(sums["hard"] - sums["kl"]) / n_subpixels,
-        elb_relaxed=(sums["relaxed"] - sums["kl"]) / n_subpixels, tau=tau, n_pictures=n_pictures,
+        kl_per_cell=kl / (n_pictures * model.config.n_tokens), elb_hard=(hard - kl) / n_subpixels,
+        elb_relaxed=(relaxed - kl) / n_subpixels, tau=tau, n_pictures=n_pictures,
     )  # fmt: skip
     return numbers, counts_K
+
+
+def _measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, seed: int) -> _Measured:
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    images_BCHW = images_BCHW.to(device)
+    pixels_BCHW = model.map_images(images_BCHW)
+    logits_BKhw = model.encode_logits(pixels_BCHW)
+    codes_BN = logits_BKhw.argmax(dim=1).flatten(1)
+    counts_K = np.bincount(codes_BN.flatten().cpu().numpy(), minlength=model.config.vocab_size)
+    pair = images_BCHW.cpu().numpy(), model.decode_tokens(codes_BN).cpu().numpy()
+    relaxed_BKhw = gumbel_softmax(logits_BKhw, tau, generator)
+    drawn_Bhw = gumbel_softmax(logits_BKhw, 1.0, generator).argmax(dim=1)  # the Gumbel maximum is a draw from q
+    sums = []
+    for output in (model.decoder.from_codes(drawn_Bhw), model.decoder(relaxed_BKhw)):
+        mu, ln_b = split_output(output)
+        sums.append(log_density(pixels_BCHW, mu, floored(ln_b, ln_b_min)).sum().item())
+    return _Measured(psnr(*pair), ssim(*pair), counts_K, kl_to_uniform(logits_BKhw).sum().item(), *sums)
 
 
 def floored(ln_b: Tensor, minimum: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train the dVAE: the story of a run, from recipe to weights, report and pictures."""
+"""Train the dVAE: the story of a run, from recipe to weights, report and pictures, on one rank or several."""
 
 import json
 import logging
@@ -7,10 +7,12 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +26,15 @@ from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
 from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.optim.schedules import linear_warmup
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.watch import RankWatch
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.dvae_config import DVAERun
 from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae_report import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
-from dalle_ds.training.tracking import Tracker
+from dalle_ds.training.tracking import NullTracker, Tracker
 
 __all__ = ["DVAERun", "train_dvae"]
 
@@ -42,32 +46,48 @@ CHECKPOINT_FILE = "checkpoint.pt"
 RECONSTRUCTIONS_FILE = "reconstructions.png"
 
 # What may differ between a run and its restart without making it another run.
-_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "workers", "device"}
+_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "workers", "device", "failure"}
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""This process without others; the recipe says on which device."""
 
 
-def train_dvae(run: DVAERun) -> dict[str, Any]:
-    """Train, or go on with, the run in `run.folder`; a finished run is left alone. Returns the report.
+def train_dvae(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Train, or go on with, the run in `run.folder`; a finished run is left alone. Returns the report, on every rank.
+
+    Ranks are replicas, each with its own parts of every batch: the same pictures and noise at any number of ranks, so that
+    losses differ by the order of sums alone, and a checkpoint goes on at any number of them. They share `run.folder`.
 
     Raises:
         UserError: anything about the recipe, the data or the folder that would stop the run later.
+        RankLost: another rank died, failed or hangs.
         SystemExit(143): asked to stop; the state is saved.
     """
     folder = Path(run.folder)
-    with StopFlag() as stop, RunLock(folder):
+    # Only the main rank holds the lock: the others are its own.
+    with (
+        StopFlag() as stop,
+        RankWatch(ranks, run.failure.collective_timeout) as watch,
+        RunLock(folder) if ranks.is_main else nullcontext(),
+    ):
         identity = _identity(run)
-        finished = _finished(folder, identity)
+        finished = ranks.from_main(_finished(folder, identity) if ranks.is_main else None)
         if finished is not None:
             log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
             return finished
-        return _Trainer(run, identity).run(stop)
+        with closing(_Trainer(run, identity, ranks)) as trainer:
+            watch.before_exit = trainer.end_tracking
+            return trainer.run(stop)
 
 
 class _Trainer:
     """One run: what it is made of (built and checked in the constructor), and its loop."""
 
-    def __init__(self, run: DVAERun, identity: str) -> None:
-        self.recipe, self.identity, self.folder = run, identity, Path(run.folder)
-        self.device = _device(run)
+    def __init__(self, run: DVAERun, identity: str, ranks: Ranks) -> None:
+        self.recipe, self.identity, self.ranks, self.folder = run, identity, ranks, Path(run.folder)
+        self.tracker, self.status = NullTracker(), "FAILED"
+        self.parts = run.parts_of(ranks.rank, ranks.world_size)
+        self.device = _device(run, ranks)
         # Denormal numbers are very slow on CPUs, and codes that die make many.
         torch.set_flush_denormal(True)
         if run.threads is not None:
@@ -87,62 +107,72 @@ class _Trainer:
         # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
         # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
         # gradients are summed in order: the same losses in every run.
-        self.n_parts = run.batch_size // (run.micro_batch or run.batch_size)
-        self.noises = [torch.Generator(self.device).manual_seed(run.seed + part) for part in range(self.n_parts)]
         self.pool = ThreadPoolExecutor(run.workers, "dvae", initializer=torch.set_flush_denormal, initargs=(True,))
         self.update, self.seconds, self.position = 0, 0.0, Position()
         self._restore()
-        self.validation = validation_pictures(run.data, run.model.image_size)
-        self.stream = PictureStream(run.data, run.model.image_size, run.batch_size, run.seed, self.position)
+        image_size = run.model.image_size
+        self.validation = ranks.from_main(validation_pictures(run.data, image_size) if ranks.is_main else None)
+        places = range(self.parts.start * run.part_size, self.parts.stop * run.part_size)
+        self.stream = PictureStream(run.data, image_size, run.batch_size, run.seed, self.position, places)
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
 
     def run(self, stop: StopFlag) -> dict[str, Any]:
         run = self.recipe
+        if self.ranks.is_main:
+            self._start_tracking()
+        before, began, resumed_at = self.seconds, time.monotonic(), self.update
+        with progress(total=run.updates, initial=self.update, what="dVAE", unit="update", enabled=self.ranks.is_main) as bar:
+            while self.update < run.updates:
+                metrics, stop_requested = self._step(stop.requested)
+                self.update += 1
+                self.seconds = before + time.monotonic() - began
+                bar.update(1)
+                if self.update % run.tracking.every == 0:
+                    rate = (self.update - resumed_at) * run.batch_size / (time.monotonic() - began)
+                    values = {name: float(value) for name, value in metrics.items()} | {"train/images_per_second": rate}
+                    self.tracker.metrics(values, self.update)
+                    bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
+                if self.update % run.report_every == 0 and self.update < run.updates:
+                    self._validate()
+                if self.update % run.checkpoint_every == 0 or self.update == run.updates or stop_requested:
+                    self._save()
+                if stop_requested and self.update < run.updates:
+                    self.status = "KILLED"
+                    log.info("asked to stop (%s): saved update %d in %s; the same command goes on from there",
+                             stop.reason or "another rank", self.update, self.folder)  # fmt: skip
+                    self.end_tracking()
+                    self.ranks.barrier()  # launchers end the other ranks once one has left
+                    raise SystemExit(EXIT_STOPPED)
+        summary = self._finish()
+        self.status = "FINISHED"
+        return summary
+
+    def end_tracking(self) -> None:
+        """Tell MLflow how it ended. May wait for the server, up to a minute."""
+        self.tracker.close(self.status)
+
+    def close(self) -> None:
+        """End the threads of the run."""
+        self.stream.close()
+        self.pool.shutdown()
+        self.end_tracking()
+
+    def _start_tracking(self) -> None:
+        run = self.recipe
         (self.folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
-        tags = {**code_tags(), "stage": "dvae", "run_fingerprint": self.identity}
         self.tracker = Tracker.start(
-            self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name, tags=tags,
-            params=flatten(run.model_dump(mode="json")),
+            self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name,
+            tags={**code_tags(), "stage": "dvae", "run_fingerprint": self.identity},
+            params={**flatten(run.model_dump(mode="json")), "world_size": self.ranks.world_size},
         )  # fmt: skip
         self.tracker.input_dataset("raw", run.data.raw, _shards_digest(run))
-        status, before, began, resumed_at = "FAILED", self.seconds, time.monotonic(), self.update
-        bar = progress(total=run.updates, initial=self.update, what="dVAE", unit="update")
-        try:
-            with bar:
-                while self.update < run.updates:
-                    metrics = self._step()
-                    self.update += 1
-                    self.seconds = before + time.monotonic() - began
-                    bar.update(1)
-                    if self.update % run.tracking.every == 0:
-                        rate = (self.update - resumed_at) * run.batch_size / (time.monotonic() - began)
-                        values = {name: float(value) for name, value in metrics.items()} | {"train/images_per_second": rate}
-                        self.tracker.metrics(values, self.update)
-                        bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-                    if self.update % run.report_every == 0 and self.update < run.updates:
-                        self._validate()
-                    if stop.requested and self.update < run.updates:
-                        self._save()
-                        status = "KILLED"
-                        log.info("asked to stop (%s): saved update %d in %s; the same command goes on from there",
-                                 stop.reason, self.update, self.folder)  # fmt: skip
-                        raise SystemExit(EXIT_STOPPED)
-                    if self.update % run.checkpoint_every == 0 or self.update == run.updates:
-                        self._save()
-            summary = self._finish()
-            status = "FINISHED"
-            return summary
-        finally:
-            self.stream.close()
-            self.pool.shutdown()
-            self.tracker.close(status)
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
 
-    def _step(self) -> dict[str, Any]:
-        """One update of the parameters and of their average -> metrics, some still on the device."""
+    def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        """One update of the parameters and of their average -> metrics, some still on the device; any rank's wish to stop."""
         run, schedules = self.recipe, self.recipe.schedules
         tau, kl_weight = schedules.tau.at(self.update), schedules.kl_weight.at(self.update)
         lr = schedules.lr.at(self.update) * linear_warmup(self.update, schedules.lr_warmup)
@@ -151,6 +181,8 @@ class _Trainer:
         batch = next(self.stream)
         self.position = batch.next_position
         sums = self._accumulate(batch.images_BCHW, tau, kl_weight)
+        sums = self._over_ranks({**sums, "unusable_pictures": batch.n_unusable, "stop_requests": stop_requested})
+        stop_requested = bool(sums.pop("stop_requests"))
         self.scaler.unscale_(self.optimizer)
         clip = run.optimizer.clip if run.optimizer.clip is not None else float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
@@ -161,28 +193,48 @@ class _Trainer:
         took_step = self.scaler.get_scale() >= scale  # a skipped step lowers the scale
         if took_step:
             self.average.update(self._weights())
-        return {
+        metrics = {
             **{f"train/{name}": value for name, value in sums.items()}, "train/grad_norm": grad_norm, "train/learning_rate": lr,
             "train/tau": tau, "train/kl_weight": kl_weight, "train/loss_scale": scale,
-            "train/unusable_pictures": batch.n_unusable, "train/data_wait_seconds": self.stream.wait_seconds,
+            "train/data_wait_seconds": self.stream.wait_seconds,
         }  # fmt: skip
+        return metrics, stop_requested
 
     def _accumulate(self, images_BCHW: Tensor, tau: float, kl_weight: float) -> dict[str, Tensor]:
-        """Leave the (scaled) gradient of the batch in the parameters -> the terms of the loss, averaged over the parts."""
+        """Leave the (scaled) gradient of this rank's parts in the parameters -> its share of the loss and of its terms.
 
-        def gradients(images_BCHW: Tensor, noise: torch.Generator) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-            loss, terms = self._loss(images_BCHW, tau, kl_weight, noise)
-            return torch.autograd.grad(self.scaler.scale(loss / self.n_parts), self.parameters), terms
+        Shares are of the mean over all parts of the batch, so that their sum over ranks is that mean.
+        """
+        n_parts = self.recipe.n_parts
 
-        parts = images_BCHW.split(len(images_BCHW) // self.n_parts)
+        def gradients(images_BCHW: Tensor, part: int) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+            loss, terms = self._loss(images_BCHW, tau, kl_weight, self._noise(part))
+            return torch.autograd.grad(self.scaler.scale(loss / n_parts), self.parameters), terms
+
         run_parts = self.pool.map if self.recipe.workers > 1 else map
         sums: dict[str, Tensor] = {}
-        for part_gradients, terms in run_parts(gradients, parts, self.noises):
+        for part_gradients, terms in run_parts(gradients, images_BCHW.split(self.recipe.part_size), self.parts):
             for parameter, gradient in zip(self.parameters, part_gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value / self.n_parts
+                sums[name] = sums.get(name, 0.0) + value / n_parts
         return sums
+
+    def _noise(self, part: int) -> torch.Generator:
+        # A function of update and part: a resume needs no state of it, and any rank can take the part.
+        seed = np.random.SeedSequence((self.recipe.seed, self.update, part)).generate_state(1, np.uint64)
+        return torch.Generator(self.device).manual_seed(int(seed[0]))
+
+    def _over_ranks(self, sums: dict[str, Any]) -> dict[str, Any]:
+        """Sum the gradients in the parameters, and `sums`, over all ranks: one collective for all, in fp32."""
+        if self.ranks.world_size == 1:
+            return sums
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in sums.values()])
+        flat = self.ranks.sum(torch.cat([*(p.grad.flatten() for p in self.parameters), values]))
+        *gradients, values = flat.split([*(p.numel() for p in self.parameters), len(sums)])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient.view(parameter.shape))  # whatever the memory format of either
+        return dict(zip(sums, values.unbind(), strict=True))
 
     def _loss(
         self, images_BCHW: Tensor, tau: float, kl_weight: float, noise: torch.Generator
@@ -210,7 +262,9 @@ class _Trainer:
         """Measure the averaged weights on held-out pictures; numbers and pictures go to the tracker."""
         tau = self.recipe.schedules.tau.at(self.update)
         with self.average.in_place_of(self._weights()):
-            numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min)
+            numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min, self.ranks)
+            if not self.ranks.is_main:
+                return numbers
             grid = reconstruction_grid(self.model, self.validation)
         self.tracker.metrics(numbers.metrics(), self.update)
         self.tracker.picture("reconstructions", grid, self.update)
@@ -223,8 +277,12 @@ class _Trainer:
         return numbers
 
     def _finish(self) -> dict[str, Any]:
-        """Write the averaged weights, then the report: the report says that the run is finished."""
+        """Measure, and write the results -> the report."""
         numbers = self._validate()
+        return self.ranks.from_main(self._write_results(numbers) if self.ranks.is_main else None)
+
+    def _write_results(self, numbers: HeldOut) -> dict[str, Any]:
+        """Write the averaged weights, then the report: the report says that the run is finished."""
         model = self.recipe.model
         with self.average.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
@@ -246,17 +304,26 @@ class _Trainer:
     # ---- stopping and going on -------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        if not self.ranks.is_main:
+            return
         state = {
             "identity": self.identity, "update": self.update, "seconds": self.seconds, "position": list(self.position),
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
-            "noise": [noise.get_state() for noise in self.noises], "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         _write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT_FILE
-        if not path.exists():
-            return
+        if path.exists():
+            self._load(path)
+        starts = self.ranks.gather_objects((self.update, self.identity))
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                raise UserError(f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: they must see the "
+                                f"same {self.folder}, recipe and raw shards" % (*start, *starts[0]))  # fmt: skip
+
+    def _load(self, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and storage errors alike
@@ -266,8 +333,6 @@ class _Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
-        for noise, noise_state in zip(self.noises, state["noise"], strict=True):
-            noise.set_state(noise_state)
         self.scaler.load_state_dict(state["scaler"])
         self.update, self.seconds, self.position = state["update"], state["seconds"], Position(*state["position"])
         log.info("going on from update %d", self.update)
@@ -276,7 +341,7 @@ class _Trainer:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _device(run: DVAERun) -> torch.device:
+def _device(run: DVAERun, ranks: Ranks) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
     try:
         device = torch.device(name)
@@ -284,6 +349,11 @@ def _device(run: DVAERun) -> torch.device:
         raise ConfigError(f"device is {run.device!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {run.device!r}, but torch {torch.__version__} finds no CUDA device here")
+    if ranks.world_size > 1:
+        if run.device not in ("auto", ranks.device.type):
+            raise ConfigError(f"device is {run.device!r}, but rank {ranks.rank} of {ranks.world_size} has {ranks.device}: "
+                              "take device=auto")  # fmt: skip
+        device = ranks.device
     if run.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"precision is fp16, which needs a CUDA device (here: {device}); take precision=bf16 or fp32")
     return device

@@ -1,0 +1,32 @@
+"""One command on all ranks of a job: one summary, an error said once, one exit code."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dalle_ds.console import print_summary
+from dalle_ds.errors import UserError
+from dalle_ds.parallel.ranks import Ranks, join, leave
+from dalle_ds.parallel.watch import first_to_say
+
+
+def on_all_ranks(work: Callable[[Ranks], dict[str, Any]], as_json: bool) -> None:
+    """Join the job, work, print what the main rank returns, leave.
+
+    Raises:
+        SystemExit: what `work` raises, of all ranks; or the exit code of a UserError, whose message is printed once.
+    """
+    ranks = join()
+    try:
+        summary = work(ranks)
+    except UserError as error:
+        # without leave(), which may wait for a rank that is lost
+        if first_to_say(ranks, str(error)):
+            print(f"error on rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except SystemExit:
+        leave()
+        raise
+    if ranks.is_main:
+        print_summary(summary, as_json)
+    leave()
