@@ -24,6 +24,10 @@ from dalle_ds.data.storage_retry import error_code, retrying, status_of
 from dalle_ds.errors import DataError
 
 RANGE_BYTES = 64 << 20  # of one GET where a large range is read: what is held beside its target
+READ_TIMEOUT_SECONDS = 60  # without a byte: the answer stalled
+PART_BYTES = 8 << 20  # of a transfer by parts, N_PARTS at once: what is held of a file that comes or goes
+N_PARTS = 4
+MAX_PARTS = 10_000  # of one object on S3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,12 +217,25 @@ def put_file(local: str | Path, url: str | Path) -> None:
     """Upload a finished local file, atomically."""
     path = local_path(url)
     if path is None:
-        retrying(lambda: _s3().put_file(str(local), _key(url)), url, "upload")
+        part_bytes = max(PART_BYTES, -(-Path(local).stat().st_size // MAX_PARTS))
+        retrying(lambda: _s3().put_file(str(local), _key(url), chunksize=part_bytes), url, "upload")
         return
     with _temporary_beside(path) as temporary:
         shutil.copyfile(local, temporary)
         _sync(temporary)
         temporary.replace(path)
+
+
+def move_file(local: str | Path, url: str | Path) -> None:
+    """As `put_file`, and the local file is gone; on the same disk nothing is copied."""
+    path = local_path(url)
+    if path is None:
+        put_file(local, url)
+        Path(local).unlink()
+        return
+    _sync(Path(local))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(local, path)
 
 
 @contextmanager
@@ -245,6 +262,16 @@ def delete(url: str | Path) -> None:
             path.unlink()
         else:
             retrying(lambda: _s3().rm_file(_key(url)), url, "delete")
+
+
+def delete_tree(url: str | Path) -> None:
+    """Remove all objects below a folder, and on a disk the folder; nothing happens where there is none."""
+    path = local_path(url)
+    if path is not None:
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    for found in list_files(url):
+        delete(found)
 
 
 def free_bytes(url: str | Path) -> int | None:
@@ -306,13 +333,17 @@ def _create_local(path: Path, data: bytes) -> bool:
 def _s3() -> Any:
     # Keyed by process too: a client made before a fork hangs or raises in the child.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return _s3_client(os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY"))
+    return _s3_client(os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY"),
+                      READ_TIMEOUT_SECONDS)
 
 
 @functools.lru_cache(maxsize=4)
-def _s3_client(_pid: int, endpoint: str | None, _access_key: str | None, _secret_key: str | None) -> Any:
+def _s3_client(_pid: int, endpoint: str | None, _access_key: str | None, _secret_key: str | None, read_timeout: float) -> Any:
+    # botocore's own retries, under s3fs's and ours, would multiply: minutes pass before ours can look at the clock.
     return fsspec.filesystem("s3", endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True,
-                             config_kwargs={"connect_timeout": 10, "read_timeout": 60})
+                             max_concurrency=N_PARTS, default_block_size=PART_BYTES,
+                             config_kwargs={"connect_timeout": 10, "read_timeout": read_timeout,
+                                            "retries": {"max_attempts": 0}})
 
 
 def _key(url: str | Path) -> str:

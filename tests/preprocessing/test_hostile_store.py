@@ -1,0 +1,87 @@
+"""Encode through a proxy that spoils answers of a real S3 server: the result is the undisturbed one, or tells what lacks."""
+
+import hashlib
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.data import storage
+from dalle_ds.data.manifest import done_shards
+from dalle_ds.errors import DataError
+from preprocessing import encode, verify
+from preprocessing.verify import VerifyConfig
+from tests.conftest import S3
+from tests.fault_proxy import FAULTS, FaultProxy
+from tests.preprocessing.conftest import N_SHARDS, World
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def raw_on_s3(world: World, s3: S3) -> str:
+    for url in storage.list_files(world.raw):
+        storage.write_bytes(f"{s3.url}/raw{url.removeprefix(world.raw)}", storage.read_bytes(url))
+    return f"{s3.url}/raw"
+
+
+def test_encode_through_a_faulty_store_is_the_undisturbed_run(
+        world: World, s3: S3, raw_on_s3: str, is_undisturbed: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{s3.url}/tokens"
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
+    with FaultProxy(s3.server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert encode.run(world.config(out, raw=raw_on_s3)).is_complete
+    assert min(proxy.suffered[fault] for fault in FAULTS) >= 3, proxy.suffered
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
+    assert is_undisturbed(out)
+    report = verify.run(VerifyConfig(root=out, workers=1)).summary
+    assert (report["n_problems"], report["orphans"]) == (0, 0)
+
+
+def test_a_shard_that_cannot_be_had_is_named_and_the_rest_is_done(
+        world: World, s3: S3, raw_on_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{s3.url}/tokens"
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "1")
+    with FaultProxy(s3.server.endpoint, every=1_000_000, unreachable="raw/data/00003-") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        outcome = encode.run(world.config(out, raw=raw_on_s3))
+        assert not outcome.is_complete
+        assert list(outcome.summary["failed_shards"]) == ["00003"]
+        assert "00003-" in outcome.summary["failed_shards"]["00003"]
+        assert "tried for 1 s" in outcome.summary["failed_shards"]["00003"]
+        assert len(done_shards(out)) == N_SHARDS - 1
+
+
+def test_no_part_of_an_object_is_taken_for_all_of_it(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, data = f"{s3.url}/object", os.urandom(300_000)
+    storage.write_bytes(url, data)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
+    with FaultProxy(s3.server.endpoint, faults=["cut", "stalled"], every=1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(DataError, match="tried for 0 s"):
+            storage.read_bytes(url)
+        with pytest.raises(DataError, match="tried for 0 s"):
+            storage.read_range(url, 0, len(data))
+        with pytest.raises(DataError, match="tried for 0 s"):
+            storage.local_copy(url).__enter__()
+
+
+def test_large_objects_pass_in_bounded_memory(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, url = tmp_path / "large", f"{s3.url}/large"
+    large.write_bytes(os.urandom(1 << 20) * 120)
+    tracemalloc.start()
+    storage.put_file(large, url)
+    with storage.local_copy(url) as copy:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert _digest(copy) == _digest(large)
+    assert peak < 100 << 20
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
