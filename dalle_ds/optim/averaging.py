@@ -1,7 +1,9 @@
 """Iterate averaging: an exponential moving average of named tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,13 +35,27 @@ class WeightAverage:
     With start "warm" the n-th time uses d = min(decay, n / (n + 9)): early weights, still near the initial ones, fade quickly.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], config: AverageConfig, device: torch.device | str | None = None) -> None:
-        """`device` holds the averages, in fp32; None: where the weights are."""
+    def __init__(
+        self, weights: Mapping[str, Tensor], config: AverageConfig, device: torch.device | str | None = None,
+        background: bool = False,
+    ) -> None:  # fmt: skip
+        """`device` holds the averages, in fp32; None: where the weights are. In the background, `update` only copies
+        the weights and a thread averages them."""
         self.config = config
         self.n_updates = 0
-        self.averages = {
+        self._worker = ThreadPoolExecutor(1, "average") if background else None
+        self._under_way: Future[None] | None = None
+        self._averages = {
             name: weight.detach().to(device or weight.device, torch.float32, copy=True) for name, weight in weights.items()
         }
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """By name, all updates taken in."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+        return self._averages
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
@@ -48,8 +64,13 @@ class WeightAverage:
         decay = self.config.decay
         if self.config.start == "warm":
             decay = min(decay, self.n_updates / (self.n_updates + 9))
-        values = [weights[name].detach().to(average.device, torch.float32) for name, average in self.averages.items()]
-        torch._foreach_lerp_(list(self.averages.values()), values, 1.0 - decay)
+        averages, is_copied = self.averages, self._worker is not None
+        values = [weights[name].detach().to(a.device, torch.float32, copy=is_copied) for name, a in averages.items()]
+        work = partial(torch._foreach_lerp_, list(averages.values()), values, 1.0 - decay)
+        if self._worker is None:
+            work()
+        else:
+            self._under_way = self._worker.submit(work)
 
     @contextmanager
     def in_place_of(self, weights: Mapping[str, Tensor], refresh: Callable[[], None] = lambda: None) -> Iterator[None]:

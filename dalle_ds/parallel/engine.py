@@ -17,6 +17,7 @@ import torch
 from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad
 from torch import Tensor
 
+from dalle_ds.data import storage
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import BranchLinear
@@ -28,11 +29,8 @@ from dalle_ds.parallel.phases import PhaseTimer
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replica_gradients import ReplicaGradients
 from dalle_ds.parallel.replicas import Replicas, ReplicasConfig
-from dalle_ds.parallel.saved_state import AVERAGE, SavedState, StateParts
+from dalle_ds.parallel.saved_state import AVERAGE, ENGINE_FILE, SavedState, Snapshot, StateParts
 from dalle_ds.precision.block_scaling import BlockScaler
-
-ENGINE_FILE = "engine.json"
-"""In a checkpoint: all that is not a tensor."""
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -61,6 +59,8 @@ class UpdateReport:
     loss_scale: float | None
     """By which DeepSpeed's own fp16 multiplied the loss of this update; None: other formats."""
     stop_requested: bool
+    saves_under_way: int
+    """Ranks that said so."""
 
     @property
     def loss(self) -> float:
@@ -117,23 +117,26 @@ class PriorEngine:
     def module(self) -> Prior:
         return self._engine.module
 
-    def update(self, micro_batches: Sequence[tuple[Tensor, Tensor]], lr: float, stop_requested: bool = False) -> UpdateReport:
+    def update(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], lr: float, stop_requested: bool = False, is_saving: bool = False
+    ) -> UpdateReport:
         """Forward, backward and step over this rank's (text, image) micro-batches of one global batch.
 
-        `stop_requested` of any rank reaches all of them in the report: it rides on the one collective that every update needs.
+        `stop_requested` of any rank reaches all of them in the report, and how many are `is_saving` in the background: both
+        ride on the one collective that every update needs.
         """
         for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         loss_scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
-        agreed = self._accumulate(micro_batches, stop_requested)
-        text_loss, image_loss, stop, _, *flags = agreed.tolist()
+        agreed = self._accumulate(micro_batches, stop_requested, is_saving)
+        text_loss, image_loss, n_stop, n_saving, _, *flags = agreed.tolist()
         nonfinite_blocks = tuple(self.scaler.names[i] for i, flag in enumerate(flags) if flag) if self.scaler else ()
         kept: set[str] = set()
         with self.phases("reduce"):
             if nonfinite_blocks and self.scaler and self.scaler.config.skip == "block":
                 kept = self._leave_out(nonfinite_blocks)
-            elif agreed[3:].any():
+            elif agreed[4:].any():
                 self._veto_step()
             elif self.replica_gradients:
                 self.replica_gradients.average()
@@ -142,7 +145,7 @@ class PriorEngine:
         if kept:
             self.refresh_gathered_parameters()
         if self.scaler:
-            self.scaler.update(agreed[4:])
+            self.scaler.update(agreed[5:])
         norm = self._engine.get_global_grad_norm()
         return UpdateReport(
             text_loss=text_loss,
@@ -151,7 +154,8 @@ class PriorEngine:
             grad_norm=float("nan") if norm is None else float(norm),
             nonfinite_blocks=nonfinite_blocks,
             loss_scale=loss_scale,
-            stop_requested=stop > 0,
+            stop_requested=n_stop > 0,
+            saves_under_way=int(n_saving),
         )
 
     def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -168,7 +172,7 @@ class PriorEngine:
             agreed = self._accumulate(micro_batches)
             self._veto_step()
             self._engine.step()
-            return agreed[4:]
+            return agreed[5:]
 
         logger.disabled = True  # DeepSpeed would announce an overflow each time
         self.scaler.calibrate(attempt)
@@ -177,9 +181,12 @@ class PriorEngine:
         self.phases.take()  # trials are no updates
         return True
 
-    def _accumulate(self, micro_batches: Sequence[tuple[Tensor, Tensor]], stop_requested: bool = False) -> Tensor:
-        """Forward and backward over one global batch, all but the step -> (4 + n_blocks,) float64, summed over the ranks: text
-        loss, image loss, requests to stop, gradients that replicas can't average, blocks with non-finite gradients."""
+    def _accumulate(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], stop_requested: bool = False, is_saving: bool = False
+    ) -> Tensor:
+        """Forward and backward over one global batch, all but the step -> (5 + n_blocks,) float64, summed over the ranks: text
+        loss, image loss, requests to stop, saves under way, gradients that replicas can't average, blocks with non-finite
+        gradients."""
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
@@ -192,7 +199,7 @@ class PriorEngine:
         # the engine averages over ranks and micro-batches; the sums here are shares of global means
         share = self.ranks.world_size * self._accumulation
         n_blocks = len(self.scaler.names) if self.scaler else 0
-        shared = torch.zeros(4 + n_blocks, dtype=torch.float64, device=self.ranks.device)
+        shared = torch.zeros(5 + n_blocks, dtype=torch.float64, device=self.ranks.device)
         for number, (text, image) in enumerate(micro_batches):
             if number:
                 self._engine.step()  # which only counts, until all micro-batches are in
@@ -202,11 +209,11 @@ class PriorEngine:
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
-        shared[2] = float(stop_requested)
+        shared[2], shared[3] = float(stop_requested), float(is_saving)
         if self.replica_gradients:
-            shared[3] = self.replica_gradients.any_nonfinite()
+            shared[4] = self.replica_gradients.any_nonfinite()
         if self.scaler:
-            shared[4:] = self.scaler.found_nonfinite
+            shared[5:] = self.scaler.found_nonfinite
         with self.phases("reduce"):
             return self.ranks.sum(shared)
 
@@ -273,10 +280,17 @@ class PriorEngine:
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, client_state: dict[str, Any], averages: Mapping[str, Tensor] | None = None) -> None:
-        """Write this rank's part of weights, optimizer state and `averages` (tensors as in `shards()`) into `folder`, and from
-        the main rank what is not a tensor; `client_state` is plain data (JSON). All ranks call it together.
+        """Write all that `load` needs into a folder that the ranks share. All call it together."""
+        self.snapshot(client_state, averages, copy=False).write(folder)
+
+    def snapshot(
+        self, client_state: dict[str, Any], averages: Mapping[str, Tensor] | None = None, copy: bool = True
+    ) -> Snapshot:
+        """This rank's part of weights, optimizer state and `averages` (tensors as in `shards()`), and from the main rank what
+        is not a tensor; `client_state` is plain data (JSON). All ranks call it together.
+
+        With `copy` it is in CPU memory of its own and may be written while training goes on, else it must be written at once.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         shapes = {name: _whole_shape(p) for name, p in self.module.named_parameters()}
         parameters = dict(self.module.named_parameters())
         # all replicas have the same weights: the first one writes them
@@ -285,9 +299,8 @@ class PriorEngine:
         for name, average in (averages or {}).items() if is_writer else ():
             if hasattr(parameters[name], "ds_id") or self.ranks.is_main:  # below stage 3 they are whole, on all ranks the same
                 parts.add(AVERAGE, name, shard_start(parameters[name]), average)
-        if self.replica_gradients:
-            self.replica_gradients.save(folder, parts)
-        parts.write(folder, self.ranks.rank, self.ranks.world_size)
+        factors = self.replica_gradients.collect(parts) if self.replica_gradients else {}
+        state = None
         if self.ranks.is_main:
             state = {
                 "client": client_state,
@@ -295,19 +308,20 @@ class PriorEngine:
                 "loss_scaler": _plain_values(getattr(self._engine.optimizer, "loss_scaler", None)),
                 "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
             }
-            (folder / ENGINE_FILE).write_text(json.dumps(state, indent=1))
+        return Snapshot(parts.copied() if copy else parts, factors, state, self.ranks.rank, self.ranks.world_size)
 
-    def load(self, folder: Path, averages: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Load what `save` wrote, on any number of ranks and at any ZeRO stage; fills `averages`, returns the client state.
+    def load(self, url: str | Path, averages: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Load what `save` or snapshots wrote, on any number of ranks and at any ZeRO stage; fills `averages`, returns the
+        client state.
 
         Raises:
             DataError: files are missing, damaged, or of another model.
         """
-        saved = SavedState(folder)
+        saved = SavedState(url)
         found, expected = saved.shapes, {name: _whole_shape(p) for name, p in self.module.named_parameters()}
         if found != expected:
             different = sorted(found.items() ^ expected.items())
-            raise DataError(f"{folder} is of another model: only one of the two has {different[:4]}")
+            raise DataError(f"{url} is of another model: only one of the two has {different[:4]}")
         restore(self._engine, saved)
         if self.replica_gradients:
             self.replica_gradients.load(saved)
@@ -317,7 +331,7 @@ class PriorEngine:
             values = saved.read(AVERAGE, name, start, start + average.numel())
             average.view(-1)[: values.numel()].copy_(values)
         self.refresh_gathered_parameters()
-        state = json.loads((folder / ENGINE_FILE).read_text())
+        state = json.loads(storage.read_bytes(storage.join(url, ENGINE_FILE)))
         self._set_counters(state["counters"])
         loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # plain torch optimizers, without ZeRO, have none
         for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():

@@ -1,12 +1,11 @@
 """Between replicas: the gradients that ZeRO-3 reduced inside this replica become the average over all of them."""
 
-from pathlib import Path
-
 import torch
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dalle_ds.data import storage
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.fragments import shard_start
 from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD, as_fp32
@@ -73,10 +72,10 @@ class ReplicaGradients:
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, parts: StateParts) -> None:
-        """Add the carried errors to `parts`, and write the factors that a warm start goes on from. All ranks call it."""
+    def collect(self, parts: StateParts) -> dict[str, dict[str, Tensor]]:
+        """Add the carried errors to `parts` -> by file name, the factors that a warm start goes on from. All ranks call it."""
         if self.power_sgd is None:
-            return
+            return {}
         is_first, kind = self._replicas.index == 0, f"{ERROR}.{self._replicas.index}"
         errors = self.power_sgd.errors
         if self._config.checkpoint_errors == "mean":
@@ -84,8 +83,9 @@ class ReplicaGradients:
             errors = errors if is_first else {}
         for name, error in errors.items():
             parts.add(kind, name, shard_start(self._parameters[name]), error)
-        if self._config.warm_start and is_first:
-            save_file({name: start.cpu().contiguous() for name, start in self.power_sgd.starts.items()}, self._factors(folder))
+        if not (self._config.warm_start and is_first):
+            return {}
+        return {self._factors: {name: start.to("cpu", copy=True).contiguous() for name, start in self.power_sgd.starts.items()}}
 
     def load(self, saved: SavedState) -> None:
         """Errors of a checkpoint of any number of ranks. Of as many replicas each gets its own again; otherwise each gets the
@@ -102,13 +102,16 @@ class ReplicaGradients:
                 errors = [torch.stack([as_fp32(error) for error in errors]).mean(0)]
             if errors:
                 self.power_sgd.set_error(name, errors[0])
-        if self._config.warm_start and (file := self._factors(saved.folder)).exists():
-            self.power_sgd.set_starts(load_file(file))
+        url = storage.join(saved.url, self._factors)
+        if self._config.warm_start and storage.exists(url):
+            with storage.local_copy(url) as file:
+                self.power_sgd.set_starts(load_file(file))
 
-    def _factors(self, folder: Path) -> Path:
+    @property
+    def _factors(self) -> str:
         # useless to shards that are cut otherwise: these begin with random factors again
         rank, n = self._replicas.shard_rank, self._replicas.n_shards
-        return folder / f"factors-{rank:05d}-of-{n:05d}.safetensors"
+        return f"factors-{rank:05d}-of-{n:05d}.safetensors"
 
     def _gradient(self, name: str) -> Tensor:
         return safe_get_local_grad(self._parameters[name])

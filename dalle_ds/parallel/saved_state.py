@@ -6,17 +6,26 @@ whatever the ZeRO stage and the number of ranks of the writer.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dalle_ds.data import storage
 from dalle_ds.data.safetensors_writer import SafetensorsWriter
 from dalle_ds.data.stored_tensors import StoredTensor, cut, read_layout
 from dalle_ds.errors import DataError
 
+STATE_FILE = re.compile(r"/state-\d+-of-(\d+)\.safetensors$")
+
 WEIGHTS, AVERAGE, OPTIMIZER = "weights", "average", "optimizer"
+ENGINE_FILE = "engine.json"
+"""In a checkpoint: all that is not a tensor."""
 
 
 @dataclass
@@ -38,6 +47,11 @@ class StateParts:
         if values.numel():
             self.tensors[kind, name], self.starts[kind, name] = values, start
 
+    def copied(self) -> "StateParts":
+        """The same in CPU memory of its own, which later updates do not change."""
+        tensors = {at: values.to("cpu", copy=True) for at, values in self.tensors.items()}
+        return StateParts(self.shapes, tensors, self.starts, self.steps)
+
     def write(self, folder: Path, rank: int, world_size: int) -> None:
         """Raises OSError where the file can't be written."""
         metadata = {
@@ -51,20 +65,42 @@ class StateParts:
                 writer.put(_key(*at), values.contiguous().cpu())
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's part of a checkpoint: writing it needs no other rank."""
+
+    parts: StateParts
+    other_tensors: Mapping[str, dict[str, Tensor]]
+    """File name -> what only this rank can use."""
+    state: dict[str, Any] | None
+    """What is not a tensor, from the main rank."""
+    rank: int
+    world_size: int
+
+    def write(self, folder: Path) -> None:
+        """Raises OSError where a file can't be written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parts.write(folder, self.rank, self.world_size)
+        for name, tensors in self.other_tensors.items():
+            save_file(tensors, folder / name)
+        if self.state is not None:
+            (folder / ENGINE_FILE).write_text(json.dumps(self.state, indent=1))
+
+
 class SavedState:
     """Reads what `StateParts` of all ranks wrote into a folder; nothing is loaded before it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises DataError: files are missing or damaged, or leave out a part of a tensor."""
-        self.folder = folder
+    def __init__(self, url: str | Path) -> None:
+        """`url` of the folder. Raises DataError: files are missing or damaged, or leave out a part of a tensor."""
+        self.url = str(url)
         self.shapes: dict[str, torch.Size] = {}
         """Of all parameters, by name."""
         self.steps: dict[str, float] = {}
         """The optimizer's count of steps, by parameter."""
-        files = sorted(folder.glob("state-*-of-*.safetensors"))
-        expected = int(files[0].stem.rsplit("-", 1)[1]) if files else 1
+        files = [file for file in storage.list_files(url, ".safetensors") if STATE_FILE.search(file)]
+        expected = int(STATE_FILE.search(files[0])[1]) if files else 1  # type: ignore[index]
         if len(files) != expected:
-            raise DataError(f"{folder} holds {len(files)} state-*.safetensors, expected {expected}")
+            raise DataError(f"{url} holds {len(files)} state-*.safetensors, expected {expected}")
         parts: dict[tuple[str, str], list[tuple[int, StoredTensor]]] = {}
         for file in files:
             metadata, tensors = read_layout(file)
@@ -105,7 +141,7 @@ class SavedState:
             end += part.shape.numel()
             pieces.extend(part.pieces)
         if end != shape.numel():
-            raise DataError(f"{self.folder}: {kind} of {name} ends at {end}, expected {shape.numel()} values")
+            raise DataError(f"{self.url}: {kind} of {name} ends at {end}, expected {shape.numel()} values")
         return StoredTensor(parts[0][1].dtype, shape, tuple(pieces))
 
 

@@ -1,116 +1,263 @@
-"""Checkpoint folders: written aside, then committed; verified before use; a damaged newest one gives way to the one before.
+"""Checkpoints on a disk or on s3://: written beside training, then committed; verified before use; a damaged newest one gives
+way to the one before.
 
-checkpoints/update_00000500/      a committed checkpoint: the name alone says that all files were there
-    checkpoint.json               size and SHA-256 of every file, written last
-checkpoints/incoming/             one being written; after a crash it is swept away by the next save
+update_00000500/3f2a.../state-*.safetensors ...   what the ranks wrote; each attempt has a folder of its own
+update_00000500/3f2a.../part-00003.json           size and SHA-256 of a rank's files, written after them
+update_00000500/checkpoint.json                   the commit, last of all: readers trust nothing else
 """
 
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.data import storage
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 COMMIT_FILE = "checkpoint.json"
-INCOMING = "incoming"
-BYTES_PER_PARAMETER = 16
-"""On disk: fp32 weights, two moments, and the average."""
+HASHED_AT_ONCE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was committed."""
+
+    url: str
+    commit: dict[str, Any]
+    """Content of checkpoint.json."""
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+    @property
+    def data(self) -> str:
+        """Folder of the ranks' files."""
+        attempt = self.commit.get("attempt")  # the first format had the files beside checkpoint.json
+        return storage.join(self.url, attempt) if attempt else self.url
 
 
 class CheckpointStore:
     """The checkpoints of one run. Every method that takes `ranks` is called by all of them together."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """`keep` newest checkpoints are retained."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, url: str | Path, keep: int) -> None:
+        """`keep` newest checkpoints are retained. A path must be of a file system that all ranks share; s3:// need not be."""
+        self.url, self.keep = str(url), keep
+        self._open: _Save | None = None
 
-    def committed(self) -> list[Path]:
-        """Committed checkpoints, oldest first."""
-        return sorted(self.folder.glob("update_*"))
+    def committed(self) -> list[str]:
+        """Names of committed checkpoints, oldest first."""
+        found = [url.split("/")[-2:] for url in storage.list_files(self.url, COMMIT_FILE)]
+        return sorted(name for name, file in found if name.startswith("update_") and file == COMMIT_FILE)
 
-    def save(self, update: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks) -> Path:
-        """Let `write(folder)` put every rank's files into a folder, then commit it under the update's name.
+    # ---- writing ---------------------------------------------------------------------------------------------------------
 
-        `about` is kept in checkpoint.json, for readers that do not want to open the tensors.
+    def begin(
+        self, update: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks, background: bool = False
+    ) -> None:
+        """Let `write(folder)` of every rank put its files into an empty local folder; they are committed by `finish`.
+
+        Args:
+            write: must need no other rank; in the background it runs while training goes on.
+            about: kept in checkpoint.json, for readers that do not want to open the tensors.
         """
-        incoming, final = self.folder / INCOMING, self.folder / f"update_{update:08d}"
+        self.finish(ranks)
         if ranks.is_main:
-            shutil.rmtree(incoming, ignore_errors=True)
-            incoming.mkdir(parents=True)
-        ranks.barrier()
-        write(incoming)
-        ranks.barrier()
-        digests = _digests(incoming, ranks)
-        if ranks.is_main:
-            commit = incoming / COMMIT_FILE
-            commit.write_text(
-                json.dumps({"update": update, "world_size": ranks.world_size, "about": about, "files": digests}, indent=1)
-            )
-            _sync(incoming)
-            if final.exists():  # the same update saved again, e.g. after a fall-back: the new one counts
-                shutil.rmtree(final)
-            incoming.rename(final)
-            for old in self.committed()[: -self.keep]:
-                shutil.rmtree(old)
-        ranks.barrier()
-        return final
+            self._sweep()
+        attempt = ranks.from_main(uuid.uuid4().hex[:12])
+        self._open = _Save(update, attempt, about, lambda: self._write(update, attempt, write, ranks.rank))
+        if background:
+            self._open.start()
+        else:
+            self._open.run()
 
-    def newest(self, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are all what they were when committed, with the content of its checkpoint.json.
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a save that `finish` has not committed; the same on every rank."""
+        return self._open is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing its part."""
+        return self._open is not None and self._open.is_alive()
+
+    def finish(self, ranks: Ranks) -> None:
+        """Wait for the save that is under way and commit it.
+
+        Raises:
+            UserError: a rank could not write its part, on all ranks; nothing is committed then.
+        """
+        if self._open is None:
+            return
+        save, self._open = self._open, None
+        problem = save.outcome()
+        problems = {rank: found for rank, found in enumerate(ranks.gather_objects(problem)) if found}
+        if not problems and ranks.is_main:
+            try:
+                self._commit(save, ranks.world_size)
+            except (OSError, UserError) as error:
+                problems[0] = f"{type(error).__name__}: {error}"
+        problems = ranks.from_main(problems)
+        for rank, found in problems.items():
+            raise UserError(f"the checkpoint of update {save.update} could not be written to {self.url}: rank {rank}: {found}")
+
+    def save(self, update: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks) -> None:
+        """`begin` and `finish` in one."""
+        self.begin(update, write, about, ranks)
+        self.finish(ranks)
+
+    def _write(self, update: int, attempt: str, write: Callable[[Path], None], rank: int) -> None:
+        data = storage.join(self.url, _name(update), attempt)
+        digests = {}
+        with _folder_of(data, rank) as folder:
+            write(folder)
+            for path in sorted(folder.iterdir()):
+                size = path.stat().st_size
+                digests[f"{attempt}/{path.name}"] = {"bytes": size, "sha256": _sha256(str(path), size)}
+                storage.move_file(path, storage.join(data, path.name))
+        storage.write_bytes(_part_url(data, rank), json.dumps(digests).encode())
+
+    def _commit(self, save: "_Save", world_size: int) -> None:
+        checkpoint = storage.join(self.url, _name(save.update))
+        files: dict[str, dict[str, Any]] = {}
+        for rank in range(world_size):
+            files |= json.loads(storage.read_bytes(_part_url(storage.join(checkpoint, save.attempt), rank)))
+        commit = {
+            "update": save.update, "world_size": world_size, "attempt": save.attempt, "about": save.about, "files": files
+        }  # fmt: skip
+        # of the same update saved again, e.g. after a fall-back, the new one counts
+        storage.write_bytes(storage.join(checkpoint, COMMIT_FILE), json.dumps(commit, indent=1).encode())
+        log.info("saved %s", checkpoint)
+        for old in self.committed()[: -self.keep]:
+            storage.delete(storage.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not look like one
+            storage.delete_tree(storage.join(self.url, old))
+
+    def _sweep(self) -> None:
+        """Remove what saves left behind that were never committed."""
+        committed = self.committed()
+        attempts = set()
+        for url in storage.list_files(self.url):
+            name, *rest = url.removeprefix(self.url.rstrip("/") + "/").split("/")
+            if name.startswith("update_") and len(rest) > 1:
+                attempts.add((name, rest[0]))
+        for name, attempt in attempts:
+            if name not in committed or attempt not in self._attempts_to_keep(name, attempt):
+                storage.delete_tree(storage.join(self.url, name, attempt))
+
+    def _attempts_to_keep(self, name: str, attempt: str) -> tuple[str, ...]:
+        try:
+            return (read_commit(storage.join(self.url, name)).get("attempt"),)
+        except DataError:  # damaged: people may want to look at it
+            return (attempt,)
+
+    # ---- reading ---------------------------------------------------------------------------------------------------------
+
+    def newest(self, ranks: Ranks) -> Checkpoint | None:
+        """The newest checkpoint whose files are all what they were when committed.
 
         A damaged one is passed over with a loud message; None where there was never any.
 
         Raises:
             DataError: there are checkpoints, but all are damaged.
         """
-        candidates = ranks.from_main([path.name for path in reversed(self.committed())])
+        candidates = ranks.from_main(list(reversed(self.committed())) if ranks.is_main else None)
         for name in candidates:
-            path = self.folder / name
-            problem = _problem(path, ranks)
+            url = storage.join(self.url, name)
+            problem = _problem(url, ranks)
             if problem is None:
-                return path, read_commit(path)
+                return Checkpoint(url, read_commit(url))
             if ranks.is_main:
-                log.error("checkpoint %s is DAMAGED and passed over: %s", path, problem)
+                log.error("checkpoint %s is DAMAGED and passed over: %s", url, problem)
         if candidates:
-            raise DataError(
-                f"all {len(candidates)} checkpoints in {self.folder} are damaged; move the folder away to start anew"
-            )
+            raise DataError(f"all {len(candidates)} checkpoints in {self.url} are damaged; move the folder away to start anew")
         return None
 
-    def require_room(self, n_parameters: int, more_bytes: int = 0) -> None:
-        """Raises UserError where the disk cannot take the checkpoints of a model of this size, before training starts.
+    def find(self, name: str | None) -> Checkpoint:
+        """The checkpoint of this name, or the newest; not verified. Raises DataError where there is none."""
+        names = self.committed()
+        if not names:
+            raise DataError(f"{self.url} has no committed checkpoint; `deepspeed launchers/train_prior.sh` writes them")
+        if name is not None and name not in names:
+            raise DataError(f"{self.url} has no checkpoint {name!r}; there are {', '.join(names)}")
+        url = storage.join(self.url, name or names[-1])
+        return Checkpoint(url, read_commit(url))
 
-        `more_bytes` a parameter are written beside the usual state.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        size = n_parameters * (BYTES_PER_PARAMETER + more_bytes)
+    def require_room(self, n_bytes: float) -> None:
+        """Raises UserError where checkpoints of this size can't be written, before training starts."""
+        probe = storage.join(self.url, "writable")
+        try:
+            storage.write_bytes(probe, b"")
+            storage.delete(probe)
+        except (OSError, UserError) as error:
+            raise UserError(f"checkpoints cannot be written to {self.url}: {error}") from None
         # one more than is kept: the new one is there before the oldest goes
-        needed = size * max(1, self.keep + 1 - len(self.committed()))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
+        needed = n_bytes * max(1, self.keep + 1 - len(self.committed()))
+        free = storage.free_bytes(self.url)
+        if free is not None and free < needed:
             raise UserError(
-                f"no room for checkpoints in {self.folder}: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB needed "
-                f"({size / 2**30:.2f} GiB each, {self.keep} kept while the next is written)"
+                f"no room for checkpoints in {self.url}: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB needed "
+                f"({n_bytes / 2**30:.2f} GiB each, {self.keep} kept while the next is written)"
             )
 
 
-def read_commit(checkpoint: Path) -> dict[str, Any]:
+class _Save(threading.Thread):
+    """A rank's part of a save. A daemon: a job that ends in an error does not wait for it."""
+
+    def __init__(self, update: int, attempt: str, about: dict[str, Any], work: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.update, self.attempt, self.about = update, attempt, about
+        self._work, self._problem = work, None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # whatever it is, `finish` tells it
+            self._problem = f"{type(error).__name__}: {error}"
+
+    def outcome(self) -> str | None:
+        """Wait for the end -> what went wrong."""
+        if self.ident is not None:
+            self.join()
+        return self._problem
+
+
+def read_commit(checkpoint: str) -> dict[str, Any]:
     """Content of checkpoint.json. Raises DataError where it is missing or not JSON."""
     try:
-        return json.loads((checkpoint / COMMIT_FILE).read_text())
+        return json.loads(storage.read_bytes(storage.join(checkpoint, COMMIT_FILE)))
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{checkpoint} has no readable {COMMIT_FILE}: {error}") from None
 
 
-def _problem(checkpoint: Path, ranks: Ranks) -> str | None:
+def _name(update: int) -> str:
+    return f"update_{update:08d}"
+
+
+def _part_url(data: str, rank: int) -> str:
+    return storage.join(data, f"part-{rank:05d}.json")
+
+
+@contextmanager
+def _folder_of(data: str, rank: int) -> Iterator[Path]:
+    """An empty local folder for a rank's files, on the disk that they will be on."""
+    local = storage.local_path(data)
+    if local is not None:
+        local.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"rank-{rank:05d}-", dir=local) as folder:
+        yield Path(folder)
+
+
+def _problem(checkpoint: str, ranks: Ranks) -> str | None:
     # every rank comes to the same end, also where only one of them can see the fault
     problem: str | None = None
     try:
@@ -118,36 +265,20 @@ def _problem(checkpoint: Path, ranks: Ranks) -> str | None:
     except (DataError, KeyError) as error:
         files, problem = {}, str(error)
     for name in sorted(files)[ranks.rank :: ranks.world_size]:
-        path = checkpoint / name
-        if not path.is_file():
+        url, expected = storage.join(checkpoint, name), files[name]
+        try:
+            size = storage.size(url)
+            if size != expected["bytes"]:
+                problem = f"{name} has {size} bytes, expected {expected['bytes']}"
+            elif _sha256(url, size) != expected["sha256"]:
+                problem = f"{name} has another content than when it was written (checksum)"
+        except FileNotFoundError:
             problem = f"{name} is missing"
-        elif path.stat().st_size != files[name]["bytes"]:
-            problem = f"{name} has {path.stat().st_size} bytes, expected {files[name]['bytes']}"
-        elif _sha256(path) != files[name]["sha256"]:
-            problem = f"{name} has another content than when it was written (checksum)"
     return next((found for found in ranks.gather_objects(problem) if found), None)
 
 
-def _digests(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    # the ranks share the hashing: at 12 billion parameters there are 200 GB to read
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    own = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-        for name in names[ranks.rank :: ranks.world_size]
-    }
-    return {name: digest for part in ranks.gather_objects(own) for name, digest in part.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Bring the files to the disk before the rename says that they are there."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sha256(url: str, n_bytes: int) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, n_bytes, HASHED_AT_ONCE):
+        digest.update(storage.read_range(url, start, min(HASHED_AT_ONCE, n_bytes - start)))
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dalle_ds.console import progress
 from dalle_ds.data import storage
@@ -21,7 +22,7 @@ from dalle_ds.data.weights import open_weights, verified_fingerprint, write_weig
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.parallel.saved_state import AVERAGE, WEIGHTS, SavedState
-from dalle_ds.training.checkpoint import CheckpointStore, read_commit
+from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.parity import prove_parity
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def export_checkpoint(
     """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the proof of parity.
 
     Args:
-        run_folder: folder of the training run.
+        run_folder: folder of the training run, or the s3:// url that its checkpoints go to.
         out: the export's folder, a path or s3:// url.
         tag: name of the checkpoint, e.g. "update_00000500"; None: the newest.
         averaged: the averaged weights (what the paper samples from), or the last ones.
@@ -47,9 +48,8 @@ def export_checkpoint(
         DataError: no such checkpoint, or one whose files don't fit each other; the exported model does not give the losses
             that the engine had when it saved.
     """
-    checkpoint = _find(Path(run_folder), tag)
-    commit = read_commit(checkpoint)
-    about = commit["about"]
+    checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), keep=1).find(tag)
+    about = checkpoint.commit["about"]
     config = PriorConfig(**about["model"])
     dataset = _absolute(about["dataset"])
     inputs = {name: storage.join(dataset, name) for name in ("tokenizer.model", "dvae.safetensors")}
@@ -70,10 +70,10 @@ def export_checkpoint(
         )
     parity = _parity(checkpoint, config, model, about) if averaged else None  # only of the average are losses
     info = {
-        "fingerprint": fingerprint, "update": commit["update"], "averaged": averaged, "dvae": about["dvae"],
+        "fingerprint": fingerprint, "update": checkpoint.commit["update"], "averaged": averaged, "dvae": about["dvae"],
         "tokenizer": about["tokenizer"], "data": {"url": dataset, "fingerprint": about["data"], "content": about["content"]},
         "caption_dropout": about.get("caption_dropout", 0.0),  # checkpoints from before the option lack it
-        "mlflow": about["mlflow"], "checkpoint": str(checkpoint.resolve()),
+        "mlflow": about["mlflow"], "checkpoint": _absolute(checkpoint.url),
     }  # fmt: skip
     for name, url in inputs.items():
         with storage.local_copy(url) as file:
@@ -89,39 +89,40 @@ def export_checkpoint(
     }
 
 
-def _find(run_folder: Path, tag: str | None) -> Path:
-    checkpoints = CheckpointStore(run_folder / "checkpoints", keep=1).committed()
-    names = [path.name for path in checkpoints]
-    if not names:
-        raise DataError(f"{run_folder} has no committed checkpoint; `deepspeed launchers/train_prior.sh` writes them")
-    if tag is not None and tag not in names:
-        raise DataError(f"{run_folder} has no checkpoint {tag!r}; there are {', '.join(names)}")
-    return checkpoints[-1] if tag is None else checkpoints[names.index(tag)]
+def _checkpoint_folder(run_folder: str) -> str:
+    if storage.is_s3(run_folder):
+        return run_folder
+    with suppress(FileNotFoundError):  # the merged recipe that the run left there
+        recipe = yaml.safe_load(Path(run_folder, "recipe.yaml").read_text(encoding="utf-8"))
+        if folder := recipe.get("checkpoint", {}).get("folder"):
+            return folder
+    return storage.join(run_folder, "checkpoints")
 
 
 def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).resolve())
 
 
-def _weights(checkpoint: Path, config: PriorConfig, averaged: bool) -> dict[str, StoredTensor]:
+def _weights(checkpoint: Checkpoint, config: PriorConfig, averaged: bool) -> dict[str, StoredTensor]:
     """Where the weights lie, once it is known that they are this model's."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Prior(config).named_parameters()}
-    tensors = SavedState(checkpoint).of_kind(AVERAGE if averaged else WEIGHTS)
+    tensors = SavedState(checkpoint.data).of_kind(AVERAGE if averaged else WEIGHTS)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != shapes:
         different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise DataError(f"{checkpoint} holds another model than its checkpoint.json says: {', '.join(different[:5])} differ")
+        named = ", ".join(different[:5])
+        raise DataError(f"{checkpoint.url} holds another model than its checkpoint.json says: {named} differ")
     return tensors
 
 
-def _parity(checkpoint: Path, config: PriorConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
+def _parity(checkpoint: Checkpoint, config: PriorConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
     tensors, fp16_branches = open_weights(model, "prior").tensors, about["fp16_branches"]
     dtype = getattr(torch, about.get("weight_dtype", "float32"))  # checkpoints from before it was said lack it
     n_passes = 1 if not fp16_branches and dtype is torch.float32 else 2
     n_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("heads.text."))
     with progress(total=n_bytes * n_passes, what="parity", unit="B", unit_scale=True) as bar:
-        parity = prove_parity(checkpoint, config, tensors, fp16_branches=fp16_branches, dtype=dtype, read=bar.update)
+        parity = prove_parity(checkpoint.data, config, tensors, fp16_branches=fp16_branches, dtype=dtype, read=bar.update)
     difference = parity["max_difference_same_format"]
     log.info("export equals the engine: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
     return parity

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dalle_ds.data import storage
 from dalle_ds.data.stored_tensors import StoredTensor
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import Prior, PriorConfig
@@ -25,12 +25,13 @@ branches, else the whole model, that round what other machines sum in another or
 
 @torch.no_grad()
 def prove_parity(
-    checkpoint: Path, config: PriorConfig, tensors: Mapping[str, StoredTensor], *, fp16_branches: bool,
+    data: str, config: PriorConfig, tensors: Mapping[str, StoredTensor], *, fp16_branches: bool,
     dtype: torch.dtype = torch.float32, read: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the batch that the engine scored when it saved, with the weights as they were written.
 
     Args:
+        data: folder of a checkpoint's files.
         tensors: where the weights lie; all are read once in fp32, and once more if the engine computed otherwise.
         fp16_branches: whether the engine's branches were fp16.
         dtype: the format of all weights in the engine; 16 bits under DeepSpeed's own fp16 and bf16.
@@ -39,7 +40,8 @@ def prove_parity(
     Raises:
         DataError: the losses are not the engine's.
     """
-    saved = load_file(checkpoint / PARITY_FILE)
+    with storage.local_copy(storage.join(data, PARITY_FILE)) as file:
+        saved = load_file(file)
 
     def image_nll(fp16_branches: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
         with torch.device("meta"):
@@ -55,7 +57,7 @@ def prove_parity(
     difference = (same_format_BN - saved["image_nll"]).abs().max().item()
     if not difference <= MAX_NLL_DIFFERENCE[dtype]:
         raise DataError(
-            f"export of {checkpoint} differs from the engine by {difference:.2e} nats on a token, "
+            f"export of {data} differs from the engine by {difference:.2e} nats on a token, "
             f"expected at most {MAX_NLL_DIFFERENCE[dtype]:.0e}"
         )
     return {

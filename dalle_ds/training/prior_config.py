@@ -68,8 +68,12 @@ class OptimizerSection(Config):
 
 
 class CheckpointSection(Config):
+    folder: str | None = Field(
+        None, description="a path that all ranks share, or s3://, and then they need share nothing else; unset: in the run's"
+    )
     every: int = Field(1000, ge=1, description="updates between checkpoints")
     keep: int = Field(2, ge=1)
+    background: bool = Field(True, description="write while training goes on; takes CPU memory for a copy of the state")
 
 
 class ValidationSection(Config):
@@ -144,6 +148,10 @@ class PriorRun(Config):
         here = Path(self.deepspeed_config)
         ours = Path(dalle_ds.__file__).resolve().parents[1] / here
         return ours if not here.exists() and ours.exists() else here
+
+    @property
+    def checkpoint_folder(self) -> str:
+        return self.checkpoint.folder or f"{self.folder}/checkpoints"
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches a rank takes for one update. Raises ConfigError where the batch does not divide among the ranks."""

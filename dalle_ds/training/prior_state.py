@@ -1,7 +1,6 @@
 """All that a resumed prior run needs beside the engine's own files."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dalle_ds.errors import ConfigError
@@ -32,7 +31,7 @@ class RunIdentity:
     global_batch: int
     seed: int
 
-    def require_same(self, saved: dict[str, Any], folder: Path) -> None:
+    def require_same(self, saved: dict[str, Any], folder: str) -> None:
         """Raises ConfigError naming what differs from the checkpoint in `folder`."""
         now = asdict(self)
         different = [f"{key}: checkpoint {saved.get(key)!r}, recipe {now[key]!r}" for key in now if saved.get(key) != now[key]]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError, TrainingDiverged
@@ -24,11 +25,12 @@ from dalle_ds.optim.plateau import Plateau
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.watch import RankWatch, limit_waiting
 from dalle_ds.recipes import dump_recipe, flatten
-from dalle_ds.training.checkpoint import CheckpointStore
+from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.diagnosis import Patience, diagnose
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.parity import PARITY_FILE
+from dalle_ds.training.plan import CHECKPOINT_BYTES, moment_bytes_per_parameter
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_engine import build_engine, read_engine_config
 from dalle_ds.training.prior_report import RunReport
@@ -80,32 +82,34 @@ class _Trainer:
             model=self.model_config.model_dump(), data=self.dataset.fingerprint, content=self.dataset.content_fingerprint,
             global_batch=run.global_batch, seed=run.seed,
         )  # fmt: skip
-        self.checkpoints = CheckpointStore(self.folder / "checkpoints", run.checkpoint.keep)
+        self.checkpoints = CheckpointStore(run.checkpoint_folder, run.checkpoint.keep)
         self.newest = self.checkpoints.newest(ranks)
         if self.newest is not None:
-            self.identity.require_same(self.newest[1]["about"], self.newest[0])
-            self._require_same_moments(*self.newest)
+            self.identity.require_same(self.newest.commit["about"], self.newest.url)
+            self._require_same_moments(self.newest)
         self.n_parameters = _count_parameters(self.model_config)
 
     @property
     def is_finished(self) -> bool:
         """Whether a checkpoint holds all updates already."""
-        return self.newest is not None and self.newest[1]["update"] >= self.recipe.updates
+        return self.newest is not None and self.newest.commit["update"] >= self.recipe.updates
 
     def finished_summary(self) -> dict[str, Any]:
         """The summary of the run that finished here, for a job that has nothing to do; at any number of ranks."""
         assert self.newest is not None
-        checkpoint, update = self.newest[0], self.newest[1]["update"]
+        checkpoint, update = self.newest.url, self.newest.commit["update"]
         if self.ranks.is_main:
             log.info("%s is finished: %d updates; nothing to do", self.folder, update)
         path = self.folder / SUMMARY_FILE
-        known = json.loads(path.read_text()) if path.exists() else {"updates": update, "checkpoint": str(checkpoint)}
+        known = json.loads(path.read_text()) if path.exists() else {"updates": update, "checkpoint": checkpoint}
         return {**known, "resumed_at": update}
 
     def prepare(self) -> None:
         """Build the engine and the stream, and go to where the newest checkpoint was."""
         run, ranks, found = self.recipe, self.ranks, self.newest
-        self.checkpoints.require_room(self.n_parameters, run.replicas.checkpoint_bytes)
+        if ranks.is_main:
+            per_parameter = CHECKPOINT_BYTES + moment_bytes_per_parameter(self.model_config, run.optimizer.moments)
+            self.checkpoints.require_room(self.n_parameters * (per_parameter + run.replicas.checkpoint_bytes))
         n_held_out = min(run.validation.samples or self.validation_set.n_samples, self.validation_set.n_samples)
         self.validation = validation_batches(
             self.validation_set, text_len=self.model_config.text_len, rank=ranks.rank, world_size=ranks.world_size,
@@ -121,14 +125,14 @@ class _Trainer:
         self.stream = TokenStream(
             self.dataset, text_len=self.model_config.text_len, global_batch=run.global_batch, micro_batch=run.micro_batch,
             rank=ranks.rank, world_size=ranks.world_size, seed=run.seed, bpe_dropout=run.data.bpe_dropout,
-            caption_dropout=run.data.caption_dropout, start_update=found[1]["update"] if found else 0,
+            caption_dropout=run.data.caption_dropout, start_update=found.commit["update"] if found else 0,
             prefetch=run.data.prefetch,
         )  # fmt: skip
         self.engine = build_engine(run, self.model_config, self.engine_config, ranks)
         limit_waiting(run.failure.collective_timeout)
-        self.average = WeightAverage(self.engine.shards(), run.average, device="cpu")
+        self.average = WeightAverage(self.engine.shards(), run.average, device="cpu", background=True)
         if found is not None:
-            self._restore(found[0])
+            self._restore(found)
         self.tracker = self._start_tracking() if ranks.is_main else NullTracker()
         self.run_report = RunReport(run, self.model_config, self.engine, self.stream, self.state, self.tracker)
         self.last_validation: dict[str, float] = {}
@@ -150,7 +154,8 @@ class _Trainer:
                 tensors = [(batch.text_BT, batch.image_BN) for batch in micro_batches]
                 if state.update == 0 and self.engine.calibrate(tensors):
                     self.run_report.scales("calibrated gradient scales")
-                report = self.run_report.profiled(partial(self.engine.update, tensors, lr, stop.requested))
+                is_saving = self.checkpoints.is_writing
+                report = self.run_report.profiled(partial(self.engine.update, tensors, lr, stop.requested, is_saving))
                 state.update += 1
                 state.seconds = before + time.monotonic() - began
                 if report.took_step:
@@ -163,7 +168,10 @@ class _Trainer:
                 else:
                     state.n_skipped += 1
                 self.run_report.updated(report, lr)
+                if self.checkpoints.is_open and not report.saves_under_way:
+                    self.checkpoints.finish(self.ranks)
                 if reason := patience.observe(report):
+                    self.checkpoints.finish(self.ranks)
                     raise TrainingDiverged(diagnose(run, self.engine, micro_batches, lr, state.update, reason, self.tracker))
                 if state.update % run.validation.every == 0 or state.update == run.updates:
                     self._validate()
@@ -172,10 +180,12 @@ class _Trainer:
                 if state.update == run.updates or (is_due and math.isfinite(report.loss)):
                     self._save()
                 if report.stop_requested and state.update < run.updates:
+                    self.checkpoints.finish(self.ranks)
                     self.status = "KILLED"
                     log.info("asked to stop (%s) at update %d: the same command goes on from the newest state in %s",
-                             stop.reason or "another rank", state.update, self.checkpoints.folder)  # fmt: skip
+                             stop.reason or "another rank", state.update, self.checkpoints.url)  # fmt: skip
                     raise SystemExit(EXIT_STOPPED)
+            self.checkpoints.finish(self.ranks)
         self.status = "FINISHED"
         summary = self._summary(resumed_at)
         if self.ranks.is_main:
@@ -210,12 +220,15 @@ class _Trainer:
         with self._averaged():
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
 
+        state = {
+            "train_state": self.state.to_dict(), "n_averaged": self.average.n_updates,
+            "plateau": self.plateau.state_dict() if self.plateau else None,
+        }  # fmt: skip
+        background = self.recipe.checkpoint.background
+        snapshot = self.engine.snapshot(state, self.average.averages, copy=background)
+
         def write(folder: Path) -> None:
-            state = {
-                "train_state": self.state.to_dict(), "n_averaged": self.average.n_updates,
-                "plateau": self.plateau.state_dict() if self.plateau else None,
-            }  # fmt: skip
-            self.engine.save(folder, state, self.average.averages)
+            snapshot.write(folder)
             if self.ranks.is_main:
                 save_file(_parity_tensors(self.parity_batch, nll_BN), folder / PARITY_FILE)
 
@@ -227,22 +240,22 @@ class _Trainer:
             "weight_dtype": str(self.engine_config.weight_dtype).removeprefix("torch."),
             "mlflow": {"uri": run.uri, "run_id": run.run_id} if run is not None else None,
         }  # fmt: skip
-        path = self.checkpoints.save(self.state.update, write, about, self.ranks)
-        if self.ranks.is_main:
-            log.info("saved %s", path)
+        self.checkpoints.begin(self.state.update, write, about, self.ranks, background)
 
-    def _require_same_moments(self, checkpoint: Path, commit: dict[str, Any]) -> None:
-        saved, ours = commit["about"].get("moments", "fp32"), self.recipe.optimizer.moments
+    def _require_same_moments(self, checkpoint: Checkpoint) -> None:
+        saved, ours = checkpoint.commit["about"].get("moments", "fp32"), self.recipe.optimizer.moments
         if saved != ours:
-            raise ConfigError(f"{checkpoint} has {saved} moments, but the recipe's optimizer.moments is {ours}: set {saved}")
+            raise ConfigError(
+                f"{checkpoint.url} has {saved} moments, but the recipe's optimizer.moments is {ours}: set {saved}"
+            )
 
-    def _restore(self, checkpoint: Path) -> None:
-        saved = self.engine.load(checkpoint, self.average.averages)
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        saved = self.engine.load(checkpoint.data, self.average.averages)
         self.state, self.average.n_updates = TrainState(**saved["train_state"]), saved["n_averaged"]
         if self.plateau and saved["plateau"]:
             self.plateau.load_state_dict(saved["plateau"])
         if self.ranks.is_main:
-            log.info("resumed from %s", checkpoint)
+            log.info("resumed from %s", checkpoint.url)
 
     # ---- tracking --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +297,8 @@ class _Trainer:
         checkpoints = self.checkpoints.committed()
         return {
             "folder": str(self.folder), "updates": state.update, "resumed_at": resumed_at, "skipped_updates": state.n_skipped,
-            "seconds": round(state.seconds, 1), "checkpoint": str(checkpoints[-1]) if checkpoints else None,
+            "seconds": round(state.seconds, 1),
+            "checkpoint": storage.join(self.checkpoints.url, checkpoints[-1]) if checkpoints else None,
             **self.last_validation,
             "data_wait_seconds": round(self.stream.wait_seconds, 2), "n_parameters": self.n_parameters,
         }  # fmt: skip

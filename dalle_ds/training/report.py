@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dalle_ds.console import progress
+from dalle_ds.data import storage
 from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
 from dalle_ds.sampling.export import Export, load_export
@@ -124,7 +125,8 @@ def tracker_of(export: Export, out: Path) -> NullTracker:
     uri, run_id = (run["uri"], run["run_id"]) if run else (None, None)
     if run and run_id is None and export.info.get("checkpoint"):
         # the store had not answered yet when the checkpoint was saved: the id is beside the checkpoints by now
-        known = read_run(Path(export.info["checkpoint"]).parents[1])
+        checkpoint = export.info["checkpoint"]
+        known = None if storage.is_s3(checkpoint) else read_run(Path(checkpoint).parents[1])
         uri, run_id = (known.uri, known.run_id) if known else (uri, None)
     if uri is None or run_id is None:
         log.info("export %s names no MLflow run: nothing is tracked", export.url)

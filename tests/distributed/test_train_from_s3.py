@@ -28,10 +28,10 @@ def test_training_waits_for_a_lost_store_and_goes_on(s3: S3, tmp_path: Path) -> 
         "--json",
     ]
     with launching.started(command, tmp_path) as process:
-        launching.wait_for(lambda: list(folder.glob("checkpoints/update_*")), "first checkpoint", process=process)
+        launching.wait_for(lambda: list(folder.glob("checkpoints/update_*/checkpoint.json")), "first checkpoint", process=process)
         s3.server.kill()
         time.sleep(15)  # long enough for the blocks at hand to be used up
-        trained_alone = len(list(folder.glob("checkpoints/update_*")))
+        trained_alone = len(list(folder.glob("checkpoints/update_*/checkpoint.json")))
         s3.server.start()
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-4000:]

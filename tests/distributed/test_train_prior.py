@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from dalle_ds.data import storage
 from dalle_ds.sampling.export import load_export
 from dalle_ds.training.export import export_checkpoint
 from tests import launching
+from tests.conftest import S3
 from tests.data.token_sets import make_token_set
 
 pytestmark = pytest.mark.launch
@@ -86,14 +88,22 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     assert 0 < collectives < 1
 
 
-def test_killed_run_ends_as_the_uninterrupted_one(uninterrupted: dict[str, Any], home: Path, env: dict[str, str]) -> None:
-    command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *settings("killed")]
+@pytest.mark.s3
+def test_killed_run_ends_as_the_uninterrupted_one(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str], s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints on object storage, and nothing else left: another machine goes on."""
+    place = f"{s3.url}/killed"
+    there = settings("killed", f"checkpoint.folder={place}")
+    command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *there]
     with launching.started(command, home, env) as process:
-        first = home / "killed" / "checkpoints" / "update_00000003"
-        launching.wait_for(first.exists, "first checkpoint", process=process)
+        first = f"{place}/update_00000003/checkpoint.json"
+        launching.wait_for(lambda: storage.exists(first), "first checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
-    shutil.copytree(home / "killed", home / "fewer")
-    resumed = train(home, env, "killed")
+    shutil.rmtree(home / "killed")
+    for url in storage.list_files(place):
+        storage.write_bytes(home / "fewer" / "checkpoints" / url.removeprefix(f"{place}/"), storage.read_bytes(url))
+    resumed = train(home, env, "killed", f"checkpoint.folder={place}")
     assert resumed["resumed_at"] in (3, 6)
     for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
         assert resumed[key] == uninterrupted[key], key
@@ -101,8 +111,11 @@ def test_killed_run_ends_as_the_uninterrupted_one(uninterrupted: dict[str, Any],
     assert fewer["resumed_at"] in (3, 6)
     for key in ("held_out_image_loss", "held_out_text_loss"):
         assert fewer[key] == pytest.approx(uninterrupted[key], rel=1e-4), key
-    again = train(home, env, "killed", n_ranks=1)  # nothing to resume, so any number will do
+    again = train(home, env, "fewer", n_ranks=2)  # nothing to resume, so any number will do
     assert again["resumed_at"] == again["updates"] == 8, "a finished run is not repeated"
+    monkeypatch.chdir(home)
+    for run in ("killed", place):  # by the merged recipe in the run's folder, and by the place itself
+        assert export_checkpoint(run, home / "export_s3")["update"] == 8
 
 
 def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +183,7 @@ def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict
         launching.wait_for((folder / "recipe.yaml").exists, "start of training", process=process)
         # the launcher itself does not pass the signal on: its ranks must notice that it is gone
         process.terminate()
-        launching.wait_for(lambda: list(folder.glob("checkpoints/update_*")), "saved state")
+        launching.wait_for(lambda: list(folder.glob("checkpoints/update_*/checkpoint.json")), "saved state")
         launching.wait_for(lambda: not launching.ranks_of(process.pid), "end of the ranks", timeout=60)
     saved = json.loads(next(folder.glob("checkpoints/update_*/checkpoint.json")).read_text())["update"]
     assert 0 < saved < 800

@@ -1,16 +1,20 @@
 """Checkpoint folders: nothing half-written is taken for whole, a damaged one gives way to the one before."""
 
+import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dalle_ds.data import storage
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.training.checkpoint import COMMIT_FILE, CheckpointStore, read_commit
+from dalle_ds.training.checkpoint import COMMIT_FILE, Checkpoint, CheckpointStore
+from tests.conftest import S3
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -21,22 +25,32 @@ def write(folder: Path, text: str = "state") -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+def store(any_root: str) -> CheckpointStore:
+    return CheckpointStore(storage.join(any_root, "checkpoints"), keep=2)
+
+
+def text_of(checkpoint: Checkpoint) -> str:
+    return storage.read_bytes(storage.join(checkpoint.data, "a.bin")).decode()
 
 
 def test_saved_is_found_with_what_was_said_of_it(store: CheckpointStore) -> None:
-    path = store.save(7, write, {"model": "m"}, ALONE)
-    found, commit = store.newest(ALONE)
-    assert found == path
-    assert (commit["update"], commit["about"], commit["world_size"]) == (7, {"model": "m"}, 1)
-    assert set(commit["files"]) == {"a.bin", "b.bin"}
+    store.save(7, write, {"model": "m"}, ALONE)
+    found = store.newest(ALONE)
+    assert (found.name, text_of(found)) == ("update_00000007", "state")
+    commit = json.loads(storage.read_bytes(storage.join(found.url, COMMIT_FILE)))
+    assert commit == found.commit and commit["about"] == {"model": "m"}
+    assert (commit["update"], commit["world_size"]) == (7, 1)
+    assert sorted(name.partition("/")[2] for name in commit["files"]) == ["a.bin", "b.bin"]
+    assert store.find("update_00000007") == store.find(None) == found
+    with pytest.raises(DataError, match="no checkpoint 'update_8'; there are update_00000007"):
+        store.find("update_8")
 
 
 def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
     for update in (1, 2, 10, 30):
         store.save(update, write, {}, ALONE)
-    assert [path.name for path in store.committed()] == ["update_00000010", "update_00000030"]
+    assert store.committed() == ["update_00000010", "update_00000030"]
+    assert {url.split("/")[-3] for url in storage.list_files(store.url, "a.bin")} == set(store.committed())
 
 
 def test_killed_while_writing_leaves_the_one_before(store: CheckpointStore) -> None:
@@ -48,32 +62,39 @@ def test_killed_while_writing_leaves_the_one_before(store: CheckpointStore) -> N
 
     with pytest.raises(KeyboardInterrupt):
         store.save(2, dies, {}, ALONE)
-    assert read_commit(store.newest(ALONE)[0])["update"] == 1
-    store.save(3, write, {}, ALONE)  # and what it left behind is in nobody's way
-    assert set(read_commit(store.newest(ALONE)[0])["files"]) == {"a.bin", "b.bin"}
+    assert store.newest(ALONE).commit["update"] == 1
+
+
+def test_killed_before_the_commit_leaves_the_one_before(store: CheckpointStore) -> None:
+    store.save(1, write, {}, ALONE)
+    store.begin(2, write, {}, ALONE)
+    killed = CheckpointStore(store.url, keep=2)  # the process that comes after
+    assert killed.committed() == ["update_00000001"]
+    assert len(storage.list_files(store.url, "a.bin")) == 2
+    killed.save(3, write, {}, ALONE)
+    assert killed.committed() == ["update_00000001", "update_00000003"]
+    assert len(storage.list_files(store.url, "a.bin")) == 2, "what was left behind is swept away"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "commit"])
 def test_damaged_newest_falls_back_loudly(store: CheckpointStore, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    store.save(1, write, {}, ALONE)
-    newest = store.save(2, write, {}, ALONE)
-    victim = newest / "a.bin"
-    if damage == "flip":
-        victim.write_text("stAte")
-    elif damage == "truncate":
-        victim.write_text("sta")
-    elif damage == "delete":
-        victim.unlink()
+    for update in (1, 2):
+        store.save(update, write, {}, ALONE)
+    newest = store.newest(ALONE)
+    victim = storage.join(newest.data, "a.bin")
+    if damage == "delete":
+        storage.delete(victim)
+    elif damage == "commit":
+        storage.write_bytes(storage.join(newest.url, COMMIT_FILE), b"{")
     else:
-        (newest / COMMIT_FILE).write_text("{")
-    found, commit = store.newest(ALONE)
-    assert commit["update"] == 1
+        storage.write_bytes(victim, b"stAte" if damage == "flip" else b"sta")
+    assert store.newest(ALONE).commit["update"] == 1
     assert "DAMAGED" in caplog.text and newest.name in caplog.text
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(store: CheckpointStore) -> None:
-    path = store.save(1, write, {}, ALONE)
-    (path / "a.bin").unlink()
+    store.save(1, write, {}, ALONE)
+    storage.delete(storage.join(store.newest(ALONE).data, "a.bin"))
     with pytest.raises(DataError, match="all 1 checkpoints .* are damaged"):
         store.newest(ALONE)
 
@@ -85,19 +106,69 @@ def test_nothing_there_is_a_fresh_start(store: CheckpointStore) -> None:
 def test_same_update_saved_again_replaces(store: CheckpointStore) -> None:
     store.save(5, write, {}, ALONE)
     store.save(5, lambda folder: write(folder, "other"), {}, ALONE)
-    assert (store.newest(ALONE)[0] / "a.bin").read_text() == "other"
+    assert text_of(store.newest(ALONE)) == "other"
+    store.save(6, write, {}, ALONE)
+    assert len(storage.list_files(store.url, "a.bin")) == 2, "the first attempt is gone"
 
 
-def test_no_room_is_said_before_training(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_format_is_still_read(tmp_path: Path) -> None:
+    folder = tmp_path / "update_00000003"
+    folder.mkdir()
+    write(folder)
+    files = {"a.bin": {"bytes": 5, "sha256": hashlib.sha256(b"state").hexdigest()}}
+    (folder / COMMIT_FILE).write_text(json.dumps({"update": 3, "world_size": 1, "about": {}, "files": files}))
+    store = CheckpointStore(tmp_path, keep=2)
+    assert text_of(store.newest(ALONE)) == "state"
+    store.save(4, write, {}, ALONE)
+    assert (folder / "a.bin").exists(), "no leftover of a save"
+
+
+def test_writing_in_the_background(store: CheckpointStore) -> None:
+    may_write = threading.Event()
+
+    def slowly(folder: Path) -> None:
+        assert may_write.wait(20)
+        write(folder)
+
+    store.begin(1, slowly, {}, ALONE, background=True)
+    assert store.is_open and store.is_writing and store.committed() == []
+    may_write.set()
+    store.finish(ALONE)
+    assert not store.is_open and store.committed() == ["update_00000001"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_could_not_be_written_is_said(store: CheckpointStore, background: bool) -> None:
+    store.save(1, write, {}, ALONE)
+
+    def fails(folder: Path) -> None:
+        write(folder)
+        raise OSError(28, "No space left on device")
+
+    store.begin(2, fails, {}, ALONE, background)
+    with pytest.raises(UserError, match="checkpoint of update 2 could not be written .*rank 0: OSError.*No space left"):
+        store.finish(ALONE)
+    assert store.committed() == ["update_00000001"]
+    store.save(3, write, {}, ALONE)
+
+
+def test_no_room_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
     store.require_room(1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    with pytest.raises(UserError, match=r"1.00 GiB free, 44\.\d+ GiB needed"):
-        store.require_room(10**9)
-    store.require_room(2 * 10**7)
-    with pytest.raises(UserError, match=r"1.00 GiB free, 1\.\d+ GiB needed"):
-        store.require_room(2 * 10**7, more_bytes=8)
+    with pytest.raises(UserError, match=r"1.00 GiB free, 3.00 GiB needed \(1.00 GiB each"):
+        store.require_room(2**30)
+    store.require_room(2**28)
 
 
-def test_commit_file_is_json_for_other_tools(store: CheckpointStore) -> None:
-    path = store.save(1, write, {"dvae": "f"}, ALONE)
-    assert json.loads((path / COMMIT_FILE).read_text())["files"]["a.bin"]["bytes"] == 5
+@pytest.mark.s3
+def test_place_that_takes_no_writes_is_said_before_training(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CheckpointStore(f"{s3.url}/run", keep=2).require_room(1)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match="checkpoints cannot be written to s3://.*AWS_SECRET_ACCESS_KEY"):
+        CheckpointStore(f"{s3.url}/run", keep=2).require_room(1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="checkpoints cannot be written to .*/file/run"):
+        CheckpointStore(tmp_path / "file" / "run", keep=2).require_room(1)

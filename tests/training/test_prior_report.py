@@ -37,7 +37,8 @@ def test_warnings_and_metrics_of_an_update(event: dict[str, Any], told: str | No
     stream = SimpleNamespace(wait_seconds=0.0, steps_per_epoch=5, n_truncated=0)
     tracker = SimpleNamespace(metrics=lambda values, update: seen.update(values))
     report = RunReport(load_recipe(PriorRun, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=10), tracker)
-    quiet = {"took_step": True, "grad_norm": 1.0, "nonfinite_blocks": (), "loss_scale": None, "stop_requested": False}
+    quiet = {"took_step": True, "grad_norm": 1.0, "nonfinite_blocks": (), "loss_scale": None, "stop_requested": False,
+             "saves_under_way": 0}  # fmt: skip
     with caplog.at_level(logging.WARNING):
         report.updated(UpdateReport(text_loss=2.0, image_loss=3.0, **{**quiet, **event}), lr=0.1)
     messages = [record.getMessage() for record in caplog.records]
