@@ -148,13 +148,14 @@ def diverged(home: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The run goes on with a weight in its last block that fp16 can't hold."""
     newest = checkpoints(home)[-1]
     key = "weights/layers.1.mlp.branch.expand.weight"
-    for file in newest.glob("state-*.safetensors"):
+    commit = json.loads((newest / "checkpoint.json").read_text())
+    for file in (newest / commit["attempt"]).glob("state-*.safetensors"):
         with safe_open(file, "pt") as opened:
             metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         tensors[key][:] = 1e6
         save_file(tensors, file, metadata)
-        commit = json.loads((newest / "checkpoint.json").read_text())
-        commit["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        digest = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        commit["files"][f"{commit['attempt']}/{file.name}"] = digest
         (newest / "checkpoint.json").write_text(json.dumps(commit))
     update = int(newest.name.removeprefix("update_")) + 3
     done = launching.run(command("failure.nonfinite_losses=3"), home, env(home))
