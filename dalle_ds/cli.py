@@ -28,23 +28,23 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 
 @app.command("train-dvae")
 def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = False) -> None:
-    """Train the discrete VAE, or go on with it where its folder has a checkpoint.
+    """Train the discrete VAE, or go on with it where its folder has a checkpoint; alone, or on the ranks that a launcher starts.
 
     \b
     Examples:
       dalle-ds train-dvae --recipe launchers/recipes/tiny_dvae.yaml
       dalle-ds train-dvae --recipe launchers/recipes/tiny_dvae.yaml --set updates=500 --set folder=/data/dvae --json
+      deepspeed --hostfile hosts --no_local_rank --module dalle_ds.cli train-dvae --recipe launchers/recipes/dvae.yaml
+      torchrun --nproc_per_node 8 -m dalle_ds.cli train-dvae --recipe launchers/recipes/dvae.yaml
     """
-    from dalle_ds.recipes import load_recipe
-    from dalle_ds.training.dvae_trainer import DVAERun
-    from dalle_ds.training.dvae_trainer import train_dvae as run
+    from dalle_ds.training.dvae_command import main as run
 
-    print_summary(run(load_recipe(DVAERun, recipe, overrides or ())), json)
+    run(recipe, overrides or (), json)
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Option(help="Folder of a prior's training run.")],
+    run: Annotated[str, typer.Option(help="Folder of a prior's training run, or the s3:// url of its checkpoints.")],
     out: Annotated[str, typer.Option(help="Folder for the export: a path or s3:// url.")],
     tag: Annotated[str | None, typer.Option(help="Checkpoint to take, e.g. update_00000500; unset: the newest.")] = None,
     averaged: Annotated[bool, typer.Option(help="Take the averaged weights, or the last ones.")] = True,
