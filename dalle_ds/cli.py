@@ -65,7 +65,7 @@ def export(
     print_summary(export_checkpoint(run, out, tag=tag, averaged=averaged, max_file_bytes=max_file_bytes), json)
 
 
-@app.command()
+@app.command("import-openai")
 def import_openai(
     encoder: Annotated[str, typer.Option(help="OpenAI's encoder.pkl; a path or s3:// url.")],
     decoder: Annotated[str, typer.Option(help="OpenAI's decoder.pkl.")],
@@ -77,7 +77,8 @@ def import_openai(
 
     \b
     Examples:
-      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl --out s3://bucket/dvae.safetensors
+      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl
+      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl --out s3://bucket/dvae.safetensors --json
     """
     from dalle_ds.training.openai_dvae import import_openai as take
 

@@ -11,7 +11,7 @@ import pytest
 from dalle_ds import cli
 from tests.sampling.exports import make_export
 
-VERBS = ("train-dvae", "export", "sample", "evaluate", "plan", "doctor", "replay")
+VERBS = ("train-dvae", "export", "import-openai", "sample", "evaluate", "plan", "doctor", "replay")
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_doctor(tmp_path, dalle_ds):
     (("plan", "--mfu", "1.5"), "mfu = 1.5"),
     (("replay", "nowhere"), "no run was tracked"),
     (("train-dvae", "--recipe", "nowhere.yaml"), "nowhere.yaml cannot be read"),
-    (("export", "--run", "nowhere", "--out", "out"), "nowhere has no committed checkpoint"),
+    (("export", "--run", "nowhere", "--out", "out"), "nowhere/checkpoints has no committed checkpoint"),
 ])  # fmt: skip
 def test_mistakes_get_a_message_and_exit_code_2(arguments, message, tmp_path, dalle_ds, monkeypatch):
     monkeypatch.chdir(tmp_path)

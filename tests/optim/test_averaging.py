@@ -22,6 +22,18 @@ def test_plain_average_follows_the_formula() -> None:
     torch.testing.assert_close(average.averages["w"], torch.full((2,), expected))
 
 
+def test_background_gives_the_same_bits_of_the_weights_at_the_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    moving = {"w": torch.randn(100_000, generator=generator)}
+    sides = [WeightAverage(moving, AverageConfig(decay=0.9), "cpu", background=background) for background in (False, True)]
+    for _ in range(20):
+        moving["w"].normal_(generator=generator)
+        for average in sides:
+            average.update(moving)
+        moving["w"].zero_()  # training goes on
+    assert torch.equal(sides[0].averages["w"], sides[1].averages["w"])
+
+
 def test_warm_start_forgets_the_initial_weights() -> None:
     plain, warm = (WeightAverage(weights(100.0), AverageConfig(start=start)) for start in ("plain", "warm"))
     for _ in range(50):
