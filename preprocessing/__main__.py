@@ -45,6 +45,17 @@ def ingest(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption
 
 
 @app.command()
+def duplicates(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Leave out pictures of raw shards that look like an earlier one, or like one of an evaluation set.
+
+    \b
+    python -m preprocessing duplicates --set duplicates.raw=runs/photos/raw
+    python -m preprocessing duplicates --set duplicates.raw=s3://b/raw --set 'duplicates.against=[s3://b/coco-validation]'
+    """
+    _run("duplicates", recipe, set_, json)
+
+
+@app.command()
 def tokenizer(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
     """Train the BPE tokenizer on the captions of the train split.
 

@@ -15,7 +15,7 @@ from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url
-from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard, split_of
+from dalle_ds.data.raw import LISTED_REASONS, RawSample, RawShard, read_raw_shard, split_of
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import read_weights
@@ -138,8 +138,9 @@ def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if not n_input:
         raise DataError(f"{shard.url}: no samples in it")
-    if len(dropped) / n_input > max_failure_rate:
-        raise DataError(f"{shard.url}: {len(dropped)} of {n_input} samples failed ({told}); `encode.max_failure_rate` is "
+    n_failed = sum(count for reason, count in reasons.items() if reason not in LISTED_REASONS)
+    if n_failed / n_input > max_failure_rate:
+        raise DataError(f"{shard.url}: {n_failed} of {n_input} samples failed ({told}); `encode.max_failure_rate` is "
                         f"{max_failure_rate}")
     if "damaged shard" in reasons and max_failure_rate < 1:
         raise DataError(f"{shard.url}: the tar is damaged after {n_input - 1} samples, so an unknown number is lost; "

@@ -4,17 +4,19 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from dalle_ds.data import storage
-from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
+from dalle_ds.data.manifest import RawShardManifest, Record, load_shard_manifests, parse
 from dalle_ds.errors import DataError
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
 MAX_TEXT_BYTES: Final = 4 * 2**20  # of a .txt or .json member
+DROP_LISTS: Final = "duplicates.json"
+LISTED_REASONS: Final = ("near duplicate", "in evaluation set")  # of drop lists: no failures
 MAX_KEY_CHARACTERS: Final = 200
 MAX_LIST_BYTES: Final = 8 * 2**30
 
@@ -40,13 +42,24 @@ class Dropped:
 
 @dataclass(frozen=True)
 class RawShard:
-    """One tar to read: `checksum` and `n_samples` are known where a manifest tells them."""
+    """One tar to read: `checksum` and `n_samples` are known where a manifest tells them.
+
+    The checksum is the tar's SHA-256, with "+" and its drop list's mark where it has one: another list, another input.
+    """
 
     name: str
     url: str
     bytes: int
     checksum: str | None = None
     n_samples: int | None = None
+    drop_list: str | None = None  # url of JSON lines {"key", "reason"}: samples to leave out
+
+
+class DropLists(Record):
+    """duplicates.json under a root of raw shards: which samples `preprocessing duplicates` leaves out."""
+
+    max_distance: int
+    lists: dict[str, str]  # shard -> path below the root; the path holds a hash of the list
 
 
 def split_of(group: str, validation_fraction: float) -> str:
@@ -63,7 +76,8 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
     """
     manifests = load_shard_manifests(root_url, RawShardManifest)
     if manifests:
-        return [RawShard(m.shard, storage.join(root_url, m.path), m.bytes, m.checksum, m.n_samples) for m in manifests]
+        shards = [RawShard(m.shard, storage.join(root_url, m.path), m.bytes, m.checksum, m.n_samples) for m in manifests]
+        return _with_drop_lists(root_url, shards)
     tars = storage.list_sizes(root_url, ".tar")
     if not tars:
         raise DataError(f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
@@ -81,7 +95,10 @@ def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:
     try:
         with storage.local_copy(shard.url) as file:
             _check_identity(shard, file)
-            yield from _read_tar(file, shard.name)
+            dropped = _read_drop_list(shard.drop_list) if shard.drop_list else {}
+            for sample in _read_tar(file, shard.name):
+                reason = dropped.get(sample.key)
+                yield Dropped(sample.key, reason) if reason else sample
     except FileNotFoundError:
         raise DataError(f"{shard.url}: the shard is gone") from None
 
@@ -112,6 +129,32 @@ def load_pictures(root_url: str | Path, split: str, validation_fraction: float) 
     return samples
 
 
+def without_drop_list(shard: RawShard) -> RawShard:
+    """The shard with all its samples."""
+    return replace(shard, drop_list=None, checksum=shard.checksum.partition("+")[0] if shard.checksum else None)
+
+
+def _with_drop_lists(root_url: str | Path, shards: list[RawShard]) -> list[RawShard]:
+    url = storage.join(root_url, DROP_LISTS)
+    try:
+        lists = parse(DropLists, storage.read_bytes(url), url).lists
+    except FileNotFoundError:
+        return shards
+    return [replace(shard, drop_list=storage.join(root_url, lists[shard.name]),
+                    checksum=f"{shard.checksum}+{lists[shard.name].rpartition('-')[2].removesuffix('.jsonl')}")
+            if shard.name in lists else shard for shard in shards]
+
+
+def _read_drop_list(url: str) -> dict[str, str]:
+    try:
+        records = [json.loads(line) for line in storage.read_bytes(url).decode().splitlines()]
+        return {record["key"]: record["reason"] for record in records}
+    except FileNotFoundError:
+        raise DataError(f"{url}: the drop list is gone; `python -m preprocessing duplicates` writes it again") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{url}: the drop list is damaged; `python -m preprocessing duplicates` writes it again") from None
+
+
 def _shard_name(root_url: str | Path, url: str) -> str:
     # Sub-folders become part of the name, so that a/0.tar and b/0.tar stay two shards.
     return url.removeprefix(str(root_url)).strip("/").removesuffix(".tar").replace("/", "_")
@@ -124,8 +167,9 @@ def _check_identity(shard: RawShard, file: Path) -> None:
     if shard.checksum is not None:
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest != shard.checksum:
-            raise DataError(f"{shard.url}: SHA-256 {digest}, its manifest says {shard.checksum}; the shard is damaged")
+        expected = shard.checksum.partition("+")[0]
+        if digest != expected:
+            raise DataError(f"{shard.url}: SHA-256 {digest}, its manifest says {expected}; the shard is damaged")
 
 
 def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
