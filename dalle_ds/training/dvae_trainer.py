@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +15,8 @@ import torch
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data.fingerprint import fingerprint, require_same
-from dalle_ds.data.raw import list_raw_shards
-from dalle_ds.data.weights import read_weights, write_weights
+from dalle_ds.data.fingerprint import require_same
+from dalle_ds.data.weights import write_weights
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import log_density
@@ -30,6 +27,17 @@ from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.watch import RankWatch
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.dvae_config import DVAERun
+from dalle_ds.training.dvae_folder import (
+    CHECKPOINT_FILE,
+    RECONSTRUCTIONS_FILE,
+    REPORT_FILE,
+    WEIGHTS_FILE,
+    finished_report,
+    identity_of,
+    require_room,
+    shards_digest,
+    write_aside,
+)
 from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae_report import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
@@ -39,14 +47,6 @@ from dalle_ds.training.tracking import NullTracker, Tracker
 __all__ = ["DVAERun", "train_dvae"]
 
 log = logging.getLogger(__name__)
-
-WEIGHTS_FILE = "dvae.safetensors"
-REPORT_FILE = "dvae_report.json"
-CHECKPOINT_FILE = "checkpoint.pt"
-RECONSTRUCTIONS_FILE = "reconstructions.png"
-
-# What may differ between a run and its restart without making it another run.
-_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "workers", "device", "failure"}
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 """This process without others; the recipe says on which device."""
@@ -70,8 +70,8 @@ def train_dvae(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
         RankWatch(ranks, run.failure.collective_timeout) as watch,
         RunLock(folder) if ranks.is_main else nullcontext(),
     ):
-        identity = _identity(run)
-        finished = ranks.from_main(_finished(folder, identity) if ranks.is_main else None)
+        identity = identity_of(run)
+        finished = ranks.from_main(finished_report(folder, identity) if ranks.is_main else None)
         if finished is not None:
             log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
             return finished
@@ -96,7 +96,7 @@ class _Trainer:
         # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
         self.model = DVAE(run.model).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
-        _require_room(self.folder, sum(p.numel() for p in self.parameters))
+        require_room(self.folder, sum(p.numel() for p in self.parameters))
         settings = run.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=run.schedules.lr.start, betas=(settings.beta1, settings.beta2), eps=settings.eps,
@@ -166,7 +166,7 @@ class _Trainer:
             tags={**code_tags(), "stage": "dvae", "run_fingerprint": self.identity},
             params={**flatten(run.model_dump(mode="json")), "world_size": self.ranks.world_size},
         )  # fmt: skip
-        self.tracker.input_dataset("raw", run.data.raw, _shards_digest(run))
+        self.tracker.input_dataset("raw", run.data.raw, shards_digest(run))
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
@@ -295,7 +295,7 @@ class _Trainer:
             "grid": model.grid, **asdict(numbers), "updates": self.update, "seconds": round(self.seconds, 1),
             "parameters": sum(p.numel() for p in self.parameters), "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }  # fmt: skip
-        _write_aside(self.folder / REPORT_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+        write_aside(self.folder / REPORT_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
         self.tracker.tags({"dvae": mark})
         for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE, "recipe.yaml"):
             self.tracker.artifact(self.folder / name)
@@ -311,7 +311,7 @@ class _Trainer:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        _write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
+        write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT_FILE
@@ -357,51 +357,3 @@ def _device(run: DVAERun, ranks: Ranks) -> torch.device:
     if run.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"precision is fp16, which needs a CUDA device (here: {device}); take precision=bf16 or fp32")
     return device
-
-
-def _identity(run: DVAERun) -> str:
-    settings = run.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    settings["data"] = {**settings["data"], "raw": _shards_digest(run)}  # the same pictures in another place are the same
-    return fingerprint({"stage": "dvae", **settings})
-
-
-def _shards_digest(run: DVAERun) -> str:
-    shards = list_raw_shards(run.data.raw)
-    return fingerprint({"shards": [[shard.name, shard.bytes, shard.checksum] for shard in shards]})
-
-
-def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The report of a finished run in this folder; None where there is none."""
-    path = folder / REPORT_FILE
-    if not path.exists():
-        return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        found, mark = report["run"], report["dvae"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged; move it away to train again") from None
-    require_same(f"finished run {path}", identity, found,
-                 "It is of another recipe or other pictures: choose another folder, or move it away.")  # fmt: skip
-    if not (folder / WEIGHTS_FILE).exists():
-        return None  # the last checkpoint is complete: the weights are written again from it
-    require_same(f"weights {folder / WEIGHTS_FILE}", mark, read_weights(folder / WEIGHTS_FILE, "dvae").fingerprint)
-    return report
-
-
-def _require_room(folder: Path, n_parameters: int) -> None:
-    # fp32 weights, two moments and the average, twice: a checkpoint is written beside the one before; and the weights file
-    needed, free = n_parameters * (2 * 16 + 4), shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"no room in {folder}: {free / 2**20:.1f} MiB free, {needed / 2**20:.1f} MiB needed for checkpoints")
-
-
-def _write_aside(path: Path, write: Any) -> None:
-    """Write under another name, bring it to the disk, then put it in place: a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".incoming")
-    try:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    aside.replace(path)

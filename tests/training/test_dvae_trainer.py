@@ -25,7 +25,7 @@ from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.optim.schedules import HalfCosine
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import dump_recipe, load_recipe
-from dalle_ds.training import dvae_trainer
+from dalle_ds.training import dvae_folder, dvae_trainer
 from dalle_ds.training.dvae_config import DVAERun
 from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae_trainer import ALONE, _Trainer, train_dvae
@@ -300,7 +300,7 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dvae_trainer.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
+    monkeypatch.setattr(dvae_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
     with pytest.raises(UserError, match=r"no room in .*: 0\.1 MiB free, \d\.\d MiB needed"):
         train_dvae(dvae_run(raw, tmp_path / "run"))
 
