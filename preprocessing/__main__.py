@@ -3,6 +3,7 @@
 import importlib
 import signal
 import sys
+from enum import StrEnum
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -10,6 +11,12 @@ import typer
 
 from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
 from dalle_ds.recipes import load_recipe
+
+
+class Engine(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
+
 
 app = typer.Typer(
     help="From raw pictures with captions to token shards. Every verb can be killed and started again.",
@@ -19,6 +26,7 @@ app = typer.Typer(
 
 RecipeOption = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="YAML file with the verb's section.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value; may be repeated.")]
+EngineOption = Annotated[Engine | None, typer.Option("--engine", help="Processes of this machine, or actors of a Ray cluster.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The summary as one JSON object on the last line of stdout.")]
 
 
@@ -34,14 +42,15 @@ def fetch(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption 
 
 
 @app.command()
-def ingest(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+def ingest(recipe: RecipeOption = None, set_: SetOption = None, engine: EngineOption = None,
+           json: JsonOption = False) -> None:
     """Turn a folder of pictures with captions into raw shards.
 
     \b
     python -m preprocessing ingest --recipe launchers/recipes/tiny_ingest.yaml
     python -m preprocessing ingest --set ingest.pictures=/data/photos --set ingest.out=s3://bucket/raw --json
     """
-    _run("ingest", recipe, set_, json)
+    _run("ingest", recipe, [*(set_ or ()), *([f"ingest.engine={engine}"] if engine else ())], json)
 
 
 @app.command()
@@ -67,14 +76,27 @@ def tokenizer(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOpt
 
 
 @app.command()
-def encode(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+def encode(recipe: RecipeOption = None, set_: SetOption = None, engine: EngineOption = None,
+           json: JsonOption = False) -> None:
     """Encode raw shards with the dVAE into a token data set.
 
     \b
     python -m preprocessing encode --recipe launchers/recipes/tiny_encode.yaml
     python -m preprocessing encode --recipe launchers/recipes/tiny_encode.yaml --set encode.out=s3://bucket/tokens
+    RAY_ADDRESS=head:6379 python -m preprocessing encode --recipe encode.yaml --engine ray
     """
-    _run("encode", recipe, set_, json)
+    _run("encode", recipe, [*(set_ or ()), *([f"encode.engine={engine}"] if engine else ())], json)
+
+
+@app.command()
+def status(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
+    """How far an ingest or encode is: shards done, open and failed, with the reasons; rate and time left.
+
+    \b
+    python -m preprocessing status --set status.root=s3://bucket/tokens
+    python -m preprocessing status --set status.root=runs/demo/raw --json
+    """
+    _run("status", recipe, set_, json)
 
 
 @app.command()

@@ -29,8 +29,10 @@ from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.recipes import Config
 from preprocessing.encode_shard import EncodeJob, code_usage
+from preprocessing.journal import Journal
 from preprocessing.outcome import Outcome
-from preprocessing.pool import n_cores, run_shards
+from preprocessing.pool import Engine, n_cores, run_shards
+from preprocessing.ray_engine import n_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class EncodeConfig(Config):
     validation_fraction: float = Field(0.05, ge=0, lt=1)  # of the groups; the paper holds out 606 thousand of 250 million
     max_failure_rate: float = Field(0.1, ge=0, le=1)  # a shard with more failed samples stays open
     min_codes_used: float = Field(0.25, ge=0, le=1)  # share of the codebook that the dVAE used on its held-out pictures
-    workers: int | None = Field(None, ge=1)  # processes; not set: all cores, or one on a GPU
+    engine: Engine = "local"  # processes on this machine, or actors of a Ray cluster
+    workers: int | None = Field(None, ge=1)  # not set: all cores, or one on a GPU; with ray all CPUs or GPUs of the cluster
     machine: int = Field(0, ge=0)  # of several that encode into one output: each begins at another shard and goes on until all
     machines: int = Field(1, ge=1)  # are done
     batch_size: int = Field(64, ge=1)
@@ -78,11 +81,12 @@ def run(config: EncodeConfig) -> Outcome:
     _require_room(config.out, todo, info)
     if not todo:
         log.info("%s: all %d shards are encoded already; nothing to do", config.out, len(shards))
-    device = _device(config.device)
+    device = _device(config)
     job = EncodeJob(config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device)
-    n_workers = config.workers or (1 if device == "cuda" else n_cores())
+    n_workers = config.workers or _n_workers(config.engine, device)
     results, failures = run_shards(job, todo, n_workers=n_workers, name=lambda shard: shard.name, size=_samples, what="encode",
-                                   unit="picture")
+                                   unit="picture", journal=Journal(config.out, len(shards)), engine=config.engine,
+                                   gpus_each=int(device == "cuda"))
     made = [manifest for manifest in results if manifest is not None]
     manifests = load_shard_manifests(config.out, ShardManifest)
     _require_same_inputs(config, shards, manifests)
@@ -192,7 +196,15 @@ def _samples(shard: RawShard) -> int:
     return shard.n_samples if shard.n_samples is not None else max(1, shard.bytes * TYPICAL_SAMPLES_PER_MB // 2**20)
 
 
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DataError("encode.device is cuda, but torch sees no CUDA device; expected cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+def _device(config: EncodeConfig) -> str:
+    has_gpu = n_of("GPU") > 0 if config.engine == "ray" else torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        where = "the Ray cluster has no GPU" if config.engine == "ray" else "torch sees no CUDA device"
+        raise DataError(f"encode.device is cuda, but {where}; expected cpu or auto")
+    return ("cuda" if has_gpu else "cpu") if config.device == "auto" else config.device
+
+
+def _n_workers(engine: Engine, device: str) -> int:
+    if engine == "ray":
+        return max(1, n_of("GPU" if device == "cuda" else "CPU"))
+    return 1 if device == "cuda" else n_cores()

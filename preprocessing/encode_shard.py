@@ -90,6 +90,7 @@ def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: Caption
             dropped=dict(Counter(reason for _, reason in dropped)), dropped_samples=dropped,
             code_histogram=histogram.tolist(), caption_lengths=dict(sorted(lengths.items())),
             fingerprint=job.info.fingerprint, seconds=round(time.monotonic() - started, 3),
+            finished=time.time(),
         )
         return manifest if commit_shard(job.out, shard.name, files, manifest) else None
 

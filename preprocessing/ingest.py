@@ -25,10 +25,12 @@ from preprocessing.commit import commit_shard, new_attempt
 from preprocessing.filters import FILTER_RULES, FilterConfig, caption_filters, judge_caption, sample_judge
 from preprocessing.folder import Entry, read_folder
 from preprocessing.inputs import FolderPart, Part, list_parts, read_entry
+from preprocessing.journal import Journal
 from preprocessing.language import language_of
 from preprocessing.outcome import Outcome
 from preprocessing.parquet import Columns
-from preprocessing.pool import n_cores, run_shards
+from preprocessing.pool import Engine, n_cores, run_shards
+from preprocessing.ray_engine import n_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class IngestConfig(Config):
     out: str  # root of the raw shards
     samples_per_shard: int = Field(256, ge=1)  # of a folder of pictures; each tar or parquet file becomes one shard
     columns: Columns = Columns()  # of parquet files
-    workers: int | None = Field(None, ge=1)  # processes; all cores if not set
+    engine: Engine = "local"  # processes on this machine, or actors of a Ray cluster
+    workers: int | None = Field(None, ge=1)  # all cores if not set; with ray all CPUs of the cluster
     filters: FilterConfig = FilterConfig()
 
 
@@ -86,8 +89,10 @@ def run(config: IngestConfig) -> Outcome:
     if not todo:
         log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, mark)
-    _, failures = run_shards(job, todo, n_workers=config.workers or n_cores(), name=lambda plan: plan.name,
-                             size=lambda plan: plan.part.bytes // 1024, what="ingest", unit="KiB")
+    n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
+    _, failures = run_shards(job, todo, n_workers=n_workers, name=lambda plan: plan.name,
+                             size=lambda plan: plan.part.bytes // 1024, what="ingest", unit="KiB",
+                             journal=Journal(config.out, len(plans)), engine=config.engine)
     manifests = load_shard_manifests(config.out, RawShardManifest)
     dropped: Counter[str] = Counter()
     for manifest in manifests:
@@ -173,6 +178,7 @@ def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], s
             n_input=n_samples + len(dropped), n_samples=n_samples, dropped=dict(Counter(reason for _, reason in dropped)),
             dropped_path=dropped_path[0] if dropped_path else None, fingerprint=job.fingerprint,
             seconds=round(time.monotonic() - started, 3),
+            finished=time.time(),
         )
         commit_shard(job.out, plan.name, files, manifest)
     return manifest

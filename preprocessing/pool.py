@@ -1,4 +1,4 @@
-"""Shards over processes on this machine: spawned, restarted when one dies, gone when their parent is."""
+"""Shards over processes on this machine: spawned, restarted when one dies, gone when their parent is. Or over a Ray cluster."""
 
 import logging
 import multiprocessing
@@ -9,16 +9,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.connection import wait as wait_for_sentinel
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dalle_ds.console import progress, setup_logging
 from dalle_ds.errors import UserError
+from preprocessing.journal import Journal
+from preprocessing.ray_engine import settle_on_ray
 
 log = logging.getLogger(__name__)
 
-MAX_BROKEN_POOLS = 3
+MAX_BROKEN_POOLS = 3  # in a row, without a shard done between them
 MAX_FAILURES_IN_A_ROW = 10  # then it is the storage or the set-up, not the shards
 
+
+Engine = Literal["local", "ray"]
 
 
 class _GiveUp(Exception):
@@ -40,11 +44,14 @@ def n_cores() -> int:
 
 
 def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callable[[Any], str], size: Callable[[Any], int],
-               what: str, unit: str) -> tuple[list[Any], dict[str, str]]:
+               what: str, unit: str, journal: Journal | None = None, engine: Engine = "local",
+               gpus_each: int = 0) -> tuple[list[Any], dict[str, str]]:
     """Work on every shard, whatever happens to single ones.
 
     Args:
         name: of a shard, for messages. size: its samples (or other units), for the progress bar.
+        journal: where single failures are written down, for `status`.
+        engine: processes of this machine, or actors of a Ray cluster. gpus_each: of a Ray actor.
 
     Returns:
         (results in order of completion, {name of a failed shard: why}).
@@ -68,20 +75,35 @@ def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callabl
                 failures[name(shard)] = str(error)
                 log.error("shard %s stays open: %s", name(shard), error)
                 n_in_a_row += 1
+            if journal:
+                _note(journal, name(shard), failures.get(name(shard)))
             bar.update(size(shard))
             if n_in_a_row == MAX_FAILURES_IN_A_ROW:
                 raise _GiveUp
 
         try:
-            _settle_all(job, shards, n_workers, settle)
+            if engine == "ray":
+                settle_on_ray(job, shards, n_workers, gpus_each, name, settle)
+            else:
+                _settle_all(job, shards, n_workers, settle)
         except _GiveUp:
             log.error("%d shards in a row failed: the rest is not tried", MAX_FAILURES_IN_A_ROW)
             untried = f"not tried: {MAX_FAILURES_IN_A_ROW} shards in a row had failed"
             failures |= {name(shard): untried for shard in shards if name(shard) not in settled}
         except BrokenProcessPool:
-            died = f"worker processes died {MAX_BROKEN_POOLS} times; try fewer workers (memory?)"
+            died = f"worker processes died {MAX_BROKEN_POOLS} times in a row; try fewer workers (memory?)"
             failures |= {name(shard): died for shard in shards if name(shard) not in settled}
     return results, failures
+
+
+def _note(journal: Journal, shard: str, reason: str | None) -> None:
+    try:
+        if reason is None:
+            journal.succeeded(shard)
+        else:
+            journal.failed(shard, reason)
+    except (UserError, OSError) as error:  # a note is no work: storage that is out of reach shows at the next shard
+        log.error("cannot note what became of shard %s: %s", shard, error)
 
 
 Settle = Callable[[Any, Callable[[], Any]], None]
@@ -93,13 +115,16 @@ def _settle_all(job: Job, shards: Sequence[Any], n_workers: int, settle: Settle)
         for shard in shards:
             settle(shard, partial(work, shard))
         return
-    left = list(shards)
-    for _ in range(MAX_BROKEN_POOLS):
-        left = _one_pool(job, left, min(n_workers, len(left)), settle)
-        if not left:
-            return
-        log.warning("a worker process died (killed, or out of memory); %d shards are taken up again", len(left))
-    raise BrokenProcessPool
+    left, n_fruitless = list(shards), 0
+    while left:
+        n_before = len(left)
+        left = _one_pool(job, left, min(n_workers, n_before), settle)
+        n_fruitless = n_fruitless + 1 if len(left) == n_before else 0
+        if n_fruitless == MAX_BROKEN_POOLS:
+            raise BrokenProcessPool
+        if left:
+            log.warning("a worker process died (killed, or out of memory); %d shards are taken up again", len(left))
+            left = left[n_workers:] + left[:n_workers]  # one of the first may be what killed it: the others come before it
 
 
 def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Settle) -> list[Any]:

@@ -51,6 +51,7 @@ class RawShardManifest(Record):
     dropped_path: str | None = None  # JSON lines {"key", "reason"}, below the root
     fingerprint: str  # of the inputs and the filters
     seconds: float
+    finished: float | None = None  # seconds since 1970
 
 
 class Block(Record):
@@ -88,6 +89,7 @@ class ShardManifest(Record):
     caption_lengths: dict[int, int]  # of the train split: BPE tokens a caption -> captions
     fingerprint: str  # of the data set
     seconds: float
+    finished: float | None = None  # seconds since 1970
 
     @property
     def n_samples(self) -> int:

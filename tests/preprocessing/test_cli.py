@@ -14,7 +14,7 @@ from preprocessing import encode, ingest, tokenizer
 from preprocessing.__main__ import app
 from tests.pictures import draw_folder
 
-VERBS = ("fetch", "ingest", "tokenizer", "encode", "verify", "stats")
+VERBS = ("fetch", "ingest", "tokenizer", "encode", "status", "verify", "stats")
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 
 

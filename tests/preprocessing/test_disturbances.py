@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.conftest import S3
 from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
 
 Check = Callable[[str], bool]
+N_KILLS = 5
 
 
 def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[str]:
@@ -71,6 +73,25 @@ def test_a_killed_run_is_finished_by_the_next(world: World, tmp_path: Path, is_u
     assert not (tmp_path / "tokens" / "manifest.json").exists()
     assert problems(out) == 1  # only that the merged manifest is missing: what is committed is whole
     assert encode.run(world.config(out)).summary["shards_made_now"] == N_SHARDS - n_done
+    assert is_undisturbed(out)
+    assert problems(out) == 0
+
+
+def test_workers_of_two_runs_are_killed_at_random(world: World, tmp_path: Path, is_undisturbed: Check) -> None:
+    """Two whole commands on one output; whenever another shard is done, a worker of either is shot."""
+    out, draw = str(tmp_path / "tokens"), random.Random(0)
+    processes = [start_encode(world, out, workers=2) for _ in range(2)]
+    n_killed = n_seen = 0
+    while n_killed < N_KILLS:
+        wait_for_shards(out, n_seen + 1, lambda: any(process.poll() is None for process in processes))
+        n_seen = len(done_shards(out))
+        workers = [child for process in processes if process.poll() is None
+                   for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        if workers:
+            draw.choice(workers).kill()
+            n_killed += 1
+    for process in processes:
+        finish(process)
     assert is_undisturbed(out)
     assert problems(out) == 0
 
@@ -130,7 +151,7 @@ def test_the_server_is_killed_in_the_middle(world: World, s3: S3, is_undisturbed
 def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
         world: World, s3: S3, is_undisturbed: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     out = f"{s3.url}/tokens"
-    monkeypatch.setattr(pool, "progress", _killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
+    monkeypatch.setattr(pool, "progress", killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
     with pytest.raises(Exception, match=r"cannot .* s3://.*: tried for 0 s, last answer:"):
         encode.run(world.config(out))
@@ -144,8 +165,8 @@ def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
     assert problems(out) == 0
 
 
-def _killing_progress(kill: Callable[[], None], after: int) -> Callable[..., object]:
-    # The progress bar ticks after each shard: an exact place between two shards.
+def killing_progress(kill: Callable[[], None], after: int) -> Callable[..., object]:
+    """In the place of `pool.progress`. The bar ticks after each shard: an exact place between two shards."""
     class Bar:
         n = 0
 
