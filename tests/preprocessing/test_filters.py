@@ -29,7 +29,8 @@ CONFIG = FilterConfig(min_letters=3, min_side=16)
     ("\u4e24\u53ea\u718a\u732b\u5728\u5403\u7af9\u5b50", "other language"),
     ("\u0441\u0442\u0430\u0440\u044b\u0439 \u0434\u043e\u043c \u0443 \u0440\u0435\u043a\u0438 \u0437\u0438\u043c\u043e\u0439",
      "other language"),
-    ("roter B\u00e4r", None), ("le chat noir", None), ("\u718a", "short caption"),  # too short for a judgement on the language
+    ("roter B\u00e4r", None), ("le chat noir", None), ("Kaffee und Kuchen", None),  # too short for a judgement on the language
+    ("\u718a", "short caption"),
     ("Mona Lisa by Leonardo da Vinci", None), ("tacos al pastor with salsa verde", None), ("France - Ile de France", None),
     ("person climbing skin tone", None), ("sushi rolls on a plate", None), ("Germany - Berlin flag of city", None),
     ("ox cart", None), ("a red bear", None), ("copyright", None),

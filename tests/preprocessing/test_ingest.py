@@ -45,6 +45,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     found = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
     assert len(found) == 10
     assert found[3]["json"]["caption"].endswith("number 3")
+    assert found[3]["json"]["language"] == "en" and 0.1 < found[3]["json"]["language_score"] <= 1
     assert found[3]["png"].size == (48, 48)
 
 
