@@ -7,6 +7,8 @@ class UserError(Exception):
     """Wrong input; the message carries the value found and the value expected."""
 
     exit_code = 2
+    is_said = False
+    """Whether a job of several ranks has shown it already."""
 
 
 class ConfigError(UserError):

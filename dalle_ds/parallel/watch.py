@@ -15,10 +15,11 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dalle_ds.errors import RankLost
+from dalle_ds.errors import RankLost, UserError
 from dalle_ds.parallel.ranks import Ranks
 
 _POLL_S = 2.0
+_TIMEOUTS = ("Timed out waiting", "Application timeout", "operation timeout")  # as gloo (two ways) and NCCL put it
 _NOTE = "dalle_ds/lost"  # in the job's store: why it ends, from the first rank that knows
 
 
@@ -31,12 +32,17 @@ def limit_waiting(seconds: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def first_to_say(ranks: Ranks, text: str) -> bool:
-    """Whether no other rank has said this: what all of them find out need not be read from each."""
-    try:
-        return ranks.world_size == 1 or distributed_c10d._get_default_store().add(f"dalle_ds/said/{text}", 1) == 1
-    except (RuntimeError, ValueError):  # the store was on a rank that is gone
-        return True
+def say(ranks: Ranks, error: UserError) -> None:
+    """Show the message on stderr, once; what all ranks find out only from the first of them."""
+    if error.is_said:
+        return
+    error.is_said, is_first = True, True
+    if ranks.world_size > 1:
+        with suppress(RuntimeError):  # the store may be gone with rank 0
+            is_first = distributed_c10d._get_default_store().add(f"dalle_ds/said/{error}", 1) == 1
+    if is_first:
+        where = f" on rank {ranks.rank}" if ranks.world_size > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
 
 class RankWatch:
@@ -72,8 +78,10 @@ class RankWatch:
             return
         if not _is_of_a_collective(error):
             self._tell_others(f"rank {self._ranks.rank} failed: {type(error).__name__}: {error}")
+            if isinstance(error, UserError):  # before anything that takes time: the launcher may kill this rank soon
+                say(self._ranks, error)
             return
-        if "Timed out waiting" in str(error) or "operation timeout" in str(error):  # as gloo and NCCL put it
+        if any(text in str(error) for text in _TIMEOUTS):
             stopped = [f"rank {rank} (process {pid})" for pid, rank in self._siblings.items() if _is_stopped(pid)]
             reason = f"no answer from another rank within {self._timeout:g} s (failure.collective_timeout)"
             reason += f", stopped: {', '.join(stopped)}" if stopped else ""
@@ -81,7 +89,9 @@ class RankWatch:
             self._known.wait(5 * _POLL_S)  # a connection breaks a moment before its process has ended
             reason = self._reason or f"lost the connection to another rank: {str(error).splitlines()[0]}"
         self._tell_others(reason)
-        raise _rank_lost(reason) from error
+        lost = _rank_lost(reason)
+        say(self._ranks, lost)
+        raise lost from error
 
     def _watch(self) -> None:
         poller, processes = select.poll(), {}
@@ -121,7 +131,7 @@ class RankWatch:
         self._known.set()
         self._tell_others(reason)
         if not self._done.wait(self._grace):
-            print(f"error on rank {self._ranks.rank}: {_rank_lost(reason)}", file=sys.stderr, flush=True)
+            say(self._ranks, _rank_lost(reason))
             self.before_exit()
             os._exit(RankLost.exit_code)
 
@@ -139,7 +149,8 @@ def _rank_lost(reason: str) -> RankLost:
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    by_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in ("gloo/", *_TIMEOUTS))
+    return by_gloo or isinstance(error, dist.DistError)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -3,7 +3,7 @@
 diagnosis/update_00000123/
     diagnosis.json               blocks, ranks and samples that are not finite
     magnitudes.png               the largest magnitudes of all blocks
-    batch-*.safetensors          the samples of each rank, keys and captions in the metadata
+    batch/*.safetensors          the samples of each rank, keys and captions in the metadata
     state/                       weights, moments and scales, as in a checkpoint
     recipe.yaml, deepspeed.json  the settings
 """
@@ -13,8 +13,10 @@ import logging
 import math
 import shutil
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dalle_ds.data import storage
 from dalle_ds.data.tokens import TokenBatch
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.ranks import Ranks
@@ -37,7 +40,7 @@ from dalle_ds.training.tracking import NullTracker
 log = logging.getLogger(__name__)
 
 FOLDER, DIAGNOSIS_FILE, PICTURE_FILE = "diagnosis", "diagnosis.json", "magnitudes.png"
-STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "state", "recipe.yaml", "deepspeed.json"
+BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.yaml", "deepspeed.json"
 
 
 class Patience:
@@ -68,88 +71,105 @@ def diagnose(
 ) -> str:  # fmt: skip
     """Keep the engine's state and this batch, look into it, and tell MLflow -> what to say to the user.
 
+    Kept in the run's folder, or with its checkpoints where these have a folder of their own: the ranks may share no other.
     All ranks call it together. The engine can't be trained on afterwards.
     """
-    ranks, folder = engine.ranks, Path(run.folder) / FOLDER / f"update_{update:08d}"
+    ranks, url = engine.ranks, storage.join(run.checkpoint.folder or run.folder, FOLDER, f"update_{update:08d}")
     if ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        storage.delete_tree(url)
     ranks.barrier()
-    _save_batch(micro_batches, folder, ranks)
     problem = None
     try:
-        engine.save(folder / STATE_FOLDER, {"update": update})
-    except OSError as error:  # no room for it: the rest is worth having all the same
+        with _files_of(url) as folder:
+            _save_batch(micro_batches, folder, ranks)
+            engine.save(folder / STATE_FOLDER, {"update": update})
+    except (OSError, UserError) as error:  # no room for it, say: the rest is worth having all the same
         problem = f"rank {ranks.rank}: {error}"
     problems = [found for found in ranks.gather_objects(problem) if found]
     finding = look_into(engine, micro_batches, lr)
     if ranks.is_main:
-        (folder / RECIPE_FILE).write_text(dump_recipe(run), encoding="utf-8")
-        shutil.copyfile(run.deepspeed_path, folder / DEEPSPEED_FILE)
         about = {
             "update": update, "reason": reason, "event": finding.event, "world_size": ranks.world_size, "learning_rate": lr,
             "text_loss": _json_number(finding.report.text_loss), "image_loss": _json_number(finding.report.image_loss),
-            "state_problems": problems, "samples": finding.samples, "model": engine.module.config.model_dump(),
+            "problems": problems, "samples": finding.samples, "model": engine.module.config.model_dump(),
             "blocks": [asdict(block) for block in finding.blocks],
         }  # fmt: skip
-        (folder / DIAGNOSIS_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        log.error("update %d again:\n%s", update, finding.table())
         chart = magnitudes_chart(finding, f"Update {update}, first not finite: {finding.event}")
-        chart.save(folder / PICTURE_FILE)
         tracker.picture("diagnosis", chart, update)
-        tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
+        with _files_of(url) as folder:
+            (folder / DIAGNOSIS_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+            (folder / RECIPE_FILE).write_text(dump_recipe(run), encoding="utf-8")
+            shutil.copyfile(run.deepspeed_path, folder / DEEPSPEED_FILE)
+            chart.save(folder / PICTURE_FILE)
+            tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
     ranks.barrier()  # a launcher ends the others as soon as one is gone
-    state = f"The state could not be saved ({problems[0]})." if problems else (
-        f"The batch again, on any number of ranks:\n  deepspeed --num_gpus 1 {sys.argv[0]} --replay {folder}"
+    recipe = f"--recipe {run.folder}/recipe.yaml " if storage.is_s3(url) else ""
+    state = f"The batch could not be saved ({problems[0]})." if problems else (
+        f"The batch again, on any number of ranks:\n  deepspeed --num_gpus 1 {sys.argv[0]} {recipe}--replay {url}"
     )  # fmt: skip
-    return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {folder}/{DIAGNOSIS_FILE}. {state}"
+    return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {url}/{DIAGNOSIS_FILE}. {state}"
 
 
-def replay(run: PriorRun, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def replay(run: PriorRun, url: str, ranks: Ranks) -> dict[str, Any]:
     """Make the update of a diagnosis again, on any number of ranks and in whatever format the recipe says -> summary.
 
     Nothing of the run that it came from is read or changed. All ranks call it together.
 
     Raises:
-        DataError: `folder` has no diagnosis, or one without its state.
+        DataError: there is no diagnosis at `url`, or one without its batch and state.
         ConfigError: the recipe's batch is not the diagnosed one.
     """
-    about = read_diagnosis(folder)
-    if about["state_problems"]:
-        raise DataError(f"{folder} has no state: {about['state_problems'][0]}")
+    about = read_diagnosis(url)
+    if about["problems"]:
+        raise DataError(f"{url} has no batch: {about['problems'][0]}")
     engine = build_engine(run, PriorConfig(**about["model"]), read_engine_config(run, ranks), ranks)
-    engine.load(folder / STATE_FOLDER)
-    finding = look_into(engine, _load_batch(folder, run, ranks), about["learning_rate"])
+    engine.load(storage.join(url, STATE_FOLDER))
+    finding = look_into(engine, _load_batch(url, run, ranks), about["learning_rate"])
     if ranks.is_main:
         log.info("update %d again:\n%s\n%s", about["update"], finding.table(), finding.describe())
     return {
-        "folder": str(folder), "update": about["update"], "event": about["event"], "event_in_replay": finding.event,
+        "diagnosis": url, "update": about["update"], "event": about["event"], "event_in_replay": finding.event,
         "reproduced": finding.event == about["event"], "text_loss": _json_number(finding.report.text_loss),
         "image_loss": _json_number(finding.report.image_loss), "took_step": finding.report.took_step,
     }  # fmt: skip
 
 
-def read_diagnosis(folder: Path) -> dict[str, Any]:
-    """Content of diagnosis.json. Raises DataError where `folder` has none."""
+def read_diagnosis(url: str) -> dict[str, Any]:
+    """Content of diagnosis.json. Raises DataError where there is none at `url`."""
     try:
-        return json.loads((folder / DIAGNOSIS_FILE).read_text(encoding="utf-8"))
+        return json.loads(storage.read_bytes(storage.join(url, DIAGNOSIS_FILE)))
     except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{folder} has no readable {DIAGNOSIS_FILE}: {error}") from None
+        raise DataError(f"{url} has no readable {DIAGNOSIS_FILE}: {error}") from None
 
 
 # ---- keeping -------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _files_of(url: str) -> Iterator[Path]:
+    """An empty folder on this machine; what is in it at the end goes to `url`."""
+    parent = storage.local_path(url)
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)
+        for path in [path for path in Path(folder).rglob("*") if path.is_file()]:
+            storage.move_file(path, storage.join(url, str(path.relative_to(folder))))
+
+
 def _save_batch(micro_batches: Sequence[TokenBatch], folder: Path, ranks: Ranks) -> None:
     tensors = {"text": torch.cat([b.text_BT for b in micro_batches]), "image": torch.cat([b.image_BN for b in micro_batches])}
     names = {what: json.dumps([x for b in micro_batches for x in getattr(b, what)]) for what in ("keys", "captions", "shards")}
-    save_file(tensors, folder / f"batch-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors", names)
+    (folder / BATCHES).mkdir()
+    save_file(tensors, folder / BATCHES / f"rank-{ranks.rank:05d}.safetensors", names)
 
 
-def _load_batch(folder: Path, run: PriorRun, ranks: Ranks) -> list[TokenBatch]:
+def _load_batch(url: str, run: PriorRun, ranks: Ranks) -> list[TokenBatch]:
     """This rank's share of the samples of all files, in the recipe's micro-batches."""
     texts, images, names = [], [], {"keys": [], "captions": [], "shards": []}
-    for path in sorted(folder.glob("batch-*.safetensors")):
-        with safe_open(path, "pt") as file:
+    for file_url in sorted(storage.list_files(storage.join(url, BATCHES), ".safetensors")):
+        with storage.local_copy(file_url) as path, safe_open(path, "pt") as file:
             texts.append(file.get_tensor("text"))
             images.append(file.get_tensor("image"))
             for what, values in names.items():
@@ -157,7 +177,7 @@ def _load_batch(folder: Path, run: PriorRun, ranks: Ranks) -> list[TokenBatch]:
     text_BT, image_BN = torch.cat(texts), torch.cat(images)
     n = len(text_BT)
     if n != run.global_batch:
-        raise ConfigError(f"the recipe's global_batch is {run.global_batch}, but {folder} has {n} samples")
+        raise ConfigError(f"the recipe's global_batch is {run.global_batch}, but {url} has {n} samples")
     share = n // ranks.world_size
     starts = range(ranks.rank * share, (ranks.rank + 1) * share, run.micro_batch)
     return [

@@ -7,7 +7,7 @@ from typing import Any
 from dalle_ds.console import print_summary
 from dalle_ds.errors import UserError
 from dalle_ds.parallel.ranks import Ranks, join, leave
-from dalle_ds.parallel.watch import first_to_say
+from dalle_ds.parallel.watch import say
 
 
 def on_all_ranks(work: Callable[[Ranks], dict[str, Any]], as_json: bool) -> None:
@@ -20,9 +20,7 @@ def on_all_ranks(work: Callable[[Ranks], dict[str, Any]], as_json: bool) -> None
     try:
         summary = work(ranks)
     except UserError as error:
-        # without leave(), which may wait for a rank that is lost
-        if first_to_say(ranks, str(error)):
-            print(f"error on rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        say(ranks, error)  # without leave(), which may wait for a rank that is lost
         sys.exit(error.exit_code)
     except SystemExit:
         leave()

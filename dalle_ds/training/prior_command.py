@@ -4,10 +4,11 @@ import argparse
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_ds.console import print_summary, setup_logging
+from dalle_ds.console import setup_logging
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.parallel.launch import take_environment, take_rank
 from dalle_ds.recipes import load_recipe
@@ -37,7 +38,7 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--deepspeed_config", metavar="JSON", help="same as --set deepspeed_config=JSON")
     parser.add_argument(
-        "--replay", type=Path, metavar="DIR", help="make the update of a diagnosis again, by its own recipe where none is named"
+        "--replay", metavar="DIR", help="make the update of a diagnosis again, by its own recipe where none is named"
     )
     parser.add_argument(
         "--environment", type=Path, metavar="FILE", help="for hosts that ssh reaches: variables, NAME=VALUE a line as of `env`"
@@ -56,30 +57,16 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
     try:
         run = _recipe(options, default_recipe)
         # importing and joining takes seconds: a mistake in the recipe should not have to wait for it
-        from dalle_ds.parallel.ranks import join, leave
-        from dalle_ds.parallel.watch import first_to_say
         from dalle_ds.training.diagnosis import replay
+        from dalle_ds.training.job import on_all_ranks
         from dalle_ds.training.prior_trainer import train_prior
 
-        ranks = join()
+        work = partial(replay, run, options.replay) if options.replay else partial(train_prior, run)
+        on_all_ranks(work, options.json)
     except UserError as error:  # the same on every rank
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    try:
-        summary = replay(run, ranks, options.replay) if options.replay else train_prior(run, ranks)
-    except UserError as error:
-        # without leave(), which may wait for a rank that is lost
-        if first_to_say(ranks, str(error)):
-            where = f" on rank {ranks.rank}" if ranks.world_size > 1 else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except SystemExit:  # of all ranks
-        leave()
-        raise
-    if ranks.is_main:
-        print_summary(summary, options.json)
-    leave()
 
 
 def _recipe(options: argparse.Namespace, default_recipe: Path) -> "PriorRun":
@@ -89,8 +76,10 @@ def _recipe(options: argparse.Namespace, default_recipe: Path) -> "PriorRun":
     if options.deepspeed_config:
         overrides.append(f"deepspeed_config={options.deepspeed_config}")
     if options.replay and is_default:
-        recipe = options.replay / "recipe.yaml"
-        overrides.insert(0, f"deepspeed_config={options.replay / 'deepspeed.json'}")
+        if "://" in options.replay:
+            raise ConfigError(f"--replay {options.replay} needs --recipe, such as recipe.yaml in the run's folder")
+        recipe = Path(options.replay, "recipe.yaml")
+        overrides.insert(0, f"deepspeed_config={Path(options.replay, 'deepspeed.json')}")
     run = load_recipe(PriorRun, recipe, overrides)
     dataset = run.data.dataset
     if is_default and not options.replay and "://" not in dataset and not Path(dataset, "dataset.json").exists():
