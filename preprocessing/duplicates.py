@@ -47,7 +47,7 @@ class DuplicatesConfig(Config):
 
     raw: str  # root of the raw shards
     against: tuple[str, ...] = ()  # roots of raw shards of evaluation sets, which training must not see
-    max_distance: int = Field(3, ge=0, le=7)  # differing bits of 64 up to which two pictures are the same
+    max_distance: int = Field(2, ge=0, le=7)  # differing bits of 64 up to which two pictures are the same; colours are not seen
     workers: int | None = Field(None, ge=1)  # processes; all cores if not set
 
 
@@ -68,8 +68,8 @@ class HashJob:
 def run(config: DuplicatesConfig) -> Outcome:
     """Hash all pictures, find those that are near to an earlier one, and publish the drop list.
 
-    Every reader of the raw shards leaves out what the list names. Memory: about 140 bytes a picture. Time: the decoding of every
-    picture, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a distance of
+    Every reader of the raw shards leaves out what the list names. Memory: about 140 bytes a picture. Time: the decoding of
+    every picture, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a distance of
     3 grows with the square of the pictures: fine for 20 million, while 250 million want a distance of 2 or less.
 
     Raises:

@@ -12,6 +12,7 @@ from dalle_ds.data import storage
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError, FingerprintMismatch
+from dalle_ds.recipes import load_recipe
 from preprocessing import ingest, verify
 from preprocessing.drawn import draw
 from preprocessing.ingest import IngestConfig
@@ -164,6 +165,12 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
     assert summary["dropped"] == {"damaged shard": 4 + 3}
     shards = {manifest.shard: manifest.n_input for manifest in load_shard_manifests(tmp_path / "out", RawShardManifest)}
     assert shards == {"00000": 12, "00001": 1, "00002": 1, "00003": 1}
+
+
+@pytest.mark.parametrize("name", ["ingest", "tiny_ingest"])
+def test_recipes_fit(name: str) -> None:
+    filters = load_recipe(ingest.Recipe, Path(__file__).parents[2] / "launchers" / "recipes" / f"{name}.yaml").ingest.filters
+    assert (filters.min_aspect, filters.max_aspect, filters.language) == (0.5, 2, "en")  # the paper's
 
 
 def test_tars_and_loose_pictures_together_are_refused(tmp_path: Path) -> None:
