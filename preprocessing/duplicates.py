@@ -69,8 +69,8 @@ def run(config: DuplicatesConfig) -> Outcome:
     """Hash all pictures, find those that are near to an earlier one, and publish the drop list.
 
     Every reader of the raw shards leaves out what the list names. Memory: about 140 bytes a picture. Time: the decoding of
-    every picture, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a distance of
-    3 grows with the square of the pictures: fine for 20 million, while 250 million want a distance of 2 or less.
+    every picture, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a
+    distance of 3 grows with the square of the pictures: fine for 20 million, while 250 million want a distance of 2 or less.
 
     Raises:
         DataError: no raw shards that ingest made.
