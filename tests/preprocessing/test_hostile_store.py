@@ -55,6 +55,14 @@ def test_a_shard_that_cannot_be_had_is_named_and_the_rest_is_done(
         assert len(done_shards(out)) == N_SHARDS - 1
 
 
+def test_a_commit_whose_answer_is_lost_does_not_lose_against_itself(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultProxy(s3.server.endpoint, faults=["lost"], every=2) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert all(storage.create_exclusive(f"{s3.url}/{number}", b"ours") for number in range(3))
+        assert not storage.create_exclusive(f"{s3.url}/0", b"theirs")
+    assert proxy.suffered["lost"] >= 2
+
+
 def test_no_part_of_an_object_is_taken_for_all_of_it(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     url, data = f"{s3.url}/object", os.urandom(300_000)
     storage.write_bytes(url, data)
