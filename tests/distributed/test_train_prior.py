@@ -118,6 +118,26 @@ def test_killed_run_ends_as_the_uninterrupted_one(
         assert export_checkpoint(run, home / "export_s3")["update"] == 8
 
 
+def test_torchrun_starts_all_ranks_again_where_one_was_killed(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str]
+) -> None:
+    command = ["torchrun", "--nproc_per_node", "2", "--max_restarts", "1", launching.TRAIN_PRIOR, *launching.TINY]
+    with launching.started([*command, *settings("restarted"), "--json"], home, env) as process:
+        first = home / "restarted" / "checkpoints" / "update_00000003" / "checkpoint.json"
+        launching.wait_for(first.exists, "first checkpoint", process=process)
+        launching.ranks_of(process.pid)[0].kill()
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-4000:]
+    assert "error on rank 1: rank 0 (process " in err
+    restarted = launching.last_json(out)
+    assert restarted["resumed_at"] in (3, 6)
+    for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
+        assert restarted[key] == uninterrupted[key], key
+    client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs(["1"], filter_string="params.folder = 'restarted'")
+    assert run.info.status == "FINISHED"
+
+
 def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     summary = export_checkpoint("whole", "export")
