@@ -2,8 +2,8 @@
 way to the one before.
 
 update_00000500/3f2a.../state-*.safetensors ...   what the ranks wrote; each attempt has a folder of its own
-update_00000500/3f2a.../part-00003.json           size and SHA-256 of a rank's files, written after them
-update_00000500/checkpoint.json                   the commit, last of all: readers trust nothing else
+update_00000500/checkpoint.json                   the commit, last of all, with size and SHA-256 of every file: readers trust
+                                                  nothing else
 """
 
 import hashlib
@@ -13,10 +13,11 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dalle_ds.data import storage
 from dalle_ds.errors import DataError, UserError
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 COMMIT_FILE = "checkpoint.json"
 HASHED_AT_ONCE = 64 << 20
+
+T = TypeVar("T")
+Files = dict[str, dict[str, Any]]
+"""Size and SHA-256 by name, as checkpoint.json has them."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,8 @@ class CheckpointStore:
             about: kept in checkpoint.json, for readers that do not want to open the tensors.
         """
         self.finish(ranks)
-        if ranks.is_main:
-            self._sweep()
         attempt = ranks.from_main(uuid.uuid4().hex[:12])
-        self._open = _Save(update, attempt, about, lambda: self._write(update, attempt, write, ranks.rank))
+        self._open = _Save(update, attempt, about, partial(self._write, update, attempt, write, ranks.rank))
         if background:
             self._open.start()
         else:
@@ -100,65 +103,54 @@ class CheckpointStore:
         if self._open is None:
             return
         save, self._open = self._open, None
-        problem = save.outcome()
-        problems = {rank: found for rank, found in enumerate(ranks.gather_objects(problem)) if found}
-        if not problems and ranks.is_main:
-            try:
-                self._commit(save, ranks.world_size)
-            except (OSError, UserError) as error:
-                problems[0] = f"{type(error).__name__}: {error}"
-        problems = ranks.from_main(problems)
-        for rank, found in problems.items():
-            raise UserError(f"the checkpoint of update {save.update} could not be written to {self.url}: rank {rank}: {found}")
+        try:
+            files = _of_all(ranks, save.result)
+            _of_all(ranks, lambda: self._commit(save, files) if ranks.is_main else None)
+        except UserError as error:
+            raise UserError(f"the checkpoint of update {save.update} could not be written to {self.url}: {error}") from None
 
     def save(self, update: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks) -> None:
         """`begin` and `finish` in one."""
         self.begin(update, write, about, ranks)
         self.finish(ranks)
 
-    def _write(self, update: int, attempt: str, write: Callable[[Path], None], rank: int) -> None:
-        data = storage.join(self.url, _name(update), attempt)
-        digests = {}
+    def _write(self, update: int, attempt: str, write: Callable[[Path], None], rank: int) -> Files:
+        data, files = storage.join(self.url, _name(update), attempt), {}
         with _folder_of(data, rank) as folder:
             write(folder)
             for path in sorted(folder.iterdir()):
                 size = path.stat().st_size
-                digests[f"{attempt}/{path.name}"] = {"bytes": size, "sha256": _sha256(str(path), size)}
+                files[f"{attempt}/{path.name}"] = {"bytes": size, "sha256": _sha256(str(path), size)}
                 storage.move_file(path, storage.join(data, path.name))
-        storage.write_bytes(_part_url(data, rank), json.dumps(digests).encode())
+        return files
 
-    def _commit(self, save: "_Save", world_size: int) -> None:
-        checkpoint = storage.join(self.url, _name(save.update))
-        files: dict[str, dict[str, Any]] = {}
-        for rank in range(world_size):
-            files |= json.loads(storage.read_bytes(_part_url(storage.join(checkpoint, save.attempt), rank)))
+    def _commit(self, save: "_Save", files: list[Files]) -> None:
+        name = _name(save.update)
         commit = {
-            "update": save.update, "world_size": world_size, "attempt": save.attempt, "about": save.about, "files": files
+            "update": save.update, "world_size": len(files), "attempt": save.attempt, "about": save.about,
+            "files": {path: found for part in files for path, found in part.items()},
         }  # fmt: skip
         # of the same update saved again, e.g. after a fall-back, the new one counts
-        storage.write_bytes(storage.join(checkpoint, COMMIT_FILE), json.dumps(commit, indent=1).encode())
-        log.info("saved %s", checkpoint)
-        for old in self.committed()[: -self.keep]:
+        storage.write_bytes(storage.join(self.url, name, COMMIT_FILE), json.dumps(commit, indent=1).encode())
+        log.info("saved %s", storage.join(self.url, name))
+        # later ones are damaged and were passed over: they must not push out what this one would fall back to
+        for old in [found for found in self.committed() if found <= name][: -self.keep]:
             storage.delete(storage.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not look like one
-            storage.delete_tree(storage.join(self.url, old))
+        self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what saves left behind that were never committed."""
-        committed = self.committed()
-        attempts = set()
+        """Remove what no commit names: too old, replaced, or of a save that was killed."""
+        committed, attempts = self.committed(), {}
         for url in storage.list_files(self.url):
-            name, *rest = url.removeprefix(self.url.rstrip("/") + "/").split("/")
-            if name.startswith("update_") and len(rest) > 1:
-                attempts.add((name, rest[0]))
-        for name, attempt in attempts:
-            if name not in committed or attempt not in self._attempts_to_keep(name, attempt):
-                storage.delete_tree(storage.join(self.url, name, attempt))
-
-    def _attempts_to_keep(self, name: str, attempt: str) -> tuple[str, ...]:
-        try:
-            return (read_commit(storage.join(self.url, name)).get("attempt"),)
-        except DataError:  # damaged: people may want to look at it
-            return (attempt,)
+            name, *rest = url.removeprefix(storage.join(self.url, "")).split("/")
+            if name.startswith("update_"):
+                attempts.setdefault(name, set()).update(rest[:-1][:1])
+        for name in attempts.keys() - committed:
+            storage.delete_tree(storage.join(self.url, name))
+        for name in committed:
+            with suppress(DataError):  # a damaged commit: people may want to look at what it was
+                for attempt in attempts[name] - {read_commit(storage.join(self.url, name)).get("attempt")}:
+                    storage.delete_tree(storage.join(self.url, name, attempt))
 
     # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -168,12 +160,16 @@ class CheckpointStore:
         A damaged one is passed over with a loud message; None where there was never any.
 
         Raises:
-            DataError: there are checkpoints, but all are damaged.
+            DataError: there are checkpoints, but all are damaged. UserError: they cannot be read at all.
         """
-        candidates = ranks.from_main(list(reversed(self.committed())) if ranks.is_main else None)
+        try:
+            candidates = _of_all(ranks, lambda: self.committed()[::-1] if ranks.is_main else [])[0]
+        except UserError as error:
+            raise UserError(f"checkpoints in {self.url} cannot be listed: {error}") from None
         for name in candidates:
             url = storage.join(self.url, name)
-            problem = _problem(url, ranks)
+            # every rank comes to the same end, also where only one of them can see the fault
+            problem = next(filter(None, _of_all(ranks, partial(_damage, url, ranks))), None)
             if problem is None:
                 return Checkpoint(url, read_commit(url))
             if ranks.is_main:
@@ -192,20 +188,40 @@ class CheckpointStore:
         url = storage.join(self.url, name or names[-1])
         return Checkpoint(url, read_commit(url))
 
-    def require_room(self, n_bytes: float) -> None:
-        """Raises UserError where checkpoints of this size can't be written, before training starts."""
-        probe = storage.join(self.url, "writable")
+    def require_room(self, n_bytes: float, ranks: Ranks) -> None:
+        """Before training starts: raises UserError on all ranks where one can't write, or checkpoints of this size don't fit.
+
+        What killed saves left behind is removed.
+        """
+        seen = storage.join(self.url, "probe")
+
+        def prepare() -> None:
+            self._sweep()
+            self._require_free(n_bytes)
+            storage.write_bytes(seen, b"")
+
+        def write() -> None:
+            own = f"{seen}-{ranks.rank}"
+            storage.write_bytes(own, b"")
+            storage.delete(own)
+            if not storage.exists(seen):
+                raise UserError("what rank 0 wrote is not there: the folder is not on a file system that the ranks share")
+
         try:
-            storage.write_bytes(probe, b"")
-            storage.delete(probe)
-        except (OSError, UserError) as error:
+            _of_all(ranks, lambda: prepare() if ranks.is_main else None)
+            _of_all(ranks, write)
+        except UserError as error:
             raise UserError(f"checkpoints cannot be written to {self.url}: {error}") from None
+        if ranks.is_main:
+            storage.delete(seen)
+
+    def _require_free(self, n_bytes: float) -> None:
         # one more than is kept: the new one is there before the oldest goes
         needed = n_bytes * max(1, self.keep + 1 - len(self.committed()))
         free = storage.free_bytes(self.url)
         if free is not None and free < needed:
             raise UserError(
-                f"no room for checkpoints in {self.url}: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB needed "
+                f"no room: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB needed "
                 f"({n_bytes / 2**30:.2f} GiB each, {self.keep} kept while the next is written)"
             )
 
@@ -213,22 +229,24 @@ class CheckpointStore:
 class _Save(threading.Thread):
     """A rank's part of a save. A daemon: a job that ends in an error does not wait for it."""
 
-    def __init__(self, update: int, attempt: str, about: dict[str, Any], work: Callable[[], None]) -> None:
+    def __init__(self, update: int, attempt: str, about: dict[str, Any], work: Callable[[], Files]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.update, self.attempt, self.about = update, attempt, about
-        self._work, self._problem = work, None
+        self._work, self._files, self._problem = work, {}, ""
 
     def run(self) -> None:
         try:
-            self._work()
+            self._files = self._work()
         except Exception as error:  # whatever it is, `finish` tells it
             self._problem = f"{type(error).__name__}: {error}"
 
-    def outcome(self) -> str | None:
-        """Wait for the end -> what went wrong."""
+    def result(self) -> Files:
+        """Wait for the end. Raises UserError with what went wrong."""
         if self.ident is not None:
             self.join()
-        return self._problem
+        if self._problem:
+            raise UserError(self._problem)
+        return self._files
 
 
 def read_commit(checkpoint: str) -> dict[str, Any]:
@@ -243,10 +261,6 @@ def _name(update: int) -> str:
     return f"update_{update:08d}"
 
 
-def _part_url(data: str, rank: int) -> str:
-    return storage.join(data, f"part-{rank:05d}.json")
-
-
 @contextmanager
 def _folder_of(data: str, rank: int) -> Iterator[Path]:
     """An empty local folder for a rank's files, on the disk that they will be on."""
@@ -257,24 +271,36 @@ def _folder_of(data: str, rank: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _problem(checkpoint: str, ranks: Ranks) -> str | None:
-    # every rank comes to the same end, also where only one of them can see the fault
-    problem: str | None = None
+def _of_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """What each rank's `work` gave, in rank order. Where one fails, all raise UserError."""
     try:
-        files = read_commit(checkpoint)["files"]
-    except (DataError, KeyError) as error:
-        files, problem = {}, str(error)
+        value, problem = work(), None
+    except (OSError, UserError) as error:
+        value, problem = None, str(error)
+    outcomes = ranks.gather_objects((value, problem))
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            raise UserError(f"rank {rank}: {problem}" if ranks.world_size > 1 else problem)
+    return [value for value, _ in outcomes]
+
+
+def _damage(checkpoint: str, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's share of the files."""
+    try:
+        files: Files = json.loads(storage.read_bytes(storage.join(checkpoint, COMMIT_FILE)))["files"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        return f"no readable {COMMIT_FILE}: {error}"
     for name in sorted(files)[ranks.rank :: ranks.world_size]:
         url, expected = storage.join(checkpoint, name), files[name]
         try:
             size = storage.size(url)
             if size != expected["bytes"]:
-                problem = f"{name} has {size} bytes, expected {expected['bytes']}"
-            elif _sha256(url, size) != expected["sha256"]:
-                problem = f"{name} has another content than when it was written (checksum)"
+                return f"{name} has {size} bytes, expected {expected['bytes']}"
+            if _sha256(url, size) != expected["sha256"]:
+                return f"{name} has another content than when it was written (checksum)"
         except FileNotFoundError:
-            problem = f"{name} is missing"
-    return next((found for found in ranks.gather_objects(problem) if found), None)
+            return f"{name} is missing"
+    return None
 
 
 def _sha256(url: str, n_bytes: int) -> str:

@@ -107,9 +107,8 @@ class _Trainer:
     def prepare(self) -> None:
         """Build the engine and the stream, and go to where the newest checkpoint was."""
         run, ranks, found = self.recipe, self.ranks, self.newest
-        if ranks.is_main:
-            per_parameter = CHECKPOINT_BYTES + moment_bytes_per_parameter(self.model_config, run.optimizer.moments)
-            self.checkpoints.require_room(self.n_parameters * (per_parameter + run.replicas.checkpoint_bytes))
+        per_parameter = CHECKPOINT_BYTES + moment_bytes_per_parameter(self.model_config, run.optimizer.moments)
+        self.checkpoints.require_room(self.n_parameters * (per_parameter + run.replicas.checkpoint_bytes), ranks)
         n_held_out = min(run.validation.samples or self.validation_set.n_samples, self.validation_set.n_samples)
         self.validation = validation_batches(
             self.validation_set, text_len=self.model_config.text_len, rank=ranks.rank, world_size=ranks.world_size,
@@ -217,6 +216,7 @@ class _Trainer:
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self.checkpoints.finish(self.ranks)  # so that memory holds one copy
         with self._averaged():
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
 

@@ -1,15 +1,18 @@
-"""Save on some ranks, load on others; started by the deepspeed launcher: resume_cases.py save+load|load FOLDER."""
+"""Save on some ranks, load on others; started by the deepspeed launcher: resume_cases.py save+load+store|load FOLDER."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dalle_ds.errors import UserError
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
+from dalle_ds.training.checkpoint import CheckpointStore
 from tests.distributed import engine_cases
 from tests.distributed.engine_cases import ADAMW, make_engine, micro_batches
 
@@ -55,9 +58,11 @@ def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
         if ranks.is_main:
             checkpoint.mkdir()
         ranks.barrier()
-        engine.save(checkpoint, {"note": case}, average.averages)
-        ranks.barrier()
+        snapshot = engine.snapshot({"note": case}, average.averages)
         results[case] = _go_on(engine, average, ranks)
+        average.update(engine.shards())
+        snapshot.write(checkpoint)  # in the background it is late, too: all has changed since
+        ranks.barrier()
     return results
 
 
@@ -72,10 +77,48 @@ def load(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return results
 
 
+def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What all ranks make of a fault that only one of them has."""
+    checkpoints = CheckpointStore(folder / "store", keep=2)
+
+    def write(to: Path) -> None:
+        (to / f"{ranks.rank}.bin").write_text("state")
+
+    def fails(to: Path) -> None:
+        if ranks.rank == 1:
+            raise OSError(28, "No space left on device")
+        write(to)
+
+    def said(work: Callable[[], Any]) -> list[str]:
+        try:
+            return ranks.gather_objects(f"no error, {work()}")
+        except UserError as error:
+            return ranks.gather_objects(str(error))
+
+    for update in (1, 2):
+        checkpoints.begin(update, write, {}, ranks, background=True)
+    checkpoints.begin(3, fails, {}, ranks, background=True)
+    full = said(lambda: checkpoints.finish(ranks))
+    found = [checkpoints.newest(ranks)]
+    if ranks.is_main:
+        Path(found[0].data, "1.bin").write_text("stAte")  # the share of rank 1, which verifies it
+    ranks.barrier()
+    found.append(checkpoints.newest(ranks))
+    own = folder / f"own-{ranks.rank}"
+    readonly = folder / "store" if ranks.is_main else folder / "store" / "update_00000001" / "checkpoint.json"
+    return {
+        "full": full, "found": ranks.gather_objects([each.name for each in found]),
+        "files": sorted(Path(name).name for name in found[0].commit["files"]),
+        "not shared": said(lambda: CheckpointStore(own, keep=2).require_room(1, ranks)),
+        "not writable": said(lambda: CheckpointStore(readonly, keep=2).require_room(1, ranks)),
+        "writable": said(lambda: checkpoints.require_room(1, ranks)),
+    }  # fmt: skip
+
+
 def main(actions: str, folder: Path) -> None:
     ranks = join()
     for action in actions.split("+"):
-        results = {"save": save, "load": load}[action](folder, ranks)
+        results = {"save": save, "load": load, "store": store}[action](folder, ranks)
         if ranks.is_main:
             (folder / f"{action}-{ranks.world_size}.json").write_text(json.dumps(results))
     leave()

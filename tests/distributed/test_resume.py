@@ -1,6 +1,7 @@
 """A checkpoint of two ranks goes on at one, two and three, and at another ZeRO stage."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.launch
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("resume")
     cases = str(Path(__file__).with_name("resume_cases.py"))
-    for actions, n_ranks in (("save+load", 2), ("load", 1), ("load", 3)):
+    for actions, n_ranks in (("save+load+store", 2), ("load", 1), ("load", 3)):
         done = launching.run([*launching.deepspeed(n_ranks), cases, actions, str(folder)], folder)
         assert done.returncode == 0, done.stderr[-4000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*-?.json")}
@@ -46,3 +47,16 @@ def test_another_zero_stage_takes_it(outcome: dict[str, Any], source: str, targe
     assert found["at_once"] == pytest.approx(expected["at_once"], rel=1e-3)
     for a, b in zip(found["updates"], expected["updates"], strict=True):
         assert a == pytest.approx(b, rel=2e-2)
+
+
+def test_all_ranks_learn_what_one_of_them_finds(outcome: dict[str, Any]) -> None:
+    found = outcome["store-2"]
+    for case, text in {
+        "full": "checkpoint of update 3 could not be written to .*: rank 1: OSError: .*No space left on device",
+        "not shared": "cannot be written to .*own-.: rank 1: .* not on a file system that the ranks share",
+        "not writable": "cannot be written to .*: rank 1: .*File exists",
+        "writable": "no error",
+    }.items():
+        assert len(found[case]) == 2 and all(re.search(text, said) for said in found[case]), found[case]
+    assert found["files"] == ["0.bin", "1.bin"]
+    assert found["found"] == [["update_00000002", "update_00000001"]] * 2, "damage in a share of rank 1"

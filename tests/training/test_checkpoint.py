@@ -71,9 +71,8 @@ def test_killed_before_the_commit_leaves_the_one_before(store: CheckpointStore) 
     killed = CheckpointStore(store.url, keep=2)  # the process that comes after
     assert killed.committed() == ["update_00000001"]
     assert len(storage.list_files(store.url, "a.bin")) == 2
-    killed.save(3, write, {}, ALONE)
-    assert killed.committed() == ["update_00000001", "update_00000003"]
-    assert len(storage.list_files(store.url, "a.bin")) == 2, "what was left behind is swept away"
+    killed.require_room(1, ALONE)
+    assert {url.split("/")[-3] for url in storage.list_files(store.url, ".bin")} == {"update_00000001"}, "leftovers are removed"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "commit"])
@@ -92,6 +91,15 @@ def test_damaged_newest_falls_back_loudly(store: CheckpointStore, damage: str, c
     assert "DAMAGED" in caplog.text and newest.name in caplog.text
 
 
+def test_damaged_one_pushes_out_nothing_that_came_before_it(store: CheckpointStore) -> None:
+    for update in (10, 30):
+        store.save(update, write, {}, ALONE)
+    storage.delete(storage.join(store.newest(ALONE).data, "a.bin"))
+    for update in (15, 20):  # gone on from 10
+        store.save(update, write, {}, ALONE)
+    assert store.committed() == ["update_00000015", "update_00000020", "update_00000030"]
+
+
 def test_all_damaged_is_an_error_not_a_fresh_start(store: CheckpointStore) -> None:
     store.save(1, write, {}, ALONE)
     storage.delete(storage.join(store.newest(ALONE).data, "a.bin"))
@@ -107,8 +115,7 @@ def test_same_update_saved_again_replaces(store: CheckpointStore) -> None:
     store.save(5, write, {}, ALONE)
     store.save(5, lambda folder: write(folder, "other"), {}, ALONE)
     assert text_of(store.newest(ALONE)) == "other"
-    store.save(6, write, {}, ALONE)
-    assert len(storage.list_files(store.url, "a.bin")) == 2, "the first attempt is gone"
+    assert len(storage.list_files(store.url, "a.bin")) == 1, "the first attempt is gone"
 
 
 def test_first_format_is_still_read(tmp_path: Path) -> None:
@@ -146,7 +153,7 @@ def test_what_could_not_be_written_is_said(store: CheckpointStore, background: b
         raise OSError(28, "No space left on device")
 
     store.begin(2, fails, {}, ALONE, background)
-    with pytest.raises(UserError, match="checkpoint of update 2 could not be written .*rank 0: OSError.*No space left"):
+    with pytest.raises(UserError, match="checkpoint of update 2 could not be written .*: OSError.*No space left"):
         store.finish(ALONE)
     assert store.committed() == ["update_00000001"]
     store.save(3, write, {}, ALONE)
@@ -154,21 +161,21 @@ def test_what_could_not_be_written_is_said(store: CheckpointStore, background: b
 
 def test_no_room_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    store.require_room(1000)
+    store.require_room(1000, ALONE)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match=r"1.00 GiB free, 3.00 GiB needed \(1.00 GiB each"):
-        store.require_room(2**30)
-    store.require_room(2**28)
+        store.require_room(2**30, ALONE)
+    store.require_room(2**28, ALONE)
 
 
 @pytest.mark.s3
-def test_place_that_takes_no_writes_is_said_before_training(
-    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    CheckpointStore(f"{s3.url}/run", keep=2).require_room(1)
+def test_place_that_takes_no_writes_is_said_before_training(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CheckpointStore(f"{s3.url}/run", keep=2).require_room(1, ALONE)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="checkpoints cannot be written to s3://.*AWS_SECRET_ACCESS_KEY"):
-        CheckpointStore(f"{s3.url}/run", keep=2).require_room(1)
+        CheckpointStore(f"{s3.url}/run", keep=2).require_room(1, ALONE)
+    with pytest.raises(UserError, match="checkpoints in s3://.* cannot be listed: .*AWS_SECRET_ACCESS_KEY"):
+        CheckpointStore(f"{s3.url}/run", keep=2).newest(ALONE)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="checkpoints cannot be written to .*/file/run"):
-        CheckpointStore(tmp_path / "file" / "run", keep=2).require_room(1)
+        CheckpointStore(tmp_path / "file" / "run", keep=2).require_room(1, ALONE)
