@@ -3,15 +3,11 @@
 import json
 import math
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,49 +16,14 @@ from dalle_ds.errors import DataError
 from dalle_ds.training.tracking import NullTracker, Tracker, replay
 from dalle_ds.training.tracking_mlflow import MlflowSink, read_run, without_password
 from dalle_ds.training.tracking_spool import Position, Spool
+from tests.mlflow_server import MlflowServer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
-
-
-class Server:
-    """An `mlflow server` process on a port of its own."""
-
-    def __init__(self, folder: Path, empty_store: Path) -> None:
-        self.folder, self.process = folder, None
-        folder.mkdir()
-        shutil.copy(empty_store, folder / "mlflow.db")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = ["bash", REPOSITORY / "launchers/mlflow_server.sh", "--folder", self.folder, "--port", str(self.port)]
-        environment = {**os.environ, "PYTHON": sys.executable}
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                assert urllib.request.urlopen(f"{self.uri}/health", timeout=2).read() == b"OK"
-                return
-            except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()[
-                    -3000:
-                ]
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the server and its worker
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture
 def server(tmp_path, empty_store):
-    server = Server(tmp_path / "server", empty_store)
+    server = MlflowServer(tmp_path / "server", empty_store)
     yield server
     server.kill()
 
