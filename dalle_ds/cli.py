@@ -28,7 +28,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 
 @app.command("train-dvae")
 def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = False) -> None:
-    """Train the discrete VAE, or go on with it where its folder has a checkpoint; alone, or on the ranks that a launcher starts.
+    """Train the discrete VAE, or go on with it where its folder has a checkpoint; alone, or on all ranks of a launcher.
 
     \b
     Examples:
