@@ -73,14 +73,19 @@ class RankWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        is_caused_by_others = self._ranks.world_size > 1 and isinstance(error, Exception) and _is_of_a_collective(error)
+        lost = _rank_lost(self._cause(error)) if is_caused_by_others else None
         self._done.set()
-        if self._ranks.world_size == 1 or not isinstance(error, Exception):
-            return
-        if not _is_of_a_collective(error):
+        if lost is not None:
+            say(self._ranks, lost)
+            raise lost from error
+        if self._ranks.world_size > 1 and isinstance(error, Exception):
             self._tell_others(f"rank {self._ranks.rank} failed: {type(error).__name__}: {error}")
             if isinstance(error, UserError):  # before anything that takes time: the launcher may kill this rank soon
                 say(self._ranks, error)
-            return
+
+    def _cause(self, error: Exception) -> str:
+        """Why a collective failed."""
         if any(text in str(error) for text in _TIMEOUTS):
             stopped = [f"rank {rank} (process {pid})" for pid, rank in self._siblings.items() if _is_stopped(pid)]
             reason = f"no answer from another rank within {self._timeout:g} s (failure.collective_timeout)"
@@ -89,9 +94,7 @@ class RankWatch:
             self._known.wait(5 * _POLL_S)  # a connection breaks a moment before its process has ended
             reason = self._reason or f"lost the connection to another rank: {str(error).splitlines()[0]}"
         self._tell_others(reason)
-        lost = _rank_lost(reason)
-        say(self._ranks, lost)
-        raise lost from error
+        return reason
 
     def _watch(self) -> None:
         poller, processes = select.poll(), {}
@@ -104,8 +107,11 @@ class RankWatch:
             processes[descriptor] = (rank, pid)
             poller.register(descriptor, select.POLLIN)
         store_is_gone = False
-        while not self._done.is_set():
-            for descriptor, _ in poller.poll(_POLL_S * 1000):
+        while True:
+            ended = poller.poll(_POLL_S * 1000)
+            if self._done.is_set():  # the others may end now, and the store with them
+                break
+            for descriptor, _ in ended:
                 poller.unregister(descriptor)
                 rank, pid = processes[descriptor]
                 how = _how_it_ended(pid)
