@@ -141,9 +141,8 @@ def test_pdsh_trains_as_one_host_does_passes_the_environment_on_and_ends_by_ctrl
     two_cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *arguments(home, "one_host", updates=update)]
     done = launching.run(["taskset", "-c", two_cores, *command], home, env)
-    assert done.returncode == 0, done.stderr[-4000:]
-    one_host = state_of(home, "one_host", update)
-    assert len(one_host) >= 2 and state_of(home, "run", update) == one_host, "weights, moments and losses, bit by bit"
+    assert done.returncode == 0 and newest(home, "one_host") == update, done.stdout[-2000:] + done.stderr[-4000:]
+    assert state_of(home, "run", update) == state_of(home, "one_host", update), "weights, moments and losses, bit by bit"
 
 
 def test_a_rank_that_dies_on_the_far_host_ends_the_job_on_both(hosts: Hosts, home: Path, env: dict[str, str]) -> None:
