@@ -6,9 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from dalle_ds.data.tokens import TokenBatch
+from dalle_ds.errors import ConfigError
+from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.precision.block_scaling import BlockScalingConfig
-from dalle_ds.training.diagnosis import Patience
+from dalle_ds.training.diagnosis import Patience, _files_of, _load_batch, _save_batch
 from dalle_ds.training.magnitudes import Block, Finding
 from dalle_ds.training.prior_command import main
 from dalle_ds.training.prior_config import FailureSection
@@ -66,6 +70,30 @@ def test_first_block_that_is_not_finite(forward: tuple[str, ...], gradient: tupl
     for block in blocks:
         block.forward.is_finite, block.gradient.is_finite = block.name not in forward, block.name not in gradient
     assert Finding(report(), blocks, []).event == event
+
+
+def batch(first: int) -> TokenBatch:
+    text_BT, image_BN = torch.arange(first, first + 2)[:, None].expand(2, 3), torch.arange(2 * 4).view(2, 4) + first
+    names = {what: tuple(f"{what} {first + row}" for row in (0, 1)) for what in ("keys", "captions", "shards")}
+    return TokenBatch(text_BT, image_BN, **names, n_truncated=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_kept_batch_is_dealt_to_any_number_of_ranks(any_root: str, world_size: int) -> None:
+    for rank in (0, 1):
+        with _files_of(any_root) as folder:
+            _save_batch([batch(4 * rank), batch(4 * rank + 2)], folder, Ranks(rank, 2, torch.device("cpu")))
+    run = SimpleNamespace(global_batch=8, micro_batch=2)
+    found = [
+        each for rank in range(world_size) for each in _load_batch(any_root, run, Ranks(rank, world_size, torch.device("cpu")))
+    ]
+    assert [len(each) for each in found] == [2, 2, 2, 2]
+    for each, expected in zip(found, [batch(0), batch(2), batch(4), batch(6)], strict=True):
+        assert torch.equal(each.text_BT, expected.text_BT) and torch.equal(each.image_BN, expected.image_BN)
+        assert (each.keys, each.captions, each.shards) == (expected.keys, expected.captions, expected.shards)
+    run.global_batch = 16
+    with pytest.raises(ConfigError, match="global_batch is 16, but .* has 8 samples"):
+        _load_batch(any_root, run, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
