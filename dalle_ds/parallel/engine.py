@@ -106,6 +106,9 @@ class PriorEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, config=engine_config.json, optimizer=torch_optimizer, mpu=self.replicas
         )
+        if self._engine.fp16_enabled():
+            # its loss scale may stay at its least: when to give up is the recipe's to say (`failure`), with a diagnosis
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._torch_optimizer = torch_optimizer
         self.phases = PhaseTimer(ranks.device)
         """Of updates: forward, backward (with ZeRO-3's reduction), reduce (agreement, and averaging of replicas), step."""
