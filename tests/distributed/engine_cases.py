@@ -342,6 +342,15 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def at_the_least_scale(folder: Path, ranks: Ranks) -> list[tuple[bool, float]]:
+    """Whether updates took a step, and their loss scale, where every one overflows."""
+    engine = make_engine(folder, ranks, {**GLOBAL, "initial_scale_power": 1, "hysteresis": 1})
+    engine.shards()["heads.norm.weight"].fill_(float("inf"))
+    engine.refresh_gathered_parameters()
+    reports = [engine.update(micro_batches(0, ranks, 1), ADAMW.lr) for _ in range(4)]
+    return [(report.took_step, report.loss_scale) for report in reports]
+
+
 def main(folder: Path) -> None:
     ranks = join()
     results = {
@@ -357,6 +366,7 @@ def main(folder: Path) -> None:
         ),
         "checkpoint_global_zero3": save_and_load(folder, ranks, "global_zero3", TOO_HIGH, torch.float16),
         "checkpoint_global_zero2": save_and_load(folder, ranks, "global_zero2", TOO_HIGH, torch.float16, stage=2),
+        "least_scale": at_the_least_scale(folder, ranks),
         "averaging": averaging(folder, ranks),
         "low_bit": low_bit_moments(folder, ranks, "low_bit"),
         "low_bit_offloaded": low_bit_moments(folder, ranks, "low_bit_offloaded", offload=["optimizer"]),

@@ -113,6 +113,10 @@ def test_global_fp16_lowers_its_scale_and_resumes(outcome: dict[str, Any], case:
     assert max(report["loss_scale"] for report in found["found"]) > 2.0**18, "it grows when the first engine's does"
 
 
+def test_global_fp16_goes_on_at_its_least_scale(outcome: dict[str, Any]) -> None:
+    assert outcome["rank0"]["least_scale"] == [[False, 2.0], [False, 1.0], [False, 1.0], [False, 1.0]]
+
+
 def test_averaged_weights_are_evaluated_and_taken_back(outcome: dict[str, Any]) -> None:
     case = outcome["rank0"]["averaging"]
     assert case["averaged"] == pytest.approx(case["expected"], rel=2e-5)
