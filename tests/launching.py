@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PRIOR = str(ROOT / "launchers" / "train_prior.sh")
+QUICK_START = ROOT / "tests" / "launched" / "sitecustomize.py"
 TINY = ["--recipe", str(ROOT / "launchers" / "recipes" / "tiny.yaml")]
 
 
@@ -24,7 +25,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     env["DS_ACCELERATOR"] = "cpu"
-    env["PYTHONPATH"] = str(ROOT)
+    env["PYTHONPATH"] = f"{ROOT}:{QUICK_START.parent}"
     return {**env, **(extra or {})}
 
 

@@ -3,9 +3,9 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,20 @@ def train_dvae(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
         if finished is not None:
             log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
             return finished
-        with closing(_Trainer(run, identity, ranks)) as trainer:
+        with _denormals_flushed(), closing(_Trainer(run, identity, ranks)) as trainer:
             watch.before_exit = trainer.end_tracking
             return trainer.run(stop)
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Denormal numbers are very slow on CPUs, and codes that die make many. Afterwards the process has what it had."""
+    flushed_before = bool(torch.tensor(2.0**-149) * 1 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed_before)
 
 
 class _Trainer:
@@ -88,8 +99,6 @@ class _Trainer:
         self.tracker, self.status = NullTracker(), "FAILED"
         self.parts = run.parts_of(ranks.rank, ranks.world_size)
         self.device = _device(run, ranks)
-        # Denormal numbers are very slow on CPUs, and codes that die make many.
-        torch.set_flush_denormal(True)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         torch.manual_seed(run.seed)

@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_token_set(home / "tokens", n_samples=96, n_validation=32)
     (home / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
     (home / "site").mkdir()
-    (home / "site" / "sitecustomize.py").write_text(NOTE_ENVIRONMENT)
+    (home / "site" / "sitecustomize.py").write_text(launching.QUICK_START.read_text() + NOTE_ENVIRONMENT)
     return home
 
 

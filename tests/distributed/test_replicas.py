@@ -132,7 +132,7 @@ def test_recipe_trains_replicas_and_goes_on_with_more_of_them(tmp_path: Path, mo
     env = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     sgd, few = "replicas.compression=power_sgd", ["average.every=1", "validation.every=100"]
     first = train(tmp_path, env, "run", sgd, "replicas.count=2", "updates=3", *few)
-    files = {path.name for path in Path(tmp_path, first["checkpoint"]).glob("state-*")}
+    files = {path.name for path in Path(tmp_path, first["checkpoint"]).rglob("state-*")}
     assert len(files) == 2
     second = train(tmp_path, env, "run", sgd, "replicas.count=4", "updates=5", *few, n_ranks=4)
     assert (second["resumed_at"], second["updates"], second["skipped_updates"]) == (3, 5, 0)
