@@ -1,0 +1,28 @@
+"""A real browser for the pages of the project: Debian's Chromium, headless, driven by playwright."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: chromium)")
+
+
+@contextmanager
+def browser_page(width: int = 1280, height: int = 900) -> Iterator[Page]:
+    """A page in a browser of its own. What its console or scripts complained of fails the test at the end."""
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        # as root, as in containers, Chromium starts without its sandbox only
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        try:
+            yield page
+        finally:
+            browser.close()
+    assert not complaints, complaints
