@@ -1,0 +1,107 @@
+"""CLIP from a `transformers` folder or hub name: pictures and captions to unit vectors that can be compared.
+
+B pictures or captions, H and W pixels, C channels, D features.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.recipes import canonical_json
+
+Picture = Image.Image | np.ndarray
+
+
+class Clip:
+    """A contrastive model in fp32 with its own tokenizer and picture preprocessing; `Clip.load` opens one.
+
+    `fingerprint` covers all that decides a score: weights, shape of the towers, tokenizer, preprocessing.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
+        self.model, self._tokenizer, self._processor = model, tokenizer, processor
+        self.image_size = int(model.config.vision_config.image_size)
+        self.n_features = int(model.config.projection_dim)
+        self.fingerprint = self._fingerprint()
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Clip":
+        """Open a folder that `save_pretrained` wrote (CLIPModel, tokenizer, image processor), or fetch a hub name.
+
+        Raises:
+            ConfigError: `transformers` is not installed. DataError: nothing there, no CLIP, or parts of it are missing.
+        """
+        try:
+            from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other wants torchvision
+        except ImportError as error:
+            raise ConfigError(f"CLIP {path}: {error}; pip install 'dalle-ds[clip]'") from None
+        try:
+            kind = AutoConfig.from_pretrained(path).model_type
+            if kind != "clip":
+                raise DataError(f"CLIP {path}: its config.json says model_type {kind!r}, expected 'clip'")
+            model, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(path)
+            processor = CLIPImageProcessorPil.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"CLIP {path}: {str(error).splitlines()[0]}") from None
+        if found["missing_keys"]:  # transformers would only warn, and draw them at random
+            raise DataError(f"CLIP {path}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+        _check_parts(path, model, tokenizer, processor)
+        return cls(model.to(device).eval().requires_grad_(False), tokenizer, processor)
+
+    @torch.inference_mode()
+    def image_features(self, images_BHWC: np.ndarray | Sequence[Picture]) -> Tensor:
+        """RGB pictures, uint8 (B, H, W, 3) or a sequence of any sizes -> (B, D) unit vectors, fp32, on the model's device.
+
+        Raises:
+            ValueError: arrays that are not uint8 (H, W, 3).
+        """
+        for image in images_BHWC:
+            if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+                raise ValueError(f"picture {image.dtype} {image.shape}: expected uint8 (H, W, 3)")
+        pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images_BHWC]
+        pixels_BCHW = self._processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.model.device)
+        return F.normalize(self.model.get_image_features(pixel_values=pixels_BCHW).pooler_output, dim=-1)
+
+    @torch.inference_mode()
+    def text_features(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (B, D) unit vectors, fp32, on the model's device; what is too long for the model is cut."""
+        length = self.model.config.text_config.max_position_embeddings
+        # always of full length: a caption's vector must not depend on its neighbours' lengths
+        tokens = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return F.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output, dim=-1)
+
+    def _fingerprint(self) -> str:
+        towers = (self.model.config.vision_config, self.model.config.text_config)
+        about = {
+            "towers": [[tower.num_attention_heads, tower.hidden_act, tower.layer_norm_eps] for tower in towers],
+            "size": dict(self._processor.size),
+            "crop": dict(self._processor.crop_size),
+            "resample": int(self._processor.resample),
+            "mean": list(self._processor.image_mean),
+            "std": list(self._processor.image_std),
+            "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        }
+        digest = hashlib.sha256(canonical_json(about).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"\n{name}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()[:20]
+
+
+def _check_parts(path: str | Path, model: Any, tokenizer: Any, processor: Any) -> None:
+    size, crop = model.config.vision_config.image_size, dict(processor.crop_size)
+    if crop != {"height": size, "width": size}:
+        raise DataError(f"CLIP {path}: its preprocessing gives pictures of {crop}, but the model expects {size} a side")
+    vocab = model.config.text_config.vocab_size
+    if len(tokenizer) > vocab:
+        raise DataError(f"CLIP {path}: its tokenizer has {len(tokenizer)} tokens, the model knows {vocab}")
