@@ -20,6 +20,7 @@ from dalle_ds.errors import DataError
 BLOCK_SAMPLES: Final = 256
 TOKENS: Final = "tokens.npy"
 CAPTIONS: Final = "captions.json"
+NPY_HEADER_BYTES: Final = 1024  # before the values, at most
 
 
 class PartWriter:
@@ -115,11 +116,9 @@ def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[
     if _crc32(data) != block.crc32:
         raise DataError(f"{url}, block {block.name}: CRC-32 {_crc32(data)}, its manifest says {block.crc32}; "
                         "the data is damaged")
-    members: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            opened = tar.extractfile(member)
-            members[member.name.removeprefix(f"{block.name}.")] = opened.read() if opened else b""
+        members = {member.name.removeprefix(f"{block.name}."): memoryview(data)[member.offset_data :][: member.size]
+                   for member in tar}
     tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
     counts = {"token rows": len(tokens_nN), **{name: len(values) for name, values in record.items()}}
     if set(counts.values()) != {block.n_samples}:
@@ -127,9 +126,15 @@ def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[
     return tokens_nN, record
 
 
-def decode_members(tokens: bytes, captions: bytes) -> tuple[np.ndarray, dict[str, list[str]]]:
-    """The two members of a block, decoded: tokens (n, N) and {"keys", "captions", "groups"}."""
-    return np.load(io.BytesIO(tokens), allow_pickle=False), json.loads(captions)
+def decode_members(tokens: bytes | memoryview, captions: bytes | memoryview) -> tuple[np.ndarray, dict[str, list[str]]]:
+    """The two members of a block, decoded: tokens (n, N), read-only, and {"keys", "captions", "groups"}."""
+    header = io.BytesIO(tokens[:NPY_HEADER_BYTES])
+    version = np.lib.format.read_magic(header)
+    if version != (1, 0):
+        raise ValueError(f"npy version {version}, expected (1, 0)")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    # a view: np.load would copy half a megabyte
+    return np.frombuffer(tokens, dtype, offset=header.tell()).reshape(shape), json.loads(bytes(captions))
 
 
 def unbatch(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

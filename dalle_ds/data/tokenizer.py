@@ -13,13 +13,14 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from dalle_ds.data.bpe_dropout import merge_word, uniforms
+from dalle_ds.data.bpe_dropout import DropoutEncoder
 from dalle_ds.data.fingerprint import fingerprint
 from dalle_ds.data.storage import read_bytes, write_bytes
 from dalle_ds.errors import ConfigError, DataError
@@ -32,6 +33,7 @@ SPACE = "\u2581"  # how sentencepiece writes a space
 PLAIN = re.compile(r"[ -~]*")
 """Captions whose normal form is known without sentencepiece: printable ASCII."""
 MAX_CACHED_WORDS = 1 << 17
+ID_BYTES = 4  # of a packed id, int32
 SEGMENT = re.compile(r"[a-z]+|.", re.DOTALL)  # runs of a-z, and every other character alone
 ASCII_SINGLES = string.digits + string.punctuation + SPACE
 N_BYTES_AND_UNKNOWN = 256 + 1
@@ -66,9 +68,11 @@ class CaptionTokenizer:
         self._index_pieces(source)
         rule = {"kind": "caption tokenizer", "normalization": NORMALIZATION, "split": SPLITTING_RULE}
         self.fingerprint: str = fingerprint(rule, {"model": self.model_bytes})
-        self._space = self._id_of_piece[SPACE]
+        self._space = _packed([self._id_of_piece[SPACE]])
+        self._dropout = DropoutEncoder(self._rank_of_piece, self._id_of_piece)
         # Nothing merges across spaces, so a word has the same tokens wherever it stands.
-        self._ids_of_word = lru_cache(MAX_CACHED_WORDS)(self._encode_word)
+        self._packed_word = lru_cache(MAX_CACHED_WORDS)(self._pack_word)
+        self._segments_of_word = lru_cache(MAX_CACHED_WORDS)(self._split_word)
 
     def _index_pieces(self, source: str) -> None:
         model = self._processor
@@ -95,30 +99,44 @@ class CaptionTokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """Token ids in [0, n_vocab), without any start or end mark; empty for a caption of spaces alone."""
-        first, *others = self.normalize(caption).split(SPACE)
-        ids = [*self._ids_of_word(first)]
-        for word in others:
-            ids.append(self._space)
-            ids += self._ids_of_word(word)
-        return ids
-
-    def _encode_word(self, word: str) -> tuple[int, ...]:
-        return tuple(self._encode_segments(word, 0.0, iter(())))
-
-    def _encode_segments(self, text: str, p: float, draws: Iterator[float]) -> Iterator[int]:
-        for segment in SEGMENT.findall(text):
-            if "a" <= segment[0] <= "z":
-                yield from (self._id_of_piece[piece] for piece in merge_word(segment, self._rank_of_piece, p, draws))
-            elif segment in self._id_of_piece:
-                yield self._id_of_piece[segment]
-            else:
-                yield from (self._id_of_byte[byte] for byte in segment.encode())
+        return _unpacked(self.pack(caption))
 
     def encode_with_dropout(self, caption: str, p: float, rng: np.random.Generator) -> list[int]:
         """As `encode`, with each merge candidate dropped with chance p (paper: 0.1, in training); a pure function of rng."""
+        return _unpacked(self.pack_with_dropout(caption, p, rng))
+
+    def pack(self, caption: str) -> bytes:
+        """As `encode`: the ids as int32 bytes, many times as fast to make and to join into an array as a list."""
+        return self._space.join(map(self._packed_word, self._words(caption)))
+
+    def pack_with_dropout(self, caption: str, p: float, rng: np.random.Generator) -> bytes:
+        """As `encode_with_dropout`, packed like `pack`."""
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"BPE dropout p is {p}, expected a chance from 0 to 1")
-        return list(self._encode_segments(self.normalize(caption), p, uniforms(rng)))
+        if p == 0.0:
+            return self.pack(caption)
+        return self._space.join(self._dropout.encode(map(self._segments_of_word, self._words(caption)), p, rng))
+
+    def _words(self, caption: str) -> list[str]:
+        if PLAIN.fullmatch(caption):  # nearly every caption: `normalize` and split in one
+            return caption.lower().split() or [""]
+        return self.normalize(caption).split(SPACE)
+
+    def _pack_word(self, word: str) -> bytes:
+        parts = self._segments_of_word(word)
+        return b"".join(part if type(part) is bytes else self._dropout.pack(part, repeat(0)) for part in parts)
+
+    def _split_word(self, word: str) -> tuple[str | bytes, ...]:
+        """The word's runs of a-z as they are, and the ids of all else."""
+        parts: list[str | bytes] = []
+        for segment in SEGMENT.findall(word):
+            if "a" <= segment[0] <= "z":
+                parts.append(segment)
+            elif segment in self._id_of_piece:
+                parts.append(_packed([self._id_of_piece[segment]]))
+            else:
+                parts.append(_packed([self._id_of_byte[byte] for byte in segment.encode()]))
+        return tuple(parts)
 
     def normalize(self, caption: str) -> str:
         """The caption as the model sees it: casefolded, NFKC, whitespace collapsed, spaces written as U+2581."""
@@ -136,6 +154,14 @@ class CaptionTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CaptionTokenizer, (self.model_bytes,)
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    return np.array(ids, dtype=np.int32).tobytes()
+
+
+def _unpacked(packed: bytes) -> list[int]:
+    return np.frombuffer(packed, dtype=np.int32).tolist()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) -> CaptionTokenizer:

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from dalle_ds.data import bpe_dropout
+from dalle_ds.data.bpe_dropout import merge_word
+from dalle_ds.data.sample_seeds import sample_generators
 from dalle_ds.data.tokenizer import SEGMENT, SPACE, CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import ConfigError, DataError
 
@@ -103,6 +106,34 @@ def test_dropout_is_a_function_of_the_generator_and_keeps_the_text(tokenizer):
     assert runs == [tokenizer.encode_with_dropout(caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
     assert len({tuple(ids) for ids in runs}) > 25
     assert {tokenizer.decode(ids) for ids in runs} == {caption.lower()}
+
+
+def test_kept_states_merge_as_the_plain_algorithm(tokenizer, monkeypatch):
+    """Word by word, draw by draw, while states are thrown away and long words go past them."""
+    monkeypatch.setattr(bpe_dropout, "MAX_WAYS", 200)
+    monkeypatch.setattr(bpe_dropout, "DRAWS", 7)
+    letters = random.Random(4)
+    for seed in range(400):
+        words = ["".join(letters.choices("aeinorst", k=letters.choice([1, 2, 5, 9, 31, 32, 33, 70]))) for _ in range(6)]
+        p = letters.choice([0.02, 0.1, 0.5, 0.9])
+        rng = np.random.default_rng(seed)
+        drops = (rng.random() < p for _ in itertools.count())
+        plain = [[tokenizer._id_of_piece[piece] for piece in merge_word(word, tokenizer._rank_of_piece, drops)]
+                 for word in words]
+        space = tokenizer._id_of_piece[SPACE]
+        expected = [i for ids in plain for i in [space, *ids]][1:]
+        assert tokenizer.encode_with_dropout(" ".join(words), p, np.random.default_rng(seed)) == expected, words
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**70 + 5])
+@pytest.mark.parametrize("n", [3, 40])
+def test_samples_are_seeded_as_numpy_does(seed, n):
+    epochs, indices = np.arange(n) % 3, np.arange(n) * 104_729 + (2**32 - 2**21)
+    for below in (2**32, 2**40):  # words of 32 bits, and longer ones
+        seeded = sample_generators(seed, 2, epochs, indices % below)
+        for bits, epoch, index in zip(seeded, epochs.tolist(), (indices % below).tolist(), strict=True):
+            expected = np.random.PCG64(np.random.SeedSequence((seed, 2, epoch, index)))
+            assert bits.random_raw(4).tolist() == expected.random_raw(4).tolist()
 
 
 def test_dropout_of_everything_leaves_characters(tokenizer):
