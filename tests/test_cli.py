@@ -11,7 +11,7 @@ import pytest
 from dalle_ds import cli
 from tests.sampling.exports import make_export
 
-VERBS = ("train-dvae", "export", "import-openai", "sample", "evaluate", "plan", "doctor", "replay")
+VERBS = ("train-dvae", "export", "import-openai", "sample", "evaluate", "evaluate-images", "plan", "doctor", "replay")
 
 
 @pytest.fixture

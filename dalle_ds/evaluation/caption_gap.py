@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dalle_ds.errors import DataError
+from dalle_ds.evaluation.bootstrap import mean_interval
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,10 @@ def measure_gap(
     if not (np.isfinite(nll_SN).all() and np.isfinite(nll_shuffled_SN).all()):
         raise DataError("held-out losses are not finite: the model's weights are damaged or it diverged")
     right, wrong = nll_SN.mean(1, dtype=np.float64), nll_shuffled_SN.mean(1, dtype=np.float64)
-    counts = np.bincount(classes_S)
-    sums = np.bincount(classes_S, weights=wrong - right)
-    present = counts > 0
-    counts, sums = counts[present], sums[present]
-    rng = np.random.default_rng(seed)
-    gaps = np.empty(n_resamples)
-    for i in range(n_resamples):
-        weights = np.bincount(rng.integers(len(counts), size=len(counts)), minlength=len(counts))
-        gaps[i] = weights @ sums / (weights @ counts)
-    low, high = np.quantile(gaps, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = mean_interval(wrong - right, classes_S, confidence=confidence, n_resamples=n_resamples, seed=seed)
     return CaptionGap(
-        float(right.mean()), float(wrong.mean()), float((wrong - right).mean()), float(low), float(high), confidence,
-        len(right), len(counts),
+        float(right.mean()), float(wrong.mean()), float((wrong - right).mean()), low, high, confidence,
+        len(right), len(np.unique(classes_S)),
     )  # fmt: skip
 
 

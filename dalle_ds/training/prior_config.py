@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 import dalle_ds
-from dalle_ds.data.manifest import DatasetInfo
+from dalle_ds.data.manifest import DatasetInfo, Split
+from dalle_ds.data.token_dataset import CACHE_BYTES, TokenDataset
+from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
@@ -42,8 +44,18 @@ class ModelSection(Config):
         return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own, **from_data})
 
 
-class DataSection(Config):
+class DataShare(Config):
+    """A data set of a mix."""
+
     dataset: str = Field(description="root of a token data set: a path or s3:// url")
+    weight: float = Field(gt=0, description="its part of the samples, as against the other sets' weights")
+
+
+class DataSection(Config):
+    """One `dataset`, or several in a `mix`."""
+
+    dataset: str | None = Field(None, description="root of a token data set: a path or s3:// url")
+    mix: list[DataShare] = Field([], description="several, each by its weight")
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
     bpe_dropout: float = Field(0.1, ge=0, lt=1)
@@ -51,6 +63,28 @@ class DataSection(Config):
         0.0, ge=0, lt=1, description="share of training captions left out, for classifier-free guidance; the paper has none"
     )
     prefetch: int = Field(2, ge=1, description="global batches read ahead")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSection":
+        if (self.dataset is None) == (not self.mix):
+            raise ValueError("expected either `dataset`, or `mix` with a list of {dataset, weight}")
+        return self
+
+    @property
+    def shares(self) -> list[DataShare]:
+        """The data sets, one or many."""
+        return self.mix or [DataShare(dataset=str(self.dataset), weight=1.0)]
+
+    @property
+    def sources(self) -> str:
+        """The data sets and their weights, for people."""
+        return self.dataset or " + ".join(f"{share.weight:g} * {share.dataset}" for share in self.mix)
+
+    def open(self, split: Split) -> TokenMix:
+        """The data sets, checked against each other."""
+        memory = CACHE_BYTES // len(self.shares)
+        sets = [TokenDataset(share.dataset, split, cache_bytes=memory) for share in self.shares]
+        return TokenMix(sets, [share.weight for share in self.shares])
 
 
 class OptimizerSection(Config):

@@ -68,6 +68,8 @@ class RunReport:
             "train/epoch": state.update / self._stream.steps_per_epoch, "train/data_wait_seconds": self._stream.wait_seconds,
             "train/captions_cut": self._stream.n_truncated,
         }  # fmt: skip
+        if len(self._stream.n_drawn) > 1:  # as data.mix numbers the sets
+            values |= {f"data/samples_of_set_{i}": n for i, n in enumerate(self._stream.n_drawn, start=1)}
         if math.isfinite(report.grad_norm):
             values["train/grad_norm"] = report.grad_norm
         if report.loss_scale is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import require_same
-from dalle_ds.data.tokens import TokenBatch, TokenDataset, TokenStream, validation_batches
+from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError, TrainingDiverged
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
@@ -71,13 +71,12 @@ class _Trainer:
         self.recipe, self.ranks, self.folder = run, ranks, Path(run.folder)
         self.tracker, self.status = NullTracker(), "FAILED"
         self.engine_config = read_engine_config(run, ranks)
-        self.dataset = TokenDataset(run.data.dataset, "train")
-        self.validation_set = TokenDataset(run.data.dataset, "validation")
+        self.dataset, self.validation_set = run.data.open("train"), run.data.open("validation")
         info = self.dataset.info
         for what, expected, found in (("dVAE", run.data.dvae, info.dvae), ("tokenizer", run.data.tokenizer, info.tokenizer)):
             if expected is not None:
-                require_same(f"{what} of data set {run.data.dataset}", expected, found, "The recipe asks for the former.")
-        self.model_config = run.model.resolve(info, self.dataset.tokenizer.n_vocab, run.data.dataset)
+                require_same(f"{what} of data set {self.dataset.root_url}", expected, found, "The recipe asks for the former.")
+        self.model_config = run.model.resolve(info, self.dataset.tokenizer.n_vocab, self.dataset.root_url)
         self.identity = RunIdentity(
             model=self.model_config.model_dump(), data=self.dataset.fingerprint, content=self.dataset.content_fingerprint,
             global_batch=run.global_batch, seed=run.seed,
@@ -234,7 +233,11 @@ class _Trainer:
 
         run = self.tracker.run
         about = {
-            **asdict(self.identity), "dataset": self.recipe.data.dataset, "dvae": self.dataset.info.dvae,
+            **asdict(self.identity), "dataset": self.dataset.sets[0].root_url, "dvae": self.dataset.info.dvae,
+            "data_sets": [
+                {"dataset": of_set.root_url, "weight": weight, "data": of_set.fingerprint, "content": of_set.content_fingerprint}
+                for of_set, weight in zip(self.dataset.sets, self.dataset.weights, strict=True)
+            ],
             "tokenizer": self.dataset.info.tokenizer, "caption_dropout": self.recipe.data.caption_dropout,
             "fp16_branches": self.engine.scaler is not None, "moments": self.recipe.optimizer.moments,
             "weight_dtype": str(self.engine_config.weight_dtype).removeprefix("torch."),
@@ -267,7 +270,8 @@ class _Trainer:
         tracker = Tracker.start(
             self.folder, uri=run.tracking.uri, experiment=run.tracking.experiment, run_name=run.tracking.run_name,
             tags={
-                **code_tags(), "stage": "train_prior", "lineage.data": info.fingerprint, "lineage.dataset": run.data.dataset,
+                **code_tags(), "stage": "train_prior",
+                "lineage.data": self.identity.data, "lineage.dataset": self.dataset.root_url,
                 "lineage.data_content": self.identity.content, "lineage.dvae": info.dvae, "lineage.tokenizer": info.tokenizer,
             },
             params={
@@ -276,7 +280,8 @@ class _Trainer:
                 "effective_parameters": effective_parameters(self.model_config), "n_train_samples": self.dataset.n_samples,
             },
         )  # fmt: skip
-        tracker.input_dataset("token_shards", run.data.dataset, info.fingerprint)
+        for dataset in self.dataset.sets:
+            tracker.input_dataset("token_shards", dataset.root_url, dataset.fingerprint)
         tracker.artifact(self.folder / "deepspeed.json")
         tracker.artifact(self.folder / "recipe.yaml")
         log.info("prior of %.1f million parameters on %d ranks x %d micro-batches of %d", self.n_parameters / 1e6,

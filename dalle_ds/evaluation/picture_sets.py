@@ -1,0 +1,146 @@
+"""Pictures to be measured: a folder, a samples.json, or raw shards, read one after another and prepared alike."""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from dalle_ds.data import storage
+from dalle_ds.data.fingerprint import fingerprint
+from dalle_ds.data.images import ImageProblem, center_crop, decode_image
+from dalle_ds.data.raw import IMAGE_EXTENSIONS, RawSample, RawShard, list_raw_shards, read_raw_shard, split_of
+from dalle_ds.errors import DataError
+
+RECORD = "samples.json"
+PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # change it when `prepare` changes
+
+
+class Entry(NamedTuple):
+    """An encoded picture; the caption is None where none is known."""
+
+    key: str
+    caption: str | None
+    data: bytes
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures from one source; `fingerprint` covers which they are and their bytes. Iterating reads them again each time."""
+
+    source: str
+    fingerprint: str
+    entries: Callable[[], Iterator[Entry]]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.entries()
+
+
+def open_pictures(source: str | Path, *, limit: int | None = None, held_out: float | None = None) -> PictureSet:
+    """A set of pictures by where it is.
+
+    Args:
+        source: a samples.json or its folder; a root of raw shards (path or s3:// url); any folder of pictures, captions in a
+            .txt beside each where there are some.
+        limit: at most so many, chosen by hash of their names: the same ones each time, and no order of the source shows.
+        held_out: of raw shards take only what the validation split has at this `validation_fraction`.
+
+    Raises:
+        DataError: nothing there, no pictures, or a samples.json that names missing files.
+    """
+    local = storage.local_path(source)
+    if local is not None and (local.name == RECORD or (local / RECORD).is_file()):
+        files = _of_record(local if local.name == RECORD else local / RECORD)
+    elif local is None or any(local.glob("*.tar")) or (local / "manifests").is_dir():
+        return _of_shards(str(source), limit, held_out)
+    elif local.is_dir():
+        found = sorted(path for path in local.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        files = {str(path.relative_to(local)): (path, _caption_beside(path)) for path in found}
+    else:
+        raise DataError(f"{source}: no such folder or samples.json")
+    if held_out is not None:
+        raise DataError(f"{source}: no raw shards, so that held-out pictures can't be told from others")
+    if limit is not None:
+        files = {key: files[key] for key in _chosen(files, limit)}
+    if not files:
+        raise DataError(f"{source}: no pictures; expected files ending in {', '.join(IMAGE_EXTENSIONS)}, or raw shards")
+    digests = {key: _sha256(path) for key, (path, _) in files.items()}
+    return PictureSet(
+        str(source),
+        fingerprint({"pictures": digests}),
+        lambda: (Entry(key, caption, path.read_bytes()) for key, (path, caption) in files.items()),
+    )
+
+
+def prepare(entry: Entry, size: int, blur: float) -> np.ndarray:
+    """Decode, cut to a square of `size` pixels a side, blur: uint8 (size, size, 3).
+
+    `blur` is the radius of Pillow's GaussianBlur, the standard deviation in pixels of the prepared picture; 0 leaves it as it
+    is. PAPER 3.1 (figure 9) blurs real pictures and samples alike, to look past the high frequencies that a dVAE loses.
+
+    Raises:
+        DataError: the picture can't be read, or its short side is under `size`.
+    """
+    try:
+        pixels_HWC = center_crop(decode_image(entry.data), size)
+    except ImageProblem as problem:
+        raise DataError(f"picture {entry.key} is {problem.reason}; expected a short side of {size} pixels or more") from None
+    return np.asarray(Image.fromarray(pixels_HWC).filter(ImageFilter.GaussianBlur(blur))) if blur else pixels_HWC
+
+
+def _of_record(file: Path) -> dict[str, tuple[Path, str | None]]:
+    try:
+        images = json.loads(file.read_text(encoding="utf-8"))["images"]
+        files = {str(image["file"]): (file.parent / image["file"], str(image["caption"])) for image in images}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is no record of samples ({error}); `dalle-ds sample` writes one") from None
+    missing = [key for key, (path, _) in files.items() if not path.is_file()]
+    if missing:
+        raise DataError(f"{file} names {len(files)} pictures, {len(missing)} of them are not there: {', '.join(missing[:3])}")
+    return files
+
+
+def _of_shards(root: str, limit: int | None, held_out: float | None) -> PictureSet:
+    shards = list_raw_shards(root)
+
+    def samples() -> Iterator[tuple[str, RawSample]]:
+        for shard in shards:
+            for sample in read_raw_shard(shard):
+                if isinstance(sample, RawSample) and (held_out is None or split_of(sample.group, held_out) == "validation"):
+                    yield f"{shard.name}/{sample.key}", sample
+
+    chosen = None if limit is None else set(_chosen((key for key, _ in samples()), limit))
+
+    def entries() -> Iterator[Entry]:
+        pictures = (Entry(key, sample.caption, sample.image) for key, sample in samples() if chosen is None or key in chosen)
+        if (first := next(pictures, None)) is None:
+            raise DataError(f"{root}: no picture in its raw shards (held out: {held_out})")
+        yield first
+        yield from pictures
+
+    contents = {shard.name: shard.checksum or _sha256_of_shard(shard) for shard in shards}
+    return PictureSet(root, fingerprint({"shards": contents, "limit": limit, "held_out": held_out}), entries)
+
+
+def _chosen(keys: Iterator[str] | dict[str, object], limit: int) -> list[str]:
+    return sorted(heapq.nsmallest(limit, keys, key=lambda key: hashlib.sha256(key.encode()).digest()))
+
+
+def _caption_beside(path: Path) -> str | None:
+    text = path.with_suffix(".txt")
+    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_shard(shard: RawShard) -> str:
+    with storage.local_copy(shard.url) as file:
+        return _sha256(file)

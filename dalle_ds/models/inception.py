@@ -1,0 +1,68 @@
+"""Inception v3 of FID and Inception Score: torch-fidelity's network with its weights from a file; nothing is downloaded.
+
+B pictures, H and W pixels, D features, K classes.
+"""
+
+import hashlib
+import importlib.util
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle_ds.errors import ConfigError, DataError
+
+FEATURES, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names, and its choice for the two scores
+
+
+class Inception:
+    """The network in fp32, which resizes pictures to 299 pixels as TensorFlow 1 did. `fingerprint`: of the weights file."""
+
+    def __init__(self, weights: Path, device: str | torch.device = "cpu") -> None:
+        """Open the weights file that torch-fidelity publishes (weights-inception-2015-12-05-6726825d.pth).
+
+        Raises:
+            ConfigError: torch-fidelity is not installed. DataError: the file is missing or holds something else.
+        """
+        network_class = _network_class()
+        try:
+            with weights.open("rb") as file:
+                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+            # The network's own loader would run code in a file: it gets the file after this one took it for plain tensors.
+            torch.load(weights, map_location="cpu", weights_only=True)
+            network = network_class("inception", [FEATURES, LOGITS], feature_extractor_weights_path=str(weights))
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"Inception weights {weights}: {message}; expected torch-fidelity's file") from None
+        self.network, self.device = network.to(device), torch.device(device)
+
+    @torch.inference_mode()
+    def features(self, images_BHWC: np.ndarray) -> tuple[Tensor, Tensor]:
+        """uint8 (B, H, W, 3) -> features (B, 2048) for FID and logits (B, 1008) for the Inception Score, fp32."""
+        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).to(self.device)
+        features_BD, logits_BK = self.network(images_BCHW)
+        return features_BD, logits_BK
+
+
+def _network_class() -> Any:
+    # The package's own __init__ imports torchvision for its other networks; this one needs none of it.
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ConfigError("extractor inception needs torch-fidelity: pip install --no-deps torch-fidelity")
+    if "torch_fidelity" in sys.modules:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        return FeatureExtractorInceptionV3
+    bare = ModuleType("torch_fidelity")
+    bare.__path__ = list(spec.submodule_search_locations)
+    sys.modules["torch_fidelity"] = bare
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    finally:
+        del sys.modules["torch_fidelity"]  # whoever wants the whole package gets it
+    return FeatureExtractorInceptionV3
