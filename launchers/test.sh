@@ -8,4 +8,4 @@ source launchers/setup.sh test,demo
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 lint-imports
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 3 --dist loadfile "$@"

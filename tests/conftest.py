@@ -49,3 +49,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A root on each kind of storage: the test runs twice."""
     return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3").url
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that launch jobs first: run side by side with the others, they don't make the whole wait for them at the end."""
+    launching = {item.path for item in items if item.get_closest_marker("launch") or item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: item.path not in launching)

@@ -270,6 +270,15 @@ class PriorEngine:
         under DeepSpeed's own fp16 and bf16."""
         return {name: getattr(p, "ds_tensor", p.data) for name, p in self.module.named_parameters()}
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Name -> the whole parameter in fp32 on the CPU, on the main rank; None on others. All ranks call it together."""
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                if self.ranks.is_main:
+                    weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        return weights or None
+
     def refresh_gathered_parameters(self) -> None:
         """After writing into `shards()`: drop what ZeRO-3 holds gathered from before, and gather its resident ones anew.
 

@@ -5,7 +5,6 @@ Tensors go from the ranks' files to the export's one at a time; the proof of par
 
 import json
 import logging
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.parallel.saved_state import AVERAGE, WEIGHTS, SavedState
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.parity import prove_parity
+from dalle_ds.training.throughput import peak_gigabytes
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def export_checkpoint(
         **{key: info[key] for key in ("fingerprint", "update", "averaged", "checkpoint")},
         "parity": parity,
         "gigabytes": round(n_bytes / 1e9, 3),
-        "peak_memory_gigabytes": _peak_memory_gigabytes(),
+        "peak_memory_gigabytes": peak_gigabytes(torch.device("cpu")).get("memory/cpu_peak_gigabytes"),
     }
 
 
@@ -126,12 +126,3 @@ def _parity(checkpoint: Checkpoint, config: PriorConfig, model: str, about: dict
     difference = parity["max_difference_same_format"]
     log.info("export equals the engine: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
     return parity
-
-
-def _peak_memory_gigabytes() -> float | None:
-    """The most that was ever resident in this process; None where the system does not say."""
-    # not getrusage: its peak starts with that of the process from which this one was started
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return round(int(found[1]) * 1024 / 1e9, 3) if found else None
-    return None

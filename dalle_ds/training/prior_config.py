@@ -122,6 +122,10 @@ class TrackingSection(Config):
     experiment: str = "dalle_ds"
     run_name: str = "prior"
     every: int = Field(10, ge=1, description="updates between metrics")
+    samples_every: int | None = Field(
+        None, ge=1, description="updates between sheets of samples for held-out captions, drawn by the main rank from a whole "
+        "copy of the model while the others wait: for small ones; unset: none",
+    )  # fmt: skip
     profile_every: int = Field(500, ge=1, description="updates between those in which the time of collectives is measured")
     peak_tflops: float | None = Field(
         None, gt=0, description="16-bit peak of one device, for MFU; unset: known for common GPUs, else no MFU"

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 
+from PIL import Image
 from torch import Tensor
 
 from dalle_ds.console import progress
@@ -14,10 +15,35 @@ from dalle_ds.parallel.phases import with_collective_share
 from dalle_ds.training.charts import gradient_scales, position_heatmap
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_state import TrainState
-from dalle_ds.training.throughput import Throughput, known_peak_tflops
+from dalle_ds.training.throughput import Throughput, known_peak_tflops, peak_gigabytes
 from dalle_ds.training.tracking import NullTracker
 
 log = logging.getLogger(__name__)
+
+SAMPLES = "samples"
+
+
+def describe(run: PriorRun, n_parameters: int, world_size: int) -> str:
+    """What the run is and where to look first: Markdown for its page."""
+    lines = [
+        f"Prior `{run.model.preset}` of {n_parameters / 1e6:.1f} million parameters: {run.updates} updates of "
+        f"{run.global_batch} samples of `{run.data.sources}` on {world_size} ranks.",
+        "",
+        "Where to look first, under *Model metrics*:",
+        "- `loss/validation_image`: nats an image token on held-out pictures, of the averaged weights. It falls to the end; "
+        "where it rises while `loss/train_image` falls, the prior learns its pictures by heart.",
+        "- `optimizer/skipped_updates`, and the picture `optimizer/gradient_scales`: a few skipped updates and slowly rising "
+        "scales are healthy; a block whose scale keeps falling is not.",
+        "- `speed/tokens_per_second`, `speed/mfu` (where the peak of the device is known), `time_share/data_wait`: near 0, or "
+        "training waits for its data.",
+        "- the pictures `held_out/samples` and `loss/by_position`, by update.",
+        "",
+        "Parameters below are what differs from the paper's recipe; all settings are in `recipe.yaml` and `deepspeed.json` "
+        "under *Artifacts*.",
+    ]
+    if run.tracking.samples_every:
+        lines += ["", f"![Newest samples](get-artifact?path=pictures%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
+    return "\n".join(lines)
 
 
 class RunReport:
@@ -62,18 +88,19 @@ class RunReport:
         if state.update % self._every and report.took_step:
             return
         values = {
-            "train/loss": report.loss, "train/text_loss": report.text_loss, "train/image_loss": report.image_loss,
-            "train/learning_rate": lr, "train/skipped_updates": state.n_skipped,
+            "loss/train": report.loss, "loss/train_text": report.text_loss, "loss/train_image": report.image_loss,
+            "optimizer/learning_rate": lr, "optimizer/skipped_updates": state.n_skipped,
+            "optimizer/epoch": state.update / self._stream.steps_per_epoch,
             **self._throughput.metrics(self._engine.phases.take(), self._stream.wait_seconds),
-            "train/epoch": state.update / self._stream.steps_per_epoch, "train/data_wait_seconds": self._stream.wait_seconds,
-            "train/captions_cut": self._stream.n_truncated,
+            "speed/data_wait_seconds": self._stream.wait_seconds, "speed/captions_cut": self._stream.n_truncated,
+            **peak_gigabytes(self._engine.ranks.device),
         }  # fmt: skip
         if len(self._stream.n_drawn) > 1:  # as data.mix numbers the sets
             values |= {f"data/samples_of_set_{i}": n for i, n in enumerate(self._stream.n_drawn, start=1)}
         if math.isfinite(report.grad_norm):
-            values["train/grad_norm"] = report.grad_norm
+            values["optimizer/gradient_norm"] = report.grad_norm
         if report.loss_scale is not None:
-            values["train/loss_scale"] = report.loss_scale
+            values["optimizer/loss_scale"] = report.loss_scale
         if self._engine.scaler:
             self._warn_of_limits()
             values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
@@ -88,16 +115,21 @@ class RunReport:
         if not self._is_main:
             return
         update, grid, scaler = self._state.update, self._grid, self._engine.scaler
-        self._tracker.metrics({"validation/text_loss": text_loss, "validation/image_loss": image_loss}, update)
+        self._tracker.metrics({"loss/validation_text": text_loss, "loss/validation_image": image_loss}, update)
         log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", update, image_loss, text_loss)
         chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {update}")
-        self._tracker.picture("loss_by_position", chart, update)
+        self._tracker.picture("loss/by_position", chart, update)
         if scaler:
             self.scales("gradient scales")
             if len(self._scale_history) > 1:
                 updates, scales = zip(*self._scale_history, strict=True)
                 lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
-                self._tracker.picture("gradient_scales", gradient_scales(updates, lines), update)
+                self._tracker.picture("optimizer/gradient_scales", gradient_scales(updates, lines), update)
+
+    def sampled(self, sheet: Image.Image) -> None:
+        """Pictures for held-out captions: over time among the charts, the newest one in the run's description."""
+        self._tracker.picture("held_out/samples", sheet, self._state.update)
+        self._tracker.picture(SAMPLES, sheet)
 
     def scales(self, what: str) -> None:
         """The range of the blocks' gradient scales, in the log."""

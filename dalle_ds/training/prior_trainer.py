@@ -33,7 +33,8 @@ from dalle_ds.training.parity import PARITY_FILE
 from dalle_ds.training.plan import CHECKPOINT_BYTES, moment_bytes_per_parameter
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_engine import build_engine, read_engine_config
-from dalle_ds.training.prior_report import RunReport
+from dalle_ds.training.prior_report import RunReport, describe
+from dalle_ds.training.prior_samples import SampleSheets
 from dalle_ds.training.prior_state import RunIdentity, TrainState
 from dalle_ds.training.tracking import NullTracker, Tracker
 
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
 PARITY_SAMPLES = 4
+NOT_PARAMS: dict[str, Any] = {
+    "data": {"dataset", "mix"},
+    **dict.fromkeys(("folder", "deepspeed_config", "checkpoint", "validation", "tracking", "failure"), True),
+}
+"""Where and how often, not what: in recipe.yaml alone. MLflow's page lists all parameters above each picture."""
 
 
 def train_prior(run: PriorRun, ranks: Ranks) -> dict[str, Any]:
@@ -132,6 +138,8 @@ class _Trainer:
         if found is not None:
             self._restore(found)
         self.tracker = self._start_tracking() if ranks.is_main else NullTracker()
+        is_sampling = ranks.is_main and run.tracking.samples_every is not None
+        self.sheets = SampleSheets(self.model_config, self.dataset.sets[0], ranks.device) if is_sampling else None
         self.run_report = RunReport(run, self.model_config, self.engine, self.stream, self.state, self.tracker)
         self.last_validation: dict[str, float] = {}
 
@@ -173,6 +181,9 @@ class _Trainer:
                     raise TrainingDiverged(diagnose(run, self.engine, micro_batches, lr, state.update, reason, self.tracker))
                 if state.update % run.validation.every == 0 or state.update == run.updates:
                     self._validate()
+                samples_every = run.tracking.samples_every
+                if samples_every and (state.update % samples_every == 0 or state.update == run.updates):
+                    self._draw_samples()
                 is_due = state.update % run.checkpoint.every == 0 or report.stop_requested
                 # states without a finite loss must not take the places of good ones
                 if state.update == run.updates or (is_due and math.isfinite(report.loss)):
@@ -208,6 +219,12 @@ class _Trainer:
             nll_BN = self.engine.image_nll(first.text_BT, first.image_BN)
         self.last_validation = {"held_out_image_loss": image_loss, "held_out_text_loss": text_loss}
         self.run_report.validated(text_loss, image_loss, nll_BN)
+
+    def _draw_samples(self) -> None:
+        with self._averaged():
+            weights = self.engine.whole_weights()
+        if self.sheets is not None and weights is not None:
+            self.run_report.sampled(self.sheets.draw(weights, self.state.update))
 
     def _averaged(self) -> Any:
         return self.average.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
@@ -275,13 +292,17 @@ class _Trainer:
                 "lineage.data_content": self.identity.content, "lineage.dvae": info.dvae, "lineage.tokenizer": info.tokenizer,
             },
             params={
-                **flatten(run.model_dump(mode="json")), **flatten(self.model_config.model_dump(), "resolved."),
-                "world_size": self.ranks.world_size, "accumulation": accumulation, "n_parameters": self.n_parameters,
+                **flatten(run.model_dump(mode="json", exclude_defaults=True, exclude=NOT_PARAMS)),
+                "world_size": self.ranks.world_size, "n_parameters": self.n_parameters,
                 "effective_parameters": effective_parameters(self.model_config), "n_train_samples": self.dataset.n_samples,
             },
+            description=describe(run, self.n_parameters, self.ranks.world_size),
         )  # fmt: skip
         for dataset in self.dataset.sets:
             tracker.input_dataset("token_shards", dataset.root_url, dataset.fingerprint)
+        first = self.dataset.sets[0].root_url
+        tracker.input_dataset("tokenizer", storage.join(first, "tokenizer.model"), info.tokenizer, "tokenizer")
+        tracker.input_dataset("dvae", storage.join(first, "dvae.safetensors"), info.dvae, "codebook")
         tracker.artifact(self.folder / "deepspeed.json")
         tracker.artifact(self.folder / "recipe.yaml")
         log.info("prior of %.1f million parameters on %d ranks x %d micro-batches of %d", self.n_parameters / 1e6,

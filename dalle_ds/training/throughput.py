@@ -1,7 +1,10 @@
 """What a run gets out of its devices: samples, tokens and useful arithmetic a second, and where its time goes."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -22,6 +25,18 @@ def known_peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_gigabytes(device: torch.device) -> dict[str, float]:
+    """The most memory that this process had so far, by metric: of the CPU, where the system tells, and of a CUDA `device`."""
+    peaks = {}
+    # not getrusage: its peak starts with that of the process from which this one was started
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            peaks["memory/cpu_peak_gigabytes"] = round(int(found[1]) * 1024 / 1e9, 3)
+    if device.type == "cuda":
+        peaks["memory/device_peak_gigabytes"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return peaks
 
 
 class Throughput:
@@ -55,9 +70,9 @@ class Throughput:
         self._since, self._updates, self._waited = now, 0, waited_seconds
         tflops = samples * self._flops / 1e12
         return {
-            "train/samples_per_second": samples,
-            "train/tokens_per_second": samples * self._tokens,
-            "train/model_tflops": tflops,
-            **({"train/mfu": tflops / self._peak} if self._peak else {}),
+            "speed/samples_per_second": samples,
+            "speed/tokens_per_second": samples * self._tokens,
+            "speed/model_tflops": tflops,
+            **({"speed/mfu": tflops / self._peak} if self._peak else {}),
             **{f"time_share/{name}": share for name, share in shares.items()},
         }

@@ -1,6 +1,7 @@
 """Track a run in MLflow without ever waiting for it: calls append to a spool on disk, one thread delivers."""
 
 import logging
+import os
 import re
 import shutil
 import threading
@@ -23,6 +24,8 @@ DRAIN_EVERY_S = 2.0  # metrics gather this long: one request carries many of the
 MAX_BACKOFF_S = 60.0
 BATCH_RECORDS = 200
 COPY_UP_TO = 64 << 20  # larger artifacts are uploaded from where they lie
+PIPELINE = "DALLE_DS_PIPELINE"
+"""Environment variable: runs that begin under the same value are children of one run, which is named by its last part."""
 STATES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -81,6 +84,7 @@ class Tracker(NullTracker):
         run_name: str = "",
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> "Tracker":
         """Go on with the folder's run, or begin it.
 
@@ -88,6 +92,7 @@ class Tracker(NullTracker):
             folder: the run's folder (any pathlib path on a local disk); made if missing.
             uri: MLflow store; None takes MLFLOW_TRACKING_URI, else the store that the folder used before, else
                 sqlite:///FOLDER.parent/mlflow.db with artifacts beside it.
+            description: Markdown for the run's page, where RUN_ID becomes the run's id; one that is there already stays.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,12 +100,18 @@ class Tracker(NullTracker):
         uri = resolve_uri(uri, folder, known)
         if known is None:
             known = RunRef(
-                uri=without_password(uri), experiment=experiment, run_name=run_name or folder.name, key=uuid.uuid4().hex
+                uri=without_password(uri),
+                experiment=experiment,
+                run_name=run_name or folder.name,
+                key=uuid.uuid4().hex,
+                pipeline=os.environ.get(PIPELINE, ""),
             )
             write_run(folder, known)
         tracker = cls(folder, MlflowSink(folder, uri), session=uuid.uuid4().hex)
         tracker.params(params or {})
         tracker.tags(tags or {})
+        if description:
+            tracker._append("values", {"kind": "description", "text": description})
         tracker._thread.start()
         return tracker
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from urllib.parse import urlsplit, urlunsplit
 log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
+NOTE_TAG, PARENT_TAG = "mlflow.note.content", "mlflow.parentRunId"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else the page takes it for one of chats and traces
 KEY_TAG = "dalle_ds.run_key"  # finds the run again when a kill fell between creating it and noting its id
 MAX_METRICS, MAX_ENTITIES = 1000, 100  # MLflow's limits for one log_batch request
 MAX_PARAM, MAX_TAG = 6000, 8000
@@ -47,6 +50,7 @@ class RunRef:
     experiment: str = ""
     run_name: str = ""
     key: str = ""
+    pipeline: str = ""
 
 
 def read_run(folder: Path) -> RunRef | None:
@@ -100,6 +104,7 @@ class MlflowSink:
         self._client: Any = None
         self._run_id: str | None = None
         self._params: dict[str, str] = {}
+        self._parent_id: str | None = None
 
     def deliver(self, records: Sequence[dict[str, Any]], *, session: str | None) -> None:
         """Send `records` in order. A record that the store refuses is named in the log and left out.
@@ -116,9 +121,12 @@ class MlflowSink:
         if self._run_id is not None:
             return self._run_id
         with self._answers_translated():
-            self._client = self._client or _make_client(self.uri)
+            self._client = self._client or make_client(self.uri)
             self._run_id = self._find_or_create()
-            self._params = dict(self._client.get_run(self._run_id).data.params)
+            data = self._client.get_run(self._run_id).data
+            self._params, self._parent_id = dict(data.params), data.tags.get(PARENT_TAG)
+            if not self.attach_only:
+                self._of_parent(self._client.update_run, status="RUNNING")
         return self._run_id
 
     def _deliver(self, records: Sequence[dict[str, Any]], session: str | None) -> None:
@@ -134,6 +142,8 @@ class MlflowSink:
                     self._or_drop(self._send_params, record["values"])
                 case "tags":
                     self._or_drop(self._send_tags, record["values"])
+                case "description":
+                    self._or_drop(self._send_description, record["text"])
                 case "dataset":
                     self._or_drop(self._send_dataset, record)
                 case "picture":
@@ -141,7 +151,7 @@ class MlflowSink:
                 case "artifact":
                     self._or_drop(self._send_artifact, record)
                 case "status" if not self.attach_only and session in (None, record["session"]):
-                    self._or_drop(self._send_status, record["status"])
+                    self._or_drop(self._send_status, record)
 
     def _or_drop(self, send: Any, record: Any) -> None:
         try:
@@ -180,6 +190,10 @@ class MlflowSink:
         tags = [RunTag(name, value[:MAX_TAG]) for name, value in values.items()]
         for start in range(0, len(tags), MAX_ENTITIES):
             self._client.log_batch(self._run_id, tags=tags[start : start + MAX_ENTITIES], synchronous=True)
+
+    def _send_description(self, text: str) -> None:
+        if NOTE_TAG not in self._client.get_run(self._run_id).data.tags:  # somebody may have written their own on the page
+            self._send_tags({NOTE_TAG: text.replace("RUN_ID", str(self._run_id))})
 
     def _send_dataset(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -224,9 +238,21 @@ class MlflowSink:
             path.unlink(missing_ok=True)
             path.parent.rmdir()
 
-    def _send_status(self, status: str) -> None:
-        # not set_terminated: that one writes an advertisement of the run's URL to stdout
-        self._client.update_run(self._run_id, status=status)
+    def _send_status(self, record: dict[str, Any]) -> None:
+        self._client.set_terminated(self._run_id, record["status"], end_time=record["time"])
+        self._of_parent(self._client.set_terminated, record["status"], end_time=record["time"])
+
+    def _of_parent(self, update: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """A parent that somebody has deleted does not hold up its child."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._parent_id is not None:
+                update(self._parent_id, *args, **options)
+        except MlflowException as error:
+            if error.error_code not in {*PERMANENT, "RESOURCE_DOES_NOT_EXIST"}:
+                raise
+            self._parent_id = None
 
     def _find_or_create(self) -> str:
         run = read_run(self.folder) or RunRef(uri=without_password(self.uri))
@@ -267,9 +293,21 @@ class MlflowSink:
         tags = {KEY_TAG: key}
         if run.run_id is not None:
             tags["dalle_ds.continues"] = run.run_id
+        experiment_id = self._experiment_id(run.experiment)
+        if run.pipeline:
+            tags[PARENT_TAG] = self._pipeline_run(run.pipeline, experiment_id)
         # noted before it is made: after a kill in between, the next start finds the run by its key
         write_run(self.folder, replace(run, uri=without_password(self.uri), run_id=None, key=key))
-        return self._client.create_run(self._experiment_id(run.experiment), tags=tags, run_name=run.run_name)
+        return self._client.create_run(experiment_id, tags=tags, run_name=run.run_name)
+
+    def _pipeline_run(self, pipeline: str, experiment_id: str) -> str:
+        """The run that holds those of all stages of a pipeline, made by the first of them."""
+        key = hashlib.sha256(pipeline.encode()).hexdigest()[:32]
+        found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        tags = {KEY_TAG: key, "pipeline": pipeline, NOTE_TAG: f"All stages of `{pipeline}`: the runs below this one."}
+        return self._client.create_run(experiment_id, tags=tags, run_name=Path(pipeline).name).info.run_id
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -282,7 +320,7 @@ class MlflowSink:
         database = _sqlite_file(self.uri)
         location = (database.parent / "mlartifacts").as_uri() if database else None
         try:
-            return self._client.create_experiment(name, artifact_location=location)
+            return self._client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -303,9 +341,11 @@ class MlflowSink:
             raise
 
 
-def _make_client(uri: str) -> Any:
+def make_client(uri: str) -> Any:
+    """An MlflowClient that neither waits long nor advertises; makes the tables of an SQLite store that is not there."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # mlflow would block for minutes inside one call; the spool is our patience
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

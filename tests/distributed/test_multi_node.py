@@ -82,7 +82,7 @@ def newest(home: Path, folder: str = "run") -> int:
 
 def has_trained(home: Path) -> bool:
     """Whether an update was made; records wait in the spool, for there is no server."""
-    return any('"train/loss"' in path.read_text() for path in (home / "run" / "mlflow_spool").glob("values/*.jsonl"))
+    return any('"loss/train"' in path.read_text() for path in (home / "run" / "mlflow_spool").glob("values/*.jsonl"))
 
 
 @contextmanager

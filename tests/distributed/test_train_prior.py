@@ -6,12 +6,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from dalle_ds.data import storage
+from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.sampling.export import load_export
 from dalle_ds.training.export import export_checkpoint
+from dalle_ds.training.prior_samples import SampleSheets
 from tests import launching
 from tests.conftest import S3
 from tests.data.token_sets import make_token_set
@@ -67,20 +72,24 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     assert run.info.status == "FINISHED"
     scales = [name for name in run.data.metrics if name.startswith("scale_log2/")]
     assert sorted(scales) == [f"scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
-    wanted = ("loss", "text_loss", "image_loss", "grad_norm", "tokens_per_second", "skipped_updates", "learning_rate")
-    for name in wanted:
-        assert [point.step for point in client.get_metric_history(run.info.run_id, f"train/{name}")] == list(range(1, 9)), name
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "validation/image_loss")]
+    for name in ("loss/train", "loss/train_text", "loss/train_image", "optimizer/gradient_norm", "optimizer/skipped_updates",
+                 "optimizer/learning_rate", "speed/tokens_per_second", "memory/cpu_peak_gigabytes"):  # fmt: skip
+        assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == list(range(1, 9)), name
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation_image")]
     assert steps == [0, 4, 8]
     info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
     assert {key: run.data.tags[f"lineage.{key}"] for key in ("dvae", "tokenizer")} == {
         k: info[k] for k in ("dvae", "tokenizer")
     }
     assert run.data.tags["lineage.data"] == info["fingerprint"]
-    assert run.data.params["optimizer.beta2"] == "0.96"
-    tokens, tflops = (losses(home, env, "whole", f"train/{name}")[-1] for name in ("tokens_per_second", "model_tflops"))
+    inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+    assert inputs == {"token_shards": info["fingerprint"], "dvae": info["dvae"], "tokenizer": info["tokenizer"]}
+    assert run.data.params["learning_rate.peak"] == "0.002"
+    assert "optimizer.beta2" not in run.data.params, "it is the paper's"
+    assert f"run_uuid={run.info.run_id}" in run.data.tags["mlflow.note.content"]
+    tokens, tflops = (losses(home, env, "whole", f"speed/{name}")[-1] for name in ("tokens_per_second", "model_tflops"))
     assert tokens > 0 and 0 < tflops < 1, "a small model on a CPU"
-    assert losses(home, env, "whole", "train/mfu")[-1] == pytest.approx(tflops / (2 * 0.5)), "two ranks of half a TFLOP/s"
+    assert losses(home, env, "whole", "speed/mfu")[-1] == pytest.approx(tflops / (2 * 0.5)), "two ranks of half a TFLOP/s"
     shares = [losses(home, env, "whole", f"time_share/{phase}") for phase in PHASES]
     assert [sum(at_update) for at_update in zip(*shares, strict=True)] == pytest.approx([1.0] * 8)
     assert all(share[-1] > 0 for share in shares)
@@ -149,6 +158,24 @@ def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Pa
     assert plain["fingerprint"] != summary["fingerprint"]
 
 
+def test_samples_while_training_are_those_of_the_export(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+    run_id = json.loads((home / "whole" / "mlflow_run.json").read_text())["run_id"]
+    drawn = np.asarray(Image.open(client.download_artifacts(run_id, "pictures/samples.png", str(tmp_path))))
+    dataset = str(home / "runs" / "demo" / "tokens")
+    export_checkpoint(home / "whole", tmp_path / "export")
+    export = load_export(tmp_path / "export")
+    sheets = SampleSheets(export.prior.config, TokenDataset(dataset, "train"), torch.device("cpu"))
+    weights = dict(export.prior.named_parameters())
+    again = np.asarray(sheets.draw(weights, update=8))
+    other = np.asarray(sheets.draw({name: -weight for name, weight in weights.items()}, update=8))
+    # the engine gathers branches as fp16: few tokens may differ
+    assert (drawn != again).mean() < 0.05 < (drawn != other).mean()
+
+
 def losses(home: Path, env: dict[str, str], folder: str, name: str) -> list[float]:
     run_id = json.loads((home / folder / "mlflow_run.json").read_text())["run_id"]
     return [point.value for point in MlflowClient(env["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, name)]
@@ -174,7 +201,7 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
     uninterrupted: dict[str, Any], dropped: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    for name, is_same in (("validation/text_loss", True), ("validation/image_loss", True), ("train/text_loss", False)):
+    for name, is_same in (("loss/validation_text", True), ("loss/validation_image", True), ("loss/train_text", False)):
         first, of_whole = losses(home, env, "dropped", name)[0], losses(home, env, "whole", name)[0]  # equal weights still
         assert (first == of_whole) == is_same, f"{name}: {first}, {of_whole} without dropout"
     for folder, expected in (("whole", 0.0), ("dropped", 0.5)):

@@ -47,5 +47,5 @@ def test_warnings_and_metrics_of_an_update(event: dict[str, Any], told: str | No
     else:
         assert len(messages) == 1
         assert re.search(told, messages[0]), messages
-    assert seen["train/loss"] == 2.0 / 8 + 3.0 * 7 / 8
-    assert seen.get("train/loss_scale") == event.get("loss_scale")
+    assert seen["loss/train"] == 2.0 / 8 + 3.0 * 7 / 8
+    assert seen.get("optimizer/loss_scale") == event.get("loss_scale")

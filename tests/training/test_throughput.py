@@ -16,20 +16,20 @@ def test_rates_and_shares_of_each_stretch() -> None:
         throughput.add()
         now[0] += 2.0
     values = throughput.metrics({"forward": 1.5, "backward": 3.0, "step": 0.6}, waited_seconds=0.3)
-    assert values["train/samples_per_second"] == pytest.approx(4.0)
-    assert values["train/tokens_per_second"] == pytest.approx(4.0 * CONFIG.n_slots)
-    assert values["train/model_tflops"] == pytest.approx(4.0 * 3 * forward_flops(CONFIG) / 1e12)
-    assert values["train/mfu"] == pytest.approx(values["train/model_tflops"] / 1e-6)
+    assert values["speed/samples_per_second"] == pytest.approx(4.0)
+    assert values["speed/tokens_per_second"] == pytest.approx(4.0 * CONFIG.n_slots)
+    assert values["speed/model_tflops"] == pytest.approx(4.0 * 3 * forward_flops(CONFIG) / 1e12)
+    assert values["speed/mfu"] == pytest.approx(values["speed/model_tflops"] / 1e-6)
     shares = {name.removeprefix("time_share/"): value for name, value in values.items() if name.startswith("time_share/")}
     assert shares == pytest.approx({"data_wait": 0.05, "forward": 0.25, "backward": 0.5, "step": 0.1, "other": 0.1})
     throughput.add()
     now[0] += 4.0
     values = throughput.metrics({"forward": 1.0}, waited_seconds=0.7)
-    assert values["train/samples_per_second"] == pytest.approx(2.0), "of this stretch alone"
+    assert values["speed/samples_per_second"] == pytest.approx(2.0), "of this stretch alone"
     assert values["time_share/data_wait"] == pytest.approx(0.1)
 
 
 def test_no_mfu_without_a_peak() -> None:
     throughput = Throughput(CONFIG, 8, peak_tflops=None)
     throughput.add()
-    assert "train/mfu" not in throughput.metrics({}, 0.0)
+    assert "speed/mfu" not in throughput.metrics({}, 0.0)

@@ -206,6 +206,32 @@ def test_a_deleted_run_is_followed_by_a_new_one(tmp_path, database):
     assert client(f"sqlite:///{database}").get_run(again.run.run_id).data.tags["dalle_ds.continues"] == deleted
 
 
+def test_stages_of_a_pipeline_are_children_of_one_run(tmp_path, database, monkeypatch):
+    uri = f"sqlite:///{database}"
+    monkeypatch.setenv("DALLE_DS_PIPELINE", "/data/it's/demo")
+    first = Tracker.start(tmp_path / "dvae", description="Look at [it](x?run_uuid=RUN_ID).")
+    wait_for(lambda: first.run.run_id is not None)
+    parent = client(uri).get_run(first.run.run_id).data.tags["mlflow.parentRunId"]
+    assert client(uri).get_run(parent).info.status == "RUNNING"
+    first.close()
+    second = Tracker.start(tmp_path / "prior")
+    second.close("FAILED")
+    pipeline, run = (client(uri).get_run(run_id) for run_id in (parent, first.run.run_id))
+    assert client(uri).get_run(second.run.run_id).data.tags["mlflow.parentRunId"] == parent
+    assert (pipeline.info.run_name, pipeline.info.status) == ("demo", "FAILED"), "the state of the stage that ended last"
+    assert run.info.end_time >= run.info.start_time and pipeline.info.end_time >= run.info.end_time
+    assert run.data.tags["mlflow.note.content"] == f"Look at [it](x?run_uuid={first.run.run_id})."
+
+    # somebody tidies up on the page: the stage goes on, with the words that they wrote
+    client(uri).delete_run(parent)
+    client(uri).set_tag(first.run.run_id, "mlflow.note.content", "Mine.")
+    again = Tracker.start(tmp_path / "dvae", description="Look.")
+    again.metrics({"loss": 1.0}, step=1)
+    assert again.close()
+    run = client(uri).get_run(first.run.run_id)
+    assert run.data.metrics == {"loss": 1.0} and run.data.tags["mlflow.note.content"] == "Mine."
+
+
 def test_a_refused_record_is_named_and_the_others_arrive(tmp_path, database, caplog):
     tracker = Tracker.start(tmp_path / "run")
     tracker.metrics({"good": 1.0}, step=0)
