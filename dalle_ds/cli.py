@@ -83,16 +83,38 @@ def import_openai(
     from dalle_ds.training.openai_dvae import import_openai as take
 
     print_summary(take(encoder, decoder, out, image_size), json)
+@app.command()
+def register(
+    export: ExportFolder,
+    name: Annotated[str, typer.Option(help="Of the registered model; one that exists gets a new version.")],
+    clip: Annotated[str | None, typer.Option(help="Folder of a CLIP that goes with it and chooses: keep below n.")] = None,
+    mlflow_uri: Annotated[str | None, typer.Option(help="MLflow store; unset: the one that the export names.")] = None,
+    json: Json = False,
+) -> None:
+    """Make an export a registered MLflow model: captions in, pictures out, in any process that has its requirements.
+
+    \b
+    Examples:
+      dalle-ds register --export runs/export --name dalle
+      dalle-ds register --export s3://models/dalle --name dalle --clip runs/clip --mlflow-uri http://127.0.0.1:5000 --json
+    """
+    from dalle_ds.training.registry import register_export
+
+    print_summary(register_export(export, name, clip=clip, uri=mlflow_uri), json)
+
+
 
 
 @app.command()
 def sample(
     export: ExportFolder,
     caption: Annotated[list[str] | None, typer.Option(help="A caption; may be repeated.")] = None,
-    captions: Annotated[Path | None, typer.Option(help="File with one caption a line.")] = None,
+    captions: Annotated[Path | None, typer.Option(help="File with one caption a line; - reads standard input.")] = None,
     held_out: Annotated[int, typer.Option(min=0, help="Take this many captions of the validation split, one a group.")] = 0,
     repeat: Annotated[Path | None, typer.Option(help="Draw the pictures of this samples.json again, bit for bit.")] = None,
-    n: Annotated[int, typer.Option(help="Candidates for each caption.")] = 4,
+    n: Annotated[int, typer.Option("--n", "-n", help="Candidates for each caption; launchers let only -n through.")] = 4,
+    keep: Annotated[int | None, typer.Option(help="Keep so many of them, the best by --clip; unset: all.")] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP that scores: a folder or hub name of `transformers`.")] = None,
     temperature: Annotated[float, typer.Option(help="1 as in the paper; lower is plainer; 0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this probability in sum; 1 keeps all.")] = 1.0,
@@ -104,25 +126,31 @@ def sample(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw pictures for captions; needs no deepspeed.
+    """Draw pictures for captions, alone or on all ranks of a launcher; needs no deepspeed when alone.
+
+    A stopped run goes on with the same command. With --clip the best come first; the paper keeps the best of 512. With --image
+    and no caption it draws variations of the picture from the row on that --rows says.
 
     \b
     Examples:
       dalle-ds sample --export runs/export --caption "a red apple" --caption "a blue house" --n 8
-      dalle-ds sample --export s3://models/dalle --captions captions.txt --n 4 --out pictures
+    image: Annotated[Path | None, typer.Option(help="A picture whose top rows every sample begins with.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of its grid that are kept; unset: 15 of 32, as the paper.")] = None,
+      dalle-ds sample --export s3://models/dalle --captions captions.txt --n 512 --keep 8 --clip openai/clip-vit-base-patch32
+      dalle-ds sample --export runs/export --captions - --n 16 --keep 4 --clip runs/clip --out pictures < captions.txt
+      dalle-ds sample --export runs/export --image cat.png --rows 15 --caption "the same cat as a sketch on the bottom"
       dalle-ds sample --export runs/export --held-out 8 --n 4 --seed 1 --json
       dalle-ds sample --export runs/export --repeat pictures/samples.json --out again
     """
-    from dalle_ds.sampling.sampler import SampleSettings
-    from dalle_ds.training.report import repeat_export, sample_export
+    from dalle_ds.training.sample_command import main as run
 
     if repeat is not None:
         print_summary(repeat_export(export, repeat, out, device=device), json)
         return
     limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    settings = _checked(SampleSettings, n=n, seed=seed, batch=batch, **limits)
-    options = {"captions": caption or (), "captions_file": captions, "n_held_out": held_out, "data_url": data, "device": device}
-    print_summary(sample_export(export, out, settings, **options), json)
+    settings = {"n": n, "keep": keep, "seed": seed, "batch": batch, **limits}
+    source = {"captions": caption or (), "captions_file": captions, "n_held_out": held_out, "data_url": data}
+    run(settings, {**source, "image": image, "rows": rows}, export, out, clip, device, json)
 
 
 @app.command()
@@ -130,11 +158,15 @@ def evaluate(
     export: ExportFolder,
     data: DataRoot = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Held-out samples at most; unset: all.")] = None,
+      deepspeed --no_local_rank --module dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
+      torchrun --nproc_per_node 8 -m dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
     seed: Annotated[int, typer.Option(help="Of the shuffled captions and of the confidence interval.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for evaluate.json, losses and charts.")] = Path("evaluation"),
     device: Device = "auto",
     json: Json = False,
+        from dalle_ds.training.report import repeat_export
+
 ) -> None:
     """Held-out image loss with the right captions and with shuffled ones, in nats an image token.
 

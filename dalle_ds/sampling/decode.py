@@ -6,6 +6,8 @@ from torch import Tensor
 
 from dalle_ds.models.dvae import DVAE
 
+BLANK = (208, 210, 214)
+
 
 def decode_pictures(dvae: DVAE, codes_BN: Tensor) -> list[Image.Image]:
     """Codes (B, N) -> B pictures of the dVAE's size.
@@ -17,6 +19,15 @@ def decode_pictures(dvae: DVAE, codes_BN: Tensor) -> list[Image.Image]:
     with torch.inference_mode():
         images = [dvae.decode_tokens(codes_N[None].to(device))[0].cpu() for codes_N in codes_BN]
     return [to_picture(image) for image in images]
+
+
+def partial_pictures(dvae: DVAE, codes_BN: Tensor, n_rows: int) -> list[Image.Image]:
+    """Pictures of which the first `n_rows` rows of the grid are drawn; what is below them is blank."""
+    pictures = decode_pictures(dvae, codes_BN)
+    for picture in pictures:
+        top = picture.height * n_rows // dvae.config.grid
+        picture.paste(BLANK, (0, top, picture.width, picture.height))
+    return pictures
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:

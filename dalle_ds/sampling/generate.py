@@ -119,7 +119,8 @@ def _recorded(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tenso
             cache.slot_1.fill_(slot)
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: another thread may decode and score the batch before, with allocations of its own
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         logits_BV = prior.decode(token_B, cache)
 
     def replay(next_B: Tensor) -> Tensor:

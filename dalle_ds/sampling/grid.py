@@ -15,6 +15,7 @@ def picture_grid(
     *,
     title: str = "",
     column_titles: Sequence[str] = (),
+    labels: Sequence[Sequence[str]] = (),
     smallest: int = 128,
 ) -> Image.Image:
     """Rows of pictures, each row's caption under it; rows of one picture are laid side by side, captions under the pictures.
@@ -23,6 +24,7 @@ def picture_grid(
         rows: pictures of one size, as many in each row.
         captions: one for each row.
         column_titles: written over the columns, where there is more than one.
+        labels: a few letters under each picture, such as its score; "" for none.
         smallest: pictures with a shorter side are enlarged to it.
 
     Raises:
@@ -33,28 +35,37 @@ def picture_grid(
     rows = [[_enlarged(picture, smallest) for picture in row] for row in rows]
     side = rows[0][0].width
     font = ImageFont.load_default(max(15, side // 10))
+    labels = labels or [()] * len(rows)
+    width = len(rows[0]) * (side + GAP) - GAP
+    cells = [_captioned(*cell, font, width) for cell in zip(rows, captions, labels, strict=True)]
     if len(rows[0]) == 1:
-        cells = [_captioned([row[0]], caption, font, side) for row, caption in zip(rows, captions, strict=True)]
         n_columns = _columns_for(len(cells))
     else:
-        width = len(rows[0]) * (side + GAP) - GAP
-        cells = [_captioned(row, caption, font, width) for row, caption in zip(rows, captions, strict=True)]
         n_columns = 1 if len(rows[0]) > 4 or len(rows) < 6 else 2
     lines = [cells[start : start + n_columns] for start in range(0, len(cells), n_columns)]
     header = _header(title, column_titles if len(rows[0]) > 1 else (), side, n_columns, cells[0].width, font)
     return _stacked(header, lines)
 
 
-def _captioned(pictures: Sequence[Image.Image], caption: str, font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
-    lines = _wrapped(caption, font, width)
-    line_height = round(font.size * 1.3)
-    cell = Image.new("RGB", (width, pictures[0].height + 6 + line_height * len(lines)), PAPER)
+def _captioned(
+    pictures: Sequence[Image.Image], caption: str, labels: Sequence[str], font: ImageFont.FreeTypeFont, width: int
+) -> Image.Image:
+    lines, small = _wrapped(caption, font, width), _small(font)
+    line_height, labels_height = round(font.size * 1.3), round(small.size * 1.4) if any(labels) else 0
+    top = pictures[0].height + 6 + labels_height
+    cell = Image.new("RGB", (width, top + line_height * len(lines)), PAPER)
+    draw = ImageDraw.Draw(cell)
     for column, picture in enumerate(pictures):
         cell.paste(picture, (column * (picture.width + GAP), 0))
-    draw = ImageDraw.Draw(cell)
+    for column, label in enumerate(labels):
+        draw.text((column * (pictures[0].width + GAP), pictures[0].height + 4), label, fill=FAINT, font=small)
     for number, line in enumerate(lines):
-        draw.text((0, pictures[0].height + 6 + number * line_height), line, fill=INK, font=font)
+        draw.text((0, top + number * line_height), line, fill=INK, font=font)
     return cell
+
+
+def _small(font: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(max(12, round(font.size * 0.8)))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, at_most: int = 3) -> list[str]:
@@ -84,7 +95,7 @@ def _header(
 ) -> Image.Image | None:
     if not title and not column_titles:
         return None
-    large, small = ImageFont.load_default(round(font.size * 1.3)), ImageFont.load_default(max(12, round(font.size * 0.8)))
+    large, small = ImageFont.load_default(round(font.size * 1.3)), _small(font)
     width = n_columns * (cell_width + MARGIN) - MARGIN
     title_lines = _wrapped(title, large, width) if title else []
     title_height = round(large.size * 1.35) * len(title_lines)

@@ -1,40 +1,51 @@
-"""Captions to a folder of pictures that says how to repeat each of them bit for bit."""
+"""Draw candidates for captions, score them, keep the best: what a command, the ranks of a job and a page share.
+
+C captions, K candidates a caption, N image tokens.
+"""
 
 import hashlib
-import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from dalle_ds.console import progress
-from dalle_ds.data.fingerprint import require_same
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.recipes import Config
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.generate import generate
-from dalle_ds.sampling.grid import picture_grid
-
-RECORD, CODES, GRID = "samples.json", "codes.npy", "grid.png"
+from dalle_ds.sampling.given import GivenPicture
+from dalle_ds.sampling.scorer import Scorer
 
 
 class SampleSettings(Config):
-    """What decides a picture, beside the export and the caption."""
+    """What decides which pictures come out, beside the export, the scorer and the captions."""
 
     n: int = Field(4, ge=1, description="candidates for each caption")
+    keep: int | None = Field(None, ge=1, description="the best of them, by the scorer; unset: all")
     temperature: float = Field(1.0, ge=0, description="the paper's is 1; 0 takes the likeliest token")
     top_k: int = Field(0, ge=0, description="0 keeps all tokens, as the paper")
     top_p: float = Field(1.0, gt=0, le=1)
     guidance: float = Field(1.0, ge=0, description="of captions over none; 1 leaves it out, as the paper")
     seed: int = Field(0, ge=0)
     batch: int = Field(32, ge=1, description="pictures at once")
+
+    @property
+    def n_kept(self) -> int:
+        return self.n if self.keep is None else self.keep
+
+    @model_validator(mode="after")
+    def _check(self) -> "SampleSettings":
+        if self.n_kept > self.n:
+            raise ValueError(f"keep {self.keep} of n {self.n}: expected at most as many as are drawn")
+        return self
 
 
 def seed_of(seed: int, caption: str, candidate: int) -> int:
@@ -43,135 +54,188 @@ def seed_of(seed: int, caption: str, candidate: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def sample(
-    export: Export,
-    captions: Sequence[str],
-    settings: SampleSettings,
-    out: Path,
-    *,
-    real_codes_CN: Tensor | None = None,
-    about: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Draw `settings.n` pictures for each caption; write PNGs, codes.npy, samples.json and grid.png into `out`.
+class Unit(NamedTuple):
+    """Pictures that are drawn together: some captions, and a range of the candidates of each."""
 
-    Args:
-        real_codes_CN: codes of the captions' real pictures; decoded as the first column of the grid.
-        about: further entries for samples.json (where captions came from).
+    number: int
+    captions: range
+    candidates: range
 
-    Returns:
-        The content of samples.json.
-    """
-    captions = list(captions)
-    if not captions or not all(caption.strip() for caption in captions):
-        raise DataError(
-            f"{len(captions)} captions, {sum(not caption.strip() for caption in captions)} of them empty: expected some"
-        )
-    if settings.guidance != 1 and export.caption_dropout == 0:
-        raise ConfigError(
-            f"guidance {settings.guidance:g} needs a prior that knows pictures without a caption, but {export.url} was trained "
-            "with data.caption_dropout 0, expected above 0; sample with guidance 1"
-        )
-    codes_CKN = _draw(export, captions, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    images = []
-    for c, caption in enumerate(captions):
-        pictures = decode_pictures(export.dvae, codes_CKN[c])
-        rows.append(pictures)
-        for k, picture in enumerate(pictures):
-            name = f"{c:03d}-{_slug(caption)}-{k:03d}.png"
-            picture.save(out / name)
-            images.append(
-                {"file": name, "caption": caption, "row": c, "candidate": k, "seed": seed_of(settings.seed, caption, k)}
-            )
-    _sheet(export, rows, captions, settings, real_codes_CN).save(out / GRID)
-    np.save(out / CODES, codes_CKN.numpy().astype(np.uint16))
-    record = {
-        "schema": 1,
-        "export": export.url,
-        "export_fingerprint": export.fingerprint,
-        "dvae": export.info["dvae"],
-        "tokenizer": export.info["tokenizer"],
-        "settings": settings.model_dump(),
-        "captions": captions,
-        "codes": CODES,
-        "grid": GRID,
-        "torch": torch.__version__,
-        "device": str(export.device),
-        **(about or {}),
-        "images": images,
-    }
-    (out / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    return record
+    @property
+    def n_pictures(self) -> int:
+        return len(self.captions) * len(self.candidates)
 
 
-def repeat(export: Export, record_file: Path, out: Path) -> dict[str, Any]:
-    """Draw the pictures of a samples.json again, into `out`.
+@dataclass(frozen=True)
+class Request:
+    """Pictures that somebody wants.
 
     Raises:
-        DataError: not such a file. FingerprintMismatch: `export` is another model.
+        DataError: no captions, or empty ones. A given picture needs none: "" draws variations of it.
     """
-    try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-        settings, captions = SampleSettings(**record["settings"]), record["captions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{record_file} is not a record of samples ({error}); `dalle-ds sample` writes samples.json") from None
-    require_same(
-        f"prior of export {export.url}", record["export_fingerprint"], export.fingerprint, f"{record_file} is another one's."
-    )
-    require_same(f"dVAE of export {export.url}", record["dvae"], export.info["dvae"])
-    return sample(export, captions, settings, out, about={"repeats": str(record_file)})
+
+    captions: tuple[str, ...]
+    settings: SampleSettings
+    given: GivenPicture | None = None
+
+    def __post_init__(self) -> None:
+        n_empty = sum(not caption.strip() for caption in self.captions)
+        if not self.captions or (n_empty and self.given is None):
+            raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected some")
+
+    def units(self) -> list[Unit]:
+        """The batches that the pictures are drawn in: several captions, or a part of one's candidates. They are the same
+        whoever draws them, since what a batch holds may change the rounding of its pictures."""
+        n, batch = self.settings.n, self.settings.batch
+        captions_at_once, candidates_at_once = max(1, batch // n), min(n, batch)
+        parts = [
+            (range(c, min(c + captions_at_once, len(self.captions))), range(k, min(k + candidates_at_once, n)))
+            for c in range(0, len(self.captions), captions_at_once)
+            for k in range(0, n, candidates_at_once)
+        ]
+        return [Unit(number, *part) for number, part in enumerate(parts)]
 
 
-def read_captions(path: Path) -> list[str]:
-    """One caption a line; empty lines are skipped. Raises DataError where the file can't be read or holds none."""
-    try:
-        captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions file {path}: {error}") from None
-    captions = [caption for caption in captions if caption]
-    if not captions:
-        raise DataError(f"captions file {path} holds no caption; expected one a line")
-    return captions
+class Rows(NamedTuple):
+    """Part of a batch while it is drawn: the first `n_rows` rows of the grid, which `decode.partial_pictures` shows."""
+
+    unit: Unit
+    n_rows: int
+    codes_BN: Tensor  # captions x candidates of the unit, on the prior's device; overwritten by what comes next
 
 
-def _draw(export: Export, captions: list[str], settings: SampleSettings) -> Tensor:
-    """Codes (C, K, N) in batches of at most `settings.batch` pictures: several captions, or a part of one's candidates."""
-    n_image, n = export.prior.config.n_image, settings.n
-    text_CT = export.text(captions)
-    codes_CKN = torch.empty(len(captions), n, n_image, dtype=torch.int64)
-    captions_at_once, candidates_at_once = max(1, settings.batch // n), min(n, settings.batch)
-    with progress(total=len(captions) * n * n_image, what="sample", unit="token") as bar:
-        for c in range(0, len(captions), captions_at_once):
-            for k in range(0, n, candidates_at_once):
-                rows, columns = slice(c, c + captions_at_once), range(k, min(k + candidates_at_once, n))
-                seeds_CK = [[seed_of(settings.seed, caption, candidate) for candidate in columns] for caption in captions[rows]]
-                codes_CKN[rows, columns.start : columns.stop] = generate(
-                    export.prior,
-                    text_CT[rows],
-                    seeds_CK,
-                    temperature=settings.temperature,
-                    top_k=settings.top_k,
-                    top_p=settings.top_p,
-                    guidance=settings.guidance,
-                    on_token=lambda _, codes_BN: bar.update(len(codes_BN)),
-                )
-    return codes_CKN
+class Batch(NamedTuple):
+    """A unit that is drawn and, where there is a scorer, scored."""
+
+    unit: Unit
+    codes_CKN: Tensor
+    scores_CK: np.ndarray | None
 
 
-def _sheet(
-    export: Export, rows: list[list[Image.Image]], captions: list[str], settings: SampleSettings, real_codes_CN: Tensor | None
-) -> Image.Image:
-    titles: list[str] = []
-    if real_codes_CN is not None:
-        real = decode_pictures(export.dvae, real_codes_CN)
-        rows = [[picture, *row] for picture, row in zip(real, rows, strict=True)]
-        titles = ["real, by its codes", *(f"sample {k + 1}" for k in range(settings.n))]
-    limits = [f"guidance {settings.guidance:g}"] * (settings.guidance != 1)
-    limits += [f"top-k {settings.top_k}"] * (settings.top_k > 0) + [f"top-p {settings.top_p}"] * (settings.top_p < 1)
-    title = ", ".join([f"Temperature {settings.temperature:g}", *limits, f"seed {settings.seed}"])
-    return picture_grid(rows, captions, title=title, column_titles=titles)
+class Kept(NamedTuple):
+    """One candidate of a caption."""
+
+    candidate: int
+    score: float | None
+    codes_N: Tensor
 
 
-def _slug(caption: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40] or "caption"
+class Candidate(NamedTuple):
+    """A picture for a caption, and what repeats it."""
+
+    caption: str
+    candidate: int
+    seed: int
+    score: float | None
+    picture: Image.Image
+
+
+def best(candidates: Iterable[Kept], n: int) -> list[Kept]:
+    """The `n` best, best first; without scores the first ones."""
+    return sorted(candidates, key=lambda kept: (-(kept.score or 0.0), kept.candidate))[:n]
+
+
+class Sampler:
+    """An export, ready to draw, with a scorer or without. One drawing at a time: the prior holds what it decodes with.
+
+    A page would do: `Sampler(export, scorer).draw(Request(("a red heart",), SampleSettings(n=16, keep=4)), show)`, where
+    `show(rows)` puts `partial_pictures(export.dvae, rows.codes_BN, rows.n_rows)` on the screen, or raises to end the drawing.
+    """
+
+    def __init__(self, export: Export, scorer: Scorer | None = None) -> None:
+        self.export, self.scorer = export, scorer
+
+    def check(self, request: Request) -> None:
+        """Raises ConfigError where this export or scorer cannot do what is asked for."""
+        settings = request.settings
+        if settings.guidance != 1 and self.export.caption_dropout == 0:
+            raise ConfigError(
+                f"guidance {settings.guidance:g} needs a prior that knows pictures without a caption, but {self.export.url} "
+                "was trained with data.caption_dropout 0, expected above 0; sample with guidance 1"
+            )
+        if settings.n_kept < settings.n and self.scorer is None:
+            raise ConfigError(f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, and there is none (--clip)")
+
+    def draw(self, request: Request, on_rows: Callable[[Rows], None] | None = None) -> list[list[Candidate]]:
+        """The kept pictures of each caption, best first. Pictures that are not kept are gone once they are scored."""
+        kept: list[list[Kept]] = [[] for _ in request.captions]
+
+        def take(batch: Batch) -> None:
+            for c, candidates in candidates_of(batch):
+                kept[c] = best([*kept[c], *candidates], request.settings.n_kept)
+
+        self.run(request, request.units(), take, on_rows)
+        return [self._pictures(request, c, row) for c, row in enumerate(kept)]
+
+    def run(
+        self,
+        request: Request,
+        units: Iterable[Unit],
+        take: Callable[[Batch], None],
+        on_rows: Callable[[Rows], None] | None = None,
+    ) -> None:
+        """Draw units one after another. While one is drawn, the one before is scored and given to `take` on a thread.
+
+        Raises:
+            ConfigError: see `check`. DataError: a score is not a number. And whatever `take` and `on_rows` raise.
+        """
+        self.check(request)
+        with ThreadPoolExecutor(1, "scoring") as thread:
+            scoring: Future[None] | None = None
+            for unit in units:
+                codes_CKN = self._draw(request, unit, on_rows)
+                if scoring is not None:
+                    scoring.result()
+                scoring = thread.submit(self._score, request, unit, codes_CKN, take)
+            if scoring is not None:
+                scoring.result()
+
+    def _draw(self, request: Request, unit: Unit, on_rows: Callable[[Rows], None] | None) -> Tensor:
+        settings, grid = request.settings, self.export.prior.config.grid
+        captions = [request.captions[c] for c in unit.captions]
+        prime_codes_CP = None if request.given is None else request.given.prime_codes_P.expand(len(captions), -1)
+
+        def on_token(j: int, codes_BN: Tensor) -> None:
+            if on_rows is not None and (j + 1) % grid == 0:
+                on_rows(Rows(unit, (j + 1) // grid, codes_BN))
+
+        return generate(
+            self.export.prior,
+            self.export.text(captions),
+            [[seed_of(settings.seed, caption, k) for k in unit.candidates] for caption in captions],
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance=settings.guidance,
+            prime_codes_CP=prime_codes_CP,
+            on_token=on_token,
+        )
+
+    def _score(self, request: Request, unit: Unit, codes_CKN: Tensor, take: Callable[[Batch], None]) -> None:
+        if self.scorer is None:
+            take(Batch(unit, codes_CKN, None))
+            return
+        captions = [request.captions[c] for c in unit.captions for _ in unit.candidates]
+        # a stream of its own, so that a GPU need not finish what is being drawn first; the codes are on the CPU
+        device = self.export.device
+        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+            pictures = decode_pictures(self.export.dvae, codes_CKN.flatten(0, 1))
+            scores_B = np.asarray(self.scorer.scores(captions, pictures), dtype=np.float32)
+        if not np.isfinite(scores_B).all():
+            raise DataError(f"scorer {self.scorer.name} gives {scores_B[~np.isfinite(scores_B)][0]}, expected a finite number")
+        take(Batch(unit, codes_CKN, scores_B.reshape(codes_CKN.shape[:2])))
+
+    def _pictures(self, request: Request, c: int, row: Sequence[Kept]) -> list[Candidate]:
+        caption, pictures = request.captions[c], decode_pictures(self.export.dvae, [kept.codes_N for kept in row])
+        seeds = [seed_of(request.settings.seed, caption, kept.candidate) for kept in row]
+        return [
+            Candidate(caption, kept.candidate, seed, kept.score, picture)
+            for kept, seed, picture in zip(row, seeds, pictures, strict=True)
+        ]
+
+
+def candidates_of(batch: Batch) -> Iterable[tuple[int, list[Kept]]]:
+    """The candidates of a batch, caption by caption."""
+    for i, c in enumerate(batch.unit.captions):
+        scores_K = [None] * len(batch.unit.candidates) if batch.scores_CK is None else batch.scores_CK[i].tolist()
+        yield c, [Kept(*candidate) for candidate in zip(batch.unit.candidates, scores_K, batch.codes_CKN[i], strict=True)]

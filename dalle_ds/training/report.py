@@ -2,22 +2,32 @@
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dalle_ds.console import progress
 from dalle_ds.data import storage
 from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.watch import RankWatch
 from dalle_ds.sampling.export import Export, load_export
+from dalle_ds.sampling.folder import GRID, RECORD, SampleFolder, captions_of, read_captions, repeat
+from dalle_ds.sampling.given import read_picture
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
 from dalle_ds.sampling.likelihood import image_losses
-from dalle_ds.sampling.sampler import GRID, RECORD, SampleSettings, read_captions, repeat, sample
+from dalle_ds.sampling.sampler import Request, Rows, SampleSettings, Unit
+from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.training.charts import position_heatmap
+from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.tracking import NullTracker, Tracker
 from dalle_ds.training.tracking_mlflow import read_run
 
@@ -25,30 +35,93 @@ log = logging.getLogger(__name__)
 
 TRACKING_FOLDER = ".tracking"  # below the output folder: the spool, should MLflow be away
 EVALUATION, LOSSES = "evaluate.json", "losses.npz"
+STDIN = Path("-")
+WAIT_SECONDS = 86_400.0  # of ranks for the others: their shares are equal, but their hosts may not be
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Where captions come from, exactly one of the first three (none will do for a given picture); and the given picture."""
+
+    captions: Sequence[str] = ()
+    captions_file: Path | None = None
+    """`STDIN` reads standard input."""
+    n_held_out: int = 0
+    data_url: str | None = None
+    image: Path | None = None
+    rows: int | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        n_sources = sum((bool(self.captions), self.captions_file is not None, self.n_held_out > 0))
+        if n_sources > 1 or (n_sources == 0 and self.image is None):
+            raise ConfigError("captions come from exactly one of --caption, --captions and --held-out")
+        if self.rows is not None and self.image is None:
+            raise ConfigError(f"--rows {self.rows} says how much of a picture is kept: give it by --image")
+
+    def read(self, export: Export, seed: int) -> tuple[list[str], Tensor | None, dict[str, Any]]:
+        """Captions, codes of their real pictures where there are some, and what the record says about them."""
+        if self.n_held_out:
+            held_out = choose_held_out(export, self.n_held_out, data_url=self.data_url, seed=seed)
+            return held_out.captions, held_out.image_SN, {"held_out_keys": held_out.keys}
+        if self.captions_file == STDIN:
+            return captions_of(sys.stdin.read(), "standard input"), None, {}
+        if self.captions_file is not None:
+            return read_captions(self.captions_file), None, {}
+        return list(self.captions) or [""], None, {}
 
 
 def sample_export(
     url: str,
     out: Path,
     settings: SampleSettings,
+    source: SampleSource,
     *,
-    captions: Sequence[str] = (),
-    captions_file: Path | None = None,
-    n_held_out: int = 0,
-    data_url: str | None = None,
+    clip: str | None = None,
     device: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Pictures for captions from exactly one of three sources; files as `sampling.sampler.sample`. Returns the summary."""
-    if sum((bool(captions), captions_file is not None, n_held_out > 0)) != 1:
-        raise ConfigError("captions come from exactly one of --caption, --captions and --held-out")
-    export = load_export(url, choose_device(device))
-    if n_held_out:
-        held_out = choose_held_out(export, n_held_out, data_url=data_url, seed=settings.seed)
-        about = {"held_out_keys": held_out.keys}
-        record = sample(export, held_out.captions, settings, out, real_codes_CN=held_out.image_SN, about=about)
-    else:
-        record = sample(export, list(captions) if captions_file is None else read_captions(captions_file), settings, out)
-    return _sample_summary(export, record, out)
+    """Draw pictures into `out`, or go on with it; files as `sampling.folder.sample`. Returns the summary, on every rank.
+
+    Ranks share the batches out and meet in `out`: their pictures are those of one rank. Each holds the whole model.
+
+    Args:
+        clip: folder or hub name of the CLIP that scores.
+
+    Raises:
+        UserError: what cannot be sampled. RankLost: another rank died. SystemExit(143): asked to stop.
+    """
+    source.check()
+    device = choose_device(device) if ranks.world_size == 1 else str(ranks.device)
+    with StopFlag() as stop, RankWatch(ranks, WAIT_SECONDS):
+        export = load_export(url, device)
+        scorer = None if clip is None else load_scorer(clip, device)
+        captions, real_codes_CN, about = ranks.from_main(source.read(export, settings.seed) if ranks.is_main else None)
+        given = None if source.image is None else read_picture(export, source.image, source.rows)
+        request = Request(tuple(captions), settings, given)
+        folder = SampleFolder(export, request, out, scorer, real_codes_CN=real_codes_CN, about=about)
+
+        def end_if_asked(_: Rows) -> None:
+            if stop.requested:
+                log.info("asked to stop (%s); the same command goes on with %s", stop.reason, out)
+                raise SystemExit(EXIT_STOPPED)
+
+        # only the main rank holds the lock: the others are its own
+        with RunLock(out) if ranks.is_main else nullcontext():
+            # it looks what is left to do before any rank adds to it
+            found, todo = ranks.from_main(_what_is_left(folder) if ranks.is_main else None)
+            if found is None:
+                folder.draw(todo[ranks.rank :: ranks.world_size], on_rows=end_if_asked, shown=ranks.is_main)
+                ranks.gather_objects(None)  # all batches are there
+            finished = found or ranks.from_main(folder.finish() if ranks.is_main else None)
+    is_tracked = found is None and ranks.is_main
+    return _sample_summary(export, finished, out, is_tracked=is_tracked)
+
+
+def _what_is_left(folder: SampleFolder) -> tuple[dict[str, Any] | None, list[Unit]]:
+    finished = folder.finished()
+    return finished, [] if finished else folder.missing()
 
 
 def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto") -> dict[str, Any]:

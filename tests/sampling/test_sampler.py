@@ -14,8 +14,9 @@ from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import load_export
+from dalle_ds.sampling.folder import read_captions, repeat, sample
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
-from dalle_ds.sampling.sampler import SampleSettings, read_captions, repeat, sample
+from dalle_ds.sampling.sampler import SampleSettings
 from tests.sampling.exports import edit_config, make_export
 
 CAPTIONS = ["A red square in the middle.", "A blue ring on the left."]

@@ -9,10 +9,12 @@ import pytest
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.sampler import SampleSettings
-from dalle_ds.training.report import choose_device, evaluate_export, sample_export
+from dalle_ds.training.report import SampleSource, choose_device, evaluate_export, sample_export
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.tracking_mlflow import read_run
 from tests.sampling.exports import edit_config, make_export
+
+A_RED_BAR = SampleSource(captions=["A red bar."])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
 
 
 def test_samples_are_tracked_with_their_record(export, tmp_path):
-    summary = sample_export(str(export), tmp_path, SampleSettings(n=2), n_held_out=2)
+    summary = sample_export(str(export), tmp_path, SampleSettings(n=2), SampleSource(n_held_out=2))
     assert summary["pictures"] == 4 and summary["tracked"]
     assert len(json.loads((tmp_path / "samples.json").read_text())["held_out_keys"]) == 2
     _, files = the_run(export)
@@ -78,7 +80,7 @@ def test_samples_are_tracked_with_their_record(export, tmp_path):
 
 def test_an_export_without_a_run_is_sampled_untracked(tmp_path):
     export = make_export(tmp_path)
-    assert not sample_export(str(export), tmp_path / "out", SampleSettings(n=1), captions=["A red bar."])["tracked"]
+    assert not sample_export(str(export), tmp_path / "out", SampleSettings(n=1), A_RED_BAR)["tracked"]
 
 
 def test_a_run_id_that_was_late_is_found_beside_the_checkpoints(tmp_path, export):
@@ -88,13 +90,13 @@ def test_a_run_id_that_was_late_is_found_beside_the_checkpoints(tmp_path, export
     checkpoint.mkdir(parents=True)
     (tmp_path / "run" / "mlflow_run.json").write_text(json.dumps(named))
     edit_config(other, checkpoint=str(checkpoint))
-    assert sample_export(str(other), tmp_path / "out", SampleSettings(n=1), captions=["A red bar."])["tracked"]
+    assert sample_export(str(other), tmp_path / "out", SampleSettings(n=1), A_RED_BAR)["tracked"]
 
 
 def test_captions_have_one_source(export, tmp_path):
     for options in ({}, {"captions": ["a"], "n_held_out": 2}):
         with pytest.raises(ConfigError, match="exactly one of --caption"):
-            sample_export(str(export), tmp_path, SampleSettings(), **options)
+            sample_export(str(export), tmp_path, SampleSettings(), SampleSource(**options))
 
 
 def test_a_device_that_is_not_there_is_an_error():

@@ -1,0 +1,71 @@
+"""A picture whose top rows are given: image-to-image as the paper's, and variations of a picture."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.sampling.export import Export
+
+PAPER_SHARE = 15 / 32
+"""Of the rows of the grid, which the paper's image-to-image keeps."""
+
+
+@dataclass(frozen=True)
+class GivenPicture:
+    """A picture as the dVAE sees it, and how many rows of its codes are kept."""
+
+    picture: Image.Image
+    """The square crop."""
+    codes_N: Tensor
+    rows: int
+    sha256: str
+    """Of the file that it came from."""
+
+    @property
+    def prime_codes_P(self) -> Tensor:
+        """The codes that are kept."""
+        grid = round(len(self.codes_N) ** 0.5)
+        return self.codes_N[: self.rows * grid]
+
+
+def give_picture(export: Export, data: bytes, rows: int | None = None) -> GivenPicture:
+    """Crop a picture file by the rule of the training data, and encode it.
+
+    Args:
+        rows: kept from the top, 0 to grid - 1; None takes the paper's share, 15 of 32.
+
+    Raises:
+        ConfigError: rows out of range.
+        DataError: not a picture, or smaller than the model's pictures.
+    """
+    config = export.dvae.config
+    rows = round(PAPER_SHARE * config.grid) if rows is None else rows
+    if not 0 <= rows < config.grid:
+        raise ConfigError(f"rows {rows}: expected 0 to {config.grid - 1}, as the grid of this model has {config.grid} rows")
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        crop_HWC = prior_crop(decode_image(data), config.image_size, seed_of(digest))
+    except ImageProblem as problem:
+        raise DataError(
+            f"the given picture is {problem.reason}: expected a picture file of at least {config.image_size} pixels a side"
+        ) from None
+    with torch.inference_mode():
+        image_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None].to(export.device)
+        codes_N = export.dvae.tokens(image_BCHW)[0].cpu()
+    return GivenPicture(Image.fromarray(crop_HWC), codes_N, rows, digest)
+
+
+def read_picture(export: Export, file: Path, rows: int | None = None) -> GivenPicture:
+    """`give_picture` for a file. Raises DataError with the file's name too."""
+    try:
+        return give_picture(export, file.read_bytes(), rows)
+    except OSError as error:
+        raise DataError(f"picture {file} cannot be read: {error.strerror or error}") from None
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None

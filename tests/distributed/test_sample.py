@@ -1,0 +1,45 @@
+"""Samples on two ranks under the real launcher, gone on with after a kill: the pictures of one process."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.sampling.sampler import SampleSettings
+from dalle_ds.training.report import SampleSource, sample_export
+from tests import launching
+from tests.pictures import draw_folder
+from tests.sampling.exports import make_export
+
+pytestmark = pytest.mark.launch
+
+CAPTIONS = [f"A red square, number {i}." for i in range(40)]
+
+
+def test_killed_alone_and_gone_on_with_on_two_ranks_is_one_run(tmp_path: Path) -> None:
+    export, parts = make_export(tmp_path), tmp_path / "out" / ".parts"
+    picture = draw_folder(tmp_path / "pictures", 1) / "p0000.png"
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
+    options = ["--captions", "captions.txt", "-n", "6", "--batch", "2", "--image", str(picture), "--rows", "1", "--out", "out"]
+    command = ["dalle_ds.cli", "sample", "--export", str(export), *options, "--json"]
+    with launching.started([sys.executable, "-m", *command], tmp_path) as process:
+        launching.wait_for(lambda: len(list(parts.glob("*.npz"))) >= 3, "some batches", process=process)
+        launching.kill_tree(process.pid, signal.SIGKILL)
+    made_before = {part: part.stat().st_mtime_ns for part in parts.glob("*.npz")}
+    assert 3 <= len(made_before) < 120 and not (tmp_path / "out" / "samples.json").exists(), "it was faster than the kill"
+
+    launch = [*launching.deepspeed(2), "--no_local_rank", "--module", *command]
+    with launching.started(launch, tmp_path) as process:
+        launching.wait_for(lambda: len(list(parts.glob("*.npz"))) > len(made_before), "another batch", process=process)
+        assert all(part.stat().st_mtime_ns == made for part, made in made_before.items()), "a finished batch was drawn again"
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-4000:]
+    assert out.count('{"out"') == 1 and launching.last_json(out)["pictures"] == 240
+
+    source = SampleSource(captions=CAPTIONS, image=picture, rows=1)
+    sample_export(str(export), tmp_path / "alone", SampleSettings(n=6, batch=2), source)
+    names = sorted(path.name for path in (tmp_path / "alone").glob("*.png"))
+    assert len(names) == 242  # with grid.png and given.png
+    for name in [*names, "codes.npy"]:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

@@ -1,0 +1,229 @@
+"""Folders of samples: the best are kept, a stopped run goes on, given rows stay, and records repeat it all."""
+
+import gc
+import hashlib
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.sampling.decode import BLANK, decode_pictures, partial_pictures
+from dalle_ds.sampling.export import load_export
+from dalle_ds.sampling.folder import SampleFolder, repeat, sample
+from dalle_ds.sampling.given import give_picture
+from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
+from dalle_ds.sampling.scorer import load_scorer
+from preprocessing.drawn import draw
+from tests.clip_models import make_clip
+from tests.pictures import encoded
+from tests.sampling.exports import make_export
+
+CAPTIONS = ("A red square in the middle.", "A blue ring on the left.")
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return load_export(make_export(tmp_path_factory.mktemp("folder")))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return load_scorer(make_clip(tmp_path_factory.mktemp("clip")))
+
+
+class RedScorer:
+    """How red a picture is."""
+
+    name, fingerprint = "red", "0123"
+
+    def scores(self, captions, pictures):
+        return np.array([np.asarray(picture)[..., 0].mean() for picture in pictures])
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".png", ".npy")}
+
+
+def test_the_best_are_kept_as_clip_scores_them(export, clip, tmp_path):
+    settings = SampleSettings(n=7, seed=3, batch=3)
+    everything = sample(export, CAPTIONS, settings, tmp_path / "all")
+    assert everything["scores"] is None and "score" not in everything["images"][0]
+    chosen = sample(export, CAPTIONS, settings.model_copy(update={"keep": 2}), tmp_path / "best", scorer=clip)
+    assert np.load(tmp_path / "best" / "codes.npy").shape == (2, 2, 16) and chosen["scorer"] == clip.fingerprint
+    for c, caption in enumerate(CAPTIONS):
+        pictures = [Image.open(tmp_path / "all" / image["file"]) for image in everything["images"] if image["row"] == c]
+        expected = clip.scores([caption] * 7, pictures)
+        assert chosen["scores"][c] == pytest.approx(expected, abs=1e-5) and np.ptp(expected) > 1e-3
+        row = [image for image in chosen["images"] if image["row"] == c]
+        assert [image["candidate"] for image in row] == np.argsort(-expected)[:2].tolist()
+        assert [image["score"] for image in row] == [chosen["scores"][c][image["candidate"]] for image in row]
+        for image in row:
+            assert files(tmp_path / "best")[image["file"]] == files(tmp_path / "all")[image["file"]]
+    assert len(list((tmp_path / "best").glob("0*.png"))) == 4
+    again = repeat(export, tmp_path / "best" / "samples.json", tmp_path / "again")  # without the scorer
+    assert files(tmp_path / "again") == files(tmp_path / "best") and again["scores"] == chosen["scores"]
+
+
+def test_scores_belong_to_caption_and_picture(export, clip):
+    pictures = decode_pictures(export.dvae, torch.arange(48).view(3, 16) % 8)
+    scores = clip.scores([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]], pictures)
+    assert scores.shape == (3,) and (abs(scores) <= 1.001).all()
+    for i, caption in enumerate((CAPTIONS[0], CAPTIONS[1], CAPTIONS[0])):
+        assert clip.scores([caption], [pictures[i]])[0] == pytest.approx(scores[i], abs=1e-5)
+    assert abs(clip.scores([CAPTIONS[1]], [pictures[0]])[0] - scores[0]) > 1e-4
+
+
+def test_pictures_are_gone_once_they_are_scored(export):
+    made, counts = [], []
+
+    class Watching(RedScorer):
+        def scores(self, captions, pictures):
+            gc.collect()
+            counts.append(sum(picture() is not None for picture in made))
+            made.extend(weakref.ref(picture) for picture in pictures)
+            return super().scores(captions, pictures)
+
+    (row,) = Sampler(export, Watching()).draw(Request(CAPTIONS[:1], SampleSettings(n=20, keep=2, batch=4)))
+    assert counts == [0] * 5 and len(row) == 2 and row[0].score >= row[1].score
+    assert row[0].score == pytest.approx(np.asarray(row[0].picture)[..., 0].mean())
+
+
+def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
+    """The scorer waits for the next batch's first row: were they in turns, it would wait for ever."""
+    second_is_drawn = threading.Event()
+
+    class Waiting(RedScorer):
+        def scores(self, captions, pictures):
+            assert second_is_drawn.wait(60), "drawing waits for the scorer"
+            return super().scores(captions, pictures)
+
+    def on_rows(rows):
+        if rows.unit.number == 1:
+            second_is_drawn.set()
+
+    Sampler(export, Waiting()).draw(Request(CAPTIONS[:1], SampleSettings(n=4, keep=1, batch=2)), on_rows)
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(export, tmp_path):
+    settings, drawn = SampleSettings(n=6, keep=2, batch=2), []
+
+    def stop(rows):
+        drawn.append(rows.unit.number)
+        if rows.unit.number == 3 and rows.n_rows == 2:
+            raise KeyboardInterrupt
+
+    def folder(out):
+        return SampleFolder(export, Request(CAPTIONS, settings), out, RedScorer())
+
+    whole = sample(export, CAPTIONS, settings, tmp_path / "whole", scorer=RedScorer())
+    stopped = folder(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.draw(stopped.missing(), on_rows=stop)
+    torn = tmp_path / "stopped" / ".parts" / "batch_000001.npz"
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert set(drawn) == {0, 1, 2, 3} and [unit.number for unit in folder(tmp_path / "stopped").missing()] == [1, 3, 4, 5]
+    record = sample(export, CAPTIONS, settings, tmp_path / "stopped", scorer=RedScorer())
+    assert record == whole and files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert not (tmp_path / "stopped" / ".parts").exists()
+
+
+def test_other_samples_are_refused_and_finished_ones_left_alone(export, tmp_path, monkeypatch):
+    started = SampleFolder(export, Request(CAPTIONS, SampleSettings(seed=4)), tmp_path)
+    started.draw(started.missing()[:1])
+    with pytest.raises(ConfigError, match=r"other samples: settings.seed is 4 there, 5 here\. Choose another folder"):
+        sample(export, CAPTIONS, SampleSettings(seed=5), tmp_path)
+    record = sample(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
+    with pytest.raises(ConfigError, match="captions is .*there.*here; scorer is None there, 0123 here"):
+        sample(export, CAPTIONS[:1], SampleSettings(seed=4), tmp_path, scorer=RedScorer())
+    monkeypatch.setattr(Sampler, "run", lambda *_: pytest.fail("it draws again"))
+    assert sample(export, CAPTIONS, SampleSettings(seed=4), tmp_path) == record
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(DataError, match="samples.json is damaged"):
+        sample(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
+
+
+def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
+    with pytest.raises(ConfigError, match="keep 1 of n 2: choosing needs a scorer"):
+        sample(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path / "none")
+    with pytest.raises(ValueError, match="keep 3 of n 2"):
+        SampleSettings(n=2, keep=3)
+
+    class Broken(RedScorer):
+        def scores(self, captions, pictures):
+            return [float("nan")] * len(pictures)
+
+    with pytest.raises(DataError, match="scorer red gives nan"):
+        sample(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path, scorer=Broken())
+
+
+# ---- given pictures ----
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return encoded(draw(3, 40).image)
+
+
+def test_given_rows_are_kept_and_shown_and_repeated(export, photo, tmp_path):
+    given = give_picture(export, photo, rows=2)
+    record = sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=given)
+    codes = np.load(tmp_path / "given" / "codes.npy")
+    assert (codes[:, :, :8] == given.codes_N[:8].numpy()).all() and len(np.unique(codes[..., 8:].reshape(6, -1), axis=0)) > 1
+    assert record["picture"]["rows"] == 2 and record["picture"]["sha256"] == hashlib.sha256(photo).hexdigest()
+    sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "free")
+    with Image.open(tmp_path / "given" / "grid.png") as wide, Image.open(tmp_path / "free" / "grid.png") as narrow:
+        assert wide.width - narrow.width == 2 * (128 + 8), "the picture, and what is kept of it"
+    repeat(export, tmp_path / "given" / "samples.json", tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "given")
+    with pytest.raises(ConfigError, match="picture.rows is 2 there, 1 here"):
+        sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=give_picture(export, photo, rows=1))
+    everything = give_picture(export, photo, rows=0)
+    sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "none", given=everything)
+    assert files(tmp_path / "none")["codes.npy"] == files(tmp_path / "free")["codes.npy"], "no row is kept"
+
+
+def test_a_picture_is_encoded_as_the_training_data(export, photo):
+    given = give_picture(export, photo)
+    assert given.rows == 2  # 15/32 of 4
+    pixels_BCHW = torch.from_numpy(np.asarray(given.picture).copy()).permute(2, 0, 1)[None]
+    assert given.picture.size == (8, 8) and torch.equal(export.dvae.tokens(pixels_BCHW)[0], given.codes_N)
+
+
+def test_variations_need_no_caption(export, photo):
+    given = give_picture(export, photo, rows=3)
+    (row,) = Sampler(export).draw(Request(("",), SampleSettings(n=2), given))
+    assert len(row) == 2 and row[0].caption == ""
+    with pytest.raises(DataError, match="1 captions, 1 of them empty"):
+        Request(("",), SampleSettings())
+
+
+def test_pictures_that_cannot_be_given(export, photo):
+    with pytest.raises(DataError, match="is unreadable: expected a picture file of at least 8 pixels"):
+        give_picture(export, b"no picture")
+    with pytest.raises(DataError, match="is too small"):
+        give_picture(export, encoded(Image.new("RGB", (7, 400))))
+    for rows in (4, -1):
+        with pytest.raises(ConfigError, match=f"rows {rows}: expected 0 to 3"):
+            give_picture(export, photo, rows)
+
+
+def test_rows_appear_as_they_are_drawn(export, photo):
+    seen = []
+
+    def on_rows(rows):
+        (picture, *_) = partial_pictures(export.dvae, rows.codes_BN, rows.n_rows)
+        pixels = np.asarray(picture)
+        blank = (pixels == BLANK).all((-1, -2))
+        side, top = len(pixels), len(pixels) * rows.n_rows // 4
+        assert blank[top:].all() and not blank[:top].all() and pixels.shape[:2] == (side, side)
+        seen.append((rows.unit.number, rows.n_rows, rows.codes_BN[:, 4 * rows.n_rows - 4].tolist()))
+
+    request = Request(CAPTIONS[:1], SampleSettings(n=4, batch=2), give_picture(export, photo, rows=1))
+    (row,) = Sampler(export).draw(request, on_rows)
+    assert [(unit, n_rows) for unit, n_rows, _ in seen] == [(unit, n_rows) for unit in (0, 1) for n_rows in (2, 3, 4)]
+    first_tokens = [code for _, n_rows, codes in seen for code in codes if n_rows == 4]
+    assert len(row) == len(first_tokens) == 4
