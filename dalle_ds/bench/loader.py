@@ -75,7 +75,7 @@ def webdataset_batches(dataset: TokenDataset, settings: LoaderSettings) -> Itera
         text[: len(tokens)] = torch.tensor(tokens)
         return text, torch.from_numpy(sample["tokens"].astype(np.int64))
 
-    paths = sorted({dataset.shard_of(block) for block in range(dataset.n_blocks)})
+    paths = sorted(set(dataset.shards_of(np.arange(dataset.n_blocks))))
     urls = [storage.join(dataset.root_url, path) for path in paths]
     if any(storage.local_path(url) is None for url in urls):
         raise ConfigError(f"{dataset.root_url}: plain webdataset reads local shards; give --dataset a path")

@@ -1,12 +1,13 @@
 """Manifests: what a shard holds and where it came from. Readers trust these alone, never a listing of data files."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import fingerprint, require_same
@@ -64,6 +65,42 @@ class Block(Record):
     crc32: str  # of those bytes, 8 hex characters: a ranged read can check itself
 
 
+class BlockColumns(Record):
+    """The blocks of a part, as columns with an entry each: a merged manifest has a million blocks, and every rank reads it.
+
+    Entries are separated by spaces. Block i is called `name`-i, with five digits, and begins where the one before it ended.
+    """
+
+    name: str
+    bytes: str
+    n_samples: str
+    crc32: str
+
+    @model_validator(mode="after")
+    def _check(self) -> "BlockColumns":
+        if not self.bytes.count(" ") == self.n_samples.count(" ") == self.crc32.count(" "):
+            raise ValueError("columns of different lengths")
+        return self
+
+    def __len__(self) -> int:
+        return self.bytes.count(" ") + 1 if self.bytes else 0
+
+
+def _in_columns(blocks: Any) -> Any:
+    # data sets from before the columns have a list of objects
+    if not isinstance(blocks, list):
+        return blocks
+    found = [Block.model_validate(block) for block in blocks]
+    name = found[0].name.rpartition("-")[0] if found else ""
+    end = 0
+    for i, block in enumerate(found):
+        if (block.name, block.offset) != (_block_name(name, i), end):
+            raise ValueError(f"block {block.name} at {block.offset}, expected {_block_name(name, i)} at {end}")
+        end += block.bytes
+    return BlockColumns(name=name, bytes=" ".join(str(block.bytes) for block in found), crc32=" ".join(b.crc32 for b in found),
+                        n_samples=" ".join(str(block.n_samples) for block in found))
+
+
 class Part(Record):
     """One split of one shard: a tar of blocks."""
 
@@ -71,7 +108,46 @@ class Part(Record):
     bytes: int
     checksum: str  # SHA-256 of the tar
     n_samples: int
-    blocks: list[Block]
+    columns: Annotated[BlockColumns, BeforeValidator(_in_columns)] = Field(alias="blocks")
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks one by one."""
+        return list(BlockTable([self]))
+
+
+class BlockTable:
+    """The blocks of many parts as arrays, 28 bytes a block: as objects, a million of them would be near a gigabyte."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        columns = [part.columns for part in parts]
+        counts = np.array([len(of_part) for of_part in columns], dtype=np.int64)
+        self.part = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+        self.bytes = _integers(of_part.bytes for of_part in columns)
+        self.n_samples = _integers(of_part.n_samples for of_part in columns)
+        self.crc32 = np.frombuffer(bytes.fromhex(" ".join(of_part.crc32 for of_part in columns)), dtype=">u4")
+        self._names = [of_part.name for of_part in columns]
+        self._first = np.cumsum(counts) - counts
+        ends = np.cumsum(self.bytes)
+        self.offset = ends - self.bytes
+        self.offset -= np.repeat(self.offset[self._first[counts > 0]], counts[counts > 0])
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, number: int) -> Block:
+        part = self.part[number]
+        name = _block_name(self._names[part], number - self._first[part])
+        return Block.model_construct(name=name, offset=int(self.offset[number]), bytes=int(self.bytes[number]),
+                                     n_samples=int(self.n_samples[number]), crc32=f"{self.crc32[number]:08x}")
+
+
+def _integers(columns: Iterable[str]) -> np.ndarray:
+    return np.fromstring(" ".join(filter(None, columns)), dtype=np.int64, sep=" ")
+
+
+def _block_name(name: str, number: int) -> str:
+    return f"{name}-{number:05d}"
 
 
 class ShardManifest(Record):

@@ -11,7 +11,7 @@ import numpy as np
 from dalle_ds.data import storage
 from dalle_ds.data.block_cache import BlockCache
 from dalle_ds.data.fingerprint import fingerprint, require_same
-from dalle_ds.data.manifest import Block, Part, Split, load_dataset_info, load_manifest
+from dalle_ds.data.manifest import BlockTable, Part, Split, load_dataset_info, load_manifest
 from dalle_ds.data.shards import read_block
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError, UserError
@@ -66,14 +66,9 @@ class TokenDataset:
         self._cache = BlockCache(self._load, cache_bytes)
 
     def _index_blocks(self, parts: Sequence[Part]) -> None:
-        # As arrays: a million Block objects would be near a gigabyte on every rank.
-        self._parts = [part.model_copy(update={"blocks": []}) for part in parts]
-        blocks = [(i, block) for i, part in enumerate(parts) for block in part.blocks]
-        self._part_of_block = np.array([i for i, _ in blocks], dtype=np.int32)
-        self._names = [block.name for _, block in blocks]
-        self._extents = np.array([(block.offset, block.bytes) for _, block in blocks], dtype=np.int64).reshape(-1, 2)
-        self._crc32 = np.array([int(block.crc32, 16) for _, block in blocks], dtype=np.uint32)
-        self.block_sizes = np.array([block.n_samples for _, block in blocks], dtype=np.int64)
+        self._table = BlockTable(parts)
+        self._parts = [part.model_copy(update={"columns": None}) for part in parts]  # the table has them
+        self.block_sizes = self._table.n_samples
         self.n_samples = int(self.block_sizes.sum())
         # Beside `fingerprint` (how it was made): these very samples in this order. A resume that must be exact compares it.
         self.content_fingerprint = fingerprint({"parts": [[part.path, part.checksum] for part in parts]},
@@ -81,7 +76,7 @@ class TokenDataset:
 
     @property
     def n_blocks(self) -> int:
-        return len(self._names)
+        return len(self._table)
 
     def blocks(self, numbers: Iterable[int]) -> dict[int, DecodedBlock]:
         """Decoded blocks by number, from the cache or by ranged GETs side by side."""
@@ -92,9 +87,9 @@ class TokenDataset:
         blocks = sorted(self._reading.copy())
         return f"{blocks[0]} and {len(blocks) - 1} others" if blocks else f"no read of {self.root_url}"
 
-    def shard_of(self, block: int) -> str:
-        """Path below the root of the tar that a block lies in."""
-        return self._parts[self._part_of_block[block]].path
+    def shards_of(self, blocks: np.ndarray) -> list[str]:
+        """Paths below the root of the tars that blocks lie in."""
+        return [self._parts[part].path for part in self._table.part[blocks].tolist()]
 
     @property
     def read_amplification(self) -> float:
@@ -104,13 +99,10 @@ class TokenDataset:
     @property
     def largest_block_bytes(self) -> int:
         """Of the blocks as stored; decoded ones take about the same."""
-        return int(self._extents[:, 1].max())
+        return int(self._table.bytes.max())
 
     def _load(self, number: int) -> DecodedBlock:
-        part = self._parts[self._part_of_block[number]]
-        offset, length = map(int, self._extents[number])
-        block = Block(name=self._names[number], offset=offset, bytes=length, n_samples=int(self.block_sizes[number]),
-                      crc32=f"{self._crc32[number]:08x}")
+        part, block = self._parts[self._table.part[number]], self._table[number]
         where = f"{storage.join(self.root_url, part.path)}, block {block.name}"
         self._reading.add(where)
         try:

@@ -1,15 +1,18 @@
 """Token batches: what the prior trains on and is validated on, drawn from a token data set."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.reading_order import WINDOW_BLOCKS, Place, ReadingOrder, rank_lanes
+from dalle_ds.data.reading_order import WINDOW_BLOCKS, Places, ReadingOrder, rank_lanes
+from dalle_ds.data.sample_seeds import sample_generators
 from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
+from dalle_ds.data.token_mix import TokenMix
+from dalle_ds.data.tokenizer import ID_BYTES
 from dalle_ds.errors import ConfigError, DataError
 
 # B batch, T text tokens (the model's text length - 1: it puts start-of-text before them), N image tokens
@@ -38,11 +41,12 @@ class TokenBatch:
 class TokenStream:
     """The micro-batches of one rank, update after update, over epochs without end; see `reading_order` for which samples.
 
-    Each item is the list of the rank's global_batch / (micro_batch * world_size) micro-batches of one update. Update n
-    belongs to epoch n // steps_per_epoch. All of it, both dropouts included, is a function of (seed, update, manifest): a
-    stream started at update n on any number of ranks gives what an uninterrupted one would have given.
+    Each item is the list of the rank's global_batch / (micro_batch * world_size) micro-batches of one update. Each data set
+    goes through epochs of its own. All of it, both dropouts included, is a function of (seed, update, manifests): a stream
+    started at update n on any number of ranks gives what an uninterrupted one would have given.
 
     Args:
+        data: one data set, or several with their weights.
         text_len: the model's text slots; captions are cut to text_len - 1 tokens (slot 0 is start-of-text).
         bpe_dropout: chance to drop a merge candidate; the paper has 0.1.
         caption_dropout: chance that a sample's text is all PAD, so that the prior learns pictures without a caption too and can
@@ -55,23 +59,32 @@ class TokenStream:
         DataError: from iteration, naming the shard, where a block is damaged or storage stayed out of reach.
     """
 
-    def __init__(self, dataset: TokenDataset, *, text_len: int, global_batch: int, micro_batch: int, rank: int, world_size: int,
-                 seed: int, bpe_dropout: float, caption_dropout: float = 0.0, start_update: int = 0, prefetch: int = 2) -> None:
+    def __init__(self, data: TokenDataset | TokenMix, *, text_len: int, global_batch: int, micro_batch: int, rank: int,
+                 world_size: int, seed: int, bpe_dropout: float, caption_dropout: float = 0.0, start_update: int = 0,
+                 prefetch: int = 2) -> None:
         if not 0.0 <= bpe_dropout <= 1.0 or start_update < 0:
             raise ConfigError(f"bpe_dropout {bpe_dropout}, start_update {start_update}: expected a chance from 0 to 1 and an "
                               "update of at least 0")
         if not 0.0 <= caption_dropout < 1.0:
             raise ConfigError(f"caption_dropout {caption_dropout}: expected a chance of at least 0 and below 1")
         lanes = rank_lanes(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
-        order = ReadingOrder(dataset.block_sizes, seed=seed, global_batch=global_batch)
-        self.steps_per_epoch = order.steps_per_epoch
-        self.n_left_out = order.n_samples - order.steps_per_epoch * global_batch  # of each epoch, others in each
+        mix = data if isinstance(data, TokenMix) else TokenMix([data])
+        self._order = ReadingOrder([dataset.block_sizes for dataset in mix.sets], mix.weights, seed=seed,
+                                   global_batch=global_batch)
+        # of several sets: updates that give as many samples as they have together
+        self.steps_per_epoch = mix.n_samples // global_batch
         self.next_update = start_update
         self.n_truncated = 0
-        _warn_if_cache_is_small(dataset, n_lanes=len(lanes) * micro_batch)
-        collate = _Collate(dataset, text_len=text_len, bpe_dropout=bpe_dropout, caption_dropout=caption_dropout, seed=seed)
-        self._prefetch = Prefetch(_updates(dataset, order, lanes, collate, start_update), prefetch, f"token-stream-{rank}",
-                                  dataset.reads_under_way)
+        for dataset, n_lanes in zip(mix.sets, self._order.lanes_by_set(lanes), strict=True):
+            _warn_if_cache_is_small(dataset, n_lanes)
+        collate = _Collate(mix, text_len=text_len, bpe_dropout=bpe_dropout, caption_dropout=caption_dropout, seed=seed)
+        self._prefetch = Prefetch(_updates(mix, self._order, lanes, micro_batch, collate, start_update), prefetch,
+                                  f"token-stream-{rank}", mix.reads_under_way)
+
+    @property
+    def n_drawn(self) -> list[int]:
+        """Samples of each set in the updates given so far, over all ranks and restarts."""
+        return self._order.n_drawn(self.next_update)
 
     def __iter__(self) -> "TokenStream":
         return self
@@ -106,9 +119,10 @@ class ValidationBatches(list[TokenBatch]):
         self.n_samples, self.n_dropped = n_samples, n_dropped
 
 
-def validation_batches(dataset: TokenDataset, *, text_len: int, batch: int, rank: int, world_size: int,
+def validation_batches(data: TokenDataset | TokenMix, *, text_len: int, batch: int, rank: int, world_size: int,
                        limit: int | None = None) -> ValidationBatches:
-    """The same samples at every call, without dropout, equally many batches on all ranks.
+    """The same samples at every call, without dropout, equally many batches on all ranks. Of a mix, those of all sets together:
+    each counts by its held-out samples, not by its weight.
 
     Args:
         limit: samples over all ranks at most; they come from blocks all over the split. None: all of them.
@@ -118,80 +132,84 @@ def validation_batches(dataset: TokenDataset, *, text_len: int, batch: int, rank
     """
     if batch < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"batch {batch}, rank {rank} of {world_size}: expected at least 1, and 0 to {world_size - 1}")
-    wanted = dataset.n_samples if limit is None else min(limit, dataset.n_samples)
+    mix = data if isinstance(data, TokenMix) else TokenMix([data])
+    wanted = mix.n_samples if limit is None else min(limit, mix.n_samples)
     n_batches = wanted // (batch * world_size)
     if n_batches == 0:
-        raise DataError(f"{wanted} samples of split {dataset.split!r} to validate on, expected at least {batch * world_size}: "
+        raise DataError(f"{wanted} samples of split {mix.split!r} to validate on, expected at least {batch * world_size}: "
                         f"one batch of {batch} on each of {world_size} ranks")
     n_samples = n_batches * batch * world_size
-    places = _spread_places(dataset.block_sizes, n_samples)
-    collate = _Collate(dataset, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
-    starts = [(i * world_size + rank) * batch for i in range(n_batches)]
-    ours = [places[start : start + batch] for start in starts]
-    batches = [collate(chosen, dataset.blocks(place.block for place in chosen), epoch=0) for chosen in ours]
+    collate = _Collate(mix, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
+    batches = [collate(places, mix.blocks(places.block.tolist()))
+               for places in _spread_places(mix.block_sizes, n_samples).split(batch)[rank::world_size]]
     return ValidationBatches(batches, n_samples=n_samples, n_dropped=wanted - n_samples)
 
 
-def _spread_places(block_sizes: np.ndarray, n: int) -> list[Place]:
+def _spread_places(block_sizes: np.ndarray, n: int) -> Places:
     # Whole blocks in a fixed shuffled order: a limit must not mean the first shards only, nor a GET a sample.
-    first_index = np.cumsum(block_sizes) - block_sizes
-    places: list[Place] = []
-    for block in np.argsort(np.random.PCG64(0).random_raw(len(block_sizes)), kind="stable").tolist():
-        if len(places) >= n:
-            break
-        places += [Place(block, row, int(first_index[block]) + row) for row in range(int(block_sizes[block]))]
-    return places[:n]
+    order = np.argsort(np.random.PCG64(0).random_raw(len(block_sizes)), kind="stable")
+    order = order[: np.searchsorted(np.cumsum(block_sizes[order]), n) + 1]
+    block = np.repeat(order, block_sizes[order])[:n]
+    row = np.concatenate([np.arange(size) for size in block_sizes[order]])[:n]
+    return Places(block, row, (np.cumsum(block_sizes) - block_sizes)[block] + row, np.zeros_like(row))
 
 
 class _Collate:
     """Places to a TokenBatch."""
 
-    def __init__(self, dataset: TokenDataset, *, text_len: int, bpe_dropout: float, caption_dropout: float, seed: int) -> None:
+    def __init__(self, mix: TokenMix, *, text_len: int, bpe_dropout: float, caption_dropout: float, seed: int) -> None:
         if text_len < 2:
             raise ConfigError(f"text_len is {text_len}, expected at least 2: start-of-text and one token")
-        self._dataset, self._n_text, self._seed = dataset, text_len - 1, seed
+        self._mix, self._n_text, self._seed = mix, text_len - 1, seed
         self._p, self._p_caption = bpe_dropout, caption_dropout
 
-    def __call__(self, places: Sequence[Place], blocks: Mapping[int, DecodedBlock], *, epoch: int) -> TokenBatch:
-        text_BT = np.full((len(places), self._n_text), PAD, dtype=np.int64)
-        n_truncated = 0
-        for row, place in zip(text_BT, places, strict=True):
-            if self._drops_caption(epoch, place.index):
-                continue
-            tokens = self._encode(blocks[place.block].captions[place.row], epoch, place.index)
-            n_truncated += len(tokens) > self._n_text
-            row[: len(tokens)] = tokens[: self._n_text]
+    def __call__(self, places: Places, blocks: Mapping[int, DecodedBlock]) -> TokenBatch:
+        found = [blocks[block] for block in places.block.tolist()]
+        rows = places.row.tolist()
+        image_BN = np.empty((len(rows), self._mix.info.n_tokens), dtype=np.int64)
+        for image_N, block, row in zip(image_BN, found, rows, strict=True):
+            image_N[:] = block.tokens_nN[row]
+        captions = tuple([block.captions[row] for block, row in zip(found, rows, strict=True)])
+        text_BT, n_truncated = self._text(captions, places)
         return TokenBatch(
-            text_BT=torch.from_numpy(text_BT),
-            image_BN=torch.from_numpy(np.stack([blocks[p.block].tokens_nN[p.row] for p in places]).astype(np.int64)),
-            keys=tuple(blocks[p.block].keys[p.row] for p in places),
-            captions=tuple(blocks[p.block].captions[p.row] for p in places),
-            shards=tuple(self._dataset.shard_of(p.block) for p in places),
-            n_truncated=n_truncated)
+            text_BT=torch.from_numpy(text_BT), image_BN=torch.from_numpy(image_BN),
+            keys=tuple([block.keys[row] for block, row in zip(found, rows, strict=True)]), captions=captions,
+            shards=tuple(self._mix.shards_of(places.block)), n_truncated=n_truncated)
 
-    def _drops_caption(self, epoch: int, index: int) -> bool:
-        if self._p_caption == 0.0:
-            return False
-        # A use of the seed of its own: with or without it, BPE dropout draws the same for this sample.
-        bits = np.random.PCG64(np.random.SeedSequence((self._seed, _CAPTION, epoch, index))).random_raw()
-        return bits < self._p_caption * 2.0**64
+    def _text(self, captions: tuple[str, ...], places: Places) -> tuple[np.ndarray, int]:
+        packed = self._pack(captions, places)
+        lengths = np.array(list(map(len, packed))) // ID_BYTES
+        if n_truncated := int((lengths > self._n_text).sum()):
+            packed = [ids[: self._n_text * ID_BYTES] for ids in packed]
+        text_BT = np.full((len(captions), self._n_text), PAD, dtype=np.int64)
+        # row by row, as many as each has: one assignment instead of a Python loop
+        text_BT[np.arange(self._n_text) < lengths[:, None]] = np.frombuffer(b"".join(packed), dtype=np.int32)
+        return text_BT, n_truncated
 
-    def _encode(self, caption: str, epoch: int, index: int) -> list[int]:
+    def _pack(self, captions: tuple[str, ...], places: Places) -> list[bytes]:
+        tokenizer = self._mix.tokenizer
         if self._p == 0.0:
-            return self._dataset.tokenizer.encode(caption)
-        # Seeded by the sample, not by the rank: another number of ranks must drop the same merges.
-        seed = np.random.SeedSequence((self._seed, _DROPOUT, epoch, index))
-        return self._dataset.tokenizer.encode_with_dropout(caption, self._p, np.random.Generator(np.random.PCG64(seed)))
+            packed = list(map(tokenizer.pack, captions))
+        else:
+            # Seeded by the sample, not by the rank: another number of ranks must drop the same merges.
+            seeded = sample_generators(self._seed, _DROPOUT, places.epoch, places.index)
+            packed = [tokenizer.pack_with_dropout(caption, self._p, np.random.Generator(bits))
+                      for caption, bits in zip(captions, seeded, strict=True)]
+        if self._p_caption > 0.0:
+            # A use of the seed of its own: with or without it, BPE dropout draws the same for a sample.
+            seeded = sample_generators(self._seed, _CAPTION, places.epoch, places.index)
+            packed = [b"" if bits.random_raw() < self._p_caption * 2.0**64 else ids
+                      for ids, bits in zip(packed, seeded, strict=True)]
+        return packed
 
 
-def _updates(dataset: TokenDataset, order: ReadingOrder, lanes: Sequence[range], collate: _Collate,
+def _updates(mix: TokenMix, order: ReadingOrder, lanes: range, micro_batch: int, collate: _Collate,
              update: int) -> Iterator[list[TokenBatch]]:
     while True:
-        places = [order.places(update, lanes_of_micro_batch) for lanes_of_micro_batch in lanes]
+        places = order.places(update, lanes)
         # All of the update's missing blocks at once: they are fetched side by side.
-        blocks = dataset.blocks(place.block for micro_batch in places for place in micro_batch)
-        epoch = update // order.steps_per_epoch
-        yield [collate(micro_batch, blocks, epoch=epoch) for micro_batch in places]
+        blocks = mix.blocks(places.block.tolist())
+        yield [collate(of_micro_batch, blocks) for of_micro_batch in places.split(micro_batch)]
         update += 1
 
 

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from dalle_ds.data import storage
 from dalle_ds.data.manifest import (
+    BlockTable,
     DatasetInfo,
     InputIdentity,
     Part,
@@ -63,6 +65,31 @@ def test_unfinished_data_sets_are_merged_from_their_shards(any_root: str) -> Non
     whole = merge(INFO, [shard("a", 1)], complete=True)
     storage.write_bytes(storage.join(any_root, "manifest.json"), whole.to_json())
     assert load_manifest(any_root) == whole
+
+
+def test_blocks_are_columns_and_lists_of_older_data_sets_are_read(tmp_path: Path) -> None:
+    columns = {"name": "a", "bytes": "100 50 70", "n_samples": "4 4 3", "crc32": "00000001 ffffffff 0a0b0c0d"}
+    older = [{"name": f"a-{i:05d}", "offset": offset, "bytes": size, "n_samples": n, "crc32": crc} for i, (offset, size, n, crc)
+             in enumerate([(0, 100, 4, "00000001"), (100, 50, 4, "ffffffff"), (150, 70, 3, "0a0b0c0d")])]
+    part = {"path": "data/a.tar", "bytes": 1024, "checksum": "x", "n_samples": 11}
+    first, second = (Part.model_validate_json(json.dumps({**part, "blocks": blocks})) for blocks in (columns, older))
+    assert first == second and json.loads(first.to_json())["blocks"] == columns
+    assert [block.model_dump() for block in second.blocks] == older
+    older[1]["offset"] = 104
+    with pytest.raises(ValidationError, match="block a-00001 at 104, expected a-00001 at 100"):
+        Part.model_validate({**part, "blocks": older})
+    with pytest.raises(ValidationError, match="columns of different lengths"):
+        Part.model_validate({**part, "blocks": {**columns, "n_samples": "4 7"}})
+
+
+def test_blocks_of_many_parts_lie_in_one_table() -> None:
+    parts = [Part(path=name, bytes=0, checksum="x", n_samples=0, blocks={
+        "name": name, "bytes": " ".join(map(str, sizes)), "n_samples": " ".join(map(str, sizes)),
+        "crc32": " ".join(f"{size:08x}" for size in sizes)}) for name, sizes in (("a", [5, 6]), ("b", []), ("c", [7]))]
+    table = BlockTable(parts)
+    assert [table[i] for i in range(len(table))] == [block for part in parts for block in part.blocks]
+    assert table.part.tolist() == [0, 0, 2] and table[2].name == "c-00000" and table[1].offset == 5
+    assert len(BlockTable([])) == 0
 
 
 def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:

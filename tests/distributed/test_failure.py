@@ -62,13 +62,13 @@ def wait_for_progress(home: Path, process: subprocess.Popen[str]) -> None:
 
 
 def block_that_rank_1_alone_reads_first(data: Path) -> int:
-    order = ReadingOrder(TokenDataset(data).block_sizes, seed=0, global_batch=GLOBAL_BATCH)
+    order = ReadingOrder([TokenDataset(data).block_sizes], seed=0, global_batch=GLOBAL_BATCH)
     first: list[dict[int, int]] = [{}, {}]
     for rank, seen in enumerate(first):
         lanes = rank_lanes(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, rank=rank, world_size=2)
         for update in range(40):
-            for place in order.places(update, [lane for of_one in lanes for lane in of_one]):
-                seen.setdefault(place.block, update)
+            for block in order.places(update, lanes).block.tolist():
+                seen.setdefault(block, update)
     return next(block for block, update in first[1].items() if 5 <= update < 30 and first[0].get(block, 99) > update + 5)
 
 

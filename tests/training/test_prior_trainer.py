@@ -51,6 +51,25 @@ def test_caption_dropout_that_is_no_chance(token_set: str, tmp_path: Path, value
         recipe(token_set, tmp_path, f"data.caption_dropout={value}")
 
 
+def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRun:
+    other = make_token_set(tmp_path / "other", n_samples=200, n_validation=16)
+    first, second = weights.split()
+    sets = f"[{{dataset: {token_set}, weight: {first}}}, {{dataset: {other}, weight: {second}}}]"
+    return recipe(token_set, tmp_path, "data.dataset=null", f"data.mix={sets}")
+
+
+def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
+    run = mix(token_set, tmp_path, "0.7 0.3")
+    assert load_recipe(PriorRun, overrides=[f"{k}={json.dumps(v)}" for k, v in run.model_dump(mode="json").items()]) == run
+    identity, text = _Trainer(run, ALONE).identity, f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
+    assert run.data.sources == text and _Trainer(run, ALONE).dataset.root_url == text
+    with pytest.raises(ConfigError, match=r"data: checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
+        _Trainer(mix(token_set, tmp_path / "again", "0.6 0.4"), ALONE).identity.require_same(asdict(identity), "f")
+    for sets in ("data.mix=[{dataset: a, weight: 1}]", "data.dataset=null"):
+        with pytest.raises(ConfigError, match="expected either `dataset`, or `mix`"):
+            recipe(token_set, tmp_path, sets)
+
+
 def test_the_papers_way_drops_no_caption(token_set: str, tmp_path: Path) -> None:
     for run in (recipe(token_set, tmp_path), load_recipe(PriorRun, RECIPES / "12b.yaml")):
         assert run.data.caption_dropout == 0.0

@@ -1,0 +1,75 @@
+"""Token mix: several token data sets read as one, each by its weight; a data set alone is a mix of one."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dalle_ds.data import storage
+from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
+from dalle_ds.errors import ConfigError, FingerprintMismatch
+
+
+class TokenMix:
+    """Data sets of one dVAE and tokenizer. Blocks and samples are numbered through, set after set.
+
+    Raises:
+        ConfigError: not a weight for each set, or the same samples twice.
+        FingerprintMismatch: two sets of different grids, codes, dVAEs or tokenizers.
+    """
+
+    def __init__(self, sets: Sequence[TokenDataset], weights: Sequence[float] = (1.0,)) -> None:
+        if len(sets) != len(weights) or not sets:
+            raise ConfigError(f"{len(sets)} data sets and {len(weights)} weights: expected one of each, or more")
+        self.sets, self.weights = tuple(sets), tuple(weights)
+        first = sets[0]
+        self.info, self.tokenizer, self.split = first.info, first.tokenizer, first.split
+        for i, dataset in enumerate(sets):
+            for what in ("dvae", "tokenizer", "grid", "n_codes"):
+                expected, found = getattr(first.info, what), getattr(dataset.info, what)
+                if expected != found:
+                    raise FingerprintMismatch(f"{what} of data set {dataset.root_url}", str(expected), str(found),
+                                              f"It is mixed with {first.root_url}, which has the former.")
+            for other in sets[:i]:
+                if other.content_fingerprint == dataset.content_fingerprint:
+                    raise ConfigError(f"{other.root_url} and {dataset.root_url} are the same samples: name them once, with the "
+                                      "sum of the weights")
+        self.block_sizes = np.concatenate([dataset.block_sizes for dataset in sets])
+        self.n_samples = sum(dataset.n_samples for dataset in sets)
+        self._ends = np.cumsum([dataset.n_blocks for dataset in sets])
+        self.root_url = self._name([dataset.root_url for dataset in sets])
+        self.fingerprint = self._name([dataset.fingerprint for dataset in sets])
+        self.content_fingerprint = self._name([dataset.content_fingerprint for dataset in sets])
+
+    def _name(self, names: list[str]) -> str:
+        if len(names) == 1:
+            return names[0]
+        return " + ".join(f"{weight:g} * {name}" for name, weight in zip(names, self.weights, strict=True))
+
+    def blocks(self, numbers: Iterable[int]) -> dict[int, DecodedBlock]:
+        """Decoded blocks by number, from each set's cache or by ranged GETs side by side."""
+        if len(self.sets) == 1:
+            return self.sets[0].blocks(numbers)
+        wanted = np.unique(np.fromiter(numbers, dtype=np.int64))
+        found: dict[int, DecodedBlock] = {}
+        for dataset, end in zip(self.sets, self._ends.tolist(), strict=True):
+            first = end - dataset.n_blocks
+            own = dataset.blocks((wanted[(wanted >= first) & (wanted < end)] - first).tolist())
+            found |= {first + number: block for number, block in own.items()}
+        return found
+
+    def shards_of(self, blocks: np.ndarray) -> list[str]:
+        """The tars that blocks lie in: paths below the root, or whole urls where there are several roots."""
+        if len(self.sets) == 1:
+            return self.sets[0].shards_of(blocks)
+        names = [""] * len(blocks)
+        of_block = np.searchsorted(self._ends, blocks, side="right")
+        for number, dataset in enumerate(self.sets):
+            at = np.flatnonzero(of_block == number)
+            paths = dataset.shards_of(blocks[at] - (self._ends[number] - dataset.n_blocks))
+            for i, path in zip(at.tolist(), paths, strict=True):
+                names[i] = storage.join(dataset.root_url, path)
+        return names
+
+    def reads_under_way(self) -> str:
+        """The blocks that are being read, for messages."""
+        return "; ".join(dataset.reads_under_way() for dataset in self.sets)
