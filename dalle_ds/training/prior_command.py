@@ -82,7 +82,7 @@ def _recipe(options: argparse.Namespace, default_recipe: Path) -> "PriorRun":
         overrides.insert(0, f"deepspeed_config={Path(options.replay, 'deepspeed.json')}")
     run = load_recipe(PriorRun, recipe, overrides)
     dataset = run.data.dataset
-    if is_default and not options.replay and dataset and dataset and "://" not in dataset and not Path(dataset, "dataset.json").exists():
+    if is_default and not options.replay and dataset and "://" not in dataset and not Path(dataset, "dataset.json").exists():
         raise DataError(
             f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
         )

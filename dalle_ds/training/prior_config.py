@@ -51,13 +51,6 @@ class DataShare(Config):
     weight: float = Field(gt=0, description="its part of the samples, as against the other sets' weights")
 
 
-class DataShare(Config):
-    """A data set of a mix."""
-
-    dataset: str = Field(description="root of a token data set: a path or s3:// url")
-    weight: float = Field(gt=0, description="its part of the samples, as against the other sets' weights")
-
-
 class DataSection(Config):
     """One `dataset`, or several in a `mix`."""
 

@@ -34,7 +34,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "tiny.y
 def test_warnings_and_metrics_of_an_update(event: dict[str, Any], told: str | None, caplog: pytest.LogCaptureFixture) -> None:
     seen: dict[str, float] = {}
     engine = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")), scaler=None, phases=SimpleNamespace(take=dict))
-    stream = SimpleNamespace(wait_seconds=0.0, steps_per_epoch=5, n_truncated=0, n_drawn=[40], n_drawn=[40])
+    stream = SimpleNamespace(wait_seconds=0.0, steps_per_epoch=5, n_truncated=0, n_drawn=[40])
     tracker = SimpleNamespace(metrics=lambda values, update: seen.update(values))
     report = RunReport(load_recipe(PriorRun, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=10), tracker)
     quiet = {"took_step": True, "grad_norm": 1.0, "nonfinite_blocks": (), "loss_scale": None, "stop_requested": False,
