@@ -1,0 +1,148 @@
+"""The tally of the paper's human evaluation: a majority of five votes on each pair, after careless workers are left out."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, ValidationError
+from scipy.stats import binomtest
+
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config
+
+QUESTIONS: Final = ("realism", "caption")
+OTHER: Final = {"ours": "theirs", "theirs": "ours"}
+
+
+class Rule(Config):
+    """When a worker's votes are left out: both shares are exceeded.
+
+    Appendix F left out one worker for disagreement together with many answers within four seconds, without further numbers.
+    Here: against the majority of the others in more than 40 % of the answers on realism (guessing gives 50 %), and more than
+    half of all tasks done within four seconds.
+    """
+
+    fast_seconds: float = Field(4.0, ge=0, description="the paper's")
+    fast_share: float = Field(0.5, ge=0, le=1)
+    disagreement: float = Field(0.4, ge=0, le=1)
+
+
+class Vote(Config):
+    task: str
+    realism: Literal[1, 2]
+    caption: Literal[0, 1, 2]
+    seconds: float = Field(ge=0)
+
+
+class VoteFile(Config):
+    study: str
+    page: str
+    worker: str = Field(min_length=1)
+    votes: list[Vote]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One worker's vote with its sides resolved: each answer is "ours", "theirs", or, for captions, "neither"."""
+
+    worker: str
+    task: str
+    seconds: float
+    choice: dict[str, str]
+
+
+def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule: Rule | None = None) -> dict[str, Any]:
+    """Shares of the tasks that either side wins, of each question, with 95 % (Wilson) intervals.
+
+    A task goes to the answer with most votes; where two share the lead it is a tie and counts for nobody, but stays in the
+    total. Tasks with another number of votes than `n_votes` are counted in the summary, and take part.
+
+    Raises:
+        DataError: a file that is none, of another study, or two votes of one worker on one task.
+    """
+    rule = rule or Rule()
+    key = _read_key(key_file)
+    answers = list(_read_answers(vote_files, key, key_file))
+    workers = _judge_workers(answers, rule)
+    dropped = sorted(worker for worker, found in workers.items() if found["dropped"])
+    kept = [answer for answer in answers if answer.worker not in dropped]
+    if not kept:
+        raise DataError(f"no votes are left: {len(answers)} votes of {len(workers)} workers, dropped: {', '.join(dropped)}")
+    by_task: dict[str, list[Answer]] = defaultdict(list)
+    for answer in kept:
+        by_task[answer.task].append(answer)
+    outcome = {
+        "study": key["study"],
+        "tasks": len(key["tasks"]),
+        "tasks_with_votes": len(by_task),
+        "tasks_with_other_than_wanted_votes": sum(len(by_task.get(task["task"], ())) != n_votes for task in key["tasks"]),
+        "votes": len(kept),
+        "dropped_workers": dropped,
+    }
+    for question in QUESTIONS:
+        winners = Counter(_majority(answer.choice[question] for answer in found) for found in by_task.values())
+        for side in ("ours", "theirs", *(["neither"] if question == "caption" else []), "tie"):
+            interval = binomtest(winners[side], len(by_task)).proportion_ci(method="wilson")
+            name, bounds = f"{question}_{side}", {"low": interval.low, "high": interval.high}
+            outcome[name] = winners[side] / len(by_task)
+            outcome |= {f"{name}_{bound}": float(value) for bound, value in bounds.items()}
+    return {**outcome, "rule": rule.model_dump(), "workers": workers}
+
+
+def _judge_workers(answers: Sequence[Answer], rule: Rule) -> dict[str, dict[str, Any]]:
+    """How each worker's answers on realism compare with the majority of the others', and how fast they came."""
+    by_task: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        by_task[answer.task].append(answer)
+    found: dict[str, dict[str, Any]] = {}
+    for worker in sorted({answer.worker for answer in answers}):
+        own = [answer for answer in answers if answer.worker == worker]
+        others = [_majority(other.choice["realism"] for other in by_task[answer.task] if other is not answer) for answer in own]
+        compared = [(answer.choice["realism"], other) for answer, other in zip(own, others, strict=True) if other != "tie"]
+        disagreement = sum(mine != other for mine, other in compared) / len(compared) if compared else 0.0
+        fast = sum(answer.seconds < rule.fast_seconds for answer in own) / len(own)
+        is_dropped = disagreement > rule.disagreement and fast > rule.fast_share
+        found[worker] = {"votes": len(own), "disagreement": disagreement, "fast_share": fast, "dropped": is_dropped}
+    return found
+
+
+def _majority(choices: Iterable[str]) -> str:
+    """The answer with most votes; "tie" where the lead is shared or nobody voted."""
+    ranks = Counter(choices).most_common(2)
+    return "tie" if not ranks or (len(ranks) == 2 and ranks[0][1] == ranks[1][1]) else ranks[0][0]
+
+
+def _read_key(file: Path) -> dict[str, Any]:
+    try:
+        key = json.loads(file.read_text(encoding="utf-8"))
+        lefts = {task["task"]: task["left"] for task in key["tasks"]}
+        if not lefts or not set(lefts.values()) <= OTHER.keys():
+            raise ValueError("no tasks with sides")
+        return {"study": key["study"], "tasks": key["tasks"], "lefts": lefts}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is no key of a study ({error}); `dalle-ds human-eval build` writes key.json") from None
+
+
+def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Path) -> Iterable[Answer]:
+    seen: dict[tuple[str, str], Path] = {}
+    for file in vote_files:
+        try:
+            found = VoteFile.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise DataError(f"{file} is no file of votes: {str(error).splitlines()[0]}") from None
+        if found.study != key["study"]:
+            raise DataError(f"{file}: votes on study {found.study}, but {key_file} is of study {key['study']}")
+        for vote in found.votes:
+            if vote.task not in key["lefts"]:
+                raise DataError(f"{file}: task {vote.task} is not in {key_file}")
+            before = seen.get((found.worker, vote.task))
+            if before is not None:
+                raise DataError(f"worker {found.worker} voted on task {vote.task} twice: in {before} and {file}; leave one out")
+            seen[found.worker, vote.task] = file
+            left = key["lefts"][vote.task]
+            sides = {0: "neither", 1: left, 2: OTHER[left]}
+            choice = {"realism": sides[vote.realism], "caption": sides[vote.caption]}
+            yield Answer(found.worker, vote.task, vote.seconds, choice)
