@@ -42,6 +42,24 @@ def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = 
     run(recipe, overrides or (), json)
 
 
+@app.command("train-clip")
+def train_clip(recipe: Recipe = None, overrides: Overrides = None, json: Json = False) -> None:
+    """Train a small CLIP that scores samples, or go on with it where its folder has a checkpoint; `sample --clip` takes it.
+
+    \b
+    Examples:
+      dalle-ds train-clip --recipe launchers/recipes/tiny_clip.yaml
+      dalle-ds train-clip --recipe launchers/recipes/tiny_clip.yaml --set data.raw=s3://bucket/raw --set updates=5000 --json
+    """
+    from dalle_ds.recipes import load_recipe
+    from dalle_ds.training.clip_config import ClipRun
+
+    settings = load_recipe(ClipRun, recipe, overrides or ())
+    from dalle_ds.training.clip_trainer import train_clip as run
+
+    print_summary(run(settings), json)
+
+
 @app.command()
 def export(
     run: Annotated[str, typer.Option(help="Folder of a prior's training run, or the s3:// url of its checkpoints.")],
@@ -65,24 +83,6 @@ def export(
     print_summary(export_checkpoint(run, out, tag=tag, averaged=averaged, max_file_bytes=max_file_bytes), json)
 
 
-@app.command("import-openai")
-def import_openai(
-    encoder: Annotated[str, typer.Option(help="OpenAI's encoder.pkl; a path or s3:// url.")],
-    decoder: Annotated[str, typer.Option(help="OpenAI's decoder.pkl.")],
-    out: Annotated[str, typer.Option(help="Weights file to write.")] = "dvae.safetensors",
-    image_size: Annotated[int, typer.Option(help="Pixels a side of the pictures that it will encode.")] = 256,
-    json: Json = False,
-) -> None:
-    """Take the dVAE that OpenAI released; no code in its files runs, and its package is not needed.
-
-    \b
-    Examples:
-      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl
-      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl --out s3://bucket/dvae.safetensors --json
-    """
-    from dalle_ds.training.openai_dvae import import_openai as take
-
-    print_summary(take(encoder, decoder, out, image_size), json)
 @app.command()
 def register(
     export: ExportFolder,
@@ -103,6 +103,24 @@ def register(
     print_summary(register_export(export, name, clip=clip, uri=mlflow_uri), json)
 
 
+@app.command("import-openai")
+def import_openai(
+    encoder: Annotated[str, typer.Option(help="OpenAI's encoder.pkl; a path or s3:// url.")],
+    decoder: Annotated[str, typer.Option(help="OpenAI's decoder.pkl.")],
+    out: Annotated[str, typer.Option(help="Weights file to write.")] = "dvae.safetensors",
+    image_size: Annotated[int, typer.Option(help="Pixels a side of the pictures that it will encode.")] = 256,
+    json: Json = False,
+) -> None:
+    """Take the dVAE that OpenAI released; no code in its files runs, and its package is not needed.
+
+    \b
+    Examples:
+      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl
+      dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl --out s3://bucket/dvae.safetensors --json
+    """
+    from dalle_ds.training.openai_dvae import import_openai as take
+
+    print_summary(take(encoder, decoder, out, image_size), json)
 
 
 @app.command()
@@ -111,6 +129,8 @@ def sample(
     caption: Annotated[list[str] | None, typer.Option(help="A caption; may be repeated.")] = None,
     captions: Annotated[Path | None, typer.Option(help="File with one caption a line; - reads standard input.")] = None,
     held_out: Annotated[int, typer.Option(min=0, help="Take this many captions of the validation split, one a group.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="A picture whose top rows every sample begins with.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of its grid that are kept; unset: 15 of 32, as the paper.")] = None,
     repeat: Annotated[Path | None, typer.Option(help="Draw the pictures of this samples.json again, bit for bit.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Candidates for each caption; launchers let only -n through.")] = 4,
     keep: Annotated[int | None, typer.Option(help="Keep so many of them, the best by --clip; unset: all.")] = None,
@@ -134,17 +154,19 @@ def sample(
     \b
     Examples:
       dalle-ds sample --export runs/export --caption "a red apple" --caption "a blue house" --n 8
-    image: Annotated[Path | None, typer.Option(help="A picture whose top rows every sample begins with.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of its grid that are kept; unset: 15 of 32, as the paper.")] = None,
       dalle-ds sample --export s3://models/dalle --captions captions.txt --n 512 --keep 8 --clip openai/clip-vit-base-patch32
       dalle-ds sample --export runs/export --captions - --n 16 --keep 4 --clip runs/clip --out pictures < captions.txt
       dalle-ds sample --export runs/export --image cat.png --rows 15 --caption "the same cat as a sketch on the bottom"
       dalle-ds sample --export runs/export --held-out 8 --n 4 --seed 1 --json
       dalle-ds sample --export runs/export --repeat pictures/samples.json --out again
+      deepspeed --no_local_rank --module dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
+      torchrun --nproc_per_node 8 -m dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
     """
     from dalle_ds.training.sample_command import main as run
 
     if repeat is not None:
+        from dalle_ds.training.report import repeat_export
+
         print_summary(repeat_export(export, repeat, out, device=device), json)
         return
     limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
@@ -154,19 +176,33 @@ def sample(
 
 
 @app.command()
+def judge(
+    chosen: Annotated[Path, typer.Argument(help="samples.json whose scores choose.")],
+    judged: Annotated[Path, typer.Argument(help="samples.json of the same candidates, scored by another model.")],
+    json: Json = False,
+) -> None:
+    """Does reranking help? The favourites of one scorer against random candidates, judged by another scorer.
+
+    \b
+    Examples:
+      dalle-ds judge by_a/samples.json by_b/samples.json
+      dalle-ds judge by_a/samples.json by_b/samples.json --json
+    """
+    from dalle_ds.sampling.judge import judge as compare
+
+    print_summary(compare(chosen, judged), json)
+
+
+@app.command()
 def evaluate(
     export: ExportFolder,
     data: DataRoot = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Held-out samples at most; unset: all.")] = None,
-      deepspeed --no_local_rank --module dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
-      torchrun --nproc_per_node 8 -m dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
     seed: Annotated[int, typer.Option(help="Of the shuffled captions and of the confidence interval.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for evaluate.json, losses and charts.")] = Path("evaluation"),
     device: Device = "auto",
     json: Json = False,
-        from dalle_ds.training.report import repeat_export
-
 ) -> None:
     """Held-out image loss with the right captions and with shuffled ones, in nats an image token.
 
@@ -287,7 +323,7 @@ def human_eval_tally(
 
 @app.command()
 def plan(
-    preset: Annotated[str, typer.Option(help="tiny, 1.2b, 2.8b, 5.6b or 12b.")] = "12b",
+    preset: Annotated[str, typer.Option(help="tiny, 0.3b, 1.2b, 2.8b, 5.6b or 12b.")] = "12b",
     gpus: Annotated[int, typer.Option(help="GPUs in all.")] = 1024,
     shard_gpus: Annotated[int | None, typer.Option(help="GPUs that ZeRO-3 shards over; unset: all.")] = None,
     micro_batch: Annotated[int, typer.Option(help="Samples a GPU takes at a time.")] = 1,

@@ -11,7 +11,8 @@ import pytest
 from dalle_ds import cli
 from tests.sampling.exports import make_export
 
-VERBS = ("train-dvae", "export", "import-openai", "sample", "evaluate", "evaluate-images", "plan", "doctor", "replay")
+VERBS = ("train-dvae", "train-clip", "export", "import-openai", "sample", "judge", "evaluate", "evaluate-images", "plan", "doctor",
+         "replay")  # fmt: skip
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_doctor(tmp_path, dalle_ds):
     (("sample", "--export", "nowhere"), "exactly one of --caption, --captions and --held-out"),
     (("sample", "--export", "nowhere", "--caption", "x", "--n", "0"), "n = 0"),
     (("sample", "--export", "nowhere", "--caption", "x", "--temperature", "-1"), "temperature = -1"),
-    (("plan", "--preset", "13b"), "preset '13b': expected one of tiny, 1.2b"),
+    (("plan", "--preset", "13b"), "preset '13b': expected one of tiny, 0.3b"),
     (("plan", "--mfu", "1.5"), "mfu = 1.5"),
     (("replay", "nowhere"), "no run was tracked"),
     (("train-dvae", "--recipe", "nowhere.yaml"), "nowhere.yaml cannot be read"),
