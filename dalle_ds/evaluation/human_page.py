@@ -12,9 +12,8 @@ import numpy as np
 
 from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import fingerprint
-from dalle_ds.data.images import ImageProblem, decode_image
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.picture_sets import Entry, open_pictures
+from dalle_ds.evaluation.picture_sets import Entry, decode, open_pictures
 
 KEY = "key.json"
 SIDES = ("ours", "theirs")
@@ -88,12 +87,8 @@ def _shown(task: dict[str, str], sets: list[dict[str, Entry]]) -> dict[str, Any]
 
 def _data_url(entry: Entry) -> str:
     # encoded again, all alike: a file's format or metadata must not tell whose it is
-    try:
-        picture = decode_image(entry.data)
-    except ImageProblem as problem:
-        raise DataError(f"picture {entry.key} is {problem.reason}") from None
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    decode(entry).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -77,6 +77,14 @@ def open_pictures(source: str | Path, *, limit: int | None = None, held_out: flo
     )
 
 
+def decode(entry: Entry) -> Image.Image:
+    """The picture in RGB. Raises DataError, with its key, where it can't be read."""
+    try:
+        return decode_image(entry.data)
+    except ImageProblem as problem:
+        raise DataError(f"picture {entry.key} is {problem.reason}") from None
+
+
 def prepare(entry: Entry, size: int, blur: float) -> np.ndarray:
     """Decode, cut to a square of `size` pixels a side, blur: uint8 (size, size, 3).
 
@@ -87,7 +95,7 @@ def prepare(entry: Entry, size: int, blur: float) -> np.ndarray:
         DataError: the picture can't be read, or its short side is under `size`.
     """
     try:
-        pixels_HWC = center_crop(decode_image(entry.data), size)
+        pixels_HWC = center_crop(decode(entry), size)
     except ImageProblem as problem:
         raise DataError(f"picture {entry.key} is {problem.reason}; expected a short side of {size} pixels or more") from None
     return np.asarray(Image.fromarray(pixels_HWC).filter(ImageFilter.GaussianBlur(blur))) if blur else pixels_HWC

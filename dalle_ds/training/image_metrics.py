@@ -18,13 +18,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data.images import decode_image
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.bootstrap import mean_interval
 from dalle_ds.evaluation.caption_gap import caption_classes
 from dalle_ds.evaluation.fid import fid_interval, frechet_distance, moments
 from dalle_ds.evaluation.inception_score import inception_score
-from dalle_ds.evaluation.picture_sets import Entry, PictureSet, open_pictures, prepare
+from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pictures, prepare
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.inception import Inception
@@ -154,7 +153,7 @@ def clip_score(clip: Clip, pictures: PictureSet, *, batch: int = 32, seed: int =
                 if entry.caption is None:
                     raise DataError(f"{pictures.source}: picture {entry.key} has no caption; a CLIP score needs one for each")
                 captions.append(entry.caption)
-            images_BD = clip.image_features([decode_image(entry.data) for entry in entries])
+            images_BD = clip.image_features([decode(entry) for entry in entries])
             texts_BD = clip.text_features([str(entry.caption) for entry in entries])
             scores.append(100 * (images_BD * texts_BD).sum(1).double().cpu().numpy())
             bar.update(len(entries))
@@ -228,7 +227,7 @@ def _scores(samples: PictureSet, target: _Reference, extractor: Extractor, size:
 
 
 def _first_side(pictures: PictureSet) -> int:
-    return min(decode_image(next(iter(pictures)).data).size)
+    return min(decode(next(iter(pictures))).size)
 
 
 def _batches(entries: PictureSet, size: int) -> Iterator[list[Entry]]:

@@ -69,10 +69,11 @@ def test_the_interval_is_as_wide_as_fid_varies_between_draws():
     fids = np.array([frechet_distance(moments(features), reference) for features in draws])
     widths = []
     for features, fid in zip(draws[:8], fids, strict=False):
+        features = features[features[:, 0].argsort()]  # resamples must not care for the order
         low, high = fid_interval(features, reference, fid, n_resamples=60)
         assert low < fid < high
         widths.append(high - low)
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * fids.std(), rel=0.2)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * fids.std(), rel=0.15)
     assert fid_interval(draws[0], reference, fids[0], seed=3) == fid_interval(draws[0], reference, fids[0], seed=3)
 
 

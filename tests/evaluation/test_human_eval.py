@@ -62,6 +62,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
     sides_seen = set()
     with browser_page(900, 950) as page:
         page.context.set_offline(True)
+        page.clock.install()  # thinking takes no time of the test's
         page.goto(page_file.as_uri())
         for person in range(5):
             page.reload()
@@ -83,7 +84,6 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
                 if person == number == 0:
                     page.get_by_role("button", name="Next").click()  # without answers there is no next
                     assert page.locator("#count").inner_text() == "1 of 5"
-                    page.clock.install()  # the thinking takes no time of the test's
                 page.clock.run_for(5000)
                 realism.get_by_label(ours).check()
                 match.get_by_label({"a cat": theirs, "a tree": "Neither"}.get(caption, ours)).check()
@@ -94,7 +94,9 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
     assert sides_seen == {"Picture 1", "Picture 2"}
 
     files = sorted((tmp_path / "votes").iterdir())
-    assert len(files) == 5 and {vote["seconds"] >= 5 for vote in json.loads(files[0].read_text())["votes"]} == {True}
+    assert len(files) == 5
+    seconds = [vote["seconds"] for file in files for vote in json.loads(file.read_text())["votes"]]
+    assert min(seconds) >= 5 and max(seconds) < 60
     done = command("tally", *files, "--key", tmp_path / "pages" / "key.json", "--json")
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["votes"], found["dropped_workers"], found["tasks_with_other_than_wanted_votes"]) == (25, [], 0)

@@ -216,6 +216,9 @@ def test_extractors_that_cannot_be(tmp_path, clip_folder):
         evaluate_images(str(tmp_path), tmp_path)
     with pytest.raises(ConfigError, match="a reference without an extractor"):
         evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))
+    (tmp_path / "damaged.png").write_bytes(b"none")
+    with pytest.raises(DataError, match="picture damaged.png is unreadable"):
+        evaluate_images(str(tmp_path), tmp_path, extractor=pixel_extractor())
 
 
 @NEEDS_FIDELITY
