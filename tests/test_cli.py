@@ -11,8 +11,8 @@ import pytest
 from dalle_ds import cli
 from tests.sampling.exports import make_export
 
-VERBS = ("train-dvae", "train-clip", "export", "import-openai", "sample", "judge", "evaluate", "evaluate-images", "plan", "doctor",
-         "replay")  # fmt: skip
+VERBS = ("train-dvae", "train-clip", "export", "import-openai", "sample", "judge", "serve", "evaluate", "evaluate-images", "plan",
+         "doctor", "replay")  # fmt: skip
 
 
 @pytest.fixture

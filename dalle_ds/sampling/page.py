@@ -1,0 +1,249 @@
+"""A page that draws: captions in, the best pictures out, row by row while they are drawn.
+
+One drawing at a time; who asks meanwhile waits in a queue, first come, first served.
+"""
+
+import logging
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.recipes import Config, load_recipe
+from dalle_ds.sampling.decode import partial_pictures
+from dalle_ds.sampling.given import PAPER_SHARE, give_picture
+from dalle_ds.sampling.sampler import Candidate, Request, Rows, Sampler, SampleSettings
+
+try:
+    import gradio as gr
+except ImportError:
+    raise ConfigError("the page needs gradio, which is not installed: pip install 'dalle-ds[page]'") from None
+
+log = logging.getLogger(__name__)
+
+Shown = list[tuple[Image.Image, str]]
+"""Pictures with what stands below them."""
+
+SHORTEST_PAUSE_S, SHARE_FOR_SHOWING = 0.3, 0.2
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# one look everywhere: the fonts of the system, none from another server; small pictures with their own pixels
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+STYLE = "#pictures img { image-rendering: pixelated; }"
+
+
+class PageLimits(Config):
+    """What one request may ask for."""
+
+    n: int = Field(64, ge=1, description="candidates")
+    caption: int = Field(500, ge=1, description="characters")
+    upload_mb: float = Field(10, gt=0, description="megabytes of a picture")
+    waiting: int = Field(100, ge=1, description="requests in the queue; more are turned away")
+
+
+def draw_rows(sampler: Sampler, request: Request) -> Iterator[tuple[str, Shown]]:
+    """What there is to see of a drawing, again and again, and at last the kept pictures. Closing it ends the drawing.
+
+    Raises what the drawing raises.
+    """
+    drawing = _Drawing(sampler, request)
+    drawing.start()
+    try:
+        while not drawing.ended.is_set():
+            if drawing.changed.wait(0.1):
+                drawing.changed.clear()
+                yield drawing.status, drawing.shown
+        drawing.join()
+        if drawing.error is not None:
+            raise drawing.error
+        yield drawing.status, drawing.shown
+    finally:
+        drawing.abandoned = True
+        drawing.join()
+
+
+class _Abandoned(Exception):
+    pass
+
+
+class _Drawing(threading.Thread):
+    def __init__(self, sampler: Sampler, request: Request) -> None:
+        super().__init__(name="drawing", daemon=True)
+        self._sampler, self._request, self._n_units = sampler, request, len(request.units())
+        self.changed, self.ended, self.abandoned = threading.Event(), threading.Event(), False
+        self.status, self.shown, self.error = "", [], None
+        self._next_at = 0.0
+
+    def run(self) -> None:
+        began = time.monotonic()
+        try:
+            candidates = self._sampler.draw(self._request, self._show)
+            self.shown = [(candidate.picture, _label(candidate)) for row in candidates for candidate in row]
+            self.status = f"{self._request.settings.n} drawn in {time.monotonic() - began:.1f} s"
+        except _Abandoned:
+            log.info("a drawing was given up by who asked for it")
+        except Exception as error:  # whatever it is, the page tells it
+            self.error = error
+        self.ended.set()
+
+    def _show(self, rows: Rows) -> None:
+        if self.abandoned:
+            raise _Abandoned
+        began = time.monotonic()
+        if began < self._next_at:
+            return
+        grid = self._sampler.export.dvae.config.grid
+        pictures = partial_pictures(self._sampler.export.dvae, rows.codes_BN, rows.n_rows)
+        batch = f", batch {rows.unit.number + 1} of {self._n_units}" if self._n_units > 1 else ""
+        self.shown = [(picture, f"{k + 1}") for k, picture in zip(rows.unit.candidates, pictures, strict=True)]
+        self.status = f"row {rows.n_rows} of {grid}{batch}"
+        self.changed.set()
+        # decoding for the eye takes its time from drawing: a share of it at most
+        seconds = time.monotonic() - began
+        self._next_at = time.monotonic() + max(SHORTEST_PAUSE_S, seconds * (1 / SHARE_FOR_SHOWING - 1))
+
+
+def _label(candidate: Candidate) -> str:
+    score = "" if candidate.score is None else f", score {candidate.score:.3f}"
+    return f"no. {candidate.candidate + 1}{score}"
+
+
+def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = None) -> gr.Blocks:
+    """The page for an export, with a tab for captions and one for pictures that are drawn on.
+
+    Args:
+        mlflow_url: page of the training run, for the link at the top.
+    """
+    export, has_scorer = sampler.export, sampler.scorer is not None
+    grid, size = export.dvae.config.grid, export.dvae.config.image_size
+
+    def draw(caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+        try:
+            request = _request(sampler, limits, caption, file, rows, dict(zip(names, values, strict=True)))
+            for status, shown in draw_rows(sampler, request):
+                yield status, shown, _command(sampler, request, file)
+        except UserError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+    def draw_from_caption(caption: str, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+        yield from draw(caption, None, 0, *values)
+
+    def draw_from_picture(caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+        if file is None:
+            raise gr.Error("Choose a picture first.", print_exception=False)
+        yield from draw(caption, file, int(rows), *values)
+
+    with gr.Blocks(title="dalle_ds", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(_headline(sampler, mlflow_url))
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                with gr.Tabs():
+                    with gr.Tab("From a caption"):
+                        caption = gr.Textbox(label="Caption", max_length=limits.caption, elem_id="caption")
+                        button = gr.Button("Draw", variant="primary", elem_id="draw")
+                    with gr.Tab("From a picture"):
+                        picture = gr.Image(
+                            label=f"Picture, at least {size} pixels a side", type="filepath", sources=["upload", "clipboard"],
+                            image_mode=None, height=220, elem_id="picture",
+                        )  # fmt: skip
+                        # the file as it came: gradio would open it, with a message of its own where it is no picture
+                        picture.preprocess = lambda payload: payload and payload.path
+                        rows = gr.Slider(0, grid - 1, round(PAPER_SHARE * grid), step=1, label="Rows kept from its top")
+                        second_caption = gr.Textbox(
+                            label="Caption (none: variations of the picture)", max_length=limits.caption, elem_id="caption-2"
+                        )
+                        second_button = gr.Button("Draw", variant="primary", elem_id="draw-2")
+                defaults = SampleSettings(n=min(16, limits.n), keep=min(4, limits.n) if has_scorer else None)
+                settings = {"n": gr.Slider(1, limits.n, defaults.n, step=1, label="Pictures drawn", elem_id="n")}
+                if has_scorer:
+                    settings["keep"] = gr.Slider(1, limits.n, defaults.keep, step=1, label="Best ones kept")
+                settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
+                settings["seed"] = gr.Number(defaults.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
+                with gr.Accordion("More", open=False):
+                    settings["top_k"] = gr.Number(0, precision=0, minimum=0, label="Top-k (0: all)")
+                    settings["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
+                    if export.caption_dropout > 0:
+                        settings["guidance"] = gr.Slider(0, 8, 1, step=0.25, label="Guidance (1: none)")
+            with gr.Column(scale=3, min_width=320):
+                status = gr.Textbox(label="Progress", interactive=False, lines=1, elem_id="status")
+                gallery = gr.Gallery(
+                    label="Pictures", columns=4, format="png", object_fit="contain", elem_id="pictures", buttons=["download"]
+                )
+                command = gr.Textbox(
+                    label="The same by command", interactive=False, lines=2, buttons=["copy"], elem_id="command"
+                )
+        names, controls, results = list(settings), list(settings.values()), [status, gallery, command]
+        # one id for all: they share the one place in which something is drawn
+        options: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress": "minimal"}
+        gr.on([button.click, caption.submit], draw_from_caption, [caption, *controls], results, api_name="draw", **options)
+        inputs = [second_caption, picture, rows, *controls]
+        starts = [second_button.click, second_caption.submit]
+        gr.on(starts, draw_from_picture, inputs, results, api_name="draw_from_picture", **options)
+    return page.queue(max_size=limits.waiting)
+
+
+def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, block: bool = True) -> None:
+    """Serve it; with `block` until the process is asked to stop.
+
+    Raises:
+        ConfigError: the port is taken, or is none of this machine's to use.
+    """
+    if host not in LOOPBACK:
+        log.warning("bound to %s: everybody who reaches this machine can draw; put a proxy with a login before it", host)
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=False, max_file_size=int(limits.upload_mb * 1e6), show_error=True,
+            footer_links=["api"], theme=THEME, css=STYLE, ssr_mode=False, quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise ConfigError(f"port {port} of {host} cannot be used ({error}); --port takes another") from None
+    print(f"serving on http://{host}:{port}", flush=True)
+    if block:
+        page.block_thread()
+
+
+def _request(
+    sampler: Sampler, limits: PageLimits, caption: str, file: str | None, rows: int, values: dict[str, Any]
+) -> Request:  # fmt: skip
+    """Checked here, whatever the browser allowed: a script may send anything."""
+    caption = (caption or "").strip()
+    if len(caption) > limits.caption:
+        raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.caption}")
+    settings = load_recipe(SampleSettings, overrides=[f"{key}={value}" for key, value in values.items() if value is not None])
+    if settings.n > limits.n:
+        raise ConfigError(f"{settings.n} pictures, expected at most {limits.n}")
+    given = give_picture(sampler.export, Path(file).read_bytes(), rows) if file else None
+    request = Request((caption,), settings, given)
+    sampler.check(request)
+    return request
+
+
+def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
+    export = sampler.export
+    config, n_parameters = export.prior.config, sum(parameter.numel() for parameter in export.prior.parameters())
+    about = [
+        f"prior of {n_parameters / 1e6:,.1f} million parameters",
+        f"{config.grid} x {config.grid} tokens of {config.image_vocab}",
+        f"{export.dvae.config.image_size} pixels",
+        f"export `{export.fingerprint}`",
+    ]
+    about += [f"scores by `{sampler.scorer.name}`"] if sampler.scorer else ["no scorer: all candidates are shown"]
+    about += [f"[training run]({mlflow_url})"] if mlflow_url else []
+    return f"# dalle_ds\n{' · '.join(about)}"
+
+
+def _command(sampler: Sampler, request: Request, file: str | None) -> str:
+    words = ["dalle-ds", "sample", "--export", sampler.export.url]
+    words += ["--caption", request.captions[0]] if request.captions[0] else []
+    words += ["--clip", sampler.scorer.name] if sampler.scorer else []
+    words += ["--image", Path(file).name, "--rows", str(request.given.rows)] if file and request.given else []
+    plain = SampleSettings()
+    changed = {key: value for key, value in request.settings.model_dump().items() if value != getattr(plain, key)}
+    for key, value in changed.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,28 @@
+"""`dalle-ds serve`: the page of an export."""
+
+from dalle_ds.sampling.export import Export, load_export
+from dalle_ds.sampling.page import PageLimits, build_page, launch_page
+from dalle_ds.sampling.sampler import Sampler
+from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.training.report import choose_device
+
+
+def serve_export(
+    url: str, limits: PageLimits, *, clip: str | None, host: str, port: int, mlflow_url: str | None, device: str
+) -> None:
+    """Serve the page of an export until the process is stopped.
+
+    Args:
+        mlflow_url: a server that knows the training run; None: the one by which it was tracked, if it was one.
+    """
+    device = choose_device(device)
+    sampler = Sampler(load_export(url, device), load_scorer(clip, device) if clip else None)
+    launch_page(build_page(sampler, limits, run_link(sampler.export, mlflow_url)), limits, host, port)
+
+
+def run_link(export: Export, server: str | None) -> str | None:
+    """Page of the training run in MLflow, at `server` or where the run was tracked; None without a server."""
+    run = export.info.get("mlflow") or {}
+    server = server or run.get("uri") or ""
+    is_known = server.startswith("http") and run.get("run_id")
+    return f"{server.rstrip('/')}/#/runs/{run['run_id']}" if is_known else None

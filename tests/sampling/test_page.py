@@ -1,0 +1,178 @@
+"""The page as people see it, in a real browser, and as scripts call it."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+from playwright.sync_api import Page
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.sampling.export import load_export
+from dalle_ds.sampling.page import PageLimits, build_page, draw_rows, launch_page
+from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
+from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.training.serve import run_link
+from tests.browser import NEEDS_CHROMIUM, browser_page
+from tests.clip_models import make_clip
+from tests.launching import free_port
+from tests.sampling.exports import make_export
+
+LIMITS = PageLimits(n=12, caption=40, upload_mb=0.1, waiting=30)
+
+
+class Slow(Sampler):
+    """Draws as ever, with a pause after each row, and notes what it draws."""
+
+    def __init__(self, *parts: object, pause: float = 0.0) -> None:
+        super().__init__(*parts)
+        self.pause, self.began, self.ended, self.active, self.most_at_once = pause, [], 0, 0, 0
+
+    def draw(self, request, on_rows=None):
+        def slowly(rows):
+            on_rows(rows)
+            time.sleep(self.pause)
+
+        self.began.append(request.captions[0])
+        self.active += 1
+        self.most_at_once = max(self.most_at_once, self.active)
+        try:
+            found = super().draw(request, slowly)
+            self.ended += 1
+            return found
+        finally:
+            self.active -= 1
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> Slow:
+    folder = tmp_path_factory.mktemp("page")
+    mlflow = {"uri": "http://127.0.0.1:5000", "run_id": "abc"}
+    export = load_export(make_export(folder, n_samples=24, n_validation=8, mlflow=mlflow))
+    return Slow(export, load_scorer(make_clip(folder / "clip")))
+
+
+@pytest.fixture(scope="module")
+def url(sampler: Slow) -> Iterator[str]:
+    page, port = build_page(sampler, LIMITS, run_link(sampler.export, None)), free_port()
+    launch_page(page, LIMITS, "127.0.0.1", port, block=False)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.fixture
+def slowly(sampler: Slow) -> Iterator[Slow]:
+    sampler.pause, sampler.began, sampler.ended, sampler.most_at_once = 0.1, [], 0, 0
+    yield sampler
+    sampler.pause = 0.0
+
+
+def call(client: Client, caption: str, api: str = "/draw", given: tuple = (), **settings: float) -> tuple:
+    values = {"n": 4, "keep": 2, "temperature": 1, "seed": 0, "top_k": 0, "top_p": 1, **settings}
+    return client.predict(caption, *given, *values.values(), api_name=api)
+
+
+def test_rows_are_shown_while_they_are_drawn_and_the_best_at_last(slowly: Slow) -> None:
+    slowly.pause = 0.4
+    request = Request(("a red circle",), SampleSettings(n=4, keep=2))
+    seen = list(draw_rows(slowly, request))
+    grid = slowly.export.dvae.config.grid
+    assert [status for status, _ in seen[:-1]] == [f"row {row + 1} of {grid}" for row in range(grid)]
+    whole = [candidate.picture for candidate in Sampler(slowly.export).draw(Request(request.captions, SampleSettings(n=4)))[0]]
+    size = whole[0].width
+    for row, (_, shown) in enumerate(seen[:-1]):
+        assert len(shown) == 4
+        for (picture, _), full in zip(shown, whole, strict=True):
+            below = picture.crop((0, size * (row + 1) // grid, size, size)) if row + 1 < grid else None
+            assert below is None or len(set(below.getdata())) == 1, "nothing is drawn there yet"
+            if row + 1 == grid:
+                assert picture.tobytes() == full.tobytes()
+    best = slowly.draw(request, lambda _: None)[0]
+    assert [picture.tobytes() for picture, _ in seen[-1][1]] == [candidate.picture.tobytes() for candidate in best]
+    assert [label for _, label in seen[-1][1]] == [f"no. {b.candidate + 1}, score {b.score:.3f}" for b in best]
+
+
+def test_a_drawing_that_nobody_looks_at_any_more_ends(slowly: Slow) -> None:
+    watching = draw_rows(slowly, Request(("a red circle",), SampleSettings(n=2)))
+    next(watching)
+    watching.close()
+    assert slowly.began and not slowly.ended and not slowly.active
+
+
+def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slow) -> None:
+    slowly.pause = 0.02
+    clients = [Client(url, verbose=False) for _ in range(20)]
+    captions, jobs = [f"circle {i}" for i in range(20)], []
+    for i, (client, caption) in enumerate(zip(clients, captions, strict=True)):
+        jobs.append(client.submit(caption, 2, 1, 1, i, 0, 1, api_name="/draw"))
+        deadline = time.monotonic() + 10
+        while jobs[-1].status().rank is None and not jobs[-1].done():  # it has its place in the queue
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    outcomes = [job.result(timeout=60) for job in jobs]
+    assert slowly.began == captions
+    assert (slowly.most_at_once, slowly.ended) == (1, 20)
+    assert all("drawn in" in status and len(pictures) == 1 for status, pictures, _ in outcomes)
+
+
+def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
+    client = Client(url, verbose=False)
+    with pytest.raises(AppError, match="captions, 1 of them empty"):
+        call(client, "  ")
+    with pytest.raises(AppError, match="maximum length|100 characters, expected at most 40"):
+        call(client, "x" * 100)
+    with pytest.raises(AppError, match="Value 13 is greater than maximum value 12"):
+        call(client, "a red circle", n=13)
+    with pytest.raises(AppError, match="keep 5 of n 4: expected at most as many"):
+        call(client, "a red circle", keep=5)
+    (tmp_path / "words.png").write_text("no picture")
+    with pytest.raises(AppError, match="the given picture is unreadable: expected a picture file"):
+        call(client, "a red circle", "/draw_from_picture", (handle_file(tmp_path / "words.png"), 2))
+    (tmp_path / "large.png").write_bytes(bytes(200_000))
+    with pytest.raises(ValueError, match="exceeds the maximum file size of 100000 bytes"):
+        call(client, "a red circle", "/draw_from_picture", (handle_file(tmp_path / "large.png"), 2))
+    with (tmp_path / "large.png").open("rb") as file:  # whatever the client thinks of it
+        assert requests.post(f"{url}/gradio_api/upload", files={"files": file}, timeout=10).status_code == 413
+    assert "4 drawn in" in call(client, "a red circle")[0], "still there"
+
+
+def wait_for_status(page: Page, text: str) -> None:
+    page.wait_for_function(f"document.querySelector('#status input, #status textarea').value.includes('{text}')")
+
+
+@NEEDS_CHROMIUM
+def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
+    slowly.pause = 0.5
+    Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / "noise.png")
+    with browser_page() as page:
+        page.goto(url)
+        assert page.get_by_role("link", name="training run").get_attribute("href") == "http://127.0.0.1:5000/#/runs/abc"
+        page.fill("#caption input, #caption textarea", "a red circle")
+        page.click("#draw")
+        wait_for_status(page, "row ")
+        page.wait_for_selector("#pictures img")
+        wait_for_status(page, "drawn in")
+        page.wait_for_function("document.querySelectorAll('#pictures .grid-container img').length == 4")
+        assert "score" in page.inner_text("#pictures")
+        assert "--keep 4" in page.input_value("#command textarea")
+        page.screenshot(path=tmp_path / "caption.png")
+
+        page.get_by_role("tab", name="From a picture").click()
+        page.set_input_files("#picture input[type=file]", tmp_path / "noise.png")
+        page.wait_for_selector("#picture img")
+        page.click("#draw-2")
+        wait_for_status(page, "row ")
+        wait_for_status(page, "drawn in")
+        assert "--image noise.png --rows" in page.input_value("#command textarea")
+        page.screenshot(path=tmp_path / "picture.png")
+    assert slowly.began == ["a red circle", ""]
+
+
+def test_a_port_that_is_taken_is_named(url: str, sampler: Slow) -> None:
+    port = int(url.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 cannot be used"):
+        launch_page(build_page(sampler, LIMITS), LIMITS, "127.0.0.1", port, block=False)
