@@ -194,6 +194,32 @@ def judge(
 
 
 @app.command()
+def serve(
+    export: ExportFolder,
+    clip: Annotated[str | None, typer.Option(help="CLIP that chooses: a folder or hub name of `transformers`.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+    max_n: Annotated[int, typer.Option(help="Candidates that one request may ask for.")] = 64,
+    max_caption: Annotated[int, typer.Option(help="Characters of a caption.")] = 500,
+    max_upload_mb: Annotated[float, typer.Option(help="Megabytes of a picture.")] = 10,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are turned away.")] = 100,
+    mlflow_url: Annotated[str | None, typer.Option(help="MLflow server, for the link to the training run.")] = None,
+    device: Device = "auto",
+) -> None:
+    """A page: caption in, the best pictures out, row by row while they are drawn; and pictures drawn on from their top rows.
+
+    \b
+    Examples:
+      dalle-ds serve --export runs/export --clip runs/clip
+      dalle-ds serve --export s3://models/dalle --host 0.0.0.0 --port 8080 --max-n 16
+    """
+    from dalle_ds.training.serve import PageLimits, serve_export
+
+    limits = _checked(PageLimits, n=max_n, caption=max_caption, upload_mb=max_upload_mb, waiting=max_waiting)
+    serve_export(export, limits, clip=clip, host=host, port=port, mlflow_url=mlflow_url, device=device)
+
+
+@app.command()
 def evaluate(
     export: ExportFolder,
     data: DataRoot = None,

@@ -23,7 +23,7 @@ from dalle_ds.recipes import Config
 class ModelSection(Config):
     """A preset, and what differs from it. Grid and vocabularies follow from the data; set here, they must agree with it."""
 
-    preset: Literal["tiny", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
+    preset: Literal["tiny", "0.3b", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
     n_layers: int | None = None
     n_heads: int | None = None
     d_head: int | None = None
