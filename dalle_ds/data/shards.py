@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,10 +13,13 @@ from typing import Any, Final
 import numpy as np
 
 from dalle_ds.data import storage
+from dalle_ds.data.disk_cache import DiskCache
 from dalle_ds.data.manifest import Block, Part
 from dalle_ds.errors import DataError
 
 # n samples, N tokens a sample
+
+log = logging.getLogger(__name__)
 
 BLOCK_SAMPLES: Final = 256
 TOKENS: Final = "tokens.npy"
@@ -91,18 +95,30 @@ class PartWriter:
         self._tar.addfile(member, io.BytesIO(data))
 
 
-def read_block(root_url: str | Path, part: Part, block: Block) -> tuple[np.ndarray, list[str], list[str]]:
-    """One block by one ranged GET: tokens uint16 (n, N), keys, captions.
+def read_block(root_url: str, part: Part, block: Block,
+               disk: DiskCache | None = None) -> tuple[np.ndarray, list[str], list[str]]:
+    """One block, from the disk cache or by one ranged GET: tokens uint16 (n, N), keys, captions.
 
     Raises:
         DataError: the object is missing, cut short, or its bytes are not those that were written.
     """
     url = storage.join(root_url, part.path)
+    name = f"{url} {part.checksum} {block.offset}"
+    kept = disk.get(name) if disk else None
+    if disk and kept is not None:
+        try:
+            return parse_block(kept, block, url)
+        except DataError as error:
+            log.warning("cached block is damaged, reading it from the store again (%s)", error)
+            disk.forget(name)
     try:
         data = storage.read_range(url, block.offset, block.bytes)
     except FileNotFoundError:
         raise DataError(f"{url}: the manifest names this object, but it is gone") from None
-    return parse_block(data, block, url)
+    found = parse_block(data, block, url)
+    if disk:
+        disk.put(name, data)
+    return found
 
 
 def parse_block(data: bytes, block: Block, url: str) -> tuple[np.ndarray, list[str], list[str]]:

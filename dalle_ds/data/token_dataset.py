@@ -10,6 +10,7 @@ import numpy as np
 
 from dalle_ds.data import storage
 from dalle_ds.data.block_cache import BlockCache
+from dalle_ds.data.disk_cache import DiskCache
 from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.data.manifest import BlockTable, Part, Split, load_dataset_info, load_manifest
 from dalle_ds.data.shards import read_block
@@ -37,12 +38,14 @@ class TokenDataset:
     Args:
         root_url: folder of dataset.json; a path, file:// or s3:// url.
         cache_bytes: decoded blocks kept in memory.
+        disk: where blocks of an s3:// data set are kept as they are stored; None: nowhere.
 
     Raises:
         DataError: missing, damaged or empty; FingerprintMismatch: a shard or the tokenizer belongs to another data set.
     """
 
-    def __init__(self, root_url: str | Path, split: Split = "train", *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, root_url: str | Path, split: Split = "train", *, cache_bytes: int = CACHE_BYTES,
+                 disk: DiskCache | None = None) -> None:
         self.root_url, self.split, self.cache_bytes = str(root_url), split, cache_bytes
         self.info = load_dataset_info(root_url)
         self.fingerprint = self.info.fingerprint
@@ -62,6 +65,7 @@ class TokenDataset:
         if not self.n_samples:
             raise DataError(f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} in all; "
                             f"validation_fraction is {self.info.validation_fraction}")
+        self._disk = disk if storage.is_s3(self.root_url) else None
         self._reading: set[str] = set()
         self._cache = BlockCache(self._load, cache_bytes)
 
@@ -106,7 +110,7 @@ class TokenDataset:
         where = f"{storage.join(self.root_url, part.path)}, block {block.name}"
         self._reading.add(where)
         try:
-            tokens_nN, keys, captions = read_block(self.root_url, part, block)
+            tokens_nN, keys, captions = read_block(self.root_url, part, block, self._disk)
         except UserError:
             raise
         except Exception as error:

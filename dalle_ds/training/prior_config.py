@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 import dalle_ds
+from dalle_ds.data.disk_cache import DiskCache
 from dalle_ds.data.manifest import DatasetInfo, Split
 from dalle_ds.data.token_dataset import CACHE_BYTES, TokenDataset
 from dalle_ds.data.token_mix import TokenMix
@@ -51,6 +52,13 @@ class DataShare(Config):
     weight: float = Field(gt=0, description="its part of the samples, as against the other sets' weights")
 
 
+class CacheSection(Config):
+    """Blocks of s3:// data sets on a disk of each machine, shared by its ranks, those used least recently removed."""
+
+    folder: str = Field(description="a path; of each machine")
+    gib: float = Field(gt=0, description="bound of its size")
+
+
 class DataSection(Config):
     """One `dataset`, or several in a `mix`."""
 
@@ -63,6 +71,7 @@ class DataSection(Config):
         0.0, ge=0, lt=1, description="share of training captions left out, for classifier-free guidance; the paper has none"
     )
     prefetch: int = Field(2, ge=1, description="global batches read ahead")
+    cache: CacheSection | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "DataSection":
@@ -82,8 +91,9 @@ class DataSection(Config):
 
     def open(self, split: Split) -> TokenMix:
         """The data sets, checked against each other."""
+        disk = DiskCache(self.cache.folder, int(self.cache.gib * 2**30)) if self.cache else None
         memory = CACHE_BYTES // len(self.shares)
-        sets = [TokenDataset(share.dataset, split, cache_bytes=memory) for share in self.shares]
+        sets = [TokenDataset(share.dataset, split, cache_bytes=memory, disk=disk) for share in self.shares]
         return TokenMix(sets, [share.weight for share in self.shares])
 
 

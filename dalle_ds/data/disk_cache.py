@@ -1,0 +1,126 @@
+"""Disk cache: pieces of remote objects in a local folder, bounded in bytes, shared by the processes of a machine."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+KEPT_SHARE = 0.95  # of the bound, when room is made: so that the folder is listed seldom
+ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to a process that was killed
+_LOCK, _UNFINISHED = ".lock", ".part"
+
+
+class DiskCache:
+    """Least recently used pieces by name. Many processes may use one folder; each writes one piece at a time.
+
+    A disk that is full or fails costs speed, never the run: it is told once, and pieces that can't be kept are read from the
+    store again. What a file holds is for the reader to check (blocks carry their CRC); a wrong one is to be forgotten.
+
+    Args:
+        capacity: bytes of the folder; above them is at most what each process is writing.
+    """
+
+    def __init__(self, folder: str | Path, capacity: int) -> None:
+        self._folder, self._capacity = Path(folder), capacity
+        self._writing = threading.Lock()
+        self._has_failed = False
+
+    def get(self, name: str) -> bytes | None:
+        """The piece, or None. It counts as used last."""
+        path = self._path(name)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+            return data
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return self._failed(error)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a piece, and remove those used least recently where it would not fit."""
+        if len(data) > self._capacity:
+            return
+        path = self._path(name)
+        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+        with self._writing:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished.write_bytes(data)  # no fsync: a file that a power cut spoils fails its CRC
+                with self._locked() as total:
+                    if path.exists():  # another process was first
+                        return
+                    if total.value + len(data) > self._capacity:
+                        total.value = self._make_room(len(data))
+                    unfinished.replace(path)
+                    total.value += len(data)
+            except OSError as error:
+                self._failed(error)
+            finally:
+                self._remove(unfinished)
+
+    def forget(self, name: str) -> None:
+        """Remove a piece that was found to be damaged."""
+        self._remove(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:40]
+        return self._folder / digest[:2] / digest  # folders of a million files are slow
+
+    @contextmanager
+    def _locked(self) -> Iterator["_Total"]:
+        # The lock's file holds the sum of all sizes, so that a write needs no listing. It is corrected by every listing.
+        with os.fdopen(os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            text = file.read()
+            total = _Total(int(text) if text.isdigit() else self._make_room(0))
+            try:
+                yield total
+            finally:
+                file.seek(0)
+                file.truncate()
+                file.write(str(total.value))
+
+    def _make_room(self, wanted: int) -> int:
+        """Remove the oldest until `wanted` bytes more are below KEPT_SHARE, and return how many bytes are left."""
+        found = []
+        for path in self._folder.glob("??/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if not path.name.endswith(_UNFINISHED):
+                found.append((status.st_mtime_ns, status.st_size, path))
+            elif time.time() - status.st_mtime > ABANDONED_SECONDS:
+                self._remove(path)
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total + wanted <= (self._capacity * KEPT_SHARE if wanted else self._capacity):
+                break
+            self._remove(path)
+            total -= size
+        return total
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._has_failed:
+            log.warning("cache %s: %s; blocks that it can't keep or give are read from the store", self._folder, error)
+        self._has_failed = True
+
+
+class _Total:
+    def __init__(self, value: int) -> None:
+        self.value = value
