@@ -1,0 +1,134 @@
+"""The measuring side of `dalle-ds bench encode`, as `python -m preprocessing.bench OPTIONS`, options and result in JSON."""
+
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dalle_ds.bench.timing import Comparison, take_turns
+from dalle_ds.data.images import CROP_RULE, ImageProblem
+from dalle_ds.data.manifest import DatasetInfo
+from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from preprocessing.encode_shard import EncodeJob, crop_of, encode_shard, load_dvae
+from preprocessing.pool import n_cores
+from preprocessing.precision import encoder_of
+
+SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "vocab_size": 512}  # the demo's
+
+
+def run(options: SimpleNamespace) -> dict[str, Any]:
+    """The stage on one shard, models loaded, against the encoder alone on the same pictures; images/s of decode and resize."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dvae = load_dvae(options.dvae)[0] if options.dvae else DVAE(DVAEConfig(**(SMALL if options.small else {})))
+    size = dvae.config.image_size
+    batch_size = options.batch or (64 if options.small else 2)
+    with tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as folder:
+        raw = options.raw
+        if raw is None:
+            raw = f"{folder}/raw"
+            write_pictures(raw, options.pictures or (1024 if options.small else 8), options.side or size * 3 // 2)
+        shard = list_raw_shards(raw)[0]
+        samples, crops = [], []
+        for sample in read_raw_shard(shard):
+            if isinstance(sample, RawSample):
+                try:
+                    crops.append(crop_of(sample, size))
+                    samples.append(sample)
+                except ImageProblem:
+                    continue
+        batches = [np.stack(crops[start:start + batch_size]) for start in range(0, len(crops), batch_size)]
+        tokenizer = _tokenizer(folder, [sample.caption for sample in samples])
+        info = DatasetInfo(image_size=size, grid=dvae.config.grid, n_codes=dvae.config.vocab_size, dvae="", tokenizer="",
+                           crop=CROP_RULE, validation_fraction=0.05).sealed()
+        job = EncodeJob("", info, batch_size, 256, 1.0, options.device, options.precision)
+        encode = encoder_of(dvae, options.precision, options.device)
+        n_threads = max(1, n_cores() - options.threads) if options.device == "cpu" else n_cores()
+
+        def stage() -> None:
+            out = tempfile.mkdtemp(dir=folder)
+            manifest = encode_shard(shard, replace(job, out=out), encode, tokenizer, n_threads)
+            assert manifest is not None and manifest.n_samples == len(samples)
+            shutil.rmtree(out)
+
+        def bare() -> None:
+            for batch in batches:
+                encode(batch)
+
+        turns = take_turns({"bare": bare, "ours": stage}, "bare", options.rounds, time.perf_counter)
+        rows = [_row("stage", "bare", turns)]
+        resize = _resize_turns(samples, size, options.rounds)
+        notes = {"pictures": len(crops), "source_kilobytes": sum(len(s.image) for s in samples) / len(samples) / 1e3,
+                 "encoder_threads": options.threads, "decode_threads": n_threads, "precision": options.precision,
+                 "images_per_second_ours": len(crops) / turns.seconds("ours"),
+                 "images_per_second_bare": len(crops) / turns.seconds("bare"),
+                 "images_per_second_core_decode_resize": len(samples) / resize.seconds("ours")}
+        if "img2dataset" in resize.runs:
+            rows.append(_row("decode_resize", "img2dataset", resize))
+            notes["images_per_second_core_img2dataset"] = len(samples) / resize.seconds("img2dataset")
+    return {"rows": rows, "notes": notes}
+
+
+def write_pictures(root: str, n_pictures: int, side: int) -> None:
+    """A tar of JPEGs with about the detail of photographs: noise of several scales."""
+    Path(root).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with tarfile.open(f"{root}/00000.tar", "w") as tar:
+        for number in range(n_pictures):
+            layers = [Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side))
+                      for cells in (3, 9, 27, 81)]
+            pixels = np.average([np.asarray(layer) for layer in layers], axis=0, weights=(8, 4, 2, 1)).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG", quality=90)
+            for name, data in ((f"{number:06d}.jpg", file.getvalue()), (f"{number:06d}.txt", f"noise number {number}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _resize_turns(samples: list[RawSample], size: int, rounds: int) -> Comparison:
+    sides: dict[str, Callable[[], object]] = {"ours": lambda: [crop_of(sample, size) for sample in samples]}
+    try:
+        from img2dataset.resizer import Resizer
+    except ImportError:
+        start = time.process_time()
+        sides["ours"]()
+        return Comparison("ours", {"ours": [time.process_time() - start]}, {})
+    resizer = Resizer(image_size=size, resize_mode="center_crop", resize_only_if_bigger=False)
+
+    def theirs() -> None:
+        for sample in samples:
+            resizer(io.BytesIO(sample.image))  # it gives a JPEG again, as it would be stored
+
+    return take_turns({"img2dataset": theirs, **sides}, "img2dataset", rounds, time.process_time)
+
+
+def _tokenizer(folder: str, captions: list[str]) -> CaptionTokenizer:
+    file = os.path.join(folder, "tokenizer.model")
+    train_tokenizer(captions, 384, file)
+    return CaptionTokenizer(file)
+
+
+def _row(what: str, other: str, turns: Comparison) -> dict[str, Any]:
+    ratio = turns.ratio("ours", other)
+    return {"what": what, "other": other, "ours_seconds": turns.seconds("ours"), "other_seconds": turns.seconds(other),
+            "ratio": [ratio.median, ratio.low, ratio.high]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(SimpleNamespace(**json.loads(sys.argv[1])))))
