@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import sys
 import tarfile
@@ -95,8 +94,8 @@ def write_pictures(root: str, n_pictures: int, side: int) -> None:
             pixels = np.average([np.asarray(layer) for layer in layers], axis=0, weights=(8, 4, 2, 1)).astype(np.uint8)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "JPEG", quality=90)
-            for name, data in ((f"{number:06d}.jpg", file.getvalue()), (f"{number:06d}.txt", f"noise number {number}".encode())):
-                member = tarfile.TarInfo(name)
+            for extension, data in (("jpg", file.getvalue()), ("txt", f"noise number {number}".encode())):
+                member = tarfile.TarInfo(f"{number:06d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
@@ -119,8 +118,8 @@ def _resize_turns(samples: list[RawSample], size: int, rounds: int) -> Compariso
 
 
 def _tokenizer(folder: str, captions: list[str]) -> CaptionTokenizer:
-    file = os.path.join(folder, "tokenizer.model")
-    train_tokenizer(captions, 384, file)
+    file = f"{folder}/tokenizer.model"
+    train_tokenizer(captions, 384, file)  # the stage counts tokens of captions alone
     return CaptionTokenizer(file)
 
 

@@ -3,7 +3,8 @@
 import json
 import logging
 import time
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -28,10 +29,11 @@ from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.recipes import Config
-from preprocessing.encode_shard import EncodeJob, code_usage
+from preprocessing.encode_shard import EncodeJob, code_usage, crop_of, load_dvae
 from preprocessing.journal import Journal
 from preprocessing.outcome import Outcome
 from preprocessing.pool import Engine, n_cores, run_shards
+from preprocessing.precision import Precision, agreement, encoder_of
 from preprocessing.ray_engine import n_of
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class EncodeConfig(Config):
     machine: int = Field(0, ge=0)  # of several that encode into one output: each begins at another shard and goes on until all
     machines: int = Field(1, ge=1)  # are done
     batch_size: int = Field(64, ge=1)
+    precision: Precision = "fp32"  # of the encoder's residual branches; bf16 on CPU or CUDA, fp16 on CUDA alone
+    min_agreement: float = Field(0.995, ge=0, le=1)  # share of tokens that are those of fp32, on the first pictures
     block_samples: int = Field(BLOCK_SAMPLES, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -73,7 +77,8 @@ def run(config: EncodeConfig) -> Outcome:
     shards = list_raw_shards(config.raw)
     first = len(shards) * config.machine // config.machines % len(shards)  # Slurm's arrays may begin at 1
     shards = shards[first:] + shards[:first]
-    info = _claim(config)
+    device = _device(config)
+    info = _claim(config, shards, device)
     done = done_shards(config.out)
     if done:
         _require_same_inputs(config, shards, load_shard_manifests(config.out, ShardManifest))
@@ -81,8 +86,8 @@ def run(config: EncodeConfig) -> Outcome:
     _require_room(config.out, todo, info)
     if not todo:
         log.info("%s: all %d shards are encoded already; nothing to do", config.out, len(shards))
-    device = _device(config)
-    job = EncodeJob(config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device)
+    job = EncodeJob(config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device,
+                    config.precision)
     n_workers = config.workers or _n_workers(config.engine, device)
     results, failures = run_shards(job, todo, n_workers=n_workers, name=lambda shard: shard.name, size=_samples, what="encode",
                                    unit="picture", journal=Journal(config.out, len(shards)), engine=config.engine,
@@ -94,11 +99,11 @@ def run(config: EncodeConfig) -> Outcome:
     if not failures:
         _publish(config.out, manifest)
     seconds = time.monotonic() - started
-    return Outcome(_summary(config, manifest, made, failures, seconds), is_complete=not failures)
+    return Outcome(_summary(config, info, manifest, made, failures, seconds), is_complete=not failures)
 
 
-def _summary(config: EncodeConfig, manifest: DatasetManifest, made: list[ShardManifest], failures: dict[str, str],
-             seconds: float) -> dict[str, object]:
+def _summary(config: EncodeConfig, info: DatasetInfo, manifest: DatasetManifest, made: list[ShardManifest],
+             failures: dict[str, str], seconds: float) -> dict[str, object]:
     n_samples = sum(manifest.n_samples.values())
     n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
     return {
@@ -111,13 +116,15 @@ def _summary(config: EncodeConfig, manifest: DatasetManifest, made: list[ShardMa
         "bytes_per_sample": n_bytes / max(1, n_samples),
         **code_usage(manifest.code_histogram),
         "failed_shards": failures,
+        "precision": config.precision,
+        "agreement": info.agreement,
         "fingerprint": manifest.fingerprint,
         "seconds": seconds,
         "pictures_per_second": sum(shard.n_input for shard in made) / seconds,
     }
 
 
-def _claim(config: EncodeConfig) -> DatasetInfo:
+def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> DatasetInfo:
     # dataset.json goes first: of two runs with different models into one output, one is refused before it writes anything.
     weights = read_weights(config.dvae, "dvae")
     try:
@@ -128,8 +135,10 @@ def _claim(config: EncodeConfig) -> DatasetInfo:
     if dvae.vocab_size > MAX_CODES:
         raise DataError(f"{config.dvae}: {dvae.vocab_size} codes, expected at most {MAX_CODES}")
     tokenizer = CaptionTokenizer(config.tokenizer)
+    precision = _checked_precision(config, shards, device)
     info = DatasetInfo(image_size=dvae.image_size, grid=dvae.grid, n_codes=dvae.vocab_size, dvae=weights.fingerprint,
-                       tokenizer=tokenizer.fingerprint, crop=CROP_RULE, validation_fraction=config.validation_fraction).sealed()
+                       tokenizer=tokenizer.fingerprint, crop=CROP_RULE,
+                       validation_fraction=config.validation_fraction, **precision).sealed()
     if not storage.create_exclusive(storage.join(config.out, "dataset.json"), info.to_json()):
         _require_same_making(config.out, load_dataset_info(config.out), info)
     for name, source in (("dvae.safetensors", config.dvae), ("tokenizer.model", config.tokenizer)):
@@ -137,6 +146,22 @@ def _claim(config: EncodeConfig) -> DatasetInfo:
             with storage.local_copy(source) as file:
                 storage.put_file(file, storage.join(config.out, name))
     return info
+
+
+def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str) -> dict[str, Any]:
+    if config.precision == "fp32":
+        return {}
+    if config.precision == "fp16" and device != "cuda":
+        raise DataError(f"encode.precision is fp16 on {device}; expected fp32 or bf16 there")
+    dvaes = [load_dvae(config.dvae)[0] for _ in range(2)]
+    sides = [encoder_of(dvae, precision, device) for dvae, precision in zip(dvaes, ("fp32", config.precision), strict=True)]
+    size = dvaes[0].config
+    share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch_size, sides)
+    log.info("%s: %.2f%% of the tokens of the first pictures are those of fp32", config.precision, 100 * share)
+    if share < config.min_agreement:
+        raise DataError(f"encode.precision {config.precision}: {share:.2%} of the tokens of the first pictures are those of "
+                        f"fp32, encode.min_agreement expects {config.min_agreement:.2%}; use fp32")
+    return {"precision": config.precision, "agreement": round(share, 5)}
 
 
 def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
@@ -156,7 +181,8 @@ def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> Non
     for part in ("dvae", "tokenizer"):
         require_same(f"{part} of data set {out}", getattr(there, part), getattr(ours, part), hint)
     differing = {name: (value, getattr(ours, name)) for name, value in there if value != getattr(ours, name)}
-    differing.pop("fingerprint", None)
+    for figure in ("fingerprint", "agreement"):
+        differing.pop(figure, None)
     told = ", ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
     require_same(f"data set {out} ({told})", there.fingerprint, ours.fingerprint, hint)
 

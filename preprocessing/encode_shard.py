@@ -2,11 +2,13 @@
 
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +17,20 @@ from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url
-from dalle_ds.data.raw import LISTED_REASONS, RawSample, RawShard, read_raw_shard, split_of
+from dalle_ds.data.prefetch import Prefetch
+from dalle_ds.data.raw import LISTED_REASONS, Dropped, RawSample, RawShard, read_raw_shard, split_of
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from preprocessing.commit import commit_shard, new_attempt
+from preprocessing.precision import Encode, Precision, encoder_of
 
 # B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
+
+BATCHES_AHEAD = 2  # decoded while the encoder works
+Batch = list[tuple[RawSample, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -36,22 +43,24 @@ class EncodeJob:
     block_samples: int
     max_failure_rate: float
     device: str
+    precision: Precision = "fp32"
 
     def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
         """Load the models, once a process."""
         torch.set_num_threads(n_threads)
-        weights = read_weights(storage.join(self.out, "dvae.safetensors"), "dvae")
-        require_same(f"dVAE of data set {self.out}", self.info.dvae, weights.fingerprint)
-        dvae = DVAE(DVAEConfig(**weights.config))
-        dvae.load_state_dict(weights.state)
+        dvae, mark = load_dvae(storage.join(self.out, "dvae.safetensors"))
+        require_same(f"dVAE of data set {self.out}", self.info.dvae, mark)
         tokenizer = CaptionTokenizer(storage.join(self.out, "tokenizer.model"))
         require_same(f"tokenizer of data set {self.out}", self.info.tokenizer, tokenizer.fingerprint)
-        dvae = dvae.eval().requires_grad_(False).to(self.device)
-        return lambda shard: encode_shard(shard, self, dvae, tokenizer)
+        encode = encoder_of(dvae, self.precision, self.device)
+        return lambda shard: encode_shard(shard, self, encode, tokenizer, n_threads)
 
 
-def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: CaptionTokenizer) -> ShardManifest | None:
+def encode_shard(shard: RawShard, job: EncodeJob, encode: Encode, tokenizer: CaptionTokenizer,
+                 n_threads: int = 1) -> ShardManifest | None:
     """Encode and commit one shard; harmless where another worker does the same shard.
+
+    Pictures are decoded on `n_threads` threads and samples written on another, while the encoder works.
 
     Returns:
         The manifest; None where the one of another worker stands.
@@ -69,14 +78,28 @@ def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: Caption
     with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder, ExitStack() as stack:
         writers = {split: stack.enter_context(
             PartWriter(Path(folder) / f"{split}.tar", shard.name, job.info.n_tokens, job.block_samples)) for split in SPLITS}
-        for batch in _batches(shard, job, dropped):
-            tokens_BN = _encode(dvae, [picture for _, picture in batch], job.device)
-            for (sample, _), tokens_N in zip(batch, tokens_BN, strict=True):
-                split = split_of(sample.group, job.info.validation_fraction)
+        writing = stack.enter_context(ThreadPoolExecutor(1))
+        batches = Prefetch(_batches(shard, job, n_threads), BATCHES_AHEAD, "decode", lambda: f"pictures of {shard.url}")
+        stack.callback(batches.close)
+
+        def write(batch: Batch, tokens_BN: np.ndarray) -> None:
+            splits = [split_of(sample.group, job.info.validation_fraction) for sample, _ in batch]
+            for (sample, _), tokens_N, split in zip(batch, tokens_BN, splits, strict=True):
                 writers[split].add(tokens_N, sample.key, sample.caption, sample.group)
                 if split == "train":
-                    histogram += np.bincount(tokens_N, minlength=job.info.n_codes)
                     lengths[len(tokenizer.encode(sample.caption))] += 1
+            is_train_B = np.array(splits) == "train"
+            histogram[:] += np.bincount(tokens_BN[is_train_B].reshape(-1), minlength=job.info.n_codes)
+
+        written: Future[None] | None = None
+        for batch, dropped_before in batches:
+            dropped += dropped_before
+            tokens_BN = encode(np.stack([picture for _, picture in batch])) if batch else None
+            if written:
+                written.result()  # one batch at most waits to be written
+            written = writing.submit(write, batch, tokens_BN) if tokens_BN is not None else None
+        if written:
+            written.result()
         n_input = sum(writer.n_samples for writer in writers.values()) + len(dropped)
         _require_health(shard, n_input, dropped, job.max_failure_rate)
         parts: dict[Split, Part] = {}
@@ -95,6 +118,14 @@ def encode_shard(shard: RawShard, job: EncodeJob, dvae: DVAE, tokenizer: Caption
         return manifest if commit_shard(job.out, shard.name, files, manifest) else None
 
 
+def load_dvae(url: str) -> tuple[DVAE, str]:
+    """The dVAE in a file, and the fingerprint of its weights."""
+    weights = read_weights(url, "dvae")
+    dvae = DVAE(DVAEConfig(**weights.config))
+    dvae.load_state_dict(weights.state)
+    return dvae, weights.fingerprint
+
+
 def identity_of(shard: RawShard) -> InputIdentity:
     """The input, by checksum where a manifest gave one, else by the store's ETag."""
     etag = storage.etag(shard.url) if shard.checksum is None else None
@@ -106,32 +137,43 @@ def crop_of(sample: RawSample, image_size: int) -> np.ndarray:
     return prior_crop(decode_image(sample.image), image_size, seed_of(sample.key))
 
 
-def _batches(shard: RawShard, job: EncodeJob, dropped: list[tuple[str, str]]) -> Iterator[list[tuple[RawSample, np.ndarray]]]:
-    # Batches follow the stored order, so that a second attempt computes, and writes, the same bytes.
-    batch: list[tuple[RawSample, np.ndarray]] = []
-    for sample in read_raw_shard(shard):
-        if not isinstance(sample, RawSample):
-            dropped.append((sample.key, sample.reason))
-            continue
-        if not sample.caption.strip():
-            dropped.append((sample.key, "empty caption"))
-            continue
-        try:
-            batch.append((sample, crop_of(sample, job.info.image_size)))
-        except ImageProblem as problem:
-            dropped.append((sample.key, problem.reason))
-            continue
+def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
+    # Pictures, and what was dropped among them. In the stored order, so that a second attempt writes the same bytes.
+    batch: Batch = []
+    dropped: list[tuple[str, str]] = []
+    for sample, crop in _crops(shard, job.info.image_size, n_threads):
+        if isinstance(crop, str):
+            dropped.append((sample.key, crop))
+        else:
+            batch.append((sample, crop))
         if len(batch) == job.batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+            yield batch, dropped
+            batch, dropped = [], []
+    yield batch, dropped
 
 
-def _encode(dvae: DVAE, pictures: list[np.ndarray], device: str) -> np.ndarray:
-    images_BHWC = torch.from_numpy(np.stack(pictures))
-    images_BCHW = images_BHWC.to(device).permute(0, 3, 1, 2).contiguous()
-    return dvae.tokens(images_BCHW).cpu().numpy()
+def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[Any, np.ndarray | str]]:
+    # Each sample with its picture, or with the reason why it is dropped.
+    ahead: deque[tuple[RawSample | Dropped, Future[np.ndarray | str]]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        for sample in read_raw_shard(shard):
+            ahead.append((sample, pool.submit(_crop_or_reason, sample, image_size)))
+            if len(ahead) > 2 * n_threads:
+                first, crop = ahead.popleft()
+                yield first, crop.result()
+        for sample, crop in ahead:
+            yield sample, crop.result()
+
+
+def _crop_or_reason(sample: RawSample | Dropped, image_size: int) -> np.ndarray | str:
+    if isinstance(sample, Dropped):
+        return sample.reason
+    if not sample.caption.strip():
+        return "empty caption"
+    try:
+        return crop_of(sample, image_size)
+    except ImageProblem as problem:
+        return problem.reason
 
 
 def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]], max_failure_rate: float) -> None:

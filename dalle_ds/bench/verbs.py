@@ -18,6 +18,7 @@ QUESTIONS = {
     "underflow": "What fp16 loses under one loss scale and under one for every residual block; numbers and a picture.",
     "sample": "Cached sampling against a dense key-value cache and against none.",
     "peers": "Training step and sampling against the package dalle-pytorch, where it is installed.",
+    "encode": "The encode stage, from raw shard to committed token shard, against the bare encoder on ready pictures.",
     "loader": "The training stream against plain webdataset on the same shards; does a training loop wait for it?",
 }
 EXAMPLES = {
@@ -28,6 +29,7 @@ EXAMPLES = {
     "underflow": "--layers 64 --powers 0 --updates 100",
     "sample": "--layers 4 --batch 8 --positions 8,512,1000",
     "peers": "--layers 2 --json",
+    "encode": "--small --raw runs/demo/raw --dvae runs/demo/dvae/dvae.safetensors",
     "loader": "--dataset runs/demo/tokens --batch 32 --text-len 64",
 }
 

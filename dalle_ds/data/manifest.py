@@ -183,6 +183,8 @@ class DatasetInfo(Record):
     tokenizer: str
     crop: str
     validation_fraction: float
+    precision: str | None = None  # of the encoder, where it is not fp32
+    agreement: float | None = None  # share of tokens that were those of fp32 on the first pictures: a figure, no identity
     fingerprint: str = ""
 
     @property
@@ -190,8 +192,9 @@ class DatasetInfo(Record):
         return self.grid**2
 
     def sealed(self) -> "DatasetInfo":
-        """The same with its fingerprint: a hash of all other fields."""
-        return self.model_copy(update={"fingerprint": fingerprint(self.model_dump(exclude={"fingerprint"}))})
+        """The same with its fingerprint: a hash of the other fields that decide the tokens."""
+        identity = self.model_dump(exclude={"fingerprint", "agreement"}, exclude_none=True)
+        return self.model_copy(update={"fingerprint": fingerprint(identity)})
 
 
 class DatasetManifest(Record):

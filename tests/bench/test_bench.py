@@ -74,12 +74,22 @@ def test_summary(line, ratios, type_in):
     assert torch.get_num_threads() == threads
 
 
-def test_loader(type_in, tmp_path):
+def test_loader(type_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "RESUME_SHARDS", 20)
+    monkeypatch.setattr(loader, "SHARD_SAMPLES", 300)
     root = loader.write_random_set(str(tmp_path), 256)
     code, out, _ = type_in(f"dalle-ds bench loader --dataset {root} --batch 32 --rounds 1 --pace 5000 --json")
     summary = json.loads(out)
     assert code == 0 and set(summary["ratios"]) == {"epoch_vs_webdataset", "epoch_with_bpe_dropout_vs_webdataset"}
     assert 0 <= summary["data_wait_share"] < 1 and summary["samples_per_second_ours"] > 0
+    assert 0 < summary["resume_seconds_10k_shards"] < 60
+
+
+def test_encode(type_in):
+    code, out, _ = type_in("dalle-ds bench encode --small --pictures 4 --batch 2 --rounds 1 --device cpu --json")
+    summary = json.loads(out.splitlines()[-1])
+    assert code == 0 and summary["pictures"] == 4
+    assert summary["ratios"]["stage_vs_bare"] > 0 and summary["images_per_second_core_decode_resize"] > 0
 
 
 def test_loader_sides_read_the_same_samples(tmp_path):

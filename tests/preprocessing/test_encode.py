@@ -305,3 +305,32 @@ def test_stats_come_from_the_manifests(world: World, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a token data set nor"):
         stats.run(StatsConfig(root=str(tmp_path / "missing")))
     assert part_checksums(out)
+
+
+def test_a_precision_is_measured_against_fp32_and_belongs_to_the_data_set(world: World, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "bf16", precision="bf16", min_agreement=0.9)
+    summary = encode.run(config).summary
+    info = load_dataset_info(config.out)
+    assert summary["agreement"] == info.agreement and 0.9 <= info.agreement <= 1
+    assert encode.run(config).summary["shards_made_now"] == 0
+    with pytest.raises(FingerprintMismatch, match="precision was 'bf16', is now None"):
+        encode.run(world.config(config.out))
+
+
+def test_a_precision_below_the_agreed_share_is_refused(
+        world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "agreement", lambda *_: 0.9949)
+    with pytest.raises(DataError, match=r"99\.49%.*expects 99\.50%; use fp32"):
+        encode.run(world.config(tmp_path / "out", precision="bf16"))
+    with pytest.raises(DataError, match="fp16 on cpu"):
+        encode.run(world.config(tmp_path / "out", precision="fp16"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_a_gpu_agrees_with_fp32(world: World, tmp_path: Path, precision: str) -> None:
+    summary = encode.run(world.config(tmp_path / "out", precision=precision, device="cuda", min_agreement=0.9)).summary
+    assert summary["agreement"] >= 0.9
+    assert verify.run(VerifyConfig(root=str(tmp_path / "out"), workers=1)).is_complete
