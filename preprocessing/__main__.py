@@ -121,6 +121,33 @@ def stats(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption 
     _run("stats", recipe, set_, json)
 
 
+@app.command()
+@user_errors_exit
+def plan(
+    pairs: Annotated[float, typer.Option(help="Raw pairs.")] = 250e6,
+    measured: Annotated[str | None, typer.Option(metavar="OUT", help="A finished encode: its manifests tell figures.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Pictures/s of one worker.")] = None,
+    gpu_rate: Annotated[float | None, typer.Option(help="Pictures/s of one GPU.")] = None,
+    raw_bytes: Annotated[float | None, typer.Option(help="Bytes of a raw pair.")] = None,
+    accepted: Annotated[float | None, typer.Option(help="Share of pairs that become samples.")] = None,
+    shard_samples: Annotated[int, typer.Option(help="Pairs of a shard.")] = 10_000,
+    workers: Annotated[int, typer.Option(help="At the same time, for the days.")] = 64,
+    price: Annotated[float | None, typer.Option(help="Of an hour of a GPU, or without --gpu-rate of a worker.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Shards, bytes, worker hours, GPU hours and cost of so many pairs; the summary says which figure was measured.
+
+    \b
+    python -m preprocessing plan --pairs 250e6 --measured runs/demo/tokens
+    python -m preprocessing plan --pairs 250e6 --gpu-rate 500 --raw-bytes 40e3 --accepted 0.8 --price 2.5 --json
+    """
+    from preprocessing.plan import run
+
+    outcome = run(pairs, measured=measured, rate=rate, gpu_rate=gpu_rate, raw_bytes=raw_bytes, accepted=accepted,
+                  shard_samples=shard_samples, workers=workers, price=price)
+    print_summary(outcome.summary, json)
+
+
 @user_errors_exit
 def _run(verb: str, recipe: str | None, overrides: list[str] | None, as_json: bool) -> NoReturn:
     setup_logging()
