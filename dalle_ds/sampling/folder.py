@@ -124,7 +124,7 @@ class SampleFolder:
         for c, (caption, row) in enumerate(zip(self.request.captions, rows, strict=True)):
             shown: list[Candidate] = []
             for kept in row:
-                (picture,) = decode_pictures(self.export.dvae, kept.codes_N[None])
+                (picture,) = decode_pictures(self.export.dvae, kept.codes_N[None].long())
                 seed = seed_of(self.request.settings.seed, caption, kept.candidate)
                 name = f"{c:03d}-{_slug(caption)}-{kept.candidate:03d}.png"
                 picture.save(self.out / name)
@@ -137,8 +137,7 @@ class SampleFolder:
         self._sheet(sheet_rows).save(self.out / GRID)
         if self.request.given is not None:
             self.request.given.picture.save(self.out / GIVEN)
-        codes_CKN = torch.stack([torch.stack([kept.codes_N for kept in row]) for row in rows])
-        np.save(self.out / CODES, codes_CKN.numpy().astype(np.uint16))
+        np.save(self.out / CODES, np.stack([[kept.codes_N.numpy() for kept in row] for row in rows]))
         record = {
             "schema": 1,
             "export": self.export.url,
@@ -226,7 +225,7 @@ class SampleFolder:
         return self.out / PARTS / f"batch_{unit.number:06d}.npz"
 
     def _kept(self) -> tuple[list[list[Kept]], list[list[float]] | None]:
-        """The kept candidates of each caption, best first, and the scores of all candidates."""
+        """The kept candidates of each caption, best first, their codes as uint16; and the scores of all candidates."""
         settings = self.request.settings
         rows: list[list[Kept]] = [[] for _ in self.request.captions]
         scores_CK = np.full((len(rows), settings.n), np.nan, dtype=np.float32)
@@ -241,7 +240,7 @@ class SampleFolder:
                     score = self._chosen[c, k].get("score")
                 else:
                     score = float(scores_CK[c, k]) if self.scorer else None
-                rows[c].append(Kept(k, score, torch.from_numpy(codes_N.astype(np.int64))))
+                rows[c].append(Kept(k, score, torch.from_numpy(codes_N)))
         rows = [best(row, settings.n_kept) for row in rows]
         if self._repeated is not None:
             return rows, self._repeated.get("scores")

@@ -9,6 +9,7 @@ import pytest
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.sampler import SampleSettings
+from dalle_ds.training.lifetime import StopFlag
 from dalle_ds.training.report import SampleSource, choose_device, evaluate_export, sample_export
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.tracking_mlflow import read_run
@@ -91,6 +92,16 @@ def test_a_run_id_that_was_late_is_found_beside_the_checkpoints(tmp_path, export
     (tmp_path / "run" / "mlflow_run.json").write_text(json.dumps(named))
     edit_config(other, checkpoint=str(checkpoint))
     assert sample_export(str(other), tmp_path / "out", SampleSettings(n=1), A_RED_BAR)["tracked"]
+
+
+def test_asked_to_stop_it_goes_on_later(export, tmp_path, monkeypatch):
+    options = (str(export), tmp_path / "out", SampleSettings(n=1), A_RED_BAR)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopFlag, "__enter__", lambda flag: flag._request("test") or flag)
+        with pytest.raises(SystemExit, match="143"):
+            sample_export(*options)
+    assert not (tmp_path / "out" / "samples.json").exists()
+    assert sample_export(*options)["pictures"] == 1
 
 
 def test_captions_have_one_source(export, tmp_path):
