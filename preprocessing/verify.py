@@ -6,9 +6,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from dalle_ds.data import storage
@@ -29,14 +30,18 @@ from dalle_ds.data.shards import parse_record
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import DataError, UserError
+from dalle_ds.models.dvae import DVAE
 from dalle_ds.recipes import Config
+from preprocessing.encode_shard import load_dvae
 from preprocessing.ingest import RAW_INFO, RawInfo
 from preprocessing.outcome import Outcome
 from preprocessing.pool import n_cores, run_shards
+from preprocessing.reconstruct import MIN_SAME_TOKENS, Pair, draw, pairs_of
 
 log = logging.getLogger(__name__)
 
 MAX_TOLD = 100
+PICTURE = "verify/pictures.png"
 
 
 class VerifyConfig(Config):
@@ -44,6 +49,7 @@ class VerifyConfig(Config):
 
     root: str  # of raw shards or of a token data set
     workers: int | None = Field(None, ge=1)
+    pictures_per_shard: int = Field(0, ge=0)  # decoded and held against their source, which is read for it; 0: none
     delete_orphans: bool = False  # objects that no manifest names: leftovers of killed workers. Not while an encode run goes on
 
 
@@ -58,6 +64,7 @@ class ShardReport:
     problems: list[str]
     n_samples: int
     key_hashes: np.ndarray  # 64 bits of each sample's key
+    pairs: list[Pair] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,14 @@ class VerifyJob:
     root: str
     info: DatasetInfo | None
     fingerprint: str
+    pictures_per_shard: int = 0
 
     def start(self, n_threads: int) -> Callable[[ShardManifest | RawShardManifest], ShardReport]:
-        return lambda manifest: check_shard(self, manifest)
+        if self.info is None or not self.pictures_per_shard:
+            return lambda manifest: check_shard(self, manifest)
+        torch.set_num_threads(n_threads)
+        dvae = load_dvae(storage.join(self.root, "dvae.safetensors"))[0].eval()
+        return lambda manifest: check_shard(self, manifest, dvae)
 
 
 def run(config: VerifyConfig) -> Outcome:
@@ -91,7 +103,8 @@ def run(config: VerifyConfig) -> Outcome:
         manifests = load_shard_manifests(config.root, RawShardManifest)
     if not manifests:
         problems.append(f"{config.root}: no shard is finished")
-    reports, failures = run_shards(VerifyJob(config.root, info, mark), manifests, n_workers=config.workers or n_cores(),
+    job = VerifyJob(config.root, info, mark, config.pictures_per_shard)
+    reports, failures = run_shards(job, manifests, n_workers=config.workers or n_cores(),
                                    name=lambda manifest: manifest.shard, size=lambda manifest: manifest.n_samples,
                                    what="verify", unit="sample")
     problems += [problem for report in reports for problem in report.problems]
@@ -101,11 +114,18 @@ def run(config: VerifyConfig) -> Outcome:
     if config.delete_orphans:
         for url in orphans:
             storage.delete(url)
+    pairs = [pair for report in reports for pair in report.pairs]
+    if pairs:
+        storage.write_bytes(storage.join(config.root, PICTURE), draw(pairs))
     summary = {
         "root": config.root,
         "kind": "tokens" if is_tokens else "raw",
         "shards": len(manifests),
         "samples": sum(report.n_samples for report in reports),
+        "pictures_compared": len(pairs),
+        "psnr_mean": float(np.mean([pair.psnr for pair in pairs])) if pairs else None,
+        "psnr_min": min((pair.psnr for pair in pairs), default=None),
+        "picture": storage.join(config.root, PICTURE) if pairs else None,
         "n_problems": len(problems),
         "problems": problems[:MAX_TOLD],
         "orphans": len(orphans),
@@ -117,9 +137,10 @@ def run(config: VerifyConfig) -> Outcome:
     return Outcome(summary, is_complete=not problems, problems=problems[:MAX_TOLD])
 
 
-def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest) -> ShardReport:
-    """Read one shard back as a reader would, and compare it with its manifest."""
-    problems = []
+def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest, dvae: DVAE | None = None) -> ShardReport:
+    """Read one shard back as a reader would, and compare it with its manifest, and with a dVAE also with its source."""
+    problems: list[str] = []
+    pairs: list[Pair] = []
     if manifest.fingerprint != job.fingerprint:
         problems.append(f"shard {manifest.shard}: fingerprint {manifest.fingerprint}, expected {job.fingerprint}")
     if manifest.n_input != manifest.n_samples + sum(manifest.dropped.values()):
@@ -129,12 +150,16 @@ def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest) -> S
         if isinstance(manifest, ShardManifest):
             assert job.info is not None
             keys = _check_tokens(job.root, job.info, manifest, problems)
+            if dvae is not None:
+                pairs = pairs_of(job.root, manifest, dvae, job.pictures_per_shard)
+                problems += [f"shard {manifest.shard}, sample {pair.key}: {pair.same_tokens:.1%} of its tokens are those of "
+                             f"its source, expected {MIN_SAME_TOKENS:.0%}" for pair in pairs if pair.same_tokens < MIN_SAME_TOKENS]
         else:
             keys = _check_raw(job.root, manifest, problems)
     except (UserError, OSError) as error:
         problems.append(str(error))
         keys = []
-    return ShardReport(problems, len(keys), np.array([seed_of(key) for key in keys], dtype=np.uint64))
+    return ShardReport(problems, len(keys), np.array([seed_of(key) for key in keys], dtype=np.uint64), pairs)
 
 
 def _check_tokens(root: str, info: DatasetInfo, manifest: ShardManifest, problems: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from dalle_ds.data.shards import read_block
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from preprocessing import encode, ingest, stats, tokenizer, verify
+from preprocessing import encode, ingest, reconstruct, stats, tokenizer, verify
 from preprocessing.commit import commit_shard
 from preprocessing.encode_shard import EncodeJob
 from preprocessing.ingest import IngestConfig
@@ -325,6 +325,21 @@ def test_a_precision_below_the_agreed_share_is_refused(
     with pytest.raises(DataError, match="fp16 on cpu"):
         encode.run(world.config(tmp_path / "out", precision="fp16"))
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_holds_decoded_tokens_against_their_source(
+        world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path / "out")
+    encode.run(world.config(out))
+    config = VerifyConfig(root=out, workers=1, pictures_per_shard=2)
+    outcome = verify.run(config)
+    assert outcome.is_complete, outcome.problems
+    assert N_SHARDS < outcome.summary["pictures_compared"] <= 2 * N_SHARDS
+    assert outcome.summary["psnr_min"] <= outcome.summary["psnr_mean"]
+    assert decode_image(storage.read_bytes(outcome.summary["picture"])).width == 8 * 32
+    taken = reconstruct.crop_of
+    monkeypatch.setattr(reconstruct, "crop_of", lambda *arguments: 255 - taken(*arguments))  # sources of other samples
+    assert "of its tokens are those of its source" in verify.run(config).problems[0]
 
 
 @pytest.mark.gpu
