@@ -16,7 +16,16 @@ from dalle_ds.bench.report import Report
 from dalle_ds.bench.settings import LoaderSettings
 from dalle_ds.bench.timing import take_turns
 from dalle_ds.data import storage
-from dalle_ds.data.manifest import DatasetInfo, InputIdentity, ShardManifest, manifest_url, merge
+from dalle_ds.data.manifest import (
+    DatasetInfo,
+    DatasetManifest,
+    InputIdentity,
+    ShardManifest,
+    load_dataset_info,
+    manifest_url,
+    merge,
+    parse,
+)
 from dalle_ds.data.shards import PartWriter, unbatch
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.tokens import PAD, TokenDataset, TokenStream
@@ -25,6 +34,7 @@ from dalle_ds.errors import ConfigError
 SHUFFLE_BUFFER = 1000  # webdataset's own recommendation
 N_SHARDS = 4
 WORDS, VOCABULARY = 2000, 1024
+RESUME_SHARDS, SHARD_SAMPLES, RESUME_UPDATE = 10_000, 25_000, 100_000
 
 
 def run(settings: LoaderSettings) -> Report:
@@ -43,12 +53,14 @@ def run(settings: LoaderSettings) -> Report:
         }
         turns = take_turns(sides, "webdataset", settings.rounds, machine.clock)
         share = wait_share(dataset, settings)
+        with tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as many:
+            resume = resume_seconds(write_many_shards(many, RESUME_SHARDS))
         report = Report("loader", machine.name)
     report.add("epoch", "webdataset", turns.seconds("ours"), turns.seconds("webdataset"), turns.ratio("ours", "webdataset"))
     report.add("epoch_with_bpe_dropout", "webdataset", turns.seconds("dropout"), turns.seconds("webdataset"),
                turns.ratio("dropout", "webdataset"))  # fmt: skip
     report.note(**{f"samples_per_second_{name}": n_batches * settings.batch / turns.seconds(name) for name in sides})
-    return report.note(consumed_per_second=settings.pace, data_wait_share=share)
+    return report.note(consumed_per_second=settings.pace, data_wait_share=share, resume_seconds_10k_shards=resume)
 
 
 def epoch(root: str, settings: LoaderSettings, bpe_dropout: float) -> None:
@@ -100,7 +112,27 @@ def wait_share(dataset: TokenDataset, settings: LoaderSettings) -> float:
         return (source.wait_seconds - before) / (time.perf_counter() - began)
 
 
-def write_random_set(folder: str, n_samples: int) -> str:
+def resume_seconds(root: str) -> float:
+    """Wall time from nothing to the first batch of update RESUME_UPDATE, as one of 128 ranks of a global batch of 1024."""
+    began = time.perf_counter()
+    with TokenStream(TokenDataset(root), text_len=256, global_batch=1024, micro_batch=1, rank=5, world_size=128, seed=0,
+                     bpe_dropout=0.1, start_update=RESUME_UPDATE, prefetch=1) as source:  # fmt: skip
+        next(source)
+        return time.perf_counter() - began
+
+
+def write_many_shards(folder: str, n_shards: int) -> str:
+    """A set of 250 million samples by its manifest: shards of SHARD_SAMPLES, all of which are the same file."""
+    root = write_random_set(folder, SHARD_SAMPLES, n_shards=1)
+    url = storage.join(root, "manifest.json")
+    (shard,) = parse(DatasetManifest, storage.read_bytes(url), url).shards
+    info = load_dataset_info(root)
+    shards = [shard.model_copy(update={"shard": f"{number:05d}"}) for number in range(n_shards)]
+    storage.write_bytes(url, merge(info, shards, complete=True).to_json())
+    return root
+
+
+def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> str:
     """A token data set of the paper's geometry: random codes, captions of words that are common as in a language."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -113,8 +145,8 @@ def write_random_set(folder: str, n_samples: int) -> str:
     ).sealed()
     storage.write_bytes(storage.join(folder, "dataset.json"), info.to_json())
     shards = []
-    for number in range(N_SHARDS):
-        name, chosen = f"{number:05d}", captions[number::N_SHARDS]
+    for number in range(n_shards):
+        name, chosen = f"{number:05d}", captions[number::n_shards]
         path = Path(folder) / f"{name}.tar"
         with PartWriter(path, name, info.n_tokens) as writer:
             for i, caption in enumerate(chosen):

@@ -109,7 +109,7 @@ def test_a_second_epoch_from_the_cache_makes_no_request(tmp_path, s3, monkeypatc
     expected = read(None)
     ranges.clear()
     assert read(DiskCache(tmp_path / "cache", 10**7)) == expected
-    assert len(ranges) == len({offset for offset in ranges}) == 10  # each block once, over two epochs
+    assert len(ranges) == len(set(ranges)) == 10  # each block once, over two epochs
     ranges.clear()
     assert read(DiskCache(tmp_path / "cache", 10**7)) == expected and not ranges  # another process of the machine
     (damaged, *_) = (tmp_path / "cache").glob("??/*")
