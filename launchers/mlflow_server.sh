@@ -3,6 +3,7 @@
 #   launchers/mlflow_server.sh                                   # 127.0.0.1:5000, SQLite and artifacts in ./mlflow
 #   launchers/mlflow_server.sh --port 5001 --folder /data/mlflow
 #   launchers/mlflow_server.sh --backend postgresql://user@host/mlflow --artifacts s3://bucket/mlflow
+# The last one needs `pip install '.[server]'`, and takes endpoint and keys of the store from the usual AWS_* variables.
 # Whatever follows `--` goes to `mlflow server`. It has no password of its own: keep it on 127.0.0.1 or behind a proxy that asks for one.
 set -euo pipefail
 
@@ -15,7 +16,7 @@ while [ $# -gt 0 ]; do
     --backend) backend=$2; shift 2 ;;
     --artifacts) artifacts=$2; shift 2 ;;
     --) shift; break ;;
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -29,6 +30,12 @@ fi
 export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
 # runners for jobs that training never submits: processes and seconds of start-up
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
+
+needs() { # needs MODULE WHAT
+  "$python" -c "import $1" 2>/dev/null || { echo "error: $2 needs the Python package $1: pip install '.[server]'" >&2; exit 2; }
+}
+case $artifacts in s3://*) needs boto3 "--artifacts $artifacts" ;; esac
+case $backend in postgresql://*) needs psycopg2 "--backend postgresql://" ;; esac
 
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)

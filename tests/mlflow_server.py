@@ -16,8 +16,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class MlflowServer:
     """An `mlflow server` process on a port of its own."""
 
-    def __init__(self, folder: Path, empty_store: Path) -> None:
-        self.folder, self.process = folder, None
+    def __init__(self, folder: Path, empty_store: Path, *options: str) -> None:
+        """`options` go to launchers/mlflow_server.sh."""
+        self.folder, self.options, self.process = folder, options, None
         folder.mkdir()
         shutil.copy(empty_store, folder / "mlflow.db")
         with socket.socket() as probe:
@@ -26,7 +27,8 @@ class MlflowServer:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = ["bash", REPOSITORY / "launchers" / "mlflow_server.sh", "--folder", self.folder, "--port", str(self.port)]
+        command = ["bash", REPOSITORY / "launchers" / "mlflow_server.sh", "--folder", self.folder, "--port", str(self.port),
+                   *self.options]  # fmt: skip
         environment = {**os.environ, "PYTHON": sys.executable}
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

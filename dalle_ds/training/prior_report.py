@@ -38,8 +38,8 @@ def describe(run: PriorRun, n_parameters: int, world_size: int) -> str:
         "training waits for its data.",
         "- the pictures `held_out/samples` and `loss/by_position`, by update.",
         "",
-        "Parameters below are what differs from the paper's recipe; all settings are in `recipe.yaml` and `deepspeed.json` "
-        "under *Artifacts*.",
+        "Parameters are what differs from the paper's recipe and decides what is learned; all settings are in `recipe.yaml` "
+        "and `deepspeed.json` under *Artifacts*.",
     ]
     if run.tracking.samples_every:
         lines += ["", f"![Newest samples](get-artifact?path=pictures%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
@@ -140,7 +140,7 @@ class RunReport:
     def optimizer_bytes(self, moments: str, bytes_per_parameter: float) -> None:
         """Counted over real tensors, which the optimizer makes in its first step."""
         if self._is_main:
-            self._tracker.params({"optimizer_bytes_per_parameter": round(bytes_per_parameter, 4)})
+            self._tracker.tags({"optimizer_bytes_per_parameter": round(bytes_per_parameter, 4)})
             log.info("%s moments: %.2f bytes a parameter", moments, bytes_per_parameter)
 
     def _warn_of_limits(self) -> None:

@@ -42,11 +42,9 @@ log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
 PARITY_SAMPLES = 4
-NOT_PARAMS: dict[str, Any] = {
-    "data": {"dataset", "mix"},
-    **dict.fromkeys(("folder", "deepspeed_config", "checkpoint", "validation", "tracking", "failure"), True),
-}
-"""Where and how often, not what: in recipe.yaml alone. MLflow's page lists all parameters above each picture."""
+COMPARED = ("updates", "global_batch", "seed", "model.", "optimizer.", "learning_rate.", "data.bpe_", "data.caption_")
+"""Settings that are MLflow parameters where they differ from the paper's; others are in recipe.yaml alone. Its page lists all
+parameters above each picture, which a few leave in sight."""
 
 
 def train_prior(run: PriorRun, ranks: Ranks) -> dict[str, Any]:
@@ -154,6 +152,7 @@ class _Trainer:
         with self.run_report.bar, self.stream:
             if state.update == 0:
                 self._validate()
+                self._draw_samples()
             while state.update < run.updates:
                 micro_batches = next(self.stream)
                 lr = run.learning_rate.at(state.update, run.updates) * (self.plateau.factor if self.plateau else 1.0)
@@ -181,8 +180,7 @@ class _Trainer:
                     raise TrainingDiverged(diagnose(run, self.engine, micro_batches, lr, state.update, reason, self.tracker))
                 if state.update % run.validation.every == 0 or state.update == run.updates:
                     self._validate()
-                samples_every = run.tracking.samples_every
-                if samples_every and (state.update % samples_every == 0 or state.update == run.updates):
+                if state.update % (run.tracking.samples_every or run.updates) == 0 or state.update == run.updates:
                     self._draw_samples()
                 is_due = state.update % run.checkpoint.every == 0 or report.stop_requested
                 # states without a finite loss must not take the places of good ones
@@ -221,6 +219,8 @@ class _Trainer:
         self.run_report.validated(text_loss, image_loss, nll_BN)
 
     def _draw_samples(self) -> None:
+        if self.recipe.tracking.samples_every is None:
+            return
         with self._averaged():
             weights = self.engine.whole_weights()
         if self.sheets is not None and weights is not None:
@@ -282,6 +282,7 @@ class _Trainer:
     def _start_tracking(self) -> Tracker:
         run, info = self.recipe, self.dataset.info
         accumulation = run.accumulation(self.ranks.world_size)
+        set_here = flatten(run.model_dump(mode="json", exclude_defaults=True))
         self._write("deepspeed.json", json.dumps(self.engine_config.json, indent=1))
         self._write("recipe.yaml", dump_recipe(run))
         tracker = Tracker.start(
@@ -290,12 +291,10 @@ class _Trainer:
                 **code_tags(), "stage": "train_prior",
                 "lineage.data": self.identity.data, "lineage.dataset": self.dataset.root_url,
                 "lineage.data_content": self.identity.content, "lineage.dvae": info.dvae, "lineage.tokenizer": info.tokenizer,
-            },
-            params={
-                **flatten(run.model_dump(mode="json", exclude_defaults=True, exclude=NOT_PARAMS)),
                 "world_size": self.ranks.world_size, "n_parameters": self.n_parameters,
                 "effective_parameters": effective_parameters(self.model_config), "n_train_samples": self.dataset.n_samples,
             },
+            params={key: value for key, value in set_here.items() if key.startswith(COMPARED)},
             description=describe(run, self.n_parameters, self.ranks.world_size),
         )  # fmt: skip
         for dataset in self.dataset.sets:

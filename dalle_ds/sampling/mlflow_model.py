@@ -1,0 +1,50 @@
+"""An export as an MLflow model: captions in, PNG files out. MLflow runs this file when it loads the model."""
+
+import io
+from threading import Lock
+from typing import Any
+
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from dalle_ds.sampling.export import load_export
+from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
+from dalle_ds.sampling.scorer import load_scorer
+
+
+class CaptionsToPictures(PythonModel):
+    """Draws what `dalle-ds sample` would for the same captions, settings and `batch`."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Open the export and, where one was registered with it, the CLIP that chooses."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        clip = context.artifacts.get("clip")
+        scorer = load_scorer(clip, device) if clip else None
+        self._sampler, self._one_at_a_time = Sampler(load_export(context.artifacts["export"], device), scorer), Lock()
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """A row for each picture: caption, candidate, seed, score (without CLIP none) and png, a file's bytes.
+
+        Args:
+            model_input: column "caption".
+            params: as in `SampleSettings`; keep 0 keeps all candidates.
+        """
+        given = dict(params or {})
+        settings = SampleSettings(**{**given, "keep": given.get("keep") or None})
+        with self._one_at_a_time:
+            rows = self._sampler.draw(Request(tuple(model_input["caption"]), settings))
+        pictures = [{**picture._asdict(), "png": _png(picture.picture)} for row in rows for picture in row]
+        return pd.DataFrame(pictures, columns=["caption", "candidate", "seed", "score", "png"])
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="png")
+    return file.getvalue()
+
+
+set_model(CaptionsToPictures())
