@@ -153,7 +153,8 @@ def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest, dvae
             if dvae is not None:
                 pairs = pairs_of(job.root, manifest, dvae, job.pictures_per_shard)
                 problems += [f"shard {manifest.shard}, sample {pair.key}: {pair.same_tokens:.1%} of its tokens are those of "
-                             f"its source, expected {MIN_SAME_TOKENS:.0%}" for pair in pairs if pair.same_tokens < MIN_SAME_TOKENS]
+                             f"its source, expected {MIN_SAME_TOKENS:.0%}"
+                             for pair in pairs if pair.same_tokens < MIN_SAME_TOKENS]
         else:
             keys = _check_raw(job.root, manifest, problems)
     except (UserError, OSError) as error:
