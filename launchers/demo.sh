@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
 out=runs/demo
 pictures=""
-dvae_quick=() encode_quick=() prior_quick=()
+dvae_quick=() encode_quick=() prior_quick=() clip_quick=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
@@ -21,6 +21,7 @@ while [ $# -gt 0 ]; do
       dvae_quick=(--set updates=60 --set schedules.tau.updates=40 --set schedules.lr.updates=60)
       encode_quick=(--set encode.min_codes_used=0)
       prior_quick=(--set updates=20 --set checkpoint.every=10 --set validation.every=20)
+      clip_quick=(--set updates=5 --set batch_size=32)
       shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
@@ -43,8 +44,8 @@ trap 'forward TERM' TERM
 trap 'forward INT' INT
 
 began=$SECONDS
-names=("fetch pictures" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "sample" "evaluate")
-expected=(5 10 5 180 15 330 10 10 10) # seconds on two cores, for the ETA
+names=("fetch pictures" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP" "sample" "evaluate")
+expected=(5 10 5 180 15 330 10 70 15 10) # seconds on two cores, for the ETA
 stage() { # stage NUMBER COMMAND...
   local i=$(($1 - 1)) left=0 j
   shift
@@ -83,14 +84,20 @@ stage 5 python -m preprocessing encode --recipe $recipes/tiny_encode.yaml --set 
   "${encode_quick[@]}"
 stage 6 deepspeed --num_gpus 2 --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
   launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior" "${prior_quick[@]}"
-# the last three are quick, but a finished demo started again should do nothing: each result is newer than what it was made of
+# a finished demo started again should do nothing: each of these results is newer than what it was made of
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage 7 dalle-ds export --run "$out/prior" --out "$out/export"
-newer "$out/samples/samples.json" "$out/export/config.json" ||
-  stage 8 dalle-ds sample --export "$out/export" --held-out 8 --n 6 --temperature 0.8 --out "$out/samples"
+newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
+  stage 8 dalle-ds train-clip --recipe $recipes/tiny_clip.yaml --set data.raw="$out/raw" --set folder="$out/clip" \
+    "${clip_quick[@]}"
+newer "$out/samples/samples.json" "$out/export/config.json" || {
+  rm -rf "$out/samples" # of an export before this one
+  stage 9 dalle-ds sample --export "$out/export" --held-out 8 --n 16 --keep 6 --clip "$out/clip/model" --temperature 0.8 \
+    --out "$out/samples"
+}
 newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
-  stage 9 dalle-ds evaluate --export "$out/export" --data "$out/tokens" --out "$out/evaluation"
+  stage 10 dalle-ds evaluate --export "$out/export" --data "$out/tokens" --out "$out/evaluation"
 
 told=$(python - "$out/evaluation/evaluate.json" <<'END'
 import json, sys
@@ -103,12 +110,12 @@ cat >&2 <<END
 
 $told
 Done in $((SECONDS - began)) s. Everything is in $out:
-  $out/samples/grid.png                  pictures for captions that training never saw
+  $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by a CLIP of its own
   $out/dvae/                             the codebook's reconstructions and its report
   $out/evaluation/evaluate.json          held-out loss with the right captions and with shuffled ones
   $out/export/                           prior, dVAE and tokenizer: all that sampling needs
 The whole run as a dashboard:
   $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000
 Pictures for a caption of yours:
-  $(dirname "$(command -v dalle-ds)")/dalle-ds sample --export $out/export --caption "a red heart" --n 8 --out $out/mine
+  $(dirname "$(command -v dalle-ds)")/dalle-ds sample --export $out/export --caption "a red heart" --n 64 --keep 8 --clip $out/clip/model --out $out/mine
 END

@@ -1,8 +1,13 @@
-"""The whole way by its one command, on drawn pictures and a few updates: killed in the middle, started again, then finished."""
+"""The whole way by its one command, on drawn pictures and a few updates: killed in the middle, started again, then finished; and
+what the pages for each role tell to type after it.
+"""
 
 import json
+import re
 import signal
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,28 +22,41 @@ pytestmark = [pytest.mark.launch, pytest.mark.e2e]
 DEMO = str(launching.ROOT / "launchers" / "demo.sh")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def env() -> dict[str, str]:
     """The environment that runs these tests is the demo's too: nothing is installed again."""
     return {"DALLE_DS_VENV": sys.prefix}
 
 
-def test_killed_demo_goes_on_and_ends_with_pictures(tmp_path: Path, env: dict[str, str]) -> None:
-    pictures, out = draw_folder(tmp_path / "pictures", 160), tmp_path / "demo"
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is to its user what the project's is: the demo goes to runs/demo."""
+    home = tmp_path_factory.mktemp("home")
+    for room in ("launchers", "ds_configs"):
+        (home / room).symlink_to(launching.ROOT / room)
+    return home
+
+
+def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, str]) -> None:
+    out = home / "runs" / "demo"
+    pictures = draw_folder(out / "pictures", 160)
     (pictures / "p0007.png").write_bytes(b"not a picture")
-    command = ["bash", DEMO, "--quick", "--pictures", "pictures", "--out", "demo"]  # relative to the caller
-    with launching.started(command, tmp_path, env) as process:
+    command = ["bash", DEMO, "--quick", "--pictures", "runs/demo/pictures", "--out", "runs/demo"]  # relative to the caller
+    with launching.started(command, home, env) as process:
         launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=300, process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
     dvae_report = (out / "dvae" / "dvae_report.json").read_text()
 
-    done = launching.run(command, tmp_path, env, timeout=300)
+    done = launching.run(command, home, env, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out / "dvae" / "dvae_report.json").read_text() == dvae_report, "a finished stage was repeated"
     assert "Held-out image loss" in done.stderr
     raw = [json.loads(path.read_text()) for path in (out / "raw" / "manifests").glob("*.json")]
     assert sum(shard["n_samples"] for shard in raw) == 159
     assert {reason for shard in raw for reason in shard["dropped"]} == {"unreadable"}
+    record = json.loads((out / "samples" / "samples.json").read_text())
+    assert record["scorer"] == json.loads((out / "clip" / "clip_report.json").read_text())["clip"]
+    assert len(record["images"]) == 8 * 6 and all(len(scores) == 16 for scores in record["scores"])
     with Image.open(out / "samples" / "grid.png") as grid:
         assert grid.width > 300 and len(grid.convert("RGB").getcolors(1 << 24)) > 100
 
@@ -48,6 +66,29 @@ def test_killed_demo_goes_on_and_ends_with_pictures(tmp_path: Path, env: dict[st
     assert prior.data.tags["lineage.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
     assert "held_out/caption_gap" in prior.data.metrics
 
-    again = launching.run(command, tmp_path, env)
+    again = launching.run(command, home, env)
     assert again.returncode == 0
-    assert "up to date" in again.stderr and "7/9" not in again.stderr, "a finished demo does nothing"
+    assert again.stderr.count("is up to date") == 4 and "=== 6/10" in again.stderr, "a finished demo does nothing"
+
+
+@pytest.mark.parametrize("page", ["INFRA.md", "DATA.md", "RESEARCH.md"])
+def test_what_a_page_says_works(home: Path, env: dict[str, str], page: str) -> None:
+    """Every block of a page, in its order, after the demo."""
+    text = (launching.ROOT / "launchers" / page).read_text()
+    blocks = re.findall(r"^```bash( server)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    for kind, block in blocks:
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        if kind:
+            with launching.started(command, home, env) as process:
+                port = int(re.search(r"--port (\d+)", block)[1])
+                launching.wait_for(lambda port=port: _answers(port), "server", process=process)
+        else:
+            done = launching.run(command, home, env)
+            assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def _answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
