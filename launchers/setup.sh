@@ -38,7 +38,8 @@ _setup() {
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
   "${pip[@]}" -e "$_root[$extras]"
   case ",$extras," in
-    *,test,*) "${pip[@]}" --no-deps "dall-e==0.1" ;; # the reference dVAE; its own requirements name packages that it does not need
+    # the reference dVAE, and FID's Inception: what they are used for here needs none of their own requirements
+    *,test,*) "${pip[@]}" --no-deps "dall-e==0.1" "torch-fidelity>=0.4,<0.5" ;;
   esac
   for extra in ${extras//,/ }; do
     echo "$wanted" >"$_venv/.installed-$extra"

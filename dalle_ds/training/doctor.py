@@ -81,11 +81,11 @@ def _python() -> tuple[bool, str]:
 
 def _package(name: str) -> tuple[bool, str]:
     found = importlib.metadata.version(name)
-    wanted = [line for line in importlib.metadata.requires("dalle-ds") or [] if line.split(";")[0].startswith(name)]
     from packaging.requirements import Requirement
 
-    ok = all(Requirement(line).specifier.contains(found, prereleases=True) for line in wanted)
-    return ok, f"{found} (wanted {wanted[0].split(';')[0] if wanted else 'any'})"
+    wanted = [line for line in map(Requirement, importlib.metadata.requires("dalle-ds") or []) if line.name == name]
+    ok = all(line.specifier.contains(found, prereleases=True) for line in wanted)
+    return ok, f"{found} (wanted {wanted[0].specifier if wanted else 'any'})"
 
 
 def _accelerator() -> tuple[bool, str]:

@@ -1,6 +1,5 @@
-"""The whole way by its one command, on drawn pictures and a few updates: killed in the middle, started again, then finished; and
-what the pages for each role tell to type after it.
-"""
+"""The whole way by its one command, on drawn pictures and a few updates: killed in the middle, started again, then finished.
+And what the pages for each role tell to type after it."""
 
 import json
 import re
