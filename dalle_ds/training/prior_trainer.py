@@ -252,8 +252,8 @@ class _Trainer:
         about = {
             **asdict(self.identity), "dataset": self.dataset.sets[0].root_url, "dvae": self.dataset.info.dvae,
             "data_sets": [
-                {"dataset": of_set.root_url, "weight": weight, "data": of_set.fingerprint, "content": of_set.content_fingerprint}
-                for of_set, weight in zip(self.dataset.sets, self.dataset.weights, strict=True)
+                {"dataset": one.root_url, "weight": weight, "data": one.fingerprint, "content": one.content_fingerprint}
+                for one, weight in zip(self.dataset.sets, self.dataset.weights, strict=True)
             ],
             "tokenizer": self.dataset.info.tokenizer, "caption_dropout": self.recipe.data.caption_dropout,
             "fp16_branches": self.engine.scaler is not None, "moments": self.recipe.optimizer.moments,
