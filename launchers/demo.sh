@@ -38,6 +38,8 @@ mkdir -p "$out"
 # Stages end when this shell does, however it ends; else a killed demo would go on beside its successor.
 export DALLE_DS_LAUNCHER_PID=$$
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$(cd "$out" && pwd)/mlflow.db}
+DALLE_DS_PIPELINE=$(cd "$out" && pwd) # one MLflow run that holds those of the stages
+export DALLE_DS_PIPELINE
 child=""
 forward() { [ -z "$child" ] || kill -"$1" "$child" 2>/dev/null || true; }
 trap 'forward TERM' TERM

@@ -306,7 +306,8 @@ class MlflowSink:
         found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0].info.run_id
-        tags = {KEY_TAG: key, "pipeline": pipeline, NOTE_TAG: f"All stages of `{pipeline}`: the runs below this one."}
+        note = f"All stages of `{pipeline}`: the runs below this one."
+        tags = {KEY_TAG: key, "stage": "pipeline", "pipeline": pipeline, NOTE_TAG: note}
         return self._client.create_run(experiment_id, tags=tags, run_name=Path(pipeline).name).info.run_id
 
     def _experiment_id(self, name: str) -> str:

@@ -64,6 +64,8 @@ def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, s
     dvae = next(run for run in runs if run.data.tags["stage"] == "dvae")
     assert prior.data.tags["lineage.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
     assert "held_out/caption_gap" in prior.data.metrics
+    pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
+    assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
 
     again = launching.run(command, home, env)
     assert again.returncode == 0
