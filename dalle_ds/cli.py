@@ -258,6 +258,7 @@ def evaluate_images(
     resamples: Annotated[int, typer.Option(min=2, help="For FID's interval; one takes seconds at 30,000.")] = 20,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
     seed: Annotated[int, typer.Option(help="Of splits and intervals.")] = 0,
+    export: Annotated[str | None, typer.Option(help="Export that drew them: its MLflow run gets scores and chart.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for image_metrics.json and its chart.")] = Path("image_metrics"),
     device: Device = "auto",
     json: Json = False,
@@ -268,7 +269,7 @@ def evaluate_images(
     Examples:
       dalle-ds evaluate-images --pictures samples --reference coco/val --extractor inception --inception-weights w.pth --cache c
       dalle-ds evaluate-images --pictures samples --reference raw --held-out 0.05 --extractor clip:clip-folder --blur 0
-      dalle-ds evaluate-images --pictures samples/samples.json --clip clip-folder --json
+      dalle-ds evaluate-images --pictures samples/samples.json --clip clip-folder --export runs/export --json
     """
     from dalle_ds.models.clip import Clip
     from dalle_ds.training import image_metrics
@@ -287,6 +288,7 @@ def evaluate_images(
         "n_resamples": resamples,
         "batch": batch,
         "seed": seed,
+        "export": export,
     }
     print_summary(image_metrics.evaluate_images(pictures, out, **options), json)
 

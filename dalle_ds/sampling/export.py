@@ -57,13 +57,8 @@ class Export:
         return text_CT
 
 
-def load_export(url: str | Path, device: str = "cpu") -> Export:
-    """Open an export folder and check that its parts belong together.
-
-    Raises:
-        DataError: a file is missing or damaged, or the sizes of the parts don't fit each other.
-        FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
-    """
+def read_info(url: str | Path) -> dict[str, Any]:
+    """Content of an export's config.json. Raises DataError where it is missing or not what `dalle-ds export` writes."""
     config_url = storage.join(url, "config.json")
     try:
         info = json.loads(storage.read_bytes(config_url))
@@ -74,7 +69,17 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     missing = {"fingerprint", "dvae", "tokenizer"} - info.keys()
     if missing:
         raise DataError(f"{config_url} lacks {', '.join(sorted(missing))}")
+    return info
 
+
+def load_export(url: str | Path, device: str = "cpu") -> Export:
+    """Open an export folder and check that its parts belong together.
+
+    Raises:
+        DataError: a file is missing or damaged, or the sizes of the parts don't fit each other.
+        FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
+    """
+    info = read_info(url)
     tokenizer = CaptionTokenizer(storage.join(url, "tokenizer.model"))
     require_same(f"tokenizer of export {url}", info["tokenizer"], tokenizer.fingerprint, "Export the checkpoint again.")
     dvae_weights = read_weights(storage.join(url, "dvae.safetensors"), "dvae", device)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from dalle_ds.console import progress
@@ -27,6 +28,8 @@ from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pic
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
 from dalle_ds.models.clip import Clip
 from dalle_ds.models.inception import Inception
+from dalle_ds.sampling.export import read_info
+from dalle_ds.training.report import track
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ def evaluate_images(
     n_resamples: int = 20,
     batch: int = 32,
     seed: int = 0,
+    export: str | None = None,
 ) -> dict[str, Any]:
     """Score a set of pictures; writes image_metrics.json and a chart over blur radii to `out`, returns the former's content.
 
@@ -85,6 +89,7 @@ def evaluate_images(
         size: pixels a side that both sides are cut to; None: the short side of the first picture.
         limit: pictures of each side at most. held_out: of a reference of raw shards.
         cache: folder that keeps the reference's statistics.
+        export: where the pictures come from: its MLflow run gets scores and chart.
 
     Raises:
         ConfigError: nothing to measure with. DataError: pictures that can't be used, or statistics by another measure.
@@ -93,6 +98,7 @@ def evaluate_images(
         raise ConfigError("nothing to measure with: give --extractor, --clip or both")
     if reference and extractor is None:
         raise ConfigError("a reference without an extractor tells nothing: give --extractor")
+    about = None if export is None else read_info(export)
     samples = open_pictures(pictures, limit=limit)
     result: dict[str, Any] = {"pictures": pictures, "pictures_fingerprint": samples.fingerprint, "seed": seed}
     if clip is not None:
@@ -118,7 +124,21 @@ def evaluate_images(
     (out / METRICS).write_text(json.dumps(result, indent=1), encoding="utf-8")
     if result.get("by_blur") and any(key in result for key in ("fid", "inception_score")):
         _draw_chart(result["by_blur"], f"{result['n']} pictures, features of {result['extractor']}", out / CHART)
+    if export is not None:
+        result["tracked"] = _track(export, about, out, result)
     return result
+
+
+def _track(export: str, about: dict[str, Any], out: Path, result: dict[str, Any]) -> bool:
+    names = ("fid", "inception_score", "clip_score")
+    metrics = {f"pictures/{name}": result[name] for name in names if name in result}
+    for row in result.get("by_blur", ()):
+        metrics |= {f"pictures/{name}_blur_{row['blur']:g}": row[name] for name in names if name in row}
+    charts = {}
+    if (out / CHART).exists():
+        with Image.open(out / CHART) as chart:
+            charts["pictures/scores_by_blur"] = chart.convert("RGB")
+    return track(export, about, out, metrics, charts, [out / METRICS], "pictures")
 
 
 def extract(

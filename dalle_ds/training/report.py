@@ -177,7 +177,7 @@ def evaluate_export(
         "held_out/caption_gap_low": gap.gap_low,
         "held_out/caption_gap_high": gap.gap_high,
     }
-    is_tracked = _track(export, out, metrics, charts, [out / EVALUATION], "evaluation")
+    is_tracked = track(export.url, export.info, out, metrics, charts, [out / EVALUATION], "evaluation")
     return {"export": url, "out": str(out), **gap.to_dict(), "right_captions_win": gap.gap_low > 0, "tracked": is_tracked}
 
 
@@ -192,25 +192,32 @@ def choose_device(name: str) -> str:
     return name
 
 
-def tracker_of(export: Export, out: Path) -> NullTracker:
-    """A tracker that adds to the export's own MLflow run; one that keeps nothing where config.json names no run."""
-    run = export.info.get("mlflow")
+def tracker_of(url: str, info: dict[str, Any], out: Path) -> NullTracker:
+    """A tracker that adds to the own MLflow run of an export; one that keeps nothing where its config.json names no run."""
+    run = info.get("mlflow")
     uri, run_id = (run["uri"], run["run_id"]) if run else (None, None)
-    if run and run_id is None and export.info.get("checkpoint"):
+    if run and run_id is None and info.get("checkpoint"):
         # the store had not answered yet when the checkpoint was saved: the id is beside the checkpoints by now
-        checkpoint = export.info["checkpoint"]
+        checkpoint = info["checkpoint"]
         known = None if storage.is_s3(checkpoint) else read_run(Path(checkpoint).parents[1])
         uri, run_id = (known.uri, known.run_id) if known else (uri, None)
     if uri is None or run_id is None:
-        log.info("export %s names no MLflow run: nothing is tracked", export.url)
+        log.info("export %s names no MLflow run: nothing is tracked", url)
         return NullTracker()
     return Tracker.attach(out / TRACKING_FOLDER, uri=uri, run_id=run_id)
 
 
-def _track(
-    export: Export, out: Path, metrics: dict[str, float], pictures: dict[str, Image.Image], files: Sequence[Path], folder: str
+def track(
+    url: str,
+    info: dict[str, Any],
+    out: Path,
+    metrics: dict[str, float],
+    pictures: dict[str, Image.Image],
+    files: Sequence[Path],
+    folder: str,
 ) -> bool:
-    tracker, step = tracker_of(export, out), int(export.info.get("update") or 0)
+    """Add to the run of the export at `url`, whose config.json is `info` -> whether it is there."""
+    tracker, step = tracker_of(url, info, out), int(info.get("update") or 0)
     if metrics:
         tracker.metrics(metrics, step)
     for name, picture in pictures.items():
@@ -223,7 +230,7 @@ def _track(
 def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tracked: bool = True) -> dict[str, Any]:
     if is_tracked:
         with Image.open(out / GRID) as grid:
-            is_tracked = _track(export, out, {}, {"samples": grid.convert("RGB")}, [out / RECORD], "samples")
+            is_tracked = track(export.url, export.info, out, {}, {"samples": grid.convert("RGB")}, [out / RECORD], "samples")
     return {
         "out": str(out),
         "grid": str(out / GRID),

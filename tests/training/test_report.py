@@ -8,11 +8,14 @@ import pytest
 
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError
+from dalle_ds.models.clip import Clip
 from dalle_ds.sampling.sampler import SampleSettings
+from dalle_ds.training.image_metrics import evaluate_images, load_extractor
 from dalle_ds.training.lifetime import StopFlag
 from dalle_ds.training.report import SampleSource, choose_device, evaluate_export, sample_export
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.tracking_mlflow import read_run
+from tests.clip_models import make_clip
 from tests.sampling.exports import edit_config, make_export
 
 A_RED_BAR = SampleSource(captions=["A red bar."])
@@ -37,7 +40,7 @@ def the_run(export):
     run = json.loads((export / "config.json").read_text())["mlflow"]
     client = MlflowClient(run["uri"])
     found = client.get_run(run["run_id"])
-    folders = [client.list_artifacts(run["run_id"], folder) for folder in ("images", "samples", "evaluation")]
+    folders = [client.list_artifacts(run["run_id"], folder) for folder in ("images", "samples", "evaluation", "pictures")]
     return found, [file.path for folder in folders for file in folder]
 
 
@@ -55,6 +58,19 @@ def test_evaluation_is_written_and_tracked(export, tmp_path):
     assert run.data.metrics["held_out/caption_gap"] == pytest.approx(summary["gap"])
     assert run.data.metrics["held_out/image_nll"] == pytest.approx(summary["image_nll"])
     assert run.info.status == "FINISHED" and "evaluation/evaluate.json" in files
+
+
+def test_scores_of_pictures_go_to_the_run_of_the_export_that_drew_them(export, tmp_path):
+    clip = Clip.load(make_clip(tmp_path / "clip"))
+    sample_export(str(export), tmp_path / "samples", SampleSettings(n=3), SampleSource(captions=["A red bar.", "a circle"]))
+    extractor = load_extractor(f"clip:{tmp_path / 'clip'}")
+    samples, options = str(tmp_path / "samples"), {"extractor": extractor, "clip": clip, "radii": (0, 2), "n_resamples": 2}
+    result = evaluate_images(samples, tmp_path / "out", reference=[samples], export=str(export), **options)
+    run, files = the_run(export)
+    assert result["tracked"] and "pictures/image_metrics.json" in files
+    assert run.data.metrics["pictures/clip_score"] == pytest.approx(result["clip_score"])
+    assert run.data.metrics["pictures/fid_blur_2"] == pytest.approx(result["by_blur"][1]["fid"])
+    assert any("scores_by_blur" in file for file in files)
 
 
 def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
