@@ -35,7 +35,10 @@ needs() { # needs MODULE WHAT
   "$python" -c "import $1" 2>/dev/null || { echo "error: $2 needs the Python package $1: pip install '.[server]'" >&2; exit 2; }
 }
 case $artifacts in s3://*) needs boto3 "--artifacts $artifacts" ;; esac
-case $backend in postgresql://*) needs psycopg2 "--backend postgresql://" ;; esac
+case $backend in postgresql://*)
+  needs psycopg "--backend postgresql://"
+  backend=postgresql+psycopg://${backend#postgresql://} ;; # versions of SQLAlchemy differ in the driver that they take for it
+esac
 
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)

@@ -141,7 +141,7 @@ def test_registered_model_draws_in_a_fresh_process(server, run, tmp_path, monkey
 
 @pytest.mark.parametrize(("options", "told"), [
     (("--artifacts", "s3://bucket/x"), "needs the Python package boto3: pip install '.[server]'"),
-    (("--backend", "postgresql://host/x"), "needs the Python package psycopg2: pip install '.[server]'"),
+    (("--backend", "postgresql://host/x"), "needs the Python package psycopg: pip install '.[server]'"),
 ])  # fmt: skip
 def test_server_names_the_package_that_is_missing(options, told, tmp_path):
     python = tmp_path / "python"  # one that has no packages
