@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 import webdataset
 
 from dalle_ds.bench.machine import machine_for
+from dalle_ds.bench.readers import Sample, open_readers
 from dalle_ds.bench.report import Report
 from dalle_ds.bench.settings import LoaderSettings
 from dalle_ds.bench.timing import take_turns
@@ -38,9 +39,13 @@ RESUME_SHARDS, SHARD_SAMPLES, RESUME_UPDATE = 10_000, 25_000, 100_000
 
 
 def run(settings: LoaderSettings) -> Report:
-    """Batches of the training stream against the same shards, tokenizer and batch size through plain webdataset."""
+    """Batches of the training stream against the same shards, tokenizer and batch size through plain webdataset, and against
+    the same samples in the formats of other readers where they are installed."""
     made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.dataset is None else None
-    with machine_for(settings) as machine, made or nullcontext() as folder:
+    with (
+        machine_for(settings) as machine, made or nullcontext() as folder,
+        tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as others_folder,
+    ):  # fmt: skip
         root = settings.dataset or write_random_set(folder, settings.samples)
         dataset = TokenDataset(root)
         if dataset.n_samples < settings.batch:
@@ -51,12 +56,15 @@ def run(settings: LoaderSettings) -> Report:
             "ours": lambda: epoch(root, settings, bpe_dropout=0.0),
             "dropout": lambda: epoch(root, settings, settings.bpe_dropout),
         }
+        others = open_readers(dataset, others_folder, settings.batch, encoder(dataset, settings))
+        sides |= {name: lambda loader=loader: take(iter(loader), n_batches) for name, loader in others.items()}
         turns = take_turns(sides, "webdataset", settings.rounds, machine.clock)
         share = wait_share(dataset, settings)
         with tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as many:
             resume = resume_seconds(write_many_shards(many, RESUME_SHARDS))
         report = Report("loader", machine.name)
-    report.add("epoch", "webdataset", turns.seconds("ours"), turns.seconds("webdataset"), turns.ratio("ours", "webdataset"))
+    for other in ("webdataset", *others):
+        report.add("epoch", other, turns.seconds("ours"), turns.seconds(other), turns.ratio("ours", other))
     report.add("epoch_with_bpe_dropout", "webdataset", turns.seconds("dropout"), turns.seconds("webdataset"),
                turns.ratio("dropout", "webdataset"))  # fmt: skip
     report.note(**{f"samples_per_second_{name}": n_batches * settings.batch / turns.seconds(name) for name in sides})
@@ -79,20 +87,25 @@ def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) 
 
 def webdataset_batches(dataset: TokenDataset, settings: LoaderSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Shards one after another in random order, a shuffle buffer, the same tokenizer: the (text, image) batches of an epoch."""
-    n_text = settings.text_len - 1
-
-    def encode(sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        text = torch.full((n_text,), PAD)
-        tokens = dataset.tokenizer.encode(sample["caption"])[:n_text]
-        text[: len(tokens)] = torch.tensor(tokens)
-        return text, torch.from_numpy(sample["tokens"].astype(np.int64))
-
     paths = sorted(set(dataset.shards_of(np.arange(dataset.n_blocks))))
     urls = [storage.join(dataset.root_url, path) for path in paths]
     if any(storage.local_path(url) is None for url in urls):
         raise ConfigError(f"{dataset.root_url}: plain webdataset reads local shards; give --dataset a path")
     source = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).compose(unbatch).shuffle(SHUFFLE_BUFFER)
-    return iter(source.map(encode).batched(settings.batch, partial=False))
+    return iter(source.map(encoder(dataset, settings)).batched(settings.batch, partial=False))
+
+
+def encoder(dataset: TokenDataset, settings: LoaderSettings) -> Callable[[Sample], tuple[torch.Tensor, torch.Tensor]]:
+    """What turns a sample of the other readers into (text, image) of the model."""
+    n_text = settings.text_len - 1
+
+    def encode(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        text = torch.full((n_text,), PAD)
+        tokens = dataset.tokenizer.encode(sample["caption"])[:n_text]
+        text[: len(tokens)] = torch.tensor(tokens)
+        return text, torch.from_numpy(sample["tokens"].astype(np.int64))
+
+    return encode
 
 
 def take(source: Iterator[object], n: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dalle_ds import cli
 from dalle_ds.bench import __main__ as bench_main
-from dalle_ds.bench import attention, decoding, loader, memory, peer_package, scaling, underflow
+from dalle_ds.bench import attention, decoding, loader, memory, peer_package, readers, scaling, underflow
 from dalle_ds.bench.settings import AttentionSettings, LoaderSettings, PeersSettings, UnderflowSettings
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
@@ -80,7 +80,7 @@ def test_loader(type_in, tmp_path, monkeypatch):
     root = loader.write_random_set(str(tmp_path), 256)
     code, out, _ = type_in(f"dalle-ds bench loader --dataset {root} --batch 32 --rounds 1 --pace 5000 --json")
     summary = json.loads(out)
-    assert code == 0 and set(summary["ratios"]) == {"epoch_vs_webdataset", "epoch_with_bpe_dropout_vs_webdataset"}
+    assert code == 0 and set(summary["ratios"]) >= {"epoch_vs_webdataset", "epoch_with_bpe_dropout_vs_webdataset"}
     assert 0 <= summary["data_wait_share"] < 1 and summary["samples_per_second_ours"] > 0
     assert 0 < summary["resume_seconds_10k_shards"] < 60
 
@@ -95,11 +95,12 @@ def test_encode(type_in):
 def test_loader_sides_read_the_same_samples(tmp_path):
     settings = LoaderSettings(batch=32)
     dataset = TokenDataset(loader.write_random_set(str(tmp_path), 256))
-    theirs = loader.webdataset_batches(dataset, settings)
+    others = readers.open_readers(dataset, str(tmp_path / "others"), 32, loader.encoder(dataset, settings))
+    theirs = [loader.webdataset_batches(dataset, settings), *others.values()]
     with loader.stream(dataset, settings, bpe_dropout=0.0) as ours:
         ours = [(batch.text_BT, batch.image_BN) for _ in range(ours.steps_per_epoch) for batch in next(ours)]
-    rows = [sorted(torch.cat([torch.cat(pair, 1) for pair in side]).tolist()) for side in (ours, theirs)]
-    assert len(rows[0]) == 256 and rows[0] == rows[1]
+    rows = [sorted(torch.cat([torch.cat(pair, 1) for pair in side]).tolist()) for side in (ours, *theirs)]
+    assert len(rows[0]) == 256 and all(of_side == rows[0] for of_side in rows)
 
 
 def test_table_without_json_and_the_module_as_command(type_in):
