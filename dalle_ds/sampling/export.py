@@ -38,9 +38,10 @@ class Export:
         return next(self.prior.parameters()).device
 
     @property
-    def data_url(self) -> str | None:
-        """Where the token data set was when the model was trained."""
-        return (self.info.get("data") or {}).get("url")
+    def data_urls(self) -> list[str]:
+        """Where the token data sets were when the model was trained: several of a mix."""
+        data = self.info.get("data") or {}
+        return data.get("sets") or ([data["url"]] if "url" in data else [])  # exports from before mixes lack `sets`
 
     @property
     def caption_dropout(self) -> float:

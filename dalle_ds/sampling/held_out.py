@@ -1,4 +1,4 @@
-"""Held-out samples of the data set that an export was trained on: captions, real codes, and which of them belong together."""
+"""Held-out samples of the data that an export was trained on: captions, real codes, and which of them belong together."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from dalle_ds.data import storage
 from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.shards import CAPTIONS
 from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import TokenBatch, validation_batches
 from dalle_ds.errors import DataError
 from dalle_ds.sampling.export import Export
@@ -42,27 +43,30 @@ class HeldOut:
 
 
 def read_held_out(export: Export, data_url: str | None = None, limit: int | None = None) -> HeldOut:
-    """The validation samples (at most `limit`, from all over the split) as the export's prior reads them.
+    """The validation samples (at most `limit`, from all over the split) as the export's prior reads them. Of a mix: those of
+    all sets together, as in training.
 
     Args:
-        data_url: where the data set is now; None takes the place that the export names.
+        data_url: one data set to read instead of those that the export names.
 
     Raises:
         DataError: no data set there, or none named. FingerprintMismatch: it belongs to another dVAE or tokenizer.
     """
-    url = data_url or export.data_url
-    if url is None:
+    urls = [data_url] if data_url else export.data_urls
+    if not urls:
         raise DataError(f"export {export.url} does not name its data set: give its root by --data")
-    dataset = TokenDataset(url, split="validation")
-    require_same(f"dVAE of data set {url}", export.info["dvae"], dataset.info.dvae, "Its codes mean other pictures.")
-    require_same(f"tokenizer of data set {url}", export.info["tokenizer"], dataset.info.tokenizer)
-    batches = validation_batches(dataset, text_len=export.prior.config.text_len, batch=1, rank=0, world_size=1, limit=limit)
+    sets = [TokenDataset(url, split="validation") for url in urls]
+    for url, dataset in zip(urls, sets, strict=True):
+        require_same(f"dVAE of data set {url}", export.info["dvae"], dataset.info.dvae, "Its codes mean other pictures.")
+        require_same(f"tokenizer of data set {url}", export.info["tokenizer"], dataset.info.tokenizer)
+    mix = TokenMix(sets, [1.0] * len(sets))  # weights are training's
+    batches = validation_batches(mix, text_len=export.prior.config.text_len, batch=1, rank=0, world_size=1, limit=limit)
     return HeldOut(
         torch.cat([batch.text_BT for batch in batches]),
         torch.cat([batch.image_BN for batch in batches]),
         [key for batch in batches for key in batch.keys],
         [caption for batch in batches for caption in batch.captions],
-        _groups(url, batches),
+        _groups("" if len(urls) > 1 else urls[0], batches),
     )
 
 
@@ -85,11 +89,12 @@ def choose_held_out(export: Export, n: int, *, data_url: str | None = None, seed
     return held_out.take(chosen)
 
 
-def _groups(root_url: str, batches: Sequence[TokenBatch]) -> list[str]:
-    """The group of each sample, from the shards that the samples came from (batches carry none: training needs none)."""
+def _groups(root: str, batches: Sequence[TokenBatch]) -> list[str]:
+    """The group of each sample, from the shards that the samples came from (batches carry none: training needs none).
+    `root` is empty where shards are whole urls."""
     group_of: dict[tuple[str, str], str] = {}
     for shard in sorted({shard for batch in batches for shard in batch.shards}):
-        data = storage.read_bytes(storage.join(root_url, shard))
+        data = storage.read_bytes(storage.join(root, shard) if root else shard)
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.name.endswith(f".{CAPTIONS}"):

@@ -52,6 +52,7 @@ def export_checkpoint(
     about = checkpoint.commit["about"]
     config = PriorConfig(**about["model"])
     dataset = _absolute(about["dataset"])
+    sets = [_absolute(one["dataset"]) for one in about.get("data_sets", [about])]  # checkpoints from before mixes lack it
     inputs = {name: storage.join(dataset, name) for name in ("tokenizer.model", "dvae.safetensors")}
     tokenizer, dvae = CaptionTokenizer(inputs["tokenizer.model"]), verified_fingerprint(inputs["dvae.safetensors"], "dvae")
     for name, expected, found in (
@@ -71,7 +72,8 @@ def export_checkpoint(
     parity = _parity(checkpoint, config, model, about) if averaged else None  # only of the average are losses
     info = {
         "fingerprint": fingerprint, "update": checkpoint.commit["update"], "averaged": averaged, "dvae": about["dvae"],
-        "tokenizer": about["tokenizer"], "data": {"url": dataset, "fingerprint": about["data"], "content": about["content"]},
+        "tokenizer": about["tokenizer"],
+        "data": {"url": dataset, "sets": sets, "fingerprint": about["data"], "content": about["content"]},
         "caption_dropout": about.get("caption_dropout", 0.0),  # checkpoints from before the option lack it
         "mlflow": about["mlflow"], "checkpoint": _absolute(checkpoint.url),
     }  # fmt: skip

@@ -157,7 +157,7 @@ def evaluate_export(
     result = {
         "export": url,
         "export_fingerprint": export.fingerprint,
-        "data": data_url or export.data_url,
+        "data": data_url or " + ".join(export.data_urls),
         "seed": seed,
         **gap.to_dict(),
         "position_nll": loss_map.tolist(),

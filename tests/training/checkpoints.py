@@ -44,6 +44,7 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
     about = {
         "model": config.model_dump(), "dataset": data, "dvae": dvae.fingerprint, "tokenizer": tokenizer.fingerprint,
         "data": "d", "content": "c", "caption_dropout": 0.1, "fp16_branches": True, "mlflow": None,
+        "data_sets": [{"dataset": data, "weight": 0.7}, {"dataset": "s3://second/tokens", "weight": 0.3}],
     }  # fmt: skip
     (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 7, "world_size": N_RANKS, "about": about, "files": {}}))
     half.load_state_dict(state, assign=True)

@@ -46,6 +46,7 @@ def test_export_holds_the_weights(made, tmp_path, averaged):
     assert same_weights(tmp_path, prior)
     info = json.loads((tmp_path / "config.json").read_text())
     assert (info["fingerprint"], info["update"], info["averaged"]) == (summary["fingerprint"], 7, averaged)
+    assert info["data"]["sets"] == [str(folder / "tokens"), "s3://second/tokens"]
     assert summary["peak_memory_gigabytes"] > 0.01
     assert json.loads((tmp_path / "parity.json").read_text()) == summary["parity"]
     if averaged:

@@ -9,6 +9,8 @@ import pytest
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.clip import Clip
+from dalle_ds.sampling.export import load_export
+from dalle_ds.sampling.held_out import read_held_out
 from dalle_ds.sampling.sampler import SampleSettings
 from dalle_ds.training.image_metrics import evaluate_images, load_extractor
 from dalle_ds.training.lifetime import StopFlag
@@ -16,6 +18,7 @@ from dalle_ds.training.report import SampleSource, choose_device, evaluate_expor
 from dalle_ds.training.tracking import Tracker
 from dalle_ds.training.tracking_mlflow import read_run
 from tests.clip_models import make_clip
+from tests.data.token_sets import make_token_set
 from tests.sampling.exports import edit_config, make_export
 
 A_RED_BAR = SampleSource(captions=["A red bar."])
@@ -71,6 +74,18 @@ def test_scores_of_pictures_go_to_the_run_of_the_export_that_drew_them(export, t
     assert run.data.metrics["pictures/clip_score"] == pytest.approx(result["clip_score"])
     assert run.data.metrics["pictures/fid_blur_2"] == pytest.approx(result["by_blur"][1]["fid"])
     assert any("scores_by_blur" in file for file in files)
+
+
+def test_an_export_of_a_mix_is_evaluated_on_all_its_sets(export, tmp_path):
+    first = json.loads((export / "config.json").read_text())["data"]["url"]
+    second = make_token_set(tmp_path / "second", n_samples=16, n_validation=24, noise=0.5)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(export, mixed)
+    edit_config(mixed, data={"url": first, "sets": [first, second]}, mlflow=None)
+    held_out = read_held_out(load_export(mixed))
+    assert len(held_out) == 40 + 24 and held_out.groups == held_out.captions
+    of_each = [read_held_out(load_export(mixed), url) for url in (first, second)]
+    assert sorted(held_out.image_SN.tolist()) == sorted(row for one in of_each for row in one.image_SN.tolist())
 
 
 def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
