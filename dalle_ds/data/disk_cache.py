@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,13 @@ class DiskCache:
         path = self._path(name)
         try:
             data = path.read_bytes()
-            os.utime(path)
-            return data
         except FileNotFoundError:
             return None
         except OSError as error:
             return self._failed(error)
+        with suppress(OSError):  # removed since, or another user's
+            os.utime(path)
+        return data
 
     def put(self, name: str, data: bytes) -> None:
         """Keep a piece, and remove those used least recently where it would not fit."""

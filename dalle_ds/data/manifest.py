@@ -65,6 +65,9 @@ class Block(Record):
     crc32: str  # of those bytes, 8 hex characters: a ranged read can check itself
 
 
+_INTEGERS = "^([0-9]+( [0-9]+)*)?$"
+
+
 class BlockColumns(Record):
     """The blocks of a part, as columns with an entry each: a merged manifest has a million blocks, and every rank reads it.
 
@@ -72,9 +75,9 @@ class BlockColumns(Record):
     """
 
     name: str
-    bytes: str
-    n_samples: str
-    crc32: str
+    bytes: str = Field(pattern=_INTEGERS)
+    n_samples: str = Field(pattern=_INTEGERS)
+    crc32: str = Field(pattern="^([0-9a-f]{8}( [0-9a-f]{8})*)?$")
 
     @model_validator(mode="after")
     def _check(self) -> "BlockColumns":

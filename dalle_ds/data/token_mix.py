@@ -43,7 +43,7 @@ class TokenMix:
     def _name(self, names: list[str]) -> str:
         if len(names) == 1:
             return names[0]
-        return " + ".join(f"{weight:g} * {name}" for name, weight in zip(names, self.weights, strict=True))
+        return " + ".join(f"{weight:.12g} * {name}" for name, weight in zip(names, self.weights, strict=True))
 
     def blocks(self, numbers: Iterable[int]) -> dict[int, DecodedBlock]:
         """Decoded blocks by number, from each set's cache or by ranged GETs side by side."""

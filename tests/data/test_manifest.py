@@ -80,6 +80,9 @@ def test_blocks_are_columns_and_lists_of_older_data_sets_are_read(tmp_path: Path
         Part.model_validate({**part, "blocks": older})
     with pytest.raises(ValidationError, match="columns of different lengths"):
         Part.model_validate({**part, "blocks": {**columns, "n_samples": "4 7"}})
+    for damage in ({"bytes": "100 5x 70"}, {"n_samples": "4  3"}, {"crc32": "00000001 ffffffff 0a0b0c"}):
+        with pytest.raises(ValidationError, match="should match pattern"):
+            Part.model_validate({**part, "blocks": {**columns, **damage}})
 
 
 def test_blocks_of_many_parts_lie_in_one_table() -> None:

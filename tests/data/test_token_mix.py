@@ -148,6 +148,7 @@ def test_a_mix_is_named_by_its_sets_and_weights_and_validates_on_all(roots):
     for name in ("fingerprint", "content_fingerprint"):
         assert getattr(both, name) == " + ".join(f"{weight} * {getattr(dataset, name)}"
                                                  for dataset, weight in zip(both.sets, (0.65, 0.35), strict=True))
+    assert mix(roots, (0.65, 0.35000001)).fingerprint != mix(roots, (0.65, 0.35)).fingerprint  # other quotas at large batches
     batches = validation_batches(both, text_len=24, batch=5, rank=0, world_size=1)
     shards = [shard for batch in batches for shard in batch.shards]
     assert Counter(shard.partition("/data/")[0] for shard in shards) == {roots[0]: 20, roots[1]: 30}
