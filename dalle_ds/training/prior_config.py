@@ -55,7 +55,7 @@ class DataShare(Config):
 class CacheSection(Config):
     """Blocks of s3:// data sets on a disk of each machine, shared by its ranks, those used least recently removed."""
 
-    folder: str = Field(description="a path; of each machine")
+    folder: str = Field(pattern="^[^:]+$", description="a path, no url; of each machine")
     gib: float = Field(gt=0, description="bound of its size")
 
 

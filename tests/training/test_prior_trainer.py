@@ -68,6 +68,8 @@ def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
     for sets in ("data.mix=[{dataset: a, weight: 1}]", "data.dataset=null"):
         with pytest.raises(ConfigError, match="expected either `dataset`, or `mix`"):
             recipe(token_set, tmp_path, sets)
+    with pytest.raises(ConfigError, match="data.cache.folder = 's3://bucket/cache'"):
+        recipe(token_set, tmp_path, "data.cache={folder: s3://bucket/cache, gib: 1}")
 
 
 def test_the_papers_way_drops_no_caption(token_set: str, tmp_path: Path) -> None:
