@@ -52,6 +52,8 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that launch jobs first: run side by side with the others, they don't make the whole wait for them at the end."""
-    launching = {item.path for item in items if item.get_closest_marker("launch") or item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: item.path not in launching)
+    """The longest file first, then those that launch jobs: beside others they don't make the whole wait for them at the end."""
+    marks: dict[Path, set[str]] = {}
+    for item in items:
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+    items.sort(key=lambda item: ("e2e" not in marks[item.path], "launch" not in marks[item.path]))
