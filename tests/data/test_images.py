@@ -114,7 +114,8 @@ def test_small_pictures_are_never_enlarged() -> None:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     kind = {"CMYK": "TIFF", "I": "TIFF", "F": "TIFF", "YCbCr": "TIFF"}.get(mode, "PNG")
     image = Image.new(mode, (4, 4))
-    decoded = decode_image(encoded(image, kind))
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12.3 can't read its own without
+    decoded = decode_image(encoded(image, kind, **options))
     assert decoded.mode == "RGB"
     assert decoded.size == (4, 4)
 
