@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -77,6 +78,15 @@ def test_a_killed_run_is_finished_by_the_next(world: World, tmp_path: Path, is_u
     assert problems(out) == 0
 
 
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    workers = []
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.Error):  # it has ended since
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
+
+
 def test_workers_of_two_runs_are_killed_at_random(world: World, tmp_path: Path, is_undisturbed: Check) -> None:
     """Two whole commands on one output; whenever another shard is done, a worker of one of them is shot, in turns."""
     out, draw = str(tmp_path / "tokens"), random.Random(0)
@@ -87,7 +97,7 @@ def test_workers_of_two_runs_are_killed_at_random(world: World, tmp_path: Path, 
         n_seen = len(done_shards(out))
         process = processes[n_killed % 2]
         assert process.poll() is None
-        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        workers = workers_of(process)
         if workers:
             draw.choice(workers).kill()
             n_killed += 1
