@@ -112,7 +112,7 @@ def verify(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption
 
 @app.command()
 def stats(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Counts, reasons of drops, code usage, caption lengths, bytes a sample; from the manifests alone.
+    """Counts, reasons of drops, code usage, caption lengths, bytes a sample, from the manifests; and a page of it.
 
     \b
     python -m preprocessing stats --set stats.root=runs/demo/tokens

@@ -1,7 +1,9 @@
-"""Stats: what a data set holds, from its manifests alone."""
+"""Stats: what a data set holds, from its manifests; as numbers, and as a page to look at."""
 
 import time
 from collections import Counter
+
+from pydantic import Field
 
 from dalle_ds.data import storage
 from dalle_ds.data.manifest import DatasetManifest, RawShardManifest, load_dataset_info, load_manifest, load_shard_manifests
@@ -9,7 +11,9 @@ from dalle_ds.errors import DataError
 from dalle_ds.recipes import Config
 from preprocessing.encode_shard import code_usage
 from preprocessing.outcome import Outcome
+from preprocessing.stats_page import decoded_examples, page_of_raw, page_of_tokens, raw_examples
 
+PAGE = "stats.html"
 PAPER_SAMPLES = 250_000_000
 
 
@@ -18,6 +22,8 @@ class StatsConfig(Config):
 
     root: str  # of raw shards or of a token data set
     project_to: int = PAPER_SAMPLES  # samples
+    page: str | None = None  # HTML file, a path or s3://; unset: stats.html below the root
+    pictures: int = Field(24, ge=0)  # examples on the page
 
 
 class Recipe(Config):
@@ -25,23 +31,26 @@ class Recipe(Config):
 
 
 def run(config: StatsConfig) -> Outcome:
-    """Sum up the manifests.
+    """Sum up the manifests, and write the page.
 
     Raises:
         DataError: no data set there, or no shard of it is done.
     """
     started = time.monotonic()
     is_tokens = storage.exists(storage.join(config.root, "dataset.json"))
-    summary = _tokens(config) if is_tokens else _raw(config)
-    return Outcome({"root": config.root, **summary, "seconds": time.monotonic() - started})
+    summary, page = _tokens(config) if is_tokens else _raw(config)
+    url = config.page or storage.join(config.root, PAGE)
+    storage.write_bytes(url, page.encode())
+    return Outcome({**summary, "page": url, "seconds": time.monotonic() - started})
 
 
-def _tokens(config: StatsConfig) -> dict[str, object]:
+def _tokens(config: StatsConfig) -> tuple[dict[str, object], str]:
     info, manifest = load_dataset_info(config.root), load_manifest(config.root)
     n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
     work_seconds = sum(shard.seconds for shard in manifest.shards)
     n_samples = sum(manifest.n_samples.values())
-    return {
+    summary = {
+        "root": config.root,
         "kind": "tokens",
         "complete": manifest.complete,
         "shards": len(manifest.shards),
@@ -54,9 +63,10 @@ def _tokens(config: StatsConfig) -> dict[str, object]:
         **_projection(n_bytes, n_samples, work_seconds, config.project_to),
         "fingerprint": manifest.fingerprint,
     }
+    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, manifest, config.pictures))
 
 
-def _raw(config: StatsConfig) -> dict[str, object]:
+def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
     manifests = load_shard_manifests(config.root, RawShardManifest)
     if not manifests:
         raise DataError(f"{config.root}: neither a token data set nor finished raw shards")
@@ -64,7 +74,8 @@ def _raw(config: StatsConfig) -> dict[str, object]:
     for manifest in manifests:
         dropped.update(manifest.dropped)
     n_samples = sum(manifest.n_samples for manifest in manifests)
-    return {
+    summary = {
+        "root": config.root,
         "kind": "raw",
         "shards": len(manifests),
         "inputs": sum(manifest.n_input for manifest in manifests),
@@ -74,6 +85,7 @@ def _raw(config: StatsConfig) -> dict[str, object]:
                       sum(manifest.seconds for manifest in manifests), config.project_to),
         "fingerprint": manifests[0].fingerprint,
     }
+    return summary, page_of_raw(summary, dropped, raw_examples(config.root, config.pictures))
 
 
 def _projection(n_bytes: int, n_samples: int, work_seconds: float, project_to: int) -> dict[str, object]:
