@@ -8,4 +8,5 @@ source launchers/setup.sh test,demo
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 lint-imports
-exec python -m pytest -n 3 --dist loadfile "$@"
+# in the order of tests/conftest.py, the longest first
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
