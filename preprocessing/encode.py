@@ -165,6 +165,10 @@ def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str
 
 
 def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
+    trained = extra.get("validation_fraction")
+    if trained is not None and float(trained) < config.validation_fraction:
+        log.warning("%s was trained with validation_fraction %s, encode.validation_fraction is %g: it has seen some of the "
+                    "pictures that are held out here", config.dvae, trained, config.validation_fraction)
     if "held_out" not in extra:
         log.info("%s carries no held-out report: how much of its codebook it uses is not known", config.dvae)
         return

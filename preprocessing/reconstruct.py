@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle_ds.data.images import seed_of
+from dalle_ds.data import storage
+from dalle_ds.data.images import ImageProblem, seed_of
 from dalle_ds.data.manifest import ShardManifest
 from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard
 from dalle_ds.data.shards import read_block
@@ -35,27 +36,35 @@ class Pair:
         return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_pictures: int) -> list[Pair]:
-    """`n_pictures` samples of a shard, drawn by its name, with their sources.
+def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_pictures: int, problems: list[str]) -> list[Pair]:
+    """`n_pictures` samples of each split of a shard, drawn by its name, with their sources; none where the raw shard is gone.
+
+    Adds to `problems` the samples that their source does not have, or not as a picture.
 
     Raises:
-        DataError: the raw shard is missing or another than the manifest names.
+        DataError: the raw shard is another than the manifest names, or damaged.
     """
-    if not manifest.splits:
+    made_of = manifest.input
+    if not storage.exists(made_of.path):
         return []
     rng = np.random.default_rng(seed_of(manifest.shard))
-    part = next(iter(manifest.splits.values()))
-    block = part.blocks[int(rng.integers(len(part.blocks)))]
-    tokens_nN, keys, _ = read_block(root, part, block)
-    rows = rng.choice(len(tokens_nN), min(n_pictures, len(tokens_nN)), replace=False)
-    tokens = {keys[row]: tokens_nN[row].astype(np.int64) for row in rows}
-    made_of = manifest.input
+    tokens: dict[str, np.ndarray] = {}
+    for part in manifest.splits.values():
+        block = part.blocks[int(rng.integers(len(part.blocks)))]
+        tokens_nN, keys, _ = read_block(root, part, block)
+        rows = rng.choice(len(tokens_nN), min(n_pictures, len(tokens_nN)), replace=False)
+        tokens |= {keys[row]: tokens_nN[row].astype(np.int64) for row in rows}
     pairs = []
     for sample in read_raw_shard(RawShard(manifest.shard, made_of.path, made_of.bytes, made_of.checksum)):
         if isinstance(sample, RawSample) and sample.key in tokens:
-            pairs.append(_pair(sample, tokens.pop(sample.key), dvae))
+            tokens_N = tokens.pop(sample.key)
+            try:
+                pairs.append(_pair(sample, tokens_N, dvae))
+            except ImageProblem as problem:
+                problems.append(f"shard {manifest.shard}, sample {sample.key}: its source is {problem.reason}")
             if not tokens:
                 break
+    problems += [f"shard {manifest.shard}, sample {key}: {made_of.path} does not have it" for key in tokens]
     return pairs
 
 

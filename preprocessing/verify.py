@@ -49,7 +49,7 @@ class VerifyConfig(Config):
 
     root: str  # of raw shards or of a token data set
     workers: int | None = Field(None, ge=1)
-    pictures_per_shard: int = Field(0, ge=0)  # decoded and held against their source, which is read for it; 0: none
+    pictures_per_shard: int = Field(1, ge=0)  # of each split, decoded and held against their source, which is read; 0: none
     delete_orphans: bool = False  # objects that no manifest names: leftovers of killed workers. Not while an encode run goes on
 
 
@@ -80,7 +80,10 @@ class VerifyJob:
         if self.info is None or not self.pictures_per_shard:
             return lambda manifest: check_shard(self, manifest)
         torch.set_num_threads(n_threads)
-        dvae = load_dvae(storage.join(self.root, "dvae.safetensors"))[0].eval()
+        try:
+            dvae = load_dvae(storage.join(self.root, "dvae.safetensors"))[0].eval()
+        except UserError:  # told with the other files of the data set
+            dvae = None
         return lambda manifest: check_shard(self, manifest, dvae)
 
 
@@ -151,7 +154,7 @@ def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest, dvae
             assert job.info is not None
             keys = _check_tokens(job.root, job.info, manifest, problems)
             if dvae is not None:
-                pairs = pairs_of(job.root, manifest, dvae, job.pictures_per_shard)
+                pairs = pairs_of(job.root, manifest, dvae, job.pictures_per_shard, problems)
                 problems += [f"shard {manifest.shard}, sample {pair.key}: {pair.same_tokens:.1%} of its tokens are those of "
                              f"its source, expected {MIN_SAME_TOKENS:.0%}"
                              for pair in pairs if pair.same_tokens < MIN_SAME_TOKENS]

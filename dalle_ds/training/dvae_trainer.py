@@ -297,7 +297,10 @@ class _Trainer:
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
             mark = write_weights(
                 self.folder / WEIGHTS_FILE, kind="dvae", config=model.model_dump(), state=state,
-                extra={"run": self.identity, "held_out": json.dumps(asdict(numbers))},
+                extra={
+                    "run": self.identity, "held_out": json.dumps(asdict(numbers)),
+                    "validation_fraction": str(self.recipe.data.validation_fraction),
+                },
             )  # fmt: skip
         report = {
             "dvae": mark, "run": self.identity, "weights": str(self.folder / WEIGHTS_FILE), "image_size": model.image_size,

@@ -334,12 +334,20 @@ def test_verify_holds_decoded_tokens_against_their_source(
     config = VerifyConfig(root=out, workers=1, pictures_per_shard=2)
     outcome = verify.run(config)
     assert outcome.is_complete, outcome.problems
-    assert N_SHARDS < outcome.summary["pictures_compared"] <= 2 * N_SHARDS
+    assert N_SHARDS < outcome.summary["pictures_compared"] <= 4 * N_SHARDS  # of two splits
     assert outcome.summary["psnr_min"] <= outcome.summary["psnr_mean"]
     assert decode_image(storage.read_bytes(outcome.summary["picture"])).width == 8 * 32
     taken = reconstruct.crop_of
     monkeypatch.setattr(reconstruct, "crop_of", lambda *arguments: 255 - taken(*arguments))  # sources of other samples
     assert "of its tokens are those of its source" in verify.run(config).problems[0]
+    monkeypatch.setattr(reconstruct, "read_raw_shard", lambda _: iter(()))
+    assert "does not have it" in verify.run(config).problems[0]
+    (Path(world.raw) / "data").rename(tmp_path / "moved")  # raw shards may be gone after an encode
+    try:
+        gone = verify.run(config)
+    finally:
+        (tmp_path / "moved").rename(Path(world.raw) / "data")
+    assert gone.is_complete and gone.summary["pictures_compared"] == 0
 
 
 @pytest.mark.gpu
