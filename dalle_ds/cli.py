@@ -8,6 +8,7 @@ import typer
 from dalle_ds.bench.verbs import bench
 from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
 from dalle_ds.errors import ConfigError
+from dalle_ds.evaluation.verbs import human_eval
 
 app = typer.Typer(
     name="dalle-ds",
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench)
+app.add_typer(human_eval)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on the last line of stdout.")]
 Recipe = Annotated[Path | None, typer.Option(help="YAML file of the run's settings.")]
@@ -213,9 +215,11 @@ def serve(
       dalle-ds serve --export runs/export --clip runs/clip
       dalle-ds serve --export s3://models/dalle --host 0.0.0.0 --port 8080 --max-n 16
     """
+    from dalle_ds.recipes import from_options
     from dalle_ds.training.serve import PageLimits, serve_export
 
-    limits = _checked(PageLimits, n=max_n, caption=max_caption, upload_mb=max_upload_mb, waiting=max_waiting)
+    sizes = {"n": max_n, "caption": max_caption, "upload_mb": max_upload_mb, "waiting": max_waiting}
+    limits = from_options(PageLimits, sizes)
     serve_export(export, limits, clip=clip, host=host, port=port, mlflow_url=mlflow_url, device=device)
 
 
@@ -293,62 +297,6 @@ def evaluate_images(
     print_summary(image_metrics.evaluate_images(pictures, out, **options), json)
 
 
-human_eval = typer.Typer(
-    name="human-eval",
-    help="The paper's human evaluation: pages to vote on, and the tally.",
-    no_args_is_help=True,
-    **TYPER_SETTINGS,
-)
-app.add_typer(human_eval)
-
-
-@human_eval.command("build")
-def human_eval_build(
-    ours: Annotated[str, typer.Option(help="Pictures with captions: samples.json or its folder, raw shards, or a folder.")],
-    theirs: Annotated[str, typer.Option(help="The other side's, likewise; tasks are the captions that both have.")],
-    out: Annotated[Path, typer.Option(help="Folder for page-*.html, and key.json, which voters must not see.")],
-    limit: Annotated[int, typer.Option(min=1, help="Tasks at most; the paper has 1000.")] = 1000,
-    per_page: Annotated[int, typer.Option(min=1, help="Tasks on one page.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the order and the sides.")] = 0,
-    json: Json = False,
-) -> None:
-    """Make pages that ask of two pictures which is more realistic, and which matches the caption; they work offline.
-
-    Give each page to five people. Each sends back the file that the page saves.
-
-    \b
-    Examples:
-      dalle-ds human-eval build --ours samples --theirs other-model --out pages
-      dalle-ds human-eval build --ours a/samples.json --theirs b/samples.json --out pages --limit 200 --per-page 50 --json
-    """
-    from dalle_ds.evaluation.human_page import build_pages
-
-    print_summary(build_pages(ours, theirs, out, limit=limit, per_page=per_page, seed=seed), json)
-
-
-@human_eval.command("tally")
-def human_eval_tally(
-    votes: Annotated[list[Path], typer.Argument(help="Files that voters saved.")],
-    key: Annotated[Path, typer.Option(help="key.json of the pages.")],
-    n_votes: Annotated[int, typer.Option("--votes", min=1, help="On each task, as wanted.")] = 5,
-    fast_seconds: Annotated[float, typer.Option(min=0, help="An answer within these is fast; the paper's.")] = 4.0,
-    fast_share: Annotated[float, typer.Option(min=0, max=1, help="Leave a worker out with more fast answers than this,")] = 0.5,
-    disagreement: Annotated[float, typer.Option(min=0, max=1, help="and more against the others' majority than this.")] = 0.4,
-    json: Json = False,
-) -> None:
-    """Count votes: the majority on each pair, shares with 95 % intervals, without workers who were fast and disagreed.
-
-    \b
-    Examples:
-      dalle-ds human-eval tally votes/*.json --key pages/key.json
-      dalle-ds human-eval tally votes/*.json --key pages/key.json --votes 3 --fast-seconds 2 --json
-    """
-    from dalle_ds.evaluation.human_votes import Rule, tally
-
-    rule = _checked(Rule, fast_seconds=fast_seconds, fast_share=fast_share, disagreement=disagreement)
-    print_summary(tally(votes, key, n_votes=n_votes, rule=rule), json)
-
-
 @app.command()
 def plan(
     preset: Annotated[str, typer.Option(help="tiny, 0.3b, 1.2b, 2.8b, 5.6b or 12b.")] = "12b",
@@ -379,6 +327,7 @@ def plan(
       dalle-ds plan --preset 12b --gpus 256 --shard-gpus 8 --moments low_bit --tflops 989 --mfu 0.4 --price 2.5 --json
     """
     from dalle_ds.models.presets import PRESETS
+    from dalle_ds.recipes import from_options
     from dalle_ds.training.plan import PlanSettings
     from dalle_ds.training.plan import plan as compute
 
@@ -392,7 +341,8 @@ def plan(
         "global_batch": global_batch,
     }
     rates = {"tflops": tflops, "mfu": mfu, "price": price}
-    settings = _checked(PlanSettings, **sizes, **rates, moments=moments, bucket=bucket, live=live, gpu_memory=gpu_memory)
+    memory = {"moments": moments, "bucket": bucket, "live": live, "gpu_memory": gpu_memory}
+    settings = from_options(PlanSettings, {**sizes, **rates, **memory})
     print_summary({"preset": preset, **compute(PRESETS[preset], settings)}, json)
 
 
@@ -437,13 +387,6 @@ def replay(
     is_delivered = run(folder, uri=uri)
     print_summary({"folder": str(folder), "delivered": is_delivered}, json)
     raise typer.Exit(0 if is_delivered else 1)
-
-
-def _checked(config_class: Any, **values: Any) -> Any:
-    """Command-line values as a config, with its own error messages; None leaves the default."""
-    from dalle_ds.recipes import load_recipe
-
-    return load_recipe(config_class, overrides=[f"{key}={value}" for key, value in values.items() if value is not None])
 
 
 @user_errors_exit

@@ -3,7 +3,7 @@
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,11 @@ def load_recipe(config_class: type[C], path: str | Path | None = None, overrides
         source = path or "the command line"
         lines = [f"  {_explain(config_class, problem)}" for problem in error.errors()]
         raise ConfigError(f"recipe {source} does not fit {config_class.__name__}:\n" + "\n".join(lines)) from None
+
+
+def from_options(config_class: type[C], options: Mapping[str, Any]) -> C:
+    """A config of single values, such as options of a command; None leaves a default. Raises ConfigError as `load_recipe`."""
+    return load_recipe(config_class, overrides=[f"{key}={value}" for key, value in options.items() if value is not None])
 
 
 def dump_recipe(config: BaseModel) -> str:

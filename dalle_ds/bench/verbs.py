@@ -65,14 +65,13 @@ def _group() -> None:
 def _command(name: str) -> Callable[..., None]:
     """A function whose parameters are the fields of the benchmark's settings, as typer reads them."""
     from dalle_ds.bench import settings as classes
-    from dalle_ds.recipes import load_recipe
+    from dalle_ds.recipes import from_options
 
     settings_class = getattr(classes, f"{name.capitalize()}Settings")
 
     def command(json: bool, **options: Any) -> None:
         # imported here: an error in the options needs no torch
-        given = [f"{key}={value}" for key, value in options.items() if value is not None]
-        settings = load_recipe(settings_class, overrides=given)
+        settings = from_options(settings_class, options)
         report = import_module(f"dalle_ds.bench.{name}").run(settings)
         report.print_table(to_stderr=json)
         if json:

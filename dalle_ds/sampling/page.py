@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 
 from dalle_ds.errors import ConfigError, UserError
-from dalle_ds.recipes import Config, load_recipe
+from dalle_ds.recipes import Config, from_options
 from dalle_ds.sampling.decode import partial_pictures
 from dalle_ds.sampling.given import PAPER_SHARE, give_picture
 from dalle_ds.sampling.sampler import Candidate, Request, Rows, Sampler, SampleSettings
@@ -214,7 +214,7 @@ def _request(
     caption = (caption or "").strip()
     if len(caption) > limits.caption:
         raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.caption}")
-    settings = load_recipe(SampleSettings, overrides=[f"{key}={value}" for key, value in values.items() if value is not None])
+    settings = from_options(SampleSettings, values)
     if settings.n > limits.n:
         raise ConfigError(f"{settings.n} pictures, expected at most {limits.n}")
     given = give_picture(sampler.export, Path(file).read_bytes(), rows) if file else None

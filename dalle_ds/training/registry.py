@@ -1,6 +1,5 @@
 """Register an export as a version of an MLflow model, with all that it needs to draw in another process."""
 
-import json
 import os
 import re
 import tempfile
@@ -11,7 +10,8 @@ from typing import Any
 
 import dalle_ds
 from dalle_ds.data import storage
-from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.sampling.export import read_info
 from dalle_ds.training.tracking_mlflow import make_client, read_run
 
 FOLDER = "model"
@@ -30,10 +30,7 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
     Raises:
         DataError: no export. ConfigError: it names no MLflow run. UserError: MLflow is away or refuses.
     """
-    try:
-        info = json.loads(storage.read_bytes(storage.join(url, "config.json")))
-    except FileNotFoundError:
-        raise DataError(f"{url} is not an export folder: it has no config.json; `dalle-ds export` writes one") from None
+    info = read_info(url)
     known_uri, run_id = run_of_export(info)
     uri = uri or known_uri
     if uri is None or run_id is None:

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data import storage
 from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
 from dalle_ds.parallel.ranks import Ranks
@@ -28,8 +27,8 @@ from dalle_ds.sampling.sampler import Request, Rows, SampleSettings, Unit
 from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.training.charts import position_heatmap
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
+from dalle_ds.training.registry import run_of_export
 from dalle_ds.training.tracking import NullTracker, Tracker
-from dalle_ds.training.tracking_mlflow import read_run
 
 log = logging.getLogger(__name__)
 
@@ -194,13 +193,7 @@ def choose_device(name: str) -> str:
 
 def tracker_of(url: str, info: dict[str, Any], out: Path) -> NullTracker:
     """A tracker that adds to the own MLflow run of an export; one that keeps nothing where its config.json names no run."""
-    run = info.get("mlflow")
-    uri, run_id = (run["uri"], run["run_id"]) if run else (None, None)
-    if run and run_id is None and info.get("checkpoint"):
-        # the store had not answered yet when the checkpoint was saved: the id is beside the checkpoints by now
-        checkpoint = info["checkpoint"]
-        known = None if storage.is_s3(checkpoint) else read_run(Path(checkpoint).parents[1])
-        uri, run_id = (known.uri, known.run_id) if known else (uri, None)
+    uri, run_id = run_of_export(info)
     if uri is None or run_id is None:
         log.info("export %s names no MLflow run: nothing is tracked", url)
         return NullTracker()

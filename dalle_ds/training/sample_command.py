@@ -22,14 +22,13 @@ def main(
     # read where torch is imported; else the ranks that are left by another one bury its name under frames of C++
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dalle_ds.parallel.ranks import Ranks
-    from dalle_ds.recipes import load_recipe
+    from dalle_ds.recipes import from_options
     from dalle_ds.sampling.sampler import SampleSettings
     from dalle_ds.training.job import on_all_ranks
     from dalle_ds.training.report import ALONE, SampleSource, sample_export
 
     def work(ranks: Ranks) -> dict[str, Any]:
-        given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-        checked = load_recipe(SampleSettings, overrides=given)
+        checked = from_options(SampleSettings, settings)
         return sample_export(url, out, checked, SampleSource(**source), clip=clip, device=device, ranks=ranks)
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

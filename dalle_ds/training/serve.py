@@ -4,6 +4,7 @@ from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.page import PageLimits, build_page, launch_page
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.training.registry import run_of_export
 from dalle_ds.training.report import choose_device
 
 
@@ -22,7 +23,7 @@ def serve_export(
 
 def run_link(export: Export, server: str | None) -> str | None:
     """Page of the training run in MLflow, at `server` or where the run was tracked; None without a server."""
-    run = export.info.get("mlflow") or {}
-    server = server or run.get("uri") or ""
-    is_known = server.startswith("http") and run.get("run_id")
-    return f"{server.rstrip('/')}/#/runs/{run['run_id']}" if is_known else None
+    known_server, run_id = run_of_export(export.info)
+    server = server or known_server or ""
+    is_known = server.startswith("http") and run_id is not None
+    return f"{server.rstrip('/')}/#/runs/{run_id}" if is_known else None
