@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dalle_ds.recipes import Config
+from dalle_ds.training.tracking_config import TrackingConfig
 
 
 class ClipPictures(Config):
@@ -53,9 +54,7 @@ class ClipOptimizer(Config):
     clip: float = Field(1.0, gt=0, description="global gradient norm")
 
 
-class ClipTracking(Config):
-    uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the folder")
-    experiment: str = "dalle_ds"
+class ClipTracking(TrackingConfig):
     run_name: str = "clip"
     every: int = Field(20, ge=1, description="updates between metrics")
 

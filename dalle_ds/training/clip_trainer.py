@@ -16,19 +16,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_ds.console import progress
-from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import list_raw_shards
-from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.clip import Clip
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.clip_config import ClipRun
 from dalle_ds.training.clip_pictures import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip_tokenizer import train_clip_tokenizer
-from dalle_ds.training.dvae_folder import CHECKPOINT_FILE, require_room, write_aside
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
+from dalle_ds.training.run_folder import (
+    device_of,
+    finished_report,
+    identity_of,
+    load_checkpoint,
+    require_room,
+    save_checkpoint,
+    shards_digest,
+    write_report,
+)
 from dalle_ds.training.tracking import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
@@ -36,7 +42,6 @@ log = logging.getLogger(__name__)
 MODEL_FOLDER, REPORT_FILE, PROVENANCE_FILE = "model", "clip_report.json", "provenance.json"
 HELD_OUT = 512  # pictures at most, each with one right caption among them
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
-_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "device"}
 
 
 def train_clip(run: ClipRun) -> dict[str, Any]:
@@ -50,10 +55,9 @@ def train_clip(run: ClipRun) -> dict[str, Any]:
     """
     folder = Path(run.folder)
     with StopFlag() as stop, RunLock(folder):
-        shards = fingerprint({"shards": [[s.name, s.bytes, s.checksum] for s in list_raw_shards(run.data.raw)]})
-        settings = run.model_dump(mode="json", exclude=_NOT_IDENTITY)
-        identity = fingerprint({"stage": "clip", **settings, "data": {**settings["data"], "raw": shards}})
-        finished = _finished(folder, identity)
+        shards = shards_digest(run.data.raw)
+        identity = identity_of("clip", run, shards)
+        finished = finished_report(folder / REPORT_FILE, identity)
         if finished is not None:
             log.info("%s is finished: %d updates; nothing to do", folder / MODEL_FOLDER, finished["updates"])
             return finished
@@ -67,7 +71,7 @@ class _Trainer:
     def __init__(self, run: ClipRun, identity: str, shards: str) -> None:
         self.recipe, self.identity, self.shards, self.folder = run, identity, shards, Path(run.folder)
         self.tracker, self.status = NullTracker(), "FAILED"
-        self.device = _device(run.device)
+        self.device = device_of(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         samples = read_split(run.data, "train", run.model.image_size)
@@ -188,7 +192,7 @@ class _Trainer:
         (aside / PROVENANCE_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-        write_aside(self.folder / REPORT_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+        write_report(self.folder / REPORT_FILE, report)
         self.tracker.tags({"clip": report["clip"]})
         for name in (MODEL_FOLDER, REPORT_FILE, "recipe.yaml"):
             self.tracker.artifact(self.folder / name)
@@ -201,17 +205,12 @@ class _Trainer:
             "identity": self.identity, "update": self.update, "seconds": self.seconds, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
+        save_checkpoint(self.folder, state)
 
     def _restore(self) -> None:
-        path = self.folder / CHECKPOINT_FILE
-        if not path.exists():
+        state = load_checkpoint(self.folder, self.identity)
+        if state is None:
             return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and storage errors alike
-            raise DataError(f"{path} is damaged ({type(error).__name__}); move it away to start anew") from None
-        require_same(f"checkpoint {path}", self.identity, state["identity"], _OTHER_RUN)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update, self.seconds = state["update"], state["seconds"]
@@ -229,23 +228,6 @@ def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> d
         ranks.append((logits > logits.diagonal()[:, None]).sum(-1))  # how many are preferred to the right one
     ranks_2S = torch.stack(ranks).float()
     return {f"top{n}": (ranks_2S < n).float().mean().item() for n in (1, 5)} | {"chance": 1 / len(captions)}
-
-
-_OTHER_RUN = "It is of another recipe or other pictures: choose another folder, or move it away."
-
-
-def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The report of a finished run; None where there is none. Raises FingerprintMismatch where it is of another run."""
-    path = folder / REPORT_FILE
-    if not path.exists():
-        return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        found = report["run"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged; move it away to train again") from None
-    require_same(f"finished run {path}", identity, found, _OTHER_RUN)
-    return report
 
 
 def _new_model(run: ClipRun, tokenizer: Any) -> Any:
@@ -266,13 +248,3 @@ def _new_processor(image_size: int) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other wants torchvision
 
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device here")
-    return device

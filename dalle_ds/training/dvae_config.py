@@ -9,6 +9,7 @@ from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.optim.averaging import AverageConfig
 from dalle_ds.optim.schedules import HalfCosine
 from dalle_ds.recipes import Config
+from dalle_ds.training.tracking_config import TrackingConfig
 
 
 class PictureSection(Config):
@@ -63,9 +64,7 @@ class LossSection(Config):
     )
 
 
-class DVAETracking(Config):
-    uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the folder")
-    experiment: str = "dalle_ds"
+class DVAETracking(TrackingConfig):
     run_name: str = "dvae"
     every: int = Field(50, ge=1, description="updates between metrics")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dalle_ds.console import progress
 from dalle_ds.data.fingerprint import require_same
-from dalle_ds.data.weights import write_weights
-from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.data.weights import read_weights, write_weights
+from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
@@ -27,26 +27,29 @@ from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.watch import RankWatch
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.dvae_config import DVAERun
-from dalle_ds.training.dvae_folder import (
-    CHECKPOINT_FILE,
-    RECONSTRUCTIONS_FILE,
-    REPORT_FILE,
-    WEIGHTS_FILE,
-    finished_report,
-    identity_of,
-    require_room,
-    shards_digest,
-    write_aside,
-)
 from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae_report import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
+from dalle_ds.training.run_folder import (
+    device_of,
+    finished_report,
+    identity_of,
+    load_checkpoint,
+    require_room,
+    save_checkpoint,
+    shards_digest,
+    write_report,
+)
 from dalle_ds.training.tracking import NullTracker, Tracker
 
 __all__ = ["DVAERun", "train_dvae"]
 
 log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "dvae.safetensors"
+REPORT_FILE = "dvae_report.json"
+RECONSTRUCTIONS_FILE = "reconstructions.png"
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 """This process without others; the recipe says on which device."""
@@ -70,12 +73,13 @@ def train_dvae(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
         RankWatch(ranks, run.failure.collective_timeout) as watch,
         RunLock(folder) if ranks.is_main else nullcontext(),
     ):
-        identity = identity_of(run)
-        finished = ranks.from_main(finished_report(folder, identity) if ranks.is_main else None)
+        shards = shards_digest(run.data.raw)
+        identity = identity_of("dvae", run, shards)
+        finished = ranks.from_main(_finished(folder, identity) if ranks.is_main else None)
         if finished is not None:
             log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
             return finished
-        with _denormals_flushed(), closing(_Trainer(run, identity, ranks)) as trainer:
+        with _denormals_flushed(), closing(_Trainer(run, identity, shards, ranks)) as trainer:
             watch.before_exit = trainer.end_tracking
             return trainer.run(stop)
 
@@ -94,8 +98,8 @@ def _denormals_flushed() -> Iterator[None]:
 class _Trainer:
     """One run: what it is made of (built and checked in the constructor), and its loop."""
 
-    def __init__(self, run: DVAERun, identity: str, ranks: Ranks) -> None:
-        self.recipe, self.identity, self.ranks, self.folder = run, identity, ranks, Path(run.folder)
+    def __init__(self, run: DVAERun, identity: str, shards: str, ranks: Ranks) -> None:
+        self.recipe, self.identity, self.shards, self.ranks, self.folder = run, identity, shards, ranks, Path(run.folder)
         self.tracker, self.status = NullTracker(), "FAILED"
         self.parts = run.parts_of(ranks.rank, ranks.world_size)
         self.device = _device(run, ranks)
@@ -175,7 +179,7 @@ class _Trainer:
             tags={**code_tags(), "stage": "dvae", "run_fingerprint": self.identity},
             params={**flatten(run.model_dump(mode="json")), "world_size": self.ranks.world_size},
         )  # fmt: skip
-        self.tracker.input_dataset("raw", run.data.raw, shards_digest(run))
+        self.tracker.input_dataset("raw", run.data.raw, self.shards)
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
@@ -307,7 +311,7 @@ class _Trainer:
             "grid": model.grid, **asdict(numbers), "updates": self.update, "seconds": round(self.seconds, 1),
             "parameters": sum(p.numel() for p in self.parameters), "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }  # fmt: skip
-        write_aside(self.folder / REPORT_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+        write_report(self.folder / REPORT_FILE, report)
         self.tracker.tags({"dvae": mark})
         for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE, "recipe.yaml"):
             self.tracker.artifact(self.folder / name)
@@ -323,25 +327,19 @@ class _Trainer:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        write_aside(self.folder / CHECKPOINT_FILE, lambda path: torch.save(state, path))
+        save_checkpoint(self.folder, state)
 
     def _restore(self) -> None:
-        path = self.folder / CHECKPOINT_FILE
-        if path.exists():
-            self._load(path)
+        state = load_checkpoint(self.folder, self.identity)
+        if state is not None:
+            self._load(state)
         starts = self.ranks.gather_objects((self.update, self.identity))
         for rank, start in enumerate(starts):
             if start != starts[0]:
                 raise UserError(f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: they must see the "
                                 f"same {self.folder}, recipe and raw shards" % (*start, *starts[0]))  # fmt: skip
 
-    def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and storage errors alike
-            raise DataError(f"{path} is damaged ({type(error).__name__}); move it away to start anew") from None
-        require_same(f"checkpoint {path}", self.identity, state["identity"],
-                     "It is of another recipe or other pictures: choose another folder, or move it away.")  # fmt: skip
+    def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
@@ -353,14 +351,18 @@ class _Trainer:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The report of a finished run in this folder; None where there is none, or where its weights are to be written again."""
+    report = finished_report(folder / REPORT_FILE, identity)
+    if report is None or not (folder / WEIGHTS_FILE).exists():
+        return None  # the last checkpoint is complete: the weights are written again from it
+    mark = read_weights(folder / WEIGHTS_FILE, "dvae").fingerprint
+    require_same(f"weights {folder / WEIGHTS_FILE}", report.get("dvae", "none"), mark)
+    return report
+
+
 def _device(run: DVAERun, ranks: Ranks) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device is {run.device!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {run.device!r}, but torch {torch.__version__} finds no CUDA device here")
+    device = device_of(run.device)
     if ranks.world_size > 1:
         if run.device not in ("auto", ranks.device.type):
             raise ConfigError(f"device is {run.device!r}, but rank {ranks.rank} of {ranks.world_size} has {ranks.device}: "

@@ -19,6 +19,7 @@ from dalle_ds.optim.averaging import PriorAverageConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas import ReplicasConfig
 from dalle_ds.recipes import Config
+from dalle_ds.training.tracking_config import TrackingConfig
 
 
 class ModelSection(Config):
@@ -125,11 +126,7 @@ class ValidationSection(Config):
     samples: int | None = Field(8192, ge=1, description="held-out samples at most; null: all")
 
 
-class TrackingSection(Config):
-    uri: str | None = Field(
-        None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the run folder"
-    )
-    experiment: str = "dalle_ds"
+class PriorTracking(TrackingConfig):
     run_name: str = "prior"
     every: int = Field(10, ge=1, description="updates between metrics")
     samples_every: int | None = Field(
@@ -181,7 +178,7 @@ class PriorRun(Config):
     replicas: ReplicasConfig = ReplicasConfig()
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
-    tracking: TrackingSection = TrackingSection()
+    tracking: PriorTracking = PriorTracking()
     failure: FailureSection = FailureSection()
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.optim.schedules import HalfCosine
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import dump_recipe, load_recipe
-from dalle_ds.training import dvae_folder, dvae_trainer
+from dalle_ds.training import dvae_trainer, run_folder
 from dalle_ds.training.dvae_config import DVAERun
 from dalle_ds.training.dvae_pictures import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae_trainer import ALONE, _Trainer, train_dvae
@@ -173,7 +173,7 @@ def test_a_collapsed_codebook_is_named(
 
 
 def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -> None:
-    with closing(_Trainer(dvae_run(raw, tmp_path), "test", ALONE)) as trainer:
+    with closing(_Trainer(dvae_run(raw, tmp_path), "test", "shards", ALONE)) as trainer:
         drawn = [torch.rand(4, generator=trainer._noise(part)) for part in (0, 1, 0)]
         trainer.update += 1
         drawn.append(torch.rand(4, generator=trainer._noise(0)))
@@ -184,12 +184,12 @@ def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -
 def test_ranks_that_do_not_see_the_same_folder_are_told_so(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "gather_objects", lambda _, mine: [mine, (5, "test")])
     with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: they must see"):
-        _Trainer(dvae_run(raw, tmp_path), "test", ALONE)
+        _Trainer(dvae_run(raw, tmp_path), "test", "shards", ALONE)
 
 
 def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
     run = dvae_run(raw, tmp_path, loss={})
-    with closing(_Trainer(run, "test", ALONE)) as trainer:
+    with closing(_Trainer(run, "test", "shards", ALONE)) as trainer:
         images = validation_pictures(run.data, 16)[:4]
         loss, terms = trainer._loss(images, 0.5, 6.6, torch.Generator())
     # per picture: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
@@ -290,9 +290,9 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
         train_dvae(dvae_run(raw, tmp_path / "run", device="gpu"))
     third_of_three = Ranks(2, 3, torch.device("cpu"))
     with pytest.raises(ConfigError, match="batch_size 8 in parts of micro_batch 2 is 4 parts, expected a multiple of the 3 r"):
-        _Trainer(dvae_run(raw, tmp_path / "run", micro_batch=2), "test", third_of_three)
+        _Trainer(dvae_run(raw, tmp_path / "run", micro_batch=2), "test", "shards", third_of_three)
     with pytest.raises(ConfigError, match="device is 'meta', but rank 2 of 3 has cpu"):
-        _Trainer(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, batch_size=3), "test", third_of_three)
+        _Trainer(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, batch_size=3), "test", "shards", third_of_three)
     with pytest.raises(DataError, match="at least 64 pixels"):
         train_dvae(dvae_run(raw, tmp_path / "run", model={"image_size": 64}))
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
@@ -301,7 +301,7 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dvae_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
     with pytest.raises(UserError, match=r"no room in .*: 0\.1 MiB free, \d\.\d MiB needed"):
         train_dvae(dvae_run(raw, tmp_path / "run"))
 
