@@ -1,5 +1,6 @@
 """Stats: what a data set holds, from its manifests; as numbers, and as a page to look at."""
 
+import logging
 import time
 from collections import Counter
 
@@ -13,6 +14,8 @@ from preprocessing.encode_shard import code_usage
 from preprocessing.outcome import Outcome
 from preprocessing.stats_page import decoded_examples, page_of_raw, page_of_tokens, raw_examples
 
+log = logging.getLogger(__name__)
+
 PAGE = "stats.html"
 PAPER_SAMPLES = 250_000_000
 
@@ -22,7 +25,7 @@ class StatsConfig(Config):
 
     root: str  # of raw shards or of a token data set
     project_to: int = PAPER_SAMPLES  # samples
-    page: str | None = None  # HTML file, a path or s3://; unset: stats.html below the root
+    page: str | None = None  # HTML file, a path or s3://; unset: stats.html below the root, where it may be written
     pictures: int = Field(24, ge=0)  # examples on the page
 
 
@@ -34,14 +37,24 @@ def run(config: StatsConfig) -> Outcome:
     """Sum up the manifests, and write the page.
 
     Raises:
-        DataError: no data set there, or no shard of it is done.
+        DataError: no data set there, no shard of it is done, or `page` cannot be written.
     """
     started = time.monotonic()
     is_tokens = storage.exists(storage.join(config.root, "dataset.json"))
     summary, page = _tokens(config) if is_tokens else _raw(config)
+    return Outcome({**summary, "page": _write(page, config), "seconds": time.monotonic() - started})
+
+
+def _write(page: str, config: StatsConfig) -> str | None:
     url = config.page or storage.join(config.root, PAGE)
-    storage.write_bytes(url, page.encode())
-    return Outcome({**summary, "page": url, "seconds": time.monotonic() - started})
+    try:
+        storage.write_bytes(url, page.encode())
+    except OSError as error:
+        if config.page is not None:
+            raise DataError(f"the page cannot be written to {url}: {error}") from None
+        log.warning("there is no page: %s; stats.page names another place for it", error)  # the numbers are what was asked for
+        return None
+    return url
 
 
 def _tokens(config: StatsConfig) -> tuple[dict[str, object], str]:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
@@ -17,7 +18,10 @@ from dalle_ds.data.images import ImageProblem, decode_image
 from dalle_ds.data.manifest import DatasetManifest
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.data.shards import read_block
+from dalle_ds.errors import DataError
 from preprocessing.encode_shard import load_dvae
+
+log = logging.getLogger(__name__)
 
 Example = tuple[Image.Image, str]
 SIDE = 128  # pixels of an example on the page
@@ -54,7 +58,11 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
     """The first samples of the train split, by the data set's own dVAE; one after another, which takes seconds at full size."""
     if n == 0:
         return []
-    dvae = load_dvae(storage.join(root, "dvae.safetensors"))[0].eval()
+    try:
+        dvae = load_dvae(storage.join(root, "dvae.safetensors"))[0].eval()
+    except DataError as error:
+        log.warning("no pictures on the page: %s", error)
+        return []
     blocks = (read_block(root, part, block) for part in manifest.parts("train") for block in part.blocks)
     samples = (sample for tokens_nN, _, captions in blocks for sample in zip(tokens_nN, captions, strict=True))
     examples = []

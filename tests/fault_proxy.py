@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 SLOW_DOWN = (b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
              b"<Message>Please reduce your request rate.</Message></Error>")
+DENIED = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+READING = (b"GET", b"HEAD")
 # busy: 503 SlowDown; reset: cut off before the server hears of it; lost: done by the server, its answer is lost;
 # cut: half of the answer's body; slow: a body with pauses; stalled: half of a body, then silence
 FAULTS = ("busy", "reset", "lost", "cut", "slow", "stalled")
@@ -19,14 +21,15 @@ class FaultProxy:
 
     Args:
         upstream: endpoint of the server, http://host:port. pause: seconds of a slow body's rest. stall: of a stalled one's.
+        read_only: whatever would write is denied.
     """
 
     def __init__(self, upstream: str, faults: Iterable[str] = FAULTS, every: int = 3, pause: float = 0.2, stall: float = 30,
-                 unreachable: str = "") -> None:
+                 unreachable: str = "", read_only: bool = False) -> None:
         self._upstream = urlsplit(upstream)
         self._faults = itertools.cycle(faults)
         self._every, self._pause, self._stall, self._unreachable = every, pause, stall, unreachable
-        self._n_requests = 0
+        self._is_read_only, self._n_requests = read_only, 0
         self.suffered: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -73,13 +76,14 @@ class FaultProxy:
         if b"expect" in fields:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(int(fields.get(b"content-length", b"0")))
+        if self._is_read_only and not request.startswith(READING):
+            await _refuse(writer, request, b"403 Forbidden", DENIED)
+            return
         fault = self._fault_of(request + b"\r\n")
         if fault:
             self.suffered[fault] += 1
         if fault == "busy":
-            writer.write(b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Type: application/xml\r\n"
-                         b"Content-Length: %d\r\n\r\n" % len(SLOW_DOWN) + (b"" if request.startswith(b"HEAD") else SLOW_DOWN))
-            await writer.drain()
+            await _refuse(writer, request, b"503 Slow Down", SLOW_DOWN)
             return
         if fault == "reset":
             writer.transport.abort()
@@ -106,3 +110,9 @@ class FaultProxy:
             return await reader.read()
         finally:
             writer.close()
+
+
+async def _refuse(writer: asyncio.StreamWriter, request: bytes, status: bytes, body: bytes) -> None:
+    writer.write(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n"
+                 % (status, len(body)) + (b"" if request.startswith(b"HEAD") else body))
+    await writer.drain()

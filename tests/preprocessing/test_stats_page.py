@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from dalle_ds.data import storage
+from dalle_ds.errors import DataError
 from preprocessing import encode, stats
 from preprocessing.stats import StatsConfig
 from preprocessing.stats_page import page_of_raw
 from tests.browser import NEEDS_CHROMIUM, browser_page
+from tests.conftest import S3
+from tests.fault_proxy import FaultProxy
 from tests.preprocessing.conftest import N_PICTURES, World
 
 
@@ -40,3 +44,20 @@ def test_a_page_without_pictures_and_where_it_goes(world: World, any_root: str) 
 def test_what_captions_hold_is_shown_as_text() -> None:
     text = page_of_raw({"root": "<b>", "n": 1}, {}, [(Image.new("RGB", (3, 2)), "<script>alert(1)</script>")])
     assert "<script>" not in text and "&lt;script&gt;" in text and "<b>" not in text
+
+
+@pytest.mark.s3
+def test_where_nothing_may_be_written_or_decoded_there_are_numbers(
+        world: World, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    out = f"{s3.url}/tokens"
+    encode.run(world.config(out))
+    storage.delete(f"{out}/dvae.safetensors")
+    with FaultProxy(s3.server.endpoint, every=1_000_000, read_only=True) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        summary = stats.run(StatsConfig(root=out)).summary
+        assert summary["page"] is None and summary["samples"]["train"] > 0
+        assert "stats.page names another place" in caplog.text and "dvae.safetensors" in caplog.text
+        with pytest.raises(DataError, match=r"cannot be written to .*/page.html: not allowed to write"):
+            stats.run(StatsConfig(root=out, page=f"{out}/page.html"))
+        summary = stats.run(StatsConfig(root=out, page=str(tmp_path / "page.html"))).summary
+    assert "<figure>" not in Path(str(summary["page"])).read_text(encoding="utf-8")
