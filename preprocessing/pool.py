@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -70,10 +71,11 @@ def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callabl
             try:
                 results.append(outcome())
                 n_in_a_row = 0
-            except (UserError, OSError) as error:
+            except Exception as error:  # a fault of ours too: one shard in a hundred thousand must not end the night's work
                 # The other shards go on; this one has no manifest, so the next run takes it up again.
-                failures[name(shard)] = str(error)
-                log.error("shard %s stays open: %s", name(shard), error)
+                is_expected = isinstance(error, UserError | OSError)
+                failures[name(shard)] = str(error) if is_expected else _last_line(error)
+                log.error("shard %s stays open: %s", name(shard), failures[name(shard)], exc_info=not is_expected)
                 n_in_a_row += 1
             if journal:
                 _note(journal, name(shard), failures.get(name(shard)))
@@ -94,6 +96,11 @@ def run_shards(job: Job, shards: Sequence[Any], *, n_workers: int, name: Callabl
             died = f"worker processes died {MAX_BROKEN_POOLS} times in a row; try fewer workers (memory?)"
             failures |= {name(shard): died for shard in shards if name(shard) not in settled}
     return results, failures
+
+
+def _last_line(error: Exception) -> str:
+    """What a traceback ends with."""
+    return traceback.format_exception_only(error)[-1].strip().rpartition("\n")[2]
 
 
 def _note(journal: Journal, shard: str, reason: str | None) -> None:

@@ -83,6 +83,10 @@ def settle_on_ray(job: Any, shards: Sequence[Any], n_workers: int, gpus_each: in
                 if left:
                     hire()
                 continue
+            except ray.exceptions.RayTaskError as unexpected:
+                if shard is None:
+                    raise
+                result, error = None, unexpected
             if shard is None and error is not None:
                 raise error
             n_lost_at_start = 0
@@ -104,7 +108,7 @@ def _raising(error: Exception) -> Callable[[], Any]:
 
 
 class _Worker:
-    """An actor: what a process of the local pool is. Errors of one shard are values here; anything else is a bug."""
+    """An actor: what a process of the local pool is. Expected errors are values here: Ray would wrap them."""
 
     def __init__(self, job: Any) -> None:
         self._job = job

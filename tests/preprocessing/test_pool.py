@@ -73,6 +73,8 @@ def test_many_failures_in_a_row_end_it(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bugs_are_not_swallowed(tmp_path: Path, workers: int) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run(Job(tmp_path, bug=2), workers=workers)
+def test_a_bug_at_one_shard_is_told_with_its_traceback(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    results, failures = run(Job(tmp_path, bug=2), workers=workers)
+    assert sorted(results) == [n * n for n in range(12) if n != 2]
+    assert failures == {"2": "ZeroDivisionError: a bug of ours"}
+    assert 'raise ZeroDivisionError("a bug of ours")' in caplog.text and "shard 2 stays open" in caplog.text
