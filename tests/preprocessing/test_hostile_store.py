@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.data import storage
-from dalle_ds.data.manifest import done_shards
+from dalle_ds.data.manifest import RawShardManifest, done_shards, load_shard_manifests
 from dalle_ds.errors import DataError
-from preprocessing import encode, verify
+from preprocessing import encode, ingest, verify
+from preprocessing.ingest import IngestConfig
 from preprocessing.verify import VerifyConfig
 from tests.conftest import S3
 from tests.fault_proxy import FAULTS, FaultProxy
+from tests.pictures import draw_folder
 from tests.preprocessing.conftest import N_SHARDS, World
 
 pytestmark = pytest.mark.s3
@@ -37,6 +39,26 @@ def test_encode_through_a_faulty_store_is_the_undisturbed_run(
     assert min(proxy.suffered[fault] for fault in FAULTS) >= 3, proxy.suffered
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
     assert is_undisturbed(out)
+    report = verify.run(VerifyConfig(root=out, workers=1)).summary
+    assert (report["n_problems"], report["orphans"]) == (0, 0)
+
+
+def test_ingest_through_a_faulty_store_is_the_undisturbed_run(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = draw_folder(tmp_path / "pictures", 48)
+    pictures, out = f"{s3.url}/pictures", f"{s3.url}/raw"
+    for file in folder.iterdir():
+        storage.write_bytes(f"{pictures}/{file.name}", file.read_bytes())
+    undisturbed = ingest.run(IngestConfig(pictures=pictures, out=str(tmp_path / "raw"), samples_per_shard=8, workers=1))
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
+    with FaultProxy(s3.server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert ingest.run(IngestConfig(pictures=pictures, out=out, samples_per_shard=8, workers=1)).is_complete
+    assert min(proxy.suffered[fault] for fault in FAULTS) >= 3, proxy.suffered
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
+    shards = load_shard_manifests(out, RawShardManifest)
+    assert sum(shard.n_samples for shard in shards) == undisturbed.summary["samples"] == 48
+    local = load_shard_manifests(str(tmp_path / "raw"), RawShardManifest)
+    assert [(shard.shard, shard.checksum) for shard in shards] == [(shard.shard, shard.checksum) for shard in local]
     report = verify.run(VerifyConfig(root=out, workers=1)).summary
     assert (report["n_problems"], report["orphans"]) == (0, 0)
 
