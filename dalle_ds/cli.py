@@ -190,7 +190,7 @@ def judge(
       dalle-ds judge by_a/samples.json by_b/samples.json
       dalle-ds judge by_a/samples.json by_b/samples.json --json
     """
-    from dalle_ds.sampling.judge import judge as compare
+    from dalle_ds.evaluation.judge import judge as compare
 
     print_summary(compare(chosen, judged), json)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.sampling.judge import judge
+from dalle_ds.evaluation.judge import judge
 
 
 def record(file, scores_CK, scorer, **changes):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.bootstrap import mean_interval
 
 RESAMPLES = 10_000
 SAME = ("export_fingerprint", "captions", "settings", "picture")
@@ -41,9 +42,8 @@ def judge(chosen: Path, judged: Path, seed: int = 0) -> dict[str, Any]:
     gain_C = favourite_C - mean_C
     others_CK = np.delete(b_CK.ravel(), every_C * b_CK.shape[1] + favourites_C).reshape(len(b_CK), -1)
     beaten_CK = (favourite_C[:, None] > others_CK) + 0.5 * (favourite_C[:, None] == others_CK)
-    draws = np.random.default_rng(seed).integers(0, len(gain_C), (RESAMPLES, len(gain_C)))
-    low, high = np.quantile(gain_C[draws].mean(1), [0.025, 0.975])
-    wins_low, wins_high = np.quantile(beaten_CK.mean(1)[draws].mean(1), [0.025, 0.975])
+    low, high = mean_interval(gain_C, every_C, n_resamples=RESAMPLES, seed=seed)
+    wins_low, wins_high = mean_interval(beaten_CK.mean(1), every_C, n_resamples=RESAMPLES, seed=seed)
     return {
         "captions": len(a_CK),
         "candidates": a_CK.shape[1],
@@ -52,12 +52,12 @@ def judge(chosen: Path, judged: Path, seed: int = 0) -> dict[str, Any]:
         "score_of_favourite": float(favourite_C.mean()),
         "score_of_random": float(mean_C.mean()),
         "gain": float(gain_C.mean()),
-        "gain_low": float(low),
-        "gain_high": float(high),
+        "gain_low": low,
+        "gain_high": high,
         "favourite_wins": float(beaten_CK.mean()),
-        "favourite_wins_low": float(wins_low),
-        "favourite_wins_high": float(wins_high),
-        "reranking_helps": bool(low > 0),
+        "favourite_wins_low": wins_low,
+        "favourite_wins_high": wins_high,
+        "reranking_helps": low > 0,
     }
 
 
