@@ -30,7 +30,9 @@ from preprocessing.precision import Encode, Precision, encoder_of
 # B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
 
 BATCHES_AHEAD = 2  # decoded while the encoder works
+CHUNK_SAMPLES, CHUNK_BYTES = 16, 1 << 20
 Batch = list[tuple[RawSample, np.ndarray]]
+Chunk = list[RawSample | Dropped]
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,32 @@ def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[
 
 def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[Any, np.ndarray | str]]:
     # Each sample with its picture, or with the reason why it is dropped.
-    ahead: deque[tuple[RawSample | Dropped, Future[np.ndarray | str]]] = deque()
+    samples = read_raw_shard(shard)
+    if n_threads == 1:
+        yield from ((sample, _crop_or_reason(sample, image_size)) for sample in samples)
+        return
+    ahead: deque[tuple[Chunk, Future[list[np.ndarray | str]]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
-        for sample in read_raw_shard(shard):
-            ahead.append((sample, pool.submit(_crop_or_reason, sample, image_size)))
+        for chunk in _chunks(samples):
+            ahead.append((chunk, pool.submit(lambda chunk: [_crop_or_reason(sample, image_size) for sample in chunk], chunk)))
             if len(ahead) > 2 * n_threads:
-                first, crop = ahead.popleft()
-                yield first, crop.result()
-        for sample, crop in ahead:
-            yield sample, crop.result()
+                first, crops = ahead.popleft()
+                yield from zip(first, crops.result(), strict=True)
+        for chunk, crops in ahead:
+            yield from zip(chunk, crops.result(), strict=True)
+
+
+def _chunks(samples: Iterator[RawSample | Dropped]) -> Iterator[Chunk]:
+    # What a thread takes at a time: handing over one small picture would take as long as decoding it.
+    chunk: Chunk = []
+    n_bytes = 0
+    for sample in samples:
+        chunk.append(sample)
+        n_bytes += len(sample.image) if isinstance(sample, RawSample) else 0
+        if len(chunk) == CHUNK_SAMPLES or n_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, n_bytes = [], 0
+    yield chunk
 
 
 def _crop_or_reason(sample: RawSample | Dropped, image_size: int) -> np.ndarray | str:

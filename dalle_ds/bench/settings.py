@@ -156,7 +156,7 @@ class EncodeSettings(Common):
     raw: str | None = Field(None, description="Root of raw shards, of which the first is taken; unset: JPEGs are made.")
     dvae: str | None = Field(None, description="dvae.safetensors; unset: random weights, full size or --small.")
     small: bool = Field(False, description="The dVAE of the demo: 32 px, 64 codes of 512.")
-    pictures: int | None = Field(None, ge=2, description="Pictures a turn; unset: 8, with --small 1024.")
+    pictures: int | None = Field(None, ge=2, description="Pictures a turn; unset: 8, with --small 4096.")
     batch: int | None = Field(None, ge=1, description="Pictures of a batch; unset: 2, with --small 64.")
     side: int | None = Field(None, ge=16, description="Width of the JPEGs made; unset: 1.5 times the dVAE's.")
     precision: Dtype = Field("fp32", description="fp32, bf16 or fp16, as encode.precision.")

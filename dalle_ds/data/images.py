@@ -3,6 +3,7 @@
 import hashlib
 import io
 import warnings
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -141,6 +142,7 @@ def area_resize(pixels_SSC: np.ndarray, size: int, top: int = 0, left: int = 0, 
     return np.clip(np.rint(cells_WWC), 0, 255).astype(np.uint8)
 
 
+@lru_cache(1024)  # pictures of one size are many
 def _area_taps(side: int, size: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     # Source index and weight of each tap of output cells start .. start + count - 1: two (count, taps) arrays.
     scale = (side - 1) / (size - 1) if size > 1 else side / size

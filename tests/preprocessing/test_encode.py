@@ -20,7 +20,7 @@ from dalle_ds.data.shards import read_block
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from preprocessing import encode, ingest, reconstruct, stats, tokenizer, verify
+from preprocessing import encode, encode_shard, ingest, pool, reconstruct, stats, tokenizer, verify
 from preprocessing.commit import commit_shard
 from preprocessing.encode_shard import EncodeJob
 from preprocessing.ingest import IngestConfig
@@ -100,6 +100,24 @@ def test_worker_processes_write_the_same_bytes(world: World, tmp_path: Path, is_
     assert outcome.is_complete
     assert outcome.summary["shards_made_now"] == N_SHARDS
     assert is_undisturbed(str(tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_any_number_of_decoding_threads_writes_the_same(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        chunk_bytes: int) -> None:
+    monkeypatch.setattr(encode_shard, "CHUNK_SAMPLES", 3)
+    monkeypatch.setattr(encode_shard, "CHUNK_BYTES", chunk_bytes)
+    raw = str(tmp_path / "raw")
+    ingest.run(IngestConfig(pictures=str(world.pictures), out=raw, samples_per_shard=N_PICTURES, workers=1))
+    shard, = list_raw_shards(raw)
+    found = []
+    for n_threads in (1, 2, 5):
+        monkeypatch.setattr(pool, "n_cores", lambda n_threads=n_threads: n_threads)
+        assert encode.run(world.config(tmp_path / str(n_threads), raw=raw)).is_complete
+        found.append(part_checksums(str(tmp_path / str(n_threads))))
+    torch.set_num_threads(1)
+    assert list(found[0]) == [shard.name]
+    assert found[0] == found[1] == found[2]
 
 
 def test_several_machines_begin_apart_and_leave_out_what_stands(
