@@ -4,6 +4,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import shutil
 import time
 from contextlib import suppress
 from itertools import islice
@@ -13,6 +14,8 @@ import pytest
 
 from dalle_ds.data import disk_cache, storage
 from dalle_ds.data.disk_cache import DiskCache
+from dalle_ds.data.manifest import load_manifest
+from dalle_ds.data.shards import read_block
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.data.tokens import TokenStream
 from tests.data.token_sets import make_token_set
@@ -121,3 +124,15 @@ def test_a_second_epoch_from_the_cache_makes_no_request(tmp_path, s3, monkeypatc
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert read(DiskCache(tmp_path / "cache", 10**7)) == expected
     assert len(ranges) == 1 and "damaged" in caplog.text
+
+
+def test_a_set_made_anew_in_the_same_place_is_not_taken_for_the_one_before(tmp_path, caplog):
+    root, disk = str(tmp_path / "tokens"), DiskCache(tmp_path / "cache", 10**7)
+    for seed in (0, 1):
+        make_token_set(root, n_samples=32, block_samples=16, seed=seed)
+        for part in load_manifest(root).parts("train"):
+            for block in part.blocks:
+                expected, found = read_block(root, part, block), read_block(root, part, block, disk)
+                assert (found[0] == expected[0]).all() and found[1:] == expected[1:]
+        shutil.rmtree(root)
+    assert "damaged" not in caplog.text

@@ -196,6 +196,19 @@ def test_the_share_of_dropped_captions_is_the_chance(tmp_path):
     assert abs(n_dropped - 800) < 4 * (8000 * 0.1 * 0.9) ** 0.5  # standard deviation 27
 
 
+def test_which_captions_are_dropped_has_nothing_to_do_with_which_merges_are(tmp_path):
+    dataset = TokenDataset(make_token_set(tmp_path / "tokens", n_samples=4000, n_validation=16, block_samples=500))
+    settings = {"global_batch": 1000, "micro_batch": 1000, "bpe_dropout": 0.02}
+    kept, some = (sum(read(dataset, 4, **settings, caption_dropout=chance), []) for chance in (0.0, 0.02))
+    whole = []
+    for batch, twin in zip(kept, some, strict=True):
+        for number in (twin.text_BT == PAD).all(1).nonzero().flatten().tolist():
+            pieces = [piece for piece in batch.text_BT[number].tolist() if piece != PAD]
+            whole.append(pieces == dataset.tokenizer.encode(batch.captions[number])[:23])
+    assert len(whole) > 40
+    assert sum(whole) > len(whole) / 2  # by the same draws, each of them would have lost a merge
+
+
 def test_other_captions_are_dropped_in_another_epoch_or_run(root):
     def dropped(epoch: int, chance: float = 0.5, **settings) -> set[str]:
         texts = texts_by_sample(read(TokenDataset(root), 24, caption_dropout=chance, **settings))
