@@ -9,4 +9,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 lint-imports
 # in the order of tests/conftest.py, the longest first
-exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -67,8 +67,10 @@ def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, s
     pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
 
+    trained = (out / "prior" / "summary.json").stat().st_mtime_ns
     again = launching.run(command, home, env)
     assert again.returncode == 0
+    assert (out / "prior" / "summary.json").stat().st_mtime_ns == trained
     assert again.stderr.count("is up to date") == 4 and "=== 6/10" in again.stderr, "a finished demo does nothing"
 
 

@@ -1,10 +1,12 @@
 """Run at the start of every Python process that the tests launch (it is on their PYTHONPATH).
 
 DeepSpeed imports its autotuner everywhere, and that imports mlflow if it can: half of the CPU time in which a launcher or rank
-starts, in hundreds of processes. Nothing here uses the autotuner; whoever else imports mlflow gets it.
+starts, in hundreds of processes. Its engine asks of every optimizer whether it is Muon, whose module sets up torch's compiler:
+a sixth of a rank's start. Nothing here uses either; whoever else imports mlflow gets it.
 """
 
 import sys
+from types import SimpleNamespace
 
 
 class _NoMlflowForTheAutotuner:
@@ -19,3 +21,4 @@ class _NoMlflowForTheAutotuner:
 
 
 sys.meta_path.insert(0, _NoMlflowForTheAutotuner)
+sys.modules["deepspeed.runtime.zero.muon.muon_optimizer"] = SimpleNamespace(MuonWithAuxAdam=type("Muon", (), {}))

@@ -123,6 +123,24 @@ def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) 
         train_prior(run, ALONE)
 
 
+@pytest.mark.parametrize("summary", [{}, {"held_out_image_loss": 2.5}])
+def test_a_finished_run_is_not_repeated_at_any_number_of_ranks(
+    token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: dict[str, float]
+) -> None:
+    run = recipe(token_set, tmp_path, "updates=10")
+    about = {**asdict(_Trainer(run, ALONE).identity), "moments": "fp32"}
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 4, "about": about, "files": {}}))
+    if summary:
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(_Trainer, "prepare", lambda _: pytest.fail("it trained"))
+    found = train_prior(run, ALONE)
+    assert found["resumed_at"] == 10 and summary.items() <= found.items()
+    with pytest.raises(pytest.fail.Exception, match="it trained"):
+        train_prior(recipe(token_set, tmp_path, "updates=11"), ALONE)
+
+
 @pytest.mark.parametrize(("saved", "wanted"), [({}, "low_bit"), ({"moments": "low_bit"}, "fp32")], ids=["older", "low_bit"])
 def test_moments_keep_their_format_in_a_run(token_set: str, tmp_path: Path, saved: dict[str, str], wanted: str) -> None:
     run = recipe(token_set, tmp_path, f"optimizer.moments={wanted}")
