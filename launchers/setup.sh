@@ -33,7 +33,7 @@ _setup() {
   python=$(_find_python)
   echo "setting up $_venv ($extras); a few minutes the first time" >&2
   [ -x "$_venv/bin/python" ] || "$python" -m venv "$_venv"
-  local pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
+  local pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check)
   # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
   "${pip[@]}" -e "$_root[$extras]"

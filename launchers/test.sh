@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/setup.sh test,demo
 # many small matrix products beside several ranks: more threads only get in each other's way
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files
 ruff check .
 lint-imports
 # in the order of tests/conftest.py, the longest first
