@@ -80,8 +80,9 @@ class SlotEmbedding(nn.Module):
         super().__init__()
         d = config.d_model
         self.config = config
-        self.text = nn.Embedding(config.text_vocab, d)
-        self.image = nn.Embedding(config.image_vocab, d)
+        # empty as the others are: `initialise` draws all, and a model on "meta" is made without torch's compiler
+        self.text = nn.Embedding.from_pretrained(torch.empty(config.text_vocab, d), freeze=False)
+        self.image = nn.Embedding.from_pretrained(torch.empty(config.image_vocab, d), freeze=False)
         self.start_of_text = nn.Parameter(torch.empty(d))
         self.start_of_image = nn.Parameter(torch.empty(d))
         self.text_position = nn.Parameter(torch.empty(config.text_len, d))

@@ -1,4 +1,4 @@
-"""What the engine tests do on every rank; started by the deepspeed launcher, results as JSON in the folder given."""
+"""What the engine tests do on every rank: results as JSON in the folder given."""
 
 import json
 import sys
@@ -381,4 +381,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What a rank of a small engine really allocates; started by the launcher, results as JSON in the folder given."""
+"""What a rank of a small engine really allocates: results as JSON in the folder given."""
 
 import json
 import sys
@@ -49,4 +49,4 @@ def _bytes(tensors) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What the tests of replicas do on every rank; started by the deepspeed launcher, results as JSON in the folder given."""
+"""What the tests of replicas do on every rank: results as JSON in the folder given."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from tests.distributed.engine_cases import ADAMW, CLIP, CONFIG, GLOBAL_BATCH, UP
 
 PER_BLOCK = {"enabled": True, "loss_scale": "per_resblock"}
 N_REPLICAS = 2
-RUN_CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=32, text_len=4, grid=3, text_vocab=8, image_vocab=8, conv_kernel=3)
+RUN_CONFIG = PriorConfig(n_layers=2, n_heads=2, d_head=32, text_len=4, grid=3, text_vocab=8, image_vocab=8, conv_kernel=3)
 RUN_UPDATES, RUN_BATCH = 50, 32
 
 
@@ -185,4 +185,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--"))))
+    main(Path(sys.argv[1]))

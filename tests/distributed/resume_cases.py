@@ -1,4 +1,4 @@
-"""Save on some ranks, load on others; started by the deepspeed launcher: resume_cases.py save+load+store|load FOLDER."""
+"""Save on some ranks, load on others: resume_cases.py save+load+store|load FOLDER."""
 
 import json
 import sys
@@ -125,5 +125,4 @@ def main(actions: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    actions, folder = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    main(actions, Path(folder))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -16,10 +16,9 @@ pytestmark = pytest.mark.launch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("resume")
-    cases = str(Path(__file__).with_name("resume_cases.py"))
+    cases = Path(__file__).with_name("resume_cases.py")
     for actions, n_ranks in (("save+load+store", 2), ("load", 1), ("load", 3)):
-        done = launching.run([*launching.deepspeed(n_ranks), cases, actions, str(folder)], folder)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launching.run_ranks(n_ranks, cases, actions, str(folder), cwd=folder)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*-?.json")}
 
 
