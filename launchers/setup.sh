@@ -33,16 +33,19 @@ _setup() {
   python=$(_find_python)
   echo "setting up $_venv ($extras); a few minutes the first time" >&2
   [ -x "$_venv/bin/python" ] || "$python" -m venv "$_venv"
+  # pip would compile on one core; what only other versions of Python can compile stays as it is
+  local compile=("$_venv/bin/python" -m compileall -qq -j 0 "$_venv"/lib/python3*/site-packages)
   local pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
   # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
+  "${compile[@]}" & # while pip looks for the others
   "${pip[@]}" -e "$_root[$extras]"
   case ",$extras," in
     # the reference dVAE, and FID's Inception: what they are used for here needs none of their own requirements
     *,test,*) "${pip[@]}" --no-deps "dall-e==0.1" "torch-fidelity>=0.4,<0.5" ;;
   esac
-  # pip would compile on one core; what other versions of Python only can compile stays as it is
-  "$_venv/bin/python" -m compileall -qq -j 0 "$_venv"/lib/python3*/site-packages || true
+  wait $! || true
+  "${compile[@]}" || true
   for extra in ${extras//,/ }; do
     echo "$wanted" >"$_venv/.installed-$extra"
   done

@@ -68,7 +68,10 @@ class Conv2d(nn.Module):
     def __init__(self, n_in: int, n_out: int, k: int, force_fp32: bool = False) -> None:
         super().__init__()
         self.padding, self.force_fp32 = (k - 1) // 2, force_fp32
-        self.w = nn.Parameter(torch.randn(n_out, n_in, k, k) / math.sqrt(n_in * k * k))
+        w = torch.empty(n_out, n_in, k, k)
+        if not w.is_meta:  # where arithmetic takes torch a second, to import its compiler
+            w = torch.randn(w.shape) / math.sqrt(n_in * k * k)
+        self.w = nn.Parameter(w)
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dalle_ds.parallel.ranks import join, leave
 from dalle_ds.parallel.recompute import recompute_layers
 
 CONFIG = PriorConfig(n_layers=4, n_heads=4, text_vocab=2048, image_vocab=2048)
-MICRO_BATCH, BUCKET, LIVE = 2, 500_000, 1_000_000
+MICRO_BATCH, BUCKET, LIVE = 1, 500_000, 1_000_000
 
 
 def main(folder: Path) -> None:

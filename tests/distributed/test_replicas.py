@@ -65,12 +65,11 @@ def test_ranks_and_replicas_agree(outcome: dict[str, Any]) -> None:
 
 @pytest.mark.launch
 def test_power_sgd_learns_as_the_plain_average_does_with_a_fifth_of_the_bytes(outcome: dict[str, Any]) -> None:
-    runs = {name: outcome["rank0"][f"run_{name}"] for name in ("none", "other_seed", "power_sgd")}
+    runs = {name: outcome["rank0"][f"run_{name}"] for name in ("none", "power_sgd")}
     first = runs["none"]["losses"][0]
     final = {name: sum(run["losses"][-20:]) / 20 for name, run in runs.items()}
     assert first > 0.97 * math.log(8) and final["none"] < 1.5, "something is learned"
-    noise = abs(final["other_seed"] - final["none"])
-    assert abs(final["power_sgd"] - final["none"]) < min(noise, 0.1), final
+    assert abs(final["power_sgd"] - final["none"]) < 0.1, final  # two seeds of the weights differ by 0.17
 
     plain, ours = runs["none"], runs["power_sgd"]
     matrices = ours["matrix_bytes"]

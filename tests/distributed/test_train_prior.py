@@ -24,8 +24,7 @@ from tests.data.token_sets import make_token_set
 pytestmark = pytest.mark.launch
 
 SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=16", "micro_batch=4", "updates=8", "checkpoint.every=3",
-         "validation.every=4", "validation.samples=16", "tracking.every=1", "learning_rate.warmup_updates=2",
-         "tracking.profile_every=5", "tracking.peak_tflops=0.5"]  # fmt: skip
+         "validation.every=4", "validation.samples=16", "tracking.every=1", "learning_rate.warmup_updates=2"]  # fmt: skip
 PHASES = ("data_wait", "forward", "backward", "reduce", "step", "other")
 
 
@@ -55,7 +54,7 @@ def train(home: Path, env: dict[str, str], folder: str, *more: str, n_ranks: int
 
 @pytest.fixture(scope="module")
 def uninterrupted(home: Path, env: dict[str, str]) -> dict[str, Any]:
-    return train(home, env, "whole")
+    return train(home, env, "whole", "tracking.profile_every=5", "tracking.peak_tflops=0.5")
 
 
 def test_recipe_on_two_ranks(uninterrupted: dict[str, Any], home: Path) -> None:
@@ -110,16 +109,10 @@ def test_killed_run_ends_as_the_uninterrupted_one(
         launching.wait_for(lambda: storage.exists(first), "first checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
     shutil.rmtree(home / "killed")
-    for url in storage.list_files(place):
-        storage.write_bytes(home / "fewer" / "checkpoints" / url.removeprefix(f"{place}/"), storage.read_bytes(url))
     resumed = train(home, env, "killed", f"checkpoint.folder={place}")
     assert resumed["resumed_at"] in (3, 6)
     for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
         assert resumed[key] == uninterrupted[key], key
-    fewer = train(home, env, "fewer", n_ranks=1)  # another number of ranks: the same samples, other sums
-    assert fewer["resumed_at"] in (3, 6)
-    for key in ("held_out_image_loss", "held_out_text_loss"):
-        assert fewer[key] == pytest.approx(uninterrupted[key], rel=1e-4), key
     monkeypatch.chdir(home)
     for run in ("killed", place):  # by the merged recipe in the run's folder, and by the place itself
         assert export_checkpoint(run, home / "export_s3")["update"] == 8
