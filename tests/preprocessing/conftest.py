@@ -36,16 +36,16 @@ def part_checksums(root: str) -> dict[str, dict[str, str]]:
             for manifest in load_shard_manifests(root, ShardManifest)}
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny convolutions on two threads that share their cores with others spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    patch = pytest.MonkeyPatch()
-    patch.setattr(pool, "n_cores", lambda: 1)
-    torch.set_num_threads(1)
-    yield
-    patch.undo()
-    torch.set_num_threads(before)
+    """Tiny convolutions on two threads that share their cores with others spend their time waiting for each other.
+
+    Of the session, as `world` is: what that runs would leave two threads to all files after these.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "n_cores", lambda: 1)
+        torch.set_num_threads(1)
+        yield
 
 
 @dataclass(frozen=True)
