@@ -5,10 +5,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from dalle_ds.errors import UserError
 
@@ -50,6 +52,12 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
         print(f"{key:<{width}}  {value}", flush=True)
 
 
+def print_error(message: str) -> None:
+    """One line on stderr, whether or not somebody still reads it."""
+    with suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def user_errors_exit(function: Callable[..., T]) -> Callable[..., T]:
     """Decorate a command: a UserError becomes its message on stderr and exit code 2; DALLE_DS_TRACEBACK=1 lets it through."""
 
@@ -60,10 +68,23 @@ def user_errors_exit(function: Callable[..., T]) -> Callable[..., T]:
         except UserError as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(f"error: {error}")
             raise SystemExit(2) from None
 
     return wrapper
+
+
+class _LastingStderr(ObjectWrapper):
+    """Work outlives whoever reads of it: where an ssh session is gone, the ranks it started have a state to save."""
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self._wrapped.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(BrokenPipeError):
+            self._wrapped.flush()
 
 
 def progress(
@@ -87,7 +108,7 @@ def progress(
         unit=unit,
         unit_scale=unit_scale,
         disable=not enabled,
-        file=sys.stderr,
+        file=_LastingStderr(sys.stderr),
         dynamic_ncols=live,
         ncols=None if live else 100,
         mininterval=0.2 if live else 10.0,

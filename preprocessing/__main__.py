@@ -2,14 +2,13 @@
 
 import importlib
 import signal
-import sys
 from enum import StrEnum
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
-from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
+from dalle_ds.console import TYPER_SETTINGS, print_error, print_summary, setup_logging, user_errors_exit
 from dalle_ds.recipes import load_recipe
 
 
@@ -156,7 +155,7 @@ def _run(verb: str, recipe: str | None, overrides: list[str] | None, as_json: bo
     config = load_recipe(stage.Recipe, recipe, overrides or ())
     outcome = stage.run(getattr(config, verb))
     for problem in outcome.problems:
-        print(f"problem: {problem}", file=sys.stderr)
+        print_error(f"problem: {problem}")
     print_summary(outcome.summary, as_json)
     raise SystemExit(0 if outcome.is_complete else 1)
 

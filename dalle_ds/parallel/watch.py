@@ -2,7 +2,6 @@
 
 import os
 import select
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from dalle_ds.console import print_error
 from dalle_ds.errors import RankLost, UserError
 from dalle_ds.parallel.ranks import Ranks
 
@@ -42,7 +42,7 @@ def say(ranks: Ranks, error: UserError) -> None:
             is_first = distributed_c10d._get_default_store().add(f"dalle_ds/said/{error}", 1) == 1
     if is_first:
         where = f" on rank {ranks.rank}" if ranks.world_size > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        print_error(f"error{where}: {error}")
 
 
 class RankWatch:

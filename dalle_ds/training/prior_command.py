@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_ds.console import setup_logging
+from dalle_ds.console import print_error, setup_logging
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.parallel.launch import take_environment, take_rank
 from dalle_ds.recipes import load_recipe
@@ -65,7 +65,7 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
         on_all_ranks(work, options.json)
     except UserError as error:  # the same on every rank
         if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(f"error: {error}")
         sys.exit(error.exit_code)
 
 

@@ -1,0 +1,32 @@
+"""What the commands show while they work, also where nobody reads it any more."""
+
+import io
+import os
+import sys
+
+import pytest
+
+from dalle_ds.console import print_error, progress
+
+
+def test_work_goes_on_where_nobody_reads_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as sshd leaves it to the ranks of an ended session
+    with io.TextIOWrapper(os.fdopen(writer, "wb", 0), write_through=True) as unread:
+        monkeypatch.setattr(sys, "stderr", unread)
+        with pytest.raises(BrokenPipeError):
+            sys.stderr.write("unread")
+        with progress(total=3, what="work", unit="piece") as bar:
+            bar.set_postfix(loss=1.0)
+            for _ in range(3):
+                bar.update()
+            bar.refresh()
+        assert bar.n == 3
+        print_error("error: nobody reads it")
+
+
+def test_progress_on_a_log_is_whole_lines_with_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(total=4, what="work", unit="piece") as bar:
+        bar.update(4)
+    err = capsys.readouterr().err
+    assert "work:" in err and "4/4" in err and "piece/s" in err
