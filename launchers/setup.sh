@@ -36,6 +36,7 @@ _setup() {
   # pip would compile on one core; what only other versions of Python can compile stays as it is
   local compile=("$_venv/bin/python" -m compileall -qq -j 0 "$_venv"/lib/python3*/site-packages)
   local pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
+  "${pip[@]}" --upgrade pip # Python's own copy may be years old, and takes a minute more to choose versions
   # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
   "${compile[@]}" & # while pip looks for the others

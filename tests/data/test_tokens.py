@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from dalle_ds.data import prefetch, shards, storage, token_dataset
 from dalle_ds.data.manifest import load_dataset_info, load_manifest
@@ -385,27 +384,16 @@ def test_too_few_samples_to_validate_on(root):
 # Object storage -----------------------------------------------------------------------------------------------------------
 
 
-def test_s3_gives_the_same_and_survives_a_lost_server(root, monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test",
-                        "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
+@pytest.mark.s3
+def test_s3_gives_the_same_and_survives_a_lost_server(root, s3, monkeypatch):
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "60")
-    try:
-        storage._s3().mkdir("tokens-outage")
-        remote = make_token_set("s3://tokens-outage/set", **SIZES)
-        expected = joined(read(TokenDataset(root), 12))
-        with TokenStream(TokenDataset(remote, cache_bytes=1), prefetch=1, **SETTINGS) as stream:
-            updates = [next(stream) for _ in range(3)]
-            server.stop()
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection((host, port))
-            # Its content outlives the server: moto keeps it in this process.
-            server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-            threading.Timer(1.0, server.start).start()
-            updates += [next(stream) for _ in range(9)]
-        assert_same(joined(updates), expected)
-    finally:
-        server.stop()
+    remote = make_token_set(s3.url, **SIZES)
+    expected = joined(read(TokenDataset(root), 12))
+    with TokenStream(TokenDataset(remote, cache_bytes=1), prefetch=1, **SETTINGS) as stream:
+        updates = [next(stream) for _ in range(3)]
+        s3.server.kill()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", s3.server.ports["s3.port"]))
+        threading.Timer(1.0, s3.server.start).start()
+        updates += [next(stream) for _ in range(9)]
+    assert_same(joined(updates), expected)
