@@ -10,4 +10,4 @@ unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files
 ruff check .
 lint-imports
 # in the order of tests/conftest.py, the longest first
-exec python -m pytest -n 5 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
