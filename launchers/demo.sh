@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
     --quick)
       dvae_quick=(--set updates=30 --set schedules.tau.updates=20 --set schedules.lr.updates=30)
       encode_quick=(--set encode.min_codes_used=0)
-      prior_quick=(--set updates=20 --set checkpoint.every=10 --set validation.every=20)
+      prior_quick=(--set updates=10 --set checkpoint.every=5 --set validation.every=10)
       clip_quick=(--set updates=5 --set batch_size=32)
       shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
