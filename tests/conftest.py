@@ -52,8 +52,8 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: beside others they don't make the whole wait for them at the end."""
+    """Long files first, and those that wait for servers: beside others they don't make the whole wait for them at the end."""
     marks: dict[Path, set[str]] = {}
     for item in items:
         marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
-    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("e2e", "launch", "s3")])
+    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("e2e", "launch", "s3", "mlflow")])

@@ -14,7 +14,7 @@ from tests.conftest import S3
 from tests.data.token_sets import make_token_set
 from tests.mlflow_server import MlflowServer
 
-pytestmark = [pytest.mark.launch, pytest.mark.s3]
+pytestmark = [pytest.mark.launch, pytest.mark.s3, pytest.mark.mlflow]
 
 # Few lanes and small blocks: every 32 updates each lane needs blocks that it has not read before.
 SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=4", "micro_batch=2", "updates=80", "checkpoint.every=5",

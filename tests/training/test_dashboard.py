@@ -31,7 +31,7 @@ from tests.conftest import BUCKET
 from tests.mlflow_server import REPOSITORY, MlflowServer
 from tests.sampling.exports import make_export
 
-pytestmark = pytest.mark.s3
+pytestmark = [pytest.mark.s3, pytest.mark.mlflow]
 
 CHARTS = {"held_out": "held_out/samples", "loss": "loss/by_position", "memory": "cpu_peak_gigabytes",
           "optimizer": "optimizer/gradient_scales", "scale_log2": "layers.0.mlp", "speed": "tokens_per_second",

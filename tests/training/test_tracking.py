@@ -279,6 +279,7 @@ def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
 # ---- server ----
 
 
+@pytest.mark.mlflow
 def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     # a run that ends before the server is there at all: the log says how to send it later
     early = Tracker.start(tmp_path / "early", uri=server.uri)
