@@ -58,6 +58,7 @@ class EncodeConfig(Config):
     machines: int = Field(1, ge=1)  # are done
     batch_size: int = Field(64, ge=1)
     precision: Precision = "fp32"  # of the encoder's residual branches; bf16 on CPU or CUDA, fp16 on CUDA alone
+    tf32: bool = False  # fp32 convolutions in TF32, on CUDA: faster, and no longer the tokens of a CPU
     min_agreement: float = Field(0.995, ge=0, le=1)  # share of tokens that are those of fp32, on the first pictures
     block_samples: int = Field(BLOCK_SAMPLES, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -149,19 +150,24 @@ def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> Dataset
 
 
 def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str) -> dict[str, Any]:
-    if config.precision == "fp32":
+    if config.tf32 and device != "cuda":
+        raise DataError(f"encode.tf32 is true on {device}, which has no TF32; expected false there")
+    if config.precision == "fp32" and not config.tf32:
         return {}
     if config.precision == "fp16" and device != "cuda":
         raise DataError(f"encode.precision is fp16 on {device}; expected fp32 or bf16 there")
     dvaes = [load_dvae(config.dvae)[0] for _ in range(2)]
-    sides = [encoder_of(dvae, precision, device) for dvae, precision in zip(dvaes, ("fp32", config.precision), strict=True)]
+    sides = encoder_of(dvaes[0], "fp32", device), encoder_of(dvaes[1], config.precision, device, config.tf32)
     size = dvaes[0].config
     share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch_size, sides)
-    log.info("%s: %.2f%% of the tokens of the first pictures are those of fp32", config.precision, 100 * share)
+    what = config.precision + " with TF32" * config.tf32
+    log.info("%s: %.2f%% of the tokens of the first pictures are those of fp32", what, 100 * share)
     if share < config.min_agreement:
-        raise DataError(f"encode.precision {config.precision}: {share:.2%} of the tokens of the first pictures are those of "
+        raise DataError(f"encode.precision {what}: {share:.2%} of the tokens of the first pictures are those of "
                         f"fp32, encode.min_agreement expects {config.min_agreement:.2%}; use fp32")
-    return {"precision": config.precision, "agreement": round(share, 5)}
+    # what is usual goes without saying: data sets from before these fields keep their fingerprints
+    return {"precision": None if config.precision == "fp32" else config.precision, "tf32": config.tf32 or None,
+            "agreement": round(share, 5)}
 
 
 def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:

@@ -54,7 +54,7 @@ class EncodeJob:
         require_same(f"dVAE of data set {self.out}", self.info.dvae, mark)
         tokenizer = CaptionTokenizer(storage.join(self.out, "tokenizer.model"))
         require_same(f"tokenizer of data set {self.out}", self.info.tokenizer, tokenizer.fingerprint)
-        encode = encoder_of(dvae, self.precision, self.device)
+        encode = encoder_of(dvae, self.precision, self.device, bool(self.info.tf32))
         return lambda shard: encode_shard(shard, self, encode, tokenizer, n_threads)
 
 

@@ -11,6 +11,7 @@ from dalle_ds.data.images import ImageProblem
 from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE, Conv2d
+from dalle_ds.ops import exactness
 
 # B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
 
@@ -24,12 +25,13 @@ CHECKED_TOKENS: Final = 2**14  # enough to tell 99.5% from 99.3%
 MAX_CHECKED_PICTURES: Final = 256
 
 
-def encoder_of(dvae: DVAE, precision: Precision, device: str) -> Encode:
+def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False) -> Encode:
     """Pictures to tokens; `dvae` goes to the device, in channels-last order, and is not to be used in another way after.
 
     In 16 bits only the residual branches are: the stream that they add to and the logits stay in fp32, which keeps most
-    tokens that plain autocast would change.
+    tokens that plain autocast would change. With `tf32` a GPU takes the operands of fp32 convolutions with 10 bits of mantissa.
     """
+    exactness.exact_fp32()
     dvae = dvae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if precision != "fp32":
         for name, module in dvae.encoder.named_modules():
@@ -42,7 +44,7 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str) -> Encode:
     def encode(pictures_BHWC: np.ndarray) -> np.ndarray:
         # without .contiguous(): pictures come in channels-last order already
         images_BCHW = torch.from_numpy(pictures_BHWC).to(device).permute(0, 3, 1, 2)
-        with torch.autocast(device, DTYPES.get(precision), enabled=precision != "fp32"):
+        with exactness.tf32(tf32), torch.autocast(device, DTYPES.get(precision), enabled=precision != "fp32"):
             return dvae.tokens(images_BCHW).cpu().numpy()
 
     return encode

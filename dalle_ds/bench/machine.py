@@ -12,6 +12,7 @@ from torch import nn
 from dalle_ds.bench.settings import Dtype, OneMachine
 from dalle_ds.bench.timing import Clock, clock_for
 from dalle_ds.errors import ConfigError
+from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.precision.half import use_fp16_branches
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +43,7 @@ def machine_for(settings: OneMachine) -> Iterator[Machine]:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    exact_fp32()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:

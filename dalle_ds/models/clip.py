@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.recipes import canonical_json
 
 Picture = Image.Image | np.ndarray
@@ -56,6 +57,7 @@ class Clip:
         if found["missing_keys"]:  # transformers would only warn, and draw them at random
             raise DataError(f"CLIP {path}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
         _check_parts(path, model, tokenizer, processor)
+        exact_fp32()
         return cls(model.to(device).eval().requires_grad_(False), tokenizer, processor)
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.ops.exactness import exact_fp32
 
 FEATURES, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names, and its choice for the two scores
 
@@ -39,6 +40,7 @@ class Inception:
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"Inception weights {weights}: {message}; expected torch-fidelity's file") from None
+        exact_fp32()
         self.network, self.device = network.to(device), torch.device(device)
 
     @torch.inference_mode()

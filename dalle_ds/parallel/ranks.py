@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError
+from dalle_ds.ops.exactness import exact_fp32
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def join() -> Ranks:
     Raises:
         ConfigError: restarts by torchrun on several machines, without what they need.
     """
+    exact_fp32()
     cuda = torch.cuda.is_available()
     if not cuda:
         # else DeepSpeed probes for accelerators and warns on every rank

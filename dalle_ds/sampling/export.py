@@ -16,6 +16,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.models.prior import PAD, Prior, PriorConfig
+from dalle_ds.ops.exactness import exact_fp32
 
 
 @dataclass(frozen=True)
@@ -102,5 +103,6 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     prior.load_state_dict(weights.state, assign=True)
     dvae.load_state_dict(dvae_weights.state, assign=True)
     use_attention(prior, "auto", torch.device(device))
+    exact_fp32()
     prior, dvae = prior.to(device).eval().requires_grad_(False), dvae.to(device).eval().requires_grad_(False)
     return Export(str(url), prior, dvae, tokenizer, info)

@@ -50,6 +50,13 @@ def test_merge_is_independent_of_the_order() -> None:
     assert merged.caption_lengths == {3: 5}
 
 
+def test_the_encoders_number_format_is_told_apart_and_the_usual_one_stays_as_it_was() -> None:
+    marks = {INFO.model_copy(update=told).sealed().fingerprint
+             for told in ({}, {"precision": "bf16"}, {"tf32": True}, {"precision": "bf16", "tf32": True})}
+    assert len(marks) == 4
+    assert INFO.fingerprint == "e13fdf02acd06b9c498f", "data sets from before `tf32` keep their fingerprints"
+
+
 def test_json_spells_the_schema(any_root: str) -> None:
     write(any_root, shard("a", 1))
     assert json.loads(storage.read_bytes(storage.join(any_root, "dataset.json")))["schema"] == 1

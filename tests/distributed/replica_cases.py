@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.ops.exactness import has_tf32
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -158,7 +159,7 @@ def wires(ranks: Ranks) -> dict[str, Any]:
         results[name] = torch.cat([t.flatten() for t in mean(tensors, place.peers)]).tolist()
     huge = mean_in_1_6_9([torch.full((3,), -1e6)], place.peers)[0].tolist()
     return {"own": torch.cat([t.flatten() for t in tensors]).tolist(), "means": results, "huge": huge,
-            "place": [place.index, place.shard_rank]}  # fmt: skip
+            "place": [place.index, place.shard_rank], "has_tf32": has_tf32()}  # fmt: skip
 
 
 def main(folder: Path) -> None:

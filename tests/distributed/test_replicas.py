@@ -33,6 +33,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_means_of_both_formats_on_the_wire(outcome: dict[str, Any]) -> None:
     found = [outcome[f"rank{rank}"]["wires"] for rank in range(N_RANKS)]
     assert [f["place"] for f in found] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert not any(f["has_tf32"] for f in found), "joining a job makes fp32 fp32; torch begins otherwise"
     for rank in range(N_RANKS):
         peer = (rank + 2) % 4
         mean = (torch.tensor(found[rank]["own"]) + torch.tensor(found[peer]["own"])) / 2

@@ -335,6 +335,19 @@ def test_a_precision_is_measured_against_fp32_and_belongs_to_the_data_set(world:
         encode.run(world.config(config.out))
 
 
+def test_tf32_is_for_cuda_and_belongs_to_the_data_set(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="encode.tf32 is true on cpu"):
+        encode.run(world.config(out, tf32=True))
+    assert not out.exists()
+    encode.run(world.config(out))
+    file = out / "dataset.json"
+    assert "tf32" not in json.loads(file.read_text())
+    file.write_bytes(load_dataset_info(str(out)).model_copy(update={"tf32": True}).sealed().to_json())  # as a GPU would
+    with pytest.raises(FingerprintMismatch, match="tf32 was True, is now None"):
+        encode.run(world.config(out))
+
+
 def test_a_precision_below_the_agreed_share_is_refused(
         world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "agreement", lambda *_: 0.9949)
@@ -370,8 +383,11 @@ def test_verify_holds_decoded_tokens_against_their_source(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_on_a_gpu_agrees_with_fp32(world: World, tmp_path: Path, precision: str) -> None:
-    summary = encode.run(world.config(tmp_path / "out", precision=precision, device="cuda", min_agreement=0.9)).summary
-    assert summary["agreement"] >= 0.9
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_less_than_fp32_on_a_gpu_agrees_with_fp32(world: World, tmp_path: Path, precision: str, tf32: bool) -> None:
+    config = world.config(tmp_path / "out", precision=precision, tf32=tf32, device="cuda", min_agreement=0.9)
+    summary = encode.run(config).summary
+    assert summary["agreement"] is None if (precision, tf32) == ("fp32", False) else summary["agreement"] >= 0.9
+    assert load_dataset_info(config.out).tf32 == (tf32 or None)
     assert verify.run(VerifyConfig(root=str(tmp_path / "out"), workers=1)).is_complete

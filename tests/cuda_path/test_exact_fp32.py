@@ -1,0 +1,67 @@
+"""Every way to a GPU switches TF32 and 16-bit sums off first; on a CPU the switches are there too. Joining a job does it in
+tests/distributed/replica_cases.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_ds.bench.machine import machine_for
+from dalle_ds.bench.settings import OneMachine
+from dalle_ds.models.clip import Clip
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.ops.exactness import exact_fp32, has_tf32
+from dalle_ds.sampling.export import load_export
+from dalle_ds.training.run_folder import device_of
+from preprocessing.precision import encoder_of
+from tests.clip_models import make_clip
+from tests.sampling.exports import make_export
+
+SMALL = DVAEConfig(image_size=16, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, vocab_size=16)
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_flags() -> Iterator[None]:
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    assert has_tf32()
+    yield
+    exact_fp32()
+
+
+def require_exact() -> None:
+    assert not has_tf32()
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
+def test_training_of_dvae_and_clip() -> None:
+    device_of("auto")
+    require_exact()
+
+
+def test_benchmarks() -> None:
+    with machine_for(OneMachine()):
+        require_exact()
+
+
+def test_sampling_evaluating_and_the_registered_model(tmp_path: Path) -> None:
+    load_export(make_export(tmp_path, n_samples=8, n_validation=4))
+    require_exact()
+
+
+def test_clip(tmp_path: Path) -> None:
+    Clip.load(make_clip(tmp_path))
+    require_exact()
+
+
+@pytest.mark.parametrize("with_tf32", [False, True])
+def test_encoding_has_tf32_only_where_and_while_it_is_asked_for(with_tf32: bool) -> None:
+    dvae = DVAE(SMALL)
+    seen: list[bool] = []
+    dvae.encoder.register_forward_pre_hook(lambda *_: seen.append(has_tf32()))
+    encode = encoder_of(dvae, "fp32", "cpu", with_tf32)
+    require_exact()
+    encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8).numpy())
+    assert seen == [with_tf32]
+    require_exact()
