@@ -90,7 +90,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """What a recipe's `device` names; its fp32 is exact from here on. Raises ConfigError where that is no device, or not there."""
+    """What a recipe's `device` names; fp32 is exact from here on. Raises ConfigError where that is no device, or not there."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
