@@ -1,13 +1,21 @@
 """How much memory a piece of work takes at its peak, above what is held before it starts."""
 
+import sys
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import ParamSpec, TypeVar
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
 
 import psutil
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,3 +52,60 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         done.set()
         watcher.join()
     return max(highest, process.memory_info().rss) - before
+
+
+@dataclass
+class PeakMemory(TorchDispatchMode):
+    """While active: the most bytes of storages alive at a time that were allocated meanwhile, and which lines held them.
+
+    Counts what torch's operators return: no workspace inside a kernel, no rounding of an allocator. On a CPU that includes
+    the fp32 copies that fp16 products are made through (`ops/half.py`), which a GPU doesn't have: `by_line` tells them apart.
+    """
+
+    peak_bytes: int = 0
+    by_line: Counter[str] = field(default_factory=Counter)
+    """At the peak: line of this project, or DeepSpeed's where none is nearer, and its bytes."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._held: Counter[str] = Counter()
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._now = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in before:
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, n, line = storage._cdata, storage.nbytes(), calling_line()
+        known = self._known.get(key)
+        if known is not None and known() is storage:
+            return
+
+        def forget(_: Any) -> None:
+            self._held[line] -= n
+            self._now -= n
+            if self._known.get(key) is reference:
+                del self._known[key]
+
+        reference = self._known[key] = weakref.ref(storage, forget)
+        self._held[line] += n
+        self._now += n
+        if self._now > self.peak_bytes:
+            self.peak_bytes, self.by_line = self._now, +self._held
+
+
+def calling_line() -> str:
+    """The innermost line of this project outside of `bench`, or of DeepSpeed, that is running: "parallel/engine.py:210"."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        for package in ("/dalle_ds/", "/deepspeed/"):
+            if package in name and "/dalle_ds/bench/" not in name:
+                return f"{name.rpartition(package)[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
