@@ -35,7 +35,7 @@ class OneScale:
 
 
 class ScalePerBlock:
-    """Ours: scaled edges and un-scaling hooks in every block; a non-finite gradient of one skips the update."""
+    """Ours: scaled edges in every block, one pass over its gradients; a non-finite one in any block skips the update."""
 
     def __init__(self, prior: Prior, config: BlockScalingConfig) -> None:
         self.scaler = BlockScaler(prior, config, prior.embed.row.device)
@@ -43,6 +43,7 @@ class ScalePerBlock:
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """Backward and update; whether it was taken."""
         loss.backward()
+        self.scaler.unscale()
         is_finite = not self.scaler.found_nonfinite.any()
         if is_finite:
             optimizer.step()

@@ -246,7 +246,9 @@ def _scale_per_block(prior: Prior, settings: UnderflowSettings, batch: Batch) ->
     scaling = ScalePerBlock(prior, config)
 
     def attempt() -> Tensor:
+        prior.zero_grad()
         _loss(prior, batch).backward()
+        scaling.scaler.unscale()
         return scaling.scaler.found_nonfinite.clone()
 
     scaling.scaler.calibrate(attempt)

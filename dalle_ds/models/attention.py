@@ -4,10 +4,12 @@ B batch, L slots, T of them text, H heads, D head width, C model width (H * D); 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.ops.attention import Attention, DenseAttention
@@ -29,6 +31,24 @@ class LayerCache:
         """The same past for n candidates of each row; the text is not copied."""
         rings = (ring.repeat_interleave(n, 0) for ring in (self.ring_k_BHSD, self.ring_v_BHSD))
         return LayerCache(self.text_k_CHTD, self.text_v_CHTD, *rings)
+
+
+class _SplitHeads(torch.autograd.Function):
+    """(B, L, 3 C) -> q, k, v as views (B, H, L, D). Backward writes their gradients into one tensor, which autograd's own views
+    would make in two steps."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_BLC: Tensor, n_heads: int) -> tuple[Tensor, ...]:
+        return rearrange(qkv_BLC, "b l (three h d) -> three b h l d", three=3, h=n_heads).unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads_BHLD: Tensor) -> tuple[Tensor, None]:
+        b, h, n, d = grads_BHLD[0].shape
+        grad_BL3HD = grads_BHLD[0].new_empty(b, n, 3, h, d)
+        for part, grad_BHLD in enumerate(grads_BHLD):
+            grad_BL3HD[:, :, part].transpose(1, 2).copy_(grad_BHLD)
+        return grad_BL3HD.flatten(2), None
 
 
 class SelfAttention(nn.Module):
@@ -76,9 +96,9 @@ class SelfAttention(nn.Module):
         out_BH1D = attend_to_reach(q, cache.text_k_CHTD, cache.text_v_CHTD, keys, values, reach.hidden_NW[slot_1][0])
         return self.project(rearrange(out_BH1D, "b h l d -> b l (h d)"))
 
-    def heads(self, x_BLC: Tensor) -> Tensor:
-        """x (B, L, C) -> queries, keys and values of every head, (3, B, H, L, D)."""
-        return rearrange(self.qkv(x_BLC), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
+    def heads(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, C) -> queries, keys and values of every head, (B, H, L, D) each, views of one projection."""
+        return _SplitHeads.apply(self.qkv(x_BLC), self.n_heads)
 
     def _reorder(self, attend: Attention, x_BLC: Tensor) -> Tensor:
         return transpose_grid(x_BLC, self.mask.n_text, self.mask.grid) if attend.columns_first else x_BLC

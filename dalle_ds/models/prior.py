@@ -10,7 +10,7 @@ B batch, T text slots, N image tokens, L = T + N slots, D model width, V vocabul
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -130,13 +130,18 @@ class Unembedding(Linear):
         super().__init__(d_model, vocab)
         self.ignore_index = ignore_index
 
-    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None, *, per_token: bool = False) -> Tensor:
-        """-> logits (B, L, V), or given targets the sum of their losses in nats, or with `per_token` each of them (B, L)."""
+    def forward(
+        self, x_BLD: Tensor, targets_BL: Tensor | None = None, *, n_targets: int | None = None, per_token: bool = False
+    ) -> Tensor:
+        """-> logits (B, L, V), or given targets the sum of their losses in nats, or with `per_token` each of them (B, L).
+
+        `n_targets`: how many of the targets are some, where the caller knows; else a GPU is asked and waited for.
+        """
         if targets_BL is None:
             with torch.autocast(x_BLD.device.type, enabled=False):
                 return self.matmul(x_BLD.float(), self.weight.float(), self.bias.float())
         rows = x_BLD.flatten(0, -2), self.weight, self.bias, targets_BL.flatten(), self.ignore_index
-        return linear_nll(*rows).view_as(targets_BL) if per_token else linear_cross_entropy(*rows)
+        return linear_nll(*rows).view_as(targets_BL) if per_token else linear_cross_entropy(*rows, n_kept=n_targets)
 
 
 class Heads(nn.Module):
@@ -148,9 +153,9 @@ class Heads(nn.Module):
         self.text = Unembedding(config.d_model, config.text_vocab, ignore_index=PAD)
         self.image = Unembedding(config.d_model, config.image_vocab)
 
-    def forward(self, x_BLD: Tensor, modality: str, targets_BL: Tensor | None = None, *, per_token: bool = False) -> Tensor:
+    def forward(self, x_BLD: Tensor, modality: str, targets_BL: Tensor | None = None, **options: Any) -> Tensor:
         """What the unembedding of `modality`, "text" or "image", gives: logits (B, L, V) fp32, or losses given targets."""
-        return self.get_submodule(modality)(self.norm(x_BLD), targets_BL, per_token=per_token)
+        return self.get_submodule(modality)(self.norm(x_BLD), targets_BL, **options)
 
 
 class Layer(nn.Module):
@@ -208,20 +213,25 @@ class Prior(nn.Module):
         self.run_layer: Callable[[Layer, Tensor], Tensor] = lambda layer, x: layer(x)
         """How a layer is run: activation checkpointing puts its own function here."""
 
-    def forward(self, text_BT: Tensor, image_BN: Tensor, *, per_token: bool = False) -> NLL | Tensor:
+    def forward(
+        self, text_BT: Tensor, image_BN: Tensor, *, n_text: int | None = None, per_token: bool = False
+    ) -> NLL | Tensor:
         """text (B, T-1) int64 with PAD at the right, image (B, N) int64 -> summed losses of both modalities,
         or with `per_token` what `image_nll` gives (engines that shard parameters can only be called, not asked by method).
 
         Text targets are real tokens only (whether pads were targets in the paper is not stated). Sums, not means: the
         weighting of paper section 2.5 needs counts over the whole global batch, which only the trainer knows.
+
+        `n_text`: the number of text tokens in this batch; without it a GPU is asked and waited for.
         """
         if per_token:
             return self.image_nll(text_BT, image_BN)
         x = self._hidden(text_BT, image_BN)
-        n_text = self.config.text_len
-        text_sum = self.heads(x[:, : n_text - 1], "text", text_BT)
-        image_sum = self.heads(x[:, n_text:], "image", image_BN)
-        return NLL(text_sum, (text_BT != PAD).sum(), image_sum, torch.tensor(image_BN.numel(), device=image_BN.device))
+        first_image = self.config.text_len
+        text_sum = self.heads(x[:, : first_image - 1], "text", text_BT, n_targets=n_text)
+        image_sum = self.heads(x[:, first_image:], "image", image_BN)
+        n_image = torch.full((), image_BN.numel(), device=image_BN.device)  # filled there: a copy from here would be waited for
+        return NLL(text_sum, (text_BT != PAD).sum(), image_sum, n_image)
 
     def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """-> (B, N) nats of every image token given its caption and the tokens before it."""

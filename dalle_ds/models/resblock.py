@@ -15,17 +15,13 @@ class Numerics:
     `dalle_ds.precision` puts its own in their place (paper section 2.4, figure 4); the model knows nothing of it.
     """
 
-    def enter(self, x_BLD: Tensor) -> Tensor:
-        """From the identity path to the branch, before the norm."""
-        return x_BLD
+    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Identity path -> identity path, and normed in the format that the branch computes in."""
+        return x_BLD, norm(x_BLD)
 
-    def narrow(self, h_BLD: Tensor) -> Tensor:
-        """After the norm: to the format the branch computes in."""
-        return h_BLD
-
-    def leave(self, y_BLD: Tensor) -> Tensor:
-        """From the branch back to the identity path."""
-        return y_BLD
+    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        """Identity path and what the branch made -> identity path."""
+        return x_BLD + y_BLD
 
 
 class Linear(nn.Linear):
@@ -55,9 +51,8 @@ class ResBlock(nn.Module):
 
     def around(self, branch: Callable[[Tensor], Tensor], x_BLD: Tensor) -> Tensor:
         """The block with another way to compute its branch, such as attention's token by token."""
-        edges = self.numerics
-        h_BLD = edges.narrow(self.norm(edges.enter(x_BLD)))
-        return x_BLD + edges.leave(branch(h_BLD))
+        x_BLD, h_BLD = self.numerics.enter(self.norm, x_BLD)
+        return self.numerics.leave(x_BLD, branch(h_BLD))
 
 
 class MLP(nn.Module):

@@ -18,16 +18,20 @@ their softmax and their gradient."""
 
 
 def linear_cross_entropy(
-    x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, ignore_index: int | None = None
-) -> Tensor:
+    x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, ignore_index: int | None = None,
+    n_kept: int | None = None,
+) -> Tensor:  # fmt: skip
     """-> the sum of -ln softmax(x @ weight.T + bias)[target] over all rows whose target is not `ignore_index`, an fp32 scalar.
 
     Logits are fp32 under any autocast. Gradients are made in the forward pass, while a chunk's logits are at hand: backward
     computes nothing again and needs no weight, which ZeRO-3 may have freed by then. It runs once: retain_graph is of no use.
+
+    `n_kept`: the number of targets that are not ignored. Without it a GPU must count them and the host wait for it.
     """
     if ignore_index is not None:
         # left out rather than masked: most text slots are pads, and the text vocabulary is the larger one
-        kept = (targets_R != ignore_index).nonzero().squeeze(1)
+        is_kept_R = targets_R != ignore_index
+        kept = (is_kept_R.nonzero() if n_kept is None else torch.nonzero_static(is_kept_R, size=n_kept)).squeeze(1)
         x_RD, targets_R = x_RD.index_select(0, kept), targets_R[kept]
     with torch.autocast(x_RD.device.type, enabled=False):
         # inside a Function gradients always read as switched off

@@ -6,7 +6,6 @@ B batch, L tokens, I input width, O output width.
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,12 +26,14 @@ def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     so computing through fp32 gives what an fp16 unit with fp32 accumulators gives, up to the order of the sum.
     """
     weight16 = weight.to(torch.float16)
+    # not F.linear: ZeRO-3 replaces it by its own, which adds the bias to the rounded product and rounds again
+    rows = x.flatten(0, -2)
     if has_fast_fp16(x.device):
-        return F.linear(x, weight16, None if bias is None else bias.to(torch.float16))
-    # not F.linear: ZeRO-3 replaces it by its own, slower on CPUs and of no use here, below autograd
-    rows, columns = x.flatten(0, -2).float(), weight16.float().t()
-    product = torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)
-    return product.to(torch.float16).unflatten(0, x.shape[:-1])
+        product = torch.mm(rows, weight16.t()) if bias is None else torch.addmm(bias.to(torch.float16), rows, weight16.t())
+    else:
+        rows, columns = rows.float(), weight16.float().t()
+        product = (torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)).to(torch.float16)
+    return product.unflatten(0, x.shape[:-1])
 
 
 def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:

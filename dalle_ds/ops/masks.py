@@ -5,10 +5,11 @@ all text and, of the image, what its layer's pattern allows; self is always incl
 """
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Pattern(StrEnum):
@@ -69,7 +70,24 @@ class SparseMask(NamedTuple):
         return mask
 
 
+class _TransposeGrid(torch.autograd.Function):
+    """Its own inverse, so its own backward pass: autograd would go back through slice, view and join one after another."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BL: Tensor, n_text: int, grid: int) -> Tensor:
+        ctx.n_text, ctx.grid = n_text, grid
+        out_BL = x_BL.new_empty(x_BL.shape)
+        out_BL[:, :n_text] = x_BL[:, :n_text]
+        image, source = (x[:, n_text:].unflatten(1, (grid, grid)) for x in (out_BL, x_BL))
+        image.copy_(source.transpose(1, 2))
+        return out_BL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor, None, None]:
+        return _TransposeGrid.apply(grad_BL, ctx.n_text, ctx.grid), None, None
+
+
 def transpose_grid(x_BL: Tensor, n_text: int, grid: int) -> Tensor:
     """(B, L, ...) with the image part column by column if it was row by row, and the other way round."""
-    image = x_BL[:, n_text:].unflatten(1, (grid, grid)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([x_BL[:, :n_text], image], 1)
+    return _TransposeGrid.apply(x_BL, n_text, grid)

@@ -1,8 +1,8 @@
 """The training engine: a prior under DeepSpeed, with fp16 branches and per-resblock scaling that DeepSpeed knows nothing of.
 
-Design: parameters are fp32 in ZeRO-3 partitions (each is its own master copy), branches compute in fp16, gradients are
-un-scaled in fp32 by leaf hooks before ZeRO-3 reduces them. Norm, clipping and accumulation therefore see true gradients, and
-nothing in DeepSpeed is patched.
+Design: parameters are fp32 in ZeRO-3 partitions (each is its own master copy), gathered as fp16, branches compute in fp16, and
+gradients are reduced in fp32 and un-scaled once an update, on this rank's shards. Norm and clipping therefore see true
+gradients, and nothing in DeepSpeed is patched.
 """
 
 import json
@@ -14,17 +14,18 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad
+from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad, set_z3_leaf_modules
 from torch import Tensor
 
 from dalle_ds.data import storage
 from dalle_ds.errors import DataError
-from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Prior, PriorConfig, initialise
-from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
+from dalle_ds.models.resblock import ResBlock
 from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.fragments import collect, restore, shard_start, unchanged
+from dalle_ds.parallel.half_gather import gather_in_half
 from dalle_ds.parallel.phases import PhaseTimer
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replica_gradients import ReplicaGradients
@@ -86,14 +87,12 @@ class PriorEngine:
             self.replicas = Replicas(replicas.count, ranks.rank, ranks.world_size)
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
         sharded = engine_config.zero_stage == 3
+        self._is_offloaded = "offload_optimizer" in engine_config.json.get("zero_optimization", {})
         model = _build(model_config, engine_config, sharded, seed, self.replicas)
         self.scaler: BlockScaler | None = None
         if engine_config.block_scaling is not None:
             self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
-            for module in model.modules():
-                if isinstance(module, BranchLinear):
-                    # gathered as fp16, what the branch rounds it to anyway: half the traffic, the same numbers
-                    module.weight.comm_dtype = torch.float16
+            gather_in_half(model)
         groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments)
         self.groups_description = describe_groups(groups)
         for group in groups:
@@ -193,12 +192,14 @@ class PriorEngine:
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
-        micro_batches = [(text.to(self.ranks.device), image.to(self.ranks.device)) for text, image in micro_batches]
-        # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass.
-        counts = torch.tensor(
-            [sum(int((text >= 0).sum()) for text, _ in micro_batches), sum(image.numel() for _, image in micro_batches)]
-        )
-        n_text, n_image = self.ranks.sum(counts.to(self.ranks.device, torch.float64)).tolist()
+        if self.scaler:
+            self.scaler.begin()
+        # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass. They
+        # are taken here: on the device they would have to be waited for.
+        n_texts = [int((text >= 0).sum()) for text, _ in micro_batches]
+        counts = torch.tensor([sum(n_texts), sum(image.numel() for _, image in micro_batches)], dtype=torch.float64)
+        n_text, n_image = self.ranks.sum(self._to_device(counts)).float()
+        micro_batches = [(self._to_device(text), self._to_device(image)) for text, image in micro_batches]
         # the engine averages over ranks and micro-batches; the sums here are shares of global means
         share = self.ranks.world_size * self._accumulation
         n_blocks = len(self.scaler.names) if self.scaler else 0
@@ -207,18 +208,37 @@ class PriorEngine:
             if number:
                 self._engine.step()  # which only counts, until all micro-batches are in
             with self.phases("forward"):
-                nll = NLL(*self._engine(text, image))
-                text_mean, image_mean = nll.text_sum / max(n_text, 1.0), nll.image_sum / n_image
+                nll = NLL(*self._engine(text, image, n_text=n_texts[number]))
+                text_mean, image_mean = nll.text_sum / n_text.clamp(min=1), nll.image_sum / n_image
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
-        shared[2], shared[3] = float(stop_requested), float(is_saving)
+        shared[2].fill_(float(stop_requested))
+        shared[3].fill_(float(is_saving))
+        if self.scaler:
+            with self.phases("reduce"):
+                self.scaler.unscale(self._gradient_shards)
         if self.replica_gradients:
             shared[4] = self.replica_gradients.any_nonfinite()
         if self.scaler:
             shared[5:] = self.scaler.found_nonfinite
         with self.phases("reduce"):
             return self.ranks.sum(shared)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Without waiting for the device: from pinned memory."""
+        if self.ranks.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.ranks.device, non_blocking=True)
+
+    @contextmanager
+    def _gradient_shards(self, block: ResBlock) -> Iterator[list[Tensor]]:
+        """This rank's reduced gradients of a block's parameters, to be written to."""
+        shards = {parameter: safe_get_local_grad(parameter) for parameter in block.parameters()}
+        yield list(shards.values())
+        if self._is_offloaded:  # then these were copies, and ZeRO-3 has taken norms already
+            for parameter, shard in shards.items():
+                safe_set_local_grad(parameter, shard)
 
     def _leave_out(self, blocks: Sequence[str]) -> set[str]:
         """Zero the gradients of these blocks, so that norm and clipping see the others' alone -> names of their parameters."""
@@ -379,6 +399,8 @@ def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed
     with deepspeed.zero.Init(config_dict_or_path=engine_config.json, data_parallel_group=shard_group, mpu=replicas):
         model = Prior(config)
     initialise(model, generator, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+    # gathered, freed and reduced as a whole: hooks of its dozen modules would take the host longer than the layer itself
+    set_z3_leaf_modules(model, [Layer])
     return model
 
 

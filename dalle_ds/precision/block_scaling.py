@@ -1,25 +1,30 @@
 """Per-resblock gradient scaling: keep the fp16 gradients of every residual block in range (paper section 2.4, appendix D).
 
 Each block has its own scale. Going backward, the gradient is multiplied by it where it enters the branch and divided where it
-leaves; the gradients of the block's parameters are divided in fp32 before anything else sees them, so reduction, clipping,
-norm and accumulation work on true gradients. Inf and NaN are taken out of ACTIVATION gradients at both edges ("filter"), so
-that an event in one block does not reach the blocks before it; they stay visible in PARAMETER gradients, which is how an
-event is noticed.
+leaves. Inf and NaN are taken out of ACTIVATION gradients at both edges ("filter"), so that an event in one block does not reach
+the blocks before it; they stay visible in PARAMETER gradients, which is how an event is noticed.
+
+The gradients of a block's parameters are fp32 and stay scaled while ranks and micro-batches are summed: a scale is the same for
+all of them, and Inf or NaN in a summand is Inf or NaN in the sum. `unscale` then divides the sums and looks for such values,
+once an update and on a rank's shard alone. Norm, clipping and the optimizer work on true gradients.
 
 The paper divides its loss by the global batch and multiplies its scales by M, the number of GPUs. Here a rank's loss is M
-times its share of the global mean, since the engine averages over ranks in fp32 after un-scaling: M cancels, and fp16 sees
-the same numbers. Accumulation divides losses too, so scales are multiplied by the number of micro-batches as well: a run that
-goes on at another number of GPUs, with micro-batches of the same size, keeps its scales.
+times its share of the global mean, since the engine averages over ranks in fp32: M cancels, and fp16 sees the same numbers.
+Accumulation divides losses too, so scales are multiplied by the number of micro-batches as well: a run that goes on at another
+number of GPUs, with micro-batches of the same size, keeps its scales.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dalle_ds.models.resblock import ResBlock
+from dalle_ds.ops.fused import fused
 from dalle_ds.precision.half import HalfNumerics, resblocks_of, use_fp16_branches
 from dalle_ds.recipes import Config
 
@@ -53,60 +58,98 @@ def _filtered(grad: Tensor) -> Tensor:
     return torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
 
 
+@fused(kernels=1)
+def norm_to_half(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm in fp32 -> its result in fp16, and per row, (B, L, 1), the mean and the inverse of the deviation."""
+    h_BLD, mean, inverse = torch.native_layer_norm(x_BLD, weight_D.shape, weight_D, bias_D, eps)
+    return h_BLD.to(torch.float16), mean, inverse
+
+
+@fused(kernels=4, passes=2)
+def norm_to_half_backward(
+    grad_h_BLD: Tensor, grad_x_BLD: Tensor, scale: Tensor, x_BLD: Tensor, mean: Tensor, inverse: Tensor, weight_D: Tensor,
+    bias_D: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight and bias. x has that of the identity path, plus its own of the branch, filtered and un-scaled in
+    fp32; those of the parameters stay scaled and unfiltered."""
+    dx_BLD, dweight_D, dbias_D = torch.ops.aten.native_layer_norm_backward(
+        grad_h_BLD.float(), x_BLD, weight_D.shape, mean, inverse, weight_D, bias_D, [True, True, True]
+    )
+    return grad_x_BLD + _filtered(dx_BLD) / scale, dweight_D, dbias_D
+
+
+@fused(kernels=1)
+def add_half(x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    """fp32 + fp16 -> fp32"""
+    return x_BLD + y_BLD.float()
+
+
+@fused(kernels=1)
+def scale_to_half(grad_BLD: Tensor, scale: Tensor) -> Tensor:
+    """Scaled and filtered in fp32, then rounded to fp16, which can overflow."""
+    return _filtered(grad_BLD * scale).to(torch.float16)
+
+
 class _Enter(torch.autograd.Function):
-    """Forward: identity. Backward: filter and un-scale, in fp32, before the gradient joins the identity path."""
+    """Forward: x, and its norm in fp16. Backward: the branch's gradient is filtered and un-scaled, in fp32, before it joins the
+    identity path's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return x.view_as(x)
+    def forward(
+        ctx: Any, x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h_BLD, mean, inverse = norm_to_half(x_BLD, weight_D, bias_D, eps)
+        ctx.save_for_backward(scale, x_BLD, mean, inverse, weight_D, bias_D)
+        return x_BLD.view_as(x_BLD), h_BLD
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return _filtered(grad).div_(scale), None
+    def backward(ctx: Any, grad_x_BLD: Tensor, grad_h_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        return *norm_to_half_backward(grad_h_BLD, grad_x_BLD, *ctx.saved_tensors), None, None
 
 
 class _Leave(torch.autograd.Function):
-    """Forward: to fp32. Backward: scale and filter in fp32, then round to the branch's format (which can overflow)."""
+    """Forward: x + y, fp32. Backward: y's gradient is scaled and filtered in fp32, then rounded to fp16."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BLD: Tensor, y_BLD: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
-        ctx.dtype = y.dtype
-        return y.float()
+        return add_half(x_BLD, y_BLD)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return _filtered(grad * scale).to(ctx.dtype), None
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_BLD, scale_to_half(grad_BLD, *ctx.saved_tensors), None
 
 
 class ScaledNumerics(HalfNumerics):
-    """The edges of one block under gradient scaling. `scale` is a 0-d view into the scaler's vector."""
+    """The edges of one block under gradient scaling. `scale` is a 0-d view into the scaler's vector of scales in use."""
 
-    def __init__(self, scale: Tensor, n_micro_batches: int) -> None:
-        self.scale, self.n_micro_batches = scale, n_micro_batches
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
 
-    # Products are copies: the scale in use must be the one of this forward pass, also if the vector changes before the
-    # backward pass.
-    def enter(self, x_BLD: Tensor) -> Tensor:
-        return _Enter.apply(x_BLD, self.scale * self.n_micro_batches)
+    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        return _Enter.apply(x_BLD, norm.weight, norm.bias, norm.eps, self.scale)
 
-    def leave(self, y_BLD: Tensor) -> Tensor:
-        return _Leave.apply(y_BLD, self.scale * self.n_micro_batches)
+    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        return _Leave.apply(x_BLD, y_BLD, self.scale)
+
+
+def own_gradients(block: ResBlock) -> AbstractContextManager[list[Tensor]]:
+    """The gradients that a backward pass left at the block's parameters."""
+    return nullcontext([parameter.grad for parameter in block.parameters() if parameter.grad is not None])
 
 
 class BlockScaler:
     """The scales of a model's residual blocks and their policy. Knows nothing of ranks: the caller agrees the flags.
 
-    `found_nonfinite` (n_blocks,) float: 1 where a parameter gradient of this process held Inf or NaN since the last update.
+    `scale` (n_blocks,) fp32 is the policy's, per micro-batch of the same size; the edges multiply by `in_use`, which is `scale`
+    times the number of micro-batches. `found_nonfinite` (n_blocks,) float: 1 where `unscale` met Inf or NaN since the last
+    update.
     """
 
     def __init__(
         self, model: nn.Module, config: BlockScalingConfig, device: torch.device | str = "cpu", n_micro_batches: int = 1
     ) -> None:
-        """Apply fp16 branches with scaled edges to every residual block of `model`, and hooks to their parameters.
+        """Apply fp16 branches with scaled edges to every residual block of `model`.
 
         Losses are divided by `n_micro_batches`, of one rank in one update; the scales make up for it.
         """
@@ -120,23 +163,31 @@ class BlockScaler:
         self.blocks = [block for _, block in named_blocks]
         n = len(self.names)
         self.scale = torch.full((n,), 2.0**config.initial_scale_power, device=device)
+        self.in_use = self.scale * n_micro_batches
         self.since_backoff = torch.full((n,), config.backoff_window, dtype=torch.int64, device=device)
         self.found_nonfinite = torch.zeros(n, device=device)
         for i, block in enumerate(self.blocks):
-            block.numerics = ScaledNumerics(self.scale[i], n_micro_batches)
-            for parameter in block.parameters():
-                parameter.register_hook(self._unscale_hook(i))
+            block.numerics = ScaledNumerics(self.in_use[i])
 
-    def _unscale_hook(self, i: int) -> Any:
-        def unscale(grad: Tensor) -> Tensor:
-            # the extremes are finite only if all are, and take one pass without a temporary; on CPUs 20 times the speed of
-            # the norm that is the largest magnitude
-            low, high = torch.aminmax(grad)
-            nonfinite = ~torch.isfinite(torch.maximum(-low, high))
-            self.found_nonfinite[i] = torch.maximum(self.found_nonfinite[i], nonfinite.float())
-            return grad / (self.scale[i] * self.n_micro_batches)
+    def begin(self) -> None:
+        """Call before the forward passes of an update: from here to its `unscale` the scales must not change."""
+        torch.mul(self.scale, self.n_micro_batches, out=self.in_use)
 
-        return unscale
+    @torch.no_grad()
+    def unscale(self, gradients: Callable[[ResBlock], AbstractContextManager[list[Tensor]]] = own_gradients) -> None:
+        """Un-scale the fp32 gradients of every block's parameters in place, once after the backward passes of an update, and
+        note in `found_nonfinite` which blocks hold Inf or NaN.
+
+        Args:
+            gradients: of a block's parameters, or of this rank's shards of them; written to within its context.
+        """
+        inverse = self.in_use.reciprocal()
+        for i, block in enumerate(self.blocks):
+            with gradients(block) as tensors:
+                # of torch's GradScaler: check and product in one pass, all tensors of a block in one kernel
+                torch._amp_foreach_non_finite_check_and_unscale_(
+                    tensors, self.found_nonfinite[i : i + 1], inverse[i : i + 1]
+                )
 
     def update(self, nonfinite: Tensor) -> None:
         """Move the scales after an update. `nonfinite` (n_blocks,): the flags agreed by all ranks.
@@ -170,6 +221,7 @@ class BlockScaler:
 
         def nonfinite_at(powers: Tensor) -> Tensor:
             self.scale.copy_(torch.exp2(powers))
+            self.begin()
             bad = attempt() > 0
             self.found_nonfinite.zero_()
             return bad

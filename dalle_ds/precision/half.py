@@ -13,8 +13,9 @@ from dalle_ds.ops.half import linear_fp16, matmul_to_fp32
 
 
 class _LinearFP16(torch.autograd.Function):
-    """Saves the fp32 parameter rather than its fp16 copy: ZeRO-3 frees the parameter after the forward pass and gathers it
-    again before the backward pass, while a saved copy would keep every layer's weights alive in between."""
+    """Saves the parameter rather than an fp16 copy: ZeRO-3 frees the parameter after the forward pass and gathers it again
+    before the backward pass, while a saved copy would keep every layer's weights alive in between. The weight may be fp16
+    already, as `dalle_ds.parallel.half_gather` leaves it; its gradient is fp32 all the same."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,17 +30,17 @@ class _LinearFP16(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         # weight gradients leave in fp32: the one place where fp16 would lose small sums for nothing
         grad_weight = matmul_to_fp32(rows.t(), x.flatten(0, -2))
-        return grad_x, grad_weight, rows.float().sum(0) if ctx.has_bias else None
+        return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if ctx.has_bias else None
 
 
 class HalfNumerics(Numerics):
     """Branch in fp16, identity path fp32, gradients not scaled: for evaluation, and as the plain twin in tests."""
 
-    def narrow(self, h_BLD: Tensor) -> Tensor:
-        return h_BLD.to(torch.float16)
+    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        return x_BLD, norm(x_BLD).to(torch.float16)
 
-    def leave(self, y_BLD: Tensor) -> Tensor:
-        return y_BLD.float()
+    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        return x_BLD + y_BLD.float()
 
 
 def resblocks_of(model: nn.Module) -> list[tuple[str, ResBlock]]:

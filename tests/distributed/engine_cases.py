@@ -171,9 +171,9 @@ CHECKPOINTING: dict[str, Callable[[Prior], None]] = {
     "torch": recompute_layers,
     "torch_reentrant": _by(partial(checkpoint, use_reentrant=True)),
     "deepspeed": _by(deepspeed.checkpointing.checkpoint),
-    "deepspeed_non_reentrant": _by(deepspeed.checkpointing.non_reentrant_checkpoint),
 }
-"""Kinds of activation checkpointing, and how a model is set to them."""
+"""Kinds of activation checkpointing, and how a model is set to them. DeepSpeed's non-reentrant one is not among them: it holds
+parameters by reference, which are freed when a layer, a leaf of ZeRO-3, has been recomputed."""
 
 
 def inf_in_one_block(folder: Path, ranks: Ranks, kind: str) -> dict[str, Any]:
@@ -248,9 +248,11 @@ def plain_calibration() -> list[float]:
     n_text, n_image = (text >= 0).sum(), image.numel()
 
     def attempt() -> Tensor:
+        model.zero_grad()
         for part in zip(text.chunk(4), image.chunk(4), strict=True):
             nll = model(*part)
             (TEXT_WEIGHT * nll.text_sum / n_text + IMAGE_WEIGHT * nll.image_sum / n_image).backward()
+        scaler.unscale()
         return scaler.found_nonfinite.clone()
 
     scaler.calibrate(attempt)

@@ -21,20 +21,22 @@ def make_prior() -> Prior:
     return prior
 
 
-def backward(prior: Prior) -> float:
+def backward(prior: Prior, scaler: BlockScaler | None = None) -> float:
     generator = torch.Generator().manual_seed(1)
     text, image = torch.randint(0, 11, (8, 4), generator=generator), torch.randint(0, 13, (8, 16), generator=generator)
     nll = prior(text, image)
     loss = TEXT_WEIGHT * nll.text_sum / nll.n_text + IMAGE_WEIGHT * nll.image_sum / nll.n_image
     loss.backward()
+    if scaler:
+        scaler.unscale()
     return loss.item()
 
 
 def test_scale_of_one_is_plain_fp16_to_the_bit() -> None:
     plain, scaled = make_prior(), make_prior()
     use_fp16_branches(plain)
-    BlockScaler(scaled, BlockScalingConfig(initial_scale_power=0, min_scale_power=0))
-    assert backward(plain) == backward(scaled)
+    scaler = BlockScaler(scaled, BlockScalingConfig(initial_scale_power=0, min_scale_power=0))
+    assert backward(plain) == backward(scaled, scaler)
     for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
 
@@ -42,8 +44,8 @@ def test_scale_of_one_is_plain_fp16_to_the_bit() -> None:
 @pytest.mark.parametrize("power", [0, 10])
 def test_gradients_equal_fp32_up_to_rounding(power: int) -> None:
     reference, scaled = make_prior(), make_prior()
-    BlockScaler(scaled, BlockScalingConfig(initial_scale_power=power, min_scale_power=0))
-    assert backward(scaled) == pytest.approx(backward(reference), rel=1e-4)
+    scaler = BlockScaler(scaled, BlockScalingConfig(initial_scale_power=power, min_scale_power=0))
+    assert backward(scaled, scaler) == pytest.approx(backward(reference), rel=1e-4)
     for (name, a), b in zip(reference.named_parameters(), scaled.named_parameters(), strict=True):
         error, size = (a.grad - b[1].grad).norm(), a.grad.norm()
         assert error <= 5e-3 * size, f"{name}: error {error:.1e} of {size:.1e}"
@@ -87,8 +89,11 @@ def run_damped(powers: list[float] | None) -> tuple[Damped, BlockScaler | None]:
     if powers is not None:
         scaler = BlockScaler(model, WIDE)
         scaler.scale.copy_(torch.tensor([2.0**p for p in powers]))
+        scaler.begin()
     x = torch.randn(16, 6, 32, generator=torch.Generator().manual_seed(2))
     (model(x).square().mean() * 2.0**-6).backward()
+    if scaler:
+        scaler.unscale()
     return model, scaler
 
 
@@ -131,7 +136,7 @@ def test_event_is_seen_in_its_block_and_filtered_for_the_others(value: float) ->
     branch = scaler.blocks[victim].branch
     whole = branch.forward
     branch.forward = lambda *args: _Poison.apply(whole(*args), value)
-    backward(prior)
+    backward(prior, scaler)
     assert scaler.found_nonfinite.nonzero().flatten().tolist() == [victim]
     others = [p for i, block in enumerate(scaler.blocks) if i != victim for p in block.parameters()]
     assert all(p.grad.isfinite().all() for p in [*others, *prior.embed.parameters(), *prior.heads.parameters()])
@@ -144,9 +149,11 @@ def test_one_entry_raises_the_flag(value: float) -> None:
     weight = scaler.blocks[3].branch.project.weight
     grad = torch.ones_like(weight)
     (weight * 1).backward(grad)
+    scaler.unscale()
     assert not scaler.found_nonfinite.any()
     grad[2, 5] = value
     (weight * 1).backward(grad)
+    scaler.unscale()
     assert scaler.found_nonfinite.tolist() == [0, 0, 0, 1, 0, 0]
 
 
@@ -170,7 +177,9 @@ def test_policy_follows_the_paper() -> None:
 
 
 def backward_flags(prior: Prior, scaler: BlockScaler) -> Tensor:
-    backward(prior)
+    prior.zero_grad()
+    scaler.begin()
+    backward(prior, scaler)
     flags = scaler.found_nonfinite.clone()
     scaler.found_nonfinite.zero_()
     return flags
