@@ -112,6 +112,8 @@ def look_into(engine: PriorEngine, micro_batches: Sequence[TokenBatch], lr: floa
     """Make an update of this rank's part of a global batch, with a look at every block. All ranks call it together."""
     names = ["embed", *(name for name, _ in resblocks_of(engine.module)), "heads"]
     scales = engine.scaler.log2_scales() if engine.scaler else {}
+    # hooks see gradients before they are un-scaled
+    in_use = {name: 2**power * engine.scaler.n_micro_batches for name, power in scales.items()} if engine.scaler else {}
     seen = {name: Block(name, scales.get(name)) for name in names}
     for name, values in _own_weights(engine).items():
         seen[_block_of(name, names)].weights.add(values)
@@ -119,7 +121,7 @@ def look_into(engine: PriorEngine, micro_batches: Sequence[TokenBatch], lr: floa
         report = engine.update([(batch.text_BT, batch.image_BN) for batch in micro_batches], lr)
     rank = engine.ranks.rank
     for block in seen.values():
-        block.gradient.largest /= report.loss_scale or 1.0
+        block.gradient.largest /= (report.loss_scale or 1.0) * in_use.get(block.name, 1.0)
         if not (block.forward.is_finite and block.gradient.is_finite):
             block.ranks.append(rank)
     if not bad_rows and any(block.ranks for block in seen.values()):
@@ -169,7 +171,6 @@ def _hooks(model: nn.Module, seen: dict[str, Block]) -> Iterator[set[tuple[int, 
 
     outputs = {"heads.text": "heads", "heads.image": "heads"} | {name: name for name in seen if name != "heads"}
     handles = [model.get_submodule(name).register_forward_hook(watch_forward(seen[of])) for name, of in outputs.items()]
-    # after the hooks of the gradient scales: these see true gradients
     handles += [p.register_hook(watch_gradient(seen[_block_of(name, seen)])) for name, p in model.named_parameters()]
     try:
         yield bad_rows
