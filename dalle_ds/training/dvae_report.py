@@ -2,6 +2,7 @@
 
 # B batch, C channels, K codes, h and w grid cells, N = h*w
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from dalle_ds.evaluation.reconstruction import codebook_usage, psnr, ssim
 from dalle_ds.models.dvae import DVAE
-from dalle_ds.ops.logit_laplace import log_density, split_output
+from dalle_ds.ops.logit_laplace import location_pixels, log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_ds.parallel.ranks import Ranks
 
-BATCH = 64
+BATCH = 16
+"""Pictures at a time, whatever the training's: the paper's model takes 6 GiB for them in fp32. Results don't depend on it."""
 COLLAPSED_BELOW = 0.1
 """Share of the codes in use."""
 COLLAPSE_CAUSES = (
@@ -57,33 +59,32 @@ class HeldOut:
 
 
 class _Measured(NamedTuple):
-    """Of a few pictures; sums are over all their cells or sub-pixels."""
+    """Of a few pictures. Sums are over a picture's cells or sub-pixels."""
 
     psnr_B: np.ndarray
     ssim_B: np.ndarray
     counts_K: np.ndarray
-    kl: float
-    hard: float
-    relaxed: float
+    kl_B: np.ndarray
+    hard_B: np.ndarray
+    relaxed_B: np.ndarray
 
 
 @torch.no_grad()
 def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, ranks: Ranks) -> tuple[HeldOut, np.ndarray]:
     """Measure on uint8 pictures, in fp32 -> (numbers, how often each code is chosen (K,)), on every rank.
 
-    All ranks pass the same pictures and share them out. The noise is always the same, at any number of ranks.
+    All ranks pass the same pictures and share them out. Each picture has its own noise, always the same.
     """
-    mine = list(enumerate(images_BCHW.split(BATCH)))[ranks.rank :: ranks.world_size]
-    measured = {seed: _measure(model, chunk_BCHW, tau, ln_b_min, seed) for seed, chunk_BCHW in mine}
-    measured = {seed: chunk for of_rank in ranks.gather_objects(measured) for seed, chunk in of_rank.items()}
-    chunks = [measured[seed] for seed in range(len(measured))]
+    starts = range(0, len(images_BCHW), BATCH)[ranks.rank :: ranks.world_size]
+    measured = {start: _measure(model, images_BCHW[start : start + BATCH], tau, ln_b_min, start) for start in starts}
+    measured = {start: batch for of_rank in ranks.gather_objects(measured) for start, batch in of_rank.items()}
+    psnr_S, ssim_S, counts_SK, kl_S, hard_S, relaxed_S = zip(*(measured[start] for start in sorted(measured)), strict=True)
     n_pictures, n_subpixels = len(images_BCHW), images_BCHW.numel()
-    kl, hard, relaxed = (sum(getattr(chunk, name) for chunk in chunks) for name in ("kl", "hard", "relaxed"))
-    counts_K = np.sum([chunk.counts_K for chunk in chunks], axis=0)
+    kl, hard, relaxed = (float(np.concatenate(sums_S).sum()) for sums_S in (kl_S, hard_S, relaxed_S))
+    counts_K = np.sum(counts_SK, axis=0)
     usage = codebook_usage(counts_K)
     numbers = HeldOut(
-        psnr=float(np.concatenate([chunk.psnr_B for chunk in chunks]).mean()),
-        ssim=float(np.concatenate([chunk.ssim_B for chunk in chunks]).mean()),
+        psnr=float(np.concatenate(psnr_S).mean()), ssim=float(np.concatenate(ssim_S).mean()),
         codes_used=usage.n_used, n_codes=usage.n_codes, perplexity=usage.perplexity,
         kl_per_cell=kl / (n_pictures * model.config.n_tokens), elb_hard=(hard - kl) / n_subpixels,
         elb_relaxed=(relaxed - kl) / n_subpixels, tau=tau, n_pictures=n_pictures,
@@ -91,22 +92,40 @@ def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None
     return numbers, counts_K
 
 
-def _measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, seed: int) -> _Measured:
+def _measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, first_seed: int) -> _Measured:
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
     images_BCHW = images_BCHW.to(device)
+    noises = [torch.Generator(device).manual_seed(first_seed + i) for i in range(len(images_BCHW))]
+    codes_Bhw, made_BCHW, *sums = measured_tensors(model, images_BCHW, tau, ln_b_min, noises)
+    pair = images_BCHW.cpu().numpy(), made_BCHW.cpu().numpy()
+    counts_K = np.bincount(codes_Bhw.flatten().cpu().numpy(), minlength=model.config.vocab_size)
+    return _Measured(psnr(*pair), ssim(*pair), counts_K, *(of_pictures_B.cpu().numpy() for of_pictures_B in sums))
+
+
+@torch.no_grad()
+def measured_tensors(
+    model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, noises: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What measuring takes from the device at once -> hard codes (B, h, w), pictures made of them (uint8), and for each picture
+    in nats the KL term and the log density under codes drawn from q and under relaxed ones, (B,) float64."""
     pixels_BCHW = model.map_images(images_BCHW)
     logits_BKhw = model.encode_logits(pixels_BCHW)
-    codes_BN = logits_BKhw.argmax(dim=1).flatten(1)
-    counts_K = np.bincount(codes_BN.flatten().cpu().numpy(), minlength=model.config.vocab_size)
-    pair = images_BCHW.cpu().numpy(), model.decode_tokens(codes_BN).cpu().numpy()
-    relaxed_BKhw = gumbel_softmax(logits_BKhw, tau, generator)
-    drawn_Bhw = gumbel_softmax(logits_BKhw, 1.0, generator).argmax(dim=1)  # the Gumbel maximum is a draw from q
-    sums = []
-    for output in (model.decoder.from_codes(drawn_Bhw), model.decoder(relaxed_BKhw)):
-        mu, ln_b = split_output(output)
-        sums.append(log_density(pixels_BCHW, mu, floored(ln_b, ln_b_min)).sum().item())
-    return _Measured(psnr(*pair), ssim(*pair), counts_K, kl_to_uniform(logits_BKhw).sum().item(), *sums)
+    codes_Bhw = logits_BKhw.argmax(dim=1)
+    made_BCHW = location_pixels(split_output(model.decoder.from_codes(codes_Bhw))[0], model.config.pixel_eps)
+    singles = list(zip(logits_BKhw.split(1), noises, strict=True))
+    relaxed_BKhw = torch.cat([gumbel_softmax(logits_1Khw, tau, noise) for logits_1Khw, noise in singles])
+    # the Gumbel maximum is a draw from q
+    drawn_Bhw = torch.cat([gumbel_softmax(logits_1Khw, 1.0, noise).argmax(dim=1) for logits_1Khw, noise in singles])
+    densities = []
+    for decode, codes in ((model.decoder.from_codes, drawn_Bhw), (model.decoder, relaxed_BKhw)):
+        mu, ln_b = split_output(decode(codes))
+        densities.append(_sums(log_density(pixels_BCHW, mu, floored(ln_b, ln_b_min))))
+    return codes_Bhw, made_BCHW, _sums(kl_to_uniform(logits_BKhw)), *densities
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Of each picture."""
+    return values.flatten(1).sum(1, dtype=torch.float64)
 
 
 def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
@@ -120,7 +139,7 @@ def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pai
     # Spread over the set: neighbours in it are often alike.
     spread = torch.linspace(0, len(images_BCHW) - 1, min(columns * pairs, len(images_BCHW))).long()
     chosen_BCHW = images_BCHW[spread].to(next(model.parameters()).device)
-    made_BCHW = model.decode_tokens(model.tokens(chosen_BCHW))
+    made_BCHW = torch.cat([model.decode_tokens(model.tokens(batch_BCHW)) for batch_BCHW in chosen_BCHW.split(BATCH)])
     rows = []
     for start in range(0, len(chosen_BCHW), columns):
         for images in (chosen_BCHW, made_BCHW):
