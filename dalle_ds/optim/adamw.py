@@ -160,7 +160,9 @@ def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance:
     mean, variance = (t.to(torch.int32) if on_cpu else t for t in (stored_mean, stored_variance))
     try:
         _compiled_loop()(p, g, mean, variance, scalars, True)
-    except RuntimeError as error:  # the compiler's: it comes before anything is written
+    except RuntimeError as error:
+        if not _is_of_the_compiler(error):
+            raise
         _can_compile = False
         log.warning("low-bit AdamW runs uncompiled, several times slower: %s", str(error).strip().splitlines()[0])
         return _update_chunk(p, g, stored_mean, stored_variance, scalars, True)
@@ -168,6 +170,14 @@ def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance:
         stored_mean.copy_(mean)
         stored_variance.copy_(variance)
     return None
+
+
+def _is_of_the_compiler(error: RuntimeError) -> bool:
+    """Such an error comes before anything is written. Memory that lacks while it compiles is not one: that will lack again."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second, which only those who compile should wait
+
+    lacks_memory = isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError)
+    return isinstance(error, TorchDynamoException) and not lacks_memory
 
 
 _can_compile = True

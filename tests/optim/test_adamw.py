@@ -1,9 +1,12 @@
 """AdamW with 16-bit moments against torch's."""
 
 import copy
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode
@@ -78,16 +81,41 @@ def test_the_compiled_loop_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
         assert (a.state[plain][key].int() - b.state[compiled][key].int()).abs().max() <= 1
 
 
-def test_without_a_compiler_it_goes_on_operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(*args: object) -> None:
-        raise RuntimeError("no C++ compiler")
-
+@pytest.fixture
+def compiling_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing that was compiled before, or on another day, serves."""
     monkeypatch.setattr(adamw, "_can_compile", True)
-    monkeypatch.setattr(adamw, "_compiled_loop", lambda: no_compiler)
+    adamw._compiled_loop.cache_clear()
+    torch.compiler.reset()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        yield
+    adamw._compiled_loop.cache_clear()
+
+
+def test_without_a_compiler_it_goes_on_operation_by_operation(compiling_anew: None, caplog: pytest.LogCaptureFixture) -> None:
     plain, asked = parameter(100), parameter(100)
     run(LowBitAdamW([plain], **SETTINGS), plain, range(3))
-    run(LowBitAdamW([asked], compile_from=1, **SETTINGS), asked, range(3))
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        run(LowBitAdamW([asked], compile_from=1, **SETTINGS), asked, range(3))
     assert torch.equal(plain, asked) and not adamw._can_compile
+    assert "runs uncompiled, several times slower: InvalidCxxCompiler" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["while it compiles", "in the loop"])
+def test_any_other_error_ends_the_step(compiling_anew: None, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Going on operation by operation takes more memory, not less, and would hide what is wrong."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        if when == "while it compiles":
+            raise torch.OutOfMemoryError("CUDA out of memory")  # as where it tries kernels out
+        return lambda *args: torch.empty(2**62, dtype=torch.uint8)
+
+    compiled = torch.compile(adamw._update_chunk, dynamic=True, fullgraph=True, backend=backend)
+    monkeypatch.setattr(adamw, "_compiled_loop", cache(lambda: compiled))
+    p = parameter(100)
+    with pytest.raises(RuntimeError, match="memory"):
+        run(LowBitAdamW([p], compile_from=1, **SETTINGS), p, range(1))
+    assert torch.equal(p, parameter(100)) and adamw._can_compile
 
 
 def test_it_learns_as_torchs_does() -> None:
