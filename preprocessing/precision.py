@@ -12,6 +12,7 @@ from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE, Conv2d
 from dalle_ds.ops import exactness
+from dalle_ds.ops.kernel_compiler import kernel_problem
 
 # B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
 
@@ -38,7 +39,11 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False
             if isinstance(module, Conv2d) and "res_path" not in name:
                 module.force_fp32 = True
         if device == "cuda":
-            dvae.encoder.compile(dynamic=True)  # the last batch of a shard is smaller
+            problem = kernel_problem()
+            if problem is None:
+                dvae.encoder.compile(dynamic=True)  # the last batch of a shard is smaller
+            else:
+                log.warning("the encoder runs uncompiled, slower: %s", problem)
 
     @torch.inference_mode()
     def encode(pictures_BHWC: np.ndarray) -> np.ndarray:

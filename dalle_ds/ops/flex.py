@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from dalle_ds.ops.kernel_compiler import kernel_problem
 from dalle_ds.ops.masks import Pattern, SparseMask
 
 BLOCK = 128
@@ -20,14 +21,10 @@ def flex_problem(device: torch.device) -> str | None:
     """Why FlexAttention can't train on `device`, or None."""
     if device.type != "cuda":
         return f"it has no backward pass outside CUDA, the device is {device}"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"its kernels need triton ({error})"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability (8, 0), {torch.cuda.get_device_name(device)} has {capability}"
-    return None
+    return kernel_problem()
 
 
 class FlexAttention:

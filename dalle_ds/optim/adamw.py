@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dalle_ds.ops.kernel_compiler import kernel_problem
 from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode_wide
 
 log = logging.getLogger(__name__)
@@ -152,24 +153,30 @@ def _compiled_loop() -> Callable[..., None]:
 
 def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor) -> None:
     """Low-bit `_update_chunk` as one loop; where nothing can compile it (no C++ compiler), operation by operation."""
-    global _can_compile
+    on_cpu = p.device.type == "cpu"
+    if _can_compile and not on_cpu and (problem := kernel_problem()):
+        _go_on_uncompiled(problem)
     if not _can_compile:
         return _update_chunk(p, g, stored_mean, stored_variance, scalars, True)
     # inductor writes vector instructions for int32 on CPUs, but a loop of single values for int16, five times slower
-    on_cpu = p.device.type == "cpu"
     mean, variance = (t.to(torch.int32) if on_cpu else t for t in (stored_mean, stored_variance))
     try:
         _compiled_loop()(p, g, mean, variance, scalars, True)
     except RuntimeError as error:
         if not _is_of_the_compiler(error):
             raise
-        _can_compile = False
-        log.warning("low-bit AdamW runs uncompiled, several times slower: %s", str(error).strip().splitlines()[0])
+        _go_on_uncompiled(str(error).strip().splitlines()[0])
         return _update_chunk(p, g, stored_mean, stored_variance, scalars, True)
     if on_cpu:
         stored_mean.copy_(mean)
         stored_variance.copy_(variance)
     return None
+
+
+def _go_on_uncompiled(reason: str) -> None:
+    global _can_compile
+    _can_compile = False
+    log.warning("low-bit AdamW runs uncompiled, several times slower: %s", reason)
 
 
 def _is_of_the_compiler(error: RuntimeError) -> bool:
