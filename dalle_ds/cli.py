@@ -26,10 +26,13 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", h
 ExportFolder = Annotated[str, typer.Option("--export", help="Export folder: a path or s3:// url.")]
 DataRoot = Annotated[str | None, typer.Option("--data", help="Token data set; unset: the one that the export names.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Environment = Annotated[Path | None, typer.Option(help="Of ranks on hosts that ssh reaches: variables, NAME=VALUE a line.")]
 
 
 @app.command("train-dvae")
-def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = False) -> None:
+def train_dvae(
+    recipe: Recipe = None, overrides: Overrides = None, environment: Environment = None, json: Json = False
+) -> None:
     """Train the discrete VAE, or go on with it where its folder has a checkpoint; alone, or on all ranks of a launcher.
 
     \b
@@ -41,7 +44,7 @@ def train_dvae(recipe: Recipe = None, overrides: Overrides = None, json: Json = 
     """
     from dalle_ds.training.dvae_command import main as run
 
-    run(recipe, overrides or (), json)
+    run(recipe, overrides or (), environment, json)
 
 
 @app.command("train-clip")
@@ -146,6 +149,7 @@ def sample(
     data: DataRoot = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures, grid.png, samples.json.")] = Path("samples"),
     device: Device = "auto",
+    environment: Environment = None,
     json: Json = False,
 ) -> None:
     """Draw pictures for captions, alone or on all ranks of a launcher; needs no deepspeed when alone.
@@ -174,7 +178,7 @@ def sample(
     limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
     settings = {"n": n, "keep": keep, "seed": seed, "batch": batch, **limits}
     source = {"captions": caption or (), "captions_file": captions, "n_held_out": held_out, "data_url": data}
-    run(settings, {**source, "image": image, "rows": rows}, export, out, clip, device, json)
+    run(settings, {**source, "image": image, "rows": rows}, export, out, clip, device, environment, json)
 
 
 @app.command()

@@ -21,8 +21,13 @@ fi
 case " ${DS_LAUNCH_ARGS:-}" in
   *" --hostfile"* | *" -H"*)
     # ssh carries no variables over, and DeepSpeed shows those that it adds, keys too, in its log and in the list of processes
-    (umask 077 && env | grep -v "^DALLE_DS_LAUNCHER_PID=" |
-      grep -iE "^(PATH=|(AWS|MLFLOW|DALLE_DS|OMP|NCCL|GLOO|TORCH|HTTP|HTTPS|NO)_)" >.environment.$$)
+    names="PATH|LD_LIBRARY_PATH|LD_PRELOAD|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
+    ours="AWS|MLFLOW|DALLE_DS|DS|HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|FSSPEC|HTTP|HTTPS|ALL|NO"
+    torchs="TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUDA|CUBLAS|CUBLASLT|CUDNN|NVIDIA|OMP|KMP|GOMP|MKL|OPENBLAS"
+    networks="NCCL|OFI|FI|EFA|RDMAV|IBV|MLX5|UCX|UCC|GLOO"
+    # which GPUs a process sees is each host's own, and so is the number of a process
+    (umask 077 && env | grep -iE "^(($names)=|($ours|$torchs|$networks)_)" |
+      grep -vE "^(DALLE_DS_LAUNCHER_PID|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES)=" >.environment.$$)
     mv .environment.$$ .environment
     set -- --environment "$PWD/.environment" "$@"
     ;;

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_ds.ops.kernel_compiler import kernel_problem
+
 log = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 64
@@ -68,14 +70,10 @@ def fused(kernels: int, passes: int = 1) -> Callable[[Callable[..., Any]], Fused
 @cache
 def compile_problem() -> str | None:
     """Why this machine can't compile kernels for its GPU, or None."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton can't be imported ({error})"
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name()} has compute capability {capability}, it takes {MIN_CAPABILITY}"
-    return None
+    return kernel_problem()
 
 
 @cache

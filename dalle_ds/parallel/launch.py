@@ -1,21 +1,44 @@
-"""What launchers leave to a rank: its number under Slurm and Open MPI, and the environment of the host where the job began.
+"""What launchers leave to a rank: its number under Slurm and Open MPI, and the environment that a rank is to have.
 
 Imports neither torch nor deepspeed: OMP_NUM_THREADS and its like count only where they are set before.
 """
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from dalle_ds.errors import ConfigError
+
+LOADERS = ("LD_LIBRARY_PATH", "LD_PRELOAD")
+"""Read as a process starts, by what loads its libraries: to set them later is too late for NCCL's and libfabric's plugins."""
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+ALLOCATORS_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+MOST_COMPILE_THREADS = 4
+
+
+def prepare_rank(environment: Path | None) -> None:
+    """What a rank needs before it imports torch: the variables of the file `environment`, its place, and `set_defaults`.
+
+    Raises:
+        ConfigError: as `take_environment` and `take_rank`.
+    """
+    if environment is not None:
+        take_environment(environment)
+    take_rank()
+    set_defaults()
 
 
 def take_environment(file: Path) -> None:
     """Set the variables of `file`, a NAME=VALUE a line as `env` prints them, over those that this process has.
 
+    Where LD_LIBRARY_PATH or LD_PRELOAD is another one then, the process starts anew, with the same number and arguments.
+
     Raises:
         ConfigError: no such file on this host, or another kind of line in it.
     """
+    had = [os.environ.get(name) for name in LOADERS]
     try:
         lines = file.read_text().splitlines()
     except FileNotFoundError:
@@ -26,6 +49,23 @@ def take_environment(file: Path) -> None:
         if not (equals and name.isidentifier()):
             raise ConfigError(f"{file}, line {number}: expected NAME=VALUE")  # the line itself may be a secret
         os.environ[name] = value
+    if [os.environ.get(name) for name in LOADERS] != had:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def set_defaults() -> None:
+    """Give variables that torch reads the values that ranks want, where nobody set them. After `take_rank`.
+
+    The CUDA allocator extends its segments: ZeRO-3 gathers and frees tensors of many sizes on two streams, which would cut up
+    segments of fixed sizes. Inductor's pool of compilers is small: of its own accord each of a machine's ranks starts as many
+    processes as there are cores, up to 32, for a handful of kernels.
+    """
+    if not any(name in os.environ for name in ALLOCATORS_NAMES):
+        os.environ[ALLOCATOR] = "expandable_segments:True"
+    # torchrun says LOCAL_WORLD_SIZE, other launchers LOCAL_SIZE; a process alone has neither
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    cores = min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks)  # Slurm gives each rank cores of its own
+    os.environ.setdefault(COMPILE_THREADS, str(max(1, min(MOST_COMPILE_THREADS, cores))))
 
 
 def take_rank() -> None:

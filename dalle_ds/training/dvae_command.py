@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle_ds.console import print_summary, setup_logging
-from dalle_ds.parallel.launch import take_rank
+from dalle_ds.parallel.launch import prepare_rank
 from dalle_ds.recipes import load_recipe
 
 
-def main(recipe: Path | None, overrides: Sequence[str], as_json: bool) -> None:
+def main(recipe: Path | None, overrides: Sequence[str], environment: Path | None, as_json: bool) -> None:
     """Train; alone, there is no process group, and deepspeed is not imported.
 
     Exit code 0: finished; 2: a mistake in the input; 75: another rank was lost, to be started again; 143: asked to stop, state
     saved.
     """
-    take_rank()
+    prepare_rank(environment)
     if os.environ.get("RANK", "0") != "0":
         setup_logging(logging.WARNING)
     # read where torch is imported; else the ranks that are left by another one bury its name under frames of C++

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dalle_ds.console import print_error, setup_logging
 from dalle_ds.errors import ConfigError, DataError, UserError
-from dalle_ds.parallel.launch import take_environment, take_rank
+from dalle_ds.parallel.launch import prepare_rank
 from dalle_ds.recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def main(default_recipe: Path, arguments: list[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it; LOCAL_RANK says the same
     options = parser.parse_args(arguments)
     try:
-        if options.environment:
-            take_environment(options.environment)
-        take_rank()
+        prepare_rank(options.environment)
     except ConfigError as error:  # perhaps on this host alone
         parser.error(str(error))
     is_main = os.environ.get("RANK", "0") == "0"

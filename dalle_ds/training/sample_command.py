@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.console import print_summary, setup_logging
-from dalle_ds.parallel.launch import take_rank
+from dalle_ds.parallel.launch import prepare_rank
 
 
 def main(
-    settings: dict[str, Any], source: dict[str, Any], url: str, out: Path, clip: str | None, device: str, as_json: bool
-) -> None:
+    settings: dict[str, Any], source: dict[str, Any], url: str, out: Path, clip: str | None, device: str,
+    environment: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Sample; alone, there is no process group, and deepspeed is not imported.
 
     Exit code 0: finished; 2: a mistake in the input; 75: another rank was lost, to be started again; 143: asked to stop.
     """
-    take_rank()
+    prepare_rank(environment)
     if os.environ.get("RANK", "0") != "0":
         setup_logging(logging.WARNING)
     # read where torch is imported; else the ranks that are left by another one bury its name under frames of C++

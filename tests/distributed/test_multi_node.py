@@ -31,7 +31,11 @@ SECRET = 'a $key with "signs"'
 NO_SERVER = "http://127.0.0.1:9"
 # Debian's hosts resolve their own names to a loopback address, where gloo would listen
 PASSED_ON = {"AWS_SECRET_ACCESS_KEY": SECRET, "DALLE_DS_RETRY_SECONDS": "77", "OMP_NUM_THREADS": "1",
-             "GLOO_SOCKET_IFNAME": "eth0", "MLFLOW_TRACKING_URI": NO_SERVER}  # fmt: skip
+             "GLOO_SOCKET_IFNAME": "eth0", "MLFLOW_TRACKING_URI": NO_SERVER, "LD_LIBRARY_PATH": "/opt/amazon/efa/lib",
+             "FI_PROVIDER": "efa", "UCX_TLS": "rc", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HOME": "/shared/hf",
+             "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512", "TRITON_CACHE_DIR": "/tmp/triton",
+             "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor", "http_proxy": "", "no_proxy": "node-a"}  # fmt: skip
+NOT_PASSED_ON = {"CUDA_VISIBLE_DEVICES": "7", "NVIDIA_VISIBLE_DEVICES": "7", "OF_NOBODY": "1"}
 
 # Python runs it at the start of each process: what the environment was, as the process ends, by host and rank.
 NOTE_ENVIRONMENT = """
@@ -65,7 +69,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def env(home: Path) -> dict[str, str]:
-    return {**PASSED_ON, "PYTHONPATH": f"{launching.ROOT}:{home / 'site'}", LAUNCHER_VARIABLE: str(os.getpid())}
+    ours = {"PYTHONPATH": f"{launching.ROOT}:{home / 'site'}", LAUNCHER_VARIABLE: str(os.getpid())}
+    return {**PASSED_ON, **NOT_PASSED_ON, **ours}
 
 
 def arguments(home: Path, folder: str = "run", **overrides: object) -> list[str]:
@@ -133,6 +138,7 @@ def test_pdsh_trains_as_one_host_does_passes_the_environment_on_and_ends_by_ctrl
         found = json.loads((home / "site" / f"environment.{host}.{rank}.json").read_text())
         assert found["WORLD_SIZE"] == "2"
         assert {name: found.get(name) for name in PASSED_ON} == PASSED_ON
+        assert not any(found.get(name) == value for name, value in NOT_PASSED_ON.items()), "each host's own"
         assert found["PATH"].startswith(str(Path(sys.executable).parent)), "the virtual environment of the launching host"
         assert LAUNCHER_VARIABLE not in found, "a process number means nothing on another host"
     assert SECRET not in out + err and "AWS_SECRET" not in out + err

@@ -1,12 +1,16 @@
 """What a rank takes from its launcher. Real launchers on two hosts: tests/distributed/test_multi_node.py."""
 
 import os
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.parallel.launch import take_environment, take_rank
+from dalle_ds.parallel.launch import set_defaults, take_environment, take_rank
+from tests import launching
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4",
             "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
@@ -54,3 +58,53 @@ def test_the_environment_of_a_file_goes_over_the_hosts_own(told: dict[str, str],
         assert "secret" not in str(error.value)
     with pytest.raises(ConfigError, match=f"gone on {os.uname().nodename}.*all hosts of the job share"):
         take_environment(tmp_path / "gone")
+
+
+SETTINGS_OF_A_RANK = """
+import ctypes, json, os, sys
+from pathlib import Path
+from dalle_ds.parallel.launch import prepare_rank
+prepare_rank(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+if len(sys.argv) > 1:
+    ctypes.CDLL("libfound_by_path.so")
+import torch, torch._inductor.config
+print(json.dumps({"pid": os.getpid(), "arguments": sys.argv, "threads": torch._inductor.config.compile_threads,
+                  "allocator": torch._C._accelerator_getAllocatorSettings()}))
+"""
+
+
+def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(tmp_path: Path) -> None:
+    """LD_LIBRARY_PATH too, which a process reads once, as it starts: network plugins of NCCL are found by it."""
+    rank = [sys.executable, "-u", "-c", SETTINGS_OF_A_RANK]
+    alone = launching.last_json(launching.run(rank, tmp_path, {"LOCAL_SIZE": str(os.cpu_count())}).stdout)
+    assert (alone["threads"], alone["allocator"]) == (1, "expandable_segments:True")
+
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    package = Path(find_spec("torch").origin).parent
+    shutil.copy(package / "lib" / "libtorch_global_deps.so", libraries / "libfound_by_path.so")
+    file = tmp_path / "environment"
+    told = {"LD_LIBRARY_PATH": f"{libraries}:{package / 'lib'}", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+            "TORCHINDUCTOR_COMPILE_THREADS": "3"}  # fmt: skip
+    file.write_text("".join(f"{name}={value}\n" for name, value in told.items()))
+    with launching.started([*rank, str(file)], tmp_path) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    found = launching.last_json(out)
+    assert (found["threads"], found["allocator"]) == (3, "max_split_size_mb:512")
+    assert (found["pid"], found["arguments"]) == (process.pid, ["-c", str(file)]), "launchers know ranks by their numbers"
+
+
+@pytest.mark.parametrize("ranks", [{}, {"LOCAL_WORLD_SIZE": "2"}, {"LOCAL_SIZE": "1000"}])
+def test_compilers_of_a_machine_are_few_and_what_is_set_stays(told: dict[str, str], ranks: dict[str, str]) -> None:
+    told |= ranks
+    set_defaults()
+    n_ranks = int(next(iter(ranks.values()), 1))
+    assert 1 <= int(told["TORCHINDUCTOR_COMPILE_THREADS"]) <= min(4, max(1, os.cpu_count() // n_ranks))
+    assert told["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        told.clear()
+        told |= {name: "max_split_size_mb:64", "TORCHINDUCTOR_COMPILE_THREADS": "32"}
+        before = dict(told)
+        set_defaults()
+        assert told == before
