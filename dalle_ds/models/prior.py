@@ -165,8 +165,14 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = ResBlock(config.d_model, attention)
         self.mlp = ResBlock(config.d_model, MLP(config.d_model))
+        self.run_blocks: Callable[[Tensor], Tensor] | None = None
+        """In place of `blocks`: activation checkpointing puts its own function here."""
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        return (self.run_blocks or self.blocks)(x_BLD)
+
+    def blocks(self, x_BLD: Tensor) -> Tensor:
+        """One after the other, (B, L, D) -> (B, L, D)."""
         return self.mlp(self.attention(x_BLD))
 
     def prefill(self, x_BLD: Tensor) -> tuple[Tensor, LayerCache]:
@@ -211,7 +217,7 @@ class Prior(nn.Module):
         )
         self.heads = Heads(config)
         self.run_layer: Callable[[Layer, Tensor], Tensor] = lambda layer, x: layer(x)
-        """How a layer is run: activation checkpointing puts its own function here."""
+        """How a layer is called: what is to happen between layers is put here."""
 
     def forward(
         self, text_BT: Tensor, image_BN: Tensor, *, n_text: int | None = None, per_token: bool = False

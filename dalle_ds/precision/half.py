@@ -3,6 +3,8 @@
 Parameters stay fp32 and are rounded to fp16 where they are used; identity path, norms, embeddings and logits are fp32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,28 @@ class _LinearFP16(torch.autograd.Function):
         # weight gradients leave in fp32: the one place where fp16 would lose small sums for nothing
         grad_weight = matmul_to_fp32(rows.t(), x.flatten(0, -2))
         return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if ctx.has_bias else None
+
+
+class _UnreadFP16(_LinearFP16):
+    """Nobody reads the product, so it is not computed: what it holds is left to chance. The backward pass is the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@contextmanager
+def unread_product(linear: BranchLinear) -> Iterator[None]:
+    """Within it, an fp16 layer is called for its graph alone; layers in other formats compute as ever."""
+    matmul = linear.matmul
+    if matmul == _LinearFP16.apply:
+        linear.matmul = _UnreadFP16.apply
+    try:
+        yield
+    finally:
+        linear.matmul = matmul
 
 
 class HalfNumerics(Numerics):
