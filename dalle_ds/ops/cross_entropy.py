@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dalle_ds.ops.split import Split, split_matmul
+
 MAX_LOGITS = 2**23
 """Logits that exist at a time: 32 MiB in fp32, one picture of 1024 tokens over 8192 codes. Rows enough to keep the matrix
 products at full speed; the paper's text and image logits of one sample alone would be 48 MiB, and as much again each for
@@ -60,6 +62,47 @@ def _chunks(n_rows: int, n_vocab: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
+class _PlainProducts:
+    """In fp32, with one buffer for the logits of all chunks."""
+
+    def __init__(self, x_RD: Tensor, weight_VD: Tensor) -> None:
+        self._x_RD, self._weight_VD = x_RD, weight_VD
+        self._buffer = x_RD.new_empty(min(len(x_RD), max(1, MAX_LOGITS // len(weight_VD))), len(weight_VD))
+
+    def logits(self, rows: slice, bias_V: Tensor) -> Tensor:
+        """-> (C, V), to be overwritten"""
+        x_CD = self._x_RD[rows]
+        return torch.addmm(bias_V, x_CD, self._weight_VD.t(), out=self._buffer[: len(x_CD)])
+
+    def add_gradients(self, grad_CV: Tensor, rows: slice, grad_x_RD: Tensor | None, grad_weight_VD: Tensor | None) -> None:
+        """Fill these rows of x's gradient, add to the weight's."""
+        if grad_x_RD is not None:
+            torch.mm(grad_CV, self._weight_VD, out=grad_x_RD[rows])
+        if grad_weight_VD is not None:
+            grad_weight_VD.addmm_(grad_CV.t(), self._x_RD[rows])
+
+
+class _SplitProducts:
+    """The same on a GPU's fp16 units."""
+
+    def __init__(self, x_RD: Tensor, weight_VD: Tensor) -> None:
+        self._x_RD, self._weight_VD = Split.of(x_RD), Split.of(weight_VD)
+
+    def logits(self, rows: slice, bias_V: Tensor) -> Tensor:
+        return split_matmul(self._x_RD[rows], self._weight_VD.t()).add_(bias_V)
+
+    def add_gradients(self, grad_CV: Tensor, rows: slice, grad_x_RD: Tensor | None, grad_weight_VD: Tensor | None) -> None:
+        grad = Split.of(grad_CV)
+        if grad_x_RD is not None:
+            grad_x_RD[rows] = split_matmul(grad, self._weight_VD)
+        if grad_weight_VD is not None:
+            grad_weight_VD.add_(split_matmul(grad.t(), self._x_RD[rows]))
+
+
+def _products_on(device: torch.device) -> type[_PlainProducts] | type[_SplitProducts]:
+    return _SplitProducts if device.type == "cuda" else _PlainProducts
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, with_gradients: bool) -> Tensor:
@@ -69,11 +112,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD) if needed[1] else None
         grad_bias = torch.zeros_like(bias_V) if needed[2] else None
         nll_R = x_RD.new_empty(n_rows)
-        buffer = x_RD.new_empty(min(n_rows, max(1, MAX_LOGITS // n_vocab)), n_vocab)
+        products = _products_on(x_RD.device)(x_RD, weight_VD)
         for rows in _chunks(n_rows, n_vocab):
-            x_CD, target_C1 = x_RD[rows], targets_R[rows, None]
-            # one buffer, in turn logits, shifted logits, their exponentials and the gradient
-            logits_CV = torch.addmm(bias_V, x_CD, weight_VD.t(), out=buffer[: len(x_CD)])
+            target_C1 = targets_R[rows, None]
+            # one tensor, in turn logits, shifted logits, their exponentials and the gradient
+            logits_CV = products.logits(rows, bias_V)
             logits_CV.sub_(logits_CV.amax(1, keepdim=True))
             at_target_C1 = logits_CV.gather(1, target_C1)
             sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
@@ -82,10 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad_CV = logits_CV.div_(sum_C1)
             grad_CV.scatter_add_(1, target_C1, grad_CV.new_full(target_C1.shape, -1.0))
-            if grad_x is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_x[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_CV.t(), x_CD)
+            products.add_gradients(grad_CV, rows, grad_x, grad_weight)
             if grad_bias is not None:
                 grad_bias.add_(grad_CV.sum(0))
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)

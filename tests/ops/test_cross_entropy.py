@@ -50,9 +50,12 @@ class Watch(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("products", ["_PlainProducts", "_SplitProducts"])
 @pytest.mark.parametrize("ignored", [0, 1, N_ROWS - 1])
 @pytest.mark.parametrize("n_rows", [N_ROWS, 2 * CHUNK])
-def test_value_and_gradients_are_torchs(n_rows: int, ignored: int) -> None:
+def test_value_and_gradients_are_torchs(n_rows: int, ignored: int, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the products that run on GPUs."""
+    monkeypatch.setattr(cross_entropy, "_products_on", lambda device: getattr(cross_entropy, products))
     x, weight, bias, targets = inputs(n_rows, min(ignored, n_rows - 1))
     leaves = x, weight, bias
     loss, expected = linear_cross_entropy(x, weight, bias, targets, IGNORED), plain(x, weight, bias, targets)
@@ -63,6 +66,15 @@ def test_value_and_gradients_are_torchs(n_rows: int, ignored: int) -> None:
         torch.autograd.grad(loss * scale, leaves), torch.autograd.grad(expected * scale, leaves), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
+
+
+def test_a_count_that_the_caller_knows_changes_nothing() -> None:
+    found = []
+    for n_kept in (None, N_ROWS - 5):
+        x, weight, bias, targets = inputs(ignored=5)
+        loss = linear_cross_entropy(x, weight, bias, targets, IGNORED, n_kept)
+        found.append([loss, *torch.autograd.grad(loss, (x, weight, bias))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_one_row_and_no_marker() -> None:
