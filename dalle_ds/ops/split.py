@@ -1,9 +1,9 @@
 """fp32 matrix products on fp16 units: each factor is a sum of two fp16 numbers, and three of their four products are summed.
 
 A GPU's fp32 units are a tenth as fast as its fp16 ones. TF32 would be fast too, but rounds factors to 11 bits; high and low
-part together have 22, two less than fp32, and what is left out, low times low, is smaller than that. Sums are fp32 in any case, and
-their errors are the larger ones: against fp64, such products are as exact as fp32's own (tests/ops/test_split.py). That holds
-for matrices of states, weights and probabilities, whose largest values are not tiny: errors are never below 2^-36.
+part together have 22, two less than fp32, and what is left out, low times low, is smaller than that. Sums are fp32 in any case,
+and their errors are the larger ones: against fp64, such products are as exact as fp32's own (tests/ops/test_split.py). That
+holds for matrices of states, weights and probabilities, whose largest values are not tiny: errors are never below 2^-36.
 
 M rows, K summed, N columns.
 """
