@@ -7,8 +7,8 @@ import typer
 
 from dalle_ds.bench.verbs import bench
 from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
-from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.verbs import human_eval
+from dalle_ds.options import ConfigCommand
 
 app = typer.Typer(
     name="dalle-ds",
@@ -301,53 +301,32 @@ def evaluate_images(
     print_summary(image_metrics.evaluate_images(pictures, out, **options), json)
 
 
-@app.command()
+class _PlanCommand(ConfigCommand):
+    config = "dalle_ds.planning.settings:PlanSettings"
+
+
+@app.command(cls=_PlanCommand)
 def plan(
-    preset: Annotated[str, typer.Option(help="tiny, 0.3b, 1.2b, 2.8b, 5.6b or 12b.")] = "12b",
-    gpus: Annotated[int, typer.Option(help="GPUs in all.")] = 1024,
-    shard_gpus: Annotated[int | None, typer.Option(help="GPUs that ZeRO-3 shards over; unset: all.")] = None,
-    micro_batch: Annotated[int, typer.Option(help="Samples a GPU takes at a time.")] = 1,
-    updates: Annotated[int, typer.Option(help="The paper's is 430,000.")] = 430_000,
-    global_batch: Annotated[int, typer.Option(help="The paper's is 1024.")] = 1024,
-    tflops: Annotated[float, typer.Option(help="16-bit peak of one GPU: A100 312, H100 989, V100 125.")] = 312.0,
-    mfu: Annotated[float, typer.Option(help="Share of the peak that useful arithmetic reaches.")] = 0.35,
-    moments: Annotated[str, typer.Option(help="Of AdamW: fp32 or low_bit, as the recipe's optimizer.moments.")] = "fp32",
-    bucket: Annotated[int, typer.Option(help="reduce_bucket_size of the DeepSpeed JSON.")] = 50_000_000,
-    live: Annotated[int, typer.Option(help="stage3_max_live_parameters of the DeepSpeed JSON.")] = 1_000_000_000,
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU: says whether the run fits.")] = None,
-    price: Annotated[float | None, typer.Option(help="Of a GPU hour, for the cost.")] = None,
+    options: typer.Context,
+    preset: Annotated[str | None, typer.Option(help="tiny, 0.3b, 1.2b, 2.8b, 5.6b, 12b; unset: the recipe's or 12b.")] = None,
+    recipe: Recipe = None,
+    overrides: Overrides = None,
     json: Json = False,
 ) -> None:
     """Memory, communication, time and cost of training a prior, on paper: computed estimates, nothing is measured.
 
-    State: fp32 weight, gradient and two moments under ZeRO-3: 16 bytes a parameter, with --moments low_bit 12 for most. Time:
-    3 x forward arithmetic (sparse attention counted by reachable keys) at the given share of the peak. Activations: every
-    layer recomputed, fused attention. Communication: what a GPU receives, weights gathered twice as fp16, gradients
-    scattered once as fp32, for each micro-batch.
+    A micro-step takes the longest of compute, links inside nodes, links between nodes and Python; `binds` says which. What the
+    figures rest on, and how far the same arithmetic is from runs that others published: dalle_ds/planning/README.md. With
+    --recipe, what the recipe and its DeepSpeed JSON say goes before the defaults here, and options before both.
 
     \b
     Examples:
-      dalle-ds plan --preset 12b --gpus 1024 --gpu-memory 16
-      dalle-ds plan --preset 12b --gpus 256 --shard-gpus 8 --moments low_bit --tflops 989 --mfu 0.4 --price 2.5 --json
+      dalle-ds plan --preset 12b --gpus 256 --machine H100 --shard-gpus 8 --compression power_sgd --price 2.5 --json
+      dalle-ds plan --recipe launchers/recipes/1.2b.yaml --gpus 8 --machine A100-40 --pcie
     """
-    from dalle_ds.models.presets import PRESETS
-    from dalle_ds.recipes import from_options
-    from dalle_ds.training.plan import PlanSettings
-    from dalle_ds.training.plan import plan as compute
+    from dalle_ds.training.plan_command import run
 
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    sizes = {
-        "gpus": gpus,
-        "shard_gpus": shard_gpus,
-        "micro_batch": micro_batch,
-        "updates": updates,
-        "global_batch": global_batch,
-    }
-    rates = {"tflops": tflops, "mfu": mfu, "price": price}
-    memory = {"moments": moments, "bucket": bucket, "live": live, "gpu_memory": gpu_memory}
-    settings = from_options(PlanSettings, {**sizes, **rates, **memory})
-    print_summary({"preset": preset, **compute(PRESETS[preset], settings)}, json)
+    print_summary(run(preset, recipe, overrides or (), options.obj), json)
 
 
 @app.command()

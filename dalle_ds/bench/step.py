@@ -6,7 +6,7 @@ from dalle_ds.bench.report import Report
 from dalle_ds.bench.settings import StepSettings
 from dalle_ds.bench.timing import take_turns
 from dalle_ds.models.attention import use_attention
-from dalle_ds.training.plan import forward_flops
+from dalle_ds.planning.arithmetic import forward_flops
 
 
 def run(settings: StepSettings) -> Report:

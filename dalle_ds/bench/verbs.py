@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from dalle_ds.console import TYPER_SETTINGS, print_summary
+from dalle_ds.options import option
 
 QUESTIONS = {
     "attention": "Attention alone against dense attention, masked and causal, each pattern and their mix.",
@@ -78,18 +79,8 @@ def _command(name: str) -> Callable[..., None]:
             print_summary(report.summary(), as_json=True)
 
     fields = settings_class.model_fields.items()
-    parameters = [_parameter(key, field.annotation, field.default, field.description) for key, field in fields]
-    parameters.append(_parameter("json", bool, False, "End with the summary as one JSON object on stdout."))
+    parameters = [option(key, field.annotation, field.default, field.description) for key, field in fields]
+    parameters.append(option("json", bool, False, "End with the summary as one JSON object on stdout."))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = f"{QUESTIONS[name]}\n\n\b\nExamples:\n  dalle-ds bench {name}\n  dalle-ds bench {name} {EXAMPLES[name]}\n"
     return command
-
-
-def _parameter(name: str, annotation: Any, default: Any, description: str | None) -> inspect.Parameter:
-    # what typer cannot read by itself, such as a choice or a list of numbers, is text: the settings check it
-    known = annotation if annotation in (bool, int, float, str, int | None, float | None) else str
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    option = f"--{name.replace('_', '-')}"
-    annotated = Annotated[known, typer.Option(f"{option}/--no-{option[2:]}" if default is True else option, help=description)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)

@@ -70,7 +70,7 @@ class PowerSGD:
                  position: int = 0) -> None:  # fmt: skip
         """`position` of the rank in its replica: shards of one matrix start from different random factors."""
         self.shards = dict(shards)
-        self.rank = config.rank or _largest_rank(self.shards, config.sent_fraction)
+        self.rank = config.rank or largest_rank(self.shards, config.sent_fraction)
         self._group, self._warm_start = group, config.warm_start
         self._is_low_bit = config.number_format == "1-6-9"
         self._mean: Wire = mean_in_1_6_9 if self._is_low_bit else mean_in_fp32
@@ -146,7 +146,7 @@ def orthonormal(sketch_KMR: Tensor) -> Tensor:
     return torch.linalg.qr(sketch_KMR).Q
 
 
-def _largest_rank(shards: Mapping[str, MatrixShard], fraction: float) -> int:
+def largest_rank(shards: Mapping[str, MatrixShard], fraction: float) -> int:
     """One rank for all, as in the paper: the largest whose factors hold at most `fraction` of the values; at least 1."""
     budget = fraction * sum(shard.numel for shard in shards.values())
     rank, highest = 1, max(shard.shape[1] for shard in shards.values())

@@ -9,12 +9,10 @@ from dalle_ds.data import storage
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.fragments import shard_start
 from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD, as_fp32
-from dalle_ds.parallel.replicas import Replicas, ReplicasConfig, in_buckets, mean_in_fp32
+from dalle_ds.parallel.replicas import BUCKET_VALUES, Replicas, ReplicasConfig, in_buckets, mean_in_fp32
 from dalle_ds.parallel.saved_state import SavedState, StateParts
 
 ERROR = "error"
-BUCKET_VALUES = 2**25
-"""Gradient values that are worked on at a time: about a layer of the largest model on 8 ranks, 128 MiB a copy."""
 
 
 class ReplicaGradients:

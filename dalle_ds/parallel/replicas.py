@@ -20,6 +20,10 @@ PAPER_RATE = 0.141
 """Share of the gradient that the paper's factors hold: 5 r / (8 d) with r = 896 and d = 3968 (appendix E.1, table 1)."""
 
 
+BUCKET_VALUES = 2**25
+"""Gradient values that are averaged at a time: about a layer of the largest model on 8 ranks, 128 MiB a copy."""
+
+
 class ReplicasConfig(Config):
     """How many copies of the model train side by side, and how they exchange gradients."""
 

@@ -42,8 +42,12 @@ class ModelSection(Config):
             wanted = getattr(self, key)
             if wanted is not None and wanted != found:
                 raise ConfigError(f"the recipe's model.{key} is {wanted}, but the data set {source} has {found}")
+        return PriorConfig(**{**self.on_paper().model_dump(), **from_data})
+
+    def on_paper(self) -> PriorConfig:
+        """The geometry before any data is seen: grid and vocabularies that are not set are the preset's."""
         own = {key: value for key, value in self.model_dump(exclude={"preset"}).items() if value is not None}
-        return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own, **from_data})
+        return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own})
 
 
 class DataShare(Config):

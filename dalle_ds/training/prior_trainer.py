@@ -24,13 +24,13 @@ from dalle_ds.optim.averaging import WeightAverage
 from dalle_ds.optim.plateau import Plateau
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.watch import RankWatch, limit_waiting
+from dalle_ds.planning.memory import CHECKPOINT_BYTES, state_bytes
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.diagnosis import Patience, diagnose
 from dalle_ds.training.lifetime import EXIT_STOPPED, RunLock, StopFlag
 from dalle_ds.training.lineage import code_tags
 from dalle_ds.training.parity import PARITY_FILE
-from dalle_ds.training.plan import CHECKPOINT_BYTES, moment_bytes_per_parameter
 from dalle_ds.training.prior_config import PriorRun
 from dalle_ds.training.prior_engine import build_engine, read_engine_config
 from dalle_ds.training.prior_report import RunReport, describe
@@ -110,7 +110,7 @@ class _Trainer:
     def prepare(self) -> None:
         """Build the engine and the stream, and go to where the newest checkpoint was."""
         run, ranks, found = self.recipe, self.ranks, self.newest
-        per_parameter = CHECKPOINT_BYTES + moment_bytes_per_parameter(self.model_config, run.optimizer.moments)
+        per_parameter = CHECKPOINT_BYTES + state_bytes(self.model_config, run.optimizer.moments).moments
         self.checkpoints.require_room(self.n_parameters * (per_parameter + run.replicas.checkpoint_bytes), ranks)
         n_held_out = min(run.validation.samples or self.validation_set.n_samples, self.validation_set.n_samples)
         self.validation = validation_batches(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dalle_ds.models.prior import PriorConfig
-from dalle_ds.training.plan import forward_flops
+from dalle_ds.planning.arithmetic import forward_flops
 
 PEAK_TFLOPS = {
     "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,

@@ -3,7 +3,7 @@
 import pytest
 
 from dalle_ds.models.prior import PriorConfig
-from dalle_ds.training.plan import forward_flops
+from dalle_ds.planning.arithmetic import forward_flops
 from dalle_ds.training.throughput import Throughput
 
 CONFIG = PriorConfig(n_layers=2, n_heads=1, d_head=8, text_len=6, grid=4, text_vocab=20, image_vocab=16, conv_kernel=3)

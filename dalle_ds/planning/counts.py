@@ -1,0 +1,73 @@
+"""What the prior's step does beside its matrix products, counted without a GPU: what estimates of time and memory rest on."""
+
+from dataclasses import dataclass
+
+from dalle_ds.planning.timing import Format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Of one layer under ZeRO-3 with fp16 branches and a gradient scale per residual block. An element is one number of the
+    residual stream, (batch, slots, width); a parameter is one of the whole layer's, however it is sharded."""
+
+    element_bytes: float
+    """Memory traffic of an element in forward and backward pass, beside products and attention."""
+    recomputed_bytes: float
+    """The same of a second forward pass, where the layer is recomputed."""
+    weight_bytes: float
+    """Memory traffic of a parameter in a micro-step, on the stream of the products: casts, its gradient written."""
+    gather_bytes: float
+    """On other streams: copies and casts beside the two all-gathers, which one GPU alone does without."""
+    reduce_bytes: float
+    """On other streams: its gradient into the bucket, divided, scattered."""
+    collectives: float
+    """Messages in a micro-step."""
+    host_ms: float
+    """CPU time of a micro-step, on one core."""
+    host_ms_per_rank: float
+    """And for each further GPU that shards it: DeepSpeed loops over all of them, in Python, for every tensor."""
+    update_host_ms: float
+    """CPU time of an update's end: norm, clipping, step, small parameters gathered again."""
+    heads: Format
+    """Of the unembeddings' products."""
+    kept_bytes: float
+    """Memory that an element takes from forward to backward pass in a layer that is not recomputed."""
+    working_bytes: float
+    """Memory that an element takes beside, in the layer whose backward pass is under way."""
+    gathered_bytes: float
+    """Memory of a parameter while the layer is gathered."""
+
+
+NOW = Counts(
+    element_bytes=180,
+    recomputed_bytes=60,
+    weight_bytes=10,
+    gather_bytes=8,
+    reduce_bytes=27,
+    collectives=6,
+    host_ms=4.5,
+    host_ms_per_rank=0.069,
+    update_host_ms=1.5,
+    heads="fp32",
+    kept_bytes=38,
+    working_bytes=18,
+    gathered_bytes=4,
+)
+"""Traffic, messages and host time: `dalle-ds bench cuda-path`, at d 2048 and 3968. Memory: torch's memory tracker over fake
+CUDA tensors. `host_ms_per_rank`: the engine as one rank of a fake world of 8 and of 1,024."""
+
+INPUT_BYTES = 4.0
+"""Memory that an element takes from forward to backward pass in a layer that is recomputed."""
+
+LOGIT_BYTES = 48.0
+"""Memory traffic of the loss for each logit: `dalle_ds.ops.cross_entropy`, operation by operation."""
+
+STEP_BYTES = 48.0
+"""Memory traffic of the step for a parameter of the shard, its moments left out: fp32 weight read and written; gradient
+un-scaled, measured, flattened, clipped and read."""
+
+ACCUMULATED_BYTES = 12.0
+"""Memory traffic for a parameter of the shard in a micro-step: gradient added to those before."""
+
+MEAN_TEXT_TOKENS = 40
+"""Text tokens of a sample that are no pads: only these reach the text unembedding. Captions of the web have 10 to 60."""

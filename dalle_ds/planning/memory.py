@@ -1,0 +1,158 @@
+"""Memory of one GPU that trains the prior under ZeRO-3: the state to the byte, the rest estimated."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from dalle_ds.models.presets import effective_parameters
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.ops.cross_entropy import MAX_LOGITS
+from dalle_ds.optim.adamw import Moments
+from dalle_ds.optim.groups import decay_groups
+from dalle_ds.parallel.power_sgd import MatrixShard, largest_rank
+from dalle_ds.parallel.replicas import BUCKET_VALUES, PAPER_RATE
+from dalle_ds.planning.arithmetic import count_parameters
+from dalle_ds.planning.counts import INPUT_BYTES, NOW, Counts
+from dalle_ds.planning.settings import PlanSettings
+
+RESERVED_GIB = 1.5
+"""Of a GPU: the driver's context, communication buffers, what fragments."""
+
+CHECKPOINT_BYTES = 8
+"""Of a parameter in a checkpoint, without its moments: fp32 weight, averaged weight."""
+
+AVERAGING_BYTES = 5 * 4.0 * BUCKET_VALUES
+"""What the average of replicas works on at a time: gradients, their matrix, its approximation, the difference, a copy."""
+
+
+class StateBytes(NamedTuple):
+    """Bytes of a parameter of the model that its ZeRO shard takes from update to update."""
+
+    parameter: float
+    gradient: float
+    moments: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def state_bytes(config: PriorConfig, moments: Moments) -> StateBytes:
+    """Mean over all parameters, by the formats of weights, gradients and moments. fp32 weights are their own master copies."""
+    return StateBytes(4.0, 4.0, moment_bytes_per_parameter(config, moments))
+
+
+@cache
+def moment_bytes_per_parameter(config: PriorConfig, moments: Moments) -> float:
+    """Mean over all parameters of what their two moments take."""
+    with torch.device("meta"):
+        groups = decay_groups(Prior(config).named_parameters(), 1.0, moments)
+    counted = [(sum(p.numel() for p in group["params"]), 4 if group.get("moments") == "low_bit" else 8) for group in groups]
+    return sum(n * size for n, size in counted) / sum(n for n, _ in counted)
+
+
+class Factors(NamedTuple):
+    """What PowerSGD keeps and sends on one GPU, in values."""
+
+    rank: int
+    errors: int
+    starts: int
+    sent: int
+
+
+@cache
+def power_sgd_factors(config: PriorConfig, shards: int) -> Factors:
+    """Of the first of `shards` GPUs, at the paper's rate."""
+    d = config.d_model
+    pieces = {"qkv": ((3 * d, d), 3), "mix": ((d, d), 1), "expand": ((4 * d, d), 1), "project": ((d, 4 * d), 1)}
+    matrices = {
+        f"{name} {layer}": MatrixShard(shape, 0, -(-shape[0] * shape[1] // shards), n_pieces)
+        for layer in range(config.n_layers)
+        for name, (shape, n_pieces) in pieces.items()
+    }
+    rank = largest_rank(matrices, PAPER_RATE)
+    shapes = [matrix.shape for matrix in matrices.values()]
+    return Factors(
+        rank,
+        errors=sum(matrix.numel for matrix in matrices.values()),
+        starts=sum(k * n * min(rank, m) for k, m, n in shapes),
+        sent=sum(matrix.n_sent(rank) for matrix in matrices.values()),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU. State and compression stay; the passes' working memory and the step's take turns."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    compression: float
+    gathered: float
+    activations: float
+    buffers: float
+    step: float
+
+    @property
+    def state(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return self.state + self.compression + self.buffers + max(self.gathered + self.activations, self.step)
+
+
+def memory(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> Memory:
+    """Of a GPU that trains `config` under `settings`."""
+    shard = sum(count_parameters(config)) / settings.shards
+    state = state_bytes(config, settings.moments)
+    return Memory(
+        parameters=state.parameter * shard,
+        gradients=state.gradient * shard,
+        optimizer=state.moments * shard,
+        compression=compression_bytes(config, settings),
+        gathered=gathered_bytes(config, settings, counts),
+        activations=activation_bytes(config, settings.micro_batch, settings.recompute, counts),
+        buffers=bucket_bytes(settings.bucket),
+        # DeepSpeed copies the gradients of a sub-group, at least as many as that, into one tensor before its step
+        step=max(4.0 * min(shard, settings.sub_group), AVERAGING_BYTES if settings.replicas > 1 else 0.0),
+    )
+
+
+def compression_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+    """PowerSGD's errors in codes of 16 bits, and its fp32 factors to start from."""
+    if settings.replicas == 1 or settings.compression == "none":
+        return 0.0
+    factors = power_sgd_factors(config, settings.shards)
+    return 2.0 * factors.errors + 4.0 * factors.starts
+
+
+def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
+    """Estimate: what the layers keep for the backward pass, and at its worst place what one layer works on, or before that a
+    chunk of fp32 logits. To these the unembeddings' fp32 gradients, which the forward pass makes. Fused attention keeps no
+    scores."""
+    elements = micro_batch * config.n_slots * config.d_model
+    kept = peak = 0.0
+    for layer in range(config.n_layers):
+        is_recomputed = recompute > 0 and layer % recompute == 0
+        kept += INPUT_BYTES if is_recomputed else counts.kept_bytes
+        again = counts.kept_bytes - INPUT_BYTES if is_recomputed else 0.0
+        peak = max(peak, kept + again + counts.working_bytes)
+    n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
+    unembedding = 4.0 * config.d_model * (config.text_vocab + config.image_vocab)
+    return max(peak * elements, kept * elements + 4.0 * min(MAX_LOGITS, n_logits)) + unembedding
+
+
+def bucket_bytes(bucket: int) -> float:
+    """ZeRO-3's fp32 bucket of gradients, and the copy of it that a reduction makes."""
+    return 2 * 4.0 * bucket
+
+
+def gathered_bytes(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> float:
+    """Estimate of what ZeRO-3 holds whole at a time: weights, up to the limit that it is given, and one layer's fp32 gradients.
+    It frees only what it will not need again soon, and around the last layer that is a lot. One GPU alone gathers nothing."""
+    layers = effective_parameters(config)
+    weights = counts.gathered_bytes * min(layers, settings.live) if settings.shards > 1 else 0.0
+    return weights + 4.0 * layers / config.n_layers

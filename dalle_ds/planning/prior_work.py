@@ -1,0 +1,130 @@
+"""One update of the prior as one GPU sees it: what it computes, moves and waits for."""
+
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.ops.cross_entropy import MAX_LOGITS
+from dalle_ds.parallel.replicas import BUCKET_VALUES
+from dalle_ds.planning.arithmetic import attention_flops, count_parameters, forward_flops
+from dalle_ds.planning.counts import ACCUMULATED_BYTES, LOGIT_BYTES, MEAN_TEXT_TOKENS, NOW, STEP_BYTES, Counts
+from dalle_ds.planning.machines import Machine
+from dalle_ds.planning.memory import power_sgd_factors, state_bytes
+from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.timing import Collective, Group, Product, Work, Workload
+
+FLEX_SHARE = 0.13
+"""Of the rate of products that FlexAttention reaches, only attended pairs counted: its blocks of 128 x 128 hold about as many
+others, and sequences of 1,280 are short."""
+
+GATHERED, REDUCED = 2.0, 4.0
+"""Bytes of a parameter on the wire: in 16 bits before each pass; its gradient in fp32."""
+
+BESIDE_LAYERS = 2
+"""Layers whose host time embeddings, unembeddings and losses take."""
+
+COMPRESSION_BYTES = 60.0
+"""Memory traffic of PowerSGD for a parameter of the shard: gradient and error in, three products, error and average out."""
+
+
+def prior_workload(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts = NOW) -> Workload:
+    """One update of `config` under `settings`."""
+    return Workload(
+        micro_step=_micro_step(config, settings, machine, counts),
+        n_micro_steps=settings.n_micro_steps,
+        closing=_closing(config, settings, machine, counts),
+        useful_flops=3 * forward_flops(config) * settings.global_batch / settings.gpus,
+    )
+
+
+def recomputed_share(config: PriorConfig, every: int) -> float:
+    """Of the layers: the first of every `every`, none where that is 0."""
+    return len(range(0, config.n_layers, every)) / config.n_layers if every else 0.0
+
+
+def _micro_step(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts) -> Work:
+    batch, shards, layers = settings.micro_batch, settings.shards, config.n_layers
+    share = recomputed_share(config, settings.recompute)
+    n_parameters = sum(count_parameters(config))
+    elements = batch * config.n_slots * config.d_model * layers
+    gather_bytes = counts.gather_bytes if shards > 1 else 0.0
+    host_ms = counts.host_ms if settings.host_ms_per_layer is None else settings.host_ms_per_layer
+    loops_ms = counts.host_ms_per_rank * max(0, shards - machine.gpus_per_node)
+    wire = n_parameters * (2 * GATHERED + REDUCED)
+    group = Group.of_neighbours(shards, machine.gpus_per_node)
+    return Work(
+        products=(*_layer_products(config, batch, share), *_head_products(config, batch, counts)),
+        attention_flops=batch * attention_flops(config) * (1 + share + 2.5),
+        attention_share=FLEX_SHARE,
+        memory_bytes=elements * (counts.element_bytes + share * counts.recomputed_bytes)
+        + n_parameters * counts.weight_bytes
+        + n_parameters / shards * ACCUMULATED_BYTES
+        + sum(rows * vocab for rows, vocab in _logits(config, batch)) * LOGIT_BYTES,
+        side_bytes=n_parameters * (gather_bytes + counts.reduce_bytes),
+        collectives=(Collective(wire, group, counts.collectives * layers),) if shards > 1 else (),
+        host_seconds=((layers + BESIDE_LAYERS) * host_ms + layers * loops_ms) / 1e3,
+    )
+
+
+def _layer_products(config: PriorConfig, batch: int, recomputed: float) -> tuple[Product, ...]:
+    """Forward (again where recomputed), gradients of inputs, gradients of weights: of all layers."""
+    rows, d, layers = batch * config.n_slots, config.d_model, config.n_layers
+    products = []
+    for outputs, inputs in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d)):
+        products += [
+            Product(rows, outputs, inputs, layers * (1 + recomputed)),
+            Product(rows, inputs, outputs, layers),
+            Product(outputs, inputs, rows, layers),
+        ]
+    return tuple(products)
+
+
+def _logits(config: PriorConfig, batch: int) -> tuple[tuple[int, int], ...]:
+    """(rows, vocabulary) of text and image that losses are taken of."""
+    n_text = min(config.text_len - 1, MEAN_TEXT_TOKENS)
+    return (batch * n_text, config.text_vocab), (batch * config.n_image, config.image_vocab)
+
+
+def _head_products(config: PriorConfig, batch: int, counts: Counts) -> tuple[Product, ...]:
+    """Some rows at a time, as `dalle_ds.ops.cross_entropy` does."""
+    d, products = config.d_model, []
+    for rows, vocab in _logits(config, batch):
+        at_a_time = min(rows, max(1, MAX_LOGITS // vocab))
+        times = rows / at_a_time
+        products += [
+            Product(at_a_time, vocab, d, times, counts.heads),
+            Product(at_a_time, d, vocab, times, counts.heads),
+            Product(vocab, d, at_a_time, times, counts.heads),
+        ]
+    return tuple(products)
+
+
+def _closing(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts) -> Work:
+    """Replicas exchange their gradients, then every GPU steps its shard."""
+    shard = sum(count_parameters(config)) / settings.shards
+    memory_bytes = shard * (STEP_BYTES + 2 * state_bytes(config, settings.moments).moments)
+    products: tuple[Product, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+    if settings.replicas > 1:
+        n_bytes = exchanged_bytes(config, settings)
+        peers = Group.of_peers(settings.replicas, settings.shards, machine.gpus_per_node)
+        # a scatter and a gather for each bucket, and of factors two of both
+        n_messages = -(-shard // BUCKET_VALUES) * (4 if settings.compression == "power_sgd" else 2)
+        collectives = (Collective(2 * n_bytes, peers, n_messages),)
+        if settings.compression == "power_sgd":
+            memory_bytes += shard * COMPRESSION_BYTES
+            rank = power_sgd_factors(config, settings.shards).rank
+            # three products of a shard with a factor, in fp32, seen as one matrix of the layers' width
+            products = (Product(shard / config.d_model, rank, config.d_model, 3, "fp32"),)
+    return Work(
+        products=products,
+        memory_bytes=memory_bytes,
+        collectives=collectives,
+        host_seconds=config.n_layers * counts.update_host_ms / 1e3,
+    )
+
+
+def exchanged_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+    """What a GPU averages with its peers in other replicas once an update: the fp32 gradients of its shard; with PowerSGD the
+    factors of its matrices in codes of 16 bits, and the rest in fp32."""
+    n_matrices, n_embedding, n_other = count_parameters(config)
+    if settings.compression == "none":
+        return 4.0 * (n_matrices + n_embedding + n_other) / settings.shards
+    return 4.0 * (n_embedding + n_other) / settings.shards + 2.0 * power_sgd_factors(config, settings.shards).sent
