@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from dalle_ds import cli
+from tests.launching import ROOT
 from tests.sampling.exports import make_export
 
 VERBS = ("train-dvae", "train-clip", "export", "register", "import-openai", "sample", "judge", "serve", "evaluate",
@@ -91,6 +93,44 @@ def test_plan(dalle_ds):
     assert "days_estimate" in dalle_ds("plan", "--preset", "2.8b")[1]
 
 
+def on_paper():
+    """Commands of `dalle-ds plan` in recipes and pages: (page, arguments)."""
+    for page in [*(ROOT / "launchers" / "recipes").glob("*.yaml"), *(ROOT / "launchers").glob("*.md")]:
+        for line in page.read_text().splitlines():
+            if line.lstrip("# ").startswith("dalle-ds plan "):
+                yield page.name, shlex.split(line.lstrip("# "))[1:]
+
+
+@pytest.mark.parametrize(("page", "arguments"), list(on_paper()))
+def test_plans_of_recipes_and_pages_fit_and_say_what_is_written_there(page, arguments, dalle_ds, monkeypatch):
+    """Memory, days, MFU in a recipe's comment and GPU-hours on the page are the command's, to 10 %."""
+    monkeypatch.chdir(ROOT)
+    code, out, _ = dalle_ds(*arguments, "--json")
+    summary = json.loads(out)
+    assert code == 0 and summary["fits_estimate"] and "warnings" not in summary
+    if page.endswith(".yaml"):
+        text = (ROOT / "launchers" / "recipes" / page).read_text()
+        gib, days, mfu = re.search(r"On paper: (\d+) GiB, ([\d.]+) days .* at (\d+)% MFU", text).groups()
+        assert float(gib) == pytest.approx(summary["memory_gib_per_gpu_estimate"], rel=0.1)
+        assert float(days) == pytest.approx(summary["days_estimate"], rel=0.1)
+        assert float(mfu) == pytest.approx(100 * summary["mfu_estimate"], rel=0.1)
+    if page == "REPRODUCE.md":
+        text = (ROOT / "launchers" / page).read_text()
+        found = [(float(hours.replace(",", "")), float(days))
+                 for hours, days in re.findall(r"([\d,]+) GPU-hours \(([\d.]+) days\)", text)]  # fmt: skip
+        wanted = pytest.approx((summary["gpu_hours_estimate"], summary["days_estimate"]), rel=0.1)
+        assert any(pair == wanted for pair in found), (found, wanted)
+
+
+def test_plan_takes_a_recipe_and_options_go_before_it(dalle_ds, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = ("plan", "--recipe", "launchers/recipes/1.2b.yaml", "--gpus", 8, "--json")
+    summary = json.loads(dalle_ds(*recipe)[1])
+    assert (summary["preset"], summary["micro_batch"], summary["activation_checkpointing"]) == ("1.2b", 16, False)
+    summary = json.loads(dalle_ds(*recipe, "--micro-batch", 4, "--set", "replicas.count=2", "--machine", "V100", "--pcie")[1])
+    assert (summary["micro_batch"], summary["shard_gpus"], summary["machine"], summary["gpu_memory_gib"]) == (4, 4, "V100", 16)
+
+
 def test_doctor(tmp_path, dalle_ds):
     code, out, _ = dalle_ds("doctor", "--url", tmp_path, "--min-free-gib", 0.001, "--json")
     outcome = json.loads(out.splitlines()[-1])
@@ -114,6 +154,8 @@ def test_doctor(tmp_path, dalle_ds):
     (("sample", "--export", "nowhere", "--caption", "x", "--temperature", "-1"), "temperature = -1"),
     (("plan", "--preset", "13b"), "preset '13b': expected one of tiny, 0.3b"),
     (("plan", "--mfu", "1.5"), "mfu = 1.5"),
+    (("plan", "--machine", "B300"), "machine 'B300': expected one of V100, A100-40"),
+    (("plan", "--set", "micro_batch=2"), "--set micro_batch=2: it changes a recipe, and --recipe names none"),
     (("replay", "nowhere"), "no run was tracked"),
     (("train-dvae", "--recipe", "nowhere.yaml"), "nowhere.yaml cannot be read"),
     (("export", "--run", "nowhere", "--out", "out"), "nowhere/checkpoints has no committed checkpoint"),

@@ -17,7 +17,9 @@ class Counts:
     weight_bytes: float
     """Memory traffic of a parameter in a micro-step, on the stream of the products: casts, its gradient written."""
     gather_bytes: float
-    """On other streams: copies and casts beside the two all-gathers, which one GPU alone does without."""
+    """On other streams: its 16-bit copy received, twice."""
+    alone_bytes: float
+    """Instead of that on one GPU, which has the whole shard: rounded to 16 bits, twice."""
     reduce_bytes: float
     """On other streams: its gradient into the bucket, divided, scattered."""
     collectives: float
@@ -42,16 +44,17 @@ NOW = Counts(
     element_bytes=180,
     recomputed_bytes=60,
     weight_bytes=10,
-    gather_bytes=8,
+    gather_bytes=4,
+    alone_bytes=12,
     reduce_bytes=27,
-    collectives=6,
+    collectives=12,
     host_ms=4.5,
     host_ms_per_rank=0.069,
-    update_host_ms=1.5,
+    update_host_ms=2.0,
     heads="fp32",
-    kept_bytes=38,
-    working_bytes=18,
-    gathered_bytes=4,
+    kept_bytes=36,
+    working_bytes=14,
+    gathered_bytes=2,
 )
 """Traffic, messages and host time: `dalle-ds bench cuda-path`, at d 2048 and 3968. Memory: torch's memory tracker over fake
 CUDA tensors. `host_ms_per_rank`: the engine as one rank of a fake world of 8 and of 1,024."""

@@ -66,8 +66,16 @@ _A100 = Machine(
 MACHINES: dict[str, Machine] = {
     # The paper's: 8 GPUs of 16 GiB, one adapter of 100 Gb/s a node. Of its products nobody published a best: H100's share.
     "V100": Machine(
-        tflops=125, product_tflops=100, fp32_tflops=15.7, tf32_tflops=15.7, multiprocessors=80, memory_gib=16,
-        memory_gigabytes_per_second=900, nvlink_gbps=1200, pcie_gbps=128, node_gbps=100,
+        tflops=125,
+        product_tflops=100,
+        fp32_tflops=15.7,
+        tf32_tflops=15.7,
+        multiprocessors=80,
+        memory_gib=16,
+        memory_gigabytes_per_second=900,
+        nvlink_gbps=1200,
+        pcie_gbps=128,
+        node_gbps=100,
     ),  # fmt: skip
     "A100-40": _A100.model_copy(update={"memory_gib": 40.0, "memory_gigabytes_per_second": 1555.0}),
     "A100-80": _A100,

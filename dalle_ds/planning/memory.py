@@ -152,7 +152,6 @@ def bucket_bytes(bucket: int) -> float:
 
 def gathered_bytes(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> float:
     """Estimate of what ZeRO-3 holds whole at a time: weights, up to the limit that it is given, and one layer's fp32 gradients.
-    It frees only what it will not need again soon, and around the last layer that is a lot. One GPU alone gathers nothing."""
+    It frees only what it will not need again soon, and around the last layer that is a lot."""
     layers = effective_parameters(config)
-    weights = counts.gathered_bytes * min(layers, settings.live) if settings.shards > 1 else 0.0
-    return weights + 4.0 * layers / config.n_layers
+    return counts.gathered_bytes * min(layers, settings.live) + 4.0 * layers / config.n_layers

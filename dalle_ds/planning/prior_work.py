@@ -44,7 +44,7 @@ def _micro_step(config: PriorConfig, settings: PlanSettings, machine: Machine, c
     share = recomputed_share(config, settings.recompute)
     n_parameters = sum(count_parameters(config))
     elements = batch * config.n_slots * config.d_model * layers
-    gather_bytes = counts.gather_bytes if shards > 1 else 0.0
+    gather_bytes = counts.gather_bytes if shards > 1 else counts.alone_bytes
     host_ms = counts.host_ms if settings.host_ms_per_layer is None else settings.host_ms_per_layer
     loops_ms = counts.host_ms_per_rank * max(0, shards - machine.gpus_per_node)
     wire = n_parameters * (2 * GATHERED + REDUCED)

@@ -44,9 +44,7 @@ def _candidates(settings: PlanSettings, per_node: int) -> Iterator[PlanSettings]
             for shards in _divisors(settings.gpus):
                 # whole nodes: the links inside them are there to be used
                 if shards <= MAX_SHARDS and (shards % per_node == 0 or shards == settings.gpus):
-                    yield settings.model_copy(
-                        update={"micro_batch": micro_batch, "recompute": recompute, "shard_gpus": shards}
-                    )
+                    yield settings.model_copy(update={"micro_batch": micro_batch, "recompute": recompute, "shard_gpus": shards})
 
 
 def _divisors(n: int) -> list[int]:

@@ -22,7 +22,7 @@ class PlanSettings(Config):
     global_batch: int = Field(PAPER_BATCH, ge=1, description="samples of an update")
     moments: Literal["fp32", "low_bit"] = Field("fp32", description="the recipe's optimizer.moments")
     compression: Literal["none", "power_sgd"] = Field("none", description="the recipe's replicas.compression")
-    bucket: int = Field(50_000_000, ge=1, description="reduce_bucket_size of the DeepSpeed JSON")
+    bucket: int = Field(1_000_000, ge=1, description="reduce_bucket_size of the DeepSpeed JSON")
     live: int = Field(1_000_000_000, ge=1, description="stage3_max_live_parameters of the DeepSpeed JSON")
     sub_group: int = Field(1_000_000_000, ge=1, description="sub_group_size of the DeepSpeed JSON")
     gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU; unset: the machine's")

@@ -6,7 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import Prior, PriorConfig
-from dalle_ds.training.plan import PlanSettings, count_parameters, forward_flops, plan
+from dalle_ds.planning.arithmetic import count_parameters, forward_flops
+from dalle_ds.planning.machines import MACHINES
+from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.recipes import load_recipe
+from dalle_ds.training.plan import plan, settings_of
+from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.throughput import PEAK_TFLOPS
+from tests.launching import ROOT
 
 
 @pytest.mark.parametrize("preset, billions", [("2.8b", 2.83), ("5.6b", 5.55), ("12b", 12.09)])
@@ -47,7 +54,7 @@ def sparse_attention(config):
 
 def test_memory_and_time_scale_as_they_must():
     config = PRESETS["12b"]
-    one, many = plan(config, PlanSettings(gpus=64)), plan(config, PlanSettings(gpus=1024))
+    one, many = plan(config, PlanSettings(gpus=64, mfu=0.35)), plan(config, PlanSettings(gpus=1024, mfu=0.35))
     assert one["state_gib_per_gpu"] == pytest.approx(16 * one["parameters"] / 64 / 2**30)
     assert one["state_gib_per_gpu"] / many["state_gib_per_gpu"] == pytest.approx(16)
     assert one["days_estimate"] / many["days_estimate"] == pytest.approx(16)
@@ -76,4 +83,52 @@ def test_whether_a_gpu_is_large_enough():
     config = PRESETS["12b"]
     assert plan(config, PlanSettings(gpu_memory=16))["fits_estimate"]
     assert not plan(config, PlanSettings(gpus=8, gpu_memory=16))["fits_estimate"]
-    assert "fits_estimate" not in plan(config, PlanSettings())
+    assert plan(config, PlanSettings())["gpu_memory_gib"] == 80, "the machine's"
+
+
+def test_time_is_the_longest_and_mfu_a_result():
+    config = PRESETS["12b"]
+    summary = plan(config, PlanSettings(gpus=256, machine="H100", shard_gpus=16, micro_batch=4))
+    longest = max(summary[f"micro_step_{name}_seconds_estimate"]
+                  for name in ("compute", "links_inside_nodes", "links_between_nodes", "host"))  # fmt: skip
+    assert summary["binds"] == "compute" and longest == summary["micro_step_compute_seconds_estimate"]
+    seconds = summary["seconds_per_update_estimate"]
+    assert seconds == pytest.approx(longest + summary["update_end_seconds_estimate"])
+    assert summary["mfu_estimate"] == pytest.approx(summary["flops_per_update"] / (256 * 989e12 * seconds))
+    assert "warnings" not in summary
+    given = plan(config, PlanSettings(gpus=256, machine="H100", shard_gpus=16, micro_batch=4, mfu=0.5))
+    assert given["binds"] == "the MFU given" and given["mfu_estimate"] == 0.5
+    assert given["seconds_per_update_estimate"] == pytest.approx(seconds * summary["mfu_estimate"] / 0.5)
+
+
+def test_warnings():
+    config = PRESETS["12b"]
+
+    def warnings(**settings):
+        return " ".join(plan(config, PlanSettings(machine="H100", **settings)).get("warnings", []))
+
+    assert "ZeRO-3 over 256 GPUs" in warnings(gpus=256) and not warnings(gpus=64)
+    assert "global_batch 1024 is not a multiple of 96 GPUs x micro_batch 1" in warnings(gpus=96, shard_gpus=8)
+    assert "shard_gpus 24 does not divide the 64 GPUs" in warnings(gpus=64, shard_gpus=24)
+    assert "but a GPU has 14.5 (1.5 are reserved)" in warnings(gpus=8, gpu_memory=16)
+
+
+def test_a_recipe_says_what_a_plan_needs(tmp_path):
+    run = load_recipe(PriorRun, ROOT / "launchers" / "recipes" / "12b.yaml", ["optimizer.moments=low_bit"])
+    settings = settings_of(run, 256)
+    assert settings["shard_gpus"] == 16 and settings["recompute"] == 0 and settings["moments"] == "low_bit"
+    assert settings["compression"] == "power_sgd" and settings["updates"] == 430_000
+    json_file = tmp_path / "ds.json"
+    json_file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "sub_group_size": 1e8}}')
+    run = load_recipe(PriorRun, overrides=["folder=f", "data.dataset=d", f"deepspeed_config={json_file}",
+                                           "activation_checkpointing=4"])  # fmt: skip
+    settings = settings_of(run, 8)
+    assert (settings["bucket"], settings["sub_group"], settings["recompute"]) == (7, 100_000_000, 4) and "live" not in settings
+    assert PlanSettings(**settings).shards == 8
+
+
+def test_peaks_are_those_of_the_dashboards():
+    for name, peak in PEAK_TFLOPS.items():
+        for machine, known in MACHINES.items():
+            if machine.split("-")[0] == name:
+                assert known.tflops == peak, name

@@ -1,0 +1,131 @@
+"""Memory on paper against tensors that are really there."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from dalle_ds.models.attention import SelfAttention
+from dalle_ds.models.presets import PRESETS
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD
+from dalle_ds.parallel.replicas import ReplicasConfig
+from dalle_ds.planning.counts import INPUT_BYTES, NOW
+from dalle_ds.planning.memory import RESERVED_GIB, activation_bytes, memory, power_sgd_factors
+from dalle_ds.planning.prior_work import prior_workload
+from dalle_ds.planning.proposal import HEADROOM, MAX_SHARDS, propose
+from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
+
+SMALL = PriorConfig(n_layers=3, n_heads=4, d_head=16, text_len=8, grid=4, text_vocab=32, image_vocab=32, conv_kernel=3)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_power_sgd_keeps_what_is_planned(shards):
+    prior = Prior(SMALL)
+    matrices = {}
+    for name, module in prior.named_modules():
+        if isinstance(module, BranchLinear):
+            shape = tuple(module.weight.shape)
+            matrices[name] = MatrixShard(shape, 0, -(-module.weight.numel() // shards), 3 if name.endswith("qkv") else 1)
+    real = PowerSGD(matrices, ReplicasConfig(count=2, compression="power_sgd"), None, "cpu")
+    planned = power_sgd_factors(SMALL, shards)
+    assert planned.rank == real.rank and 2 * planned.sent == real.bytes_sent
+    assert planned.errors == sum(error.numel() for error in real.errors.values())
+    assert planned.starts == sum(start.numel() for start in real.starts.values())
+    settings = PlanSettings(gpus=2 * shards, shard_gpus=shards, compression="power_sgd")
+    tensors = [*real.errors.values(), *real.starts.values()]
+    assert memory(SMALL, settings).compression == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert memory(SMALL, settings.model_copy(update={"compression": "none"})).compression == 0
+
+
+class _LikeFlex(torch.autograd.Function):
+    """Saves what FlexAttention's kernels save: queries, keys, values, the result, a sum for each query. Values don't matter."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q).copy_(v)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad, grad
+
+
+class _Attend:
+    columns_first = False
+
+    def __call__(self, q, k, v):
+        return _LikeFlex.apply(q, k, v)
+
+
+def test_a_layer_keeps_as_many_bytes_as_counted():
+    """What autograd holds between forward and backward pass of fp16 branches with scaled edges."""
+    config = PriorConfig(n_layers=2, n_heads=4, text_len=8, grid=8, text_vocab=32, image_vocab=32, conv_kernel=3)
+    prior = Prior(config)
+    BlockScaler(prior, BlockScalingConfig())
+    for module in prior.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = _Attend()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in prior.parameters()}
+    x = torch.zeros(2, config.n_slots, config.d_model, requires_grad=True)
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes(), storage  # held, so that no other takes its place
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        y = prior.layers[0](x)
+    y.sum().backward()
+    assert sum(n for n, _ in kept.values()) / x.numel() == pytest.approx(NOW.kept_bytes, rel=0.03)
+
+
+def test_activations_at_every_setting_of_recomputation():
+    config, elements = PRESETS["1.2b"], 8 * 1280 * 2048
+    rest = activation_bytes(config, 8, 1) - elements * (24 * INPUT_BYTES + NOW.kept_bytes - INPUT_BYTES + NOW.working_bytes)
+    assert rest == 4 * 2048 * (16384 + 8192), "the unembeddings' gradients"
+    of_layers = {every: (activation_bytes(config, 8, every) - rest) / elements for every in (0, 1, 2, 4)}
+    assert of_layers[0] == pytest.approx(24 * NOW.kept_bytes + NOW.working_bytes)
+    assert of_layers[2] == pytest.approx(12 * (NOW.kept_bytes + INPUT_BYTES) + NOW.working_bytes)
+    assert of_layers[1] < of_layers[2] < of_layers[4] < of_layers[0]
+
+
+def test_the_step_takes_turns_with_the_passes():
+    config = PRESETS["12b"]
+    one = memory(config, PlanSettings(gpus=8))
+    assert one.step == 4e9 and one.total == one.state + one.buffers + max(one.step, one.gathered + one.activations)
+    small_groups = memory(config, PlanSettings(gpus=8, sub_group=10**8))
+    assert small_groups.step == 4e8
+    shard = memory(config, PlanSettings(gpus=64)).parameters
+    assert memory(config, PlanSettings(gpus=64)).step == shard, "one sub-group holds it all"
+
+
+def test_the_papers_replica_of_8_takes_3_and_a_half_gib_more_for_power_sgd():
+    settings = PlanSettings(gpus=1024, shard_gpus=8, compression="power_sgd")
+    assert power_sgd_factors(PRESETS["12b"], 8).rank == 82
+    assert memory(PRESETS["12b"], settings).compression / 2**30 == pytest.approx(3.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("preset", "settings"), [
+    ("0.3b", {"machine": "A100-40", "gpus": 1, "global_batch": 256, "gpu_memory": 24}),
+    ("1.2b", {"machine": "H100", "gpus": 8, "global_batch": 512}),
+    ("12b", {"machine": "H100", "gpus": 256}),
+    ("12b", {"machine": "V100", "gpus": 1024, "compression": "power_sgd"}),
+    ("12b", {"machine": "A100-80", "gpus": 64, "pcie": True}),
+])  # fmt: skip
+def test_proposals_fit_divide_and_are_no_slower(preset, settings):
+    config, asked = PRESETS[preset], PlanSettings(**settings)
+    best = propose(config, asked)
+    machine = best.build_machine()
+    assert memory(config, best).total / 2**30 <= HEADROOM * (machine.memory_gib - RESERVED_GIB)
+    assert best.n_micro_steps % 1 == 0 and best.shards <= MAX_SHARDS and best.gpus % best.shards == 0
+    assert prior_workload(config, best, machine).seconds(machine) <= prior_workload(config, asked, machine).seconds(machine)
+
+
+def test_no_proposal_where_nothing_fits_or_divides():
+    assert propose(PRESETS["12b"], PlanSettings(machine="V100", gpus=8, global_batch=8)) is None
+    assert propose(PRESETS["12b"], PlanSettings(gpus=96)) is None, "1024 samples are not a multiple of 96 GPUs"
