@@ -56,8 +56,9 @@ NOW = Counts(
     working_bytes=14,
     gathered_bytes=2,
 )
-"""Traffic, messages and host time: `dalle-ds bench cuda-path`, at d 2048 and 3968. Memory: torch's memory tracker over fake
-CUDA tensors. `host_ms_per_rank`: the engine as one rank of a fake world of 8 and of 1,024."""
+"""Memory: torch's memory tracker over fake CUDA tensors. `host_ms_per_rank`: the engine as one rank of a fake world of 8 and of
+1,024. Traffic, messages and the other host times: what the step aims at, until `dalle-ds bench cuda-path` has counted them at
+d 2048 and 3968."""
 
 INPUT_BYTES = 4.0
 """Memory that an element takes from forward to backward pass in a layer that is recomputed."""

@@ -138,7 +138,7 @@ def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, 
     for layer in range(config.n_layers):
         is_recomputed = recompute > 0 and layer % recompute == 0
         kept += INPUT_BYTES if is_recomputed else counts.kept_bytes
-        again = counts.kept_bytes - INPUT_BYTES if is_recomputed else 0.0
+        again = counts.kept_bytes if is_recomputed else 0.0  # the input is there, the output is beside
         peak = max(peak, kept + again + counts.working_bytes)
     n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
     unembedding = 4.0 * config.d_model * (config.text_vocab + config.image_vocab)

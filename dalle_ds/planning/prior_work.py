@@ -64,12 +64,13 @@ def _micro_step(config: PriorConfig, settings: PlanSettings, machine: Machine, c
 
 
 def _layer_products(config: PriorConfig, batch: int, recomputed: float) -> tuple[Product, ...]:
-    """Forward (again where recomputed), gradients of inputs, gradients of weights: of all layers."""
+    """Forward, gradients of inputs, gradients of weights: of all layers. Where a layer is recomputed, forward again but for the
+    last product, whose result nobody reads."""
     rows, d, layers = batch * config.n_slots, config.d_model, config.n_layers
     products = []
-    for outputs, inputs in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d)):
+    for outputs, inputs, again in ((3 * d, d, 1), (d, d, 1), (4 * d, d, 1), (d, 4 * d, 0)):
         products += [
-            Product(rows, outputs, inputs, layers * (1 + recomputed)),
+            Product(rows, outputs, inputs, layers * (1 + again * recomputed)),
             Product(rows, inputs, outputs, layers),
             Product(outputs, inputs, rows, layers),
         ]

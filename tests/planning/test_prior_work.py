@@ -88,7 +88,7 @@ def test_exchange_between_replicas():
     assert ends["none"] > 5 * ends["power_sgd"]
 
 
-def test_recomputation_costs_a_forward_pass():
+def test_recomputation_costs_a_forward_pass_without_its_last_product():
     assert [recomputed_share(PRESETS["tiny"], every) for every in (0, 1, 2, 3, 4)] == [0, 1, 0.5, 0.5, 0.25]
     none, _ = on_h100("1.2b", 512, gpus=8, micro_batch=8, recompute=0)
     every, _ = on_h100("1.2b", 512, gpus=8, micro_batch=8)
@@ -98,5 +98,5 @@ def test_recomputation_costs_a_forward_pass():
 
     config = PRESETS["1.2b"]
     forward = 2.0 * 12 * config.d_model**2 * config.n_layers * config.n_slots * 8
-    assert layer_flops(none) == pytest.approx(3 * forward) and layer_flops(every) == pytest.approx(4 * forward)
+    assert layer_flops(none) == pytest.approx(3 * forward) and layer_flops(every) == pytest.approx((3 + 8 / 12) * forward)
     assert every.useful_flops == none.useful_flops == pytest.approx(3 * forward_flops(config) * 64)
