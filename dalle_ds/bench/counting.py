@@ -103,15 +103,15 @@ class Alive:
 def alive() -> Alive:
     """After a collection of cycles."""
     gc.collect()
+    things = gc.get_objects()
+    tensors = [thing for thing in things if isinstance(thing, Tensor) and thing.layout is torch.strided]
+    # asked for before objects are counted: a storage's Python object is made when it is first asked for
+    storages = {storage._cdata: storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)}
     objects: Counter[str] = Counter()
-    storages: dict[int, int] = {}
     entries = 0
     for thing in gc.get_objects():
         kind = type(thing)
         objects[f"{kind.__module__}.{kind.__qualname__}"] += 1
-        if issubclass(kind, list | dict | set | deque):
+        if thing is not things and thing is not tensors and issubclass(kind, list | dict | set | deque):
             entries += len(thing)
-        if issubclass(kind, Tensor) and thing.layout is torch.strided:
-            storage = thing.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
     return Alive(objects, entries, sum(storages.values()))

@@ -1,8 +1,8 @@
 """One rank of a job of any size in one process: the real engine under the real DeepSpeed, on torch's fake process group.
 
-Its messages go nowhere: a gather repeats this rank's shard, a reduction sees other ranks' gradients as zero. Losses and norms
-therefore mean nothing. What is sent, how large shards and buffers are, what the host does and what grows mean what they
-mean in a job of that size, on GPUs too: none of it depends on values or devices.
+Its messages go nowhere: a gather repeats this rank's shard, a reduction sees other ranks' gradients as zero, a sum of counts
+and losses sees the same on every rank. Losses and norms therefore mean nothing. What is sent, how large shards and buffers
+are, what the host does and what grows is what it would be in a job of that size, on GPUs too: it depends on no values.
 
     with in_fake_world(0, 1024) as call:            # a child process, rank 0 of 1,024
         found = call(some_importable_function, 3)   # some_importable_function(ranks, 3), in that child
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.parallel.ranks import Ranks, join
 from dalle_ds.parallel.recompute import recompute_layers
 
 GPUS_PER_NODE = 8
@@ -68,7 +70,15 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-_ranks: Any = None
+@dataclass(frozen=True)
+class _EqualRanks(Ranks):
+    """All have the same batch: with losses divided by this rank's counts alone, fp16 gradients would overflow."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return super().sum(tensor).mul_(self.world_size)
+
+
+_ranks: Ranks | None = None
 
 
 def _join(rank: int, world_size: int) -> None:
@@ -83,14 +93,13 @@ def _join(rank: int, world_size: int) -> None:
     from deepspeed.utils import logger
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from dalle_ds.parallel.ranks import join
-
     logger.disabled = True
     # these compare with what rank 0 sends, which isn't there
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
         module.assert_ints_same_as_other_ranks = lambda ints: None
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    _ranks = join()  # which finds that process group
+    joined = join()  # which finds that process group
+    _ranks = _EqualRanks(joined.rank, joined.world_size, joined.device)
 
 
 def _call(work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,20 +118,24 @@ def miniature(deepspeed_json: Mapping[str, Any], config: PriorConfig, d_model: i
     zero = dict(deepspeed_json["zero_optimization"])
     defaults = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9,
                 "stage3_max_reuse_distance": 1e9}  # fmt: skip
-    zero |= {key: max(1, int(zero.get(key, default) * ratio)) for key, default in defaults.items()}
+    real = {key: zero.get(key, default) for key, default in defaults.items()}
+    zero |= {key: max(1, int(size * ratio)) for key, size in real.items()}
+    if real["reduce_bucket_size"] < d_model**2:  # no matrix fits; vectors share messages
+        zero["reduce_bucket_size"] = config.d_model**2 - 1
     zero["stage3_param_persistence_threshold"] = 8 * config.d_model
     return {**deepspeed_json, "zero_optimization": zero}
 
 
 def make_engine(
-    ranks: Any, config: PriorConfig, deepspeed_json: Mapping[str, Any], *, micro_batch: int = 1, accumulation: int = 1,
+    ranks: Ranks, config: PriorConfig, deepspeed_json: Mapping[str, Any], *, micro_batch: int = 1, accumulation: int = 1,
     n_replicas: int = 1, compression: str = "none", recompute_every: int = 1, moments: str = "fp32",
 ) -> Any:  # fmt: skip
     """A `PriorEngine` of this rank, with dense attention and activation checkpointing as a run sets it (0: none), and small
-    random weights in its shards: initial ones would come from rank 0, which isn't there."""
+    random weights in its shards: initial ones would come from rank 0, which isn't there, padding has none."""
     # imported here, in a child: DeepSpeed would choose another accelerator in a process that sees GPUs
     from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
     from dalle_ds.parallel.engine_config import load_engine_config
+    from dalle_ds.parallel.fragments import fragments
     from dalle_ds.parallel.replicas import ReplicasConfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -135,8 +148,9 @@ def make_engine(
     use_attention(engine.module, "dense", ranks.device)
     if recompute_every:
         recompute_layers(engine.module, recompute_every)
-    for shard in engine.shards().values():
-        shard.normal_(0.0, 0.02)
+    shards = engine.shards()
+    for fragment in fragments(engine._engine):
+        shards[fragment.name].copy_(fragment.values.normal_(0.0, 0.02))
     engine.refresh_gathered_parameters()
     return engine
 
