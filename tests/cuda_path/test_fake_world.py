@@ -141,9 +141,10 @@ def test_what_the_host_does_for_a_layer() -> None:
     print(
         f"host, a layer and micro-step: {micro_step} against {plain}, ratio {seen.ratio:.1f}; an update beside: {seen.update}"
     )
-    # counts, for a timed test would fail on a busy machine; 11,300 calls and 2,700
-    assert micro_step.calls < 14_000
-    assert micro_step.dispatches < 1.4 * plain.dispatches
+    # counts: a bound on time would fail on a busy machine. 8,800 calls, 470 operators, 3,300 calls.
+    assert micro_step.calls < 10_000
+    assert micro_step.dispatches < 540
+    assert seen.update.calls < 4_000
 
 
 def grown(ranks: Ranks, n_updates: int) -> dict[str, Any]:
@@ -174,5 +175,5 @@ def test_nothing_grows_from_update_to_update() -> None:
         found = call(grown, 50)
     assert found["stack"] == 0
     assert found["bytes"] <= 0
-    assert found["entries"] < 50, found
-    assert sum(found["objects"].values()) < 50, found["objects"]
+    assert found["entries"] < 25, found
+    assert sum(found["objects"].values()) < 25, found["objects"]
