@@ -6,7 +6,8 @@ D is the averaged gradient on all replicas, and the mean of the errors is just w
 in all replicas, and fixed for all of training; `warm_start` takes the last Q instead.
 
 Differences to the paper, and why:
-- The columns are orthonormalised by torch's QR, which is Householder's as theirs, in fp32.
+- The columns are orthonormalised by Cholesky factors in fp64, all matrices of a shape at once, and not by Householder's QR, of
+  which GPUs do one matrix after the other and one column after the other. It needs no epsilon on P's diagonal.
 - Non-finite gradients never come here (codes of 16 bits could not carry them): the caller skips such an update on all ranks and
   leaves the errors as they are. So no error ever becomes non-finite, and none needs to be set to zero.
 - The MLP's second matrix is sharded by its outputs, not its inputs, and its factors are larger: at the paper's rate the rank of
@@ -16,7 +17,8 @@ K pieces of a shard, M rows and N columns of each with M <= N, R rank.
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,8 +29,11 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
 from dalle_ds.parallel.replicas import ReplicasConfig, Wire, mean_in_1_6_9, mean_in_fp32
 
-EPSILON = 1e-6
-"""On P's diagonal, as in the paper, here relative to P's largest value: keeps it from being singular."""
+SHIFT = 1e-12
+"""On the diagonal of P^T P, whose trace is 1. Directions of P below a millionth of its norm give way to others: the paper's
+epsilon on P's diagonal is as large."""
+TINY = 1e-100
+"""Below the norm of any fp32 matrix but one of zeros."""
 
 
 class MatrixShard:
@@ -102,7 +107,7 @@ class PowerSGD:
         }
         names = list(matrices)
         sketches = self._mean([matrices[name] @ self.starts[name] for name in names], self._group)
-        bases = dict(zip(names, map(orthonormal, sketches), strict=True))
+        bases = dict(zip(names, _by_shape(orthonormal, sketches), strict=True))
         factors = self._mean([matrices[name].mT @ bases[name] for name in names], self._group)
         averages = {}
         for name, factor_KNR in zip(names, factors, strict=True):
@@ -139,11 +144,44 @@ def as_fp32(error: Tensor) -> Tensor:
 
 
 def orthonormal(sketch_KMR: Tensor) -> Tensor:
-    """Orthonormal columns of the same span; for a matrix of zeros some orthonormal columns."""
-    sketch_KMR = sketch_KMR.clone()
-    largest_K11 = sketch_KMR.abs().amax((1, 2), keepdim=True)
-    sketch_KMR.diagonal(dim1=1, dim2=2).add_(EPSILON * largest_K11[:, 0])
-    return torch.linalg.qr(sketch_KMR).Q
+    """Orthonormal columns of the same span, fp32. Where that has fewer dimensions than columns, others join it: for a matrix of
+    zeros they are some orthonormal columns. Nothing is looked at on the host, and the same input gives the same bits.
+
+    Shifted Cholesky QR (Fukaya et al. 2020) in fp64. Its first pass shrinks directions that are hardly there, which a fixed
+    random matrix fills up; what then has full rank becomes orthonormal in two further passes.
+    """
+    norm_K11 = torch.linalg.vector_norm(sketch_KMR, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    basis_KMR = _divided_by_cholesky(sketch_KMR / norm_K11.clamp(min=TINY), SHIFT)
+    missing_KRR = basis_KMR.mT @ -basis_KMR
+    missing_KRR.diagonal(dim1=1, dim2=2).add_(1.0)
+    basis_KMR = torch.baddbmm(basis_KMR, _filling(*basis_KMR.shape, basis_KMR.device), missing_KRR)
+    return _divided_by_cholesky(_divided_by_cholesky(basis_KMR)).float()
+
+
+def _divided_by_cholesky(matrix_KMR: Tensor, shift: float = 0.0) -> Tensor:
+    gram_KRR = matrix_KMR.mT @ matrix_KMR
+    gram_KRR.diagonal(dim1=1, dim2=2).add_(shift)
+    lower_KRR = torch.linalg.cholesky_ex(gram_KRR).L  # cholesky() would wait for the device, to raise errors
+    return torch.linalg.solve_triangular(lower_KRR, matrix_KMR.mT, upper=False).mT
+
+
+@cache
+def _filling(k: int, m: int, r: int, device: torch.device) -> Tensor:
+    # uniform numbers: unlike normal ones they have the same bits on every kind of CPU
+    values_MR = torch.rand(m, r, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((values_MR - 0.5) * (12 / m) ** 0.5).to(device).expand(k, m, r)
+
+
+def _by_shape(work: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`work` on each of `tensors` (K, M, R), those of equal M and R together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape[1:], []).append(i)
+    done: dict[int, Tensor] = {}
+    for members in groups.values():
+        together = work(torch.cat([tensors[i] for i in members]))
+        done |= zip(members, together.split([len(tensors[i]) for i in members]), strict=True)
+    return [done[i] for i in range(len(tensors))]
 
 
 def largest_rank(shards: Mapping[str, MatrixShard], fraction: float) -> int:
