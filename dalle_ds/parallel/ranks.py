@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.ops.exactness import exact_fp32
@@ -96,9 +97,12 @@ def join() -> Ranks:
 
 
 def leave() -> None:
-    """Leave the process group, so that the processes end quietly."""
+    """Leave all process groups, so that the processes end quietly."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # In the same order on all ranks, for NCCL may wait for the others of a group: torch goes by names, and those of groups
+        # that not all ranks made together are in another order on each.
+        for group in reversed(list(distributed_c10d._world.pg_map)):
+            dist.destroy_process_group(group)
 
 
 def _store_of_this_start() -> dist.Store:

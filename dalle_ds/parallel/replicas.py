@@ -83,11 +83,12 @@ class Replicas:
             raise ConfigError(f"replicas.count {count} does not divide the {world_size} ranks of this job")
         self.count, self.n_shards = count, world_size // count
         self.index, self.shard_rank = divmod(rank, self.n_shards)
-        # every rank must take part in making every group, its own or not
-        shards = [list(range(i * self.n_shards, (i + 1) * self.n_shards)) for i in range(count)]
-        self._shard_ranks = shards[self.index]
-        self.shard_group = [dist.new_group(ranks) for ranks in shards][self.index]
-        self.peers = [dist.new_group(list(ranks)) for ranks in zip(*shards, strict=True)][self.shard_rank]
+        self._shard_ranks = list(range(self.index * self.n_shards, (self.index + 1) * self.n_shards))
+        # Each rank makes its own two groups alone. NCCL makes a group by splitting the communicator of all ranks, and all take
+        # part in that: 136 times for 128 replicas of 8, were every rank to make every group. Here one split makes the groups of
+        # all replicas and one those of all peers, since every rank is in one of each, and in this order.
+        self.shard_group = dist.new_group(self._shard_ranks, use_local_synchronization=True)
+        self.peers = dist.new_group(list(range(self.shard_rank, world_size, self.n_shards)), use_local_synchronization=True)
 
     def get_data_parallel_group(self) -> Any:
         return self.shard_group
