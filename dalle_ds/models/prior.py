@@ -283,11 +283,16 @@ def initialise(
     prior: Prior,
     generator: torch.Generator | None = None,
     gathered: Callable[[nn.Parameter], AbstractContextManager] = nullcontext,
+    is_writer: bool = True,
 ) -> None:
     """Set every parameter of the model, in the order of `named_parameters` (the paper does not state its initialisation).
 
+    The same state of the generator gives the same weights on any device and in any format but for rounding: numbers are drawn
+    in fp32 where the generator is (None: torch's own on the CPU).
+
     `gathered(parameter)` is a context in which the whole parameter is there: a sharded model is initialised one parameter
-    at a time, with the values that a plain one gets from the same generator.
+    at a time, with the values that a plain one gets from the same generator. Processes that get what another one wrote when
+    the context ends are no `is_writer`: they draw nothing.
 
     | parameter                        | value                                                            |
     |----------------------------------|------------------------------------------------------------------|
@@ -301,14 +306,35 @@ def initialise(
     """
     for name, parameter in prior.named_parameters():
         with gathered(parameter):
+            if not is_writer:
+                continue
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.startswith(("embed.", "heads.")):
-                parameter.normal_(0.0, 0.02, generator=generator)
+                _draw(parameter, 0.02, generator)
             else:
                 std = parameter.shape[1] ** -0.5
                 if name.endswith("project.weight"):
                     std /= (2 * prior.config.n_layers) ** 0.5
-                parameter.normal_(0.0, std, generator=generator)
+                _draw(parameter, std, generator)
+
+
+_DRAWN_AT_ONCE = 1 << 20
+"""A multiple of 16, the numbers that torch transforms together: then pieces are the numbers of one call for all. So few stay in
+the caches; memory that is new to the process for each parameter takes as long as the drawing."""
+
+
+def _draw(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Normal(0, std) into a contiguous parameter on any device; torch draws only on the device of the generator."""
+    if parameter.is_meta:
+        return
+    flat, device = parameter.view(-1), generator.device if generator is not None else "cpu"
+    drawn = torch.empty(min(len(flat), 2 * _DRAWN_AT_ONCE), device=device)
+    start, size = 0, _DRAWN_AT_ONCE
+    while start < len(flat):
+        if len(flat) - start < 2 * size:
+            size = len(flat) - start  # the rest at once: torch draws fewer than 16 in another way
+        flat[start : start + size].copy_(drawn[:size].normal_(0.0, std, generator=generator))
+        start += size

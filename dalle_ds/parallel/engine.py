@@ -17,6 +17,7 @@ import torch
 from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad, set_z3_leaf_modules
 from torch import Tensor
 
+from dalle_ds.console import progress
 from dalle_ds.data import storage
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
@@ -32,6 +33,9 @@ from dalle_ds.parallel.replica_gradients import ReplicaGradients
 from dalle_ds.parallel.replicas import Replicas, ReplicasConfig
 from dalle_ds.parallel.saved_state import AVERAGE, ENGINE_FILE, SavedState, Snapshot, StateParts
 from dalle_ds.precision.block_scaling import BlockScaler
+
+SHOWN_FROM = 1 << 30
+"""Parameters from which making the first weights has a progress bar: one core draws so many in about ten seconds."""
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -88,7 +92,7 @@ class PriorEngine:
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
         sharded = engine_config.zero_stage == 3
         self._is_offloaded = "offload_optimizer" in engine_config.json.get("zero_optimization", {})
-        model = _build(model_config, engine_config, sharded, seed, self.replicas)
+        model = _build(model_config, engine_config, sharded, seed, ranks, self.replicas)
         self.scaler: BlockScaler | None = None
         if engine_config.block_scaling is not None:
             self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
@@ -388,7 +392,9 @@ def _plain_values(thing: object) -> dict[str, Any]:
     return {name: value for name, value in vars(thing).items() if isinstance(value, int | float)} if thing is not None else {}
 
 
-def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed: int, replicas: Replicas | None) -> Prior:
+def _build(
+    config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed: int, ranks: Ranks, replicas: Replicas | None
+) -> Prior:
     generator = torch.Generator().manual_seed(seed)
     if not sharded:
         model = Prior(config)
@@ -398,7 +404,20 @@ def _build(config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed
     shard_group = replicas.shard_group if replicas else None
     with deepspeed.zero.Init(config_dict_or_path=engine_config.json, data_parallel_group=shard_group, mpu=replicas):
         model = Prior(config)
-    initialise(model, generator, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+    n_parameters = sum(p.ds_numel for p in model.parameters())
+    bar = progress(
+        total=n_parameters, what="first weights", unit="", unit_scale=True, enabled=ranks.is_main and n_parameters >= SHOWN_FROM
+    )
+
+    @contextmanager
+    def gathered(parameter: torch.nn.Parameter) -> Iterator[None]:
+        # what the first rank of the shard group leaves in it is everybody's; the same seed makes replicas equal
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            yield
+        bar.update(parameter.ds_numel)
+
+    with bar:
+        initialise(model, generator, gathered, is_writer=(replicas.shard_rank if replicas else ranks.rank) == 0)
     # gathered, freed and reduced as a whole: hooks of its dozen modules would take the host longer than the layer itself
     set_z3_leaf_modules(model, [Layer])
     return model

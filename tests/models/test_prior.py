@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.presets import PRESETS, effective_parameters
@@ -58,6 +59,53 @@ def test_the_largest_model_is_initialised_without_memory() -> None:
     initialise(prior, torch.Generator())
     assert sum(p.numel() for p in prior.parameters()) > 12e9
     assert all(tensor.is_meta for tensor in prior.state_dict().values())
+
+
+class _GeneratorsElsewhere(TorchDispatchMode):
+    """Refuse a generator for a parameter of `model`, as torch does where the parameter is on a GPU and the generator is not."""
+
+    def __init__(self, model: Prior) -> None:
+        super().__init__()
+        self._storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        kwargs = kwargs or {}
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            assert not any(tensor.untyped_storage()._cdata in self._storages for tensor in tensors), f"{func} on a parameter"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("drawn_at_once", [16, 1 << 20])
+def test_weights_are_drawn_where_the_generator_is(drawn_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator of the CPU serves parameters on any device, and gives what one call for each parameter gives."""
+    monkeypatch.setattr("dalle_ds.models.prior._DRAWN_AT_ONCE", drawn_at_once)
+    prior, generator = Prior(CONFIG), torch.Generator().manual_seed(7)
+    with _GeneratorsElsewhere(prior):
+        initialise(prior, generator)
+    again = torch.Generator().manual_seed(7)
+    for name, parameter in prior.named_parameters():
+        if not name.endswith(("bias", "norm.weight")):
+            std = 0.02 if name.startswith(("embed.", "heads.")) else parameter.shape[1] ** -0.5
+            if name.endswith("project.weight"):
+                std /= (2 * CONFIG.n_layers) ** 0.5
+            assert torch.equal(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=again)), name
+    assert torch.equal(generator.get_state(), again.get_state())
+
+
+def test_weights_in_16_bits_are_the_fp32_ones_rounded() -> None:
+    models = [Prior(CONFIG), Prior(CONFIG).bfloat16()]
+    for model in models:
+        initialise(model, torch.Generator().manual_seed(7))
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_who_is_no_writer_draws_nothing() -> None:
+    prior, generator = Prior(CONFIG), torch.Generator().manual_seed(7)
+    before = [parameter.detach().clone() for parameter in prior.parameters()]
+    initialise(prior, generator, is_writer=False)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, prior.parameters(), strict=True))
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(7).get_state())
 
 
 def test_twelve_billion_is_1280_slots() -> None:
