@@ -125,9 +125,13 @@ def use_attention(model: nn.Module, name: str, device: torch.device) -> str:
     return name
 
 
-def verify_attention(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def verify_attention(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int = 1) -> None:
     """Compare the backend that `model` uses with dense attention on this very machine, in `dtype`: outputs and gradients of
-    every pattern at the model's sequence length. Released compilers and kernels have been silently wrong before.
+    every pattern at the model's sequence length and heads, with `batch` samples. Released compilers and kernels have been
+    silently wrong before.
+
+    With the batch of training the kernels in question are those that training will use, and no others are compiled. They take
+    less memory than a layer's step.
 
     Raises:
         RuntimeError: the errors are out of proportion to those of dense attention in the same format.
@@ -136,7 +140,7 @@ def verify_attention(model: nn.Module, dtype: torch.dtype, device: torch.device)
     for pattern, layer in layers.items():
         if layer.attend is None or isinstance(layer.attend, DenseAttention):
             continue
-        errors = errors_against_dense(layer.attend, layer.mask, min(2, layer.n_heads), layer.d_head, dtype, device)
+        errors = errors_against_dense(layer.attend, layer.mask, layer.n_heads, layer.d_head, dtype, device, batch)
         for what, (ours, dense) in errors.items():
             if not ours <= 2 * dense + 1e-6:
                 raise RuntimeError(

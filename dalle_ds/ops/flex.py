@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from dalle_ds.ops.compiling import compiled
 from dalle_ds.ops.kernel_compiler import kernel_problem
 from dalle_ds.ops.masks import Pattern, SparseMask
 
@@ -47,9 +48,8 @@ class FlexAttention:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # Only the function is compiled, never a module: ZeRO-3's hooks break compiled modules. Static shapes and one graph, so that
-    # reaching the recompile limit is an error; left alone, it falls back to materialised scores with no more than a warning.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    # static shapes: blocks of the mask are skipped only where the kernel knows their number
+    return compiled(flex_attention, dynamic=False)
 
 
 def _block_mask(mask: SparseMask, device: torch.device) -> BlockMask:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dalle_ds.ops.compiling import compiled
 from dalle_ds.ops.kernel_compiler import kernel_problem
 from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode_wide
 
@@ -148,7 +149,7 @@ def _update_chunk(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Te
 
 @cache
 def _compiled_loop() -> Callable[..., None]:
-    return torch.compile(_update_chunk, dynamic=True, fullgraph=True)
+    return compiled(_update_chunk, dynamic=True)
 
 
 def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor) -> None:

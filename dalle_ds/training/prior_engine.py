@@ -33,7 +33,7 @@ def build_engine(run: PriorRun, model_config: PriorConfig, engine_config: Engine
         ranks, run.seed, run.replicas,
     )  # fmt: skip
     use_attention(engine.module, run.attention, ranks.device)
-    verify_attention(engine.module, engine_config.branch_dtype, ranks.device)
+    verify_attention(engine.module, engine_config.branch_dtype, ranks.device, run.micro_batch)
     if run.activation_checkpointing:
         recompute_layers(engine.module, every=int(run.activation_checkpointing))  # true is 1: each of them
     return engine

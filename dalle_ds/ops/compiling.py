@@ -1,0 +1,35 @@
+"""torch.compile for a whole run: room for all its shapes, in whichever thread they come up."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+VARIANTS = 64
+"""Compiled variants of one function that a process may hold. Torch's default of 8 is meant for a model that is called in one way.
+Flex attention takes three masks times training, validation (no gradients), its smaller last batch, the batch that proves an
+export: 12. A function that all layers share takes as many as they have widths."""
+
+
+def compiled(function: Callable[P, T], *, dynamic: bool) -> Callable[P, T]:
+    """`function` compiled as one graph when it is called first; a call that torch can't compile raises.
+
+    Only functions are compiled, never modules: ZeRO-3's hooks break compiled modules. One graph, so that too many variants are
+    an error; left alone, torch falls back to running the function operation by operation with no more than a warning.
+    `dynamic`: one variant serves all sizes.
+    """
+    call = torch.compile(function, dynamic=dynamic, fullgraph=True)
+
+    @wraps(function)
+    def with_room(*args: P.args, **kwargs: P.kwargs) -> T:
+        # at every call: torch keeps this setting for each thread, and on CUDA recomputed layers run in one of autograd's
+        config = torch._dynamo.config
+        if config.recompile_limit < VARIANTS:
+            config.recompile_limit = VARIANTS
+        return call(*args, **kwargs)
+
+    return with_room
