@@ -258,7 +258,12 @@ class PriorEngine:
         parameters, moments and its step count then stay as they are.
         """
         parameter = self.module.heads.norm.weight
-        safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("nan")))
+        # One value that the next backward pass overwrites, and only the first rank of a shard group is sure to have one: others
+        # may hold nothing but padding, which counts in DeepSpeed's norm and is never written again.
+        if shard_start(parameter) == 0:
+            grad = safe_get_local_grad(parameter).clone()
+            grad[0] = float("nan")
+            safe_set_local_grad(parameter, grad)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:

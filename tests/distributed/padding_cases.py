@@ -1,0 +1,71 @@
+"""What the tests of padded shards do on every rank: results as JSON in the folder given."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_ds.parallel.engine import PriorEngine
+from dalle_ds.parallel.ranks import Ranks, join, leave
+from tests.distributed import engine_cases
+from tests.distributed.engine_cases import ADAMW, WIDE, make_engine, poisoned
+
+SAMPLES = 30
+"""Of a global batch: for 3 ranks and for 5, in one micro-batch or two."""
+
+HOWS: dict[str, tuple[int, Sequence[str]]] = {
+    "32": (16, ()), "32, offloaded": (16, ["optimizer"]), "4": (2, ()), "4, offloaded": (2, ["optimizer"]),
+}  # fmt: skip
+"""By name: width of each of two heads, what is offloaded. Of the final norm's 4 values the last of 3 or of 5 ranks holds none."""
+
+
+def micro_batches(update: int, ranks: Ranks, accumulation: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    mine = slice(ranks.rank * SAMPLES // ranks.world_size, (ranks.rank + 1) * SAMPLES // ranks.world_size)
+    text, image = (tensor[mine].chunk(accumulation) for tensor in engine_cases.global_batch(update, SAMPLES))
+    return list(zip(text, image, strict=True))
+
+
+def padding(engine: PriorEngine, ranks: Ranks) -> int:
+    """Values of this rank's shards that belong to no parameter."""
+    n = 0
+    for parameter in engine.module.parameters():
+        size = parameter.ds_tensor.numel()
+        n += size - min(size, max(0, parameter.ds_numel - ranks.rank * size))
+    return n
+
+
+@contextmanager
+def width(d_head: int) -> Iterator[None]:
+    """Engines that are made in here have heads of this width."""
+    whole, engine_cases.CONFIG = engine_cases.CONFIG, engine_cases.CONFIG.model_copy(update={"d_head": d_head})
+    yield
+    engine_cases.CONFIG = whole
+
+
+def veto(folder: Path, ranks: Ranks, d_head: int, offload: Sequence[str]) -> dict[str, Any]:
+    """Calibration, of which each trial is an update without its step; and at update 1 rank 1 meets an Inf."""
+    with width(d_head):
+        engine = make_engine(folder, ranks, {**WIDE, "calibration_trials": 1}, offload=offload)
+    assert sum(ranks.gather_objects(padding(engine, ranks))) > 0
+    assert engine.calibrate(micro_batches(0, ranks))
+    reports = []
+    for update in range(4):
+        with poisoned(engine.scaler.blocks[3].branch, ranks) if update == 1 else nullcontext():
+            reports.append(engine.update(micro_batches(update, ranks), ADAMW.lr))
+    return {"took_step": [report.took_step for report in reports], "norms": [report.grad_norm for report in reports]}
+
+
+def main(folder: Path) -> None:
+    engine_cases.GLOBAL_BATCH = SAMPLES
+    ranks = join()
+    results = {"veto": {name: veto(folder, ranks, *how) for name, how in HOWS.items()}}
+    (folder / f"{ranks.rank}-of-{ranks.world_size}.json").write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
