@@ -75,9 +75,9 @@ def errors_against_dense(
     """How exact a backend is: {"out" | "grad": (relative error of `attend`, of dense attention)}, both in `dtype`, against
     dense attention in fp64, on seeded inputs laid out as the model's fused projection leaves them.
 
-    `attend` runs once, with `batch` samples of `n_heads`, as in training: for its compiler that is the shape it will have there.
-    All samples are the same two heads over and over, so that dense attention need compute no more than these; the error is that
-    of the worst sample.
+    `attend` runs once, with `batch` samples of `n_heads`: for its compiler, with those of training, that is the shape it has
+    there. All samples are the same two heads over and over, so that dense attention need compute no more than these; the error
+    is that of the worst sample.
     """
     generator, n_different = torch.Generator().manual_seed(0), min(2, n_heads)
     qkv_1L3HD = torch.randn(1, mask.n_slots, 3, n_different, d_head, generator=generator).to(device, dtype)

@@ -10,17 +10,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 VARIANTS = 64
-"""Compiled variants of one function that a process may hold. Torch's default of 8 is meant for a model that is called in one way.
-Flex attention takes three masks times training, validation (no gradients), its smaller last batch, the batch that proves an
-export: 12. A function that all layers share takes as many as they have widths."""
+"""Compiled variants of one function that a process may hold. Torch's default is 8, for a model that is called in one way.
+Flex attention takes three masks times training, validation (no gradients) and the batch that proves an export: 9 a model. A
+function that all layers share takes formats, with and without gradients, one or any number of rows."""
 
 
-def compiled(function: Callable[P, T], *, dynamic: bool) -> Callable[P, T]:
+def compiled(function: Callable[P, T], *, dynamic: bool | None = None) -> Callable[P, T]:
     """`function` compiled as one graph when it is called first; a call that torch can't compile raises.
 
     Only functions are compiled, never modules: ZeRO-3's hooks break compiled modules. One graph, so that too many variants are
     an error; left alone, torch falls back to running the function operation by operation with no more than a warning.
-    `dynamic`: one variant serves all sizes.
+    `dynamic`: whether one variant serves all sizes; None: from the second size on.
     """
     call = torch.compile(function, dynamic=dynamic, fullgraph=True)
 

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_ds.ops.compiling import compiled
 from dalle_ds.ops.kernel_compiler import kernel_problem
 
 log = logging.getLogger(__name__)
-
-RECOMPILE_LIMIT = 64
-"""Variants of one function: formats, with and without a condition, one or any number of rows. Dynamo's own limit is 8."""
 
 MIN_CAPABILITY = (7, 0)
 """Of a GPU that Triton makes code for."""
@@ -48,9 +46,7 @@ class Fused:
     def _compiled(self) -> Callable[..., Any]:
         problem = compile_problem()
         if problem is None:
-            limits = torch._dynamo.config  # torch.compile's own argument for this is younger than torch 2.11
-            limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
-            return torch.compile(self.plain, fullgraph=True)
+            return compiled(self.plain)
         _warn_once(problem)
         return self.plain
 

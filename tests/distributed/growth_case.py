@@ -11,7 +11,7 @@ from deepspeed.runtime.zero import parameter_offload
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.parallel.ranks import join, leave
 from dalle_ds.parallel.recompute import recompute_layers
-from tests.distributed.engine_cases import ADAMW, PER_RESBLOCK, make_engine, micro_batches, poisoned
+from tests.distributed.engine_cases import ADAMW, PER_RESBLOCK, make_engine, micro_batches
 
 UPDATES, EVERY = 200, 100
 
@@ -19,7 +19,8 @@ UPDATES, EVERY = 200, 100
 class _Mallinfo(ctypes.Structure):
     """glibc's mallinfo2: bytes of the heap in use, and of blocks that have a mapping of their own."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks".split()]
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 def bytes_in_use() -> int:

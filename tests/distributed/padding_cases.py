@@ -20,7 +20,7 @@ SAMPLES = 30
 HOWS: dict[str, tuple[int, Sequence[str]]] = {
     "32": (16, ()), "32, offloaded": (16, ["optimizer"]), "4": (2, ()), "4, offloaded": (2, ["optimizer"]),
 }  # fmt: skip
-"""By name: width of each of two heads, what is offloaded. Of the final norm's 4 values the last of 3 or of 5 ranks holds none."""
+"""By d_model: width of each of two heads, what is offloaded. Of a norm's 4 values the last of 3 or of 5 ranks holds none."""
 
 
 def micro_batches(update: int, ranks: Ranks, accumulation: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
