@@ -47,10 +47,12 @@ class _Gather:
 
     def _is_ours(self, parameter: nn.Parameter) -> bool:
         """fp16 weights, and where nothing is sharded all: there ZeRO-3 would wait for the device at every module. Not those
-        whose shard is on a disk, or has a second copy inside the node."""
+        whose shard is on a disk, or has a second copy inside the node; nor weights so small that they stay gathered: ZeRO-3
+        gathers these by another way too, and a layer must not meet another format when it is recomputed."""
         shard = parameter.ds_tensor
         is_at_hand = shard.status is PartitionedParamStatus.AVAILABLE and parameter.ds_secondary_tensor is None
-        return is_at_hand and (id(parameter) in self._halves or parameter.ds_zero_partition_world_size == 1)
+        is_half = id(parameter) in self._halves
+        return is_at_hand and (not parameter.ds_persist if is_half else parameter.ds_zero_partition_world_size == 1)
 
 
 class _Handle:
