@@ -52,8 +52,8 @@ def test_a_compiled_function_takes_many_variants(double: Fused, monkeypatch: pyt
     monkeypatch.setattr(fused_module, "compile_problem", lambda: None)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    compiled = double._compiled
-    for n_dims in range(1, 13):
-        assert compiled(torch.ones([2] * n_dims), float(n_dims)).flatten()[0] == 2 + n_dims
-    assert torch._dynamo.config.recompile_limit == VARIANTS
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would leave it without any
+        compiled = double._compiled
+        for n_dims in range(1, 13):
+            assert compiled(torch.ones([2] * n_dims), float(n_dims)).flatten()[0] == 2 + n_dims
+        assert torch._dynamo.config.recompile_limit == VARIANTS
