@@ -15,14 +15,17 @@ Flex attention takes three masks times training, validation (no gradients) and t
 function that all layers share takes formats, with and without gradients, one or any number of rows."""
 
 
-def compiled(function: Callable[P, T], *, dynamic: bool | None = None) -> Callable[P, T]:
+def compiled(function: Callable[P, T], *, dynamic: bool | None = None, keep_roundings: bool = False) -> Callable[P, T]:
     """`function` compiled as one graph when it is called first; a call that torch can't compile raises.
 
     Only functions are compiled, never modules: ZeRO-3's hooks break compiled modules. One graph, so that too many variants are
     an error; left alone, torch falls back to running the function operation by operation with no more than a warning.
     `dynamic`: whether one variant serves all sizes; None: from the second size on.
+    `keep_roundings`: a value that is rounded to 16 bits within the function and then computed with in fp32 is rounded indeed. By
+    default Inductor computes on with what it had; x - x.half().float() then is 0.
     """
-    call = torch.compile(function, dynamic=dynamic, fullgraph=True)
+    options = {"emulate_precision_casts": True} if keep_roundings else None
+    call = torch.compile(function, dynamic=dynamic, fullgraph=True, options=options)
 
     @wraps(function)
     def with_room(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -46,7 +46,7 @@ class Fused:
     def _compiled(self) -> Callable[..., Any]:
         problem = compile_problem()
         if problem is None:
-            return compiled(self.plain)
+            return compiled(self.plain, keep_roundings=True)
         _warn_once(problem)
         return self.plain
 
