@@ -1,0 +1,99 @@
+"""What a GPU was given to do: kernels, bytes, host synchronisations, collectives, each with the place in the code."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+"""Matrix products: bound by arithmetic, so their bytes are counted apart."""
+
+
+class Site(NamedTuple):
+    """An operator, and the innermost line of this project or of DeepSpeed that ran it; else the autograd node."""
+
+    what: str
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.file}:{self.line} {self.function}"
+
+    @property
+    def place(self) -> str:
+        """Without the line, which moves with every edit: what tests compare."""
+        return f"{self.what}: {self.file} {self.function}"
+
+    @property
+    def by_zero(self) -> bool:
+        """DeepSpeed's own work: gathering weights, reducing and accumulating gradients. Its linear layer is the model's."""
+        return self.file.startswith("deepspeed/") and not self.file.endswith("zero/linear.py")
+
+
+@dataclass
+class Counts:
+    """Numbers by place. They add, subtract and scale: what one more layer costs is the difference of two runs.
+
+    A kernel is an operator that computes or copies something on the GPU, a compiled function as many as it says.
+    Bytes are those of the elements that a kernel must read and write once, whatever caches and atomics do beyond that.
+    """
+
+    kernels: Counter[Site] = field(default_factory=Counter)
+    read: Counter[Site] = field(default_factory=Counter)
+    written: Counter[Site] = field(default_factory=Counter)
+    syncs: Counter[Site] = field(default_factory=Counter)
+    """Where the host waits for the GPU."""
+    collectives: Counter[Site] = field(default_factory=Counter)
+    sent: Counter[Site] = field(default_factory=Counter)
+    """Bytes of the largest tensor of each collective: the whole of what is gathered, scattered or summed."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return self._with(other, lambda mine, theirs: mine + theirs)
+
+    def __sub__(self, other: "Counts") -> "Counts":
+        return self._with(other, lambda mine, theirs: mine - theirs)
+
+    def __truediv__(self, n: float) -> "Counts":
+        return self._with(self, lambda mine, _: mine / n)
+
+    def _with(self, other: "Counts", combine: Callable[[float, float], float]) -> "Counts":
+        def counter(name: str) -> Counter[Site]:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            values = {site: combine(mine[site], theirs[site]) for site in mine.keys() | theirs.keys()}
+            return Counter({site: value for site, value in values.items() if value})
+
+        return Counts(**{f.name: counter(f.name) for f in fields(self)})
+
+    def where(self, keep: Callable[[Site], bool]) -> "Counts":
+        """Only the sites that `keep` says yes to."""
+        return Counts(**{
+            f.name: Counter({site: n for site, n in getattr(self, f.name).items() if keep(site)}) for f in fields(self)
+        })  # fmt: skip
+
+    @property
+    def n_kernels(self) -> float:
+        return math.fsum(self.kernels.values())
+
+    @property
+    def n_bytes(self) -> float:
+        return math.fsum(self.read.values()) + math.fsum(self.written.values())
+
+    @property
+    def n_syncs(self) -> float:
+        return math.fsum(self.syncs.values())
+
+    def sync_places(self) -> dict[str, float]:
+        """Times by kind, file and function, without lines."""
+        places: Counter[str] = Counter()
+        for site, times in self.syncs.items():
+            places[site.place] += times
+        return dict(places)
+
+    def table(self, n: int = 20) -> str:
+        """The `n` sites with the most bytes, for people."""
+        total = Counter(self.read)
+        total.update(self.written)
+        rows = sorted(total, key=lambda site: -total[site])[:n]
+        return "\n".join(f"{total[site] / 1e6:10.1f} MB {self.kernels[site]:8.2f} kernels  {site}" for site in rows)

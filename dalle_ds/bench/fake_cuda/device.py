@@ -1,0 +1,376 @@
+"""One CUDA device without values: tensors on it are fake, those on the CPU are real, and `torch.cuda` says that it is there.
+
+Code runs on it as it would on a GPU, up to the values: shapes, devices, dtypes, autograd, hooks and streams are those of the
+CUDA path. What the host reads from it is zero, unless the host wrote it there and nobody has touched it since.
+"""
+
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dalle_ds.bench.fake_cuda import stub
+from dalle_ds.bench.fake_cuda.counts import Counts, Site
+from dalle_ds.bench.fake_cuda.torch_cuda import one_fake_device, replaced
+
+NO_KERNEL = frozenset({
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "set_", "resize_", "_unsafe_view", "lift_fresh",
+    "record_stream", "is_pinned", "is_same_size", "_assert_tensor_metadata", "_local_scalar_dense",
+})  # fmt: skip
+"""Operators that neither compute nor copy, beside views."""
+ONLY_WRITES = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"})
+"""In-place operators that don't read what they overwrite."""
+PICKS = frozenset({"embedding", "index_select", "gather", "index"})
+"""Operators that read as many elements of their first argument as they write."""
+PUTS = frozenset({"index_copy_", "index_put_", "_index_put_impl_", "index_add_", "scatter_", "scatter_add_"})
+"""Operators that write as many elements of their first argument as their last one has."""
+SAME_DTYPES = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
+"""Arguments of matrix products that must have one dtype: fake tensors let others pass, CUDA does not."""
+DRAWS = frozenset({"normal_", "uniform_", "random_"})
+REMEMBERED = 2**16
+"""Elements up to which a tensor's values are remembered when the host writes them to the device."""
+ALLOCATION = 512
+"""Bytes in multiples of which CUDA's allocator gives memory."""
+
+READ_BY_HOST = frozenset({"_local_scalar_dense", "nonzero"})
+COPIES = frozenset({"_to_copy", "copy_"})
+_PACKAGES = tuple(f"/{package}/" for package in ("dalle_ds", "preprocessing", "deepspeed"))
+_PLUMBING = ("/dalle_ds/bench/fake_cuda/", "/deepspeed/accelerator/", "/deepspeed/utils/nvtx.py", "/deepspeed/comm/")
+"""Frames that say nothing about whose work it is."""
+
+
+@contextmanager
+def fake_cuda() -> Iterator["FakeGPU"]:
+    """The fake device, for as long as the context lasts.
+
+    Raises:
+        ConfigError: it can't be had on this machine, see `stub_problem`.
+        RuntimeError: autograd ran in this process before: start another (`bench.memory.in_fresh_process`).
+    """
+    stub.install()
+    try:
+        gpu = FakeGPU()
+        with ExitStack() as stack:
+            stack.enter_context(one_fake_device(gpu.host_waits, gpu.recording, lambda: gpu.live_bytes))
+            stack.enter_context(replaced(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()))
+            stack.enter_context(_FakeMode(allow_non_fake_inputs=True))
+            stack.enter_context(gpu)
+            yield gpu
+    finally:
+        stub.remove()
+
+
+class _FakeMode(FakeTensorMode):
+    # it looks at torch.cuda.is_available(), and would make real tensors there
+    avoid_device_init = True
+
+
+class FakeGPU(TorchDispatchMode):
+    """The device itself: every operator passes through it."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._counts: list[Counts] = []
+        self._compiled = self._is_recording = False
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._pinned: dict[int, Tensor] = {}
+
+    # ---- what is asked of it ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def counting(self) -> Iterator[Counts]:
+        """Count what is done in the context."""
+        counts = Counts()
+        self._counts.append(counts)
+        try:
+            yield counts
+        finally:
+            self._counts.remove(counts)
+
+    @contextmanager
+    def measuring_peak(self) -> Iterator[Callable[[], int]]:
+        """-> gives the most bytes that were in use at once since the context began."""
+        self.peak_bytes = self.live_bytes
+        yield lambda: self.peak_bytes
+
+    @contextmanager
+    def compiled(self, name: str, n_kernels: int, reads: Sequence[Tensor], writes: list[Tensor]) -> Iterator[None]:
+        """The context is one compiled function: it counts as `n_kernels`, which read and write these tensors once in all.
+
+        `writes` may be filled in the context.
+        """
+        if self._compiled:
+            yield
+            return
+        site, self._compiled = self._site(name), True
+        try:
+            yield
+        finally:
+            self._compiled = False
+        self._count_kernel(site, n_kernels, sum(map(_n_bytes, reads)), sum(map(_n_bytes, writes)))
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def host_waits(self, what: str) -> None:
+        """The host waits for all that was launched."""
+        if self._is_recording:
+            raise RuntimeError(f"{what}: the host waits for the device, which is not permitted while a CUDA graph is recorded")
+        for counts in self._counts:
+            counts.syncs[self._site(what)] += 1
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A CUDA graph is recorded: whatever makes the host wait is an error."""
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+
+    # ---- one operator ----------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        kind = _kind(func)
+        if kind.is_collective:
+            return self._collective(kind, args)
+        tensors: list[Tensor] = []
+        _collect(args, tensors)
+        _collect(kwargs.values(), tensors)
+        target = kwargs.get("device")
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and (target is None or torch.device(target).type != "cuda"):
+            return self._on_cpu(kind, func, args, kwargs)
+        if kind.is_special:
+            if kind.name in READ_BY_HOST:
+                return self._read_by_host(kind.name, args[0])
+            if kind.name in COPIES:
+                source = args[1] if kind.name == "copy_" else args[0]
+                ends_there = isinstance(args[0], FakeTensor) if target is None else torch.device(target).type == "cuda"
+                if ends_there != isinstance(source, FakeTensor):
+                    return self._between_devices(kind.name, source, func, args, kwargs)
+            _check(kind.name, args, kwargs)
+        out = func(*args, **kwargs)
+        if kind.is_view:
+            if self._values:
+                self._remember_view(tensors[0], out)
+            return out
+        outputs: list[Tensor] = []
+        _collect((out,), outputs)
+        if not kind.is_in_place:
+            self._track(outputs)
+        if self._counts and not self._compiled and kind.is_kernel:
+            self._count(kind, args, kwargs, tensors, outputs)
+        return out
+
+    def _on_cpu(self, kind: "_Kind", func: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Done for real, but for long draws of random numbers: no one will read them."""
+        if kind.name in DRAWS and args[0].numel() > REMEMBERED:
+            return args[0]
+        pin = kwargs.get("pin_memory") or kind.name == "_pin_memory"
+        with unset_fake_temporarily():
+            if kind.name == "is_pinned":
+                return self._is_pinned(args[0])
+            if not pin:
+                return func(*args, **kwargs)
+            out = args[0].clone() if kind.name == "_pin_memory" else func(*args, **kwargs | {"pin_memory": False})
+            self._pinned[out.untyped_storage().data_ptr()] = out
+        return out
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
+
+    def _read_by_host(self, name: str, tensor: Tensor) -> Any:
+        self.host_waits("item" if name == "_local_scalar_dense" else name)
+        if name == "_local_scalar_dense":
+            with unset_fake_temporarily():
+                return self._value(tensor).item()
+        # as if all were true: the most that can follow
+        return torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device=self.device)
+
+    def _between_devices(self, name: str, source: Tensor, func: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A copy from host to device or back. The host waits, unless it asked not to and its memory is pinned."""
+        to_host = isinstance(source, FakeTensor)
+        non_blocking = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+        on_host = (args[0] if name == "copy_" else None) if to_host else source
+        if not (non_blocking and on_host is not None and self._is_pinned(on_host)):
+            self.host_waits("copy to host" if to_host else "copy to device")
+        if not to_host:
+            out = func(*args, **kwargs)
+            self._track([out])
+            self._remember(out, source)
+            return out
+        value = self._value(source)
+        with unset_fake_temporarily():
+            return args[0].copy_(value) if name == "copy_" else value.to(kwargs.get("dtype") or value.dtype, copy=True)
+
+    def _collective(self, kind: "_Kind", args: tuple) -> Any:
+        """Goes nowhere, and is done at once."""
+        if "barrier" in kind.name:
+            self.host_waits(kind.name)
+        site, written, read = self._site(kind.name), [], []
+        _collect(args[:1], written)
+        _collect(args[1:2], read)
+        n_written, n_read = sum(map(_n_bytes, written)), sum(map(_n_bytes, read or written))
+        for counts in self._counts if written else ():
+            counts.collectives[site] += 1
+            counts.sent[site] += max(n_read, n_written)
+            counts.read[site] += n_read
+            counts.written[site] += n_written
+        work = FakeWork().boxed()
+        return (args[0], work) if kind.gives_tensors else work
+
+    # ---- counting --------------------------------------------------------------------------------------------------------
+
+    def _count(
+        self, kind: "_Kind", args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        targets: list[Tensor] = []
+        _collect((args[i] if i < len(args) else kwargs.get(name) for i, name in kind.targets), targets)
+        written = {id(tensor): _n_bytes(tensor) for tensor in [*targets, *outputs]}
+        if not any(written.values()):
+            return  # nothing is launched for it
+        unread = {id(tensor) for tensor in targets} if kind.only_writes else set()
+        read = {id(tensor): _n_bytes(tensor) for tensor in tensors if isinstance(tensor, FakeTensor) and id(tensor) not in unread}
+        if kind.name in PICKS:
+            read[id(args[0])] = min(read[id(args[0])], sum(written.values()))
+        elif kind.name in PUTS:
+            touched = min(written[id(args[0])], _n_bytes(tensors[-1]))
+            written = {id(args[0]): touched}
+            read[id(args[0])] = touched if "add" in kind.name else 0
+        self._count_kernel(self._site(kind.name), 1, sum(read.values()), sum(written.values()))
+
+    def _count_kernel(self, site: Site, n: int, read: int, written: int) -> None:
+        for counts in self._counts:
+            counts.kernels[site] += n
+            counts.read[site] += read
+            counts.written[site] += written
+
+    def _site(self, what: str) -> Site:
+        frame = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            file = _short_name(code.co_filename)
+            if file is not None:
+                return Site(what, file, frame.f_lineno, code.co_qualname)
+            frame = frame.f_back
+        node = torch._C._current_autograd_node()
+        return Site(what, "autograd", 0, node.name() if node is not None else "none")
+
+    # ---- memory ----------------------------------------------------------------------------------------------------------
+
+    def _track(self, outputs: Sequence[Tensor]) -> None:
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if id(storage) not in self._alive:
+                size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+                self._alive[id(storage)] = weakref.ref(storage, partial(self._free, id(storage), size))
+                self.live_bytes += size
+        if not self._compiled:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _free(self, key: int, size: int, _: object) -> None:
+        del self._alive[key]
+        self.live_bytes -= size
+
+    # ---- values ----------------------------------------------------------------------------------------------------------
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor on the device, as far as the host knows them, on the CPU."""
+        known = self._values.get(tensor)
+        with unset_fake_temporarily():
+            if known is not None and known[1] == tensor._version:
+                return known[0]
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    def _remember(self, tensor: Tensor, value: Tensor) -> None:
+        if value.numel() <= REMEMBERED:
+            with unset_fake_temporarily():
+                self._values[tensor] = value.detach().to(tensor.dtype, copy=True), tensor._version
+
+    def _remember_view(self, source: Tensor, out: Any) -> None:
+        known = self._values.get(source)
+        if known is not None and known[1] == source._version and isinstance(out, Tensor) and out.shape == source.shape:
+            self._remember(out, known[0])
+
+
+class _Kind(NamedTuple):
+    """What an operator's name and schema say of it."""
+
+    name: str
+    is_collective: bool
+    is_special: bool
+    """There is more to do than to run it."""
+    is_view: bool
+    is_in_place: bool
+    is_kernel: bool
+    targets: tuple[tuple[int, str], ...]
+    """Positions and names of the arguments that it writes to."""
+    only_writes: bool
+    """It reads nothing of these."""
+    gives_tensors: bool
+
+
+@cache
+def _kind(func: OpOverload) -> _Kind:
+    schema = func._schema
+    name = schema.name.partition("::")[2]
+    targets = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return _Kind(
+        name,
+        is_collective=func.namespace == "c10d",
+        is_special=name in READ_BY_HOST | COPIES | SAME_DTYPES.keys() or any(a.name == "generator" for a in schema.arguments),
+        is_view=any(given.alias_info is not None and not given.alias_info.is_write for given in schema.returns),
+        is_in_place=bool(targets),
+        is_kernel=name not in NO_KERNEL,
+        targets=tuple((i, a.name) for i, a in targets),
+        only_writes=name in ONLY_WRITES or any(a.kwarg_only for _, a in targets),
+        gives_tensors=len(schema.returns) > 1,
+    )
+
+
+def _check(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    """What CUDA refuses and fake tensors don't."""
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if name in SAME_DTYPES:
+        left, right = (args[i].dtype for i in SAME_DTYPES[name])
+        if left != right:
+            raise RuntimeError(f"{name}: expected both matrices to have one dtype, found {left} and {right}")
+
+
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
+    """The tensors among arguments, in lists of lists too. torch's own way takes several times as long."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            _collect(value, found)
+
+
+def _n_bytes(tensor: Tensor) -> int:
+    """Of its different elements: what `expand` repeats is there once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.element_size()
+
+
+@cache
+def _short_name(file: str) -> str | None:
+    """From the package on, for files whose work is counted by line."""
+    if any(part in file for part in _PLUMBING):
+        return None
+    return next((file[file.rindex(package) + 1 :] for package in _PACKAGES if package in file), None)
