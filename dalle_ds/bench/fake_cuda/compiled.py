@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dalle_ds.bench.fake_cuda.device import FakeGPU
 from dalle_ds.bench.fake_cuda.torch_cuda import replaced
-from dalle_ds.ops import backends, flex
+from dalle_ds.ops import backends, flex, fused
 from dalle_ds.optim import adamw
 
 ATTENTION = "flex_attention"
@@ -18,7 +18,7 @@ ATTENTION = "flex_attention"
 
 @contextmanager
 def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
-    """FlexAttention and the loop of low-bit AdamW, on `gpu`; all that is around them in this project is real."""
+    """FlexAttention, the loop of low-bit AdamW and fused functions, on `gpu`; all around them is real."""
 
     def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, block_mask: object) -> Tensor:
         return _Attention.apply(gpu, q_BHLD, k_BHLD, v_BHLD)
@@ -27,7 +27,16 @@ def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
         with gpu.compiled("low_bit_adamw", 1, [p, g, mean, variance, scalars], [p, mean, variance]):
             pass
 
+    def observe(function: fused.Fused, args: tuple[Any, ...]) -> Any:
+        writes: list[Tensor] = []
+        reads = [arg for arg in args if isinstance(arg, Tensor)] * function.passes
+        with gpu.compiled(function.name, function.kernels, reads, writes):
+            out = function.plain(*args)
+            writes += [out] if isinstance(out, Tensor) else out
+        return out
+
     with (
+        replaced(fused, "observer", observe),
         replaced(flex, "_compiled", lambda: attend),
         replaced(flex, "_block_mask", lambda mask, device: None),
         replaced(flex, "flex_problem", lambda device: None),
