@@ -39,8 +39,9 @@ def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
         replaced(fused, "observer", observe),
         replaced(flex, "_compiled", lambda: attend),
         replaced(flex, "_block_mask", lambda mask, device: None),
-        replaced(flex, "flex_problem", lambda device: None),
+        replaced(flex, "kernel_problem", lambda: None),
         replaced(adamw, "_compiled_loop", lambda: update),
+        replaced(adamw, "kernel_problem", lambda: None),
     ):
         backends.attention_backend.cache_clear()
         try:

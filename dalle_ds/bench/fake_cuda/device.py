@@ -43,6 +43,7 @@ REMEMBERED = 2**16
 ALLOCATION = 512
 """Bytes in multiples of which CUDA's allocator gives memory."""
 
+COMPOSITE = "CompositeImplicitAutograd"
 READ_BY_HOST = frozenset({"_local_scalar_dense", "nonzero"})
 COPIES = frozenset({"_to_copy", "copy_"})
 _PACKAGES = tuple(f"/{package}/" for package in ("dalle_ds", "preprocessing", "deepspeed"))
@@ -146,6 +147,9 @@ class FakeGPU(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         kind = _kind(func)
+        if kind.is_composite:
+            with self:
+                return func.decompose(*args, **kwargs)
         if kind.is_collective:
             return self._collective(kind, args)
         tensors: list[Tensor] = []
@@ -297,7 +301,7 @@ class FakeGPU(TorchDispatchMode):
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     def _remember(self, tensor: Tensor, value: Tensor) -> None:
-        if value.numel() <= REMEMBERED:
+        if value.numel() <= REMEMBERED and not tensor.is_inference():  # which doesn't say when it is overwritten
             with unset_fake_temporarily():
                 self._values[tensor] = value.detach().to(tensor.dtype, copy=True), tensor._version
 
@@ -311,6 +315,8 @@ class _Kind(NamedTuple):
     """What an operator's name and schema say of it."""
 
     name: str
+    is_composite: bool
+    """Made of others, which inference mode hides."""
     is_collective: bool
     is_special: bool
     """There is more to do than to run it."""
@@ -331,6 +337,7 @@ def _kind(func: OpOverload) -> _Kind:
     targets = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return _Kind(
         name,
+        is_composite=func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE),
         is_collective=func.namespace == "c10d",
         is_special=name in READ_BY_HOST | COPIES | SAME_DTYPES.keys() or any(a.name == "generator" for a in schema.arguments),
         is_view=any(given.alias_info is not None and not given.alias_info.is_write for given in schema.returns),

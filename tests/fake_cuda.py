@@ -1,0 +1,21 @@
+"""A process of its own in which tests use fake CUDA: autograd must not have run in it before."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+from dalle_ds.bench.fake_cuda.stub import stub_problem
+
+
+@contextmanager
+def fake_cuda_process() -> Iterator[Callable[..., Any]]:
+    """-> calls importable functions there; what they return must be picklable. Skips the test where fake CUDA can't be had."""
+    problem = stub_problem()
+    if problem is not None:
+        pytest.skip(f"fake CUDA: {problem}")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
