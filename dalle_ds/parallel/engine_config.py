@@ -92,6 +92,7 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
             "steps_per_print": 10**9,  # progress and metrics are ours
+            "timers": {"throughput": {"enabled": False}} | tree.get("timers", {}),  # it waits for the device twice a micro-step
             # the optimizer is torch's AdamW, made by us
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -81,10 +81,10 @@ def host_waits() -> dict[str, dict[str, float]]:
             "item": lambda: a[0].item(), "bool": lambda: bool((a > 0).all()), "tolist": lambda: a.tolist(),
             "nonzero": lambda: a.nonzero(), "cpu": lambda: a.cpu(), "to device": lambda: on_host.to(gpu.device),
             "unpinned": lambda: on_host.to(gpu.device, non_blocking=True), "assigned": lambda: a.__setitem__(0, 1.0),
-            "pinned": lambda: pinned.to(gpu.device, non_blocking=True), "filled": lambda: torch.full((), 3.0, device=gpu.device),
-            "back": lambda: pinned.copy_(a, non_blocking=True), "stream": lambda: torch.cuda.current_stream().synchronize(),
-            "event": lambda: torch.cuda.Event().synchronize(), "device": torch.cuda.synchronize,
-            "scalar": lambda: a * on_host[0],
+            "pinned": lambda: pinned.to(gpu.device, non_blocking=True), "back": lambda: pinned.copy_(a, non_blocking=True),
+            "filled": lambda: torch.full((), 3.0, device=gpu.device), "scalar": lambda: a * on_host[0],
+            "stream": lambda: torch.cuda.current_stream().synchronize(), "event": lambda: torch.cuda.Event().synchronize(),
+            "device": torch.cuda.synchronize,
         }  # fmt: skip
         found = {}
         for name, work in works.items():
@@ -136,11 +136,12 @@ def values() -> dict[str, Any]:
         a = torch.tensor([3, 5], device=gpu.device)
         known, item = a.cpu().tolist(), a.view(2).detach().tolist()
         a += 1
-        return {"written": known, "view": item, "changed": a.tolist(), "cpu": (torch.arange(3) * 2).tolist()}
+        on_host = torch.ones_like(a, device="cpu")
+        return {"written": known, "view": item, "changed": a.tolist(), "cpu": (torch.arange(2) * on_host).tolist()}
 
 
 def test_values_that_the_host_wrote_come_back_and_the_cpu_is_real(call):
-    assert call(values) == {"written": [3, 5], "view": [3, 5], "changed": [0, 0], "cpu": [0, 2, 4]}
+    assert call(values) == {"written": [3, 5], "view": [3, 5], "changed": [0, 0], "cpu": [0, 1]}
 
 
 def peaks() -> tuple[int, int, int]:
@@ -180,11 +181,12 @@ def test_peak_memory_is_what_torch_itself_tracks(call):
 def afterwards() -> tuple[bool, list[float], str]:
     with fake_cuda():
         inside = torch.cuda.is_available()
+    after = torch.cuda.is_available() or torch.accelerator.is_available()
     x = torch.ones(2, requires_grad=True)
     (x * x).sum().backward()
     with pytest.raises((RuntimeError, AssertionError)) as refused:
         torch.empty(1, device="cuda")
-    return inside and not torch.cuda.is_available() and not torch.accelerator.is_available(), x.grad.tolist(), str(refused.value)
+    return inside and not after, x.grad.tolist(), str(refused.value)
 
 
 def test_leaves_nothing_behind(call):

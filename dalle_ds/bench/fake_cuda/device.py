@@ -47,7 +47,10 @@ COMPOSITE = "CompositeImplicitAutograd"
 READ_BY_HOST = frozenset({"_local_scalar_dense", "nonzero"})
 COPIES = frozenset({"_to_copy", "copy_"})
 _PACKAGES = tuple(f"/{package}/" for package in ("dalle_ds", "preprocessing", "deepspeed"))
-_PLUMBING = ("/dalle_ds/bench/fake_cuda/", "/deepspeed/accelerator/", "/deepspeed/utils/nvtx.py", "/deepspeed/comm/")
+_PLUMBING = (
+    "/dalle_ds/bench/fake_cuda/", "/dalle_ds/ops/fused.py", "/deepspeed/accelerator/", "/deepspeed/utils/nvtx.py",
+    "/deepspeed/comm/",
+)  # fmt: skip
 """Frames that say nothing about whose work it is."""
 
 
@@ -156,17 +159,21 @@ class FakeGPU(TorchDispatchMode):
         _collect(args, tensors)
         _collect(kwargs.values(), tensors)
         target = kwargs.get("device")
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and (target is None or torch.device(target).type != "cuda"):
+        goes_there = target is not None and torch.device(target).type == "cuda"
+        if not goes_there and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return self._on_cpu(kind, func, args, kwargs)
         if kind.is_special:
             if kind.name in READ_BY_HOST:
                 return self._read_by_host(kind.name, args[0])
             if kind.name in COPIES:
                 source = args[1] if kind.name == "copy_" else args[0]
-                ends_there = isinstance(args[0], FakeTensor) if target is None else torch.device(target).type == "cuda"
+                ends_there = isinstance(args[0], FakeTensor) if target is None else goes_there
                 if ends_there != isinstance(source, FakeTensor):
                     return self._between_devices(kind.name, source, func, args, kwargs)
             _check(kind.name, args, kwargs)
+        if target is not None and not goes_there and kind.name not in COPIES:  # such as zeros_like(tensor, device="cpu")
+            shapes = [arg.to("meta") if isinstance(arg, FakeTensor) else arg for arg in args]
+            return self._on_cpu(kind, func, tuple(shapes), kwargs)
         out = func(*args, **kwargs)
         if kind.is_view:
             if self._values:
@@ -174,8 +181,7 @@ class FakeGPU(TorchDispatchMode):
             return out
         outputs: list[Tensor] = []
         _collect((out,), outputs)
-        if not kind.is_in_place:
-            self._track(outputs)
+        self._track(outputs)
         if self._counts and not self._compiled and kind.is_kernel:
             self._count(kind, args, kwargs, tensors, outputs)
         return out
@@ -203,7 +209,10 @@ class FakeGPU(TorchDispatchMode):
             with unset_fake_temporarily():
                 return self._value(tensor).item()
         # as if all were true: the most that can follow
-        return torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device=self.device)
+        places = torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device=self.device)
+        self._track([places])
+        self._count_kernel(self._site(name), 1, _n_bytes(tensor), _n_bytes(places))
+        return places
 
     def _between_devices(self, name: str, source: Tensor, func: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A copy from host to device or back. The host waits, unless it asked not to and its memory is pinned."""
@@ -248,7 +257,8 @@ class FakeGPU(TorchDispatchMode):
         if not any(written.values()):
             return  # nothing is launched for it
         unread = {id(tensor) for tensor in targets} if kind.only_writes else set()
-        read = {id(tensor): _n_bytes(tensor) for tensor in tensors if isinstance(tensor, FakeTensor) and id(tensor) not in unread}
+        on_gpu = (tensor for tensor in tensors if isinstance(tensor, FakeTensor))
+        read = {id(tensor): _n_bytes(tensor) for tensor in on_gpu if id(tensor) not in unread}
         if kind.name in PICKS:
             read[id(args[0])] = min(read[id(args[0])], sum(written.values()))
         elif kind.name in PUTS:
@@ -321,7 +331,6 @@ class _Kind(NamedTuple):
     is_special: bool
     """There is more to do than to run it."""
     is_view: bool
-    is_in_place: bool
     is_kernel: bool
     targets: tuple[tuple[int, str], ...]
     """Positions and names of the arguments that it writes to."""
@@ -341,7 +350,6 @@ def _kind(func: OpOverload) -> _Kind:
         is_collective=func.namespace == "c10d",
         is_special=name in READ_BY_HOST | COPIES | SAME_DTYPES.keys() or any(a.name == "generator" for a in schema.arguments),
         is_view=any(given.alias_info is not None and not given.alias_info.is_write for given in schema.returns),
-        is_in_place=bool(targets),
         is_kernel=name not in NO_KERNEL,
         targets=tuple((i, a.name) for i, a in targets),
         only_writes=name in ONLY_WRITES or any(a.kwarg_only for _, a in targets),

@@ -3,12 +3,13 @@
 B samples of a micro-batch, D model width, P parameters of a layer's matrices.
 """
 
+import io
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dalle_ds.bench.fake_cuda.compiled import ATTENTION, compiled_stand_ins
@@ -95,7 +96,7 @@ def _purpose(site: Site) -> str:
     return "cast" if site.what == "_to_copy" else "other"
 
 
-def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], *, world_size: int = 8, moments: str = "fp32") -> EngineCounts:
+def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: int = 8) -> EngineCounts:
     """Rank 0 of `world_size`, at the paper's sequence and vocabularies. For a process of its own: `memory.in_fresh_process`.
 
     Raises:
@@ -103,7 +104,7 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], *, world_size:
     """
     place = {"RANK": 0, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_SIZE": min(world_size, GPUS_PER_NODE)}
     os.environ.update({name: str(value) for name, value in place.items()}, DS_ACCELERATOR="cuda")
-    with fake_cuda() as gpu, compiled_stand_ins(gpu):
+    with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):  # DeepSpeed misses a CUDA toolkit, loudly
         from deepspeed.utils import logger
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -112,7 +113,7 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], *, world_size:
         logger.disabled = True
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         ranks = join()
-        fewer, more = (_count_updates(gpu, ranks, n, n_heads, deepspeed_json, moments) for n in DEPTHS)
+        fewer, more = (_count_updates(gpu, ranks, PriorConfig(n_layers=n, n_heads=n_heads), deepspeed_json) for n in DEPTHS)
     n = DEPTHS[1] - DEPTHS[0]
     micro_steps = [runs.updates[1, 2] - runs.updates[1, 1] for runs in (fewer, more)]
     samples = [runs.updates[2, 1] - runs.updates[1, 1] for runs in (fewer, more)]
@@ -131,12 +132,9 @@ class _Runs:
     peak_bytes: int
 
 
-def _count_updates(
-    gpu: FakeGPU, ranks: Any, n_layers: int, n_heads: int, deepspeed_json: Mapping[str, Any], moments: str
-) -> _Runs:
-    config = PriorConfig(n_layers=n_layers, n_heads=n_heads)
+def _count_updates(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json: Mapping[str, Any]) -> _Runs:
     held_before = gpu.live_bytes
-    engine = make_engine(ranks, config, _as_in_a_deep_model(deepspeed_json), moments=moments)
+    engine = make_engine(ranks, config, _as_in_a_deep_model(deepspeed_json))
     use_attention(engine.module, "flex", gpu.device)
 
     def update(n_samples: int, n_micro_batches: int) -> Counts:

@@ -1,0 +1,110 @@
+"""The CUDA path on a machine without CUDA: devices, generators and formats are right, the host waits where we know, and what a
+GPU is given to do stays within bounds. `dalle-ds bench cuda-path` prints the same counts."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_ds.bench.fake_cuda.engine import EngineCounts, count_engine
+from tests.cuda_path import lint_cases
+from tests.fake_cuda import fake_cuda_process
+from tests.launching import ROOT
+
+ZERO3 = "deepspeed/runtime/zero/stage3.py DeepSpeedZeroOptimizer_Stage3"
+
+
+@pytest.fixture(scope="module")
+def call() -> Iterator[Callable[..., Any]]:
+    with fake_cuda_process() as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def engine() -> EngineCounts:
+    """Rank 0 of 8 of the shipped configuration, at the width of 12b: its initialisation and a few updates."""
+    deepspeed_json = json.loads((ROOT / "ds_configs" / "zero3_fp16.json").read_text())
+    with fake_cuda_process() as call:
+        return call(count_engine, 62, deepspeed_json)
+
+
+def test_kernels_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
+    """264 and 50 before they were fused, of attention 4."""
+    assert engine.kernels <= 80
+    assert engine.zero_kernels <= 28
+
+
+def test_bytes_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
+    """541 an element and 86 a parameter before."""
+    assert engine.bytes_per_element <= 250
+    assert engine.bytes_per_parameter["all"] <= 32
+    assert engine.bytes_per_parameter["cast"] < 0.1  # weights are gathered as fp16, and used as they come
+
+
+def test_the_host_waits_once_a_micro_step(engine: EngineCounts) -> None:
+    """For ZeRO-3's reduction. It was eight times; two of them were DeepSpeed's timer of throughput."""
+    assert engine.micro_step.sync_places() == {f"stream.synchronize: {ZERO3}.independent_gradient_partition_epilogue": 1}
+
+
+def test_where_the_host_waits_in_an_update(engine: EngineCounts) -> None:
+    assert engine.update.sync_places().keys() <= {
+        "copy to host: dalle_ds/parallel/engine.py PriorEngine.update",  # what the ranks agreed on
+        "item: dalle_ds/parallel/engine.py PriorEngine.update",
+        "item: deepspeed/runtime/utils.py is_invalid_grad_norm",
+        f"copy to device: {ZERO3}.get_grad_norm_direct",
+        f"stream.synchronize: {ZERO3}._get_fp32_grad_state_partition",
+        "synchronize: deepspeed/runtime/zero/partition_parameters.py Init._allgather_params_coalesced",
+    }
+
+
+def test_memory_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
+    """Of the shard: 16 bytes a parameter on 8 ranks. Of one sample: the layer's input."""
+    d = engine.d_model
+    parameters = 12 * d**2 + 13 * d
+    assert engine.layer_bytes <= 1.05 * (16 * parameters / 8 + 4 * engine.n_slots * d)
+
+
+def test_prior_of_12b_without_the_engine(call: Callable[..., Any]) -> None:
+    found = call(lint_cases.prior_step, n_heads=62, n_samples=1, recomputed=True, low_bit=True)
+    assert found["attention"] == "flex" and not found["syncs"]
+    assert found["kernels"] <= 82
+    # a kernel for a chunk of 16 million values
+    assert found["syncs_optimizer"].keys() <= {"copy to device: dalle_ds/optim/adamw.py LowBitAdamW._update"}
+
+
+def test_prior_of_1_2b_without_recomputation_fits_8_samples(call: Callable[..., Any]) -> None:
+    """Weights and gradients, 384 MiB a layer, and what 8 samples keep of it."""
+    found = call(lint_cases.prior_step, n_heads=32, n_samples=8, recomputed=False, low_bit=False)
+    assert found["layer_mib"] <= 960 and not found["syncs"] and not found["syncs_optimizer"]
+
+
+@pytest.mark.parametrize("in_fp16", [False, True], ids=["fp32", "fp16"])
+def test_sampling(in_fp16: bool, call: Callable[..., Any]) -> None:
+    """A step can be recorded, and nothing waits from token to token."""
+    found = call(lint_cases.sampling, 62, in_fp16)
+    assert not found["syncs_token"] and found["kernels_token"] <= 12
+    assert found["kernels_layer"] <= (45 if in_fp16 else 29)
+    assert found["syncs"].keys() <= {
+        "copy to device: dalle_ds/sampling/generate.py generate", "copy to device: dalle_ds/models/prior.py Prior.prefill",
+        "item: dalle_ds/sampling/generate.py _recorded", "copy to host: dalle_ds/sampling/generate.py generate",
+    }  # fmt: skip
+
+
+def test_dvae(call: Callable[..., Any], tmp_path: Path) -> None:
+    found = call(lint_cases.dvae_update, str(tmp_path))
+    assert found["device"] == "cuda" and found["gib"] <= 12 and found["gib_validation"] <= 9
+    assert found["syncs"] == {
+        "copy to device: dalle_ds/training/dvae_trainer.py _Trainer._loss": 1,  # the pictures
+        "item: dalle_ds/training/dvae_trainer.py _Trainer._step": 2,  # torch's GradScaler: was it finite, the scale
+    }
+
+
+def test_clip(call: Callable[..., Any], tmp_path: Path) -> None:
+    found = call(lint_cases.clip_update, str(tmp_path))
+    assert found["device"] == "cuda"
+    assert found["syncs"].keys() <= {
+        "copy to device: dalle_ds/training/clip_trainer.py _Trainer._step",  # captions
+        "copy to device: dalle_ds/training/clip_trainer.py _Trainer._pixels",
+    }
