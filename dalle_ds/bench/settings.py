@@ -171,3 +171,14 @@ class LoaderSettings(Common):
     batch: int = Field(64, ge=1, description="Samples of a batch.")
     bpe_dropout: float = Field(0.1, ge=0, lt=1, description="Of our second row: webdataset has none.")
     pace: float = Field(720.0, gt=0, description="Samples a second that a training loop consumes: ten times the demo's.")
+
+
+class CudaPathSettings(Config):
+    """What a GPU would be given to do, and what the host does for it; no GPU and no tensor of that size is needed."""
+
+    heads: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
+        (32, 62), min_length=1, description="Heads of 64 of each model, with commas: presets 1.2b and 12b."
+    )
+    deepspeed_config: str = Field("ds_configs/zero3_fp16.json", description="DeepSpeed JSON with ZeRO-3, fp16 per resblock.")
+    world_size: int = Field(8, ge=2, description="Ranks, of which this process plays the first.")
+    rounds: int = Field(5, ge=0, description="Turns of engine and plain model for the host's time; 0: counts alone.")

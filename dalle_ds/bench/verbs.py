@@ -21,6 +21,7 @@ QUESTIONS = {
     "peers": "Training step and sampling against the package dalle-pytorch, where it is installed.",
     "encode": "The encode stage, from raw shard to committed token shard, against the bare encoder on ready pictures.",
     "loader": "The training stream against plain webdataset on the same shards; does a training loop wait for it?",
+    "cuda-path": "What a layer gives a GPU to do, counted without one: kernels, bytes, host waits; and the host's time for it.",
 }
 EXAMPLES = {
     "attention": "--dtype bf16 --json",
@@ -32,6 +33,7 @@ EXAMPLES = {
     "peers": "--layers 2 --json",
     "encode": "--small --raw runs/demo/raw --dvae runs/demo/dvae/dvae.safetensors",
     "loader": "--dataset runs/demo/tokens --batch 32 --text-len 64",
+    "cuda-path": "--heads 62 --rounds 0 --json",
 }
 
 
@@ -68,12 +70,12 @@ def _command(name: str) -> Callable[..., None]:
     from dalle_ds.bench import settings as classes
     from dalle_ds.recipes import from_options
 
-    settings_class = getattr(classes, f"{name.capitalize()}Settings")
+    settings_class = getattr(classes, f"{name.title().replace('-', '')}Settings")
 
     def command(json: bool, **options: Any) -> None:
         # imported here: an error in the options needs no torch
         settings = from_options(settings_class, options)
-        report = import_module(f"dalle_ds.bench.{name}").run(settings)
+        report = import_module(f"dalle_ds.bench.{name.replace('-', '_')}").run(settings)
         report.print_table(to_stderr=json)
         if json:
             print_summary(report.summary(), as_json=True)

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.bench.fake_cuda.engine import EngineCounts, count_engine
+from dalle_ds.bench import cuda_path
+from dalle_ds.bench.cuda_path import CudaPath
+from dalle_ds.bench.fake_cuda.engine import EngineCounts
+from dalle_ds.bench.fake_cuda.stub import stub_problem
+from dalle_ds.bench.settings import CudaPathSettings
 from tests.cuda_path import lint_cases
 from tests.fake_cuda import fake_cuda_process
 from tests.launching import ROOT
@@ -23,11 +27,23 @@ def call() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="module")
-def engine() -> EngineCounts:
+def bench() -> CudaPath:
     """Rank 0 of 8 of the shipped configuration, at the width of 12b: its initialisation and a few updates."""
-    deepspeed_json = json.loads((ROOT / "ds_configs" / "zero3_fp16.json").read_text())
-    with fake_cuda_process() as call:
-        return call(count_engine, 62, deepspeed_json)
+    if problem := stub_problem():
+        pytest.skip(f"fake CUDA: {problem}")
+    return cuda_path.run(CudaPathSettings(heads=(62,), rounds=0, deepspeed_config=str(ROOT / "ds_configs" / "zero3_fp16.json")))
+
+
+@pytest.fixture(scope="module")
+def engine(bench: CudaPath) -> EngineCounts:
+    return bench.widths[0]
+
+
+def test_bench_says_what_it_counted(bench: CudaPath, engine: EngineCounts, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.print_table(to_stderr=False)
+    table, summary = capsys.readouterr().out, json.loads(json.dumps(bench.summary()))
+    assert f"d {engine.d_model:>6}" in table and "the host waits 1 times in a micro-step" in table
+    assert summary["bench"] == "cuda-path" and summary["widths"]["3968"]["kernels"] == engine.kernels
 
 
 def test_kernels_of_a_layer_under_the_engine(engine: EngineCounts) -> None:

@@ -172,8 +172,7 @@ class FakeGPU(TorchDispatchMode):
                     return self._between_devices(kind.name, source, func, args, kwargs)
             _check(kind.name, args, kwargs)
         if target is not None and not goes_there and kind.name not in COPIES:  # such as zeros_like(tensor, device="cpu")
-            shapes = [arg.to("meta") if isinstance(arg, FakeTensor) else arg for arg in args]
-            return self._on_cpu(kind, func, tuple(shapes), kwargs)
+            return self._on_cpu(kind, func, tuple(map(_without_device, args)), kwargs)
         out = func(*args, **kwargs)
         if kind.is_view:
             if self._values:
@@ -375,6 +374,13 @@ def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
             found.append(value)
         elif isinstance(value, list | tuple):
             _collect(value, found)
+
+
+def _without_device(arg: Any) -> Any:
+    with unset_fake_temporarily():
+        if not isinstance(arg, FakeTensor):
+            return arg
+        return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta")
 
 
 def _n_bytes(tensor: Tensor) -> int:
