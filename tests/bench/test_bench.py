@@ -118,6 +118,8 @@ def test_table_without_json_and_the_module_as_command(type_in):
     (f"attention {SHAPE} --dtype fp8", "dtype = 'fp8'"),
     ("resblock --conv-kernel 4", "conv_kernel is 4"),
     ("loader --dataset nowhere", "nowhere"),
+    ("cuda-path --deepspeed-config nowhere.json", "nowhere.json"),
+    ("cuda-path --world-size 1", "world_size = 1"),
     (f"step {SHAPE} --device tpu", "--device tpu"),
 ])  # fmt: skip
 def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):

@@ -76,10 +76,10 @@ def test_where_the_host_waits_in_an_update(engine: EngineCounts) -> None:
 
 
 def test_memory_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
-    """Of the shard: 16 bytes a parameter on 8 ranks. Of one sample: the layer's input."""
+    """Of the shard on 8 ranks: 16 bytes a parameter, and 4 while DeepSpeed steps. Of one sample: the layer's input."""
     d = engine.d_model
     parameters = 12 * d**2 + 13 * d
-    assert engine.layer_bytes <= 1.05 * (16 * parameters / 8 + 4 * engine.n_slots * d)
+    assert engine.layer_bytes <= 1.02 * (20 * parameters / 8 + 4 * engine.n_slots * d)
 
 
 def test_prior_of_12b_without_the_engine(call: Callable[..., Any]) -> None:
