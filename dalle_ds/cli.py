@@ -353,6 +353,39 @@ def doctor(
 
 
 @app.command()
+def accept(
+    out: Annotated[Path, typer.Option(help="Folder for acceptance.json and the steps' output.")] = Path("acceptance"),
+    rehearse: Annotated[bool, typer.Option(help="Every step small, on the CPU: no GPU is touched.")] = False,
+    steps: Annotated[str, typer.Option(help="Names with commas; unset: all.")] = "",
+    again: Annotated[str, typer.Option(help="Steps to repeat although they have ended, with commas, or all.")] = "",
+    minutes: Annotated[float, typer.Option(min=0.01, help="For the steps of this call together.")] = 10.0,
+    json: Json = False,
+) -> None:
+    """Try all that a GPU does differently, in ten minutes: numbers, speed, memory; a table of measured, expected, verdict.
+
+    The first thing to run on a new GPU node. Each step is a process with a limit; one that fails, crashes or hangs is told with the
+    end of its output, and the others run. A run that was stopped goes on with the same command. Exit code 1 where something is
+    wrong; what is only slower or larger than expected is said, and passes.
+
+    \b
+    Examples:
+      dalle-ds accept
+      dalle-ds accept --steps environment,attention --again attention --json
+      dalle-ds accept --rehearse --out runs/rehearsal --minutes 20
+    """
+    from dalle_ds.acceptance.report import table
+    from dalle_ds.acceptance.run import accept as run
+
+    names, repeated = ([name for name in value.split(",") if name] for value in (steps, again))
+    summary = run(out, rehearse=rehearse, minutes=minutes, names=names, again=repeated)
+    if json:
+        print_summary(summary, json)
+    else:
+        print(table(summary), flush=True)
+    raise typer.Exit(0 if summary["ok"] else 1)
+
+
+@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="A run's folder (it holds mlflow_run.json).")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow store than the run's.")] = None,

@@ -1,0 +1,51 @@
+"""Engines that the steps run, built as a recipe's are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle_ds.acceptance.place import Place
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.parallel.engine import PriorEngine
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.training.prior_config import PriorRun
+from dalle_ds.training.prior_engine import build_engine, read_engine_config
+
+LEARNING_RATE = 1e-4
+
+def make_engine(
+    place: Place, ranks: Ranks, config: PriorConfig, *, micro_batch: int, accumulation: int = 1, recompute: bool = True,
+    moments: str = "fp32",
+) -> PriorEngine:  # fmt: skip
+    """The default DeepSpeed configuration: ZeRO-3, fp16 branches, a gradient scale for every residual block."""
+    recipe = PriorRun.model_validate({
+        "folder": "none", "data": {"dataset": "none"}, "optimizer": {"moments": moments},
+        "deepspeed_config": place.pick("ds_configs/zero3_fp16.json", "ds_configs/zero3_fp16_cpu.json"),
+        "global_batch": micro_batch * accumulation * ranks.world_size, "micro_batch": micro_batch,
+        "activation_checkpointing": recompute,
+    })  # fmt: skip
+    return build_engine(recipe, config, read_engine_config(recipe, ranks), ranks)
+
+
+class _Inf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.full_like(grad, float("inf"))
+
+
+@contextmanager
+def overflowing(module: nn.Module) -> Iterator[None]:
+    """While the context lasts, `module` meets an Inf in its backward pass: what an fp16 overflow leaves."""
+    whole = module.forward
+    module.forward = lambda *args: _Inf.apply(whole(*args))
+    try:
+        yield
+    finally:
+        module.forward = whole

@@ -1,0 +1,49 @@
+"""The table at the end, for those who run the machine: what was measured, what was expected, the verdict, and why."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dalle_ds.acceptance.record import number
+from dalle_ds.acceptance.table import STEPS
+
+WIDTHS = (64, 24, 34)
+"""Of the columns before the verdict."""
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """All rows of a summary as text; below them the reason of each expectation that was not met."""
+    settles = {step.name: step.settles for step in STEPS}
+    lines = [_line("", "measured", "expected", "verdict")]
+    for step in summary["steps"]:
+        lines += ["", f"{step['name']}: {settles.get(step['name'], '')} ({step['seconds']:.0f} s)"]
+        lines += [_line(f"  {row['what']}", number(row["measured"]), row["expected"], row["verdict"]) for row in step["rows"]]
+        if step["outcome"] != "ended":
+            lines.append(f"  {step['outcome'].upper()} after {step['seconds']:.0f} s. The end of its output:")
+            lines += [f"  | {line}" for line in step["tail"].splitlines()]
+    return "\n".join([*lines, *_reasons(summary), "", verdict(summary)])
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """One sentence."""
+    where = f"{summary['identity']['host']}, {summary['written']}"
+    n_steps = len(summary["steps"])
+    if not summary["ok"]:
+        return f"NOT ACCEPTED ({where}): {', '.join(summary['not_ok'])} of {n_steps} steps; {summary['wrong']} rows are WRONG"
+    off = f"; {summary['off']} rows are off: right, but slower or larger than expected" if summary["off"] else ""
+    kind = "rehearsed on a CPU" if summary["identity"]["rehearsal"] else "accepted"
+    return f"{kind} ({where}): {n_steps} steps{off}"
+
+
+def _reasons(summary: Mapping[str, Any]) -> Iterator[str]:
+    for step in summary["steps"]:
+        for row in step["rows"]:
+            if row["verdict"] in ("WRONG", "off"):
+                yield ""
+                told = f"{row['verdict']}: {step['name']}, {row['what']}. {row['why']}"
+                yield textwrap.fill(told, sum(WIDTHS), subsequent_indent="  ")
+
+
+def _line(what: str, measured: str, expected: str, verdict: str) -> str:
+    cells = (what, measured, expected)
+    return "".join(f"{cell:<{width}} " for cell, width in zip(cells, WIDTHS, strict=True)) + verdict

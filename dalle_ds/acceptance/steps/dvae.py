@@ -1,0 +1,68 @@
+"""The discrete VAE at 256 pixels: a training step, the memory of a validation, tokens equal to the CPU's."""
+
+from importlib.util import find_spec
+
+import torch
+
+from dalle_ds.acceptance.place import Place
+from dalle_ds.acceptance.record import Record
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.ops.logit_laplace import log_density
+from dalle_ds.ops.relaxation import kl_to_uniform
+from dalle_ds.parallel.ranks import Ranks
+
+SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "vocab_size": 512}
+EQUAL_SHARE = 0.998
+"""Of the tokens of random pictures in fp32: convolutions add in another order. TF32, with 10 bits of a number's 23, changes more."""
+ROOM_GIB = 22.0
+"""REPRODUCE.md: any GPU of 24 GiB, less what driver and fragments take."""
+
+
+def run(record: Record, is_rehearsal: bool) -> None:
+    place = Place(is_rehearsal)
+    torch.manual_seed(0)
+    config = DVAEConfig(**place.pick({}, SMALL))
+    model = DVAE(config)
+    shape = (config.in_channels, config.image_size, config.image_size)
+    images_BCHW = torch.randint(256, (place.pick(64, 12), *shape), dtype=torch.uint8)
+    expected = model.tokens(images_BCHW[:2])
+    model.to(place.device, memory_format=torch.channels_last)
+    torch.backends.cudnn.allow_tf32 = False  # as encoding in fp32 does
+    share = float((model.tokens(images_BCHW[:2].to(place.device)).cpu() == expected).float().mean())
+    why = "workers on CPUs and GPUs encode one data set, whose fingerprint says one thing"
+    record.must("share of fp32 tokens as on a CPU", share, share >= EQUAL_SHARE, f"at least {EQUAL_SHARE}", why)
+    torch.backends.cudnn.allow_tf32 = True
+    _step(record, place, model, images_BCHW)
+    _validation(record, place, model, images_BCHW)
+
+
+def _step(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) -> None:
+    micro_batch = place.pick(8, 2)
+    batch_BCHW = images_BCHW[:micro_batch].to(place.device)
+
+    def step() -> None:
+        with torch.autocast(place.device.type, place.pick(torch.float16, torch.bfloat16)):
+            pixels_BCHW, logits_BKhw, mu_BCHW, ln_b_BCHW = model(batch_BCHW, 0.5)
+        density = log_density(pixels_BCHW, mu_BCHW, ln_b_BCHW).mean()
+        (kl_to_uniform(logits_BKhw).mean() / images_BCHW[0].numel() - density).backward()
+
+    place.forget_peak()
+    record.tell(f"training step of {micro_batch}: pictures a second", micro_batch / place.seconds(step, 3))
+    model.zero_grad(set_to_none=True)
+    if not place.is_rehearsal:
+        why = "REPRODUCE.md promises that the codebook trains on any GPU of 24 GiB"
+        record.should(f"training step of {micro_batch}: peak GiB", place.peak_gib(), place.peak_gib() <= ROOM_GIB, "at most 22", why)
+
+
+def _validation(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) -> None:
+    if find_spec("skimage") is None:
+        record.tell("validation", "not run: scikit-image is not installed")
+        return
+    from dalle_ds.training.dvae_report import measure
+
+    place.forget_peak()
+    held_out, _ = measure(model, images_BCHW, 0.5, None, Ranks(0, 1, place.device))
+    record.equal("pictures of a validation", held_out.n_pictures, len(images_BCHW), "every one is measured")
+    if not place.is_rehearsal:
+        why = "REPRODUCE.md promises that the codebook trains on any GPU of 24 GiB, its validations included"
+        record.should("validation: peak GiB", place.peak_gib(), place.peak_gib() <= ROOM_GIB, "at most 22", why)

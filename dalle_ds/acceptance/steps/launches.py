@@ -1,0 +1,81 @@
+"""Kernels and host waits of one layer and micro-batch, by torch's profiler, and where a GPU's time goes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from dalle_ds.acceptance.engines import LEARNING_RATE, make_engine
+from dalle_ds.acceptance.place import Place
+from dalle_ds.acceptance.record import Record
+from dalle_ds.acceptance.sizes import random_batch, wide_prior
+from dalle_ds.parallel.engine import PriorEngine
+from dalle_ds.parallel.ranks import Ranks, join, leave
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense", "aten::nonzero")
+TOP = 25
+
+
+def run(record: Record, is_rehearsal: bool) -> None:
+    """Two depths: what they differ by is of the layers, whatever embeddings, unembeddings and the engine launch."""
+    place = Place(is_rehearsal)
+    ranks = join()
+    shallow, deep = place.pick((4, 8), (1, 2))
+    few, many = (_profiled(place, ranks, depth) for depth in (shallow, deep))
+    per_layer = (many["kernels"] - few["kernels"]) / (deep - shallow)
+    record.tell(f"{place.pick('kernels', 'operations')} a layer and micro-batch", per_layer)
+    record.tell("outside of the layers", few["kernels"] - shallow * per_layer)
+    for name in WAITS:
+        per_layer = (many["waits"][name] - few["waits"][name]) / (deep - shallow)
+        why = "a host that waits in every layer cannot run ahead of the GPU"
+        record.should(f"{name} a layer and micro-batch", per_layer, per_layer < 1, "under 1", why)
+        record.tell(f"{name} outside of the layers", few["waits"][name] - shallow * per_layer)
+    if many["seconds"]:
+        record.tell("kernel ms a layer and micro-batch", 1e3 * (many["seconds"] - few["seconds"]) / (deep - shallow))
+    record.detail("longest", many["longest"])
+    leave()
+
+
+def _profiled(place: Place, ranks: Ranks, n_layers: int) -> dict[str, Any]:
+    config = wide_prior(place, n_layers)
+    engine = make_engine(place, ranks, config, micro_batch=place.pick(8, 2), accumulation=1)
+    data = [random_batch(config, place.pick(8, 2), 0)]
+    for _ in range(2):
+        engine.update(data, LEARNING_RATE)
+    return _count(place, engine, data)
+
+
+def _count(place: Place, engine: PriorEngine, data: list[Any]) -> dict[str, Any]:
+    """Of forward and backward: kernels, waits, kernel seconds, and the kernels that take longest."""
+    activities = [ProfilerActivity.CPU, *([] if place.is_rehearsal else [ProfilerActivity.CUDA])]
+    profilers = []
+
+    @contextmanager
+    def phases(phase: str) -> Iterator[None]:
+        if phase not in ("forward", "backward"):
+            yield
+            return
+        with profile(activities=activities) as profiler:
+            yield
+            place.wait()
+        profilers.append(profiler)
+
+    plain, engine.phases = engine.phases, phases  # type: ignore[assignment]
+    engine.update(data, LEARNING_RATE)
+    engine.phases = plain
+    rows = [row for profiler in profilers for row in profiler.key_averages()]
+    if place.is_rehearsal:
+        kernels = [row for row in rows if row.key.startswith("aten::")]
+        times = {id(row): row.self_cpu_time_total for row in kernels}
+    else:
+        kernels = [row for row in rows if row.device_type is DeviceType.CUDA and not row.key.startswith(("Mem", "nccl"))]
+        times = {id(row): row.self_device_time_total for row in kernels}
+    longest = sorted(kernels, key=lambda row: -times[id(row)])[:TOP]
+    return {
+        "kernels": sum(row.count for row in kernels),
+        "waits": {name: sum(row.count for row in rows if row.key == name) for name in WAITS},
+        "seconds": 0.0 if place.is_rehearsal else sum(times.values()) / 1e6,
+        "longest": [[row.key[:90], row.count, round(times[id(row)] / 1e3, 3)] for row in longest],
+    }

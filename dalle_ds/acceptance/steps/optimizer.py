@@ -1,0 +1,55 @@
+"""AdamW with 16-bit moments: the compiled loop against the same operations one by one, and how near it is to the memory's rate."""
+
+import math
+
+import torch
+
+from dalle_ds.acceptance.place import Place
+from dalle_ds.acceptance.record import Record
+from dalle_ds.optim.adamw import LowBitAdamW
+
+BYTES = 20
+"""That an update moves for each value: weight read and written, gradient read, two moments of 2 bytes read and written."""
+CODES_APART = 1e-5
+"""Share of the codes. Both ways compute in fp32; a compiler may contract a product and a sum, which moves a last bit, and a
+code where it lies between two."""
+
+
+def run(record: Record, is_rehearsal: bool) -> None:
+    place = Place(is_rehearsal)
+    n = place.pick(1 << 26, 1 << 14)
+    plain, compiled = (_optimizer(place, n, compile_from) for compile_from in (n + 1, place.pick(1, n + 1)))
+    for seed in range(3):  # gradients of ordinary size first
+        for weight, optimizer in (plain, compiled):
+            weight.grad = _gradient(place, n, seed)
+            optimizer.step()
+    states = [optimizer.state[weight] for weight, optimizer in (plain, compiled)]
+    why = "the same numbers from both: what CPU runs and checkpoints hold is what a GPU goes on from"
+    for key in ("exp_avg", "exp_avg_sq"):
+        apart = float((states[0][key] != states[1][key]).float().mean())
+        record.at_most(f"{key}: share of codes that differ", apart, CODES_APART, why)
+    ours, theirs = (one[0].detach() for one in (compiled, plain))
+    difference = float(((ours - theirs).abs() / theirs.abs().clamp(min=1e-6)).max())
+    record.at_most("weights: largest relative difference", difference, 1e-5, why)
+    is_finite = bool(torch.isfinite(ours).all())
+    record.equal("weights are finite after gradients of 2^-60 to 2^20", is_finite, True, "the formats' whole range")
+    seconds = {name: place.seconds(one[1].step, 3) for name, one in (("plain", plain), ("compiled", compiled))}
+    for name, spent in seconds.items():
+        record.tell(f"{name}: G values/s", n / spent / 1e9)
+    source = torch.empty(place.pick(1 << 30, 1 << 20), dtype=torch.uint8, device=place.device)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() / place.seconds(lambda: target.copy_(source), 3)
+    why = "one loop over memory; far below, it was not compiled (the log of this step says why)"
+    hoped = place.pick(copied / 1e9, None)
+    record.rate("compiled: GB/s moved", BYTES * n / seconds["compiled"] / 1e9, hoped, 0.4, why)
+
+
+def _optimizer(place: Place, n: int, compile_from: int) -> tuple[torch.nn.Parameter, LowBitAdamW]:
+    weight = torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(0)).to(place.device))
+    return weight, LowBitAdamW([weight], lr=1e-3, weight_decay=0.045, compile_from=compile_from)
+
+
+def _gradient(place: Place, n: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp2(torch.linspace(-60, 20, n)) if seed else torch.full((n,), math.e)
+    return (torch.randn(n, generator=generator) * sizes).to(place.device)

@@ -1,0 +1,74 @@
+"""Products of fp16 matrices: exact as their format allows, on all strides in use, and at what rate.
+
+N rows, D width in, E width out.
+"""
+
+import torch
+from torch import Tensor
+
+from dalle_ds.acceptance.place import Place
+from dalle_ds.acceptance.record import Record
+from dalle_ds.ops.half import batched_matmul_to_fp32, linear_fp16, matmul_to_fp32
+from dalle_ds.training.throughput import known_peak_tflops
+
+FP32_SUM = 1e-4
+"""Relative error of a product that leaves in fp32. fp32 sums of exact products come to 1e-7 to 1e-5, whichever way a tensor
+core cuts its addends; one rounding to fp16 anywhere is 2e-4."""
+ONE_ROUNDING = 1.15
+"""Error of an fp16 result over that of rounding the exact one. 1 by definition if sums are fp32; 1.4 where the bias is added
+after a first rounding; 1.4 and more where partial sums are fp16."""
+
+
+def run(record: Record, is_rehearsal: bool) -> None:
+    place = Place(is_rehearsal)
+    torch.manual_seed(0)
+    n, d, e = place.pick((1280, 3968, 4 * 3968), (96, 64, 256))
+    x_ND, w_ED, g_NE = (torch.randn(*shape, device=place.device).half() for shape in ((n, d), (e, d), (n, e)))
+    bias_E = torch.randn(e, device=place.device).half().float()  # which no format has to round
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    why = "the gradient of a weight leaves its product in fp32: the paper's fp16 would lose small sums"
+    grad_ED = matmul_to_fp32(g_NE.t(), x_ND)
+    record.equal("weight gradient: format", str(grad_ED.dtype), "torch.float32", why)
+    record.at_most("weight gradient: relative error", _error(grad_ED, g_NE.double().t() @ x_ND.double()), FP32_SUM, why)
+    why = "sampling's scores and their sums are fp32"
+    q, k = (torch.randn(2, 3, *shape, device=place.device).half() for shape in ((4, 64), (64, 33)))
+    scores = batched_matmul_to_fp32(q, k)
+    record.equal("batched scores: format", str(scores.dtype), "torch.float32", why)
+    record.at_most("batched scores: relative error", _error(scores, q.double() @ k.double()), FP32_SUM, why)
+
+    scaled_ED = w_ED * d**-0.5
+    for name, bias in (("without bias", None), ("with bias", bias_E)):
+        true = x_ND.double() @ scaled_ED.double().t() + (0 if bias is None else bias.double())
+        ratio = _error(linear_fp16(x_ND, scaled_ED, bias), true) / _error(true.half(), true)
+        record.at_most(f"linear layer {name}: error, in roundings to fp16", ratio, ONE_ROUNDING, "sums are fp32 and round once, bias included")
+    true = g_NE.double() @ scaled_ED.double()
+    ratio = _error(linear_fp16(g_NE, scaled_ED.t(), None), true) / _error(true.half(), true)
+    record.at_most("input gradient: error, in roundings to fp16", ratio, ONE_ROUNDING, "the same product with a transposed weight")
+
+    _rates(record, place)
+
+
+def _rates(record: Record, place: Place) -> None:
+    """Of the shapes that a 2048-wide layer has at 8 samples."""
+    peak = known_peak_tflops(place.device)
+    n, d = place.pick((8 * 1280, 2048), (96, 64))
+    x_ND, w_ED = (torch.randn(*shape, device=place.device).half() for shape in ((n, d), (4 * d, d)))
+    g_NE = torch.randn(n, 4 * d, device=place.device).half()
+    works = {
+        "forward": lambda: linear_fp16(x_ND, w_ED, None),
+        "input gradient": lambda: linear_fp16(g_NE, w_ED.t(), None),
+        "weight gradient": lambda: matmul_to_fp32(g_NE.t(), x_ND),
+    }
+    why = "matrices this large reach two thirds of the peak where the GPU holds its clock; half allows for power limits"
+    for name, work in works.items():
+        record.rate(f"{name}, TFLOP/s", 2.0 * n * d * 4 * d / place.seconds(work) / 1e12, peak, 0.5, why)
+    heads = torch.randn(n, d, device=place.device), torch.randn(d, place.pick(8192, 256), device=place.device)
+    record.tell("fp32 unembedding, TFLOP/s", 2.0 * n * d * heads[1].shape[1] / place.seconds(lambda: heads[0] @ heads[1]) / 1e12)
+    source = torch.empty(place.pick(1 << 30, 1 << 20), dtype=torch.uint8, device=place.device)
+    target = torch.empty_like(source)
+    record.tell("memory copied, GB/s read and written", 2 * source.numel() / place.seconds(lambda: target.copy_(source)) / 1e9)
+
+
+def _error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())

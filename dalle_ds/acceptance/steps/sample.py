@@ -1,0 +1,61 @@
+"""Sampling: a recorded step draws what the CPU draws, and how near a token comes to reading every weight once."""
+
+import time
+
+import torch
+
+from dalle_ds.acceptance.place import Place
+from dalle_ds.acceptance.record import Record
+from dalle_ds.acceptance.sizes import wide_prior
+from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.sampling.generate import generate
+
+EQUAL_SHARE = 0.99
+"""Of the drawn tokens. Random numbers come from the CPU; one that falls within rounding of a step between two tokens draws the
+other, and what follows in that picture differs."""
+
+
+def run(record: Record, is_rehearsal: bool) -> None:
+    place = Place(is_rehearsal)
+    _equality(record, place)
+    _rates(record, place)
+
+
+def _equality(record: Record, place: Place) -> None:
+    config = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=6, grid=8, text_vocab=40, image_vocab=32, conv_kernel=3)
+    prior = _prior(config, torch.device("cpu"))
+    text_CT = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(1))
+    seeds_CK = [[1, 2, 3], [4, 5, 6]]
+    expected = generate(prior, text_CT, seeds_CK)
+    found = generate(prior.to(place.device), text_CT, seeds_CK)
+    why = "a seed names a picture on every machine: `dalle-ds sample --repeat` relies on it"
+    share = float((expected == found).float().mean())
+    record.must("share of tokens drawn as on a CPU", share, share >= EQUAL_SHARE, f"at least {EQUAL_SHARE}", why)
+
+
+def _rates(record: Record, place: Place) -> None:
+    config = wide_prior(place, 24)
+    prior = _prior(config, place.device)
+    weights = sum(p.numel() for name, p in prior.named_parameters() if name.startswith(("layers.", "heads.image.")))
+    source = torch.empty(place.pick(1 << 30, 1 << 20), dtype=torch.uint8, device=place.device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() / place.seconds(lambda: target.copy_(source), 3)
+    bound = place.pick(bandwidth / (4 * weights), None)
+    text_CT = torch.randint(config.text_vocab, (1, config.text_len - 1), generator=torch.Generator().manual_seed(1))
+    place.forget_peak()
+    for n in place.pick((1, 32), (2,)):
+        began = time.perf_counter()
+        generate(prior, text_CT, [list(range(n))])
+        rate = config.n_image / (time.perf_counter() - began)
+        record.tell(f"{n} pictures at once: tokens a second", n * rate)
+        why = "the fp32 weights are read once a step, at the rate that this GPU copies memory; a third goes to keys and small kernels"
+        record.rate(f"{n} pictures at once: steps a second", rate, bound, 0.4, why)
+    if not place.is_rehearsal:
+        record.tell("peak GiB", place.peak_gib())
+
+
+def _prior(config: PriorConfig, device: torch.device) -> Prior:
+    with device:
+        prior = Prior(config)
+    initialise(prior, torch.Generator(device).manual_seed(0))
+    return prior.eval().requires_grad_(False)

@@ -1,0 +1,125 @@
+"""Time, MFU and memory of a stack of 2048-wide layers under the engine, in several settings, against what `plan` says.
+
+Each setting is a process of its own: DeepSpeed keeps references to an engine, so that the memory of all before would count.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dalle_ds.acceptance import expected
+from dalle_ds.acceptance.place import Place
+from dalle_ds.acceptance.record import Record
+from dalle_ds.acceptance.sizes import random_batch, wide_prior
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.training.throughput import known_peak_tflops
+
+LAYERS, ACCUMULATION, UPDATES = 12, 2, 3
+SLOWER = 0.7
+"""Of the MFU that `plan` expects: its error against published runs is up to 30 %."""
+LARGER = 0.15
+"""Above the memory that `plan` expects: it counts state to the byte, what fragments and the libraries' workspaces not."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs from run to run."""
+
+    samples: int
+    recompute: bool = True
+    moments: str = "fp32"
+
+    @property
+    def label(self) -> str:
+        kept = "" if self.recompute else ", nothing recomputed"
+        return f"{self.samples} samples{kept}{', low-bit moments' if self.moments == 'low_bit' else ''}"
+
+
+SETTINGS = (Setting(8), Setting(8, recompute=False), Setting(32), Setting(32, moments="low_bit"))
+REHEARSED = (Setting(2), Setting(2, recompute=False, moments="low_bit"))
+
+
+def run(record: Record, is_rehearsal: bool) -> None:
+    place = Place(is_rehearsal)
+    config = wide_prior(place, LAYERS)
+    room = None if is_rehearsal else torch.cuda.get_device_properties(0).total_memory / 2**30
+    for setting in REHEARSED if is_rehearsal else SETTINGS:
+        hoped = expected.micro_batch(
+            config, place.device, samples=setting.samples, accumulation=ACCUMULATION, recompute=setting.recompute,
+            moments=setting.moments,
+        )  # fmt: skip
+        if room and hoped.memory_gib and hoped.memory_gib > room:
+            record.tell(f"{setting.label}: not run, GiB expected", hoped.memory_gib)
+            continue
+        command = [sys.executable, "-m", __name__, json.dumps([is_rehearsal, asdict(setting)])]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        print(child.stdout)
+        if child.returncode:
+            why = "the log of this step has its last words; the other settings are independent"
+            record.must(f"{setting.label}: exit code", child.returncode, False, "0", why)
+            continue
+        _rows(record, place, config, setting, json.loads(child.stdout.splitlines()[-1]), hoped)
+
+
+def measure(is_rehearsal: bool, setting: Setting) -> dict[str, Any]:
+    """Some updates, after as many to warm up -> seconds and CPU seconds of a micro-batch, peak memory, phases."""
+    from dalle_ds.acceptance.engines import LEARNING_RATE, make_engine  # DeepSpeed, which the process above doesn't need
+    from dalle_ds.parallel.ranks import join, leave
+
+    place = Place(is_rehearsal)
+    config = wide_prior(place, LAYERS)
+    engine = make_engine(
+        place, join(), config, micro_batch=setting.samples, accumulation=ACCUMULATION, recompute=setting.recompute,
+        moments=setting.moments,
+    )  # fmt: skip
+    data = [random_batch(config, setting.samples, seed) for seed in range(ACCUMULATION)]
+    n_updates = place.pick(UPDATES, 1)
+    for _ in range(n_updates):
+        engine.update(data, LEARNING_RATE)
+    engine.phases.take()
+    place.wait()
+    place.forget_peak()
+    began, cpu = time.perf_counter(), time.process_time()
+    for _ in range(n_updates):
+        report = engine.update(data, LEARNING_RATE)
+    place.wait()
+    n = n_updates * ACCUMULATION
+    seconds, cpu_seconds = (time.perf_counter() - began) / n, (time.process_time() - cpu) / n
+    phases = {name: spent / n for name, spent in engine.phases.take().items()}
+    leave()
+    return {
+        "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": place.peak_gib(), "loss": report.loss, "phases": phases,
+    }  # fmt: skip
+
+
+def _rows(
+    record: Record, place: Place, config: PriorConfig, setting: Setting, found: dict[str, Any], hoped: expected.Expected
+) -> None:  # fmt: skip
+    label, seconds = setting.label, found["seconds"]
+    record.detail(label, found)
+    why = "`dalle-ds plan`, with its error against published runs"
+    if hoped.seconds is None:
+        record.tell(f"{label}: s a micro-batch", seconds)
+    else:
+        record.size(f"{label}: s a micro-batch", seconds, hoped.seconds, 1 / SLOWER - 1, why)
+    record.tell(f"{label}: tokens a second", setting.samples * config.n_slots / seconds)
+    peak = known_peak_tflops(place.device)
+    rate = expected.useful_flops(config, setting.samples) / seconds / 1e12
+    record.tell(f"{label}: TFLOP/s", rate)
+    if peak:
+        record.rate(f"{label}: MFU", rate / peak, hoped.mfu, SLOWER, why)
+    if not place.is_rehearsal:
+        why = "`dalle-ds plan` counts state to the byte and estimates activations"
+        record.size(f"{label}: peak GiB", found["peak_gib"], hoped.memory_gib, LARGER, why)
+    why = "near 1 and above, the GPU waits for the host: take more samples at once, or faster cores"
+    record.tell(f"{label}: host's CPU s over wall s", found["cpu_seconds"] / seconds, why)
+
+
+if __name__ == "__main__":
+    rehearsal, options = json.loads(sys.argv[1])
+    print(json.dumps(measure(rehearsal, Setting(**options))))
