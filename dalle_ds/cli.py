@@ -363,9 +363,9 @@ def accept(
 ) -> None:
     """Try all that a GPU does differently, in ten minutes: numbers, speed, memory; a table of measured, expected, verdict.
 
-    The first thing to run on a new GPU node. Each step is a process with a limit; one that fails, crashes or hangs is told with the
-    end of its output, and the others run. A run that was stopped goes on with the same command. Exit code 1 where something is
-    wrong; what is only slower or larger than expected is said, and passes.
+    The first thing to run on a new GPU node. Each step is a process with a limit; one that fails, crashes or hangs is told
+    with the end of its output, and the others run. A run that was stopped goes on with the same command. Exit code 1 where
+    something is wrong; what is only slower or larger than expected is said, and passes.
 
     \b
     Examples:

@@ -16,6 +16,7 @@ from dalle_ds.training.prior_engine import build_engine, read_engine_config
 
 LEARNING_RATE = 1e-4
 
+
 def make_engine(
     place: Place, ranks: Ranks, config: PriorConfig, *, micro_batch: int, accumulation: int = 1, recompute: bool = True,
     moments: str = "fp32",

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from dalle_ds.ops.exactness import exact_fp32
+
 T = TypeVar("T")
 
 
@@ -16,6 +18,9 @@ class Place:
     """A rehearsal computes all that a full run does, on sizes that a CPU takes seconds for."""
 
     is_rehearsal: bool
+
+    def __post_init__(self) -> None:
+        exact_fp32()
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +46,12 @@ class Place:
             self.wait()
             taken.append(time.perf_counter() - began)
         return statistics.median(taken)
+
+    def copied_gbps(self) -> float:
+        """GB a second that the device's memory gives and takes in a large copy, both counted."""
+        source = torch.empty(self.pick(1 << 30, 1 << 20), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self.seconds(lambda: target.copy_(source), 3) / 1e9
 
     def forget_peak(self) -> None:
         """Free what nobody holds, and begin to watch for the highest use of memory."""

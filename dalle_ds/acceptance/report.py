@@ -7,7 +7,7 @@ from typing import Any
 from dalle_ds.acceptance.record import number
 from dalle_ds.acceptance.table import STEPS
 
-WIDTHS = (64, 24, 34)
+WIDTHS = (72, 22, 30)
 """Of the columns before the verdict."""
 
 

@@ -78,19 +78,35 @@ def accept(
     due = [s for s in chosen if s.name in again or s.name not in results or results[s.name].outcome != "ended"]
     began, left = time.monotonic(), minutes * 60.0
     limits = {step.name: float(REHEARSAL_SECONDS if rehearse else step.seconds) for step in due}
-    with progress(total=round(sum(limits.values())), what="acceptance", unit="s") as bar:  # of limits: the ETA is the latest end
-        for step in due:
-            bar.set_postfix_str(step.name)
-            results[step.name] = _run(step, folder, rehearse, limits[step.name], left - (time.monotonic() - began), bar)
+    with progress(total=len(due), what="acceptance", unit="step") as bar:
+        for number, step in enumerate(due):
+            remaining = left - (time.monotonic() - began)
+            latest = min(remaining, sum(limits[s.name] for s in due[number:]))
+            results[step.name] = _run(step, folder, rehearse, limits[step.name], remaining, _Told(bar, step.name, latest))
+            bar.update()
             _write(folder, identity, [results[s.name] for s in steps if s.name in results])
     return _write(folder, identity, [results[s.name] for s in steps if s.name in results])
 
 
-def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, bar: Any) -> StepResult:
-    record, log, shown = folder / f"{step.name}.jsonl", folder / f"{step.name}.log", 0
+class _Told:
+    """What the bar says beside its own ETA, which takes all steps for equal: which step runs, and the latest end of all."""
+
+    def __init__(self, bar: Any, name: str, latest: float) -> None:
+        self._bar, self._name, self._end, self._next = bar, name, time.monotonic() + latest, 0.0
+        self._every = 1.0 if sys.stderr.isatty() else 10.0
+
+    def say(self) -> None:
+        """Once a second, in a log file once in ten."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self._every
+            self._bar.set_postfix_str(f"{self._name}, at most {max(0.0, self._end - now) / 60:.1f} min left")
+
+
+def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, told: _Told) -> StepResult:
+    record, log = folder / f"{step.name}.jsonl", folder / f"{step.name}.log"
     record.unlink(missing_ok=True)
     if left < WORTH_STARTING:
-        bar.update(round(limit))
         return StepResult(step.name, "out of time", 0.0, tail=f"not begun: {max(left, 0.0):.0f} s were left of the whole")
     command = [sys.executable, "-m", "dalle_ds.acceptance.child", step.module, str(record), f"{limit}"]
     command.append("rehearsal" if rehearse else "full")
@@ -104,13 +120,10 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, ba
             while process.poll() is None and time.monotonic() - began < min(limit + END_GRACE, left):
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=1.0)
-                passed = min(round(time.monotonic() - began), round(limit))
-                bar.update(passed - shown)
-                shown = passed
+                told.say()
             is_running = process.poll() is None
         finally:
             _end(process)
-    bar.update(round(limit) - shown)
     seconds = time.monotonic() - began
     outcome = _outcome(process.returncode, is_running, seconds, limit)
     rows, details = read_record(record)

@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def small_prior(place: Place, n_layers: int = 4) -> PriorConfig:
-    """All three patterns at the real length and half the width of 0.3b; in a rehearsal, a width that three ranks don't divide."""
+    """All three patterns at the real length, half as wide as 0.3b; in a rehearsal, a width that three ranks don't divide."""
     tiny = {"n_heads": 2, "d_head": 16, "text_len": 6, "grid": 4, "text_vocab": 40, "image_vocab": 32, "conv_kernel": 3}
     return PriorConfig(n_layers=n_layers, **place.pick({"n_heads": 8}, tiny))
 

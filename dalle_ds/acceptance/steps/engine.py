@@ -46,7 +46,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
 
 
 def plain_updates(config: PriorConfig, device: torch.device, batches: list[Batch]) -> Iterator[tuple[float, float, float]]:
-    """What the engine does, in 15 lines without DeepSpeed, fp16 and sparse kernels -> (text loss, image loss, gradient norm)."""
+    """What the engine does, without DeepSpeed, fp16 and sparse kernels -> (text loss, image loss, gradient norm) of each."""
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))
     prior.to(device)
@@ -116,7 +116,7 @@ def _skip(record: Record, engine: PriorEngine, batch: Batch) -> None:
 
 
 def _sizes(record: Record, engine: PriorEngine, config: PriorConfig) -> None:
-    """Validation's last batch, and a checkpoint's parity batch, are of other sizes: compiled kernels have a variant for each."""
+    """Validation's last batch and a checkpoint's parity batch are of other sizes: compiled kernels have a variant for each."""
     text_BT, image_BN = random_batch(config, 4, 99)
     alone = torch.cat([engine.image_nll(text_BT[i : i + 1], image_BN[i : i + 1]) for i in range(4)])
     for n in (3, 4):

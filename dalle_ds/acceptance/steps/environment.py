@@ -17,6 +17,7 @@ import torch
 import dalle_ds
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
+from dalle_ds.ops.exactness import has_tf32
 from dalle_ds.parallel.ranks import join, leave
 from dalle_ds.training.throughput import known_peak_tflops
 
@@ -103,10 +104,8 @@ def _compilers(record: Record) -> None:
 def _flags(record: Record) -> None:
     """After `join`, which sets them for every rank."""
     matmul = torch.backends.cuda.matmul
-    why = "split-K adds partial sums in fp16: they overflow near 65504, where gradient scales live by design"
-    reduced = str(matmul.allow_fp16_reduced_precision_reduction)
-    record.must("fp16 sums may be rounded on the way", reduced, reduced in ("False", "(False, False)"), "False", why)
-    why = "logits, norms and the optimizer are fp32 by the paper; TF32 keeps 10 bits of 23"
-    record.equal("fp32 products", torch.get_float32_matmul_precision(), "highest", why)
-    record.equal("fp32 products in TF32", matmul.allow_tf32, False, why)
-    record.tell("fp32 convolutions in TF32", torch.backends.cudnn.allow_tf32)
+    why = "partial sums of split-K in 16 bits overflow near 65504, where gradient scales live by design"
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_fp16_accumulation"):
+        record.equal(name, getattr(matmul, name), False, why)
+    why = "logits, norms, the optimizer and fp32 tokens: TF32 keeps 10 bits of 23"
+    record.equal("fp32 products in TF32", has_tf32(), False, why)

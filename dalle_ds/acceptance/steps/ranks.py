@@ -63,7 +63,7 @@ def _launched(n: int, global_batch: int, is_rehearsal: bool, folder: Path) -> di
 
 
 def _rows(record: Record, n: int, found: dict[str, Any]) -> None:
-    why = f"d_model {found['d_model']}, {n} ranks: where they don't divide it, ZeRO pads, and a skipped update must not stay there"
+    why = f"d_model {found['d_model']}, {n} ranks: where they don't divide it, ZeRO pads, and no NaN may stay in there"
     record.equal(f"{n} ranks: an overflow on the last skipped the update on all", found["skipped"], True, why)
     record.equal(f"{n} ranks: the next two took their steps", found["stepped"], True, why)
     if found["gather_gbps"] is not None:
@@ -76,7 +76,7 @@ def _rows(record: Record, n: int, found: dict[str, Any]) -> None:
 
 
 def one_rank(is_rehearsal: bool, global_batch: int, folder: Path) -> None:
-    """Updates of the global batch, an overflow on the last rank, and a checkpoint: written by the first job, read by the next."""
+    """Updates, an overflow on the last rank, and a checkpoint, which the first job writes and the next one reads."""
     place, ranks = Place(is_rehearsal), join()
     config = small_prior(place)
     engine = make_engine(place, ranks, config, micro_batch=global_batch // ranks.world_size)

@@ -1,0 +1,75 @@
+"""Wheels for a machine that has torch but reaches no registry: `python -m dalle_ds.acceptance.wheels FOLDER --python 3.12`.
+
+There, from this project's folder: `pip install --no-index --find-links FOLDER -r FOLDER/requirements.txt`, then
+`python -m dalle_ds.cli accept`.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import dalle_ds
+
+CARRIED = (
+    "deepspeed", "einops", "fsspec", "numpy", "pillow", "psutil", "pydantic", "pyyaml", "safetensors", "sentencepiece",
+    "tenacity", "tqdm", "typer",
+)  # fmt: skip
+"""What the steps import, of pyproject.toml's dependencies; a test imports the steps with nothing else at hand. torch is there."""
+
+OLDEST_GLIBC, GLIBC = 17, 28
+"""2.17 to 2.28: torch's own wheels need 2.28, so that every machine here has it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", help="of that machine")
+    options = parser.parse_args()
+    collect(options.folder, options.python)
+    n_bytes = sum(file.stat().st_size for file in options.folder.glob("*.whl"))
+    print(f"{len(list(options.folder.glob('*.whl')))} wheels, {n_bytes / 1e6:.0f} MB in {options.folder}")
+
+
+def collect(folder: Path, python: str) -> None:
+    """Fill `folder` with wheels for x.y `python` on Linux of this machine's kind, and requirements.txt.
+
+    Raises:
+        subprocess.CalledProcessError: pip found no wheel for such a machine; it has said which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = requirements()
+    (folder / "requirements.txt").write_text("\n".join(wanted.values()) + "\n")
+    pip = [sys.executable, "-m", "pip"]
+    # an sdist, whose wheel is pure Python where it compiles nothing
+    made = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), wanted["deepspeed"]]
+    subprocess.run(made, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+    # not by its own name: pip would fetch torch with it
+    others = [line for name, line in wanted.items() if name != "deepspeed"] + _needs_of_deepspeed(folder)
+    machine = platform.machine()
+    tags = [f"manylinux_2_{n}_{machine}" for n in range(GLIBC, OLDEST_GLIBC - 1, -1)] + [f"manylinux2014_{machine}"]
+    place = ["--python-version", python, "--implementation", "cp", *(word for tag in tags for word in ("--platform", tag))]
+    subprocess.run([*pip, "download", "--quiet", "--only-binary", ":all:", *place, "--dest", str(folder), *others], check=True)
+
+
+def requirements() -> dict[str, str]:
+    """Name -> requirement, in pyproject.toml's words."""
+    project = Path(dalle_ds.__file__).resolve().parents[1] / "pyproject.toml"
+    lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: line for line in lines}
+    return {name: named[name] for name in CARRIED}
+
+
+def _needs_of_deepspeed(folder: Path) -> list[str]:
+    wheel = next(folder.glob("deepspeed-*.whl"))
+    found = next(iter(metadata.distributions(path=[str(wheel)])))
+    return [line for line in found.requires or [] if "extra ==" not in line and not line.startswith("torch")]
+
+
+if __name__ == "__main__":
+    main()
