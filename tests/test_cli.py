@@ -14,7 +14,7 @@ from tests.launching import ROOT
 from tests.sampling.exports import make_export
 
 VERBS = ("train-dvae", "train-clip", "export", "register", "import-openai", "sample", "judge", "serve", "evaluate",
-         "evaluate-images", "plan", "doctor", "replay")  # fmt: skip
+         "evaluate-images", "plan", "doctor", "accept", "replay")  # fmt: skip
 
 
 @pytest.fixture
@@ -147,7 +147,18 @@ def test_doctor(tmp_path, dalle_ds):
     assert "tracking" in outcome["warnings"]  # training does without
 
 
+def test_accept(tmp_path, dalle_ds):
+    options = ("accept", "--rehearse", "--out", tmp_path, "--steps", "products")
+    code, out, _ = dalle_ds(*options)
+    assert code == 0 and "weight gradient: relative error" in out and "rehearsed on a CPU" in out.splitlines()[-1]
+    code, out, _ = dalle_ds(*options, "--json")
+    assert code == 0 and json.loads(out)["steps"][0]["name"] == "products"
+    code, out, _ = dalle_ds("accept", "--rehearse", "--out", tmp_path, "--steps", "engine", "--minutes", "0.01")
+    assert code == 1 and "not begun" in out and "NOT ACCEPTED" in out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (("accept", "--steps", "coffee"), "no step 'coffee'; there are environment"),
     (("sample", "--export", "nowhere", "--caption", "x"), "nowhere is not an export folder"),
     (("sample", "--export", "nowhere"), "exactly one of --caption, --captions and --held-out"),
     (("sample", "--export", "nowhere", "--caption", "x", "--n", "0"), "n = 0"),

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dalle_ds.acceptance.record import Record
+from dalle_ds.parallel.launch import set_defaults
 
 PR_SET_PDEATHSIG = 1
 
@@ -21,6 +22,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.dump_traceback_later(float(seconds), exit=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever kills the run ends its step
+    set_defaults()
     import_module(module).run(Record(Path(record)), mode == "rehearsal")
 
 

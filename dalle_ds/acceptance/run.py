@@ -116,14 +116,16 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, to
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment(rehearse),
             start_new_session=True,
         )  # fmt: skip
+        family: set[psutil.Process] = set()
         try:
             while process.poll() is None and time.monotonic() - began < min(limit + END_GRACE, left):
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1.0)
+                family |= _descendants(process.pid)
                 told.say()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.5)
             is_running = process.poll() is None
         finally:
-            _end(process)
+            _end(process, family)
     seconds = time.monotonic() - began
     outcome = _outcome(process.returncode, is_running, seconds, limit)
     rows, details = read_record(record)
@@ -141,12 +143,15 @@ def _outcome(code: int, is_running: bool, seconds: float, limit: float) -> Outco
     return "failed" if code else "ended"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a step and all that it started, also what has a session of its own, as ranks of a launcher do."""
-    family = []
+def _descendants(pid: int) -> set[psutil.Process]:
     with suppress(psutil.Error):
-        family = psutil.Process(process.pid).children(recursive=True)
-    for member in family:
+        return set(psutil.Process(pid).children(recursive=True))
+    return set()
+
+
+def _end(process: subprocess.Popen[bytes], family: set[psutil.Process]) -> None:
+    """End a step and all that it ever started: ranks of a launcher have sessions of their own, and outlive one that crashes."""
+    for member in family | _descendants(process.pid):
         with suppress(psutil.Error):
             member.kill()
     process.kill()
@@ -168,7 +173,8 @@ def _environment(rehearse: bool) -> dict[str, str]:
 
 def _tail(log: Path, code: int) -> str:
     """The last lines, and how the process ended."""
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    # of a bar that was redrawn, what it said last
+    lines = [line.rpartition("\r")[2] for line in log.read_bytes().decode(errors="replace").split("\n") if line][-TAIL_LINES:]
     end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return "\n".join([*lines, f"({end})"])
 

@@ -14,7 +14,7 @@ class Step:
     settles: str
 
 
-REHEARSAL_SECONDS = 120
+REHEARSAL_SECONDS = 300
 """The same of every step of a rehearsal: a busy machine may take that long for what is seconds of CPU time."""
 
 _ROOM = "dalle_ds.acceptance.steps"
@@ -23,6 +23,7 @@ STEPS = (
     Step("environment", f"{_ROOM}.environment", 40, "versions, flags, what the machine has"),
     Step("products", f"{_ROOM}.products", 30, "fp16 products with fp32 sums: exact, and at what rate"),
     Step("attention", f"{_ROOM}.attention", 100, "FlexAttention against fp64; its speed against dense and causal"),
+    Step("fused", f"{_ROOM}.fused", 60, "fused functions against their plain forms; their kernels"),
     Step("engine", f"{_ROOM}.engine", 100, "updates against plain fp32, a resume, a skipped update, other batch sizes"),
     Step("speed", f"{_ROOM}.speed", 130, "time, MFU and memory of a 2048-wide stack in several settings"),
     Step("launches", f"{_ROOM}.launches", 60, "kernels and host waits of a layer, the longest kernels"),

@@ -20,7 +20,7 @@ CARRIED = (
     "deepspeed", "einops", "fsspec", "numpy", "pillow", "psutil", "pydantic", "pyyaml", "safetensors", "sentencepiece",
     "tenacity", "tqdm", "typer",
 )  # fmt: skip
-"""What the steps import, of pyproject.toml's dependencies; a test imports the steps with nothing else at hand. torch is there."""
+"""What the steps import, of pyproject.toml's dependencies but torch; a test imports the steps with nothing else at hand."""
 
 OLDEST_GLIBC, GLIBC = 17, 28
 """2.17 to 2.28: torch's own wheels need 2.28, so that every machine here has it."""

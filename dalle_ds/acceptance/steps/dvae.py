@@ -53,7 +53,7 @@ def _step(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) 
 
 def _validation(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) -> None:
     if find_spec("skimage") is None:
-        record.tell("validation", "not run: scikit-image is not installed")
+        record.tell("validation", "not run", "scikit-image, which measures structural similarity, is not installed")
         return
     from dalle_ds.training.dvae_report import measure
 

@@ -3,10 +3,8 @@
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 from contextlib import suppress
 from importlib import metadata
@@ -18,6 +16,7 @@ import dalle_ds
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.ops.exactness import has_tf32
+from dalle_ds.ops.kernel_compiler import kernel_problem, launcher_problem
 from dalle_ds.parallel.ranks import join, leave
 from dalle_ds.training.throughput import known_peak_tflops
 
@@ -39,9 +38,9 @@ def run(record: Record, is_rehearsal: bool) -> None:
         with suppress(metadata.PackageNotFoundError):
             record.tell(package, metadata.version(package))
     record.detail("variables", {key: value for key, value in os.environ.items() if VARIABLES.match(key)})
-    if not is_rehearsal:
-        _gpus(record, place)
-        _compilers(record)
+    problem = launcher_problem() if is_rehearsal else _gpus(record, place)
+    why = problem or "FlexAttention, fused functions and low-bit AdamW are kernels that Triton builds where they run"
+    record.must("Triton can build kernels", problem is None, problem is None, "True", why)
     ranks = join()
     record.equal("rank of one process", f"{ranks.rank} of {ranks.world_size}", "0 of 1", "no launcher started this step")
     _flags(record)
@@ -62,7 +61,8 @@ def _version(record: Record, package: str) -> None:
     record.must(package, found, fits, str(wanted or "any"), "pyproject.toml: what the tests run with")
 
 
-def _gpus(record: Record, place: Place) -> None:
+def _gpus(record: Record, place: Place) -> str | None:
+    """Rows on the GPUs -> why Triton can't build kernels for them, or None."""
     if not torch.cuda.is_available():
         record.must("GPUs", 0, False, "at least 1", f"torch {torch.__version__} sees no CUDA device; --rehearse needs none")
         raise SystemExit("no CUDA device: all further steps would fail")
@@ -91,14 +91,7 @@ def _gpus(record: Record, place: Place) -> None:
         peers = all(torch.cuda.can_device_access_peer(0, i) for i in range(1, torch.cuda.device_count()))
         why = "without it, traffic between GPUs goes through the host's memory: see the rates of step `ranks`"
         record.should("GPUs reach each other's memory", peers, peers, "True", why)
-
-
-def _compilers(record: Record) -> None:
-    why = "Triton compiles a small launcher in C at first use; without it neither FlexAttention nor compiled steps run"
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc") or "none"
-    record.must("C compiler", compiler, compiler != "none", "gcc or clang", why)
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    record.must("Python.h", str(header) if header.exists() else "none", header.exists(), "of this Python", why)
+    return kernel_problem()
 
 
 def _flags(record: Record) -> None:
