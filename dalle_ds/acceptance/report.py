@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dalle_ds.acceptance.record import number
-from dalle_ds.acceptance.table import STEPS
 
 WIDTHS = (72, 22, 30)
 """Of the columns before the verdict."""
@@ -13,10 +12,9 @@ WIDTHS = (72, 22, 30)
 
 def table(summary: Mapping[str, Any]) -> str:
     """All rows of a summary as text; below them the reason of each expectation that was not met."""
-    settles = {step.name: step.settles for step in STEPS}
     lines = [_line("", "measured", "expected", "verdict")]
     for step in summary["steps"]:
-        lines += ["", f"{step['name']}: {settles.get(step['name'], '')} ({step['seconds']:.0f} s)"]
+        lines += ["", f"{step['name']}: {step['settles']} ({step['seconds']:.0f} s)"]
         lines += [_line(f"  {row['what']}", number(row["measured"]), row["expected"], row["verdict"]) for row in step["rows"]]
         if step["outcome"] != "ended":
             lines.append(f"  {step['outcome'].upper()} after {step['seconds']:.0f} s. The end of its output:")

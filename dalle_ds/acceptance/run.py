@@ -39,6 +39,7 @@ class StepResult:
     """What one step did. `tail` is the end of its output where it did not come to its end."""
 
     name: str
+    settles: str
     outcome: Outcome
     seconds: float
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -107,7 +108,9 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, to
     record, log = folder / f"{step.name}.jsonl", folder / f"{step.name}.log"
     record.unlink(missing_ok=True)
     if left < WORTH_STARTING:
-        return StepResult(step.name, "out of time", 0.0, tail=f"not begun: {max(left, 0.0):.0f} s were left of the whole")
+        return StepResult(
+            step.name, step.settles, "out of time", 0.0, tail=f"not begun: {max(left, 0.0):.0f} s were left of the whole"
+        )
     command = [sys.executable, "-m", "dalle_ds.acceptance.child", step.module, str(record), f"{limit}"]
     command.append("rehearsal" if rehearse else "full")
     began = time.monotonic()
@@ -130,7 +133,7 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, to
     outcome = _outcome(process.returncode, is_running, seconds, limit)
     rows, details = read_record(record)
     tail = "" if outcome == "ended" else _tail(log, process.returncode)
-    return StepResult(step.name, outcome, round(seconds, 1), rows, details, tail)
+    return StepResult(step.name, step.settles, outcome, round(seconds, 1), rows, details, tail)
 
 
 def _outcome(code: int, is_running: bool, seconds: float, limit: float) -> Outcome:

@@ -48,7 +48,7 @@ def test_each_way_to_fail_is_told_and_the_others_run(tmp_path):
     assert found["fine"]["tail"] == "" and all(step["rows"] for step in found.values()), "what was found before stays"
     wait_for(lambda: not psutil.pid_exists(measured(found["spawns"], "other")), "end of what a step had started")
     text = table(summary)
-    assert "HUNG after 3 s" in text and "| ValueError: 41 is not 42" in text and "what fine (0 s)" in text
+    assert "HUNG after " in text and "| ValueError: 41 is not 42" in text and "\nfine: what fine (" in text
     assert "WRONG: wrong, answer. by definition" in text
     assert "NOT ACCEPTED" in text.splitlines()[-1] and "raises, crashes, hangs, spawns, wrong of 7 steps" in text
 
