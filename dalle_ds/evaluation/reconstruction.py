@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from skimage.metrics import structural_similarity
 
 
 def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
@@ -26,6 +25,8 @@ def ssim(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: pictures are not uint8 of equal shapes, at least 11 pixels a side.
     """
+    from skimage.metrics import structural_similarity  # brings SciPy along
+
     _require_pairs(real_BCHW, reconstructed_BCHW)
     settings = {"channel_axis": 0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     pairs = zip(real_BCHW, reconstructed_BCHW, strict=True)

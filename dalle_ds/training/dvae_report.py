@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -153,6 +151,9 @@ def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pai
 
 def usage_chart(counts_K: np.ndarray, title: str) -> Image.Image:
     """How often each code is chosen, from the most to the least used, on a logarithmic scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # when the first chart is drawn
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(np.arange(len(counts_K)), np.sort(counts_K)[::-1], width=1.0)

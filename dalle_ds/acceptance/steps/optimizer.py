@@ -20,8 +20,9 @@ def run(record: Record, is_rehearsal: bool) -> None:
     n = place.pick(1 << 26, 1 << 14)
     plain, compiled = (_optimizer(place, n, compile_from) for compile_from in (n + 1, place.pick(1, n + 1)))
     for seed in range(3):  # gradients of ordinary size first
+        gradient = _gradient(place, n, seed)
         for weight, optimizer in (plain, compiled):
-            weight.grad = _gradient(place, n, seed)
+            weight.grad = gradient
             optimizer.step()
     states = [optimizer.state[weight] for weight, optimizer in (plain, compiled)]
     why = "the same numbers from both: what CPU runs and checkpoints hold is what a GPU goes on from"

@@ -3,7 +3,6 @@
 `python -m dalle_ds.acceptance.steps.ranks full|rehearsal FOLDER` is one rank; the step starts them.
 """
 
-import faulthandler
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_ds.acceptance.engines import LEARNING_RATE, make_engine, overflowing
+from dalle_ds.acceptance.guard import guard
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.acceptance.sizes import Batch, random_batch, small_prior
@@ -27,8 +27,8 @@ UPDATES = 3
 REHEARSED_RANKS = 3
 SAME = 1e-4
 """Relative: other numbers of ranks sum in another order, and fp16 rounds parts of another size."""
-RANK_SECONDS = 110
-"""After which a rank prints its stacks and ends, whatever became of its launcher."""
+RANK_SECONDS = 170
+"""After which a rank prints its stacks and ends; more than it takes, less than the step has."""
 NVLINK_GBPS, PCIE_GBPS = 200.0, 10.0
 """What an all-gather should reach of each rank's memory a second at least: NVLink of A100 and later; any PCIe."""
 
@@ -129,5 +129,5 @@ def _traffic(ranks: Ranks) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(RANK_SECONDS, exit=True)
+    guard(RANK_SECONDS)
     one_rank(sys.argv[1] == "rehearsal", int(sys.argv[2]), Path(sys.argv[3]))

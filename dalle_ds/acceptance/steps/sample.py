@@ -10,9 +10,9 @@ from dalle_ds.acceptance.sizes import wide_prior
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.sampling.generate import generate
 
-EQUAL_SHARE = 0.99
-"""Of the drawn tokens. Random numbers come from the CPU; one that falls within rounding of a step between two tokens draws the
-other, and what follows in that picture differs."""
+PARTED = 1
+"""Pictures of six. Random numbers come from the CPU; one that falls within rounding of a step between two tokens draws the
+other, and what follows in that picture differs: one token in a million."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -29,8 +29,8 @@ def _equality(record: Record, place: Place) -> None:
     expected = generate(prior, text_CT, seeds_CK)
     found = generate(prior.to(place.device), text_CT, seeds_CK)
     why = "a seed names a picture on every machine: `dalle-ds sample --repeat` relies on it"
-    share = float((expected == found).float().mean())
-    record.must("share of tokens drawn as on a CPU", share, share >= EQUAL_SHARE, f"at least {EQUAL_SHARE}", why)
+    parted = int((expected != found).flatten(0, 1).any(1).sum())
+    record.at_most("pictures of 6 that are not the CPU's", parted, PARTED, why)
 
 
 def _rates(record: Record, place: Place) -> None:
