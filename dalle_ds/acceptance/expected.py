@@ -1,37 +1,93 @@
 """What `dalle-ds plan` expects of one GPU, for the steps that measure time and memory."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from dalle_ds.models.prior import PriorConfig
-from dalle_ds.training.plan import PlanSettings, forward_flops, plan
+from dalle_ds.planning.arithmetic import forward_flops
+from dalle_ds.planning.machines import MACHINES, Machine
+from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.timing import LINK_SHARE, MEMORY_SHARE, Product
+from dalle_ds.training.plan import plan
 from dalle_ds.training.throughput import known_peak_tflops
+
+SLOWER = 0.7
+"""Of a rate that `plan` expects: its error against published runs is up to 30 %."""
+LARGER = 0.15
+"""Above the memory that `plan` expects: it counts state to the byte, but not what fragments, nor the libraries' workspaces."""
+WHY = "`dalle-ds plan`, whose error against published runs is up to 30 %"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Of one micro-batch on one GPU; None: `plan` knows nothing of this device."""
+    """Of one micro-step on one GPU; None: `plan` knows nothing of this device."""
 
-    seconds: float | None
-    mfu: float | None
-    memory_gib: float | None
+    seconds: float | None = None
+    mfu: float | None = None
+    memory_gib: float | None = None
+    binds: str = ""
 
 
-def micro_batch(
+def machine_of(device: torch.device) -> Machine | None:
+    """Rates of the node that this GPU is of; None: `plan` knows no such GPU."""
+    name = _name(device)
+    return MACHINES[name].but(tflops=known_peak_tflops(device)) if name else None  # PCIe and NVL have peaks of their own
+
+
+def machine_name(name: str, gib: float) -> str | None:
+    """The kind of node of `plan` whose GPU calls itself `name` and has so much memory; None: of none."""
+    kinds = [kind for kind in MACHINES if kind.partition("-")[0] in name]
+    # of kinds that differ in memory alone, the nearest
+    return min(kinds, key=lambda kind: abs(MACHINES[kind].memory_gib - gib), default=None)
+
+
+def micro_step(
     config: PriorConfig, device: torch.device, *, samples: int, accumulation: int, recompute: bool, moments: str
 ) -> Expected:
-    """`samples` at once, `accumulation` times an update."""
-    peak = known_peak_tflops(device)
-    if peak is None:
-        return Expected(None, None, None)
-    settings = PlanSettings.model_validate(
-        {"gpus": 1, "micro_batch": samples, "global_batch": samples * accumulation, "tflops": peak, "moments": moments}
-    )
+    """`samples` at once, `accumulation` times an update, on one GPU with the default DeepSpeed configuration."""
+    name = _name(device)
+    if name is None:
+        return Expected()
+    settings = PlanSettings.model_validate({
+        "machine": name, "tflops": known_peak_tflops(device), "gpus": 1, "micro_batch": samples, "recompute": int(recompute),
+        "global_batch": samples * accumulation, "updates": 1, "moments": moments,
+    })  # fmt: skip
     told = plan(config, settings)
-    seconds = told["seconds_per_update_estimate"] / accumulation
-    mfu = useful_flops(config, samples) / seconds / peak / 1e12
-    return Expected(seconds, mfu, told["memory_gib_per_gpu_estimate"] if recompute else None)
+    return Expected(
+        told["seconds_per_update_estimate"] / accumulation, told["mfu_estimate"], told["memory_gib_per_gpu_estimate"],
+        told["binds"],
+    )  # fmt: skip
+
+
+def product_tflops(device: torch.device, rows: int, columns: int, depth: int) -> float | None:
+    """Of one fp16 product."""
+    machine = machine_of(device)
+    product = Product(rows, columns, depth)
+    return product.flops / product.seconds(machine) / 1e12 if machine else None
+
+
+def memory_gbps(device: torch.device) -> float | None:
+    """GB a second that kernels which only move data read and write."""
+    machine = machine_of(device)
+    return machine.memory_gigabytes_per_second * MEMORY_SHARE if machine else None
+
+
+def link_gbps(device: torch.device) -> float | None:
+    """GB a second that a collective sends out of a GPU to the others of its node: by NVLink where there is some, else PCIe."""
+    machine = machine_of(device)
+    if machine is None:
+        return None
+    near = all(torch.cuda.can_device_access_peer(0, i) for i in range(1, torch.cuda.device_count()))
+    return (machine.inside_gbps if near else machine.pcie_gbps) / 8 * LINK_SHARE
+
+
+@cache
+def _name(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    return machine_name(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / 2**30)
 
 
 def useful_flops(config: PriorConfig, samples: int) -> float:

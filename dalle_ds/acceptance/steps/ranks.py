@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dalle_ds.acceptance import expected
 from dalle_ds.acceptance.engines import LEARNING_RATE, make_engine, overflowing
 from dalle_ds.acceptance.guard import guard
 from dalle_ds.acceptance.place import Place
@@ -29,8 +30,6 @@ SAME = 1e-4
 """Relative: other numbers of ranks sum in another order, and fp16 rounds parts of another size."""
 RANK_SECONDS = 170
 """After which a rank prints its stacks and ends; more than it takes, less than the step has."""
-NVLINK_GBPS, PCIE_GBPS = 200.0, 10.0
-"""What an all-gather should reach of each rank's memory a second at least: NVLink of A100 and later; any PCIe."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -41,11 +40,11 @@ def run(record: Record, is_rehearsal: bool) -> None:
         return
     config = small_prior(place)
     global_batch = n_all * (n_all - 1)
-    expected = list(plain_updates(config, place.device, [random_batch(config, global_batch, seed) for seed in range(UPDATES)]))
+    plain = list(plain_updates(config, place.device, [random_batch(config, global_batch, seed) for seed in range(UPDATES)]))
     with tempfile.TemporaryDirectory() as folder:
         told_by = {n: _launched(n, global_batch, is_rehearsal, Path(folder)) for n in sorted({n_all, max(n_all - 1, 1)})[::-1]}
     for n, found in told_by.items():
-        against_plain(record, found["updates"], expected, label=f"{n} ranks, ")
+        against_plain(record, found["updates"], plain, label=f"{n} ranks, ")
         _rows(record, n, found)
     first, second = told_by.values()
     difference = max(abs(a - b) / abs(b) for a, b in zip(first["resumed"], second["resumed"], strict=True))
@@ -67,9 +66,9 @@ def _rows(record: Record, n: int, found: dict[str, Any]) -> None:
     record.equal(f"{n} ranks: an overflow on the last skipped the update on all", found["skipped"], True, why)
     record.equal(f"{n} ranks: the next two took their steps", found["stepped"], True, why)
     if found["gather_gbps"] is not None:
-        why = "NVLink between GPUs that reach each other's memory, else PCIe: see `nvidia-smi topo -m` in step environment"
-        record.rate(f"{n} ranks: all-gather, GB/s into a rank", found["gather_gbps"], found["hoped_gbps"], 1.0, why)
-        record.tell(f"{n} ranks: reduce-scatter, GB/s out of a rank", found["scatter_gbps"])
+        why = "NVLink where GPUs reach each other\'s memory, else PCIe; environment\'s details have `nvidia-smi topo -m`"
+        for name in ("gather", "scatter"):
+            record.rate(f"{n} ranks: {name}, GB/s a rank", found[f"{name}_gbps"], found["hoped_gbps"], expected.SLOWER, why)
 
 
 # ---- one rank --------------------------------------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ def _overflow(engine: PriorEngine, config: PriorConfig, global_batch: int, ranks
     return not hit.took_step, all(r.took_step and math.isfinite(r.grad_norm) for r in after)
 
 
-def _traffic(ranks: Ranks) -> dict[str, float]:
+def _traffic(ranks: Ranks) -> dict[str, float | None]:
     """Rates of the two collectives that ZeRO-3 lives on, by what leaves or reaches a rank."""
     n = (1 << 28) // ranks.world_size
     part = torch.zeros(n, dtype=torch.float16, device=ranks.device)
@@ -123,9 +122,7 @@ def _traffic(ranks: Ranks) -> dict[str, float]:
     place = Place(False)
     gather = place.seconds(lambda: dist.all_gather_into_tensor(whole, part))
     scatter = place.seconds(lambda: dist.reduce_scatter_tensor(part, whole))
-    near = all(torch.cuda.can_device_access_peer(0, i) for i in range(1, torch.cuda.device_count()))
-    hoped = NVLINK_GBPS if near and torch.cuda.get_device_capability() >= (8, 0) else PCIE_GBPS
-    return {"gather_gbps": moved / gather, "scatter_gbps": moved / scatter, "hoped_gbps": hoped}
+    return {"gather_gbps": moved / gather, "scatter_gbps": moved / scatter, "hoped_gbps": expected.link_gbps(ranks.device)}
 
 
 if __name__ == "__main__":

@@ -22,10 +22,6 @@ from dalle_ds.training.throughput import known_peak_tflops
 
 LAYERS, ACCUMULATION, UPDATES = 12, 2, 3
 SETTING_SECONDS = 120
-SLOWER = 0.7
-"""Of the MFU that `plan` expects: its error against published runs is up to 30 %."""
-LARGER = 0.15
-"""Above the memory that `plan` expects: it counts state to the byte, what fragments and the libraries' workspaces not."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
     config = wide_prior(place, LAYERS)
     room = None if is_rehearsal else torch.cuda.get_device_properties(0).total_memory / 2**30
     for setting in REHEARSED if is_rehearsal else SETTINGS:
-        hoped = expected.micro_batch(
+        hoped = expected.micro_step(
             config, place.device, samples=setting.samples, accumulation=ACCUMULATION, recompute=setting.recompute,
             moments=setting.moments,
         )  # fmt: skip
@@ -102,22 +98,17 @@ def measure(is_rehearsal: bool, setting: Setting) -> dict[str, Any]:
 def _rows(
     record: Record, place: Place, config: PriorConfig, setting: Setting, found: dict[str, Any], hoped: expected.Expected
 ) -> None:  # fmt: skip
-    label, seconds = setting.label, found["seconds"]
-    record.detail(label, found)
-    why = "`dalle-ds plan`, with its error against published runs"
-    if hoped.seconds is None:
-        record.tell(f"{label}: s a micro-batch", seconds)
-    else:
-        record.size(f"{label}: s a micro-batch", seconds, hoped.seconds, 1 / SLOWER - 1, why)
+    label, seconds, why = setting.label, found["seconds"], expected.WHY
+    record.detail(label, {**found, "plan_says_that_binds": hoped.binds})
+    record.size(f"{label}: s a micro-step", seconds, hoped.seconds, 1 / expected.SLOWER - 1, why)
     record.tell(f"{label}: tokens a second", setting.samples * config.n_slots / seconds)
-    peak = known_peak_tflops(place.device)
-    rate = expected.useful_flops(config, setting.samples) / seconds / 1e12
+    rate, peak = expected.useful_flops(config, setting.samples) / seconds / 1e12, known_peak_tflops(place.device)
     record.tell(f"{label}: TFLOP/s", rate)
     if peak:
-        record.rate(f"{label}: MFU", rate / peak, hoped.mfu, SLOWER, why)
+        record.rate(f"{label}: MFU", rate / peak, hoped.mfu, expected.SLOWER, why)
     if not place.is_rehearsal:
-        why = "`dalle-ds plan` counts state to the byte and estimates activations"
-        record.size(f"{label}: peak GiB", found["peak_gib"], hoped.memory_gib, LARGER, why)
+        why = "`dalle-ds plan` counts state to the byte and estimates what passes and step need beside it"
+        record.size(f"{label}: peak GiB", found["peak_gib"], hoped.memory_gib, expected.LARGER, why)
     why = "near 1 and above, the GPU waits for the host: take more samples at once, or faster cores"
     record.tell(f"{label}: host's CPU s over wall s", found["cpu_seconds"] / seconds, why)
 
