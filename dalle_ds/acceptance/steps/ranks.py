@@ -66,7 +66,7 @@ def _rows(record: Record, n: int, found: dict[str, Any]) -> None:
     record.equal(f"{n} ranks: an overflow on the last skipped the update on all", found["skipped"], True, why)
     record.equal(f"{n} ranks: the next two took their steps", found["stepped"], True, why)
     if found["gather_gbps"] is not None:
-        why = "NVLink where GPUs reach each other\'s memory, else PCIe; environment\'s details have `nvidia-smi topo -m`"
+        why = "NVLink where GPUs reach each other's memory, else PCIe; environment's details have `nvidia-smi topo -m`"
         for name in ("gather", "scatter"):
             record.rate(f"{n} ranks: {name}, GB/s a rank", found[f"{name}_gbps"], found["hoped_gbps"], expected.SLOWER, why)
 
