@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.ops.fused import Fused
+from dalle_ds.ops.split import high_and_low
 from dalle_ds.precision.block_scaling import add_half, norm_to_half, norm_to_half_backward, scale_to_half
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
@@ -50,6 +51,7 @@ def arguments(place: Place) -> dict[Fused, tuple[Any, ...]]:
         norm_to_half_backward: (half_BLD, random(*shape), scale, x_BLD, mean, inverse, weight_D, bias_D),
         add_half: (x_BLD, y_BLD),
         scale_to_half: (gradient(), scale),
+        high_and_low: (random(*shape),),
     }
 
 

@@ -10,6 +10,7 @@ from dalle_ds.acceptance import expected
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.ops.half import batched_matmul_to_fp32, linear_fp16, matmul_to_fp32
+from dalle_ds.ops.split import Split, split_matmul
 
 FP32_SUM = 1e-4
 """Relative error of a product that leaves in fp32. fp32 sums of exact products come to 1e-7 to 1e-5, whichever way a tensor
@@ -17,6 +18,10 @@ core cuts its addends; one rounding to fp16 anywhere is 2e-4."""
 ONE_ROUNDING = 1.15
 """Error of an fp16 result over that of rounding the exact one. 1 by definition if sums are fp32; 1.4 where the bias is added
 after a first rounding; 1.4 and more where partial sums are fp16."""
+
+
+AS_FP32 = 2.0
+"""Error of a product of split factors over fp32's own, which depends on how the device adds up."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -46,6 +51,13 @@ def run(record: Record, is_rehearsal: bool) -> None:
     why = "the same product with a transposed weight"
     record.at_most("input gradient: error, in roundings to fp16", ratio, ONE_ROUNDING, why)
 
+    y_ND, w_DV = torch.randn(n, d, device=place.device), 0.02 * torch.randn(d, place.pick(8192, 128), device=place.device)
+    true = y_ND.double() @ w_DV.double()
+    in_fp32 = _error(y_ND @ w_DV, true)
+    why = "logits are as exact as fp32's own, on fp16 units: each factor is two fp16 numbers"
+    error = _error(split_matmul(Split.of(y_ND), Split.of(w_DV)), true)
+    record.at_most("logits: error, in errors of fp32", error / in_fp32, AS_FP32, why)
+
     _rates(record, place)
 
 
@@ -64,7 +76,9 @@ def _rates(record: Record, place: Place) -> None:
         record.rate(f"{name}, TFLOP/s", rate, expected.product_tflops(place.device, *shape), expected.SLOWER, expected.WHY)
     vocab = place.pick(8192, 256)
     y_ND, w_DV = torch.randn(n, d, device=place.device), torch.randn(d, vocab, device=place.device)
-    record.tell("fp32 unembedding, TFLOP/s", 2.0 * n * d * vocab / place.seconds(lambda: y_ND @ w_DV) / 1e12)
+    split = Split.of(y_ND), Split.of(w_DV)
+    for name, work in (("fp32", lambda: y_ND @ w_DV), ("split factors", lambda: split_matmul(*split))):
+        record.tell(f"logits by {name}, useful TFLOP/s", 2.0 * n * d * vocab / place.seconds(work) / 1e12)
     copied = place.copied_gbps()
     record.rate("memory copied, GB/s", copied, expected.memory_gbps(place.device), 0.8, "half of it read, half written")
 
