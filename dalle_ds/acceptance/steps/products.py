@@ -20,8 +20,9 @@ ONE_ROUNDING = 1.15
 after a first rounding; 1.4 and more where partial sums are fp16."""
 
 
-AS_FP32 = 2.0
-"""Error of a product of split factors over fp32's own, which depends on how the device adds up."""
+AS_FP32 = 5e-6
+"""Relative error of a product of split factors: 22 bits of each are 2e-7, tensor cores that cut their addends may add a few of
+those. TF32 would be 3e-4."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -56,7 +57,8 @@ def run(record: Record, is_rehearsal: bool) -> None:
     in_fp32 = _error(y_ND @ w_DV, true)
     why = "logits are as exact as fp32's own, on fp16 units: each factor is two fp16 numbers"
     error = _error(split_matmul(Split.of(y_ND), Split.of(w_DV)), true)
-    record.at_most("logits: error, in errors of fp32", error / in_fp32, AS_FP32, why)
+    record.at_most("logits: relative error", error, AS_FP32, why)
+    record.tell("logits: relative error in fp32", in_fp32)
 
     _rates(record, place)
 
