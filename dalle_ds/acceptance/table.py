@@ -14,7 +14,7 @@ class Step:
     settles: str
 
 
-REHEARSAL_SECONDS = 300
+REHEARSAL_SECONDS = 600
 """The same of every step of a rehearsal: a busy machine may take that long for what is seconds of CPU time."""
 
 _ROOM = "dalle_ds.acceptance.steps"

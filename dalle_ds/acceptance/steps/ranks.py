@@ -20,6 +20,7 @@ from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.acceptance.sizes import Batch, random_batch, small_prior
 from dalle_ds.acceptance.steps.engine import against_plain, plain_updates, told
+from dalle_ds.acceptance.table import REHEARSAL_SECONDS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -126,5 +127,6 @@ def _traffic(ranks: Ranks) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    guard(RANK_SECONDS)
-    one_rank(sys.argv[1] == "rehearsal", int(sys.argv[2]), Path(sys.argv[3]))
+    rehearsal = sys.argv[1] == "rehearsal"
+    guard(REHEARSAL_SECONDS if rehearsal else RANK_SECONDS)
+    one_rank(rehearsal, int(sys.argv[2]), Path(sys.argv[3]))

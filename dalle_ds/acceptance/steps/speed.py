@@ -17,6 +17,7 @@ from dalle_ds.acceptance.guard import guard
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.acceptance.sizes import random_batch, wide_prior
+from dalle_ds.acceptance.table import REHEARSAL_SECONDS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.training.throughput import known_peak_tflops
 
@@ -114,6 +115,6 @@ def _rows(
 
 
 if __name__ == "__main__":
-    guard(SETTING_SECONDS)
     rehearsal, options = json.loads(sys.argv[1])
+    guard(REHEARSAL_SECONDS if rehearsal else SETTING_SECONDS)
     print(json.dumps(measure(rehearsal, Setting(**options))))
