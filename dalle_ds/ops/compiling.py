@@ -21,8 +21,8 @@ def compiled(function: Callable[P, T], *, dynamic: bool | None = None, keep_roun
     Only functions are compiled, never modules: ZeRO-3's hooks break compiled modules. One graph, so that too many variants are
     an error; left alone, torch falls back to running the function operation by operation with no more than a warning.
     `dynamic`: whether one variant serves all sizes; None: from the second size on.
-    `keep_roundings`: a value that is rounded to 16 bits within the function and then computed with in fp32 is rounded indeed. By
-    default Inductor computes on with what it had; x - x.half().float() then is 0.
+    `keep_roundings`: a value that is rounded to 16 bits within the function and then computed with in fp32 is rounded indeed.
+    By default Inductor computes on with what it had; x - x.half().float() then is 0.
     """
     options = {"emulate_precision_casts": True} if keep_roundings else None
     call = torch.compile(function, dynamic=dynamic, fullgraph=True, options=options)
