@@ -32,6 +32,8 @@ class Counts:
     """CPU time of an update's end: norm, clipping, step, small parameters gathered again."""
     heads: Format
     """Of the unembeddings' products."""
+    products_a_head_product: int
+    """Of 16 bits, summed to what is as exact as one in fp32."""
     kept_bytes: float
     """Memory that an element takes from forward to backward pass in a layer that is not recomputed."""
     working_bytes: float
@@ -51,7 +53,8 @@ NOW = Counts(
     host_ms=4.5,
     host_ms_per_rank=0.069,
     update_host_ms=2.0,
-    heads="fp32",
+    heads="half",
+    products_a_head_product=3,
     kept_bytes=36,
     working_bytes=14,
     gathered_bytes=2,
@@ -63,8 +66,12 @@ d 2048 and 3968."""
 INPUT_BYTES = 4.0
 """Memory that an element takes from forward to backward pass in a layer that is recomputed."""
 
-LOGIT_BYTES = 48.0
-"""Memory traffic of the loss for each logit: `dalle_ds.ops.cross_entropy`, operation by operation."""
+LOGIT_BYTES, HEAD_WEIGHT_BYTES = 84.0, 36.0
+"""Memory traffic of the loss for each logit, and in each chunk of logits for each weight of an unembedding: operation by operation
+in `dalle_ds.ops.cross_entropy`, where three products are summed."""
+
+HEAD_MEMORY_BYTES = 12.0
+"""Memory of an unembedding's weight while its losses are made: itself as two fp16 parts, its gradient's summands."""
 
 STEP_BYTES = 48.0
 """Memory traffic of the step for a parameter of the shard, its moments left out: fp32 weight read and written; gradient

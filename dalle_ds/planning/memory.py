@@ -14,7 +14,7 @@ from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.power_sgd import MatrixShard, largest_rank
 from dalle_ds.parallel.replicas import BUCKET_VALUES, PAPER_RATE
 from dalle_ds.planning.arithmetic import count_parameters
-from dalle_ds.planning.counts import INPUT_BYTES, NOW, Counts
+from dalle_ds.planning.counts import HEAD_MEMORY_BYTES, INPUT_BYTES, NOW, Counts
 from dalle_ds.planning.settings import PlanSettings
 
 RESERVED_GIB = 1.5
@@ -130,9 +130,9 @@ def compression_bytes(config: PriorConfig, settings: PlanSettings) -> float:
 
 
 def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
-    """Estimate: what the layers keep for the backward pass, and at its worst place what one layer works on, or before that a
-    chunk of fp32 logits. To these the unembeddings' fp32 gradients, which the forward pass makes. Fused attention keeps no
-    scores."""
+    """Estimate: what the layers keep for the backward pass, and at its worst place what one layer works on, or before that what
+    losses work on: some chunks of fp32 logits, a head's weight. To these the unembeddings' fp32 gradients, which the forward
+    pass makes. Fused attention keeps no scores."""
     elements = micro_batch * config.n_slots * config.d_model
     kept = peak = 0.0
     for layer in range(config.n_layers):
@@ -142,7 +142,9 @@ def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, 
         peak = max(peak, kept + again + counts.working_bytes)
     n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
     unembedding = 4.0 * config.d_model * (config.text_vocab + config.image_vocab)
-    return max(peak * elements, kept * elements + 4.0 * min(MAX_LOGITS, n_logits)) + unembedding
+    head = config.d_model * max(config.text_vocab, config.image_vocab)
+    losses = 3 * 4.0 * min(MAX_LOGITS, n_logits) + HEAD_MEMORY_BYTES * head
+    return max(peak * elements, kept * elements + losses) + unembedding
 
 
 def bucket_bytes(bucket: int) -> float:

@@ -4,7 +4,15 @@ from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
 from dalle_ds.parallel.replicas import BUCKET_VALUES
 from dalle_ds.planning.arithmetic import attention_flops, count_parameters, forward_flops
-from dalle_ds.planning.counts import ACCUMULATED_BYTES, LOGIT_BYTES, MEAN_TEXT_TOKENS, NOW, STEP_BYTES, Counts
+from dalle_ds.planning.counts import (
+    ACCUMULATED_BYTES,
+    HEAD_WEIGHT_BYTES,
+    LOGIT_BYTES,
+    MEAN_TEXT_TOKENS,
+    NOW,
+    STEP_BYTES,
+    Counts,
+)
 from dalle_ds.planning.machines import Machine
 from dalle_ds.planning.memory import power_sgd_factors, state_bytes
 from dalle_ds.planning.settings import PlanSettings
@@ -56,7 +64,7 @@ def _micro_step(config: PriorConfig, settings: PlanSettings, machine: Machine, c
         memory_bytes=elements * (counts.element_bytes + share * counts.recomputed_bytes)
         + n_parameters * counts.weight_bytes
         + n_parameters / shards * ACCUMULATED_BYTES
-        + sum(rows * vocab for rows, vocab in _logits(config, batch)) * LOGIT_BYTES,
+        + _head_bytes(config, batch),
         side_bytes=n_parameters * (gather_bytes + counts.reduce_bytes),
         collectives=(Collective(wire, group, counts.collectives * layers),) if shards > 1 else (),
         host_seconds=((layers + BESIDE_LAYERS) * host_ms + layers * loops_ms) / 1e3,
@@ -83,18 +91,29 @@ def _logits(config: PriorConfig, batch: int) -> tuple[tuple[int, int], ...]:
     return (batch * n_text, config.text_vocab), (batch * config.n_image, config.image_vocab)
 
 
+def _chunk(rows: int, vocab: int) -> int:
+    """Rows whose logits exist at a time, as `dalle_ds.ops.cross_entropy` takes them."""
+    return min(rows, max(1, MAX_LOGITS // vocab))
+
+
 def _head_products(config: PriorConfig, batch: int, counts: Counts) -> tuple[Product, ...]:
-    """Some rows at a time, as `dalle_ds.ops.cross_entropy` does."""
     d, products = config.d_model, []
     for rows, vocab in _logits(config, batch):
-        at_a_time = min(rows, max(1, MAX_LOGITS // vocab))
-        times = rows / at_a_time
+        chunk = _chunk(rows, vocab)
+        times = counts.products_a_head_product * rows / chunk
         products += [
-            Product(at_a_time, vocab, d, times, counts.heads),
-            Product(at_a_time, d, vocab, times, counts.heads),
-            Product(vocab, d, at_a_time, times, counts.heads),
+            Product(chunk, vocab, d, times, counts.heads),
+            Product(chunk, d, vocab, times, counts.heads),
+            Product(vocab, d, chunk, times, counts.heads),
         ]
     return tuple(products)
+
+
+def _head_bytes(config: PriorConfig, batch: int) -> float:
+    return sum(
+        rows * vocab * LOGIT_BYTES + vocab * config.d_model * HEAD_WEIGHT_BYTES * rows / _chunk(rows, vocab)
+        for rows, vocab in _logits(config, batch)
+    )
 
 
 def _closing(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts) -> Work:
