@@ -96,7 +96,7 @@ def _accelerator() -> tuple[bool, str]:
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
     product = torch.ones(64, 64, device="cuda", dtype=torch.float16) @ torch.ones(64, 64, device="cuda", dtype=torch.float16)
-    return bool((product == 64).all()), f"{names}; CUDA {torch.version.cuda}"
+    return bool((product == 64).all()), f"{names}; CUDA {torch.version.cuda}; `dalle-ds accept` tries all that we do there"
 
 
 def _disk(min_free_gib: float) -> tuple[bool, str]:
