@@ -35,10 +35,9 @@ def test_a_whole_run_fits_into_dynamos_cache(tmp_path: Path) -> None:
 def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], Tensor]]:
     """A compiled function of one variant for each shape, with Dynamo as new."""
     torch._dynamo.reset()
-    limit = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    yield compiled(lambda x: 2 * x, dynamic=False)
-    torch._dynamo.config.recompile_limit = limit
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield compiled(lambda x: 2 * x, dynamic=False)
     torch._dynamo.reset()
 
 
