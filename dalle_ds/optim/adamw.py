@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode_wid
 log = logging.getLogger(__name__)
 
 Moments = Literal["fp32", "low_bit"]
+Master = Literal["fp32", "none"]
 
 VARIANCE_CLIP = 5.0
 """The paper's (appendix B.2)."""
@@ -108,7 +109,7 @@ class LowBitAdamW(torch.optim.Optimizer):
             if state[key].dtype is not _DTYPES[group["moments"]]:
                 raise ValueError(f"{key} is {state[key].dtype}, but the group's moments are {group['moments']}")
         state["step"] += 1
-        scalars = _scalars(state["step"].item(), group).to(parameter.device)
+        scalars = scalars_of(state["step"].item(), group).to(parameter.device)
         compiled = low_bit and parameter.numel() >= self._compile_from
         chunk = _GPU_CHUNK
         if parameter.device.type == "cpu":
@@ -121,13 +122,19 @@ class LowBitAdamW(torch.optim.Optimizer):
                 _update_chunk(*pieces, scalars, low_bit)
 
 
-def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+class HasState(Protocol):
+    """torch's optimizers, and what keeps its state as they do."""
+
+    state: Any
+
+
+def moment_bytes(optimizer: HasState) -> int:
     """Bytes of the moments that `optimizer` keeps at present: none before its first step."""
     kept = (state[key] for state in optimizer.state.values() for key in _MOMENTS if key in state)
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
-def _scalars(step: float, group: dict[str, Any]) -> Tensor:
+def scalars_of(step: float, group: dict[str, Any]) -> Tensor:
     """What `_update_chunk` unpacks: as one tensor, so that a compiled loop takes new values without being compiled anew."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     decay, step_size = 1 - lr * group["weight_decay"], lr / (1 - beta1**step)
@@ -136,15 +143,21 @@ def _scalars(step: float, group: dict[str, Any]) -> Tensor:
 
 
 def _update_chunk(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor, low_bit: bool) -> None:
-    """One update in place. The operations of torch's own loop in its order: without a compiler, the same to the last bit."""
-    decay, new1, beta2, new2, minus_step, correction, eps, clip = scalars.unbind()
+    """One update in place. Without a compiler, the same as torch's own loop to the last bit."""
     mean = decode(stored_mean, FORMAT_1_6_9) if low_bit else stored_mean
     variance = decode(stored_variance, FORMAT_0_6_10) if low_bit else stored_variance
-    mean = torch.lerp(mean, g, new1)
-    variance = torch.addcmul(variance * beta2, new2 * g, g).minimum(clip)
-    p.copy_(p * decay + minus_step * mean / (variance.sqrt() / correction + eps))
+    moved, mean, variance = moved_by_adamw(p, g, mean, variance, scalars)
+    p.copy_(moved)
     stored_mean.copy_(encode_wide(mean, FORMAT_1_6_9) if low_bit else mean)
     stored_variance.copy_(encode_wide(variance, FORMAT_0_6_10) if low_bit else variance)
+
+
+def moved_by_adamw(p: Tensor, g: Tensor, mean: Tensor, variance: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 -> parameters and moments after one update. The operations of torch's own loop in its order."""
+    decay, new1, beta2, new2, minus_step, correction, eps, clip = scalars.unbind()
+    mean = torch.lerp(mean, g, new1)
+    variance = torch.addcmul(variance * beta2, new2 * g, g).minimum(clip)
+    return p * decay + minus_step * mean / (variance.sqrt() / correction + eps), mean, variance
 
 
 @cache

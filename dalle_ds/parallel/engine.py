@@ -6,6 +6,7 @@ gradients, and nothing in DeepSpeed is patched.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,19 +15,22 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad, set_z3_leaf_modules
 from torch import Tensor
 
 from dalle_ds.console import progress
 from dalle_ds.data import storage
-from dalle_ds.errors import DataError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import ResBlock
-from dalle_ds.optim.adamw import LowBitAdamW, Moments, moment_bytes
+from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
+from dalle_ds.optim.masterless import MasterlessAdamW
 from dalle_ds.parallel.engine_config import EngineConfig
-from dalle_ds.parallel.fragments import collect, restore, shard_start, unchanged
+from dalle_ds.parallel.fragments import Fragment, collect, restore, shard_start, unchanged
 from dalle_ds.parallel.half_gather import gather_in_half
+from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.phases import PhaseTimer
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replica_gradients import ReplicaGradients
@@ -49,6 +53,8 @@ class OptimizerSettings:
     eps: float
     weight_decay: float
     moments: Moments = "fp32"
+    master: Master = "fp32"
+    """ "none": the matrices of residual branches are fp16, and have no fp32 copy (`masterless`)."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,15 @@ class PriorEngine:
             gather_in_half(model)
         groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments)
         self.groups_description = describe_groups(groups)
+        self.masterless: MasterlessMatrices | None = None
+        self._clip, deepspeed_json = engine_config.json["gradient_clipping"], engine_config.json
+        if optimizer.master == "none":
+            _require_masterless(engine_config, optimizer, replicas)
+            assert self.scaler is not None
+            own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
+            self.masterless = MasterlessMatrices(model, self.scaler, own)
+            groups = [group for group in groups if not self.masterless.parameters.keys() & set(group["names"])]
+            deepspeed_json = {**deepspeed_json, "gradient_clipping": 0.0}  # by the norm of all gradients, which only we know
         for group in groups:
             del group["names"]
         torch_optimizer: torch.optim.Optimizer
@@ -107,7 +122,7 @@ class PriorEngine:
         else:
             torch_optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self._engine, *_ = deepspeed.initialize(
-            model=model, config=engine_config.json, optimizer=torch_optimizer, mpu=self.replicas
+            model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
         if self._engine.fp16_enabled():
             # its loss scale may stay at its least: when to give up is the recipe's to say (`failure`), with a diagnosis
@@ -117,7 +132,7 @@ class PriorEngine:
         """Of updates: forward, backward (with ZeRO-3's reduction), reduce (agreement, and averaging of replicas), step."""
         self.replica_gradients: ReplicaGradients | None = None
         if replicas is not None and self.replicas is not None:
-            self.replica_gradients = ReplicaGradients(self.module, replicas, self.replicas, ranks.device)
+            self.replica_gradients = ReplicaGradients(self.module, replicas, self.replicas, ranks.device, self.masterless)
 
     @property
     def module(self) -> Prior:
@@ -139,6 +154,7 @@ class PriorEngine:
         text_loss, image_loss, n_stop, n_saving, _, *flags = agreed.tolist()
         nonfinite_blocks = tuple(self.scaler.names[i] for i, flag in enumerate(flags) if flag) if self.scaler else ()
         kept: set[str] = set()
+        norm = None
         with self.phases("reduce"):
             if nonfinite_blocks and self.scaler and self.scaler.config.skip == "block":
                 kept = self._leave_out(nonfinite_blocks)
@@ -146,13 +162,16 @@ class PriorEngine:
                 self._veto_step()
             elif self.replica_gradients:
                 self.replica_gradients.average()
-        with self.phases("step"), unchanged(self._engine, kept):
+        with self.phases("step"), unchanged(self._engine, kept, self._other_fragments()):
+            if self.masterless and (kept or not agreed[4:].any()):
+                norm = self._step_masterless(lr, kept)
             self._engine.step()
         if kept:
             self.refresh_gathered_parameters()
         if self.scaler:
             self.scaler.update(agreed[5:])
-        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
         return UpdateReport(
             text_loss=text_loss,
             image_loss=image_loss,
@@ -198,6 +217,8 @@ class PriorEngine:
         )
         if self.scaler:
             self.scaler.begin()
+        if self.masterless:
+            self.masterless.begin()
         # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass. They
         # are taken here: on the device they would have to be waited for.
         n_texts = [int((text >= 0).sum()) for text, _ in micro_batches]
@@ -221,6 +242,8 @@ class PriorEngine:
         shared[3].fill_(float(is_saving))
         if self.scaler:
             with self.phases("reduce"):
+                if self.masterless:
+                    self.masterless.finish()
                 self.scaler.unscale(self._gradient_shards)
         if self.replica_gradients:
             shared[4] = self.replica_gradients.any_nonfinite()
@@ -238,7 +261,8 @@ class PriorEngine:
     @contextmanager
     def _gradient_shards(self, block: ResBlock) -> Iterator[list[Tensor]]:
         """This rank's reduced gradients of a block's parameters, to be written to."""
-        shards = {parameter: safe_get_local_grad(parameter) for parameter in block.parameters()}
+        own = set(self.masterless.parameters.values()) if self.masterless else ()  # un-scaled already
+        shards = {parameter: safe_get_local_grad(parameter) for parameter in block.parameters() if parameter not in own}
         yield list(shards.values())
         if self._is_offloaded:  # then these were copies, and ZeRO-3 has taken norms already
             for parameter, shard in shards.items():
@@ -247,9 +271,30 @@ class PriorEngine:
     def _leave_out(self, blocks: Sequence[str]) -> set[str]:
         """Zero the gradients of these blocks, so that norm and clipping see the others' alone -> names of their parameters."""
         names = {f"{block}.{name}" for block in blocks for name, _ in self.module.get_submodule(block).named_parameters()}
-        for parameter in map(self.module.get_parameter, names):
-            safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+        for name in names:
+            if self.masterless and name in self.masterless:
+                self.masterless.set_gradient(name, torch.zeros_like(self.masterless.gradient(name)))
+            else:
+                parameter = self.module.get_parameter(name)
+                safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
         return names
+
+    def _step_masterless(self, lr: float, kept: set[str]) -> float:
+        """Clip the gradients of both optimizers by their norm together, and let ours step -> that norm. Where it is not finite,
+        neither steps."""
+        assert self.masterless is not None
+        theirs = [safe_get_local_grad(p) for name, p in self.module.named_parameters() if name not in self.masterless]
+        squares = self.masterless.squared_norm() + torch.stack(torch._foreach_norm(theirs)).square().sum()
+        group = self.replicas.shard_group if self.replicas else None  # replicas have the same gradients
+        dist.all_reduce(squares, group=group)
+        norm = float(squares.sqrt())
+        if not math.isfinite(norm):
+            self._veto_step()
+            return norm
+        factor = torch.tensor(min(1.0, self._clip / (norm + 1e-6)), device=squares.device)
+        torch._foreach_mul_(theirs, factor)
+        self.masterless.step(lr, factor, kept)
+        return norm
 
     def _veto_step(self) -> None:
         """Skip the entire update: some block of some rank had a non-finite gradient (paper appendix E.2 step 10).
@@ -288,7 +333,8 @@ class PriorEngine:
         0 before the first step that was taken: only then are there moments. All ranks call it together.
         """
         n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
-        total = torch.tensor(float(moment_bytes(self._torch_optimizer)), dtype=torch.float64, device=self.ranks.device)
+        n_bytes = sum(map(moment_bytes, filter(None, (self._torch_optimizer, self.masterless and self.masterless.optimizer))))
+        total = torch.tensor(float(n_bytes), dtype=torch.float64, device=self.ranks.device)
         n_replicas = self.replicas.count if self.replicas else 1
         return float(self.ranks.sum(total)) / n_replicas / n_parameters
 
@@ -336,7 +382,7 @@ class PriorEngine:
         parameters = dict(self.module.named_parameters())
         # all replicas have the same weights: the first one writes them
         is_writer = self.replicas is None or self.replicas.index == 0
-        parts = collect(self._engine, shapes) if is_writer else StateParts(shapes)
+        parts = collect(self._engine, shapes, self._other_fragments()) if is_writer else StateParts(shapes)
         for name, average in (averages or {}).items() if is_writer else ():
             if hasattr(parameters[name], "ds_id") or self.ranks.is_main:  # below stage 3 they are whole, on all ranks the same
                 parts.add(AVERAGE, name, shard_start(parameters[name]), average)
@@ -363,7 +409,7 @@ class PriorEngine:
         if found != expected:
             different = sorted(found.items() ^ expected.items())
             raise DataError(f"{url} is of another model: only one of the two has {different[:4]}")
-        restore(self._engine, saved)
+        restore(self._engine, saved, self._other_fragments())
         if self.replica_gradients:
             self.replica_gradients.load(saved)
         parameters = dict(self.module.named_parameters())
@@ -381,11 +427,27 @@ class PriorEngine:
             self.scaler.load_state_dict(state["block_scaler"])
         return state["client"]
 
+    def _other_fragments(self) -> list[Fragment]:
+        return list(self.masterless.fragments()) if self.masterless else []
+
     def _set_counters(self, counters: Mapping[str, int]) -> None:
         for name, value in counters.items():
             setattr(self._engine, name, value)
         # other numbers of ranks take other numbers of micro-batches; the engine steps where this one is a multiple of them
         self._engine.micro_steps = self._engine.global_steps * self._accumulation
+
+
+def _require_masterless(config: EngineConfig, optimizer: OptimizerSettings, replicas: ReplicasConfig | None) -> None:
+    """Raises ConfigError where matrices can't be without masters."""
+    offload = [key for key in config.json.get("zero_optimization", {}) if key.startswith("offload_")]
+    if config.block_scaling is None:
+        raise ConfigError('optimizer.master none needs fp16 branches with "loss_scale": "per_resblock" in the DeepSpeed JSON')
+    if offload:
+        raise ConfigError(f"optimizer.master none keeps all state on the GPU, the DeepSpeed JSON has {offload[0]}: remove one")
+    if optimizer.moments != "low_bit":
+        raise ConfigError(f"optimizer.master none needs optimizer.moments low_bit, the recipe has {optimizer.moments}")
+    if replicas is not None and replicas.count > 1 and replicas.compression != "none":
+        raise ConfigError(f"optimizer.master none needs replicas.compression none, the recipe has {replicas.compression}")
 
 
 def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

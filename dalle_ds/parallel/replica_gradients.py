@@ -62,11 +62,11 @@ class ReplicaGradients:
         for bucket in self._plain:
             averages = mean_in_fp32([self._gradient(name) for name in bucket], self._peers)
             for name, average in zip(bucket, averages, strict=True):
-                safe_set_local_grad(self._parameters[name], average)
+                self._set_gradient(name, average)
         for bucket in self._compressed:
             assert self.power_sgd is not None
             for name, average in self.power_sgd.average({name: self._gradient(name) for name in bucket}).items():
-                safe_set_local_grad(self._parameters[name], average)
+                self._set_gradient(name, average)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,15 @@ class ReplicaGradients:
         return f"factors-{rank:05d}-of-{n:05d}.safetensors"
 
     def _gradient(self, name: str) -> Tensor:
+        if self._masterless and name in self._masterless:
+            return self._masterless.gradient(name)
         return safe_get_local_grad(self._parameters[name])
+
+    def _set_gradient(self, name: str, values: Tensor) -> None:
+        if self._masterless and name in self._masterless:
+            self._masterless.set_gradient(name, values)
+        else:
+            safe_set_local_grad(self._parameters[name], values)
 
     def _size(self, name: str) -> int:
         return self._parameters[name].ds_tensor.numel()

@@ -1,0 +1,135 @@
+"""Matrices of residual branches as fp16 shards without fp32 masters, beside a ZeRO-3 that owns all other parameters.
+
+The paper's memory (section 2.4, appendix E.2): 2 bytes a parameter for the weight, 4 for the moments and 2 for the gradient,
+where fp32 masters take 16. ZeRO-3 shards, gathers and frees these matrices as it does others, but its optimizer never sees
+them: it wants one format for all it owns. So their gradients are reduced here, as soon as the backward pass has made them: in
+fp32, un-scaled on the shard that arrives, and added up as codes of 1-6-9, whose range holds un-scaled gradients where fp16's
+does not.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from torch import Tensor, nn
+
+from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.ops.fused import fused
+from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode, encode_wide
+from dalle_ds.optim.masterless import MasterlessAdamW
+from dalle_ds.parallel.fragments import Fragment, shard_start
+from dalle_ds.precision.block_scaling import BlockScaler
+
+
+class MasterlessMatrices:
+    """One rank's shards of the matrices, by name of the parameter: weights, gradients, and their optimizer."""
+
+    def __init__(self, module: nn.Module, scaler: BlockScaler, optimizer: MasterlessAdamW) -> None:
+        """Call after `zero.Init` and before `deepspeed.initialize`, whose optimizer must not be given these parameters."""
+        self.optimizer, self._scaler = optimizer, scaler
+        self.parameters = {
+            f"{name}.weight": part.weight for name, part in module.named_modules() if isinstance(part, BranchLinear)
+        }
+        self._blocks = {
+            name: i for i, block in enumerate(scaler.names) for name in self.parameters if name.startswith(f"{block}.")
+        }
+        self._gradients: dict[str, Tensor] = {}
+        """Codes of 1-6-9."""
+        self._is_first: dict[str, bool] = {}
+        self._under_way: Callable[[], None] | None = None
+        for name, parameter in self.parameters.items():
+            assert is_zero_param(parameter), f"{name} is not sharded by zero.Init"
+            shard = parameter.ds_tensor
+            shard.data = shard.data.to(torch.float16)
+            self._gradients[name] = torch.zeros_like(shard, dtype=torch.int16)
+            parameter.register_post_accumulate_grad_hook(self._reduce_soon(name))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parameters
+
+    # ---- gradients -------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Call before the forward passes of an update: its first gradients replace those of the last one."""
+        self._is_first = dict.fromkeys(self.parameters, True)
+
+    def finish(self) -> None:
+        """Call after the backward passes: all gradients are there, and the scaler knows which blocks hold Inf or NaN."""
+        if self._under_way is not None:
+            self._under_way()
+            self._under_way = None
+
+    def gradient(self, name: str) -> Tensor:
+        """fp32, un-scaled, averaged over the ranks that share the parameter."""
+        return decode(self._gradients[name], FORMAT_1_6_9)
+
+    def set_gradient(self, name: str, values: Tensor) -> None:
+        self._gradients[name].copy_(encode(values, FORMAT_1_6_9))
+
+    def squared_norm(self) -> Tensor:
+        """0-d fp32, of this rank's shards together."""
+        return torch.stack([squared_norm(codes) for codes in self._gradients.values()]).sum()
+
+    def _reduce_soon(self, name: str) -> Callable[[nn.Parameter], None]:
+        @torch.no_grad()
+        def hook(parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad.view(-1), None
+            n_ranks, n = parameter.ds_zero_partition_world_size, parameter.ds_tensor.numel()
+            if n_ranks == 1:
+                self._add(name, gradient, 1)
+                return
+            if gradient.numel() < n_ranks * n:
+                gradient = torch.cat([gradient, gradient.new_zeros(n_ranks * n - gradient.numel())])
+            shard = torch.empty(n, dtype=torch.float32, device=gradient.device)
+            work = dist.reduce_scatter_tensor(shard, gradient, group=parameter.ds_process_group, async_op=True)
+            self.finish()  # the one before: there are never more than two whole gradients
+
+            def arrived() -> None:
+                nonlocal gradient
+                work.wait()
+                del gradient
+                self._add(name, shard, n_ranks)
+
+            self._under_way = arrived
+
+        return hook
+
+    def _add(self, name: str, shard: Tensor, n_ranks: int) -> None:
+        block = self._blocks[name]
+        inverse, found = self._scaler.in_use[block].reciprocal() / n_ranks, self._scaler.found_nonfinite[block : block + 1]
+        torch._amp_foreach_non_finite_check_and_unscale_([shard], found, inverse.view(1))
+        if not self._is_first[name]:
+            add_codes(shard, self._gradients[name])
+        else:
+            self._gradients[name].copy_(encode_wide(shard, FORMAT_1_6_9))
+        self._is_first[name] = False
+
+    # ---- the update ------------------------------------------------------------------------------------------------------
+
+    def step(self, lr: float, factor: Tensor, but: set[str]) -> None:
+        """Update all matrices but some, with gradients times `factor`, 0-d."""
+        self.optimizer.settings["lr"] = lr
+        for name, parameter in self.parameters.items():
+            if name not in but:
+                self.optimizer.step(name, parameter.ds_tensor, self._gradients[name], factor, shard_start(parameter))
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self.parameters.items():
+            shard = parameter.ds_tensor
+            yield Fragment(name, shard_start(parameter), shard, shard, 0, self.optimizer.state)
+
+
+@fused(kernels=1)
+def add_codes(values: Tensor, codes: Tensor) -> None:
+    """codes (n,) of 1-6-9 <- their sum with values (n,) fp32, rounded to the nearest."""
+    codes.copy_(encode_wide(values + decode(codes, FORMAT_1_6_9), FORMAT_1_6_9))
+
+
+@fused(kernels=2)
+def squared_norm(codes: Tensor) -> Tensor:
+    """0-d fp32, of the numbers that codes of 1-6-9 stand for."""
+    return decode(codes, FORMAT_1_6_9).square().sum()
