@@ -14,7 +14,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.backends import BackendName
-from dalle_ds.optim.adamw import Moments
+from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.optim.averaging import PriorAverageConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas import ReplicasConfig
@@ -113,6 +113,11 @@ class OptimizerSection(Config):
     moments: Moments = Field(
         "fp32",
         description="low_bit: of the layers' matrices 16 bits each (1-6-9, 0-6-10), variance clipped at 5, as the paper has it",
+    )
+    master: Master = Field(
+        "fp32",
+        description="none: the layers' matrices are fp16, rounded stochastically, and their gradients 1-6-9: 8 bytes a parameter "
+        "with moments low_bit, which it needs; the paper's memory",
     )
 
 

@@ -28,7 +28,8 @@ def build_engine(run: PriorRun, model_config: PriorConfig, engine_config: Engine
     engine = PriorEngine(
         model_config, engine_config,
         OptimizerSettings(
-            run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay, settings.moments
+            run.learning_rate.peak, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay, settings.moments,
+            settings.master,
         ),
         ranks, run.seed, run.replicas,
     )  # fmt: skip
