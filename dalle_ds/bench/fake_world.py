@@ -128,7 +128,7 @@ def miniature(deepspeed_json: Mapping[str, Any], config: PriorConfig, d_model: i
 
 def make_engine(
     ranks: Ranks, config: PriorConfig, deepspeed_json: Mapping[str, Any], *, micro_batch: int = 1, accumulation: int = 1,
-    n_replicas: int = 1, compression: str = "none", recompute_every: int = 1, moments: str = "fp32",
+    n_replicas: int = 1, compression: str = "none", recompute_every: int = 1, moments: str = "fp32", master: str = "fp32",
 ) -> Any:  # fmt: skip
     """A `PriorEngine` of this rank, with dense attention and activation checkpointing as a run sets it (0: none), and small
     random weights in its shards: initial ones would come from rank 0, which isn't there, padding has none."""
@@ -142,7 +142,7 @@ def make_engine(
         path = Path(folder, "deepspeed.json")
         path.write_text(json.dumps(deepspeed_json), encoding="utf-8")
         engine_config = load_engine_config(path, micro_batch=micro_batch, accumulation=accumulation, clip=4.0)
-    optimizer = OptimizerSettings(1e-4, (0.9, 0.96), 1e-8, 0.045, moments)
+    optimizer = OptimizerSettings(1e-4, (0.9, 0.96), 1e-8, 0.045, moments, master)
     replicas = ReplicasConfig(count=n_replicas, compression=compression) if n_replicas > 1 else None
     engine = PriorEngine(config, engine_config, optimizer, ranks, seed=0, replicas=replicas)
     use_attention(engine.module, "dense", ranks.device)

@@ -4,6 +4,8 @@ Arithmetic is `LowBitAdamW`'s, fp32 within a step. Gradients come as 1-6-9 codes
 """
 
 import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +18,22 @@ from dalle_ds.optim.adamw import VARIANCE_CLIP, moved_by_adamw, scalars_of
 _CPU_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 24  # a chunk and its temporaries stay in a core's caches; a GPU needs more to be busy
 
 
+class Stretch(NamedTuple):
+    """A part of a flat parameter."""
+
+    name: str
+    """Of the parameter."""
+    weights: Tensor
+    """(n,) fp16, written to."""
+    gradients: Tensor
+    """(n,) int16, codes of 1-6-9."""
+    start: int = 0
+    """Where it begins in the parameter."""
+
+
 class MasterlessAdamW:
-    """Steps on named fp16 tensors. `state` is as that of a torch optimizer, by tensor: step, exp_avg, exp_avg_sq.
+    """Steps on stretches of named fp16 parameters. `state` is as that of a torch optimizer, by the stretch's weights: step,
+    exp_avg, exp_avg_sq.
 
     No `torch.optim.Optimizer`: that one steps on `grad`, which must have its parameter's format.
     """
@@ -31,30 +47,43 @@ class MasterlessAdamW:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def step(self, name: str, weights: Tensor, gradients: Tensor, factor: Tensor, start: int = 0) -> None:
-        """One update of a stretch of a parameter, which begins at value `start` of it.
+    def step(self, stretches: Sequence[Stretch], factor: Tensor) -> None:
+        """One update of each, all on one device, with gradients times `factor`, 0-d fp32.
 
-        Args:
-            weights: (n,) fp16, written to.
-            gradients: (n,) int16, codes of 1-6-9.
-            factor: 0-d fp32, by which gradients are multiplied.
+        Raises:
+            ValueError: weights that are not fp16.
         """
-        if weights.dtype is not torch.float16:
-            raise ValueError(f"{name} is {weights.dtype}: expected fp16 weights, others need no rounding")
-        state = self.state.setdefault(weights, {})
-        if "step" not in state:
-            state["step"] = torch.zeros(())
-            for key in ("exp_avg", "exp_avg_sq"):  # code 0 is the number 0
-                state.setdefault(key, torch.zeros_like(weights, dtype=torch.int16))
-        state["step"] = state["step"].cpu() + 1  # there it can be read without waiting for the device
-        step = int(state["step"])
-        scalars = scalars_of(step, self.settings).to(weights.device)
-        key = zlib.crc32(f"{name} {step} {self.seed}".encode()) - 2**31
-        size = _CPU_CHUNK * torch.get_num_threads() if weights.device.type == "cpu" else _GPU_CHUNK
-        tensors = (weights, gradients, state["exp_avg"], state["exp_avg_sq"])
+        counts, device = [self._count(stretch) for stretch in stretches], factor.device
+        # what differs from one call to the next goes to the device at once, not a few bytes each time
+        scalars = {count: scalars_of(count, self.settings).to(device) for count in set(counts)}
+        calls, places_and_keys = [], []
+        for stretch, count in zip(stretches, counts, strict=True):
+            key = zlib.crc32(f"{stretch.name} {count} {self.seed}".encode()) - 2**31
+            for first, tensors in self._chunks(stretch):
+                calls.append((tensors, scalars[count]))
+                places_and_keys.append((stretch.start + first, key))
+        table = torch.tensor(places_and_keys, dtype=torch.int32).to(device)
+        for (tensors, scalars_of_it), place_and_key in zip(calls, table, strict=True):
+            update_half(*tensors, factor, scalars_of_it, place_and_key)
+
+    def _count(self, stretch: Stretch) -> int:
+        """Its number of steps, this one included."""
+        if stretch.weights.dtype is not torch.float16:
+            raise ValueError(f"{stretch.name} is {stretch.weights.dtype}: expected fp16 weights, others need no rounding")
+        state = self.state.setdefault(stretch.weights, {})
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in state:  # code 0 is the number 0
+                state[key] = torch.zeros_like(stretch.weights, dtype=torch.int16)
+        state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # there it is read without waiting for the device
+        return int(state["step"])
+
+    def _chunks(self, stretch: Stretch) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(where it begins in the stretch, weights, gradients and moments)"""
+        state, on_cpu = self.state[stretch.weights], stretch.weights.device.type == "cpu"
+        size = _CPU_CHUNK * torch.get_num_threads() if on_cpu else _GPU_CHUNK
+        tensors = (stretch.weights, stretch.gradients, state["exp_avg"], state["exp_avg_sq"])
         for number, pieces in enumerate(zip(*(t.split(size) for t in tensors), strict=True)):
-            place_and_key = torch.tensor([start + number * size, key], dtype=torch.int32).to(weights.device)
-            update_half(*pieces, factor, scalars, place_and_key)
+            yield number * size, pieces
 
 
 @fused(kernels=1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dalle_ds.console import progress
 from dalle_ds.data import storage
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import ResBlock
 from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments, moment_bytes
@@ -108,7 +108,7 @@ class PriorEngine:
         self.masterless: MasterlessMatrices | None = None
         self._clip, deepspeed_json = engine_config.json["gradient_clipping"], engine_config.json
         if optimizer.master == "none":
-            _require_masterless(engine_config, optimizer, replicas)
+            engine_config.require_masterless(optimizer.moments, replicas.compression if self.replicas and replicas else "none")
             assert self.scaler is not None
             own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
             self.masterless = MasterlessMatrices(model, self.scaler, own)
@@ -287,14 +287,14 @@ class PriorEngine:
         squares = self.masterless.squared_norm() + torch.stack(torch._foreach_norm(theirs)).square().sum()
         group = self.replicas.shard_group if self.replicas else None  # replicas have the same gradients
         dist.all_reduce(squares, group=group)
-        norm = float(squares.sqrt())
-        if not math.isfinite(norm):
+        norm = squares.sqrt()
+        if math.isfinite(norm):
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(theirs, factor)
+            self.masterless.step(lr, factor, kept)
+        else:
             self._veto_step()
-            return norm
-        factor = torch.tensor(min(1.0, self._clip / (norm + 1e-6)), device=squares.device)
-        torch._foreach_mul_(theirs, factor)
-        self.masterless.step(lr, factor, kept)
-        return norm
+        return float(norm)
 
     def _veto_step(self) -> None:
         """Skip the entire update: some block of some rank had a non-finite gradient (paper appendix E.2 step 10).
@@ -435,19 +435,6 @@ class PriorEngine:
             setattr(self._engine, name, value)
         # other numbers of ranks take other numbers of micro-batches; the engine steps where this one is a multiple of them
         self._engine.micro_steps = self._engine.global_steps * self._accumulation
-
-
-def _require_masterless(config: EngineConfig, optimizer: OptimizerSettings, replicas: ReplicasConfig | None) -> None:
-    """Raises ConfigError where matrices can't be without masters."""
-    offload = [key for key in config.json.get("zero_optimization", {}) if key.startswith("offload_")]
-    if config.block_scaling is None:
-        raise ConfigError('optimizer.master none needs fp16 branches with "loss_scale": "per_resblock" in the DeepSpeed JSON')
-    if offload:
-        raise ConfigError(f"optimizer.master none keeps all state on the GPU, the DeepSpeed JSON has {offload[0]}: remove one")
-    if optimizer.moments != "low_bit":
-        raise ConfigError(f"optimizer.master none needs optimizer.moments low_bit, the recipe has {optimizer.moments}")
-    if replicas is not None and replicas.count > 1 and replicas.compression != "none":
-        raise ConfigError(f"optimizer.master none needs replicas.compression none, the recipe has {replicas.compression}")
 
 
 def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:

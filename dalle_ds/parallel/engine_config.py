@@ -52,6 +52,18 @@ class EngineConfig:
         if self.block_scaling is not None and self.block_scaling.skip == "block":
             raise ConfigError('replicas carry compression errors from update to update and skip whole ones: "skip": "update"')
 
+    def require_masterless(self, moments: str, compression: str) -> None:
+        """Raises ConfigError where matrices can't be without fp32 masters under this configuration, moments and compression."""
+        if self.block_scaling is None:
+            raise ConfigError('optimizer.master none needs fp16 with "loss_scale": "per_resblock" in the DeepSpeed JSON')
+        for key in self.json.get("zero_optimization", {}):
+            if key.startswith("offload_"):
+                raise ConfigError(f"optimizer.master none keeps its state on the device, but the DeepSpeed JSON has {key}")
+        if moments != "low_bit":
+            raise ConfigError(f"optimizer.master none needs optimizer.moments low_bit, the recipe has {moments}")
+        if compression != "none":
+            raise ConfigError(f"optimizer.master none needs replicas.compression none, the recipe has {compression}")
+
     @property
     def weight_dtype(self) -> torch.dtype:
         """The format of all weights in forward passes: of 16 bits under DeepSpeed's own fp16 and bf16 alone."""

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
 
+LARGE = 1 << 22
+"""Values of a parameter that has a message of its own: embeddings and unembeddings of all but the smallest models."""
+
 
 def gather_in_half(model: nn.Module) -> None:
     """Make ZeRO-3 gather the weights of `model`'s branches in fp16. Before `deepspeed.initialize`, after `zero.Init`."""
@@ -46,13 +49,15 @@ class _Gather:
         return _Handle(handle, [(p, *_receive(p, id(p) in self._halves)) for p in ours])
 
     def _is_ours(self, parameter: nn.Parameter) -> bool:
-        """fp16 weights, and where nothing is sharded all: there ZeRO-3 would wait for the device at every module. Not those
-        whose shard is on a disk, or has a second copy inside the node; nor weights so small that they stay gathered: ZeRO-3
-        gathers these by another way too, and a layer must not meet another format when it is recomputed."""
+        """fp16 weights, and others so large that the second copy, which ZeRO-3 makes of what it gathers, would be missed; where
+        nothing is sharded all: there ZeRO-3 would wait for the device at every module. Not those whose shard is on a disk, or
+        has a second copy inside the node; nor weights with fp32 shards so small that they stay gathered: ZeRO-3 gathers these by
+        another way too, and a layer must not meet another format when it is recomputed."""
         shard = parameter.ds_tensor
         is_at_hand = shard.status is PartitionedParamStatus.AVAILABLE and parameter.ds_secondary_tensor is None
-        is_half = id(parameter) in self._halves
-        return is_at_hand and (not parameter.ds_persist if is_half else parameter.ds_zero_partition_world_size == 1)
+        if id(parameter) in self._halves:
+            return is_at_hand and (not parameter.ds_persist or shard.dtype is torch.float16)
+        return is_at_hand and (parameter.ds_numel >= LARGE or parameter.ds_zero_partition_world_size == 1)
 
 
 class _Handle:
@@ -78,7 +83,8 @@ def _receive(parameter: nn.Parameter, in_half: bool) -> tuple[Tensor, Any]:
     device = get_accelerator().current_device_name()
     if n_ranks == 1:
         return shard.to(device, torch.float16 if in_half else shard.dtype, non_blocking=True), None
-    whole = torch.empty(shard.numel() * n_ranks, dtype=torch.float16, device=device)
+    dtype = torch.float16 if in_half else shard.dtype
+    whole = torch.empty(shard.numel() * n_ranks, dtype=dtype, device=device)
     own = whole.narrow(0, shard.numel() * parameter.ds_zero_partition_rank, shard.numel())
     own.copy_(shard, non_blocking=True)  # rounds
     return whole, dist.all_gather_into_tensor(whole, own, group=parameter.ds_process_group, async_op=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.ops.fused import fused
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode, encode_wide
-from dalle_ds.optim.masterless import MasterlessAdamW
+from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 from dalle_ds.parallel.fragments import Fragment, shard_start
 from dalle_ds.precision.block_scaling import BlockScaler
 
@@ -111,9 +111,10 @@ class MasterlessMatrices:
     def step(self, lr: float, factor: Tensor, but: set[str]) -> None:
         """Update all matrices but some, with gradients times `factor`, 0-d."""
         self.optimizer.settings["lr"] = lr
-        for name, parameter in self.parameters.items():
-            if name not in but:
-                self.optimizer.step(name, parameter.ds_tensor, self._gradients[name], factor, shard_start(parameter))
+        self.optimizer.step(
+            [Stretch(name, parameter.ds_tensor, self._gradients[name], shard_start(parameter))
+             for name, parameter in self.parameters.items() if name not in but], factor,
+        )  # fmt: skip
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dalle_ds.data import storage
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.fragments import shard_start
+from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD, as_fp32
 from dalle_ds.parallel.replicas import BUCKET_VALUES, Replicas, ReplicasConfig, in_buckets, mean_in_fp32
 from dalle_ds.parallel.saved_state import SavedState, StateParts
@@ -21,7 +22,12 @@ class ReplicaGradients:
     The paper compresses just these matrices; gains, biases, embeddings and unembeddings it sends whole, in fp32 (appendix D).
     """
 
-    def __init__(self, model: nn.Module, config: ReplicasConfig, replicas: Replicas, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: ReplicasConfig, replicas: Replicas, device: torch.device,
+        masterless: MasterlessMatrices | None = None,
+    ) -> None:  # fmt: skip
+        """`masterless` has the gradients of parameters that DeepSpeed's optimizer does not own."""
+        self._masterless = masterless
         self._parameters, self._peers = dict(model.named_parameters()), replicas.peers
         self._config, self._replicas = config, replicas
         self.power_sgd: PowerSGD | None = None

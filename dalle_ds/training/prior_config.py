@@ -116,8 +116,8 @@ class OptimizerSection(Config):
     )
     master: Master = Field(
         "fp32",
-        description="none: the layers' matrices are fp16, rounded stochastically, and their gradients 1-6-9: 8 bytes a parameter "
-        "with moments low_bit, which it needs; the paper's memory",
+        description="none: the layers' matrices are fp16, rounded stochastically, and their gradients 1-6-9, as in the paper: "
+        "with moments low_bit, which it needs, 8 bytes a parameter instead of 16",
     )
 
 

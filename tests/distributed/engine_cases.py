@@ -194,10 +194,10 @@ def inf_in_one_block(folder: Path, ranks: Ranks, kind: str) -> dict[str, Any]:
 
 def _weights_and_moments(engine: PriorEngine) -> dict[str, list[Tensor]]:
     """This rank's, by block; what is in none by parameter."""
-    states, found = engine._torch_optimizer.state, {}
-    for fragment in fragments(engine._engine):
+    found: dict[str, list[Tensor]] = {}
+    for fragment in fragments(engine._engine, engine._other_fragments()):
         of = next((name for name in engine.scaler.names if fragment.name.startswith(f"{name}.")), fragment.name)
-        moments = [entry for entry in fragment.state(states).values() if entry.any()]  # none is the same as zeros
+        moments = [entry for entry in fragment.state().values() if entry.any()]  # none is the same as zeros
         found.setdefault(of, []).extend(tensor.clone() for tensor in (fragment.values, *moments))
     return found
 

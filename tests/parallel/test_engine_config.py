@@ -87,3 +87,24 @@ def test_replicas_skip_whole_updates(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='"skip": "update"'):
         load(tmp_path, {**ZERO3, "fp16": section}).require_replicable()
     load(tmp_path, {**ZERO3, "fp16": {**section, "skip": "update"}}).require_replicable()
+
+
+PER_RESBLOCK = {**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock"}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "moments", "compression", "message"),
+    [
+        ({**ZERO3, "bf16": {"enabled": True}}, "low_bit", "none", "per_resblock"),
+        ({**PER_RESBLOCK, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "low_bit", "none",
+         "has offload_optimizer"),
+        (PER_RESBLOCK, "fp32", "none", "needs optimizer.moments low_bit, the recipe has fp32"),
+        (PER_RESBLOCK, "low_bit", "power_sgd", "needs replicas.compression none, the recipe has power_sgd"),
+    ],
+)  # fmt: skip
+def test_where_matrices_cannot_be_without_masters(
+    tmp_path: Path, tree: dict[str, Any], moments: str, compression: str, message: str
+) -> None:
+    load(tmp_path, PER_RESBLOCK).require_masterless("low_bit", "none")
+    with pytest.raises(ConfigError, match=f"optimizer.master none .*{message}"):
+        load(tmp_path, tree).require_masterless(moments, compression)

@@ -1,0 +1,61 @@
+"""What a rank of eight holds with matrices that have no masters: bytes a parameter, and how much an update works on."""
+
+import gc
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_ds.bench.fake_world import in_fake_world, make_engine, miniature, random_batches
+from dalle_ds.bench.memory import PeakMemory
+from dalle_ds.models.prior import PriorConfig
+from tests.launching import ROOT
+
+SMALL_MEMORY = json.loads((ROOT / "ds_configs" / "zero3_fp16_16gb.json").read_text())
+CONFIG = {"n_heads": 4, "d_head": 32, "text_len": 8, "grid": 4, "text_vocab": 64, "image_vocab": 32, "conv_kernel": 3}
+D, N_RANKS, N_SLOTS = 128, 8, 24
+MATRICES, VECTORS = 12 * D**2, 13 * D
+"""Values of a layer."""
+
+
+def held_and_worked_on(ranks: Any, n_layers: int) -> tuple[int, int]:
+    """Bytes of all tensors between two updates, and at most above them in one."""
+    config = PriorConfig(n_layers=n_layers, **CONFIG)
+    engine = make_engine(ranks, config, miniature(SMALL_MEMORY, config, 3968), moments="low_bit", master="none")
+    batches = random_batches(config, 1)
+    for _ in range(2):
+        engine.update(batches, 1e-4)
+    gc.collect()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in KINDS}
+    with PeakMemory() as peak:
+        engine.update(batches, 1e-4)
+    return sum(storages.values()), peak.peak_bytes
+
+
+KINDS = (torch.Tensor, torch.nn.Parameter)
+
+
+@pytest.fixture(scope="module")
+def fewer_and_more() -> list[tuple[int, int]]:
+    found = []
+    for n_layers in (4, 8):
+        with in_fake_world(0, N_RANKS) as call:
+            found.append(call(held_and_worked_on, n_layers))
+    return found
+
+
+def test_a_matrix_takes_eight_bytes_a_parameter_and_all_else_sixteen(fewer_and_more: list[tuple[int, int]]) -> None:
+    (fewer, _), (more, _) = fewer_and_more
+    vectors = VECTORS * (16 / N_RANKS + 4)  # gathered and resident too
+    assert (more - fewer) / 4 == pytest.approx(8 * MATRICES / N_RANKS + vectors, rel=0.02)
+
+
+def test_an_update_works_on_two_layers_at_a_time_however_many_there_are(fewer_and_more: list[tuple[int, int]]) -> None:
+    (_, fewer), (_, more) = fewer_and_more
+    assert more - fewer <= 1.05 * 4 * 4 * N_SLOTS * D, "the layers' inputs alone"
+    two_layers, largest = 2 * 2 * MATRICES, 4 * 4 * D**2
+    assert fewer < two_layers + 3 * largest + 4 * 4 * N_SLOTS * D + UNEMBEDDINGS
+
+
+UNEMBEDDINGS = 3 * 4 * D * (CONFIG["text_vocab"] + CONFIG["image_vocab"])
