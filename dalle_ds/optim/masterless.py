@@ -4,7 +4,7 @@ Arithmetic is `LowBitAdamW`'s, fp32 within a step. Gradients come as 1-6-9 codes
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,8 @@ class Stretch(NamedTuple):
     """Of the parameter."""
     weights: Tensor
     """(n,) fp16, written to."""
-    gradients: Tensor
-    """(n,) int16, codes of 1-6-9."""
+    gradients: Callable[[], Tensor]
+    """Gives (n,) fp32, or int16 codes of 1-6-9; called when they are needed, so that not all need be there together."""
     start: int = 0
     """Where it begins in the parameter."""
 
@@ -56,15 +56,18 @@ class MasterlessAdamW:
         counts, device = [self._count(stretch) for stretch in stretches], factor.device
         # what differs from one call to the next goes to the device at once, not a few bytes each time
         scalars = {count: scalars_of(count, self.settings).to(device) for count in set(counts)}
-        calls, places_and_keys = [], []
+        size = _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
+        places_and_keys = [
+            (stretch.start + first, zlib.crc32(f"{stretch.name} {count} {self.seed}".encode()) - 2**31)
+            for stretch, count in zip(stretches, counts, strict=True)
+            for first in range(0, stretch.weights.numel(), size)
+        ]
+        rows = iter(torch.tensor(places_and_keys, dtype=torch.int32).to(device))
         for stretch, count in zip(stretches, counts, strict=True):
-            key = zlib.crc32(f"{stretch.name} {count} {self.seed}".encode()) - 2**31
-            for first, tensors in self._chunks(stretch):
-                calls.append((tensors, scalars[count]))
-                places_and_keys.append((stretch.start + first, key))
-        table = torch.tensor(places_and_keys, dtype=torch.int32).to(device)
-        for (tensors, scalars_of_it), place_and_key in zip(calls, table, strict=True):
-            update_half(*tensors, factor, scalars_of_it, place_and_key)
+            state = self.state[stretch.weights]
+            tensors = (stretch.weights, stretch.gradients(), state["exp_avg"], state["exp_avg_sq"])
+            for pieces in zip(*(t.split(size) for t in tensors), strict=True):
+                update_half(*pieces, factor, scalars[count], next(rows))
 
     def _count(self, stretch: Stretch) -> int:
         """Its number of steps, this one included."""
@@ -77,14 +80,6 @@ class MasterlessAdamW:
         state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # there it is read without waiting for the device
         return int(state["step"])
 
-    def _chunks(self, stretch: Stretch) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """(where it begins in the stretch, weights, gradients and moments)"""
-        state, on_cpu = self.state[stretch.weights], stretch.weights.device.type == "cpu"
-        size = _CPU_CHUNK * torch.get_num_threads() if on_cpu else _GPU_CHUNK
-        tensors = (stretch.weights, stretch.gradients, state["exp_avg"], state["exp_avg_sq"])
-        for number, pieces in enumerate(zip(*(t.split(size) for t in tensors), strict=True)):
-            yield number * size, pieces
-
 
 @fused(kernels=1)
 def update_half(
@@ -94,7 +89,7 @@ def update_half(
     """One update in place; `place_and_key` (2,) int32: where the first value lies, and the key of its noise."""
     place, key = place_and_key.unbind()
     moved, mean, variance = moved_by_adamw(
-        weights.float(), decode(gradients, FORMAT_1_6_9) * factor,
+        weights.float(), (gradients if gradients.dtype is torch.float32 else decode(gradients, FORMAT_1_6_9)) * factor,
         decode(stored_mean, FORMAT_1_6_9), decode(stored_variance, FORMAT_0_6_10), scalars,
     )  # fmt: skip
     places = torch.arange(weights.numel(), dtype=torch.int32, device=weights.device) + place

@@ -108,7 +108,7 @@ class PriorEngine:
         self.masterless: MasterlessMatrices | None = None
         self._clip, deepspeed_json = engine_config.json["gradient_clipping"], engine_config.json
         if optimizer.master == "none":
-            engine_config.require_masterless(optimizer.moments, replicas.compression if self.replicas and replicas else "none")
+            engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
             assert self.scaler is not None
             own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
             self.masterless = MasterlessMatrices(model, self.scaler, own)
@@ -201,6 +201,8 @@ class PriorEngine:
 
         logger.disabled = True  # DeepSpeed would announce an overflow each time
         self.scaler.calibrate(attempt)
+        if self.masterless:
+            self.masterless.forget()
         logger.disabled = False
         self._set_counters(counters)
         self.phases.take()  # trials are no updates

@@ -52,8 +52,9 @@ class EngineConfig:
         if self.block_scaling is not None and self.block_scaling.skip == "block":
             raise ConfigError('replicas carry compression errors from update to update and skip whole ones: "skip": "update"')
 
-    def require_masterless(self, moments: str, compression: str) -> None:
-        """Raises ConfigError where matrices can't be without fp32 masters under this configuration, moments and compression."""
+    def require_masterless(self, moments: str, number_format: str) -> None:
+        """Raises ConfigError where matrices can't be without fp32 masters under this configuration, with moments and errors of
+        replicas in these formats."""
         if self.block_scaling is None:
             raise ConfigError('optimizer.master none needs fp16 with "loss_scale": "per_resblock" in the DeepSpeed JSON')
         for key in self.json.get("zero_optimization", {}):
@@ -61,8 +62,8 @@ class EngineConfig:
                 raise ConfigError(f"optimizer.master none keeps its state on the device, but the DeepSpeed JSON has {key}")
         if moments != "low_bit":
             raise ConfigError(f"optimizer.master none needs optimizer.moments low_bit, the recipe has {moments}")
-        if compression != "none":
-            raise ConfigError(f"optimizer.master none needs replicas.compression none, the recipe has {compression}")
+        if number_format != "1-6-9":
+            raise ConfigError(f"optimizer.master none needs replicas.number_format 1-6-9, the recipe has {number_format}")
 
     @property
     def weight_dtype(self) -> torch.dtype:

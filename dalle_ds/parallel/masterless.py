@@ -8,6 +8,7 @@ does not.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from dalle_ds.ops.fused import fused
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode, encode_wide
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 from dalle_ds.parallel.fragments import Fragment, shard_start
+from dalle_ds.parallel.power_sgd import Factors, PowerSGD
 from dalle_ds.precision.block_scaling import BlockScaler
 
 
@@ -37,6 +39,9 @@ class MasterlessMatrices:
         self._gradients: dict[str, Tensor] = {}
         """Codes of 1-6-9."""
         self._is_first: dict[str, bool] = {}
+        self._power_sgd: PowerSGD | None = None
+        self.factors: dict[str, Factors] = {}
+        """Where gradients are compressed between replicas: of their averages, until the step."""
         self._under_way: Callable[[], None] | None = None
         for name, parameter in self.parameters.items():
             assert is_zero_param(parameter), f"{name} is not sharded by zero.Init"
@@ -50,9 +55,21 @@ class MasterlessMatrices:
 
     # ---- gradients -------------------------------------------------------------------------------------------------------
 
+    def carry(self, power_sgd: PowerSGD) -> None:
+        """From now on gradients are added to the errors that PowerSGD carries on, and have no buffers of their own (paper,
+        appendix E.2). Those of an update that is then skipped stay there; non-finite ones are never added."""
+        self._power_sgd, self._gradients = power_sgd, power_sgd.errors
+
     def begin(self) -> None:
-        """Call before the forward passes of an update: its first gradients replace those of the last one."""
-        self._is_first = dict.fromkeys(self.parameters, True)
+        """Call before the forward passes of an update: its first gradients replace those of the last one, or join what it
+        carried on."""
+        self._is_first = dict.fromkeys(self.parameters, self._power_sgd is None)
+        self.factors = {}
+
+    def forget(self) -> None:
+        """Of updates that were only tried."""
+        for codes in self._gradients.values():
+            codes.zero_()
 
     def finish(self) -> None:
         """Call after the backward passes: all gradients are there, and the scaler knows which blocks hold Inf or NaN."""
@@ -61,7 +78,10 @@ class MasterlessMatrices:
             self._under_way = None
 
     def gradient(self, name: str) -> Tensor:
-        """fp32, un-scaled, averaged over the ranks that share the parameter."""
+        """fp32, un-scaled, averaged over the ranks that share the parameter, and over replicas where it has been."""
+        if name in self.factors:
+            assert self._power_sgd is not None
+            return self._power_sgd.average_of(name, self.factors[name])
         return decode(self._gradients[name], FORMAT_1_6_9)
 
     def set_gradient(self, name: str, values: Tensor) -> None:
@@ -69,6 +89,8 @@ class MasterlessMatrices:
 
     def squared_norm(self) -> Tensor:
         """0-d fp32, of this rank's shards together."""
+        if self.factors:
+            return torch.stack([self.gradient(name).square().sum() for name in self.parameters]).sum()
         return torch.stack([squared_norm(codes) for codes in self._gradients.values()]).sum()
 
     def _reduce_soon(self, name: str) -> Callable[[nn.Parameter], None]:
@@ -100,6 +122,8 @@ class MasterlessMatrices:
         block = self._blocks[name]
         inverse, found = self._scaler.in_use[block].reciprocal() / n_ranks, self._scaler.found_nonfinite[block : block + 1]
         torch._amp_foreach_non_finite_check_and_unscale_([shard], found, inverse.view(1))
+        if self._power_sgd is not None:
+            shard = torch.where(found > 0, 0.0, shard)
         if not self._is_first[name]:
             add_codes(shard, self._gradients[name])
         else:
@@ -112,9 +136,17 @@ class MasterlessMatrices:
         """Update all matrices but some, with gradients times `factor`, 0-d."""
         self.optimizer.settings["lr"] = lr
         self.optimizer.step(
-            [Stretch(name, parameter.ds_tensor, self._gradients[name], shard_start(parameter))
+            [Stretch(name, parameter.ds_tensor, partial(self._take, name), shard_start(parameter))
              for name, parameter in self.parameters.items() if name not in but], factor,
         )  # fmt: skip
+
+    def _take(self, name: str) -> Tensor:
+        if not self.factors:
+            return self._gradients[name]
+        assert self._power_sgd is not None
+        average = self.gradient(name)
+        self._power_sgd.take(name, average)
+        return average
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ K pieces of a shard, M rows and N columns of each with M <= N, R rank.
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +68,24 @@ class MatrixShard:
         return k * min(rank, m) * (m + n)
 
 
+class Factors(NamedTuple):
+    """Of an average of matrices."""
+
+    basis_KMR: Tensor
+    factor_KNR: Tensor
+
+    def product(self) -> Tensor:
+        """(K, M, N)"""
+        return self.basis_KMR @ self.factor_KNR.mT
+
+
 class PowerSGD:
     """Averages one rank's matrix shards with those of its peers. Any process group; knows nothing of engines."""
 
     def __init__(self, shards: Mapping[str, MatrixShard], config: ReplicasConfig, group: Any, device: torch.device | str,
-                 position: int = 0) -> None:  # fmt: skip
-        """`position` of the rank in its replica: shards of one matrix start from different random factors."""
+                 position: int = 0, keep_starts: bool = True) -> None:  # fmt: skip
+        """`position` of the rank in its replica: shards of one matrix start from different random factors. These are a fifth of
+        the shards' size where they are kept; else they are drawn anew, the same each time, on the device."""
         self.shards = dict(shards)
         self.rank = config.rank or largest_rank(self.shards, config.sent_fraction)
         self._group, self._warm_start = group, config.warm_start
@@ -82,15 +94,19 @@ class PowerSGD:
         dtype = torch.int16 if self._is_low_bit else torch.float32
         self.errors = {name: torch.zeros(shard.numel, dtype=dtype, device=device) for name, shard in self.shards.items()}
         """Flat, as the shards; int16 are codes of the format 1-6-9, whose code of zero is 0."""
-        self.starts = {name: self._random_start(name, position).to(device) for name, shard in self.shards.items()}
-        """(K, N, R) factors that the next update begins with."""
+        self._position, self._device, kept = position, torch.device(device), keep_starts or config.warm_start
+        self.starts = {name: self._random_start(name, "cpu").to(device) for name in (self.shards if kept else ())}
+        """(K, N, R) factors that the next update begins with, where they are kept."""
 
-    def _random_start(self, name: str, position: int) -> Tensor:
+    def _start(self, name: str) -> Tensor:
+        return self.starts[name] if name in self.starts else self._random_start(name, self._device)
+
+    def _random_start(self, name: str, device: torch.device | str) -> Tensor:
         k, m, n = self.shards[name].shape
         # drawn on the CPU and by name: the same on all replicas, whatever their devices and the order of parameters
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {position}".encode()))
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{name} {self._position}".encode()))
         # the scale is of no consequence in fp32; this one keeps P where the gradient is, far from 1-6-9's largest value
-        return torch.randn(k, n, min(self.rank, m), generator=generator) * n**-0.5
+        return torch.randn(k, n, min(self.rank, m), generator=generator, device=device) * n**-0.5
 
     @property
     def bytes_sent(self) -> int:
@@ -105,17 +121,34 @@ class PowerSGD:
             name: self.shards[name].matrix(gradient.flatten().float() + as_fp32(self.errors[name]))
             for name, gradient in gradients.items()
         }
+        averages = {}
+        for name, factors in self._factors_of(matrices).items():
+            averages[name] = self.shards[name].flat(factors.product())
+            self.set_error(name, self.shards[name].flat(matrices[name]) - averages[name])
+        return averages
+
+    @torch.no_grad()
+    def compress(self, names: Sequence[str]) -> dict[str, "Factors"]:
+        """As `average`, of gradients that have been added to the errors already -> the averages' factors. The errors move on
+        when `take` is called for each."""
+        return self._factors_of({name: self.shards[name].matrix(as_fp32(self.errors[name])) for name in names})
+
+    def average_of(self, name: str, factors: "Factors") -> Tensor:
+        """Flat, as the shard."""
+        return self.shards[name].flat(factors.product())
+
+    def take(self, name: str, average: Tensor) -> None:
+        """Leave in the error what the average of gradients lacks of them."""
+        self.set_error(name, as_fp32(self.errors[name]) - average)
+
+    def _factors_of(self, matrices: Mapping[str, Tensor]) -> dict[str, "Factors"]:
         names = list(matrices)
-        sketches = self._mean([matrices[name] @ self.starts[name] for name in names], self._group)
+        sketches = self._mean([matrices[name] @ self._start(name) for name in names], self._group)
         bases = dict(zip(names, _by_shape(orthonormal, sketches), strict=True))
         factors = self._mean([matrices[name].mT @ bases[name] for name in names], self._group)
-        averages = {}
-        for name, factor_KNR in zip(names, factors, strict=True):
-            averages[name] = self.shards[name].flat(bases[name] @ factor_KNR.mT)
-            self.set_error(name, self.shards[name].flat(matrices[name]) - averages[name])
-            if self._warm_start:
-                self.starts[name] = F.normalize(factor_KNR, dim=1)
-        return averages
+        if self._warm_start:
+            self.starts |= {name: F.normalize(factor_KNR, dim=1) for name, factor_KNR in zip(names, factors, strict=True)}
+        return {name: Factors(bases[name], factor_KNR) for name, factor_KNR in zip(names, factors, strict=True)}
 
     def mean_errors(self) -> dict[str, Tensor]:
         """fp32 errors, averaged over the peers: all that the errors do depends on this mean (paper appendix E.2). All peers

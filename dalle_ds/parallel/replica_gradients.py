@@ -35,7 +35,11 @@ class ReplicaGradients:
         if config.compression == "power_sgd":
             matrices = {f"{name}.weight": _matrix_shard(name, module)
                         for name, module in model.named_modules() if isinstance(module, BranchLinear)}  # fmt: skip
-            self.power_sgd = PowerSGD(matrices, config, self._peers, device, replicas.shard_rank)
+            self.power_sgd = PowerSGD(
+                matrices, config, self._peers, device, replicas.shard_rank, keep_starts=masterless is None
+            )
+            if masterless is not None:
+                masterless.carry(self.power_sgd)
         self._compressed = in_buckets(matrices, self._size, BUCKET_VALUES)
         self._plain = in_buckets([name for name in self._parameters if name not in matrices], self._size, BUCKET_VALUES)
         self.matrix_bytes = sum(shard.numel for shard in matrices.values()) * 4
@@ -71,6 +75,9 @@ class ReplicaGradients:
                 self._set_gradient(name, average)
         for bucket in self._compressed:
             assert self.power_sgd is not None
+            if self._masterless is not None:
+                self._masterless.factors |= self.power_sgd.compress(bucket)
+                continue
             for name, average in self.power_sgd.average({name: self._gradient(name) for name in bucket}).items():
                 self._set_gradient(name, average)
 

@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
-from dalle_ds.parallel.engine import PriorEngine
+from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.fragments import fragments
 from dalle_ds.parallel.ranks import Ranks, join, leave
@@ -83,7 +84,7 @@ def plain_run(n_updates: int = UPDATES) -> list[list[float]]:
             for parameter in group["params"]:
                 parameter.grad.mul_(factor)
         other.step()
-        own.step([Stretch(name, half, codes[name]) for name, half in halves.items()], factor)
+        own.step([Stretch(name, half, partial(codes.get, name)) for name, half in halves.items()], factor)
         scaler.update(torch.zeros_like(scaler.scale))
         model.zero_grad()
         results.append([text_loss.item(), image_loss.item(), norm.item()])
@@ -174,14 +175,34 @@ def elsewhere(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {"n_equal": n_equal, "losses": run(engine, ranks, range(2, 5))}
 
 
-def replicas(folder: Path, ranks: Ranks) -> list[list[float]]:
-    """Two replicas of a rank each."""
+def replicas(folder: Path, ranks: Ranks, optimizer: OptimizerSettings = MASTERLESS, **config: Any) -> PriorEngine:
+    """An engine of two replicas of a rank each."""
     path = folder / f"replicas-{ranks.rank}.json"
     zero = {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
     path.write_text(json.dumps({"zero_optimization": zero, "fp16": PER_RESBLOCK}))
-    config = load_engine_config(path, micro_batch=BATCH // 2, accumulation=1, clip=CLIP)
-    engine = PriorEngine(CONFIG, config, MASTERLESS, ranks, seed=0, replicas=ReplicasConfig(count=2, compression="none"))
-    return run(engine, ranks, range(UPDATES))
+    engine_config = load_engine_config(path, micro_batch=BATCH // 2, accumulation=1, clip=CLIP)
+    return PriorEngine(CONFIG, engine_config, optimizer, ranks, seed=0, replicas=ReplicasConfig(count=2, **config))
+
+
+def compressed(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Gradients between replicas as factors: of full rank, and of a low one, with and without masters; then a checkpoint."""
+    full = run(replicas(folder, ranks, compression="power_sgd", rank=CONFIG.d_model), ranks, range(UPDATES))
+    low = {"compression": "power_sgd", "rank": 4}
+    masters = run(replicas(folder, ranks, LOW_BIT, **low), ranks, range(UPDATES))
+    first = replicas(folder, ranks, **low)
+    losses = run(first, ranks, range(UPDATES))
+    with poisoned(first.scaler.blocks[1].branch, ranks):
+        skipped = first.update(micro_batches(UPDATES, ranks), ADAMW.lr)
+    errors_are_finite = all(decode(e, FORMAT_1_6_9).abs().max() < 15 for e in first.replica_gradients.power_sgd.errors.values())
+    (folder / "compressed").mkdir(exist_ok=True)
+    first.save(folder / "compressed", {})
+    ranks.barrier()
+    second = replicas(folder, ranks, **low)
+    second.load(folder / "compressed")
+    found = [run(engine, ranks, range(UPDATES, UPDATES + 3)) for engine in (first, second)]
+    same_buffer = first.masterless._gradients is first.replica_gradients.power_sgd.errors
+    return {"full": full, "masters": masters, "low": losses, "skipped": not skipped.took_step, "expected": found[0],
+            "found": found[1], "one_buffer": same_buffer and errors_are_finite}  # fmt: skip
 
 
 def main(folder: Path) -> None:
@@ -199,7 +220,8 @@ def main(folder: Path) -> None:
         results["accumulated"] = run(engine_of(folder, ranks, accumulation=2), ranks, range(UPDATES), accumulation=2)
         results["events"] = {skip: events(folder, ranks, skip) for skip in ("update", "block")}
         results["checkpoint"] = save_and_load(folder, ranks)
-        results["replicas"] = replicas(folder, ranks)
+        results["replicas"] = run(replicas(folder, ranks), ranks, range(UPDATES))
+        results["compressed"] = compressed(folder, ranks)
         if ranks.is_main:
             (folder / "plain.json").write_text(json.dumps(plain_run()))
     else:

@@ -62,6 +62,15 @@ def test_or_that_of_its_block(outcome: dict[str, Any]) -> None:
     assert not updates[3]["took_step"] and len(updates[3]["stayed"]) == updates[3]["n"]
 
 
+def test_gradients_between_replicas_gather_in_the_errors_that_power_sgd_carries(outcome: dict[str, Any]) -> None:
+    found = outcome["0-of-2"]["compressed"]
+    assert_close(found["full"], outcome["plain"], 5e-3)  # the factors are rounded to 1-6-9
+    assert [loss for *loss, _ in found["low"]] == [pytest.approx(loss, rel=1e-2) for *loss, _ in found["masters"]]
+    assert found["one_buffer"] and found["skipped"]
+    assert found["found"] == found["expected"], "after a checkpoint"
+    assert outcome["1-of-2"]["compressed"] == found
+
+
 def test_a_checkpoint_goes_on_to_the_last_digit(outcome: dict[str, Any]) -> None:
     for rank in ("0-of-2", "1-of-2"):
         found = outcome[rank]["checkpoint"]

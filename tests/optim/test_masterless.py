@@ -1,6 +1,7 @@
 """AdamW of fp16 weights without masters, against torch's on fp32 ones that are rounded between steps."""
 
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_a_step_is_low_bit_adamws_rounded() -> None:
     b = LowBitAdamW([theirs], **SETTINGS)
     for step in range(1, 6):
         codes, factor = gradients(step), torch.tensor(0.7)
-        a.step([Stretch(NAME, ours, codes)], factor)
+        a.step([Stretch(NAME, ours, partial(gradients, step))], factor)
         theirs.grad = decode(codes, FORMAT_1_6_9) * factor
         b.step()
         with torch.no_grad():
@@ -63,9 +64,10 @@ def test_a_stretch_is_stepped_as_it_is_within_the_whole(monkeypatch: pytest.Monk
     whole, parts = start(), [part.clone() for part in start().split([17, 20_000, N - 20_017])]
     a, b = MasterlessAdamW(**SETTINGS, seed=SEED), MasterlessAdamW(**SETTINGS, seed=SEED)
     for step in range(3):
-        a.step([Stretch(NAME, whole, gradients(step))], torch.tensor(1.0))
+        a.step([Stretch(NAME, whole, partial(gradients, step))], torch.tensor(1.0))
         codes = gradients(step).split([17, 20_000, N - 20_017])
-        b.step([Stretch(NAME, *place) for place in zip(parts, codes, (0, 17, 20_017), strict=True)], torch.tensor(1.0))
+        stretches = zip(parts, codes, (0, 17, 20_017), strict=True)
+        b.step([Stretch(NAME, part, partial(torch.clone, own), at) for part, own, at in stretches], torch.tensor(1.0))
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -73,7 +75,7 @@ def test_noise_differs_by_name_step_and_seed() -> None:
     def rounded(name: str, seed: int, before: int = 0) -> Tensor:
         weights, optimizer = start(), MasterlessAdamW(**SETTINGS, seed=seed)
         optimizer.state[weights] = {"step": torch.tensor(float(before))}
-        optimizer.step([Stretch(name, weights, torch.zeros(N, dtype=torch.int16))], torch.tensor(1.0))
+        optimizer.step([Stretch(name, weights, partial(torch.zeros, N, dtype=torch.int16))], torch.tensor(1.0))
         return weights  # decay alone moves it, by a twentieth of the last place
 
     first = rounded(NAME, 0)
@@ -84,11 +86,11 @@ def test_noise_differs_by_name_step_and_seed() -> None:
 
 def test_variance_is_the_formats_too() -> None:
     weights, optimizer = start(), MasterlessAdamW(**SETTINGS, seed=0, variance_clip=1e-6)
-    optimizer.step([Stretch(NAME, weights, gradients(0))], torch.tensor(1.0))
+    optimizer.step([Stretch(NAME, weights, partial(gradients, 0))], torch.tensor(1.0))
     assert decode(optimizer.state[weights]["exp_avg_sq"], FORMAT_0_6_10).max() == pytest.approx(1e-6, rel=1e-3)
 
 
 def test_fp32_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"float32: expected fp16 weights"):
-        stretch = Stretch(NAME, torch.zeros(3), torch.zeros(3, dtype=torch.int16))
+        stretch = Stretch(NAME, torch.zeros(3), partial(torch.zeros, 3, dtype=torch.int16))
         MasterlessAdamW(**SETTINGS, seed=0).step([stretch], torch.tensor(1.0))

@@ -93,18 +93,18 @@ PER_RESBLOCK = {**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock"}
 
 
 @pytest.mark.parametrize(
-    ("tree", "moments", "compression", "message"),
+    ("tree", "moments", "number_format", "message"),
     [
-        ({**ZERO3, "bf16": {"enabled": True}}, "low_bit", "none", "per_resblock"),
-        ({**PER_RESBLOCK, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "low_bit", "none",
+        ({**ZERO3, "bf16": {"enabled": True}}, "low_bit", "1-6-9", "per_resblock"),
+        ({**PER_RESBLOCK, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "low_bit", "1-6-9",
          "has offload_optimizer"),
-        (PER_RESBLOCK, "fp32", "none", "needs optimizer.moments low_bit, the recipe has fp32"),
-        (PER_RESBLOCK, "low_bit", "power_sgd", "needs replicas.compression none, the recipe has power_sgd"),
+        (PER_RESBLOCK, "fp32", "1-6-9", "needs optimizer.moments low_bit, the recipe has fp32"),
+        (PER_RESBLOCK, "low_bit", "fp32", "needs replicas.number_format 1-6-9, the recipe has fp32"),
     ],
 )  # fmt: skip
 def test_where_matrices_cannot_be_without_masters(
-    tmp_path: Path, tree: dict[str, Any], moments: str, compression: str, message: str
+    tmp_path: Path, tree: dict[str, Any], moments: str, number_format: str, message: str
 ) -> None:
-    load(tmp_path, PER_RESBLOCK).require_masterless("low_bit", "none")
+    load(tmp_path, PER_RESBLOCK).require_masterless("low_bit", "1-6-9")
     with pytest.raises(ConfigError, match=f"optimizer.master none .*{message}"):
-        load(tmp_path, tree).require_masterless(moments, compression)
+        load(tmp_path, tree).require_masterless(moments, number_format)
