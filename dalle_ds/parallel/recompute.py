@@ -34,7 +34,8 @@ class _Recomputed:
 
 
 class _Recompute(torch.autograd.Function):
-    """Parameters are arguments so that autograd knows of them: their gradients come out of the pass over the second graph."""
+    """Parameters are arguments so that autograd knows of them. The pass over the second graph leaves their gradients in place,
+    each as soon as it is made: whoever takes it then (`masterless`) spares the memory for those of a whole layer."""
 
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, layer: Layer, *parameters: nn.Parameter) -> Tensor:
@@ -50,5 +51,5 @@ class _Recompute(torch.autograd.Function):
         # what the layer gives is known to the layers after it: only its graph is wanted, and the last product is a third of it
         with torch.enable_grad(), unread_product(ctx.layer.mlp.branch.project):
             out_BLD = ctx.layer.blocks(x_BLD)
-        grad_x_BLD, *grads = torch.autograd.grad(out_BLD, [x_BLD, *ctx.parameters], grad_BLD)
-        return grad_x_BLD, None, *grads
+        torch.autograd.backward(out_BLD, grad_BLD, inputs=[x_BLD, *(p for p in ctx.parameters if p.requires_grad)])
+        return x_BLD.grad, None, *(None for _ in ctx.parameters)

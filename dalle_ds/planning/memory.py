@@ -9,7 +9,7 @@ import torch
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
-from dalle_ds.optim.adamw import Moments
+from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.power_sgd import MatrixShard, largest_rank
 from dalle_ds.parallel.replicas import BUCKET_VALUES, PAPER_RATE
@@ -39,9 +39,13 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
-def state_bytes(config: PriorConfig, moments: Moments) -> StateBytes:
-    """Mean over all parameters, by the formats of weights, gradients and moments. fp32 weights are their own master copies."""
-    return StateBytes(4.0, 4.0, moment_bytes_per_parameter(config, moments))
+def state_bytes(config: PriorConfig, moments: Moments, master: Master = "fp32") -> StateBytes:
+    """Mean over all parameters, by the formats of weights, gradients and moments. fp32 weights are their own master copies;
+    without masters the matrices of residual branches are fp16, and their gradients codes of 16 bits."""
+    n_matrices, *others = count_parameters(config)
+    of_matrices = 2.0 if master == "none" else 4.0
+    each = (of_matrices * n_matrices + 4.0 * sum(others)) / (n_matrices + sum(others))
+    return StateBytes(each, each, moment_bytes_per_parameter(config, moments))
 
 
 @cache
@@ -107,7 +111,7 @@ class Memory:
 def memory(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> Memory:
     """Of a GPU that trains `config` under `settings`."""
     shard = sum(count_parameters(config)) / settings.shards
-    state = state_bytes(config, settings.moments)
+    state = state_bytes(config, settings.moments, settings.master)
     return Memory(
         parameters=state.parameter * shard,
         gradients=state.gradient * shard,
@@ -116,14 +120,25 @@ def memory(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) ->
         gathered=gathered_bytes(config, settings, counts),
         activations=activation_bytes(config, settings.micro_batch, settings.recompute, counts),
         buffers=bucket_bytes(settings.bucket),
-        # DeepSpeed copies the gradients of a sub-group, at least as many as that, into one tensor before its step
-        step=max(4.0 * min(shard, settings.sub_group), AVERAGING_BYTES if settings.replicas > 1 else 0.0),
+        step=step_bytes(config, settings),
     )
 
 
+def step_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+    """What the end of an update works on. DeepSpeed copies the gradients of a sub-group, at least as many as that, into one
+    tensor before its step; without masters it owns the rest alone, and the factors of all matrices wait for the norm."""
+    n_matrices, *others = count_parameters(config)
+    owned = (sum(others) if settings.master == "none" else n_matrices + sum(others)) / settings.shards
+    averaging = AVERAGING_BYTES if settings.replicas > 1 else 0.0
+    if settings.master == "none" and settings.is_compressed:
+        averaging += 4.0 * power_sgd_factors(config, settings.shards).sent
+    return max(4.0 * min(owned, settings.sub_group), averaging)
+
+
 def compression_bytes(config: PriorConfig, settings: PlanSettings) -> float:
-    """PowerSGD's errors in codes of 16 bits, and its fp32 factors to start from."""
-    if settings.replicas == 1 or settings.compression == "none":
+    """PowerSGD's errors in codes of 16 bits, and its fp32 factors to start from. Without masters there is neither: gradients
+    gather in the errors, and the factors are drawn anew each time."""
+    if not settings.is_compressed or settings.master == "none":
         return 0.0
     factors = power_sgd_factors(config, settings.shards)
     return 2.0 * factors.errors + 4.0 * factors.starts
@@ -153,7 +168,10 @@ def bucket_bytes(bucket: int) -> float:
 
 
 def gathered_bytes(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> float:
-    """Estimate of what ZeRO-3 holds whole at a time: weights, up to the limit that it is given, and one layer's fp32 gradients.
-    It frees only what it will not need again soon, and around the last layer that is a lot."""
+    """Estimate of what ZeRO-3 holds whole at a time: weights, up to the limit that it is given, or of one layer and what is
+    prefetched of the next; and one layer's fp32 gradients, without masters those of its two largest matrices. It frees only
+    what it will not need again soon, and around the last layer that is a lot."""
     layers = effective_parameters(config)
-    return counts.gathered_bytes * min(layers, settings.live) + 4.0 * layers / config.n_layers
+    layer = layers / config.n_layers
+    gradients = 2 * 4 * config.d_model**2 if settings.master == "none" else layer
+    return counts.gathered_bytes * min(layers, max(settings.live, layer + settings.prefetch)) + 4.0 * gradients

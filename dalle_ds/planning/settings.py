@@ -21,9 +21,11 @@ class PlanSettings(Config):
     updates: int = Field(PAPER_UPDATES, ge=1, description="updates of the run")
     global_batch: int = Field(PAPER_BATCH, ge=1, description="samples of an update")
     moments: Literal["fp32", "low_bit"] = Field("fp32", description="the recipe's optimizer.moments")
+    master: Literal["fp32", "none"] = Field("fp32", description="the recipe's optimizer.master; none: with low_bit moments")
     compression: Literal["none", "power_sgd"] = Field("none", description="the recipe's replicas.compression")
     bucket: int = Field(1_000_000, ge=1, description="reduce_bucket_size of the DeepSpeed JSON")
     live: int = Field(1_000_000_000, ge=1, description="stage3_max_live_parameters of the DeepSpeed JSON")
+    prefetch: int = Field(200_000_000, ge=0, description="stage3_prefetch_bucket_size of the DeepSpeed JSON")
     sub_group: int = Field(1_000_000_000, ge=1, description="sub_group_size of the DeepSpeed JSON")
     gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU; unset: the machine's")
     gpus_per_node: int | None = Field(None, ge=1, description="unset: the machine's")
@@ -43,6 +45,11 @@ class PlanSettings(Config):
     @property
     def replicas(self) -> int:
         return max(1, self.gpus // self.shards)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether gradients go between replicas as factors."""
+        return self.replicas > 1 and self.compression == "power_sgd"
 
     @property
     def n_micro_steps(self) -> float:

@@ -54,7 +54,8 @@ def settings_of(run: PriorRun, gpus: int) -> dict[str, Any]:
     """
     engine = load_engine_config(run.deepspeed_path, micro_batch=run.micro_batch, accumulation=1, clip=run.optimizer.clip)
     zero = engine.json.get("zero_optimization", {})
-    in_json = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters", "sub_group": "sub_group_size"}
+    in_json = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters", "sub_group": "sub_group_size",
+               "prefetch": "stage3_prefetch_bucket_size"}  # fmt: skip
     return {
         "shard_gpus": max(1, gpus // run.replicas.count),
         "micro_batch": run.micro_batch,
@@ -62,6 +63,7 @@ def settings_of(run: PriorRun, gpus: int) -> dict[str, Any]:
         "updates": run.updates,
         "global_batch": run.global_batch,
         "moments": run.optimizer.moments,
+        "master": run.optimizer.master,
         "compression": run.replicas.compression,
         **{name: int(zero[key]) for name, key in in_json.items() if isinstance(zero.get(key), int | float)},
     }

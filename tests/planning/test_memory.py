@@ -1,5 +1,7 @@
 """Memory on paper against tensors that are really there."""
 
+import json
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -10,13 +12,16 @@ from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD
 from dalle_ds.parallel.replicas import ReplicasConfig
+from dalle_ds.planning.arithmetic import count_parameters
 from dalle_ds.planning.counts import INPUT_BYTES, NOW
 from dalle_ds.planning.memory import RESERVED_GIB, activation_bytes, memory, power_sgd_factors
 from dalle_ds.planning.prior_work import prior_workload
 from dalle_ds.planning.proposal import HEADROOM, MAX_SHARDS, propose
 from dalle_ds.planning.settings import PlanSettings
 from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
+from tests.launching import ROOT
 
+DS_CONFIGS = ROOT / "ds_configs"
 SMALL = PriorConfig(n_layers=3, n_heads=4, d_head=16, text_len=8, grid=4, text_vocab=32, image_vocab=32, conv_kernel=3)
 
 
@@ -108,6 +113,20 @@ def test_the_papers_replica_of_8_takes_3_and_a_half_gib_more_for_power_sgd():
     settings = PlanSettings(gpus=1024, shard_gpus=8, compression="power_sgd")
     assert power_sgd_factors(PRESETS["12b"], 8).rank == 82
     assert memory(PRESETS["12b"], settings).compression / 2**30 == pytest.approx(3.5, abs=0.1)
+
+
+def test_without_masters_the_papers_replica_of_8_fits_into_16_gib():
+    config, tree = PRESETS["12b"], json.loads((DS_CONFIGS / "zero3_fp16_16gb.json").read_text())["zero_optimization"]
+    settings = PlanSettings(
+        machine="V100", gpus=1024, shard_gpus=8, compression="power_sgd", moments="low_bit", master="none",
+        bucket=tree["reduce_bucket_size"], live=tree["stage3_max_live_parameters"],
+        prefetch=tree["stage3_prefetch_bucket_size"],
+    )  # fmt: skip
+    of_gpu = memory(config, settings)
+    n_matrices, *others = count_parameters(config)
+    assert of_gpu.state == pytest.approx((8 * n_matrices + 16 * sum(others)) / 8)
+    assert of_gpu.compression == 0 and of_gpu.total / 2**30 <= 16 - RESERVED_GIB
+    assert memory(config, settings.model_copy(update={"master": "fp32"})).total / 2**30 > 24
 
 
 @pytest.mark.parametrize(("preset", "settings"), [
