@@ -96,7 +96,8 @@ class MasterlessMatrices:
     def _reduce_soon(self, name: str) -> Callable[[nn.Parameter], None]:
         @torch.no_grad()
         def hook(parameter: nn.Parameter) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # a recomputed layer's came before; of its first graph autograd has none
+                return
             gradient, parameter.grad = parameter.grad.view(-1), None
             n_ranks, n = parameter.ds_zero_partition_world_size, parameter.ds_tensor.numel()
             if n_ranks == 1:
