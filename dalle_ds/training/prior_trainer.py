@@ -257,6 +257,7 @@ class _Trainer:
             ],
             "tokenizer": self.dataset.info.tokenizer, "caption_dropout": self.recipe.data.caption_dropout,
             "fp16_branches": self.engine.scaler is not None, "moments": self.recipe.optimizer.moments,
+            "master": self.recipe.optimizer.master,
             "weight_dtype": str(self.engine_config.weight_dtype).removeprefix("torch."),
             "mlflow": {"uri": run.uri, "run_id": run.run_id} if run is not None else None,
         }  # fmt: skip
