@@ -51,7 +51,7 @@ class _Gather:
     def _is_ours(self, parameter: nn.Parameter) -> bool:
         """fp16 weights, and others so large that the second copy, which ZeRO-3 makes of what it gathers, would be missed; where
         nothing is sharded all: there ZeRO-3 would wait for the device at every module. Not those whose shard is on a disk, or
-        has a second copy inside the node; nor weights with fp32 shards so small that they stay gathered: ZeRO-3 gathers these by
+        has a second copy inside the node; nor weights with small fp32 shards that stay gathered: ZeRO-3 gathers these by
         another way too, and a layer must not meet another format when it is recomputed."""
         shard = parameter.ds_tensor
         is_at_hand = shard.status is PartitionedParamStatus.AVAILABLE and parameter.ds_secondary_tensor is None
