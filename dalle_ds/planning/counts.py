@@ -67,8 +67,8 @@ INPUT_BYTES = 4.0
 """Memory that an element takes from forward to backward pass in a layer that is recomputed."""
 
 LOGIT_BYTES, HEAD_WEIGHT_BYTES = 84.0, 36.0
-"""Memory traffic of the loss for each logit, and in each chunk of logits for each weight of an unembedding: operation by operation
-in `dalle_ds.ops.cross_entropy`, where three products are summed."""
+"""Memory traffic of the loss for each logit, and in each chunk of logits for each weight of an unembedding: operation by
+operation in `dalle_ds.ops.cross_entropy`, where three products are summed."""
 
 HEAD_MEMORY_BYTES = 12.0
 """Memory of an unembedding's weight while its losses are made: itself as two fp16 parts, its gradient's summands."""
