@@ -1,4 +1,4 @@
-"""200 updates of the real engine on one rank, and what the process holds after each hundred: JSON in the folder given."""
+"""Updates of the real engine on one rank, and what the process holds after each hundred of them: JSON in the folder given."""
 
 import ctypes
 import gc
@@ -11,6 +11,7 @@ from deepspeed.runtime.zero import parameter_offload
 from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.parallel.ranks import join, leave
 from dalle_ds.parallel.recompute import recompute_layers
+from tests.distributed import engine_cases
 from tests.distributed.engine_cases import ADAMW, PER_RESBLOCK, make_engine, micro_batches
 
 UPDATES, EVERY = 200, 100
@@ -33,8 +34,9 @@ def bytes_in_use() -> int:
 
 def main(folder: Path) -> None:
     ranks = join()
-    engine = make_engine(folder, ranks, {**PER_RESBLOCK, "skip": "block"}, accumulation=2)
-    recompute_layers(engine.module, every=2)
+    engine_cases.CONFIG = engine_cases.CONFIG.model_copy(update={"n_layers": 1})
+    engine = make_engine(folder, ranks, PER_RESBLOCK, accumulation=2)
+    recompute_layers(engine.module)
     average = WeightAverage(engine.shards(), AverageConfig(decay=0.5))
     batch, held = micro_batches(0, ranks, 2), []
     for update in range(UPDATES):
