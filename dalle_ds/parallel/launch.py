@@ -30,6 +30,26 @@ def prepare_rank(environment: Path | None) -> None:
     set_defaults()
 
 
+def take_gpu(n_visible: int) -> int:
+    """Which of the GPUs that this process sees is its own; LOCAL_RANK then says it, which is what DeepSpeed goes by.
+
+    By its number on this machine, where it sees enough of them. Slurm and mpirun may show each task its own GPUs alone, all of
+    them with numbers from 0 on: `--gpus-per-task`, `--gpu-bind=single:1`.
+
+    Raises:
+        ConfigError: fewer GPUs than ranks, under a launcher that shows them all to each.
+    """
+    told = os.environ
+    number = int(told["LOCAL_RANK"])
+    if number >= n_visible:
+        if int(told.get("SLURM_STEP_NUM_TASKS", 1)) == 1 and "OMPI_COMM_WORLD_SIZE" not in told:
+            raise ConfigError(f"rank {told['RANK']} is number {number} on {os.uname().nodename} and sees {n_visible} GPUs: "
+                              f"expected one for each rank; start {n_visible} there (--num_gpus {n_visible})")  # fmt: skip
+        number %= n_visible
+        told["LOCAL_RANK"] = str(number)
+    return number
+
+
 def take_environment(file: Path) -> None:
     """Set the variables of `file`, a NAME=VALUE a line as `env` prints them, over those that this process has.
 

@@ -13,6 +13,7 @@ from torch.distributed import distributed_c10d
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.parallel.launch import take_gpu
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def join() -> Ranks:
     """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone.
 
     Raises:
-        ConfigError: restarts by torchrun on several machines, without what they need.
+        ConfigError: restarts by torchrun on several machines, without what they need; more ranks than GPUs on a machine.
     """
     exact_fp32()
     cuda = torch.cuda.is_available()
@@ -78,8 +79,7 @@ def join() -> Ranks:
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", take_gpu(torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets 1 where the user sets none

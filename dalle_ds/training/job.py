@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from dalle_ds.console import print_summary
+from dalle_ds.console import print_error, print_summary
 from dalle_ds.errors import UserError
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.parallel.watch import say
@@ -16,7 +16,11 @@ def on_all_ranks(work: Callable[[Ranks], dict[str, Any]], as_json: bool) -> None
     Raises:
         SystemExit: what `work` raises, of all ranks; or the exit code of a UserError, whose message is printed once.
     """
-    ranks = join()
+    try:
+        ranks = join()
+    except UserError as error:  # perhaps on this machine alone, and before there are others to agree with
+        print_error(f"error: {error}")
+        sys.exit(error.exit_code)
     try:
         summary = work(ranks)
     except UserError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.parallel.launch import set_defaults, take_environment, take_rank
+from dalle_ds.parallel.launch import set_defaults, take_environment, take_gpu, take_rank
 from tests import launching
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4",
@@ -43,6 +43,24 @@ def test_nothing_changes_for_a_process_alone_or_with_a_rank(told: dict[str, str]
     before = dict(told)
     take_rank()
     assert told == before
+
+
+def test_a_rank_takes_the_gpu_of_its_number_or_one_that_it_alone_sees(told: dict[str, str]) -> None:
+    told |= {"RANK": "11", "LOCAL_RANK": "3"}
+    assert take_gpu(8) == 3 and told["LOCAL_RANK"] == "3"
+    for own, visible, taken in (({"SLURM_STEP_NUM_TASKS": "16"}, 1, 0), ({"OMPI_COMM_WORLD_SIZE": "16"}, 1, 0),
+                                ({"SLURM_STEP_NUM_TASKS": "16"}, 2, 1), ({"SLURM_STEP_NUM_TASKS": "16"}, 4, 3)):  # fmt: skip
+        told.clear()
+        told |= {"RANK": "11", "LOCAL_RANK": "3", **own}
+        assert take_gpu(visible) == taken and told["LOCAL_RANK"] == str(taken), "DeepSpeed reads it"
+
+
+@pytest.mark.parametrize("given", [{}, BATCH_SCRIPT, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_more_ranks_than_gpus_are_refused_by_the_rank_that_has_none(told: dict[str, str], given: dict[str, str]) -> None:
+    """The deepspeed launcher and torchrun show all GPUs to every rank, inside a Slurm job too."""
+    told |= {**given, "RANK": "1", "LOCAL_RANK": "1"}
+    with pytest.raises(ConfigError, match=r"rank 1 is number 1 on .* sees 1 GPUs: .* \(--num_gpus 1\)"):
+        take_gpu(1)
 
 
 def test_the_environment_of_a_file_goes_over_the_hosts_own(told: dict[str, str], tmp_path: Path) -> None:
