@@ -149,7 +149,7 @@ def make_engine(
     if recompute_every:
         recompute_layers(engine.module, recompute_every)
     shards = engine.shards()
-    for fragment in fragments(engine._engine):
+    for fragment in fragments(engine._engine, engine._other_fragments()):
         shards[fragment.name].copy_(fragment.values.normal_(0.0, 0.02))
     engine.refresh_gathered_parameters()
     return engine

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle_ds.ops.fused import fused
+
 _FP32_MANTISSA, _FP32_BIAS = 23, 127
 _EXPONENT_BITS = 6
 
@@ -87,3 +89,15 @@ def decode(codes: Tensor, fmt: LowBitFormat) -> Tensor:
     bits = codes.to(torch.int32).bitwise_left_shift_(shift).bitwise_and_(mask)  # the sign has been extended up to bit 31
     # read as fp32 with the same fields, these are the values but for the bias; the product is exact, subnormals included
     return bits.view(torch.float32).mul_(2.0 ** (_FP32_BIAS - fmt.bias))
+
+
+@fused(kernels=1)
+def added_to_codes(codes: Tensor, values: Tensor) -> Tensor:
+    """int16 codes of 1-6-9 and fp32 values of the same shape -> codes of their sums, rounded to the nearest."""
+    return encode_wide(decode(codes, FORMAT_1_6_9) + values, FORMAT_1_6_9).to(torch.int16)
+
+
+@fused(kernels=2)
+def squares_of_codes(codes: Tensor) -> Tensor:
+    """0-d fp32: sum of the squares of what int16 codes of 1-6-9 stand for."""
+    return decode(codes, FORMAT_1_6_9).square().sum()

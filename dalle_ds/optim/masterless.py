@@ -67,7 +67,10 @@ class MasterlessAdamW:
             state = self.state[stretch.weights]
             tensors = (stretch.weights, stretch.gradients(), state["exp_avg"], state["exp_avg_sq"])
             for pieces in zip(*(t.split(size) for t in tensors), strict=True):
-                update_half(*pieces, factor, scalars[count], next(rows))
+                weights, _, *moments = pieces
+                new = updated_half(*pieces, factor, scalars[count], next(rows))
+                for held, value in zip((weights, *moments), new, strict=True):
+                    held.copy_(value)
 
     def _count(self, stretch: Stretch) -> int:
         """Its number of steps, this one included."""
@@ -82,17 +85,17 @@ class MasterlessAdamW:
 
 
 @fused(kernels=1)
-def update_half(
+def updated_half(
     weights: Tensor, gradients: Tensor, stored_mean: Tensor, stored_variance: Tensor, factor: Tensor, scalars: Tensor,
     place_and_key: Tensor,
-) -> None:  # fmt: skip
-    """One update in place; `place_and_key` (2,) int32: where the first value lies, and the key of its noise."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Weights and codes of the moments after one update; `place_and_key` (2,) int32: where the first value lies, and the key of
+    its noise."""
     place, key = place_and_key.unbind()
     moved, mean, variance = moved_by_adamw(
         weights.float(), (gradients if gradients.dtype is torch.float32 else decode(gradients, FORMAT_1_6_9)) * factor,
         decode(stored_mean, FORMAT_1_6_9), decode(stored_variance, FORMAT_0_6_10), scalars,
     )  # fmt: skip
     places = torch.arange(weights.numel(), dtype=torch.int32, device=weights.device) + place
-    weights.copy_(round_to_half(moved, noise(places, key)))
-    stored_mean.copy_(encode_wide(mean, FORMAT_1_6_9))
-    stored_variance.copy_(encode_wide(variance, FORMAT_0_6_10))
+    codes = encode_wide(mean, FORMAT_1_6_9).to(torch.int16), encode_wide(variance, FORMAT_0_6_10).to(torch.int16)
+    return round_to_half(moved, noise(places, key)), *codes

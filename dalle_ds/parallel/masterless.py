@@ -16,8 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
-from dalle_ds.ops.fused import fused
-from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode, encode_wide
+from dalle_ds.ops.low_bit import FORMAT_1_6_9, added_to_codes, decode, encode, encode_wide, squares_of_codes
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 from dalle_ds.parallel.fragments import Fragment, shard_start
 from dalle_ds.parallel.power_sgd import Factors, PowerSGD
@@ -91,7 +90,7 @@ class MasterlessMatrices:
         """0-d fp32, of this rank's shards together."""
         if self.factors:
             return torch.stack([self.gradient(name).square().sum() for name in self.parameters]).sum()
-        return torch.stack([squared_norm(codes) for codes in self._gradients.values()]).sum()
+        return torch.stack([squares_of_codes(codes) for codes in self._gradients.values()]).sum()
 
     def _reduce_soon(self, name: str) -> Callable[[nn.Parameter], None]:
         @torch.no_grad()
@@ -126,7 +125,7 @@ class MasterlessMatrices:
         if self._power_sgd is not None:
             shard = torch.where(found > 0, 0.0, shard)
         if not self._is_first[name]:
-            add_codes(shard, self._gradients[name])
+            self._gradients[name].copy_(added_to_codes(self._gradients[name], shard))
         else:
             self._gradients[name].copy_(encode_wide(shard, FORMAT_1_6_9))
         self._is_first[name] = False
@@ -155,15 +154,3 @@ class MasterlessMatrices:
         for name, parameter in self.parameters.items():
             shard = parameter.ds_tensor
             yield Fragment(name, shard_start(parameter), shard, shard, 0, self.optimizer.state)
-
-
-@fused(kernels=1)
-def add_codes(values: Tensor, codes: Tensor) -> None:
-    """codes (n,) of 1-6-9 <- their sum with values (n,) fp32, rounded to the nearest."""
-    codes.copy_(encode_wide(values + decode(codes, FORMAT_1_6_9), FORMAT_1_6_9))
-
-
-@fused(kernels=2)
-def squared_norm(codes: Tensor) -> Tensor:
-    """0-d fp32, of the numbers that codes of 1-6-9 stand for."""
-    return decode(codes, FORMAT_1_6_9).square().sum()

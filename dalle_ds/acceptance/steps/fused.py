@@ -14,12 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.ops.fused import Fused
+from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, added_to_codes, encode, squares_of_codes
 from dalle_ds.ops.split import high_and_low
+from dalle_ds.optim.adamw import scalars_of
+from dalle_ds.optim.masterless import updated_half
 from dalle_ds.precision.block_scaling import add_half, norm_to_half, norm_to_half_backward, scale_to_half
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.int16: 2e-4}
 """Relative, by the result's format. Both sides compute in fp32, in another order: a result on the edge between two fp16 numbers
-may round to either, which for all of them at once would be 2e-4."""
+may round to either, which for all of them at once would be 2e-4. The same goes for codes of 16 bits (int16)."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -46,12 +49,19 @@ def arguments(place: Place) -> dict[Fused, tuple[Any, ...]]:
     _, mean, inverse = torch.native_layer_norm(x_BLD, weight_D.shape, weight_D, bias_D, 1e-5)
     # not in the backward pass of the norm: one Inf makes the sums over all rows Inf, and nothing is left to compare
     half_BLD = random(*shape, dtype=torch.float16)
+    flat = 1e-3 * random(place.pick(1 << 24, 640))
+    codes, squares = encode(flat, FORMAT_1_6_9), encode(flat.square(), FORMAT_0_6_10)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.96), "eps": 1e-8, "weight_decay": 0.045, "variance_clip": 5.0}
+    scalars, place_and_key = scalars_of(7, settings).to(place.device), torch.tensor([64, 12345]).to(place.device, torch.int32)
     return {
         norm_to_half: (x_BLD, weight_D, bias_D, 1e-5),
         norm_to_half_backward: (half_BLD, random(*shape), scale, x_BLD, mean, inverse, weight_D, bias_D),
         add_half: (x_BLD, y_BLD),
         scale_to_half: (gradient(), scale),
         high_and_low: (random(*shape),),
+        added_to_codes: (codes, flat.flip(0)),
+        squares_of_codes: (codes,),
+        updated_half: (flat.half(), codes, codes.flip(0), squares, torch.ones((), device=place.device), scalars, place_and_key),
     }
 
 
