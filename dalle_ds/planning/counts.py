@@ -43,8 +43,8 @@ class Counts:
 
 
 NOW = Counts(
-    element_bytes=180,
-    recomputed_bytes=60,
+    element_bytes=174,
+    recomputed_bytes=51,
     weight_bytes=10,
     gather_bytes=4,
     alone_bytes=12,
@@ -59,9 +59,9 @@ NOW = Counts(
     working_bytes=14,
     gathered_bytes=2,
 )
-"""Memory: torch's memory tracker over fake CUDA tensors. `host_ms_per_rank`: the engine as one rank of a fake world of 8 and of
-1,024. Traffic, messages and the other host times: what the step aims at, until `dalle-ds bench cuda-path` has counted them at
-d 2048 and 3968."""
+"""Counted at d 2048 and 3968: traffic of elements and memory over fake CUDA tensors; messages and `host_ms_per_rank` as one
+rank of a fake world. Traffic of parameters and the other host times are what the step aims at, until `dalle-ds bench cuda-path`
+has counted them."""
 
 INPUT_BYTES = 4.0
 """Memory that an element takes from forward to backward pass in a layer that is recomputed."""
