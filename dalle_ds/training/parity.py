@@ -18,9 +18,13 @@ from dalle_ds.precision.half import use_fp16_branches
 PARITY_FILE = "parity.safetensors"
 """In a checkpoint: a few samples, and the losses that the engine gave them with the averaged weights."""
 
-MAX_NLL_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-"""Nats by which export and engine may differ on one token, by the format of the engine's weights: with fp32 weights it is fp16
-branches, else the whole model, that round what other machines sum in another order."""
+MEAN_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Nats a token by which export and engine may differ, in the mean and at most, by the format of the engine's branches.
+
+Both round to that format, but a GPU sums in another order than this machine and rounds attention's probabilities too: two
+roundings of one model, each as far from fp32 as the other. So where this machine's own rounding moves losses further than the
+limits, as in deep models, it is the limit in the mean, and three times it the limit for one token."""
 
 
 @torch.no_grad()
@@ -54,15 +58,23 @@ def prove_parity(
     fp32_BN = image_nll()
     is_fp32 = not fp16_branches and dtype is torch.float32
     same_format_BN = fp32_BN if is_fp32 else image_nll(fp16_branches, dtype)
-    difference = (same_format_BN - saved["image_nll"]).abs().max().item()
-    if not difference <= MAX_NLL_DIFFERENCE[dtype]:
-        raise DataError(
-            f"export of {data} differs from the engine by {difference:.2e} nats on a token, "
-            f"expected at most {MAX_NLL_DIFFERENCE[dtype]:.0e}"
-        )
+    branches, rounding_BN = torch.float16 if fp16_branches else dtype, (same_format_BN - fp32_BN).abs()
+    difference_BN = (same_format_BN - saved["image_nll"]).abs()
+    found = {"in the mean": difference_BN.mean().item(), "on a token": difference_BN.max().item()}
+    limits = {
+        "in the mean": max(MEAN_DIFFERENCE[branches], rounding_BN.mean().item()),
+        "on a token": max(MAX_DIFFERENCE[branches], 3 * rounding_BN.max().item()),
+    }
+    for where, difference in found.items():
+        if not difference <= limits[where]:
+            raise DataError(
+                f"export of {data} differs from the engine by {difference:.2e} nats {where}, expected at most "
+                f"{limits[where]:.0e} with branches in {str(branches).removeprefix('torch.')}"
+            )
     return {
         "samples": len(fp32_BN), "tokens": fp32_BN.numel(), "engine_mean_image_nll": saved["image_nll"].mean().item(),
-        "max_difference_same_format": difference, "max_difference_fp32": (fp32_BN - saved["image_nll"]).abs().max().item(),
+        "mean_difference_same_format": found["in the mean"], "max_difference_same_format": found["on a token"],
+        "max_difference_fp32": (fp32_BN - saved["image_nll"]).abs().max().item(),
     }  # fmt: skip
 
 
