@@ -84,7 +84,7 @@ stage 4 dalle-ds train-dvae --recipe $recipes/tiny_dvae.yaml --set data.raw="$ou
 stage 5 python -m preprocessing encode --recipe $recipes/tiny_encode.yaml --set encode.raw="$out/raw" \
   --set encode.dvae="$out/dvae/dvae.safetensors" --set encode.tokenizer="$out/tokenizer.model" --set encode.out="$out/tokens" \
   "${encode_quick[@]}"
-stage 6 deepspeed --num_gpus 2 --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
+stage 6 deepspeed --num_gpus "$(bash launchers/ranks.sh 2)" --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
   launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior" "${prior_quick[@]}"
 # a finished demo started again should do nothing: each of these results is newer than what it was made of
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }

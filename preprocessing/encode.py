@@ -28,6 +28,7 @@ from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAEConfig
+from dalle_ds.ops.devices import gpus_are_wanted
 from dalle_ds.recipes import Config
 from preprocessing.encode_shard import EncodeJob, code_usage, crop_of, load_dvae
 from preprocessing.journal import Journal
@@ -237,7 +238,9 @@ def _device(config: EncodeConfig) -> str:
     if config.device == "cuda" and not has_gpu:
         where = "the Ray cluster has no GPU" if config.engine == "ray" else "torch sees no CUDA device"
         raise DataError(f"encode.device is cuda, but {where}; expected cpu or auto")
-    return ("cuda" if has_gpu else "cpu") if config.device == "auto" else config.device
+    if config.device == "auto":
+        return "cuda" if has_gpu and gpus_are_wanted() else "cpu"
+    return config.device
 
 
 def _n_workers(engine: Engine, device: str) -> int:

@@ -1,5 +1,6 @@
 """Fixtures for all rooms."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from dalle_ds.training.tracking_mlflow import create_sqlite_store
 from tests.s3_server import BUCKET, S3Server
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `auto` means the CPU, also where there are GPUs; tests of these name them
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The launchers of this Python first on the PATH; nothing of a job around the tests leaks in."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    env["DS_ACCELERATOR"] = "cpu"
+    env["DS_ACCELERATOR"], env["CUDA_VISIBLE_DEVICES"] = "cpu", ""  # on machines with GPUs too
     env["PYTHONPATH"] = f"{ROOT}:{QUICK_START.parent}"
     return {**env, **(extra or {})}
 

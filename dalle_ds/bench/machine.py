@@ -12,6 +12,7 @@ from torch import nn
 from dalle_ds.bench.settings import Dtype, OneMachine
 from dalle_ds.bench.timing import Clock, clock_for
 from dalle_ds.errors import ConfigError
+from dalle_ds.ops.devices import default_device
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.precision.half import use_fp16_branches
 
@@ -38,7 +39,7 @@ class Machine:
 @contextmanager
 def machine_for(settings: OneMachine) -> Iterator[Machine]:
     """The machine that the settings ask for, with its threads set while it is used."""
-    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = default_device() if settings.device == "auto" else settings.device
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

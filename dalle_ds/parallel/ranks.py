@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from dalle_ds.errors import ConfigError
+from dalle_ds.ops.devices import use_cuda
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.parallel.launch import take_gpu
 
@@ -61,7 +62,7 @@ def join() -> Ranks:
         ConfigError: restarts by torchrun on several machines, without what they need; more ranks than GPUs on a machine.
     """
     exact_fp32()
-    cuda = torch.cuda.is_available()
+    cuda = use_cuda()
     if not cuda:
         # else DeepSpeed probes for accelerators and warns on every rank
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

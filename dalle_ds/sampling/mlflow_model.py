@@ -5,10 +5,10 @@ from threading import Lock
 from typing import Any
 
 import pandas as pd
-import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from dalle_ds.ops.devices import default_device
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
 from dalle_ds.sampling.scorer import load_scorer
@@ -19,7 +19,7 @@ class CaptionsToPictures(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Open the export and, where one was registered with it, the CLIP that chooses."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
         clip = context.artifacts.get("clip")
         scorer = load_scorer(clip, device) if clip else None
         self._sampler, self._one_at_a_time = Sampler(load_export(context.artifacts["export"], device), scorer), Lock()

@@ -91,8 +91,11 @@ def _package(name: str) -> tuple[bool, str]:
 def _accelerator() -> tuple[bool, str]:
     import torch
 
-    if not torch.cuda.is_available():
-        return False, f"none: {torch.get_num_threads()} CPU threads; enough for the tiny preset"
+    from dalle_ds.ops.devices import use_cuda
+
+    if not use_cuda():
+        why = "DS_ACCELERATOR leaves the GPUs out" if torch.cuda.is_available() else "none"
+        return False, f"{why}: {torch.get_num_threads()} CPU threads; enough for the tiny preset"
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
     product = torch.ones(64, 64, device="cuda", dtype=torch.float16) @ torch.ones(64, 64, device="cuda", dtype=torch.float16)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   deepspeed launchers/train_prior.sh
-  deepspeed --num_gpus 2 launchers/train_prior.sh --recipe launchers/recipes/tiny.yaml --set updates=100
+  deepspeed --num_gpus 1 launchers/train_prior.sh --recipe launchers/recipes/tiny.yaml --set updates=100
   deepspeed --hostfile hosts launchers/train_prior.sh --recipe launchers/recipes/12b.yaml
   torchrun --nproc_per_node 8 --max_restarts 3 launchers/train_prior.sh --recipe launchers/recipes/12b.yaml
 The same command goes on where a stopped or killed run left off; torchrun gives it again by itself."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle_ds.console import progress
 from dalle_ds.errors import ConfigError
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
+from dalle_ds.ops.devices import default_device
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.watch import RankWatch
 from dalle_ds.sampling.export import Export, load_export
@@ -183,7 +184,7 @@ def evaluate_export(
 def choose_device(name: str) -> str:
     """ "auto" takes the first GPU where there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

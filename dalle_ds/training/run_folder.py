@@ -12,6 +12,7 @@ import torch
 from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.data.raw import list_raw_shards
 from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.ops.devices import default_device
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.recipes import Config
 
@@ -92,7 +93,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
 def device_of(name: str) -> torch.device:
     """What a recipe's `device` names; fp32 is exact from here on. Raises ConfigError where that is no device, or not there."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(default_device() if name == "auto" else name)
     except RuntimeError:
         raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():

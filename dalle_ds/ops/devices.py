@@ -1,0 +1,25 @@
+"""Where computation goes when nobody names a device."""
+
+import os
+
+import torch
+
+
+def gpus_are_wanted() -> bool:
+    """DS_ACCELERATOR, by which DeepSpeed chooses, names nothing but cuda."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def use_cuda() -> bool:
+    """Whether to compute on GPUs of this machine: torch sees one, and they are wanted."""
+    return torch.cuda.is_available() and gpus_are_wanted()
+
+
+def default_device() -> str:
+    """ "cuda" or "cpu"."""
+    return "cuda" if use_cuda() else "cpu"
+
+
+def ranks_here(at_most: int) -> int:
+    """Ranks for this machine: one for each GPU, but no more than `at_most`; without GPUs so many, which share the cores."""
+    return min(at_most, torch.cuda.device_count()) if use_cuda() else at_most
