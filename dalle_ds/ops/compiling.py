@@ -11,8 +11,9 @@ T = TypeVar("T")
 
 VARIANTS = 64
 """Compiled variants of one function that a process may hold. Torch's default is 8, for a model that is called in one way.
-Flex attention takes three masks times training, validation (no gradients) and the batch that proves an export: 9 a model. A
-function that all layers share takes formats, with and without gradients, one or any number of rows."""
+Flex attention takes three masks times training, the forward pass of recomputed layers (no gradients), validation and the batch
+that proves an export: 12 a model. A function that all layers share takes formats, with and without gradients, one or any number
+of rows."""
 
 
 def compiled(function: Callable[P, T], *, dynamic: bool | None = None, keep_roundings: bool = False) -> Callable[P, T]:

@@ -19,7 +19,8 @@ CASE = Path(__file__).with_name("flex_run_case.py")
 
 @pytest.mark.launch
 def test_a_whole_run_fits_into_dynamos_cache(tmp_path: Path) -> None:
-    """Three masks: verified at the shape that training uses, then training; validation; the batch that proves an export."""
+    """Three masks: verified at the shape that training uses, with gradients; training's forward pass without, whose layers are
+    recomputed with; validation; the batch that proves an export."""
     root = make_token_set(tmp_path / "set", n_samples=64, n_validation=16)
     overrides = [
         f"data.dataset={root}", f"folder={tmp_path / 'run'}", "attention=flex", "updates=3", "global_batch=16", "micro_batch=8",
@@ -28,7 +29,7 @@ def test_a_whole_run_fits_into_dynamos_cache(tmp_path: Path) -> None:
     ]  # fmt: skip
     launching.run_ranks(1, CASE, str(launching.TINY[1]), *overrides, cwd=tmp_path)
     counts = json.loads((tmp_path / "run" / "counts.json").read_text())
-    assert counts == {"verified": 3, "trained": 9, "updates": 3}
+    assert counts == {"verified": 3, "trained": 12, "updates": 3}
 
 
 @pytest.fixture
