@@ -18,6 +18,9 @@ MAX_LOGITS = 2**23
 products at full speed; the paper's text and image logits of one sample alone would be 48 MiB, and as much again each for
 their softmax and their gradient."""
 
+MAX_WEIGHT_ROWS = 2**11
+"""Rows of the weight's gradient that are made at a time on fp16 units: products of this size run at full speed."""
+
 
 def linear_cross_entropy(
     x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, ignore_index: int | None = None,
@@ -96,7 +99,10 @@ class _SplitProducts:
         if grad_x_RD is not None:
             grad_x_RD[rows] = split_matmul(grad, self._weight_VD)
         if grad_weight_VD is not None:
-            grad_weight_VD.add_(split_matmul(grad.t(), self._x_RD[rows]))
+            grad_VC, x_CD = grad.t(), self._x_RD[rows]
+            for start in range(0, len(grad_weight_VD), MAX_WEIGHT_ROWS):  # the summands of all would be twice the gradient
+                some = slice(start, start + MAX_WEIGHT_ROWS)
+                grad_weight_VD[some].add_(split_matmul(grad_VC[some], x_CD))
 
 
 def _products_on(device: torch.device) -> type[_PlainProducts] | type[_SplitProducts]:

@@ -70,8 +70,11 @@ LOGIT_BYTES, HEAD_WEIGHT_BYTES = 84.0, 36.0
 """Memory traffic of the loss for each logit, and in each chunk of logits for each weight of an unembedding: operation by
 operation in `dalle_ds.ops.cross_entropy`, where three products are summed."""
 
-HEAD_MEMORY_BYTES = 12.0
-"""Memory of an unembedding's weight while its losses are made: itself as two fp16 parts, its gradient's summands."""
+HEAD_MEMORY_BYTES = 8.0
+"""Memory of an unembedding's weight while its losses are made: itself, gathered, and as two fp16 parts."""
+
+HEAD_ROW_BYTES = 8.0
+"""And of a value of its gradient that is being made: two fp32 summands."""
 
 STEP_BYTES = 48.0
 """Memory traffic of the step for a parameter of the shard, its moments left out: fp32 weight read and written; gradient

@@ -1,5 +1,6 @@
 """Memory of one GPU that trains the prior under ZeRO-3: the state to the byte, the rest estimated."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -8,13 +9,13 @@ import torch
 
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
-from dalle_ds.ops.cross_entropy import MAX_LOGITS
+from dalle_ds.ops.cross_entropy import MAX_LOGITS, MAX_WEIGHT_ROWS
 from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.power_sgd import MatrixShard, largest_rank
 from dalle_ds.parallel.replicas import BUCKET_VALUES, PAPER_RATE
 from dalle_ds.planning.arithmetic import count_parameters
-from dalle_ds.planning.counts import HEAD_MEMORY_BYTES, INPUT_BYTES, NOW, Counts
+from dalle_ds.planning.counts import HEAD_MEMORY_BYTES, HEAD_ROW_BYTES, INPUT_BYTES, NOW, Counts
 from dalle_ds.planning.settings import PlanSettings
 
 RESERVED_GIB = 1.5
@@ -118,7 +119,10 @@ def memory(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) ->
         optimizer=state.moments * shard,
         compression=compression_bytes(config, settings),
         gathered=gathered_bytes(config, settings, counts),
-        activations=activation_bytes(config, settings.micro_batch, settings.recompute, counts),
+        activations=max(
+            activation_bytes(config, settings.micro_batch, settings.recompute, counts) + layer_gradient_bytes(config, settings),
+            losses_bytes(config, settings.micro_batch, settings.recompute, counts),
+        ),
         buffers=bucket_bytes(settings.bucket),
         step=step_bytes(config, settings),
     )
@@ -145,21 +149,32 @@ def compression_bytes(config: PriorConfig, settings: PlanSettings) -> float:
 
 
 def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
-    """Estimate: what the layers keep for the backward pass, and at its worst place what one layer works on, or before that what
-    losses work on: some chunks of fp32 logits, a head's weight. To these the unembeddings' fp32 gradients, which the forward
-    pass makes. Fused attention keeps no scores."""
-    elements = micro_batch * config.n_slots * config.d_model
-    kept = peak = 0.0
+    """Estimate: what the layers keep for the backward pass, at its worst place what one layer works on, and the fp32
+    gradients of the unembeddings, which the forward pass makes. Fused attention keeps no scores."""
+    peak = max(kept + again + counts.working_bytes for kept, again in _kept(config, recompute, counts))
+    return peak * micro_batch * config.n_slots * config.d_model + _unembeddings(config)
+
+
+def losses_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
+    """Estimate: what the layers keep, chunks of fp32 logits, a head's weight, rows of its gradient, and the gradients."""
+    *_, (kept, _) = _kept(config, recompute, counts)
+    n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
+    head = HEAD_MEMORY_BYTES * max(config.text_vocab, config.image_vocab) + HEAD_ROW_BYTES * MAX_WEIGHT_ROWS
+    losses = 3 * 4.0 * min(MAX_LOGITS, n_logits) + head * config.d_model
+    return kept * micro_batch * config.n_slots * config.d_model + losses + _unembeddings(config)
+
+
+def _kept(config: PriorConfig, recompute: int, counts: Counts) -> Iterator[tuple[float, float]]:
+    """By layer: bytes of an element that it and those before keep, and that it makes again in the backward pass."""
+    kept = 0.0
     for layer in range(config.n_layers):
         is_recomputed = recompute > 0 and layer % recompute == 0
         kept += INPUT_BYTES if is_recomputed else counts.kept_bytes
-        again = counts.kept_bytes if is_recomputed else 0.0  # the input is there, the output is beside
-        peak = max(peak, kept + again + counts.working_bytes)
-    n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
-    unembedding = 4.0 * config.d_model * (config.text_vocab + config.image_vocab)
-    head = config.d_model * max(config.text_vocab, config.image_vocab)
-    losses = 3 * 4.0 * min(MAX_LOGITS, n_logits) + HEAD_MEMORY_BYTES * head
-    return max(peak * elements, kept * elements + losses) + unembedding
+        yield kept, counts.kept_bytes if is_recomputed else 0.0  # the input is there, the output is beside
+
+
+def _unembeddings(config: PriorConfig) -> float:
+    return 4.0 * config.d_model * (config.text_vocab + config.image_vocab)
 
 
 def bucket_bytes(bucket: int) -> float:
@@ -168,10 +183,12 @@ def bucket_bytes(bucket: int) -> float:
 
 
 def gathered_bytes(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> float:
-    """Estimate of what ZeRO-3 holds whole at a time: weights, up to the limit that it is given, or of one layer and what is
-    prefetched of the next; and one layer's fp32 gradients, without masters those of its two largest matrices. It frees only
-    what it will not need again soon, and around the last layer that is a lot."""
+    """Estimate of the weights that ZeRO-3 holds whole at a time: up to the limit that it is given, or of one layer and what is
+    prefetched of the next. It frees only what it will not need again soon, and around the last layer that is a lot."""
     layers = effective_parameters(config)
-    layer = layers / config.n_layers
-    gradients = 2 * 4 * config.d_model**2 if settings.master == "none" else layer
-    return counts.gathered_bytes * min(layers, max(settings.live, layer + settings.prefetch)) + 4.0 * gradients
+    return counts.gathered_bytes * min(layers, max(settings.live, layers / config.n_layers + settings.prefetch))
+
+
+def layer_gradient_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+    """Of one layer in fp32; without masters those of its two largest matrices, as each is taken when it is made."""
+    return 4.0 * (2 * 4 if settings.master == "none" else 12) * config.d_model**2
