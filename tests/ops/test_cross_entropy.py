@@ -190,3 +190,13 @@ def test_terms_of_every_row(n_rows: int) -> None:
     assert rows[targets == IGNORED].eq(0).all()
     gradients = [torch.autograd.grad(terms.square().sum(), (x, weight, bias)) for terms in (rows, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_of_the_weights_gradient_that_are_made_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_products_on", lambda device: cross_entropy._SplitProducts)
+    found = []
+    for n_rows in (cross_entropy.MAX_WEIGHT_ROWS, 7):
+        monkeypatch.setattr(cross_entropy, "MAX_WEIGHT_ROWS", n_rows)
+        x, weight, bias, targets = inputs(ignored=5)
+        found.append(torch.autograd.grad(linear_cross_entropy(x, weight, bias, targets, IGNORED), weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6 * found[0].abs().max().item())
