@@ -253,6 +253,7 @@ def _scale_per_block(prior: Prior, settings: UnderflowSettings, batch: Batch) ->
 
     scaling.scaler.calibrate(attempt)
     scaling.scaler.scale.div_(2.0 ** (HEADROOM - CALIBRATION_MARGIN))
+    scaling.scaler.begin()
     prior.zero_grad()
     return scaling.step
 

@@ -170,7 +170,7 @@ class BlockScaler:
             block.numerics = ScaledNumerics(self.in_use[i])
 
     def begin(self) -> None:
-        """Call before the forward passes of an update: from here to its `unscale` the scales must not change."""
+        """Take the scales as they are into use. After writing to `scale`, and never between a forward pass and `unscale`."""
         torch.mul(self.scale, self.n_micro_batches, out=self.in_use)
 
     @torch.no_grad()
@@ -204,6 +204,7 @@ class BlockScaler:
         self.scale.mul_(factor).clamp_(2.0**c.min_scale_power, 2.0**c.max_scale_power)
         self.since_backoff.masked_fill_(lower, 0)
         self.found_nonfinite.zero_()
+        self.begin()
 
     def calibrate(self, attempt: Callable[[], Tensor]) -> None:
         """Find first scales in a few passes rather than thousands of updates.
@@ -236,6 +237,7 @@ class BlockScaler:
                 break
             low = (low - 1.0 * lower).clamp(min=c.min_scale_power)
         self.scale.copy_(torch.exp2((low - CALIBRATION_MARGIN).clamp(min=c.min_scale_power)))
+        self.begin()
 
     def at_limits(self) -> dict[str, str]:
         """Name -> "floor" or "ceiling", of blocks whose scale is there: what fp16 loses is out of the policy's hands."""
@@ -259,3 +261,4 @@ class BlockScaler:
             raise ValueError(f"scales are of blocks {list(state['scale'])}, the model has {self.names}")
         self.scale.copy_(torch.tensor(list(state["scale"].values())))
         self.since_backoff.copy_(torch.tensor(list(state["since_backoff"].values())))
+        self.begin()

@@ -90,6 +90,8 @@ def test_a_killed_run_takes_its_step_along_and_goes_on(tmp_path):
 
 def test_a_terminal_that_interrupts_ends_the_step_too(tmp_path):
     program = (
+        # a job in the background of a shell inherits that the signal is ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from dalle_ds.acceptance.run import accept; from dalle_ds.acceptance.table import Step; "
         f"accept(Path({str(tmp_path)!r}), steps=[Step('hangs', {MODULE!r}, 60, '')])"
     )
