@@ -45,6 +45,12 @@ def test_verbs_are_these():
     assert [command.name or command.callback.__name__ for command in cli.app.registered_commands] == list(VERBS)
 
 
+@pytest.mark.parametrize("arguments", [["train-dvae"], ["sample", "--export", "e", "--caption", "c"]])
+def test_ranks_on_other_hosts_take_their_environment_from_a_file(arguments, dalle_ds, tmp_path):
+    code, _, err = dalle_ds(*arguments, "--environment", tmp_path / "gone")
+    assert code == 2 and "--environment expects a file that all hosts of the job share" in err
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples_that_name_the_verb_and_only_known_options(verb, dalle_ds, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.parallel.launch import set_defaults, take_environment, take_gpu, take_rank
+from dalle_ds.parallel.launch import ALLOCATORS_NAMES, COMPILE_THREADS, set_defaults, take_environment, take_gpu, take_rank
 from tests import launching
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4",
@@ -91,8 +91,12 @@ print(json.dumps({"pid": os.getpid(), "arguments": sys.argv, "threads": torch._i
 """
 
 
-def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(tmp_path: Path) -> None:
+def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LD_LIBRARY_PATH too, which a process reads once, as it starts: network plugins of NCCL are found by it."""
+    for name in (COMPILE_THREADS, *ALLOCATORS_NAMES):  # what a run within this process has set
+        monkeypatch.delenv(name, raising=False)
     rank = [sys.executable, "-u", "-c", SETTINGS_OF_A_RANK]
     alone = launching.last_json(launching.run(rank, tmp_path, {"LOCAL_SIZE": str(os.cpu_count())}).stdout)
     assert (alone["threads"], alone["allocator"]) == (1, "expandable_segments:True")
