@@ -1,5 +1,6 @@
 """A process of its own in which tests use fake CUDA: autograd must not have run in it before."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -17,5 +18,9 @@ def fake_cuda_process() -> Iterator[Callable[..., Any]]:
     problem = stub_problem()
     if problem is not None:
         pytest.skip(f"fake CUDA: {problem}")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_want_gpus) as pool:
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+def _want_gpus() -> None:
+    os.environ["DS_ACCELERATOR"] = "cuda"  # other tests want the CPU
