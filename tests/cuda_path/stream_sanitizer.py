@@ -1,0 +1,377 @@
+"""A stream sanitizer without a GPU: which stream touches which memory without being ordered behind who touched it before.
+
+DeepSpeed's CPU accelerator is given streams and events that hold vector clocks and nothing else. A dispatch mode looks at every
+torch operator: it reads and writes storages on the stream that is current, or, if it is a collective, on the stream of its
+process group, as NCCL's do. An access must happen after the last write of the storage, a write after all reads since; and when
+a storage is freed, what other streams did with it must be over on the stream that allocated it, whose next allocation may get
+the memory, unless `record_stream` told the allocator.
+
+It sees what Python calls torch for. It doesn't see streams inside C++ and kernels, copies from pinned memory, what the host reads
+beside `item`, `tolist` and `cpu`, offloading, and accesses to different parts of one storage count as accesses to the same.
+"""
+
+import contextlib
+import sys
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+Clock = dict[str, int]
+"""Stream -> how many of its operations have happened."""
+
+
+def join(clock: Clock, other: Clock) -> None:
+    for stream, n in other.items():
+        clock[stream] = max(n, clock.get(stream, 0))
+
+
+HOST: Clock = {}
+"""What the host has waited for: all that it launches from now on comes after."""
+
+WAITS: Counter[tuple[str, str]] = Counter()
+"""(method, function that called it): every wait there was."""
+
+without: tuple[str, str] | None = None
+"""One of `WAITS` that is left out, to see whether the sanitizer misses it."""
+
+
+def _is_left_out(method: str) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith("_contextlib.py"):
+        frame = frame.f_back
+    assert frame is not None
+    key = method, frame.f_code.co_name
+    WAITS[key] += 1
+    return key == without
+
+
+class Stream:
+    """As `torch.cuda.Stream`."""
+
+    n_made = 0
+
+    def __init__(self, name: str | None = None, **_: Any) -> None:
+        self.name = name or f"stream {Stream.n_made}"
+        Stream.n_made += name is None
+        self.clock: Clock = {}
+        STREAMS.append(self)
+
+    def wait_stream(self, other: "Stream") -> None:
+        if not _is_left_out("wait_stream"):
+            join(self.clock, other.clock)
+
+    def wait_event(self, event: "Event") -> None:
+        if not _is_left_out("wait_event"):
+            join(self.clock, event.clock)
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        if not _is_left_out("synchronize"):
+            join(HOST, self.clock)
+
+    def query(self) -> bool:
+        return False
+
+
+STREAMS: list[Stream] = []
+DEFAULT = Stream("default")
+_current = [DEFAULT]
+
+
+def current(*_: Any) -> Stream:
+    return _current[-1]
+
+
+@contextlib.contextmanager
+def on(stream: Stream | None) -> Iterator[None]:
+    _current.append(stream or current())
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+class Event:
+    """As `torch.cuda.Event`. None is ever over by itself: what holds only if a device is quick is no order."""
+
+    def __init__(self, **_: Any) -> None:
+        self.clock: Clock = {}
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = dict((stream or current()).clock)
+
+    def wait(self, stream: Stream | None = None) -> None:
+        if not _is_left_out("wait"):
+            join((stream or current()).clock, self.clock)
+
+    def synchronize(self) -> None:
+        if not _is_left_out("synchronize"):
+            join(HOST, self.clock)
+
+    def query(self) -> bool:
+        return False
+
+    def elapsed_time(self, _: "Event") -> float:
+        return 0.0
+
+
+def synchronize(*_: Any) -> None:
+    if not _is_left_out("synchronize"):
+        for stream in STREAMS:
+            join(HOST, stream.clock)
+
+
+class Access(NamedTuple):
+    stream: Stream
+    tick: int
+    operation: str
+    where: str
+
+    def is_before(self, clock: Clock) -> bool:
+        return clock.get(self.stream.name, 0) >= self.tick
+
+    def __str__(self) -> str:
+        return f"{self.operation} on {self.stream.name} at {self.where}"
+
+
+@dataclass
+class Memory:
+    """One storage."""
+
+    allocated_on: Stream | None
+    """None: before the sanitizer was switched on."""
+    writer: Access | None = None
+    readers: dict[str, Access] = field(default_factory=dict)
+    """The last of each stream since the last write."""
+    users: dict[str, Access] = field(default_factory=dict)
+    """The last of each stream at all."""
+    recorded: list[Stream] = field(default_factory=list)
+
+
+class Work:
+    """Of an asynchronous collective. NCCL's holds its tensors until somebody waits for it, as this does."""
+
+    def __init__(self, work: Any, clock: Clock, tensors: list[Tensor]) -> None:
+        self._work, self._clock, self._tensors = work, clock, tensors
+
+    def wait(self, *args: Any) -> bool:
+        if not _is_left_out("wait"):
+            join(current().clock, self._clock)
+        self._tensors = []
+        return self._work.wait(*args)
+
+
+WITHOUT_MEMORY = {"aten::record_stream", "aten::set_", "aten::is_pinned"}
+FACTORIES = ("aten::empty", "aten::new_empty")
+"""Allocate, and leave what is in there."""
+
+
+class StreamSanitizer(TorchDispatchMode):
+    """While active: `races`, each described by both accesses, and how often it was seen; `n`, operators looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.races: Counter[str] = Counter()
+        self.n = 0
+        self._memories: dict[int, Memory] = {}
+        self._of_groups: dict[str, Stream] = {}
+        self._on_host: set[int] = set()
+        self._last_work: tuple[Clock, list[Tensor]] = {}, []
+
+    # ---- what torch does --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        before = {id_of(tensor) for tensor in _tensors((args, kwargs))}
+        out = func(*args, **kwargs)
+        if schema.name in WITHOUT_MEMORY:
+            return out
+        new = [tensor for tensor in _tensors(out) if id_of(tensor) not in before]
+        for tensor in new:
+            self._memory(tensor, allocated_on=current())
+        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        if schema.name.startswith("c10d::"):
+            self._collective(schema, given)
+            return out
+        written = [t for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write
+                   for t in _tensors(given.get(argument.name))]  # fmt: skip
+        is_view = not written and _tensors(out) and not new
+        if is_view or schema.name.startswith(FACTORIES):
+            return out
+        read = _tensors((args, kwargs))
+        if schema.name == "aten::lift_fresh" or (read and all(id_of(t) in self._on_host for t in read)):
+            self._on_host |= {id_of(tensor) for tensor in [*written, *new]}
+            return out
+        self._on_host -= {id_of(tensor) for tensor in written}
+        self._operate(current(), schema.name.partition("::")[2], read, [*written, *new])
+        if schema.name == "aten::_local_scalar_dense":
+            self.host_waits(read[0])
+        return out
+
+    def _collective(self, schema: Any, given: dict[str, Any]) -> None:
+        arguments = [_tensors(given.get(argument.name)) for argument in schema.arguments]
+        written = arguments[0] if schema.name != "c10d::barrier" else []
+        group = dist.ProcessGroup.unbox(given["process_group"])
+        stream = self._of_groups.get(group.group_name)
+        if stream is None:
+            stream = self._of_groups[group.group_name] = Stream(f"NCCL {len(self._of_groups)} ({group.size()} ranks)")
+        join(stream.clock, current().clock)
+        self._on_host -= {id_of(tensor) for tensor in written}
+        self._operate(stream, schema.name.partition("::")[2], _tensors(given), written)
+        self._last_work = dict(stream.clock), _tensors(given)
+        if not given.get("async_op", True):
+            join(current().clock, stream.clock)
+
+    def _operate(self, stream: Stream, operation: str, read: list[Tensor], written: list[Tensor]) -> None:
+        join(stream.clock, HOST)
+        stream.clock[stream.name] = stream.clock.get(stream.name, 0) + 1
+        access = Access(stream, stream.clock[stream.name], operation, calling_lines())
+        self.n += 1
+        memories = {id_of(t): self._memory(t) for t in read if t.numel() and id_of(t) not in self._on_host}
+        targets = {id_of(t): self._memory(t) for t in written if t.numel()}
+        for memory in [*memories.values(), *targets.values()]:
+            self._check(access, "touches", memory.writer, "wrote")
+        for memory in targets.values():
+            for reader in memory.readers.values():
+                self._check(access, "writes", reader, "reads")
+        for memory in memories.values():
+            memory.readers[stream.name] = memory.users[stream.name] = access
+        for memory in targets.values():
+            memory.writer, memory.readers, memory.users[stream.name] = access, {}, access
+
+    def _check(self, access: Access, verb: str, earlier: Access | None, earlier_verb: str) -> None:
+        if earlier is not None and not earlier.is_before(access.stream.clock):
+            self.races[f"{access} {verb} what {earlier} {earlier_verb}"] += 1
+
+    # ---- memory -----------------------------------------------------------------------------------------------------------
+
+    def _memory(self, tensor: Tensor, allocated_on: Stream | None = None) -> Memory:
+        key = id_of(tensor)
+        memory = self._memories.get(key)
+        if memory is None:
+            memory = self._memories[key] = Memory(allocated_on)
+            weakref.finalize(tensor.untyped_storage(), self._freed, key).atexit = False
+        return memory
+
+    def _freed(self, key: int) -> None:
+        memory = self._memories.pop(key)
+        self._on_host.discard(key)
+        owner = memory.allocated_on
+        if owner is None:
+            return
+        clock = dict(HOST)
+        for stream in (owner, *memory.recorded):  # the allocator waits for what was launched there up to now
+            join(clock, stream.clock)
+        for access in memory.users.values():
+            if access.stream is not owner and not access.is_before(clock):
+                self.races[f"freed for {owner.name} at {calling_lines()}, used by {access}"] += 1
+
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        if not _is_left_out("record_stream"):
+            self._memory(tensor).recorded.append(stream)
+
+    # ---- the host ---------------------------------------------------------------------------------------------------------
+
+    def on_host(self, tensors: Iterable[Tensor]) -> None:
+        """These aren't on the device, nor is what is made of them alone."""
+        for tensor in tensors:
+            self._memory(tensor)
+            self._on_host.add(id_of(tensor))
+
+    def host_waits(self, tensor: Tensor) -> None:
+        """The host asks for values: for all that is before them on the current stream."""
+        if id_of(tensor) not in self._on_host:
+            join(HOST, current().clock)
+
+    @staticmethod
+    def unseen() -> contextlib.AbstractContextManager[Any]:
+        """Operators within are no concern of the sanitizer."""
+        return _disable_current_modes()
+
+    def work(self, work: Any) -> Work | None:
+        return work if work is None or isinstance(work, Work) else Work(work, *self._last_work)
+
+
+def id_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def calling_lines(n: int = 3) -> str:
+    """The innermost lines of this project and of DeepSpeed that are running."""
+    found: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(found) < n:
+        name = frame.f_code.co_filename
+        for package in ("/dalle_ds/", "/deepspeed/"):
+            if package in name and not name.endswith(SKIPPED):
+                found.append(f"{package[1:]}{name.rpartition(package)[2]}:{frame.f_lineno} ({frame.f_code.co_name})")
+        frame = frame.f_back
+    return " < ".join(found)
+
+
+SKIPPED = ("/utils/nvtx.py", "/comm/comm.py", "/comm/torch.py")
+"""Wrappers around what is of interest."""
+
+ASYNCHRONOUS = ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "broadcast",
+                "reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor")  # fmt: skip
+
+
+def install(sanitizer: StreamSanitizer) -> None:
+    """Give this process's DeepSpeed streams to work with, for good. Before the engine is built, after the group is joined."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm import comm
+
+    accelerator = get_accelerator()
+    assert accelerator.device_name() == "cpu"
+    for name in ("is_synchronized_device", "resolves_data_dependency", "handles_memory_backpressure"):
+        setattr(accelerator, name, lambda: False)  # as CUDA's
+    type(accelerator).Stream, type(accelerator).Event = Stream, Event
+    accelerator.stream, accelerator.current_stream, accelerator.synchronize = on, current, synchronize
+    accelerator.default_stream = lambda *_: DEFAULT
+
+    tolist = torch.Tensor.tolist
+
+    def to_list(tensor: Tensor) -> Any:
+        sanitizer.host_waits(tensor)
+        return tolist(tensor)
+
+    def to_cpu(tensor: Tensor, *_: Any) -> Tensor:
+        sanitizer.host_waits(tensor)
+        with sanitizer.unseen():
+            copy = tensor.detach().clone()
+        sanitizer.on_host([copy])
+        return copy
+
+    torch.Tensor.tolist, torch.Tensor.cpu = to_list, to_cpu
+    torch.Tensor.record_stream = lambda tensor, stream: sanitizer.record_stream(tensor, stream)
+
+    def watched(collective: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: sanitizer.work(collective(*args, **kwargs))
+
+    # in the package alone: torch's own module compares its functions by identity
+    for name in ASYNCHRONOUS:
+        if hasattr(dist, name):
+            setattr(dist, name, watched(getattr(dist, name)))
+    backend = comm.cdb
+    backend.all_gather_function, backend.reduce_scatter_function = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    manager = dist.distributed_c10d._CoalescingManager
+    append = manager.append
+    manager.append = lambda self, work=None: append(self, sanitizer.work(work))
