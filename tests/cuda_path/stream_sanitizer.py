@@ -6,14 +6,14 @@ process group, as NCCL's do. An access must happen after the last write of the s
 a storage is freed, what other streams did with it must be over on the stream that allocated it, whose next allocation may get
 the memory, unless `record_stream` told the allocator.
 
-It sees what Python calls torch for. It doesn't see streams inside C++ and kernels, copies from pinned memory, what the host reads
-beside `item`, `tolist` and `cpu`, offloading, and accesses to different parts of one storage count as accesses to the same.
+It sees what Python calls torch for. It does not see streams inside C++ and kernels, copies from pinned memory, offloading, and
+what the host reads but by `item`, `tolist` and `cpu`. Accesses to different parts of one storage count as to the same.
 """
 
 import contextlib
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -40,18 +40,20 @@ HOST: Clock = {}
 WAITS: Counter[tuple[str, str]] = Counter()
 """(method, function that called it): every wait there was."""
 
-without: tuple[str, str] | None = None
-"""One of `WAITS` that is left out, to see whether the sanitizer misses it."""
+without: set[tuple[str, str]] = set()
+"""Those of `WAITS` that are left out, to see whether the sanitizer misses them."""
+
+WRAPPERS = (__file__, "/contextlib.py", "/_contextlib.py", "/utils/nvtx.py", "/comm/comm.py", "/comm/torch.py")
 
 
 def _is_left_out(method: str) -> bool:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.endswith("_contextlib.py"):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.endswith(WRAPPERS):
         frame = frame.f_back
     assert frame is not None
     key = method, frame.f_code.co_name
     WAITS[key] += 1
-    return key == without
+    return key in without
 
 
 class Stream:
@@ -191,6 +193,11 @@ class StreamSanitizer(TorchDispatchMode):
         self._on_host: set[int] = set()
         self._last_work: tuple[Clock, list[Tensor]] = {}, []
 
+    def __enter__(self) -> "StreamSanitizer":
+        global _active
+        _active = self
+        return super().__enter__()
+
     # ---- what torch does --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -297,13 +304,12 @@ class StreamSanitizer(TorchDispatchMode):
         if id_of(tensor) not in self._on_host:
             join(HOST, current().clock)
 
-    @staticmethod
-    def unseen() -> contextlib.AbstractContextManager[Any]:
-        """Operators within are no concern of the sanitizer."""
-        return _disable_current_modes()
-
     def work(self, work: Any) -> Work | None:
         return work if work is None or isinstance(work, Work) else Work(work, *self._last_work)
+
+
+_active = StreamSanitizer()
+"""The last that was switched on."""
 
 
 def id_of(tensor: Tensor) -> int:
@@ -321,57 +327,53 @@ def calling_lines(n: int = 3) -> str:
     while frame is not None and len(found) < n:
         name = frame.f_code.co_filename
         for package in ("/dalle_ds/", "/deepspeed/"):
-            if package in name and not name.endswith(SKIPPED):
+            if package in name and not name.endswith(WRAPPERS):
                 found.append(f"{package[1:]}{name.rpartition(package)[2]}:{frame.f_lineno} ({frame.f_code.co_name})")
         frame = frame.f_back
     return " < ".join(found)
 
 
-SKIPPED = ("/utils/nvtx.py", "/comm/comm.py", "/comm/torch.py")
-"""Wrappers around what is of interest."""
-
 ASYNCHRONOUS = ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "broadcast",
                 "reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor")  # fmt: skip
 
 
-def install(sanitizer: StreamSanitizer) -> None:
+def install() -> None:
     """Give this process's DeepSpeed streams to work with, for good. Before the engine is built, after the group is joined."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.comm import comm
 
     accelerator = get_accelerator()
     assert accelerator.device_name() == "cpu"
+    if accelerator.current_stream is current:
+        return
     for name in ("is_synchronized_device", "resolves_data_dependency", "handles_memory_backpressure"):
         setattr(accelerator, name, lambda: False)  # as CUDA's
     type(accelerator).Stream, type(accelerator).Event = Stream, Event
     accelerator.stream, accelerator.current_stream, accelerator.synchronize = on, current, synchronize
     accelerator.default_stream = lambda *_: DEFAULT
 
-    tolist = torch.Tensor.tolist
+    to_list, append = torch.Tensor.tolist, dist.distributed_c10d._CoalescingManager.append
 
-    def to_list(tensor: Tensor) -> Any:
-        sanitizer.host_waits(tensor)
-        return tolist(tensor)
+    def tolist(tensor: Tensor) -> Any:
+        _active.host_waits(tensor)
+        return to_list(tensor)
 
     def to_cpu(tensor: Tensor, *_: Any) -> Tensor:
-        sanitizer.host_waits(tensor)
-        with sanitizer.unseen():
+        _active.host_waits(tensor)
+        with _disable_current_modes():
             copy = tensor.detach().clone()
-        sanitizer.on_host([copy])
+        _active.on_host([copy])
         return copy
 
-    torch.Tensor.tolist, torch.Tensor.cpu = to_list, to_cpu
-    torch.Tensor.record_stream = lambda tensor, stream: sanitizer.record_stream(tensor, stream)
+    torch.Tensor.tolist, torch.Tensor.cpu = tolist, to_cpu
+    torch.Tensor.record_stream = lambda tensor, stream: _active.record_stream(tensor, stream)
+    dist.distributed_c10d._CoalescingManager.append = lambda self, work=None: append(self, _active.work(work))
 
     def watched(collective: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: sanitizer.work(collective(*args, **kwargs))
+        return lambda *args, **kwargs: _active.work(collective(*args, **kwargs))
 
     # in the package alone: torch's own module compares its functions by identity
     for name in ASYNCHRONOUS:
         if hasattr(dist, name):
             setattr(dist, name, watched(getattr(dist, name)))
-    backend = comm.cdb
-    backend.all_gather_function, backend.reduce_scatter_function = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
-    manager = dist.distributed_c10d._CoalescingManager
-    append = manager.append
-    manager.append = lambda self, work=None: append(self, sanitizer.work(work))
+    comm.cdb.all_gather_function, comm.cdb.reduce_scatter_function = dist.all_gather_into_tensor, dist.reduce_scatter_tensor

@@ -1,0 +1,137 @@
+"""Does the real engine, with everything that it does between updates, touch memory that another stream may be at? And would we
+notice, if DeepSpeed lost one of the waits that keep it from doing so?"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from dalle_ds.bench.fake_world import in_fake_world, make_engine, miniature, random_batches
+from dalle_ds.optim.averaging import AverageConfig, WeightAverage
+from dalle_ds.parallel.ranks import Ranks
+from tests.cuda_path import stream_sanitizer
+from tests.cuda_path.stream_sanitizer import StreamSanitizer
+from tests.cuda_path.test_fake_world import CONFIG, LIMITS_OF_WIDTH, SHIPPED
+
+Wait = tuple[str, str]
+
+
+@dataclass
+class Seen:
+    races: dict[str, int]
+    waits: set[Wait]
+    n: int
+    took_step: list[bool]
+
+
+def watch(
+    ranks: Ranks, with_residents: bool = True, without: tuple[Wait, ...] = (), n_updates: int = 3, between: bool = False,
+    accumulation: int = 1, **how: Any,
+) -> Seen:  # fmt: skip
+    """Updates, and with `between` what a run does between them."""
+    stream_sanitizer.install()
+    tree = miniature(SHIPPED, CONFIG, LIMITS_OF_WIDTH)
+    if not with_residents:
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    stream_sanitizer.without = set()
+    stream_sanitizer.WAITS.clear()
+    took_step = []
+    with StreamSanitizer() as sanitizer:
+        engine = make_engine(ranks, CONFIG, tree, accumulation=accumulation, **how)
+        stream_sanitizer.synchronize()
+        batches = random_batches(CONFIG, 1, accumulation)
+        sanitizer.on_host(tensor for batch in batches for tensor in batch)
+        average = WeightAverage(engine.shards(), AverageConfig())
+        stream_sanitizer.without = set(without)
+
+        def update() -> None:
+            took_step.append(engine.update(batches, 1e-4).took_step)
+
+        for _ in range(n_updates):
+            update()
+        if between:
+            average.update(engine.shards())
+            update()
+            with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):
+                engine.evaluate(batches)
+            engine.evaluate(batches)
+            engine.image_nll(*batches[0])
+            engine.snapshot({}, average.averages)
+            update()
+            scale = engine.scaler.scale.clone()
+            engine.scaler.scale.fill_(2.0**60)  # overflows: a vetoed step
+            update()
+            engine.scaler.scale.copy_(scale)
+            update()
+    return Seen(dict(sanitizer.races), set(stream_sanitizer.WAITS), sanitizer.n, took_step)
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[Callable[..., Seen]]:
+    """`watch` as rank 0 of a job of so many ranks. A process for each job: in it one engine is made after the other."""
+    with ExitStack() as stack:
+        jobs: dict[int, Any] = {}
+
+        def of(n_ranks: int, **how: Any) -> Seen:
+            if n_ranks not in jobs:
+                jobs[n_ranks] = stack.enter_context(in_fake_world(0, n_ranks))
+            return jobs[n_ranks](watch, **how)
+
+        yield of
+
+
+@pytest.mark.parametrize("with_residents", [True, False])
+@pytest.mark.parametrize("n_ranks", [1, 8])
+def test_updates_vetoes_averages_evaluation_and_snapshots_race_with_nothing(
+    watched: Callable[..., Seen], n_ranks: int, with_residents: bool
+) -> None:
+    seen = watched(n_ranks, with_residents=with_residents, between=True, accumulation=1 if with_residents else 2)
+    assert not seen.races, "\n".join(seen.races)
+    assert seen.took_step == [True, True, True, True, True, False, True]
+    assert seen.n > 4000
+
+
+@pytest.mark.parametrize("compression", ["none", "power_sgd"])
+def test_replicas_race_with_nothing(watched: Callable[..., Seen], compression: str) -> None:
+    seen = watched(8, between=True, n_replicas=2, compression=compression)
+    assert not seen.races, "\n".join(seen.races)
+    assert seen.took_step == [True, True, True, True, True, False, True]
+
+
+LOST_WAITS = {
+    "reduction before the backward pass is there": (
+        [("wait_stream", "__add_grad_to_ipg_bucket")],
+        ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/precision/half.py", "(backward)"],
+    ),
+    "gradients used before they are reduced": (
+        [("synchronize", "independent_gradient_partition_epilogue"), ("synchronize", "_get_fp32_grad_state_partition")],
+        ["_amp_foreach_non_finite_check_and_unscale_ on default", "(unscale)", "on stream", "(partition_grads)"],
+    ),
+    "weights used before they are gathered": (
+        [("wait_stream", "_fetch_sub_module_impl")],
+        ["on default", "dalle_ds/", "on stream", "half_gather.py"],
+    ),
+    "weights used before they have come": (
+        [("wait", "wait")],
+        ["on default", "dalle_ds/", "_allgather_base_ on NCCL", "half_gather.py"],
+    ),
+    "gathered weights freed while in use": (
+        [("record_stream", "free_param")],
+        ["freed for stream", "(free_param)", "on default", "dalle_ds/"],
+    ),
+    "gradients freed while they are reduced": (
+        [("record_stream", "partition_grads"), ("record_stream", "__add_grad_to_ipg_bucket")],
+        ["freed for default", "(partition_grads)", "on stream"],
+    ),
+}
+"""Waits of DeepSpeed and of ours that keep the engine right, and what a report names when they are missing."""
+
+
+@pytest.mark.parametrize("what", LOST_WAITS)
+def test_a_lost_wait_is_noticed(watched: Callable[..., Seen], what: str) -> None:
+    without, named = LOST_WAITS[what]
+    seen = watched(8, without=tuple(without), n_updates=2)
+    assert seen.waits.issuperset(without), "DeepSpeed waits elsewhere now: see what protects us, and adapt the list"
+    assert any(all(part in race for part in named) for race in seen.races), "\n".join(seen.races) or "no race reported"
