@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad, set_z3_leaf_modules
 from torch import Tensor
 
@@ -365,6 +366,8 @@ class PriorEngine:
         if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3: these two do just that around its own checkpoints
             optimizer.checkpoint_event_prologue()
             optimizer.checkpoint_event_epilogue()
+            # shards are next read on the stream of ZeRO-3's gathers, which waits for no other where no parameter is resident
+            get_accelerator().synchronize()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
