@@ -1,5 +1,6 @@
 """Proof that written weights give the engine's losses, with one tensor of the model in memory at a time."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +24,12 @@ MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1
 """Nats a token by which export and engine may differ, in the mean and at most, by the format of the engine's branches.
 
 Both round to that format, but a GPU sums in another order than this machine and rounds attention's probabilities too: two
-roundings of one model, each as far from fp32 as the other. So where this machine's own rounding moves losses further than the
-limits, as in deep models, it is the limit in the mean, and three times it the limit for one token."""
+roundings of one model, each as far from fp32 as the other. Where this machine's own rounding moves losses that far, as in deep
+models, the limits are ROUNDINGS times what it moves them."""
+
+ROUNDINGS = (2, 3)
+"""In the mean, on a token. Two roundings that have nothing in common are the square root of two as far from each other as from
+fp32."""
 
 
 @torch.no_grad()
@@ -62,11 +67,11 @@ def prove_parity(
     difference_BN = (same_format_BN - saved["image_nll"]).abs()
     found = {"in the mean": difference_BN.mean().item(), "on a token": difference_BN.max().item()}
     limits = {
-        "in the mean": max(MEAN_DIFFERENCE[branches], rounding_BN.mean().item()),
-        "on a token": max(MAX_DIFFERENCE[branches], 3 * rounding_BN.max().item()),
+        "in the mean": max(MEAN_DIFFERENCE[branches], ROUNDINGS[0] * rounding_BN.mean().item()),
+        "on a token": max(MAX_DIFFERENCE[branches], ROUNDINGS[1] * rounding_BN.max().item()),
     }
     for where, difference in found.items():
-        if not difference <= limits[where]:
+        if not (difference <= limits[where] and math.isfinite(difference)):  # where fp16 overflows, so does the limit
             raise DataError(
                 f"export of {data} differs from the engine by {difference:.2e} nats {where}, expected at most "
                 f"{limits[where]:.0e} with branches in {str(branches).removeprefix('torch.')}"

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 SAMPLES = "samples"
 
+CHART_POINTS = 1000
+"""Updates that the chart of gradient scales shows at most: more than it has pixels."""
+
 
 def describe(run: PriorRun, n_parameters: int, world_size: int) -> str:
     """What the run is and where to look first: Markdown for its page."""
@@ -60,6 +63,7 @@ class RunReport:
         peak = run.tracking.peak_tflops or known_peak_tflops(ranks.device)
         self._throughput = Throughput(model_config, run.global_batch, peak * ranks.world_size if peak else None)
         self._scale_history: list[tuple[int, list[float]]] = []
+        self._n_scales, self._scale_stride = 0, 1
         self._at_limits: dict[str, str] = {}
         self.bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
 
@@ -104,7 +108,7 @@ class RunReport:
         if self._engine.scaler:
             self._warn_of_limits()
             values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
-            self._scale_history.append((state.update, self._engine.scaler.scale.tolist()))
+            self._keep_scales(state.update, self._engine.scaler.scale)
         self._tracker.metrics(values, state.update)
         self.bar.set_postfix_str(
             f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
@@ -142,6 +146,16 @@ class RunReport:
         if self._is_main:
             self._tracker.tags({"optimizer_bytes_per_parameter": round(bytes_per_parameter, 4)})
             log.info("%s moments: %.2f bytes a parameter", moments, bytes_per_parameter)
+
+    def _keep_scales(self, update: int, scale: Tensor) -> None:
+        """For the chart: of a long run fewer updates, equally far apart."""
+        self._n_scales += 1
+        if self._n_scales % self._scale_stride:
+            return
+        self._scale_history.append((update, scale.tolist()))
+        if len(self._scale_history) > CHART_POINTS:
+            del self._scale_history[::2]
+            self._scale_stride *= 2
 
     def _warn_of_limits(self) -> None:
         assert self._engine.scaler is not None

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
+from dalle_ds.models import prior
+from dalle_ds.optim.averaging import AverageConfig, WeightAverage
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from tests.distributed import engine_cases
-from tests.distributed.engine_cases import ADAMW, WIDE, make_engine, poisoned
+from tests.distributed.engine_cases import ADAMW, PER_RESBLOCK, UPDATES, WIDE, make_engine, poisoned
 
+N_SAVED = 3
+"""Ranks that write the checkpoint."""
 SAMPLES = 30
 """Of a global batch: for 3 ranks and for 5, in one micro-batch or two."""
 
@@ -59,11 +63,50 @@ def veto(folder: Path, ranks: Ranks, d_head: int, offload: Sequence[str]) -> dic
     return {"took_step": [report.took_step for report in reports], "norms": [report.grad_norm for report in reports]}
 
 
+def run(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A run with averaged weights that leaves one block out of an update. 3 ranks save it and go on, 5 go on from there."""
+
+    def update(number: int) -> list[float]:
+        report = engine.update(micro_batches(number, ranks), ADAMW.lr)
+        average.update(engine.shards())
+        assert report.took_step
+        return [report.text_loss, report.image_loss, report.grad_norm]
+
+    def evaluate() -> list[tuple[float, float]]:
+        batch = [engine_cases.global_batch(9, SAMPLES)]  # all of it on each rank: as many samples whatever their number
+        with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):
+            averaged = engine.evaluate(batch)
+        return [engine.evaluate(batch), averaged]
+
+    checkpoint, n_draws = folder / "checkpoint", 0
+
+    def count(*given: Any) -> None:
+        nonlocal n_draws
+        n_draws += 1
+        draw(*given)
+
+    draw, prior._draw = prior._draw, count
+    engine = make_engine(folder, ranks, {**PER_RESBLOCK, "skip": "block"}, threshold=1000)
+    prior._draw = draw
+    average = WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+    found: dict[str, Any] = {"draws": ranks.gather_objects(n_draws), "at_first": evaluate(), "before": [update(0)]}
+    if ranks.world_size == N_SAVED:
+        with poisoned(engine.scaler.blocks[3].branch, ranks):
+            found["before"].append(update(1))
+        checkpoint.mkdir(exist_ok=True)
+        engine.save(checkpoint, {}, average.averages)
+    else:
+        engine.load(checkpoint, average.averages)
+    return {**found, "seen": evaluate(), "after": [update(2), update(3)]}
+
+
 def main(folder: Path) -> None:
     engine_cases.GLOBAL_BATCH = SAMPLES
     ranks = join()
-    results = {"veto": {name: veto(folder, ranks, *how) for name, how in HOWS.items()}}
+    results = {"veto": {name: veto(folder, ranks, *how) for name, how in HOWS.items()}, "run": run(folder, ranks)}
     (folder / f"{ranks.rank}-of-{ranks.world_size}.json").write_text(json.dumps(results))
+    if ranks.is_main and ranks.world_size == N_SAVED:
+        (folder / "plain.json").write_text(json.dumps(engine_cases.plain_run((SAMPLES,) * UPDATES)[0]))
     leave()
 
 

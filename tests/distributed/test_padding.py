@@ -8,18 +8,28 @@ from typing import Any
 import pytest
 
 from tests import launching
-from tests.distributed.padding_cases import HOWS
+from tests.distributed.padding_cases import HOWS, N_SAVED
 
 pytestmark = pytest.mark.launch
 
-N_RANKS = (3, 5)
+N_RANKS = (N_SAVED, 5)
 CASES = Path(__file__).with_name("padding_cases.py")
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("padding")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, outcome: dict[int, Any]) -> list[float]:
+    """(text loss, image loss, norm) of a first update in one process."""
+    return json.loads((folder / "plain.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks: what each of them found."""
-    folder = tmp_path_factory.mktemp("padding")
     found = {}
     for n in N_RANKS:
         launching.run_ranks(n, CASES, str(folder), cwd=folder)
@@ -34,3 +44,21 @@ def test_updates_after_calibration_and_after_a_skipped_one_step(outcome: dict[in
     case = outcome[n][0]["veto"][how]
     assert case["took_step"] == [True, False, True, True]
     assert [math.isfinite(norm) and norm > 0 for norm in case["norms"]] == [True, False, True, True]
+
+
+def test_only_the_first_rank_draws_weights_and_all_have_a_plain_models(outcome: dict[int, Any], plain: list[float]) -> None:
+    for n in N_RANKS:
+        found = outcome[n][0]["run"]
+        first, *others = found["draws"]
+        assert first > 20 and not any(others)
+        assert found["before"][0] == pytest.approx(plain, rel=2e-3)
+
+
+def test_what_3_ranks_saved_5_go_on_with(outcome: dict[int, Any]) -> None:
+    """Weights, their average and moments, after an update that left one block out."""
+    saved, loaded = (outcome[n][0]["run"] for n in N_RANKS)
+    for ours, theirs in zip(loaded["seen"], saved["seen"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert saved["seen"][0] != saved["seen"][1] != saved["at_first"][1]
+    for ours, theirs in zip(loaded["after"], saved["after"], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)

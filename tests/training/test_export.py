@@ -171,6 +171,10 @@ def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatc
     save_file({**scored, "image_nll": engine + 1e-2}, tmp_path / "parity.safetensors")
     with pytest.raises(DataError, match="by 1.00e-02 nats in the mean, expected at most 2e-03 with branches in float16"):
         prove_parity(tmp_path, prior.config, tensors, fp16_branches=True)
+    save_file({**scored, "image_nll": torch.full_like(engine, torch.inf)}, tmp_path / "parity.safetensors")
+    with pytest.raises(DataError, match="by inf nats in the mean"):
+        prove_parity(tmp_path, prior.config, tensors, fp16_branches=True)
+    save_file({**scored, "image_nll": engine + 1e-2}, tmp_path / "parity.safetensors")
     with pytest.raises(DataError, match="in the mean, expected at most 1e-04 with branches in float32"):
         prove_parity(tmp_path, prior.config, tensors, fp16_branches=False)
 
