@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: a virtual environment with the project in it, made once and again only when pyproject.toml changes.
-#   source launchers/setup.sh EXTRAS     EXTRAS such as "demo" or "test,demo"
+#   source launchers/setup.sh EXTRAS     EXTRAS such as "demo" or "test,demo,kernels"
 # DALLE_DS_VENV names another folder than .venv; PYTHON another interpreter.
 # shellcheck shell=bash
 
@@ -40,7 +40,11 @@ _setup() {
   # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
   "${compile[@]}" & # while pip looks for the others
-  "${pip[@]}" -e "$_root[$extras]"
+  if ! "${pip[@]}" -e "$_root[$extras]"; then
+    [[ $extras == *,kernels* ]] || return 1
+    "${pip[@]}" -e "$_root[${extras/,kernels/}]"
+    echo "could not install triton: tests of kernels for GPUs are skipped" >&2
+  fi
   case ",$extras," in
     # the reference dVAE, and FID's Inception: what they are used for here needs none of their own requirements
     *,test,*) "${pip[@]}" --no-deps "dall-e==0.1" "torch-fidelity>=0.4,<0.5" ;;

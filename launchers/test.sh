@@ -3,7 +3,7 @@
 #   bash launchers/test.sh [PYTEST OPTIONS]     e.g. tests/ops, or -k masks, or -m "not launch"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launchers/setup.sh test,demo
+source launchers/setup.sh test,demo,kernels
 # many small matrix products beside several ranks: more threads only get in each other's way
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files

@@ -59,4 +59,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marks: dict[Path, set[str]] = {}
     for item in items:
         marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
-    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("e2e", "launch", "s3", "mlflow")])
+    items.sort(key=lambda item: [mark not in marks[item.path] for mark in ("e2e", "launch", "kernels", "s3", "mlflow")])

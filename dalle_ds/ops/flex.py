@@ -29,7 +29,7 @@ def flex_problem(device: torch.device) -> str | None:
 
 
 class FlexAttention:
-    """Attention under one pattern: (q, k, v) (B, H, L, D) -> (B, H, L, D).
+    """Attention under one pattern: (q, k, v) (B, H, L, D) -> (B, H, L, D), in memory (B, L, H, D) if the three are.
 
     In column layers the image part of all four comes column by column (`columns_first`): in raster order every block of 128
     keys holds some key of each column, and not one could be skipped.
@@ -42,8 +42,10 @@ class FlexAttention:
             self.block_mask = _block_mask(mask, device)
 
     def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
-        # contiguous: gradients of strided keys have been wrong in released versions (pytorch issue 146377)
-        return _compiled()(q_BHLD.contiguous(), k_BHLD.contiguous(), v_BHLD.contiguous(), block_mask=self.block_mask)
+        # Strided, as the fused projection leaves them: the kernels read them in place, and the result and the gradients come in
+        # the same order of dimensions, so that neither they nor the heads' joining copy (tests/cuda_path/test_kernels.py).
+        # TRITON: one kernel at every length; by default sequences below a block take one for decoding, with partial sums.
+        return _compiled()(q_BHLD, k_BHLD, v_BHLD, block_mask=self.block_mask, kernel_options={"BACKEND": "TRITON"})
 
 
 @cache

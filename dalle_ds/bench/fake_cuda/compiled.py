@@ -20,7 +20,7 @@ ATTENTION = "flex_attention"
 def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
     """FlexAttention, the loop of low-bit AdamW and fused functions, on `gpu`; all around them is real."""
 
-    def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, block_mask: object) -> Tensor:
+    def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, **_: object) -> Tensor:
         return _Attention.apply(gpu, q_BHLD, k_BHLD, v_BHLD)
 
     def update(p: Tensor, g: Tensor, mean: Tensor, variance: Tensor, scalars: Tensor, low_bit: bool) -> None:
