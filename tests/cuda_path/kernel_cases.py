@@ -199,8 +199,8 @@ def fused(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
 
 
 def _errors(gpu: PretendedGPU, function: Fused, case: Case) -> dict[str, list[Any]]:
-    """By shape, for each result: its error and that of plain operations on the CPU, both against fp64; of an elementwise function
-    how many values differ."""
+    """By shape, for each result: its error and that of plain operations on the CPU, both against fp64; of an elementwise
+    function how many values differ."""
     generator, errors = torch.Generator().manual_seed(0), {}
 
     def draw(*shape: int) -> Tensor:
