@@ -27,7 +27,8 @@ def kernel_problem() -> str | None:
     try:
         triton.runtime.driver.active.get_current_target()  # builds that library
     except Exception as error:  # RuntimeError, AssertionError, CalledProcessError, OSError: as each part of it likes
-        return f"triton finds no way to the GPU ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        said = next(iter(str(error).strip().splitlines()), "without a word")
+        return f"triton finds no way to the GPU ({type(error).__name__}: {said})"
     return None
 
 

@@ -50,6 +50,11 @@ def test_tf32_lasts_as_long_as_it_was_asked_for() -> None:
             assert not has_tf32()
         assert has_tf32()
     assert not has_tf32() and not PRODUCTS.allow_tf32 and not CUDNN.allow_tf32
+    CUDNN.allow_tf32 = True  # as torch begins
+    with tf32(False):
+        assert not has_tf32()
+    assert CUDNN.allow_tf32 and not PRODUCTS.allow_tf32
+    exact_fp32()
     with pytest.raises(RuntimeError, match="inside"), tf32(True):
         raise RuntimeError("inside")
     assert not has_tf32()
