@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dalle_ds.bench.fake_cuda.engine import DEPTHS, EngineCounts, count_engine
+from dalle_ds.bench.fake_cuda.engine import DEPTHS, RANK, EngineCounts, count_engine
 from dalle_ds.bench.fake_world import in_fake_world
 from dalle_ds.bench.host_time import HostTime, host_time
 from dalle_ds.bench.memory import in_fresh_process
@@ -54,7 +54,8 @@ class CudaPath:
         by_purpose = [c.bytes_per_parameter for c in self.widths]
         rows += [(f"bytes a parameter: {name}", [found[name] for found in by_purpose]) for name in by_purpose[0]]
         rows.append(("MiB that it adds to the peak", [c.layer_bytes / 2**20 for c in self.widths]))
-        print(f"cuda-path: rank 0 of {self.settings.world_size}, {self.settings.deepspeed_config}, fp16, recomputed", file=out)
+        rank = f"rank {RANK} of {self.settings.world_size}"
+        print(f"cuda-path: {rank}, {self.settings.deepspeed_config}, fp16, recomputed", file=out)
         print(f"{'a layer in a micro-step of one sample':<60}" + "".join(f"  d {c.d_model:>6}" for c in self.widths), file=out)
         for name, values in rows:
             print(f"{name:<60}" + "".join(f"  {value:>8.4g}" for value in values), file=out)
@@ -83,6 +84,6 @@ def run(settings: CudaPathSettings) -> CudaPath:
     widths = [in_fresh_process(count_engine, n, deepspeed_json, settings.world_size) for n in settings.heads]
     host = None
     if settings.rounds:
-        with in_fake_world(0, settings.world_size) as call:
+        with in_fake_world(RANK, settings.world_size) as call:
             host = call(host_time, deepspeed_json, widths[-1].d_model, settings.rounds)
     return CudaPath(settings, widths, host)

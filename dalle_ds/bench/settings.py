@@ -180,5 +180,5 @@ class CudaPathSettings(Config):
         (32, 62), min_length=1, description="Heads of 64 of each model, with commas: presets 1.2b and 12b."
     )
     deepspeed_config: str = Field("ds_configs/zero3_fp16.json", description="DeepSpeed JSON with ZeRO-3, fp16 per resblock.")
-    world_size: int = Field(8, ge=2, description="Ranks, of which this process plays the first.")
+    world_size: int = Field(8, ge=2, description="Ranks, of which this process plays one.")
     rounds: int = Field(5, ge=0, description="Turns of engine and plain model for the host's time; 0: counts alone.")

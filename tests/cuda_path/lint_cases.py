@@ -31,6 +31,15 @@ Found = dict[str, Any]
 GIB = 2**30
 
 
+def first_weights(n_heads: int) -> str:
+    """Drawn on the CPU, as a run does it, for a model on the device -> the device of its weights."""
+    with fake_cuda() as gpu:
+        with gpu.device:
+            prior = Prior(PriorConfig(n_layers=1, n_heads=n_heads))
+        initialise(prior, torch.Generator().manual_seed(0))
+        return str(prior.embed.row.device)
+
+
 def prior_step(n_heads: int, n_samples: int, recomputed: bool, low_bit: bool) -> Found:
     """The training step of one device, without DeepSpeed: of a layer its kernels and peak memory, of all what is waited for."""
     with fake_cuda() as gpu, compiled_stand_ins(gpu):
@@ -49,7 +58,6 @@ def _step(
     before = gpu.live_bytes
     with gpu.device:
         prior = Prior(config)
-    initialise(prior, torch.Generator(gpu.device))
     scaler = BlockScaler(prior, BlockScalingConfig(), gpu.device)
     attention = use_attention(prior, "auto", gpu.device)
     if recomputed:

@@ -28,7 +28,7 @@ def call() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def bench() -> CudaPath:
-    """Rank 0 of 8 of the shipped configuration, at the width of 12b: its initialisation and a few updates."""
+    """Rank 1 of 8 of the shipped configuration, at the width of 12b: a few updates."""
     if problem := stub_problem():
         pytest.skip(f"fake CUDA: {problem}")
     return cuda_path.run(CudaPathSettings(heads=(62,), rounds=0, deepspeed_config=str(ROOT / "ds_configs" / "zero3_fp16.json")))
@@ -80,6 +80,10 @@ def test_memory_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
     d = engine.d_model
     parameters = 12 * d**2 + 13 * d
     assert engine.layer_bytes <= 1.02 * (20 * parameters / 8 + 4 * engine.n_slots * d)
+
+
+def test_first_weights_are_drawn_on_the_cpu(call: Callable[..., Any]) -> None:
+    assert call(lint_cases.first_weights, 1) == "cuda:0"
 
 
 def test_prior_of_12b_without_the_engine(call: Callable[..., Any]) -> None:

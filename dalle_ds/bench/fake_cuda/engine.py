@@ -21,6 +21,7 @@ from dalle_ds.models.prior import PriorConfig
 
 DEPTHS = (1, 5)
 """Layers of two models: four more are one period of the patterns, three rows and a column."""
+RANK = 1
 PRODUCTS = GEMMS | {ATTENTION}
 """Kernels that are bound by arithmetic."""
 
@@ -97,12 +98,13 @@ def _purpose(site: Site) -> str:
 
 
 def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: int = 8) -> EngineCounts:
-    """Rank 0 of `world_size`, at the paper's sequence and vocabularies. For a process of its own: `memory.in_fresh_process`.
+    """Rank 1 of `world_size`, at the paper's sequence and vocabularies. For a process of its own: `memory.in_fresh_process`.
 
     Raises:
         ConfigError: fake CUDA can't be had on this machine.
     """
-    place = {"RANK": 0, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_SIZE": min(world_size, GPUS_PER_NODE)}
+    # not rank 0, which would draw all first weights, numbers that nobody reads
+    place = {"RANK": RANK, "WORLD_SIZE": world_size, "LOCAL_RANK": RANK, "LOCAL_SIZE": min(world_size, GPUS_PER_NODE)}
     os.environ.update({name: str(value) for name, value in place.items()}, DS_ACCELERATOR="cuda")
     with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):  # DeepSpeed misses a CUDA toolkit, loudly
         from deepspeed.utils import logger
@@ -111,7 +113,7 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: in
         from dalle_ds.parallel.ranks import join
 
         logger.disabled = True
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=world_size)
         ranks = join()
         fewer, more = (_count_updates(gpu, ranks, PriorConfig(n_layers=n, n_heads=n_heads), deepspeed_json) for n in DEPTHS)
     n = DEPTHS[1] - DEPTHS[0]
