@@ -19,11 +19,11 @@ LEARNING_RATE = 1e-4
 
 def make_engine(
     place: Place, ranks: Ranks, config: PriorConfig, *, micro_batch: int, accumulation: int = 1, recompute: bool = True,
-    moments: str = "fp32",
+    moments: str = "fp32", master: str = "fp32",
 ) -> PriorEngine:  # fmt: skip
     """The default DeepSpeed configuration: ZeRO-3, fp16 branches, a gradient scale for every residual block."""
     recipe = PriorRun.model_validate({
-        "folder": "none", "data": {"dataset": "none"}, "optimizer": {"moments": moments},
+        "folder": "none", "data": {"dataset": "none"}, "optimizer": {"moments": moments, "master": master},
         "deepspeed_config": place.pick("ds_configs/zero3_fp16.json", "ds_configs/zero3_fp16_cpu.json"),
         "global_batch": micro_batch * accumulation * ranks.world_size, "micro_batch": micro_batch,
         "activation_checkpointing": recompute,

@@ -44,15 +44,16 @@ def machine_name(name: str, gib: float) -> str | None:
 
 
 def micro_step(
-    config: PriorConfig, device: torch.device, *, samples: int, accumulation: int, recompute: bool, moments: str
-) -> Expected:
+    config: PriorConfig, device: torch.device, *, samples: int, accumulation: int, recompute: bool, moments: str,
+    master: str = "fp32",
+) -> Expected:  # fmt: skip
     """`samples` at once, `accumulation` times an update, on one GPU with the default DeepSpeed configuration."""
     name = _name(device)
     if name is None:
         return Expected()
     settings = PlanSettings.model_validate({
         "machine": name, "tflops": known_peak_tflops(device), "gpus": 1, "micro_batch": samples, "recompute": int(recompute),
-        "global_batch": samples * accumulation, "updates": 1, "moments": moments,
+        "global_batch": samples * accumulation, "updates": 1, "moments": moments, "master": master,
     })  # fmt: skip
     told = plan(config, settings)
     return Expected(
