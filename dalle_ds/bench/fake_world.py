@@ -89,6 +89,12 @@ def _join(rank: int, world_size: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     gc.freeze()  # what the server imported stays: collections need not look at it, nor do counts of live objects
+    joined = join_alone(rank, world_size)
+    _ranks = _EqualRanks(joined.rank, joined.world_size, joined.device)
+
+
+def join_alone(rank: int, world_size: int) -> Ranks:
+    """Be that rank on torch's fake process group, which sends nothing and takes what it holds for what others sent."""
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
     from deepspeed.utils import logger
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -98,8 +104,7 @@ def _join(rank: int, world_size: int) -> None:
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
         module.assert_ints_same_as_other_ranks = lambda ints: None
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    joined = join()  # which finds that process group
-    _ranks = _EqualRanks(joined.rank, joined.world_size, joined.device)
+    return join()  # which finds that process group
 
 
 def _call(work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

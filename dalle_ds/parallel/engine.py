@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger, safe_get_local_grad, safe_set_local_grad, set_z3_leaf_modules
+from deepspeed.utils import logger, set_z3_leaf_modules
 from torch import Tensor
 
 from dalle_ds.console import progress
@@ -30,6 +30,7 @@ from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.optim.masterless import MasterlessAdamW
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.fragments import Fragment, collect, restore, shard_start, unchanged
+from dalle_ds.parallel.gradient_shards import GradientShards
 from dalle_ds.parallel.half_gather import gather_in_half
 from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.phases import PhaseTimer
@@ -97,9 +98,8 @@ class PriorEngine:
             engine_config.require_replicable()
             self.replicas = Replicas(replicas.count, ranks.rank, ranks.world_size)
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
-        sharded = engine_config.zero_stage == 3
-        self._is_offloaded = "offload_optimizer" in engine_config.json.get("zero_optimization", {})
-        model = _build(model_config, engine_config, sharded, seed, ranks, self.replicas)
+        self._is_sharded = engine_config.zero_stage == 3
+        model = _build(model_config, engine_config, self._is_sharded, seed, ranks, self.replicas)
         self.scaler: BlockScaler | None = None
         if engine_config.block_scaling is not None:
             self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
@@ -129,11 +129,14 @@ class PriorEngine:
             # its loss scale may stay at its least: when to give up is the recipe's to say (`failure`), with a diagnosis
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._torch_optimizer = torch_optimizer
+        self._gradients = GradientShards(self._engine.optimizer)
         self.phases = PhaseTimer(ranks.device)
         """Of updates: forward, backward (with ZeRO-3's reduction), reduce (agreement, and averaging of replicas), step."""
         self.replica_gradients: ReplicaGradients | None = None
         if replicas is not None and self.replicas is not None:
-            self.replica_gradients = ReplicaGradients(self.module, replicas, self.replicas, ranks.device, self.masterless)
+            self.replica_gradients = ReplicaGradients(
+                self.module, self._gradients, replicas, self.replicas, ranks.device, self.masterless
+            )
 
     @property
     def module(self) -> Prior:
@@ -241,6 +244,8 @@ class PriorEngine:
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
             shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
+        if self._is_sharded:
+            self._gradients.refresh()
         shared[2].fill_(float(stop_requested))
         shared[3].fill_(float(is_saving))
         if self.scaler:
@@ -265,11 +270,11 @@ class PriorEngine:
     def _gradient_shards(self, block: ResBlock) -> Iterator[list[Tensor]]:
         """This rank's reduced gradients of a block's parameters, to be written to."""
         own = set(self.masterless.parameters.values()) if self.masterless else ()  # un-scaled already
-        shards = {parameter: safe_get_local_grad(parameter) for parameter in block.parameters() if parameter not in own}
+        shards = {parameter: self._gradients.read(parameter) for parameter in block.parameters() if parameter not in own}
         yield list(shards.values())
-        if self._is_offloaded:  # then these were copies, and ZeRO-3 has taken norms already
+        if self._gradients.are_copies:
             for parameter, shard in shards.items():
-                safe_set_local_grad(parameter, shard)
+                self._gradients.write(parameter, shard)
 
     def _leave_out(self, blocks: Sequence[str]) -> set[str]:
         """Zero the gradients of these blocks, so that norm and clipping see the others' alone -> names of their parameters."""
@@ -279,14 +284,14 @@ class PriorEngine:
                 self.masterless.set_gradient(name, torch.zeros_like(self.masterless.gradient(name)))
             else:
                 parameter = self.module.get_parameter(name)
-                safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
+                self._gradients.write(parameter, torch.zeros_like(self._gradients.read(parameter)))
         return names
 
     def _step_masterless(self, lr: float, kept: set[str]) -> float:
         """Clip the gradients of both optimizers by their norm together, and let ours step -> that norm. Where it is not finite,
         neither steps."""
         assert self.masterless is not None
-        theirs = [safe_get_local_grad(p) for name, p in self.module.named_parameters() if name not in self.masterless]
+        theirs = [self._gradients.read(p) for name, p in self.module.named_parameters() if name not in self.masterless]
         squares = self.masterless.squared_norm() + torch.stack(torch._foreach_norm(theirs)).square().sum()
         group = self.replicas.shard_group if self.replicas else None  # replicas have the same gradients
         dist.all_reduce(squares, group=group)
@@ -309,9 +314,9 @@ class PriorEngine:
         # One value that the next backward pass overwrites, and only the first rank of a shard group is sure to have one: others
         # may hold nothing but padding, which counts in DeepSpeed's norm and is never written again.
         if shard_start(parameter) == 0:
-            grad = safe_get_local_grad(parameter).clone()
-            grad[0] = float("nan")
-            safe_set_local_grad(parameter, grad)
+            grad = self._gradients.read(parameter).clone()
+            grad[:1].fill_(float("nan"))
+            self._gradients.write(parameter, grad)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:

@@ -1,13 +1,13 @@
 """Between replicas: the gradients that ZeRO-3 reduced inside this replica become the average over all of them."""
 
 import torch
-from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dalle_ds.data import storage
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.fragments import shard_start
+from dalle_ds.parallel.gradient_shards import GradientShards
 from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD, as_fp32
 from dalle_ds.parallel.replicas import BUCKET_VALUES, Replicas, ReplicasConfig, in_buckets, mean_in_fp32
@@ -23,11 +23,11 @@ class ReplicaGradients:
     """
 
     def __init__(
-        self, model: nn.Module, config: ReplicasConfig, replicas: Replicas, device: torch.device,
+        self, model: nn.Module, gradients: GradientShards, config: ReplicasConfig, replicas: Replicas, device: torch.device,
         masterless: MasterlessMatrices | None = None,
     ) -> None:  # fmt: skip
         """`masterless` has the gradients of parameters that DeepSpeed's optimizer does not own."""
-        self._masterless = masterless
+        self._masterless, self._gradients = masterless, gradients
         self._parameters, self._peers = dict(model.named_parameters()), replicas.peers
         self._config, self._replicas = config, replicas
         self.power_sgd: PowerSGD | None = None
@@ -127,13 +127,13 @@ class ReplicaGradients:
     def _gradient(self, name: str) -> Tensor:
         if self._masterless and name in self._masterless:
             return self._masterless.gradient(name)
-        return safe_get_local_grad(self._parameters[name])
+        return self._gradients.read(self._parameters[name])
 
     def _set_gradient(self, name: str, values: Tensor) -> None:
         if self._masterless and name in self._masterless:
             self._masterless.set_gradient(name, values)
         else:
-            safe_set_local_grad(self._parameters[name], values)
+            self._gradients.write(self._parameters[name], values)
 
     def _size(self, name: str) -> int:
         return self._parameters[name].ds_tensor.numel()

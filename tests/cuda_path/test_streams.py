@@ -111,7 +111,7 @@ LOST_WAITS = {
         ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/precision/half.py", "(backward)"],
     ),
     "gradients used before they are reduced": (
-        [("synchronize", "independent_gradient_partition_epilogue"), ("synchronize", "_get_fp32_grad_state_partition")],
+        [("synchronize", "independent_gradient_partition_epilogue")],
         ["_amp_foreach_non_finite_check_and_unscale_ on default", "(unscale)", "on stream", "(partition_grads)"],
     ),
     "weights used before they are gathered": (

@@ -10,12 +10,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from dalle_ds.bench.fake_cuda.compiled import ATTENTION, compiled_stand_ins
 from dalle_ds.bench.fake_cuda.counts import GEMMS, Counts, Site
 from dalle_ds.bench.fake_cuda.device import FakeGPU, fake_cuda
-from dalle_ds.bench.fake_world import GPUS_PER_NODE, make_engine, random_batches
+from dalle_ds.bench.fake_world import join_alone, make_engine, random_batches
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import PriorConfig
 
@@ -103,18 +101,11 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: in
     Raises:
         ConfigError: fake CUDA can't be had on this machine.
     """
-    # not rank 0, which would draw all first weights, numbers that nobody reads
-    place = {"RANK": RANK, "WORLD_SIZE": world_size, "LOCAL_RANK": RANK, "LOCAL_SIZE": min(world_size, GPUS_PER_NODE)}
+    # not rank 0, which would draw all first weights, numbers that nobody reads; alone on a node, for one GPU is there
+    place = {"RANK": RANK, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
     os.environ.update({name: str(value) for name, value in place.items()}, DS_ACCELERATOR="cuda")
     with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):  # DeepSpeed misses a CUDA toolkit, loudly
-        from deepspeed.utils import logger
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        from dalle_ds.parallel.ranks import join
-
-        logger.disabled = True
-        dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=world_size)
-        ranks = join()
+        ranks = join_alone(RANK, world_size)
         fewer, more = (_count_updates(gpu, ranks, PriorConfig(n_layers=n, n_heads=n_heads), deepspeed_json) for n in DEPTHS)
     n = DEPTHS[1] - DEPTHS[0]
     micro_steps = [runs.updates[1, 2] - runs.updates[1, 1] for runs in (fewer, more)]
