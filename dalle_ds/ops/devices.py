@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 
 def gpus_are_wanted() -> bool:
@@ -23,3 +24,10 @@ def default_device() -> str:
 def ranks_here(at_most: int) -> int:
     """Ranks for this machine: one for each GPU, but no more than `at_most`; without GPUs so many, which share the cores."""
     return min(at_most, torch.cuda.device_count()) if use_cuda() else at_most
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`. A GPU takes it from pinned memory, and the host does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.ops.compiling import compiled
+from dalle_ds.ops.devices import on_device
 from dalle_ds.ops.kernel_compiler import kernel_problem
 from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode_wide
 
@@ -109,7 +110,7 @@ class LowBitAdamW(torch.optim.Optimizer):
             if state[key].dtype is not _DTYPES[group["moments"]]:
                 raise ValueError(f"{key} is {state[key].dtype}, but the group's moments are {group['moments']}")
         state["step"] += 1
-        scalars = scalars_of(state["step"].item(), group).to(parameter.device)
+        scalars = on_device(scalars_of(state["step"].item(), group), parameter.device)
         compiled = low_bit and parameter.numel() >= self._compile_from
         chunk = _GPU_CHUNK
         if parameter.device.type == "cpu":

@@ -25,6 +25,7 @@ from dalle_ds.data import storage
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import ResBlock
+from dalle_ds.ops.devices import on_device
 from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.optim.masterless import MasterlessAdamW
@@ -229,8 +230,8 @@ class PriorEngine:
         # are taken here: on the device they would have to be waited for.
         n_texts = [int((text >= 0).sum()) for text, _ in micro_batches]
         counts = torch.tensor([sum(n_texts), sum(image.numel() for _, image in micro_batches)], dtype=torch.float64)
-        n_text, n_image = self.ranks.sum(self._to_device(counts)).float()
-        micro_batches = [(self._to_device(text), self._to_device(image)) for text, image in micro_batches]
+        n_text, n_image = self.ranks.sum(on_device(counts, self.ranks.device)).float()
+        micro_batches = [self._on_device(batch) for batch in micro_batches]
         # the engine averages over ranks and micro-batches; the sums here are shares of global means
         share = self.ranks.world_size * self._accumulation
         n_blocks = len(self.scaler.names) if self.scaler else 0
@@ -260,11 +261,9 @@ class PriorEngine:
         with self.phases("reduce"):
             return self.ranks.sum(shared)
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Without waiting for the device: from pinned memory."""
-        if self.ranks.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.ranks.device, non_blocking=True)
+    def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        text, image = batch
+        return on_device(text, self.ranks.device), on_device(image, self.ranks.device)
 
     @contextmanager
     def _gradient_shards(self, block: ResBlock) -> Iterator[list[Tensor]]:
@@ -324,7 +323,7 @@ class PriorEngine:
         totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         with _evaluating(self._engine):
             for text, image in batches:
-                nll = NLL(*self._engine(text.to(self.ranks.device), image.to(self.ranks.device)))
+                nll = NLL(*self._engine(*self._on_device((text, image))))
                 totals += torch.stack([t.double() for t in (nll.text_sum, nll.n_text, nll.image_sum, nll.n_image)])
         text_sum, n_text, image_sum, n_image = self.ranks.sum(totals).tolist()
         return text_sum / max(n_text, 1.0), image_sum / max(n_image, 1.0)
@@ -333,7 +332,7 @@ class PriorEngine:
     def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """(B, N) nats of each image token of one batch, the same on every rank. All ranks must call it together."""
         with _evaluating(self._engine):
-            return self._engine(text_BT.to(self.ranks.device), image_BN.to(self.ranks.device), per_token=True).cpu()
+            return self._engine(*self._on_device((text_BT, image_BN)), per_token=True).cpu()
 
     def optimizer_bytes_per_parameter(self) -> float:
         """Bytes of moments for one parameter of the model, counted over the tensors of a replica, ZeRO's padding included.

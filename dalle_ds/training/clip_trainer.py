@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dalle_ds.console import progress
 from dalle_ds.data.prefetch import Prefetch
 from dalle_ds.models.clip import Clip
+from dalle_ds.ops.devices import on_device
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.recipes import dump_recipe, flatten
 from dalle_ds.training.clip_config import ClipRun
@@ -142,7 +143,8 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = next(self.batches)
-        tokens = self.tokenizer(batch.captions, padding="longest", truncation=True, return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(batch.captions, padding="longest", truncation=True, return_tensors="pt")
+        tokens = {name: on_device(values, self.device) for name, values in tokens.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             logits_BB = self.model(pixel_values=self._pixels(batch.images_BHWC), **tokens).logits_per_text.float()
         right_B = torch.arange(len(logits_BB), device=self.device)
@@ -158,9 +160,9 @@ class _Trainer:
 
     def _pixels(self, images_BHWC: np.ndarray) -> Tensor:
         """As the picture preprocessing that is saved with the model does it, for pictures of the right size."""
-        mean = torch.tensor(self.processor.image_mean, device=self.device)
-        std = torch.tensor(self.processor.image_std, device=self.device)
-        pixels_BHWC = (torch.from_numpy(images_BHWC).to(self.device).float() / 255 - mean) / std
+        mean, std = (torch.tensor(values) for values in (self.processor.image_mean, self.processor.image_std))
+        pixels_BHWC = on_device(torch.from_numpy(images_BHWC), self.device).float() / 255
+        pixels_BHWC = (pixels_BHWC - on_device(mean, self.device)) / on_device(std, self.device)
         return pixels_BHWC.permute(0, 3, 1, 2)
 
     # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.models.dvae import DVAE
+from dalle_ds.ops.devices import on_device
 from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
 from dalle_ds.optim.averaging import WeightAverage
@@ -254,7 +255,7 @@ class _Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The bound, divided once, as a whole, by the number of sub-pixels (paper, appendix A.1), in nats."""
         run = self.recipe
-        images_BCHW = images_BCHW.to(self.device, memory_format=torch.channels_last)
+        images_BCHW = on_device(images_BCHW, self.device).contiguous(memory_format=torch.channels_last)
         # No cache of cast weights: each is used once, and workers must not share what belongs to another's graph.
         with torch.autocast(self.device.type, _DTYPES[run.precision], enabled=run.precision != "fp32", cache_enabled=False):
             pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, noise)

@@ -92,8 +92,7 @@ def test_prior_of_12b_without_the_engine(call: Callable[..., Any]) -> None:
     found = call(lint_cases.prior_step, n_heads=62, n_samples=1, recomputed=True, low_bit=True)
     assert found["attention"] == "flex" and not found["syncs"]
     assert found["kernels"] <= 82
-    # a kernel for a chunk of 16 million values
-    assert found["syncs_optimizer"].keys() <= {"copy to device: dalle_ds/optim/adamw.py LowBitAdamW._update"}
+    assert not found["syncs_optimizer"]
 
 
 def test_prior_of_1_2b_without_recomputation_fits_8_samples(call: Callable[..., Any]) -> None:
@@ -118,7 +117,6 @@ def test_dvae(call: Callable[..., Any], tmp_path: Path) -> None:
     found = call(lint_cases.dvae_update, str(tmp_path))
     assert found["device"] == "cuda" and found["gib"] <= 12 and found["gib_validation"] <= 9
     assert found["syncs"] == {
-        "copy to device: dalle_ds/training/dvae_trainer.py _Trainer._loss": 1,  # the pictures
         "item: dalle_ds/training/dvae_trainer.py _Trainer._step": 2,  # torch's GradScaler: was it finite, the scale
     }
 
@@ -126,7 +124,4 @@ def test_dvae(call: Callable[..., Any], tmp_path: Path) -> None:
 def test_clip(call: Callable[..., Any], tmp_path: Path) -> None:
     found = call(lint_cases.clip_update, str(tmp_path))
     assert found["device"] == "cuda"
-    assert found["syncs"].keys() <= {
-        "copy to device: dalle_ds/training/clip_trainer.py _Trainer._step",  # captions
-        "copy to device: dalle_ds/training/clip_trainer.py _Trainer._pixels",
-    }
+    assert not found["syncs"]

@@ -1,4 +1,5 @@
-"""What a rank of eight holds with matrices that have no masters: bytes a parameter, and how much an update works on."""
+"""What a rank of eight holds with matrices that have no masters: bytes a parameter, how much an update works on, and both
+together at the width of 12b."""
 
 import gc
 import json
@@ -7,9 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from dalle_ds.bench.fake_cuda.engine import engine_peaks
+from dalle_ds.bench.fake_cuda.stub import stub_problem
 from dalle_ds.bench.fake_world import in_fake_world, make_engine, miniature, random_batches
-from dalle_ds.bench.memory import PeakMemory
+from dalle_ds.bench.memory import PeakMemory, in_fresh_process
+from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.planning.memory import memory
+from dalle_ds.planning.settings import PlanSettings
 from tests.launching import ROOT
 
 SMALL_MEMORY = json.loads((ROOT / "ds_configs" / "zero3_fp16_16gb.json").read_text())
@@ -59,3 +65,20 @@ def test_an_update_works_on_two_layers_at_a_time_however_many_there_are(fewer_an
 
 
 UNEMBEDDINGS = 3 * 4 * D * (CONFIG["text_vocab"] + CONFIG["image_vocab"])
+
+
+def test_the_papers_replica_of_8_as_it_is_planned() -> None:
+    """At the width of 12b, with PowerSGD between replicas, on fake CUDA: 64 layers take what few of them promise."""
+    if problem := stub_problem():
+        pytest.skip(f"fake CUDA: {problem}")
+    settings = {"n_replicas": 2, "compression": "power_sgd", "moments": "low_bit", "master": "none"}
+    fewer, more = in_fresh_process(engine_peaks, (1, 3), 62, SMALL_MEMORY, 2 * N_RANKS, **settings)
+    peak = fewer + 63 * (more - fewer) / 2
+    zero = SMALL_MEMORY["zero_optimization"]
+    plan = PlanSettings(
+        gpus=2 * N_RANKS, shard_gpus=N_RANKS, compression="power_sgd", moments="low_bit", master="none",
+        bucket=zero["reduce_bucket_size"], live=zero["stage3_max_live_parameters"],
+        prefetch=zero["stage3_prefetch_bucket_size"],
+    )  # fmt: skip
+    assert peak <= 14.5 * 2**30
+    assert memory(PRESETS["12b"], plan).total == pytest.approx(peak, rel=0.03)

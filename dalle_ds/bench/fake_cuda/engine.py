@@ -3,10 +3,11 @@
 B samples of a micro-batch, D model width, P parameters of a layer's matrices.
 """
 
+import gc
 import io
 import os
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +102,7 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: in
     Raises:
         ConfigError: fake CUDA can't be had on this machine.
     """
-    # not rank 0, which would draw all first weights, numbers that nobody reads; alone on a node, for one GPU is there
-    place = {"RANK": RANK, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
-    os.environ.update({name: str(value) for name, value in place.items()}, DS_ACCELERATOR="cuda")
-    with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):  # DeepSpeed misses a CUDA toolkit, loudly
-        ranks = join_alone(RANK, world_size)
+    with _one_rank(world_size) as (gpu, ranks):
         fewer, more = (_count_updates(gpu, ranks, PriorConfig(n_layers=n, n_heads=n_heads), deepspeed_json) for n in DEPTHS)
     n = DEPTHS[1] - DEPTHS[0]
     micro_steps = [runs.updates[1, 2] - runs.updates[1, 1] for runs in (fewer, more)]
@@ -116,6 +113,37 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: in
         layer=(micro_steps[1] - micro_steps[0]) / n, sample=(samples[1] - samples[0]) / n, micro_step=micro_steps[1],
         update=more.updates[1, 1] - micro_steps[1], layer_bytes=(more.peak_bytes - fewer.peak_bytes) / n,
     )  # fmt: skip
+
+
+def engine_peaks(
+    depths: Sequence[int], n_heads: int, deepspeed_json: Mapping[str, Any], world_size: int = 8, **settings: Any
+) -> list[int]:
+    """For models of so many layers: the most bytes that rank 1 of `world_size` has allocated in an update, with state and one
+    sample. `settings` are `make_engine`'s. For a process of its own; raises as `count_engine`."""
+    peaks = []
+    with _one_rank(world_size) as (gpu, ranks):
+        for n_layers in depths:
+            before = gpu.live_bytes
+            config = PriorConfig(n_layers=n_layers, n_heads=n_heads)
+            engine = make_engine(ranks, config, deepspeed_json, **settings)
+            use_attention(engine.module, "flex", gpu.device)
+            for _ in range(2):  # in which ZeRO-3 learns the order of modules, and moments come to be
+                engine.update(random_batches(config, 1), lr=1e-4)
+            with gpu.measuring_peak() as peak:
+                engine.update(random_batches(config, 1), lr=1e-4)
+                peaks.append(peak() - before)
+            del engine
+            gc.collect()
+    return peaks
+
+
+@contextmanager
+def _one_rank(world_size: int) -> Iterator[tuple[FakeGPU, Any]]:
+    """The fake device as the GPU of rank 1, alone on its node. Rank 0 would draw first weights, numbers that nobody reads."""
+    place = {"RANK": RANK, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
+    os.environ.update({name: str(value) for name, value in place.items()}, DS_ACCELERATOR="cuda")
+    with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):  # DeepSpeed misses a CUDA toolkit, loudly
+        yield gpu, join_alone(RANK, world_size)
 
 
 @dataclass(frozen=True)
