@@ -137,12 +137,12 @@ def test_plan_takes_a_recipe_and_options_go_before_it(dalle_ds, monkeypatch):
     assert (summary["micro_batch"], summary["shard_gpus"], summary["machine"], summary["gpu_memory_gib"]) == (4, 4, "V100", 16)
 
 
-def test_doctor(tmp_path, dalle_ds):
+def test_doctor(tmp_path, dalle_ds, monkeypatch):
     code, out, _ = dalle_ds("doctor", "--url", tmp_path, "--min-free-gib", 0.001, "--json")
     outcome = json.loads(out.splitlines()[-1])
     assert code == 0 and outcome["ok"] and outcome["failed"] == []
     names = {finding["name"] for finding in outcome["findings"]}
-    assert {"python", "torch", "deepspeed", "disk", f"write {tmp_path}"} <= names
+    assert {"python", "torch", "deepspeed", "kernels", "disk", f"write {tmp_path}"} <= names
     assert list(tmp_path.iterdir()) == []  # the probe is gone
     blocker = tmp_path / "file"
     blocker.write_text("")
@@ -151,6 +151,10 @@ def test_doctor(tmp_path, dalle_ds):
     outcome = json.loads(out.splitlines()[-1])
     assert code == 1 and outcome["failed"] == ["disk", f"write {blocker / 'below'}"]
     assert "tracking" in outcome["warnings"]  # training does without
+    monkeypatch.setattr("dalle_ds.ops.devices.use_cuda", lambda: True)
+    monkeypatch.setattr("dalle_ds.ops.kernel_compiler.kernel_problem", lambda: "no gcc here")
+    code, out, _ = dalle_ds("doctor", "--min-free-gib", 0.001)
+    assert code == 0 and "warning  kernels" in out and "no gcc here" in out
 
 
 def test_accept(tmp_path, dalle_ds):

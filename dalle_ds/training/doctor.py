@@ -41,6 +41,7 @@ def examine(urls: Sequence[str] = (), *, min_free_gib: float = 2.0, mlflow_uri: 
         ("deepspeed", True, lambda: _package("deepspeed")),
         ("mlflow", True, lambda: _package("mlflow")),
         ("accelerator", False, _accelerator),
+        ("kernels", False, _kernels),  # without them all is plain torch, several times slower
         ("disk", True, lambda: _disk(min_free_gib)),
         *((f"write {url}", True, lambda url=url: _write(url)) for url in urls),
         ("tracking", False, lambda: _tracking(mlflow_uri)),  # training goes on without it
@@ -100,6 +101,16 @@ def _accelerator() -> tuple[bool, str]:
     names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
     product = torch.ones(64, 64, device="cuda", dtype=torch.float16) @ torch.ones(64, 64, device="cuda", dtype=torch.float16)
     return bool((product == 64).all()), f"{names}; CUDA {torch.version.cuda}; `dalle-ds accept` tries all that we do there"
+
+
+def _kernels() -> tuple[bool, str]:
+    from dalle_ds.ops.devices import use_cuda
+    from dalle_ds.ops.kernel_compiler import kernel_problem
+
+    if not use_cuda():
+        return True, "none is needed without a GPU"
+    problem = kernel_problem()
+    return problem is None, problem or "Triton builds them for this GPU"
 
 
 def _disk(min_free_gib: float) -> tuple[bool, str]:
