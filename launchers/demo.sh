@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --quick)
-      dvae_quick=(--set updates=30 --set schedules.tau.updates=20 --set schedules.lr.updates=30)
+      dvae_quick=(--set updates=10 --set schedules.tau.updates=8 --set schedules.lr.updates=10)
       encode_quick=(--set encode.min_codes_used=0)
       prior_quick=(--set updates=10 --set checkpoint.every=5 --set validation.every=10)
       clip_quick=(--set updates=5 --set batch_size=32)

@@ -7,6 +7,7 @@ source launchers/setup.sh test,demo,kernels
 # many small matrix products beside several ranks: more threads only get in each other's way
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files
+export PYTHONPATH=$PWD/tests/launched${PYTHONPATH:+:$PYTHONPATH} # and need not import what DeepSpeed alone asks for
 ruff check .
 lint-imports
 # in the order of tests/conftest.py, the longest first

@@ -8,8 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PRIOR = str(ROOT / "launchers" / "train_prior.sh")
 QUICK_START = ROOT / "tests" / "launched" / "sitecustomize.py"
+RANKS = QUICK_START.with_name("ranks.py")
 TINY = ["--recipe", str(ROOT / "launchers" / "recipes" / "tiny.yaml")]
 
 
@@ -46,7 +46,7 @@ def run(
     command: list[str],
     cwd: Path,
     extra_env: Mapping[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 900,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output captured."""
     with started(command, cwd, extra_env) as process:
@@ -56,12 +56,9 @@ def run(
 
 def run_ranks(n_ranks: int, script: Path, *arguments: str, cwd: Path, extra_env: Mapping[str, str] | None = None) -> None:
     """A script on several ranks, without a launcher, which would take as long to start as they do."""
-    job = {**(extra_env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n_ranks)}
-    with ExitStack() as stack, ThreadPoolExecutor(n_ranks) as pool:
-        places = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n_ranks)]
-        ranks = [stack.enter_context(started([sys.executable, str(script), *arguments], cwd, place)) for place in places]
-        for rank, (_, err) in zip(ranks, pool.map(lambda rank: rank.communicate(timeout=300), ranks), strict=True):
-            assert rank.returncode == 0, err[-4000:]
+    job = {**(extra_env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run([sys.executable, str(RANKS), str(n_ranks), str(script), *arguments], cwd, job)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @contextmanager

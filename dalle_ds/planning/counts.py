@@ -15,13 +15,14 @@ class Counts:
     recomputed_bytes: float
     """The same of a second forward pass, where the layer is recomputed."""
     weight_bytes: float
-    """Memory traffic of a parameter in a micro-step, on the stream of the products: casts, its gradient written."""
+    """Memory traffic of a parameter in a micro-step, on the stream of the products: read by three or four of them, its gradient
+    written."""
     gather_bytes: float
-    """On other streams: its 16-bit copy received, twice."""
+    """On other streams: its 16-bit copy received, twice; of a shard on one of many GPUs next to nothing."""
     alone_bytes: float
     """Instead of that on one GPU, which has the whole shard: rounded to 16 bits, twice."""
     reduce_bytes: float
-    """On other streams: its gradient into the bucket, divided, scattered."""
+    """On other streams: its gradient divided and scattered."""
     collectives: float
     """Messages in a micro-step."""
     host_ms: float
@@ -45,11 +46,11 @@ class Counts:
 NOW = Counts(
     element_bytes=174,
     recomputed_bytes=51,
-    weight_bytes=10,
+    weight_bytes=9.3,
     gather_bytes=4,
     alone_bytes=12,
-    reduce_bytes=27,
-    collectives=12,
+    reduce_bytes=14,
+    collectives=13,
     host_ms=4.5,
     host_ms_per_rank=0.069,
     update_host_ms=2.0,
@@ -59,9 +60,9 @@ NOW = Counts(
     working_bytes=14,
     gathered_bytes=2,
 )
-"""Counted at d 2048 and 3968: traffic of elements and memory over fake CUDA tensors; messages and `host_ms_per_rank` as one
-rank of a fake world. Traffic of parameters and the other host times are what the step aims at, until `dalle-ds bench cuda-path`
-has counted them."""
+"""Counted at d 2048 and 3968: traffic and memory over fake CUDA tensors, messages and `host_ms_per_rank` as one rank of a fake
+world (`dalle-ds bench cuda-path`). `host_ms` and `update_host_ms` are CPU time there, of a core of an AMD EPYC, with room for
+what launching a kernel takes beside an operator of the CPU."""
 
 INPUT_BYTES = 4.0
 """Memory that an element takes from forward to backward pass in a layer that is recomputed."""

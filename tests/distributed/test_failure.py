@@ -89,13 +89,13 @@ def test_an_error_of_any_rank_ends_the_job_and_is_shown(home: Path) -> None:
     assert checkpoints(home) and tracked(home).info.status == "FAILED"
 
 
-def test_a_killed_rank_is_named_and_the_job_is_gone_within_a_minute(home: Path) -> None:
+def test_a_killed_rank_is_named_and_the_job_is_gone(home: Path) -> None:
     with launching.started(command(), home, env(home)) as process:
         wait_for_progress(home, process)
         launching.wait_for(lambda: tracked(home).info.status == "RUNNING", "the MLflow run to go on", process=process)
         victim = launching.ranks_of(process.pid)[1]
         victim.kill()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)  # less than the ten minutes after which torch itself gives up
         assert process.returncode != 0 and not launching.family(process.pid)
     assert f"error on rank 0: rank 1 (process {victim.pid}) " in err and "the same command goes on" in err
     # once in a while the launcher takes note of its end before the other rank does
@@ -137,7 +137,7 @@ def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in (0, 1)
     ]  # fmt: skip
-    out, err = ranks[0].communicate(timeout=60)
+    out, err = ranks[0].communicate(timeout=240)  # less than the ten minutes after which torch itself gives up
     assert ranks[1].wait() == -signal.SIGABRT
     assert (ranks[0].returncode, out) == (75, "told\n")
     assert f"error on rank 0: rank 1 (process {ranks[1].pid}) was killed by SIGABRT" in err

@@ -33,7 +33,7 @@ def test_killed_alone_and_gone_on_with_on_two_ranks_is_one_run(tmp_path: Path) -
     with launching.started(launch, tmp_path) as process:
         launching.wait_for(lambda: len(list(parts.glob("*.npz"))) > len(made_before), "another batch", process=process)
         assert all(part.stat().st_mtime_ns == made for part, made in made_before.items()), "a finished batch was drawn again"
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors[-4000:]
     assert out.count('{"out"') == 1 and launching.last_json(out)["pictures"] == 240
 

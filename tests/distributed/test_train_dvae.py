@@ -33,14 +33,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with launching.started([*launching.deepspeed(2), "--no_local_rank", "--module", *verb], home, NO_RETRIES) as process:
         launching.wait_for(checkpoint.exists, "checkpoint", process=process)
         launching.ranks_of(process.pid)[1].terminate()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=900)
     assert process.returncode == 143, errors[-4000:]
     assert "asked to stop (another rank)" in errors and "error" not in errors.replace("exits with return code", ""), errors
     stopped_at = checkpoint.stat().st_mtime_ns
     with launching.started([*torchrun(), "-m", *verb], home, NO_RETRIES) as process:
         launching.wait_for(lambda: checkpoint.stat().st_mtime_ns > stopped_at, "another checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=900)
     assert "going on from update" in errors
     assert not (home / "killed" / "dvae_report.json").exists(), "it was faster than the kill"
     shutil.copytree(home / "killed", home / "fewer")

@@ -48,7 +48,7 @@ def test_training_waits_for_a_lost_store_and_loses_no_record(s3: S3, mlflow_serv
         trained_alone = n_checkpoints()
         s3.server.start()
         mlflow_server.start()
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-4000:]
     summary = launching.last_json(out)
     assert summary["updates"] == 80

@@ -42,11 +42,11 @@ def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, s
     (pictures / "p0007.png").write_bytes(b"not a picture")
     command = ["bash", DEMO, "--quick", "--pictures", "runs/demo/pictures", "--out", "runs/demo"]  # relative to the caller
     with launching.started(command, home, env) as process:
-        launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=300, process=process)
+        launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=900, process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
     dvae_report = (out / "dvae" / "dvae_report.json").read_text()
 
-    done = launching.run(command, home, env, timeout=300)
+    done = launching.run(command, home, env, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out / "dvae" / "dvae_report.json").read_text() == dvae_report, "a finished stage was repeated"
     assert "Held-out image loss" in done.stderr
@@ -76,7 +76,8 @@ def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, s
 
 @pytest.mark.parametrize("page", ["INFRA.md", "DATA.md", "RESEARCH.md"])
 def test_what_a_page_says_works(home: Path, env: dict[str, str], page: str) -> None:
-    """Every block of a page, in its order, after the demo."""
+    """Every block of a page, in its order, after the demo, in the same MLflow store."""
+    env = {**env, "MLFLOW_TRACKING_URI": f"sqlite:///{home}/runs/demo/mlflow.db"}
     text = (launching.ROOT / "launchers" / page).read_text()
     blocks = re.findall(r"^```bash( server)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 4

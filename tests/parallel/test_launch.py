@@ -110,7 +110,7 @@ def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(
             "TORCHINDUCTOR_COMPILE_THREADS": "3"}  # fmt: skip
     file.write_text("".join(f"{name}={value}\n" for name, value in told.items()))
     with launching.started([*rank, str(file)], tmp_path) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     found = launching.last_json(out)
     assert (found["threads"], found["allocator"]) == (3, "max_split_size_mb:512")

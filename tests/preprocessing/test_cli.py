@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "preprocessing", *arguments], text=True, capture_output=True, timeout=120,
+    return subprocess.run([sys.executable, "-m", "preprocessing", *arguments], text=True, capture_output=True, timeout=900,
                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

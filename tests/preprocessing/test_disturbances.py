@@ -41,7 +41,7 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=900)
     assert process.returncode == 0, stderr[-3000:]
     return json.loads(stdout.splitlines()[-1])
 
@@ -66,7 +66,7 @@ def test_a_killed_run_is_finished_by_the_next(world: World, tmp_path: Path, is_u
     wait_for_shards(out, 1, lambda: process.poll() is None)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(stop)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=900)
     assert process.returncode == (-9 if stop == signal.SIGKILL else 143), stderr[-2000:]
     gone, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "workers outlived their parent"

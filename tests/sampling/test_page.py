@@ -113,7 +113,7 @@ def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slo
         while jobs[-1].status().rank is None and not jobs[-1].done():  # it has its place in the queue
             assert time.monotonic() < deadline
             time.sleep(0.005)
-    outcomes = [job.result(timeout=60) for job in jobs]
+    outcomes = [job.result(timeout=900) for job in jobs]
     assert slowly.began == captions
     assert (slowly.most_at_once, slowly.ended) == (1, 20)
     assert all("drawn in" in status and len(pictures) == 1 for status, pictures, _ in outcomes)

@@ -321,7 +321,7 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
             if "dVAE:" in line:  # the progress bar: the loop has begun
                 process.send_signal(signal.SIGTERM)
                 break
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 143, errors

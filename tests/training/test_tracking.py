@@ -269,7 +269,7 @@ def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
         subprocess.Popen([sys.executable, "-c", program, tmp_path / name], stdout=subprocess.PIPE, text=True, env=environment)
         for name in ("stage_a", "stage_b")
     ]
-    assert [worker.communicate(timeout=400)[0] for worker in workers] == ["True\n", "True\n"]  # and nothing else on stdout
+    assert [worker.communicate(timeout=900)[0] for worker in workers] == ["True\n", "True\n"]  # and nothing else on stdout
     runs = [read_run(tmp_path / name) for name in ("stage_a", "stage_b")]
     assert runs[0].experiment_id == runs[1].experiment_id and runs[0].run_id != runs[1].run_id
     for run in runs:
