@@ -201,6 +201,19 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
         assert load_export(home / f"export_{folder}").caption_dropout == expected
 
 
+def test_matrices_without_masters_are_trained_saved_and_exported(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the recipe alone. The first weights are equal but for their rounding to fp16, and the losses fall as with masters."""
+    monkeypatch.chdir(home)
+    done = train(home, env, "masterless", "optimizer.master=none", "optimizer.moments=low_bit")
+    assert done["updates"] == 8 and done["skipped_updates"] == 0
+    ours, whole = (losses(home, env, folder, "loss/train") for folder in ("masterless", "whole"))
+    assert ours == pytest.approx(whole, rel=0.01) and ours[-1] < ours[0]
+    export_checkpoint("masterless", home / "export_masterless")  # which proves that it gives the run's losses
+    assert load_export(home / "export_masterless").caption_dropout == 0.0
+
+
 def test_checkpoint_from_before_caption_dropout_is_exported_with_none(
     uninterrupted: dict[str, Any], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
