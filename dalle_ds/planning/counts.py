@@ -61,8 +61,8 @@ NOW = Counts(
     gathered_bytes=2,
 )
 """Counted at d 2048 and 3968: traffic and memory over fake CUDA tensors, messages and `host_ms_per_rank` as one rank of a fake
-world (`dalle-ds bench cuda-path`). `host_ms` and `update_host_ms` are half of what was measured there, 9.8 and 4.3 ms on a shared core
-of an AMD EPYC, operators' own work on small tensors included: a GPU node's cores are taken for twice as fast."""
+world (`dalle-ds bench cuda-path`). `host_ms` and `update_host_ms` are half of what was measured there, 9.8 and 4.3 ms on a
+shared core of an AMD EPYC, operators' own work on small tensors included: a GPU node's cores are taken for twice as fast."""
 
 INPUT_BYTES = 4.0
 """Memory that an element takes from forward to backward pass in a layer that is recomputed."""
