@@ -35,8 +35,8 @@ GPUS_PER_NODE = 8
 ONLY_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 """Environment of the children: DeepSpeed chooses its accelerator when it is imported, torch its threads."""
 
-PRELOADED = [__name__, "dalle_ds.parallel.engine", "deepspeed.runtime.zero.muon.muon_optimizer"]
-"""What children would import; the last DeepSpeed imports with its first engine and torch's compiler, for seconds."""
+PRELOADED = [__name__, "dalle_ds.parallel.engine", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+"""What children would import; the last two come with the first engine and its optimizer, and take seconds."""
 
 
 @contextlib.contextmanager
