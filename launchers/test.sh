@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them all: style, import rules, pytest. About a quarter of an hour on two cores.
+# Set up what the tests need and run them all: style, import rules, pytest. About twenty minutes on two cores.
 #   bash launchers/test.sh [PYTEST OPTIONS]     e.g. tests/ops, or -k masks, or -m "not launch"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
