@@ -189,11 +189,18 @@ def _earlier(folder: Path, identity: Mapping[str, Any]) -> dict[str, StepResult]
         return {}
     except json.JSONDecodeError as error:
         raise ConfigError(f"{folder / SUMMARY} is not valid JSON ({error}): remove it, or name another folder") from None
-    if saved["identity"] != identity:
+    try:
+        results = {one["name"]: StepResult(**one) for one in saved["steps"]}
+        identity_then = saved["identity"]
+    except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"{folder} holds results of {saved['identity']}, this is {dict(identity)}: name another folder, or repeat all steps"
+            f"{folder / SUMMARY} is of another version of this program ({error}): name another folder, or --again all"
+        ) from None
+    if identity_then != identity:
+        raise ConfigError(
+            f"{folder} holds results of {identity_then}, this is {dict(identity)}: name another folder, or --again all"
         )
-    return {one["name"]: StepResult(**one) for one in saved["steps"]}
+    return results
 
 
 def _write(folder: Path, identity: Mapping[str, Any], results: Sequence[StepResult]) -> dict[str, Any]:

@@ -120,3 +120,6 @@ def test_mistakes(tmp_path, monkeypatch):
     (tmp_path / SUMMARY).write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         accept(tmp_path, steps=planted("fine"))
+    (tmp_path / SUMMARY).write_text('{"identity": {}, "steps": [{"name": "fine", "colour": "red"}]}')
+    with pytest.raises(ConfigError, match="another version .*colour"):
+        accept(tmp_path, steps=planted("fine"))
