@@ -21,7 +21,7 @@ RECIPE_OWNS = {
     "gradient_accumulation_steps": "global_batch and micro_batch",
     "gradient_clipping": "optimizer.clip",
     "optimizer": "optimizer",
-    "scheduler": "schedule",
+    "scheduler": "learning_rate",
 }
 """DeepSpeed key -> the recipe key that sets it."""
 
@@ -91,6 +91,11 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
         raise ConfigError(f"DeepSpeed configuration {path} cannot be read: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"DeepSpeed configuration {path} is {json.dumps(tree)[:60]}, expected an object: {{...}}")
+    for key in ("fp16", "bf16", "zero_optimization", "timers"):
+        if not isinstance(tree.get(key, {}), dict):
+            raise ConfigError(f"{path} sets {key} = {json.dumps(tree[key])[:60]}, expected an object: {{...}}")
     for key, recipe_key in RECIPE_OWNS.items():
         if key in tree:
             raise ConfigError(

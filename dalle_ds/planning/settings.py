@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dalle_ds.planning.machines import MACHINES, Machine, machine
 from dalle_ds.recipes import Config
@@ -29,13 +29,23 @@ class PlanSettings(Config):
     sub_group: int = Field(1_000_000_000, ge=1, description="sub_group_size of the DeepSpeed JSON")
     gpu_memory: float | None = Field(None, gt=0, description="GiB of one GPU; unset: the machine's")
     gpus_per_node: int | None = Field(None, ge=1, description="unset: the machine's")
-    tflops: float | None = Field(None, gt=0, description="16-bit peak of one GPU; unset: the machine's")
+    tflops: float | None = Field(None, ge=0.001, description="16-bit peak of one GPU; unset: the machine's")
     nvlink_gbps: float | None = Field(None, gt=0, description="Gb/s that a GPU sends by NVLink; unset: the machine's")
     pcie: bool = Field(False, description="GPUs of a node are linked by PCIe alone")
     node_gbps: float | None = Field(None, gt=0, description="Gb/s of a node's network, all adapters; unset: the machine's")
     host_ms_per_layer: float | None = Field(None, ge=0, description="Python's time for a layer and micro-step")
     mfu: float | None = Field(None, gt=0, le=1, description="share of the peak, instead of what links and counts give")
     price: float | None = Field(None, ge=0, description="a GPU hour, any currency")
+
+    @model_validator(mode="after")
+    def _check(self) -> "PlanSettings":
+        if self.shards > self.gpus:
+            raise ValueError(f"shard_gpus is {self.shards}, expected at most the {self.gpus} gpus")
+        if self.master == "none" and self.moments != "low_bit":
+            raise ValueError(f"master none needs moments low_bit, found {self.moments}")
+        if self.pcie and self.nvlink_gbps is not None:
+            raise ValueError(f"pcie and nvlink_gbps {self.nvlink_gbps:g}: expected one of them")
+        return self
 
     @property
     def shards(self) -> int:

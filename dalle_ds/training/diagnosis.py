@@ -123,6 +123,7 @@ def replay(run: PriorRun, url: str, ranks: Ranks) -> dict[str, Any]:
     about = read_diagnosis(url)
     if about["problems"]:
         raise DataError(f"{url} has no batch: {about['problems'][0]}")
+    run = run.on_ranks(ranks.world_size)
     engine = build_engine(run, PriorConfig(**about["model"]), read_engine_config(run, ranks), ranks)
     engine.load(storage.join(url, STATE_FOLDER))
     finding = look_into(engine, _load_batch(url, run, ranks), about["learning_rate"])

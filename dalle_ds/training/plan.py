@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dalle_ds.errors import ConfigError
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.planning.arithmetic import count_parameters, forward_flops
@@ -50,8 +51,11 @@ def settings_of(run: PriorRun, gpus: int) -> dict[str, Any]:
     """What a recipe says of a plan's settings, by their names; its DeepSpeed JSON included.
 
     Raises:
-        ConfigError: the JSON can't be read.
+        ConfigError: the JSON can't be read; more replicas than GPUs.
     """
+    if run.replicas.count > gpus:
+        raise ConfigError(f"the recipe has replicas.count {run.replicas.count}, expected at most one for each of {gpus} GPUs")
+    run = run.on_ranks(gpus)
     engine = load_engine_config(run.deepspeed_path, micro_batch=run.micro_batch, accumulation=1, clip=run.optimizer.clip)
     zero = engine.json.get("zero_optimization", {})
     in_json = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters", "sub_group": "sub_group_size",

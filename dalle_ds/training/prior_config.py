@@ -26,14 +26,14 @@ class ModelSection(Config):
     """A preset, and what differs from it. Grid and vocabularies follow from the data; set here, they must agree with it."""
 
     preset: Literal["tiny", "0.3b", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
-    n_layers: int | None = None
-    n_heads: int | None = None
-    d_head: int | None = None
-    text_len: int | None = None
-    conv_kernel: int | None = None
-    grid: int | None = None
-    text_vocab: int | None = None
-    image_vocab: int | None = None
+    n_layers: int | None = Field(None, ge=1)
+    n_heads: int | None = Field(None, ge=1)
+    d_head: int | None = Field(None, ge=1)
+    text_len: int | None = Field(None, ge=1)
+    conv_kernel: int | None = Field(None, ge=1)
+    grid: int | None = Field(None, ge=1)
+    text_vocab: int | None = Field(None, ge=1)
+    image_vocab: int | None = Field(None, ge=1)
 
     def resolve(self, data: DatasetInfo, text_vocab: int, source: str) -> PriorConfig:
         """The geometry for the data set at `source`. Raises ConfigError where recipe and data disagree."""
@@ -171,7 +171,7 @@ class PriorRun(Config):
     )
     updates: int = Field(430_000, ge=1)
     global_batch: int = Field(1024, ge=1)
-    micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time")
+    micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time, at most its share of the global batch")
     seed: int = 0
     attention: Literal["auto", BackendName] = Field(
         "auto", description="backend; auto: flex on CUDA, structured on CPUs, or dense where these can't run"
@@ -206,6 +206,11 @@ class PriorRun(Config):
     @property
     def checkpoint_folder(self) -> str:
         return self.checkpoint.folder or f"{self.folder}/checkpoints"
+
+    def on_ranks(self, world_size: int) -> "PriorRun":
+        """With a micro-batch no larger than a rank's share of the global batch: a recipe for one GPU starts on eight."""
+        share, left = divmod(self.global_batch, world_size)
+        return self if left or share >= self.micro_batch else self.model_copy(update={"micro_batch": share})
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches a rank takes for one update. Raises ConfigError where the batch does not divide among the ranks."""

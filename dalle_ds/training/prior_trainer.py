@@ -55,6 +55,7 @@ def train_prior(run: PriorRun, ranks: Ranks) -> dict[str, Any]:
         TrainingDiverged: losses or gradients stay non-finite; RankLost: another rank died, failed or hangs.
         SystemExit(143): asked to stop; the state is saved.
     """
+    run = run.on_ranks(ranks.world_size)
     # Only the main rank holds the lock: the others are its own.
     with StopFlag() as stop, RunLock(Path(run.folder)) if ranks.is_main else nullcontext(), ExitStack() as at_end:
         ranks.barrier()  # the lock is held before anybody reads the folder

@@ -82,6 +82,18 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_engine_config(tmp_path / "bad.json", micro_batch=1, accumulation=1, clip=1.0)
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("[]", r"is \[\], expected an object"),
+    ('{"fp16": true}', "sets fp16 = true, expected an object"),
+    ('{"zero_optimization": 3}', "sets zero_optimization = 3, expected an object"),
+    ('{"scheduler": {}}', r"the recipe's to say \(learning_rate\)"),
+])  # fmt: skip
+def test_json_of_another_shape(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_engine_config(tmp_path / "odd.json", micro_batch=1, accumulation=1, clip=1.0)
+
+
 def test_replicas_skip_whole_updates(tmp_path: Path) -> None:
     section = {"enabled": True, "loss_scale": "per_resblock", "skip": "block"}
     with pytest.raises(ConfigError, match='"skip": "update"'):

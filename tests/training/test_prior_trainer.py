@@ -82,6 +82,22 @@ def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Pa
         recipe(token_set, tmp_path, "global_batch=48", "micro_batch=16").accumulation(2)
 
 
+def test_a_recipe_for_few_ranks_starts_on_more(token_set: str, tmp_path: Path) -> None:
+    """`deepspeed launchers/train_prior.sh` on a node of eight GPUs: the default recipe is that of two CPU cores."""
+    run = load_recipe(PriorRun, RECIPES / "tiny.yaml")
+    for n_ranks, micro_batch, accumulation in ((1, 8, 2), (2, 8, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1)):
+        there = run.on_ranks(n_ranks)
+        assert (there.micro_batch, there.accumulation(n_ranks)) == (micro_batch, accumulation)
+    for n_ranks in (3, 32):
+        with pytest.raises(ConfigError, match=f"16 is not a multiple of micro_batch 8 x {n_ranks} ranks"):
+            run.on_ranks(n_ranks).accumulation(n_ranks)
+
+
+def test_sizes_below_one(token_set: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.n_heads"):
+        recipe(token_set, tmp_path, "model.n_heads=0")
+
+
 def test_deepspeed_json_that_sets_what_the_recipe_sets(token_set: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 3}}))
     with pytest.raises(ConfigError, match=r"train_micro_batch_size_per_gpu = 8.*\(micro_batch\)"):

@@ -21,7 +21,8 @@ CPU_WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
 TOP, SHOWN = 25, 5
 
 KERNELS = 110
-"""Of a layer and micro-step: 80 of its own and 28 of ZeRO-3 are what tests/cuda_path allows on a pretended GPU."""
+"""Of a layer and micro-step: tests/cuda_path allows 68 of its own and 28 of ZeRO-3 on a pretended GPU; large sums are several
+on a real one."""
 WAITS_OF_A_MICRO_STEP = 1
 """For ZeRO-3's reduction."""
 DEPTHS = (1, 5)
