@@ -73,7 +73,8 @@ stage() { # stage NUMBER COMMAND...
 
 recipes=launchers/recipes
 # convolutions in bf16 take five times as long as in fp32 on CPUs that have no instructions for it
-has_bf16=$(python -c 'import torch; print(torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported())')
+has_bf16=$(python -c 'import torch; from dalle_ds.ops.devices import use_cuda
+print(use_cuda() or torch.ops.mkldnn._is_mkldnn_bf16_supported())')
 dvae_format=()
 [ "$has_bf16" = True ] || dvae_format=(--set precision=fp32)
 if [ -z "$pictures" ]; then

@@ -61,7 +61,7 @@ def settings_of(run: PriorRun, gpus: int) -> dict[str, Any]:
     in_json = {"bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters", "sub_group": "sub_group_size",
                "prefetch": "stage3_prefetch_bucket_size"}  # fmt: skip
     return {
-        "shard_gpus": max(1, gpus // run.replicas.count),
+        "shard_gpus": gpus // run.replicas.count,
         "micro_batch": run.micro_batch,
         "recompute": int(run.activation_checkpointing),
         "updates": run.updates,

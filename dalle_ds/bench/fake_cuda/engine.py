@@ -125,16 +125,22 @@ def engine_peaks(
         for n_layers in depths:
             before = gpu.live_bytes
             config = PriorConfig(n_layers=n_layers, n_heads=n_heads)
-            engine = make_engine(ranks, config, deepspeed_json, **settings)
-            use_attention(engine.module, "flex", gpu.device)
-            for _ in range(2):  # in which ZeRO-3 learns the order of modules, and moments come to be
-                engine.update(random_batches(config, 1), lr=1e-4)
+            engine = _engine(gpu, ranks, config, deepspeed_json, **settings)
             with gpu.measuring_peak() as peak:
                 engine.update(random_batches(config, 1), lr=1e-4)
                 peaks.append(peak() - before)
             del engine
             gc.collect()
     return peaks
+
+
+def _engine(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json: Mapping[str, Any], **settings: Any) -> Any:
+    """After two updates, in which ZeRO-3 learns the order of modules, and moments come to be."""
+    engine = make_engine(ranks, config, deepspeed_json, **settings)
+    use_attention(engine.module, "flex", gpu.device)
+    for _ in range(2):
+        engine.update(random_batches(config, 1), lr=1e-4)
+    return engine
 
 
 @contextmanager
@@ -155,8 +161,7 @@ class _Runs:
 
 def _count_updates(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json: Mapping[str, Any]) -> _Runs:
     held_before = gpu.live_bytes
-    engine = make_engine(ranks, config, _as_in_a_deep_model(deepspeed_json))
-    use_attention(engine.module, "flex", gpu.device)
+    engine = _engine(gpu, ranks, config, _as_in_a_deep_model(deepspeed_json))
 
     def update(n_samples: int, n_micro_batches: int) -> Counts:
         engine._engine.set_train_batch_size(ranks.world_size * n_micro_batches)
@@ -165,8 +170,6 @@ def _count_updates(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json
             engine.update(random_batches(config, n_samples, n_micro_batches), lr=1e-4)
         return counts
 
-    for _ in range(2):  # in which ZeRO-3 learns the order of modules
-        update(1, 1)
     with gpu.measuring_peak() as peak:
         updates = {(1, 1): update(1, 1)}
         peak_bytes = peak() - held_before
