@@ -82,6 +82,8 @@ class _Trainer:
         self.tokenizer = train_clip_tokenizer(captions, run.model.vocab_size, run.model.text_len)
         self.model = _new_model(run, self.tokenizer).to(self.device)
         self.processor = _new_processor(run.model.image_size)
+        self._mean = torch.tensor(self.processor.image_mean, device=self.device)
+        self._std = torch.tensor(self.processor.image_std, device=self.device)
         parameters = list(self.model.parameters())
         require_room(self.folder, sum(p.numel() for p in parameters))
         decayed = [p for p in parameters if p.ndim > 1]
@@ -160,9 +162,7 @@ class _Trainer:
 
     def _pixels(self, images_BHWC: np.ndarray) -> Tensor:
         """As the picture preprocessing that is saved with the model does it, for pictures of the right size."""
-        mean, std = (torch.tensor(values) for values in (self.processor.image_mean, self.processor.image_std))
-        pixels_BHWC = on_device(torch.from_numpy(images_BHWC), self.device).float() / 255
-        pixels_BHWC = (pixels_BHWC - on_device(mean, self.device)) / on_device(std, self.device)
+        pixels_BHWC = (on_device(torch.from_numpy(images_BHWC), self.device).float() / 255 - self._mean) / self._std
         return pixels_BHWC.permute(0, 3, 1, 2)
 
     # ---- measuring -------------------------------------------------------------------------------------------------------

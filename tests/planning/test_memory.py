@@ -1,7 +1,5 @@
 """Memory on paper against tensors that are really there."""
 
-import json
-
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,6 +17,8 @@ from dalle_ds.planning.prior_work import prior_workload
 from dalle_ds.planning.proposal import HEADROOM, MAX_SHARDS, propose
 from dalle_ds.planning.settings import PlanSettings
 from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.training.plan import settings_of
+from dalle_ds.training.prior_config import PriorRun
 from tests.launching import ROOT
 
 DS_CONFIGS = ROOT / "ds_configs"
@@ -115,13 +115,18 @@ def test_the_papers_replica_of_8_takes_3_and_a_half_gib_more_for_power_sgd():
     assert memory(PRESETS["12b"], settings).compression / 2**30 == pytest.approx(3.5, abs=0.1)
 
 
+def without_masters(n_replicas):
+    """The plan of a recipe with replicas of 8 as the paper has them."""
+    run = PriorRun.model_validate({
+        "folder": "none", "data": {"dataset": "none"}, "deepspeed_config": str(DS_CONFIGS / "zero3_fp16_16gb.json"),
+        "activation_checkpointing": True, "optimizer": {"moments": "low_bit", "master": "none"},
+        "replicas": {"count": n_replicas, "compression": "power_sgd"},
+    })  # fmt: skip
+    return PlanSettings(machine="V100", gpus=8 * n_replicas, **settings_of(run, 8 * n_replicas))
+
+
 def test_without_masters_the_papers_replica_of_8_fits_into_16_gib():
-    config, tree = PRESETS["12b"], json.loads((DS_CONFIGS / "zero3_fp16_16gb.json").read_text())["zero_optimization"]
-    settings = PlanSettings(
-        machine="V100", gpus=1024, shard_gpus=8, compression="power_sgd", moments="low_bit", master="none",
-        bucket=tree["reduce_bucket_size"], live=tree["stage3_max_live_parameters"],
-        prefetch=tree["stage3_prefetch_bucket_size"],
-    )  # fmt: skip
+    config, settings = PRESETS["12b"], without_masters(128)
     of_gpu = memory(config, settings)
     n_matrices, *others = count_parameters(config)
     assert of_gpu.state == pytest.approx((8 * n_matrices + 16 * sum(others)) / 8)
