@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dalle_ds.bench.verbs import bench
+from dalle_ds.commands.bench import bench
+from dalle_ds.commands.human_eval import human_eval
+from dalle_ds.commands.job import alone_or_on_all_ranks, prepare_process
+from dalle_ds.commands.options import ConfigCommand
 from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
-from dalle_ds.evaluation.verbs import human_eval
-from dalle_ds.options import ConfigCommand
 
 app = typer.Typer(
     name="dalle-ds",
@@ -30,9 +31,7 @@ Environment = Annotated[Path | None, typer.Option(help="Of ranks on hosts that s
 
 
 @app.command("train-dvae")
-def train_dvae(
-    recipe: Recipe = None, overrides: Overrides = None, environment: Environment = None, json: Json = False
-) -> None:
+def train_dvae(recipe: Recipe = None, overrides: Overrides = None, environment: Environment = None, json: Json = False) -> None:
     """Train the discrete VAE, or go on with it where its folder has a checkpoint; alone, or on all ranks of a launcher.
 
     \b
@@ -42,9 +41,12 @@ def train_dvae(
       deepspeed --hostfile hosts --no_local_rank --module dalle_ds.cli train-dvae --recipe launchers/recipes/dvae.yaml
       torchrun --nproc_per_node 8 -m dalle_ds.cli train-dvae --recipe launchers/recipes/dvae.yaml
     """
-    from dalle_ds.training.dvae_command import main as run
+    prepare_process(environment)
+    from dalle_ds.recipes import load_recipe
+    from dalle_ds.training.dvae.config import DVAERun
+    from dalle_ds.training.dvae.trainer import train_dvae as run
 
-    run(recipe, overrides or (), environment, json)
+    alone_or_on_all_ranks(lambda ranks: run(load_recipe(DVAERun, recipe, overrides or ()), ranks), json)
 
 
 @app.command("train-clip")
@@ -57,10 +59,10 @@ def train_clip(recipe: Recipe = None, overrides: Overrides = None, json: Json = 
       dalle-ds train-clip --recipe launchers/recipes/tiny_clip.yaml --set data.raw=s3://bucket/raw --set updates=5000 --json
     """
     from dalle_ds.recipes import load_recipe
-    from dalle_ds.training.clip_config import ClipRun
+    from dalle_ds.training.clip.config import ClipRun
 
     settings = load_recipe(ClipRun, recipe, overrides or ())
-    from dalle_ds.training.clip_trainer import train_clip as run
+    from dalle_ds.training.clip.trainer import train_clip as run
 
     print_summary(run(settings), json)
 
@@ -82,7 +84,7 @@ def export(
       dalle-ds export --run runs/prior --out s3://models/dalle --no-averaged --json
       dalle-ds export --run runs/12b --out /data/export --max-file-gb 2
     """
-    from dalle_ds.training.export import export_checkpoint
+    from dalle_ds.training.prior.export import export_checkpoint
 
     max_file_bytes = int(max_file_gb * 10**9)
     print_summary(export_checkpoint(run, out, tag=tag, averaged=averaged, max_file_bytes=max_file_bytes), json)
@@ -103,7 +105,7 @@ def register(
       dalle-ds register --export runs/export --name dalle
       dalle-ds register --export s3://models/dalle --name dalle --clip runs/clip --mlflow-uri http://127.0.0.1:5000 --json
     """
-    from dalle_ds.training.registry import register_export
+    from dalle_ds.commands.register import register_export
 
     print_summary(register_export(export, name, clip=clip, uri=mlflow_uri), json)
 
@@ -123,7 +125,7 @@ def import_openai(
       dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl
       dalle-ds import-openai --encoder encoder.pkl --decoder decoder.pkl --out s3://bucket/dvae.safetensors --json
     """
-    from dalle_ds.training.openai_dvae import import_openai as take
+    from dalle_ds.pretrained.openai_dvae import import_openai as take
 
     print_summary(take(encoder, decoder, out, image_size), json)
 
@@ -168,17 +170,21 @@ def sample(
       deepspeed --no_local_rank --module dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
       torchrun --nproc_per_node 8 -m dalle_ds.cli sample --export runs/export --captions captions.txt -n 512
     """
-    from dalle_ds.training.sample_command import main as run
+    prepare_process(environment)
+    from dalle_ds.commands.sample import repeat_export, sample_export
+    from dalle_ds.recipes import from_options
+    from dalle_ds.sampling.captions import SampleSource
+    from dalle_ds.sampling.sampler import SampleSettings
 
     if repeat is not None:
-        from dalle_ds.training.report import repeat_export
-
         print_summary(repeat_export(export, repeat, out, device=device), json)
         return
     limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-    settings = {"n": n, "keep": keep, "seed": seed, "batch": batch, **limits}
-    source = {"captions": caption or (), "captions_file": captions, "n_held_out": held_out, "data_url": data}
-    run(settings, {**source, "image": image, "rows": rows}, export, out, clip, device, environment, json)
+    settings = from_options(SampleSettings, {"n": n, "keep": keep, "seed": seed, "batch": batch, **limits})
+    source = SampleSource(caption or (), captions, held_out, data, image, rows)
+    alone_or_on_all_ranks(
+        lambda ranks: sample_export(export, out, settings, source, clip=clip, device=device, ranks=ranks), json
+    )
 
 
 @app.command()
@@ -219,8 +225,8 @@ def serve(
       dalle-ds serve --export runs/export --clip runs/clip
       dalle-ds serve --export s3://models/dalle --host 0.0.0.0 --port 8080 --max-n 16
     """
+    from dalle_ds.commands.serve import PageLimits, serve_export
     from dalle_ds.recipes import from_options
-    from dalle_ds.training.serve import PageLimits, serve_export
 
     sizes = {"n": max_n, "caption": max_caption, "upload_mb": max_upload_mb, "waiting": max_waiting}
     limits = from_options(PageLimits, sizes)
@@ -245,7 +251,7 @@ def evaluate(
       dalle-ds evaluate --export runs/export
       dalle-ds evaluate --export runs/export --data s3://bucket/tokens --limit 2000 --json
     """
-    from dalle_ds.training.report import evaluate_export
+    from dalle_ds.commands.evaluate import evaluate_export
 
     options: dict[str, Any] = {"data_url": data, "limit": limit, "seed": seed, "batch": batch, "device": device}
     print_summary(evaluate_export(export, out, **options), json)
@@ -279,11 +285,11 @@ def evaluate_images(
       dalle-ds evaluate-images --pictures samples --reference raw --held-out 0.05 --extractor clip:clip-folder --blur 0
       dalle-ds evaluate-images --pictures samples/samples.json --clip clip-folder --export runs/export --json
     """
-    from dalle_ds.models.clip import Clip
-    from dalle_ds.training import image_metrics
-    from dalle_ds.training.report import choose_device
+    from dalle_ds.commands import evaluate_images as image_metrics
+    from dalle_ds.ops.devices import resolve_device
+    from dalle_ds.pretrained.clip import Clip
 
-    device, load = choose_device(device), image_metrics.load_extractor
+    device, load = str(resolve_device(device)), image_metrics.load_extractor
     options: dict[str, Any] = {
         "reference": reference or (),
         "extractor": load(extractor, inception_weights=inception_weights, device=device) if extractor else None,
@@ -324,7 +330,7 @@ def plan(
       dalle-ds plan --preset 12b --gpus 256 --machine H100 --shard-gpus 8 --compression power_sgd --price 2.5 --json
       dalle-ds plan --recipe launchers/recipes/1.2b.yaml --gpus 8 --machine A100-40 --pcie
     """
-    from dalle_ds.training.plan_command import run
+    from dalle_ds.commands.plan import run
 
     print_summary(run(preset, recipe, overrides or (), options.obj), json)
 
@@ -343,7 +349,7 @@ def doctor(
       dalle-ds doctor
       dalle-ds doctor --url s3://bucket/tokens --url /data/runs --min-free-gib 100 --json
     """
-    from dalle_ds.training.doctor import examine, print_findings, summary
+    from dalle_ds.commands.doctor import examine, print_findings, summary
 
     findings = examine(url or (), min_free_gib=min_free_gib, mlflow_uri=mlflow_uri)
     outcome = summary(findings)
@@ -398,7 +404,7 @@ def replay(
       dalle-ds replay runs/prior
       dalle-ds replay runs/prior --uri http://127.0.0.1:5000 --json
     """
-    from dalle_ds.training.tracking import replay as run
+    from dalle_ds.tracking.tracker import replay as run
 
     is_delivered = run(folder, uri=uri)
     print_summary({"folder": str(folder), "delivered": is_delivered}, json)

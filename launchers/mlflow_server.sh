@@ -45,7 +45,7 @@ folder=$(cd "$folder" && pwd)
 if [ -z "$backend" ]; then
   backend=sqlite:///$folder/mlflow.db
   # the same kill-proof creation that runs use when they write to a file without a server
-  "$python" -c 'import sys; from pathlib import Path; from dalle_ds.training.tracking_mlflow import create_sqlite_store as make
+  "$python" -c 'import sys; from pathlib import Path; from dalle_ds.tracking.mlflow_sink import create_sqlite_store as make
 make(Path(sys.argv[1]))' "$folder/mlflow.db"
 fi
 # clients send pictures through the server (proxied artifacts), so that only the server needs rights on the artifact store

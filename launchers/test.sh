@@ -9,6 +9,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files
 export PYTHONPATH=$PWD/tests/launched${PYTHONPATH:+:$PYTHONPATH} # and need not import what DeepSpeed alone asks for
 ruff check .
+ruff format --check .
 lint-imports
 # in the order of tests/conftest.py, the longest first
 exec python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -35,7 +35,6 @@ esac
 exec deepspeed ${DS_LAUNCH_ARGS:-} "$0" "$@"
 : <<'# end of the Python part'
 '''
-import os
 import sys
 from pathlib import Path
 
@@ -43,9 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 if __name__ == "__main__":
-    # read where torch is imported; else the ranks that are left by another one bury its name under frames of C++
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from dalle_ds.training.prior_command import main
+    from dalle_ds.commands.train_prior import main
 
     main(default_recipe=ROOT / "launchers" / "recipes" / "tiny.yaml")
 # end of the Python part

@@ -41,8 +41,7 @@ def fetch(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOption 
 
 
 @app.command()
-def ingest(recipe: RecipeOption = None, set_: SetOption = None, engine: EngineOption = None,
-           json: JsonOption = False) -> None:
+def ingest(recipe: RecipeOption = None, set_: SetOption = None, engine: EngineOption = None, json: JsonOption = False) -> None:
     """Turn a folder of pictures with captions into raw shards.
 
     \b
@@ -75,8 +74,7 @@ def tokenizer(recipe: RecipeOption = None, set_: SetOption = None, json: JsonOpt
 
 
 @app.command()
-def encode(recipe: RecipeOption = None, set_: SetOption = None, engine: EngineOption = None,
-           json: JsonOption = False) -> None:
+def encode(recipe: RecipeOption = None, set_: SetOption = None, engine: EngineOption = None, json: JsonOption = False) -> None:
     """Encode raw shards with the dVAE into a token data set.
 
     \b
@@ -140,10 +138,19 @@ def plan(
     python -m preprocessing plan --pairs 250e6 --measured runs/demo/tokens
     python -m preprocessing plan --pairs 250e6 --gpu-rate 500 --raw-bytes 40e3 --accepted 0.8 --price 2.5 --json
     """
-    from preprocessing.plan import run
+    from preprocessing.stages.plan import run
 
-    outcome = run(pairs, measured=measured, rate=rate, gpu_rate=gpu_rate, raw_bytes=raw_bytes, accepted=accepted,
-                  shard_samples=shard_samples, workers=workers, price=price)
+    outcome = run(
+        pairs,
+        measured=measured,
+        rate=rate,
+        gpu_rate=gpu_rate,
+        raw_bytes=raw_bytes,
+        accepted=accepted,
+        shard_samples=shard_samples,
+        workers=workers,
+        price=price,
+    )
     print_summary(outcome.summary, json)
 
 
@@ -151,7 +158,7 @@ def plan(
 def _run(verb: str, recipe: str | None, overrides: list[str] | None, as_json: bool) -> NoReturn:
     setup_logging()
     _catch_sigterm()
-    stage = importlib.import_module(f"preprocessing.{verb}")  # only now: --help need not wait for torch
+    stage = importlib.import_module(f"preprocessing.stages.{verb}")  # only now: --help need not wait for torch
     config = load_recipe(stage.Recipe, recipe, overrides or ())
     outcome = stage.run(getattr(config, verb))
     for problem in outcome.problems:

@@ -1,39 +1,43 @@
-"""The measuring side of `dalle-ds bench encode`, as `python -m preprocessing.bench OPTIONS`, options and result in JSON."""
+"""`dalle-ds bench encode`: the encode stage against its bare encoder, in turns; decoding and resizing against img2dataset."""
 
 import io
-import json
 import shutil
-import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dalle_ds.bench.timing import Comparison, take_turns
+from dalle_ds.bench.harness.machine import machine_for
+from dalle_ds.bench.harness.report import Report
+from dalle_ds.bench.harness.settings import EncodeSettings
+from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.data.images import CROP_RULE, ImageProblem
 from dalle_ds.data.manifest import DatasetInfo
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from preprocessing.encode_shard import EncodeJob, crop_of, encode_shard, load_dvae
-from preprocessing.pool import n_cores
-from preprocessing.precision import Encode, encoder_of
+from preprocessing.encoding.encode_shard import EncodeJob, crop_of, encode_shard, load_dvae
+from preprocessing.encoding.encoder import Encode, encoder_of
+from preprocessing.executors.local import n_cores
 
 SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "vocab_size": 512}  # the demo's
 
 
-def run(options: SimpleNamespace) -> dict[str, Any]:
+def run(options: EncodeSettings) -> Report:
     """The stage on one shard, models loaded, against the encoder alone on the same pictures; images/s of decode and resize."""
-    torch.set_num_threads(options.threads)
+    with machine_for(options) as machine:
+        return _measure(options, machine.device.type, Report("encode", machine.name))
+
+
+def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
     torch.manual_seed(0)
     dvae = load_dvae(options.dvae)[0] if options.dvae else DVAE(DVAEConfig(**(SMALL if options.small else {})))
     size = dvae.config.image_size
@@ -52,13 +56,20 @@ def run(options: SimpleNamespace) -> dict[str, Any]:
                     samples.append(sample)
                 except ImageProblem:
                     continue
-        batches = [np.stack(crops[start:start + batch_size]) for start in range(0, len(crops), batch_size)]
+        batches = [np.stack(crops[start : start + batch_size]) for start in range(0, len(crops), batch_size)]
         tokenizer = _tokenizer(folder, [sample.caption for sample in samples])
-        info = DatasetInfo(image_size=size, grid=dvae.config.grid, n_codes=dvae.config.vocab_size, dvae="", tokenizer="",
-                           crop=CROP_RULE, validation_fraction=0.05).sealed()
-        job = EncodeJob("", info, batch_size, 256, 1.0, options.device, options.precision)
-        encode = encoder_of(dvae, options.precision, options.device)
-        n_threads = max(1, n_cores() - options.threads) if options.device == "cpu" else n_cores()
+        info = DatasetInfo(
+            image_size=size,
+            grid=dvae.config.grid,
+            n_codes=dvae.config.vocab_size,
+            dvae="",
+            tokenizer="",
+            crop=CROP_RULE,
+            validation_fraction=0.05,
+        ).sealed()
+        job = EncodeJob("", info, batch_size, 256, 1.0, device, options.precision)
+        encode = encoder_of(dvae, options.precision, device)
+        n_threads = max(1, n_cores() - options.threads) if device == "cpu" else n_cores()
 
         def stage(encode: Encode = encode) -> None:
             out = tempfile.mkdtemp(dir=folder)
@@ -77,25 +88,31 @@ def run(options: SimpleNamespace) -> dict[str, Any]:
         with progress(total=n_runs * len(crops), what="bench encode", unit="picture") as bar:
             sides = {name: _counted(side, len(crops), bar) for name, side in (("bare", bare), ("ours", stage))}
             turns = take_turns(sides, "bare", options.rounds, time.perf_counter)
-        rows = [_row("stage", "bare", turns)]
+        _add(report, "stage", "bare", turns)
         started = time.process_time()
         stage(free)
         rest, encoder = time.process_time() - started, turns.seconds("bare")
         # what all cores together could do, were the work without gaps: the encoder's share of the longest queue
-        on_cores = rest + (encoder * options.threads if options.device == "cpu" else 0.0)
+        on_cores = rest + (encoder * options.threads if device == "cpu" else 0.0)
         resize = _resize_turns(samples, size, options.rounds)
-        notes = {"pictures": len(crops), "source_kilobytes": sum(len(s.image) for s in samples) / len(samples) / 1e3,
-                 "encoder_threads": options.threads, "decode_threads": n_threads, "cores": n_cores(),
-                 "precision": options.precision, "encoder_ms_per_picture": 1e3 * encoder / len(crops),
-                 "other_cpu_ms_per_picture": 1e3 * rest / len(crops),
-                 "best_possible_ratio": encoder / max(encoder, on_cores / n_cores()),
-                 "images_per_second_ours": len(crops) / turns.seconds("ours"),
-                 "images_per_second_bare": len(crops) / turns.seconds("bare"),
-                 "images_per_second_core_decode_resize": len(samples) / resize.seconds("ours")}
+        notes = {
+            "pictures": len(crops),
+            "source_kilobytes": sum(len(s.image) for s in samples) / len(samples) / 1e3,
+            "encoder_threads": options.threads,
+            "decode_threads": n_threads,
+            "cores": n_cores(),
+            "precision": options.precision,
+            "encoder_ms_per_picture": 1e3 * encoder / len(crops),
+            "other_cpu_ms_per_picture": 1e3 * rest / len(crops),
+            "best_possible_ratio": encoder / max(encoder, on_cores / n_cores()),
+            "images_per_second_ours": len(crops) / turns.seconds("ours"),
+            "images_per_second_bare": len(crops) / turns.seconds("bare"),
+            "images_per_second_core_decode_resize": len(samples) / resize.seconds("ours"),
+        }
         if "img2dataset" in resize.runs:
-            rows.append(_row("decode_resize", "img2dataset", resize))
+            _add(report, "decode_resize", "img2dataset", resize)
             notes["images_per_second_core_img2dataset"] = len(samples) / resize.seconds("img2dataset")
-    return {"rows": rows, "notes": notes}
+    return report.note(**notes)
 
 
 def write_pictures(root: str, n_pictures: int, side: int) -> None:
@@ -104,8 +121,10 @@ def write_pictures(root: str, n_pictures: int, side: int) -> None:
     rng = np.random.default_rng(0)
     with tarfile.open(f"{root}/00000.tar", "w") as tar:
         for number in range(n_pictures):
-            layers = [Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side))
-                      for cells in (3, 9, 27, 81)]
+            layers = [
+                Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side))
+                for cells in (3, 9, 27, 81)
+            ]
             pixels = np.average([np.asarray(layer) for layer in layers], axis=0, weights=(8, 4, 2, 1)).astype(np.uint8)
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "JPEG", quality=90)
@@ -146,11 +165,5 @@ def _tokenizer(folder: str, captions: list[str]) -> CaptionTokenizer:
     return CaptionTokenizer(file)
 
 
-def _row(what: str, other: str, turns: Comparison) -> dict[str, Any]:
-    ratio = turns.ratio("ours", other)
-    return {"what": what, "other": other, "ours_seconds": turns.seconds("ours"), "other_seconds": turns.seconds(other),
-            "ratio": [ratio.median, ratio.low, ratio.high]}
-
-
-if __name__ == "__main__":
-    print(json.dumps(run(SimpleNamespace(**json.loads(sys.argv[1])))))
+def _add(report: Report, what: str, other: str, turns: Comparison) -> None:
+    report.add(what, other, turns.seconds("ours"), turns.seconds(other), turns.ratio("ours", other))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.training.tracking_mlflow import create_sqlite_store
-from tests.s3_server import BUCKET, S3Server
+from dalle_ds.tracking.mlflow_sink import create_sqlite_store
+from tests.support.s3_server import BUCKET, S3Server
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `auto` means the CPU, also where there are GPUs; tests of these name them
 

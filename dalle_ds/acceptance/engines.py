@@ -11,23 +11,35 @@ from dalle_ds.acceptance.place import Place
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.training.prior_config import PriorRun
-from dalle_ds.training.prior_engine import build_engine, read_engine_config
+from dalle_ds.training.prior.build import build_engine, read_engine_config
+from dalle_ds.training.prior.config import PriorRun
 
 LEARNING_RATE = 1e-4
 
 
 def make_engine(
-    place: Place, ranks: Ranks, config: PriorConfig, *, micro_batch: int, accumulation: int = 1, recompute: bool = True,
-    moments: str = "fp32", master: str = "fp32",
-) -> PriorEngine:  # fmt: skip
+    place: Place,
+    ranks: Ranks,
+    config: PriorConfig,
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+    recompute: bool = True,
+    moments: str = "fp32",
+    master: str = "fp32",
+) -> PriorEngine:
     """The default DeepSpeed configuration: ZeRO-3, fp16 branches, a gradient scale for every residual block."""
-    recipe = PriorRun.model_validate({
-        "folder": "none", "data": {"dataset": "none"}, "optimizer": {"moments": moments, "master": master},
-        "deepspeed_config": place.pick("ds_configs/zero3_fp16.json", "ds_configs/zero3_fp16_cpu.json"),
-        "global_batch": micro_batch * accumulation * ranks.world_size, "micro_batch": micro_batch,
-        "activation_checkpointing": recompute,
-    })  # fmt: skip
+    recipe = PriorRun.model_validate(
+        {
+            "folder": "none",
+            "data": {"dataset": "none"},
+            "optimizer": {"moments": moments, "master": master},
+            "deepspeed_config": place.pick("ds_configs/zero3_fp16.json", "ds_configs/zero3_fp16_cpu.json"),
+            "global_batch": micro_batch * accumulation * ranks.world_size,
+            "micro_batch": micro_batch,
+            "activation_checkpointing": recompute,
+        }
+    )
     return build_engine(recipe, config, read_engine_config(recipe, ranks), ranks)
 
 

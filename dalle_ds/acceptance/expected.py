@@ -10,8 +10,8 @@ from dalle_ds.planning.arithmetic import forward_flops
 from dalle_ds.planning.machines import MACHINES, Machine
 from dalle_ds.planning.settings import PlanSettings
 from dalle_ds.planning.timing import LINK_SHARE, MEMORY_SHARE, Product
-from dalle_ds.training.plan import plan
-from dalle_ds.training.throughput import known_peak_tflops
+from dalle_ds.training.prior.cost import plan
+from dalle_ds.training.prior.throughput import known_peak_tflops
 
 SLOWER = 0.7
 """Of a rate that `plan` expects: its error against published runs is up to 30 %."""
@@ -44,22 +44,39 @@ def machine_name(name: str, gib: float) -> str | None:
 
 
 def micro_step(
-    config: PriorConfig, device: torch.device, *, samples: int, accumulation: int, recompute: bool, moments: str,
+    config: PriorConfig,
+    device: torch.device,
+    *,
+    samples: int,
+    accumulation: int,
+    recompute: bool,
+    moments: str,
     master: str = "fp32",
-) -> Expected:  # fmt: skip
+) -> Expected:
     """`samples` at once, `accumulation` times an update, on one GPU with the default DeepSpeed configuration."""
     name = _name(device)
     if name is None:
         return Expected()
-    settings = PlanSettings.model_validate({
-        "machine": name, "tflops": known_peak_tflops(device), "gpus": 1, "micro_batch": samples, "recompute": int(recompute),
-        "global_batch": samples * accumulation, "updates": 1, "moments": moments, "master": master,
-    })  # fmt: skip
+    settings = PlanSettings.model_validate(
+        {
+            "machine": name,
+            "tflops": known_peak_tflops(device),
+            "gpus": 1,
+            "micro_batch": samples,
+            "recompute": int(recompute),
+            "global_batch": samples * accumulation,
+            "updates": 1,
+            "moments": moments,
+            "master": master,
+        }
+    )
     told = plan(config, settings)
     return Expected(
-        told["seconds_per_update_estimate"] / accumulation, told["mfu_estimate"], told["memory_gib_per_gpu_estimate"],
+        told["seconds_per_update_estimate"] / accumulation,
+        told["mfu_estimate"],
+        told["memory_gib_per_gpu_estimate"],
         told["binds"],
-    )  # fmt: skip
+    )
 
 
 def product_tflops(device: torch.device, rows: int, columns: int, depth: int) -> float | None:

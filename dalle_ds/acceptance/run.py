@@ -53,9 +53,14 @@ class StepResult:
 
 
 def accept(
-    folder: Path, *, rehearse: bool = False, minutes: float = 10.0, names: Sequence[str] = (), again: Sequence[str] = (),
+    folder: Path,
+    *,
+    rehearse: bool = False,
+    minutes: float = 10.0,
+    names: Sequence[str] = (),
+    again: Sequence[str] = (),
     steps: Sequence[Step] = STEPS,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run what of `steps` has not come to its end in `folder` yet -> the summary, which `folder`/acceptance.json holds too.
 
     Args:
@@ -116,9 +121,13 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, to
     began = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment(rehearse),
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(rehearse),
             start_new_session=True,
-        )  # fmt: skip
+        )
         family: set[psutil.Process] = set()
         try:
             while process.poll() is None and time.monotonic() - began < min(limit + END_GRACE, left):

@@ -17,9 +17,20 @@ from pathlib import Path
 import dalle_ds
 
 CARRIED = (
-    "deepspeed", "einops", "fsspec", "numpy", "pillow", "psutil", "pydantic", "pyyaml", "safetensors", "sentencepiece",
-    "tenacity", "tqdm", "typer",
-)  # fmt: skip
+    "deepspeed",
+    "einops",
+    "fsspec",
+    "numpy",
+    "pillow",
+    "psutil",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "sentencepiece",
+    "tenacity",
+    "tqdm",
+    "typer",
+)
 """What the steps import, of pyproject.toml's dependencies but torch; a test imports the steps with nothing else at hand."""
 
 OLDEST_GLIBC, GLIBC = 17, 28

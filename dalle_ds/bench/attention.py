@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_ds.bench.machine import DTYPES, Machine, machine_for
-from dalle_ds.bench.report import Report, mixed
-from dalle_ds.bench.settings import AttentionSettings
-from dalle_ds.bench.timing import Comparison, take_turns
+from dalle_ds.bench.harness.machine import DTYPES, Machine, machine_for
+from dalle_ds.bench.harness.report import Report, mixed
+from dalle_ds.bench.harness.settings import AttentionSettings
+from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
-from dalle_ds.ops.backends import attention_backend, choose_backend
-from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns, transpose_grid
+from dalle_ds.ops.attention.backends import attention_backend, choose_backend
+from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns, transpose_grid
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

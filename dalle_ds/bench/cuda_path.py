@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dalle_ds.bench.fake_cuda.engine import DEPTHS, RANK, EngineCounts, count_engine
-from dalle_ds.bench.fake_world import in_fake_world
-from dalle_ds.bench.host_time import HostTime, host_time
-from dalle_ds.bench.memory import in_fresh_process
-from dalle_ds.bench.settings import CudaPathSettings
+from dalle_ds.bench.fake_world.host_time import HostTime, host_time
+from dalle_ds.bench.fake_world.one_rank import in_fake_world
+from dalle_ds.bench.harness.memory import in_fresh_process
+from dalle_ds.bench.harness.settings import CudaPathSettings
 from dalle_ds.errors import ConfigError
 
 
@@ -34,9 +34,7 @@ class CudaPath:
         found |= {"ratios": {}, "seconds": {}}
         if self.host is not None:
             found["ratios"] = {"host_layer_vs_plain": 1 / self.host.ratio}
-            found["seconds"] = {
-                "host_layer_ours": self.host.micro_step.seconds, "host_layer_plain": self.host.plain.seconds,
-            }  # fmt: skip
+            found["seconds"] = {"host_layer_ours": self.host.micro_step.seconds, "host_layer_plain": self.host.plain.seconds}
             found["host_ratio"] = self.host.ratio
             found["host_calls_ratio"] = self.host.micro_step.calls / self.host.plain.calls
         found["widths"] = {str(counts.d_model): counts.summary() for counts in self.widths}

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 import webdataset
 
-from dalle_ds.bench.machine import machine_for
-from dalle_ds.bench.readers import Sample, open_readers
-from dalle_ds.bench.report import Report
-from dalle_ds.bench.settings import LoaderSettings
-from dalle_ds.bench.timing import take_turns
-from dalle_ds.data import storage
+from dalle_ds.bench.harness.machine import machine_for
+from dalle_ds.bench.harness.readers import Sample, open_readers
+from dalle_ds.bench.harness.report import Report
+from dalle_ds.bench.harness.settings import LoaderSettings
+from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.data.manifest import (
     DatasetInfo,
     DatasetManifest,
@@ -31,6 +30,7 @@ from dalle_ds.data.shards import PartWriter, unbatch
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.tokens import PAD, TokenDataset, TokenStream
 from dalle_ds.errors import ConfigError
+from dalle_ds.storage import objects
 
 SHUFFLE_BUFFER = 1000  # webdataset's own recommendation
 N_SHARDS = 4
@@ -43,9 +43,10 @@ def run(settings: LoaderSettings) -> Report:
     the same samples in the formats of other readers where they are installed."""
     made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.dataset is None else None
     with (
-        machine_for(settings) as machine, made or nullcontext() as folder,
+        machine_for(settings) as machine,
+        made or nullcontext() as folder,
         tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as others_folder,
-    ):  # fmt: skip
+    ):
         root = settings.dataset or write_random_set(folder, settings.samples)
         dataset = TokenDataset(root)
         if dataset.n_samples < settings.batch:
@@ -65,8 +66,13 @@ def run(settings: LoaderSettings) -> Report:
         report = Report("loader", machine.name)
     for other in ("webdataset", *others):
         report.add("epoch", other, turns.seconds("ours"), turns.seconds(other), turns.ratio("ours", other))
-    report.add("epoch_with_bpe_dropout", "webdataset", turns.seconds("dropout"), turns.seconds("webdataset"),
-               turns.ratio("dropout", "webdataset"))  # fmt: skip
+    report.add(
+        "epoch_with_bpe_dropout",
+        "webdataset",
+        turns.seconds("dropout"),
+        turns.seconds("webdataset"),
+        turns.ratio("dropout", "webdataset"),
+    )
     report.note(**{f"samples_per_second_{name}": n_batches * settings.batch / turns.seconds(name) for name in sides})
     return report.note(consumed_per_second=settings.pace, data_wait_share=share, resume_seconds_10k_shards=resume)
 
@@ -80,16 +86,23 @@ def epoch(root: str, settings: LoaderSettings, bpe_dropout: float) -> None:
 def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) -> TokenStream:
     """As the trainer makes it, for one rank with one micro-batch."""
     return TokenStream(
-        dataset, text_len=settings.text_len, global_batch=settings.batch, micro_batch=settings.batch, rank=0, world_size=1,
-        seed=0, bpe_dropout=bpe_dropout, prefetch=2,
-    )  # fmt: skip
+        dataset,
+        text_len=settings.text_len,
+        global_batch=settings.batch,
+        micro_batch=settings.batch,
+        rank=0,
+        world_size=1,
+        seed=0,
+        bpe_dropout=bpe_dropout,
+        prefetch=2,
+    )
 
 
 def webdataset_batches(dataset: TokenDataset, settings: LoaderSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Shards one after another in random order, a shuffle buffer, the same tokenizer: the (text, image) batches of an epoch."""
     paths = sorted(set(dataset.shards_of(np.arange(dataset.n_blocks))))
-    urls = [storage.join(dataset.root_url, path) for path in paths]
-    if any(storage.local_path(url) is None for url in urls):
+    urls = [objects.join(dataset.root_url, path) for path in paths]
+    if any(objects.local_path(url) is None for url in urls):
         raise ConfigError(f"{dataset.root_url}: plain webdataset reads local shards; give --dataset a path")
     source = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).compose(unbatch).shuffle(SHUFFLE_BUFFER)
     return iter(source.map(encoder(dataset, settings)).batched(settings.batch, partial=False))
@@ -128,8 +141,18 @@ def wait_share(dataset: TokenDataset, settings: LoaderSettings) -> float:
 def resume_seconds(root: str) -> float:
     """Wall time from nothing to the first batch of update RESUME_UPDATE, as one of 128 ranks of a global batch of 1024."""
     began = time.perf_counter()
-    with TokenStream(TokenDataset(root), text_len=256, global_batch=1024, micro_batch=1, rank=5, world_size=128, seed=0,
-                     bpe_dropout=0.1, start_update=RESUME_UPDATE, prefetch=1) as source:  # fmt: skip
+    with TokenStream(
+        TokenDataset(root),
+        text_len=256,
+        global_batch=1024,
+        micro_batch=1,
+        rank=5,
+        world_size=128,
+        seed=0,
+        bpe_dropout=0.1,
+        start_update=RESUME_UPDATE,
+        prefetch=1,
+    ) as source:
         next(source)
         return time.perf_counter() - began
 
@@ -137,11 +160,11 @@ def resume_seconds(root: str) -> float:
 def write_many_shards(folder: str, n_shards: int) -> str:
     """A set of 250 million samples by its manifest: shards of SHARD_SAMPLES, all of which are the same file."""
     root = write_random_set(folder, SHARD_SAMPLES, n_shards=1)
-    url = storage.join(root, "manifest.json")
-    (shard,) = parse(DatasetManifest, storage.read_bytes(url), url).shards
+    url = objects.join(root, "manifest.json")
+    (shard,) = parse(DatasetManifest, objects.read_bytes(url), url).shards
     info = load_dataset_info(root)
     shards = [shard.model_copy(update={"shard": f"{number:05d}"}) for number in range(n_shards)]
-    storage.write_bytes(url, merge(info, shards, complete=True).to_json())
+    objects.write_bytes(url, merge(info, shards, complete=True).to_json())
     return root
 
 
@@ -152,11 +175,11 @@ def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> s
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(WORDS)]
     chances = 1 / np.arange(1, WORDS + 1)
     captions = [" ".join(rng.choice(words, rng.integers(4, 20), p=chances / chances.sum())) for _ in range(n_samples)]
-    tokenizer = train_tokenizer(captions[:2000], VOCABULARY, storage.join(folder, "tokenizer.model"))
+    tokenizer = train_tokenizer(captions[:2000], VOCABULARY, objects.join(folder, "tokenizer.model"))
     info = DatasetInfo(
         image_size=256, grid=32, n_codes=8192, dvae="none", tokenizer=tokenizer.fingerprint, crop="none", validation_fraction=0
     ).sealed()
-    storage.write_bytes(storage.join(folder, "dataset.json"), info.to_json())
+    objects.write_bytes(objects.join(folder, "dataset.json"), info.to_json())
     shards = []
     for number in range(n_shards):
         name, chosen = f"{number:05d}", captions[number::n_shards]
@@ -166,11 +189,18 @@ def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> s
                 writer.add(rng.integers(info.n_codes, size=info.n_tokens), f"{name}-{i}", caption, group=caption)
             part = writer.finish(path.name)
         manifest = ShardManifest(
-            shard=name, attempt="bench", input=InputIdentity(path="random", bytes=0), splits={"train": part},
-            n_input=len(chosen), dropped={}, code_histogram=[0] * info.n_codes, caption_lengths={},
-            fingerprint=info.fingerprint, seconds=0.0,
-        )  # fmt: skip
-        storage.create_exclusive(manifest_url(folder, name), manifest.to_json())
+            shard=name,
+            attempt="bench",
+            input=InputIdentity(path="random", bytes=0),
+            splits={"train": part},
+            n_input=len(chosen),
+            dropped={},
+            code_histogram=[0] * info.n_codes,
+            caption_lengths={},
+            fingerprint=info.fingerprint,
+            seconds=0.0,
+        )
+        objects.create_exclusive(manifest_url(folder, name), manifest.to_json())
         shards.append(manifest)
-    storage.write_bytes(storage.join(folder, "manifest.json"), merge(info, shards, complete=True).to_json())
+    objects.write_bytes(objects.join(folder, "manifest.json"), merge(info, shards, complete=True).to_json())
     return folder

@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import torch
 
-from dalle_ds.bench.decoding import OurSampler, Sampler, position_weights
-from dalle_ds.bench.machine import Machine, in_precision, machine_for
-from dalle_ds.bench.memory import in_fresh_process, peak_bytes
-from dalle_ds.bench.model import build_prior, prior_step
-from dalle_ds.bench.peer_package import PeerSampler, build_peer, import_peer, peer_step
-from dalle_ds.bench.report import Report, mixed
-from dalle_ds.bench.settings import PeersSettings
-from dalle_ds.bench.timing import take_turns
+from dalle_ds.bench.harness.decoding import OurSampler, Sampler, position_weights
+from dalle_ds.bench.harness.machine import Machine, in_precision, machine_for
+from dalle_ds.bench.harness.memory import in_fresh_process, peak_bytes
+from dalle_ds.bench.harness.model import build_prior, prior_step
+from dalle_ds.bench.harness.peer_package import PeerSampler, build_peer, import_peer, peer_step
+from dalle_ds.bench.harness.report import Report, mixed
+from dalle_ds.bench.harness.settings import PeersSettings
+from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.attention import use_attention
 

@@ -9,14 +9,14 @@ from copy import deepcopy
 
 import torch
 
-from dalle_ds.bench.machine import Machine, in_precision, machine_for
-from dalle_ds.bench.report import Report, mixed
-from dalle_ds.bench.settings import ResblockSettings
-from dalle_ds.bench.timing import Comparison, take_turns
+from dalle_ds.bench.harness.machine import Machine, in_precision, machine_for
+from dalle_ds.bench.harness.report import Report, mixed
+from dalle_ds.bench.harness.settings import ResblockSettings
+from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.attention import SelfAttention, use_attention
 from dalle_ds.models.prior import Layer, PriorConfig
-from dalle_ds.ops.masks import Pattern, layer_patterns
+from dalle_ds.ops.attention.masks import Pattern, layer_patterns
 
 
 def run(settings: ResblockSettings) -> Report:

@@ -2,12 +2,12 @@
 
 import torch
 
-from dalle_ds.bench.decoding import DenseSampler, OurSampler, UncachedSampler, position_weights
-from dalle_ds.bench.machine import Machine, machine_for
-from dalle_ds.bench.model import build_prior
-from dalle_ds.bench.report import Report, mixed
-from dalle_ds.bench.settings import SampleSettings
-from dalle_ds.bench.timing import Comparison, take_turns
+from dalle_ds.bench.harness.decoding import DenseSampler, OurSampler, UncachedSampler, position_weights
+from dalle_ds.bench.harness.machine import Machine, machine_for
+from dalle_ds.bench.harness.model import build_prior
+from dalle_ds.bench.harness.report import Report, mixed
+from dalle_ds.bench.harness.settings import SampleSettings
+from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.prior import Prior
 

@@ -3,52 +3,16 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 
-import torch
-from torch import Tensor
-
-from dalle_ds.bench.machine import machine_for
-from dalle_ds.bench.model import WEIGHT_DECAY, adamw, prior_to_train, random_loss
-from dalle_ds.bench.report import Report
-from dalle_ds.bench.settings import ScalingSettings
-from dalle_ds.bench.timing import take_turns
+from dalle_ds.bench.harness.loss_scaling import OneScale, ScalePerBlock
+from dalle_ds.bench.harness.machine import machine_for
+from dalle_ds.bench.harness.model import WEIGHT_DECAY, adamw, prior_to_train, random_loss
+from dalle_ds.bench.harness.report import Report
+from dalle_ds.bench.harness.settings import ScalingSettings
+from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
-from dalle_ds.precision.half import use_fp16_branches
-
-
-class OneScale:
-    """torch's dynamic loss scale: the loss is multiplied, all gradients are divided and checked in one pass."""
-
-    def __init__(self, prior: Prior, power: float) -> None:
-        use_fp16_branches(prior)
-        self.scaler = torch.amp.GradScaler(prior.embed.row.device.type, init_scale=2.0**power, growth_interval=1000)
-
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-        """Backward and update; whether it was taken."""
-        before = self.scaler.get_scale()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        return self.scaler.get_scale() >= before
-
-
-class ScalePerBlock:
-    """Ours: scaled edges in every block, one pass over its gradients; a non-finite one in any block skips the update."""
-
-    def __init__(self, prior: Prior, config: BlockScalingConfig) -> None:
-        self.scaler = BlockScaler(prior, config, prior.embed.row.device)
-
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-        """Backward and update; whether it was taken."""
-        loss.backward()
-        self.scaler.unscale()
-        is_finite = not self.scaler.found_nonfinite.any()
-        if is_finite:
-            optimizer.step()
-        self.scaler.update(self.scaler.found_nonfinite)
-        return is_finite
+from dalle_ds.precision.resblock_scaling import BlockScalingConfig
 
 
 def run(settings: ScalingSettings) -> Report:

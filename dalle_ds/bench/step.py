@@ -1,10 +1,10 @@
 """What does our attention give a whole training step, and how much of the device does that step use?"""
 
-from dalle_ds.bench.machine import in_precision, machine_for
-from dalle_ds.bench.model import prior_step, prior_to_train
-from dalle_ds.bench.report import Report
-from dalle_ds.bench.settings import StepSettings
-from dalle_ds.bench.timing import take_turns
+from dalle_ds.bench.harness.machine import in_precision, machine_for
+from dalle_ds.bench.harness.model import prior_step, prior_to_train
+from dalle_ds.bench.harness.report import Report
+from dalle_ds.bench.harness.settings import StepSettings
+from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.models.attention import use_attention
 from dalle_ds.planning.arithmetic import forward_flops
 

@@ -19,16 +19,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dalle_ds.bench.machine import Machine, machine_for
-from dalle_ds.bench.model import WEIGHT_DECAY
-from dalle_ds.bench.scaling import OneScale, ScalePerBlock
-from dalle_ds.bench.settings import UnderflowSettings
+from dalle_ds.bench.harness.loss_scaling import OneScale, ScalePerBlock
+from dalle_ds.bench.harness.machine import Machine, machine_for
+from dalle_ds.bench.harness.model import WEIGHT_DECAY
+from dalle_ds.bench.harness.settings import UnderflowSettings
 from dalle_ds.console import progress
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.optim.learning_rate import LearningRateConfig
-from dalle_ds.precision.block_scaling import CALIBRATION_MARGIN, BlockScalingConfig
-from dalle_ds.precision.half import resblocks_of, use_fp16_branches
+from dalle_ds.precision.fp16_branches import resblocks_of, use_fp16_branches
+from dalle_ds.precision.resblock_scaling import CALIBRATION_MARGIN, BlockScalingConfig
 
 BATCH, VOCABULARY = 16, 32
 HEADROOM = 6.0
@@ -114,10 +114,18 @@ def run(settings: UnderflowSettings) -> Outcome:
 
 def build(settings: UnderflowSettings, machine: Machine, powers: int) -> Prior:
     """The same weights at every call. Each layer's gradients are 2^-powers of the layer's before; the middle ones stay."""
-    prior = Prior(PriorConfig(
-        n_layers=settings.layers, n_heads=settings.heads, d_head=32, text_len=9, grid=4, conv_kernel=3,
-        text_vocab=VOCABULARY, image_vocab=VOCABULARY,
-    )).to(machine.device)  # fmt: skip
+    prior = Prior(
+        PriorConfig(
+            n_layers=settings.layers,
+            n_heads=settings.heads,
+            d_head=32,
+            text_len=9,
+            grid=4,
+            conv_kernel=3,
+            text_vocab=VOCABULARY,
+            image_vocab=VOCABULARY,
+        )
+    ).to(machine.device)
     initialise(prior, torch.Generator(machine.device).manual_seed(0))
     prior.run_layer = lambda layer, x_BLD: layer(_Resized.apply(x_BLD, powers))
     at_the_end = -powers * settings.layers / 2

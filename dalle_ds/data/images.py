@@ -28,8 +28,9 @@ class ImageProblem(Exception):
         self.reason = reason
 
 
-def decode_image(data: bytes, background: tuple[int, int, int] = (255, 255, 255), *,
-                 max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, background: tuple[int, int, int] = (255, 255, 255), *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decode to RGB: EXIF rotation applied, transparency laid on `background`, the first frame of an animation.
 
     Raises:
@@ -78,7 +79,7 @@ def dvae_augment(
     top = int(rng.integers(0, height - side + 1))
     left = int(rng.integers(0, width - side + 1))
     resized = int(rng.integers(min(side, round(min_zoom * target)), min(side, round(max_zoom * target)) + 1))
-    crop_HWC = _resize_and_crop(pixels_HWC[top:top + side, left:left + side], resized, target, rng)
+    crop_HWC = _resize_and_crop(pixels_HWC[top : top + side, left : left + side], resized, target, rng)
     return np.ascontiguousarray(crop_HWC[:, ::-1]) if rng.integers(2) else crop_HWC
 
 
@@ -94,10 +95,11 @@ def prior_crop(image: Picture, target: int, seed: int) -> np.ndarray:
     height, width = pixels_HWC.shape[:2]
     side = _short_side(height, width, target)
     rng = np.random.default_rng(seed)
-    top, left = (int(rng.integers(3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8)))
-                 for slack in (height - side, width - side))
+    top, left = (
+        int(rng.integers(3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8))) for slack in (height - side, width - side)
+    )
     resized = int(rng.integers(target, min(side, round(9 / 8 * target)) + 1))
-    return _resize_and_crop(pixels_HWC[top:top + side, left:left + side], resized, target, rng)
+    return _resize_and_crop(pixels_HWC[top : top + side, left : left + side], resized, target, rng)
 
 
 def center_crop(image: Picture, target: int) -> np.ndarray:

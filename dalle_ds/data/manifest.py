@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import fingerprint, require_same
 
 SCHEMA: Final = 1
 SPLITS: Final = ("train", "validation")
@@ -100,8 +100,12 @@ def _in_columns(blocks: Any) -> Any:
         if (block.name, block.offset) != (_block_name(name, i), end):
             raise ValueError(f"block {block.name} at {block.offset}, expected {_block_name(name, i)} at {end}")
         end += block.bytes
-    return BlockColumns(name=name, bytes=" ".join(str(block.bytes) for block in found), crc32=" ".join(b.crc32 for b in found),
-                        n_samples=" ".join(str(block.n_samples) for block in found))
+    return BlockColumns(
+        name=name,
+        bytes=" ".join(str(block.bytes) for block in found),
+        crc32=" ".join(b.crc32 for b in found),
+        n_samples=" ".join(str(block.n_samples) for block in found),
+    )
 
 
 class Part(Record):
@@ -141,8 +145,13 @@ class BlockTable:
     def __getitem__(self, number: int) -> Block:
         part = self.part[number]
         name = _block_name(self._names[part], number - self._first[part])
-        return Block.model_construct(name=name, offset=int(self.offset[number]), bytes=int(self.bytes[number]),
-                                     n_samples=int(self.n_samples[number]), crc32=f"{self.crc32[number]:08x}")
+        return Block.model_construct(
+            name=name,
+            offset=int(self.offset[number]),
+            bytes=int(self.bytes[number]),
+            n_samples=int(self.n_samples[number]),
+            crc32=f"{self.crc32[number]:08x}",
+        )
 
 
 def _integers(columns: Iterable[str]) -> np.ndarray:
@@ -231,20 +240,20 @@ def parse(record_class: type[R], data: bytes, url: str) -> R:
 
 
 def manifest_url(root_url: str | Path, shard: str) -> str:
-    return storage.join(root_url, MANIFESTS, f"{shard}.json")
+    return objects.join(root_url, MANIFESTS, f"{shard}.json")
 
 
 def done_shards(root_url: str | Path) -> set[str]:
     """Names of the shards that are committed, by one listing."""
-    folder = storage.join(root_url, MANIFESTS)
-    return {url.removeprefix(folder).strip("/").removesuffix(".json") for url in storage.list_files(folder, ".json")}
+    folder = objects.join(root_url, MANIFESTS)
+    return {url.removeprefix(folder).strip("/").removesuffix(".json") for url in objects.list_files(folder, ".json")}
 
 
 def load_shard_manifests(root_url: str | Path, record_class: type[R]) -> list[R]:
     """All shard manifests under a root, in the order of their names; an empty list where there are none."""
-    urls = storage.list_files(storage.join(root_url, MANIFESTS), ".json")
+    urls = objects.list_files(objects.join(root_url, MANIFESTS), ".json")
     with ThreadPoolExecutor(max_workers=16) as pool:  # latency, not work: each is a few kilobytes
-        return list(pool.map(lambda url: parse(record_class, storage.read_bytes(url), url), urls))
+        return list(pool.map(lambda url: parse(record_class, objects.read_bytes(url), url), urls))
 
 
 def load_dataset_info(root_url: str | Path) -> DatasetInfo:
@@ -253,12 +262,13 @@ def load_dataset_info(root_url: str | Path) -> DatasetInfo:
     Raises:
         DataError: no data set there; FingerprintMismatch: the file was edited.
     """
-    url = storage.join(root_url, "dataset.json")
+    url = objects.join(root_url, "dataset.json")
     try:
-        info = parse(DatasetInfo, storage.read_bytes(url), url)
+        info = parse(DatasetInfo, objects.read_bytes(url), url)
     except FileNotFoundError:
-        raise DataError(f"{root_url}: no token data set: dataset.json is missing. "
-                        "`python -m preprocessing encode` makes one") from None
+        raise DataError(
+            f"{root_url}: no token data set: dataset.json is missing. `python -m preprocessing encode` makes one"
+        ) from None
     if info.schema_version != SCHEMA:
         raise DataError(f"{url}: schema {info.schema_version}, this version reads schema {SCHEMA}")
     require_same(f"{url} (its content)", info.fingerprint, info.sealed().fingerprint, "The file was changed by hand.")
@@ -281,9 +291,15 @@ def merge(info: DatasetInfo, shards: Iterable[ShardManifest], *, complete: bool)
             histogram[code] += count
     # What was summed up, and the lists of the dropped, stay in the shard manifests: the merged one must stay small.
     slim = [shard.model_copy(update={"code_histogram": [], "caption_lengths": {}, "dropped_samples": []}) for shard in ordered]
-    return DatasetManifest(fingerprint=info.fingerprint, complete=complete, shards=slim, n_samples=dict(n_samples),
-                           dropped=dict(sorted(dropped.items())), code_histogram=histogram,
-                           caption_lengths=dict(sorted(lengths.items())))
+    return DatasetManifest(
+        fingerprint=info.fingerprint,
+        complete=complete,
+        shards=slim,
+        n_samples=dict(n_samples),
+        dropped=dict(sorted(dropped.items())),
+        code_histogram=histogram,
+        caption_lengths=dict(sorted(lengths.items())),
+    )
 
 
 def load_manifest(root_url: str | Path) -> DatasetManifest:
@@ -293,14 +309,15 @@ def load_manifest(root_url: str | Path) -> DatasetManifest:
         DataError: no data set, or no shard done; FingerprintMismatch: shards of different making.
     """
     info = load_dataset_info(root_url)
-    url = storage.join(root_url, "manifest.json")
+    url = objects.join(root_url, "manifest.json")
     try:
-        manifest = parse(DatasetManifest, storage.read_bytes(url), url)
+        manifest = parse(DatasetManifest, objects.read_bytes(url), url)
         require_same(url, info.fingerprint, manifest.fingerprint, "It belongs to another data set.")
         return manifest
     except FileNotFoundError:
         shards = load_shard_manifests(root_url, ShardManifest)
     if not shards:
-        raise DataError(f"{root_url}: a token data set without any finished shard; "
-                        "run `python -m preprocessing encode` to its end")
+        raise DataError(
+            f"{root_url}: a token data set without any finished shard; run `python -m preprocessing encode` to its end"
+        )
     return merge(info, shards, complete=False)

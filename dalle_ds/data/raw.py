@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import RawShardManifest, Record, load_shard_manifests, parse
 from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
@@ -76,12 +76,14 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
     """
     manifests = load_shard_manifests(root_url, RawShardManifest)
     if manifests:
-        shards = [RawShard(m.shard, storage.join(root_url, m.path), m.bytes, m.checksum, m.n_samples) for m in manifests]
+        shards = [RawShard(m.shard, objects.join(root_url, m.path), m.bytes, m.checksum, m.n_samples) for m in manifests]
         return _with_drop_lists(root_url, shards)
-    tars = storage.list_sizes(root_url, ".tar")
+    tars = objects.list_sizes(root_url, ".tar")
     if not tars:
-        raise DataError(f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
-                        "`python -m preprocessing ingest` makes them from a folder of pictures with captions")
+        raise DataError(
+            f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
+            "`python -m preprocessing ingest` makes them from a folder of pictures with captions"
+        )
     names = {url: _shard_name(root_url, url) for url in tars}
     return sorted((RawShard(names[url], url, size) for url, size in tars.items()), key=lambda shard: shard.name)
 
@@ -93,7 +95,7 @@ def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:
         DataError: the shard is missing, or is not the one its manifest describes (size, checksum).
     """
     try:
-        with storage.local_copy(shard.url) as file:
+        with objects.local_copy(shard.url) as file:
             _check_identity(shard, file)
             dropped = _read_drop_list(shard.drop_list) if shard.drop_list else {}
             for sample in _read_tar(file, shard.name):
@@ -121,8 +123,10 @@ def load_pictures(root_url: str | Path, split: str, validation_fraction: float) 
     """
     total = sum(shard.bytes for shard in list_raw_shards(root_url))
     if total > MAX_LIST_BYTES:
-        raise DataError(f"{root_url}: {total / 2**30:.1f} GiB of raw shards, expected at most {MAX_LIST_BYTES / 2**30:.0f} GiB "
-                        "to be held in memory")
+        raise DataError(
+            f"{root_url}: {total / 2**30:.1f} GiB of raw shards, expected at most {MAX_LIST_BYTES / 2**30:.0f} GiB "
+            "to be held in memory"
+        )
     samples = list(iterate_pictures(root_url, split, validation_fraction))
     if not samples:
         raise DataError(f"{root_url}: no sample in the {split} split at validation_fraction {validation_fraction}")
@@ -135,19 +139,26 @@ def without_drop_list(shard: RawShard) -> RawShard:
 
 
 def _with_drop_lists(root_url: str | Path, shards: list[RawShard]) -> list[RawShard]:
-    url = storage.join(root_url, DROP_LISTS)
+    url = objects.join(root_url, DROP_LISTS)
     try:
-        lists = parse(DropLists, storage.read_bytes(url), url).lists
+        lists = parse(DropLists, objects.read_bytes(url), url).lists
     except FileNotFoundError:
         return shards
-    return [replace(shard, drop_list=storage.join(root_url, lists[shard.name]),
-                    checksum=f"{shard.checksum}+{lists[shard.name].rpartition('-')[2].removesuffix('.jsonl')}")
-            if shard.name in lists else shard for shard in shards]
+    return [
+        replace(
+            shard,
+            drop_list=objects.join(root_url, lists[shard.name]),
+            checksum=f"{shard.checksum}+{lists[shard.name].rpartition('-')[2].removesuffix('.jsonl')}",
+        )
+        if shard.name in lists
+        else shard
+        for shard in shards
+    ]
 
 
 def _read_drop_list(url: str) -> dict[str, str]:
     try:
-        records = [json.loads(line) for line in storage.read_bytes(url).decode().splitlines()]
+        records = [json.loads(line) for line in objects.read_bytes(url).decode().splitlines()]
         return {record["key"]: record["reason"] for record in records}
     except FileNotFoundError:
         raise DataError(f"{url}: the drop list is gone; `python -m preprocessing duplicates` writes it again") from None

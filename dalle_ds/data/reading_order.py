@@ -52,8 +52,10 @@ class Places:
 
     def split(self, size: int) -> "list[Places]":
         """The same in pieces of `size`."""
-        return [Places(self.block[i : i + size], self.row[i : i + size], self.index[i : i + size], self.epoch[i : i + size])
-                for i in range(0, len(self), size)]
+        return [
+            Places(self.block[i : i + size], self.row[i : i + size], self.index[i : i + size], self.epoch[i : i + size])
+            for i in range(0, len(self), size)
+        ]
 
 
 class ReadingOrder:
@@ -70,11 +72,20 @@ class ReadingOrder:
         ConfigError: a weight that is no share, or too small for one sample in PERIOD updates.
     """
 
-    def __init__(self, sets: Sequence[Sequence[int] | np.ndarray], weights: Sequence[float] = (1.0,), *, seed: int,
-                 global_batch: int, window_blocks: int = WINDOW_BLOCKS) -> None:
+    def __init__(
+        self,
+        sets: Sequence[Sequence[int] | np.ndarray],
+        weights: Sequence[float] = (1.0,),
+        *,
+        seed: int,
+        global_batch: int,
+        window_blocks: int = WINDOW_BLOCKS,
+    ) -> None:
         if seed < 0 or global_batch < 1 or window_blocks < 1:
-            raise ConfigError(f"seed {seed}, global_batch {global_batch}, window_blocks {window_blocks}: expected a seed of at "
-                              "least 0 and at least 1 of the others")
+            raise ConfigError(
+                f"seed {seed}, global_batch {global_batch}, window_blocks {window_blocks}: expected a seed of at "
+                "least 0 and at least 1 of the others"
+            )
         self.seed, self.global_batch = seed, global_batch
         self._quotas = _quotas(weights, PERIOD * global_batch)
         self._n_lanes, remainders = self._quotas // PERIOD, self._quotas % PERIOD
@@ -95,8 +106,10 @@ class ReadingOrder:
                 which, what = "", "one"
                 if len(sets) > 1:
                     which, what = f" of set {number + 1}", f"its share of {self._quotas[number] / PERIOD:g} samples in one"
-                raise DataError(f"{order.n_samples} samples in {len(sizes)} blocks{which} do not fill {what} global batch of "
-                                f"{global_batch}; use more data or a smaller global batch")
+                raise DataError(
+                    f"{order.n_samples} samples in {len(sizes)} blocks{which} do not fill {what} global batch of "
+                    f"{global_batch}; use more data or a smaller global batch"
+                )
             self._sets.append(order)
             first_block, first_index = first_block + len(sizes), first_index + order.n_samples
         self._slots: Sequence[int] | None = None
@@ -114,8 +127,10 @@ class ReadingOrder:
         """How many lanes of each set these slots of the batch read, the slower ones of shared slots too."""
         of_slots = self._set_of_slot[slots]
         is_shared = bool((of_slots == len(self._sets)).any())
-        return [int((of_slots == number).sum()) + (is_shared and quota % PERIOD > 0)
-                for number, quota in enumerate(self._quotas.tolist())]
+        return [
+            int((of_slots == number).sum()) + (is_shared and quota % PERIOD > 0)
+            for number, quota in enumerate(self._quotas.tolist())
+        ]
 
     def places(self, update: int, slots: Sequence[int]) -> Places:
         """The samples of these slots of the batch at update number `update` (0, 1, ... over all epochs), in their order."""
@@ -157,8 +172,9 @@ class ReadingOrder:
 class _SetOrder:
     """The order of one set in one epoch after another."""
 
-    def __init__(self, block_sizes: np.ndarray, seed: int, number: int, window_blocks: int, first_block: int,
-                 first_index: int) -> None:
+    def __init__(
+        self, block_sizes: np.ndarray, seed: int, number: int, window_blocks: int, first_block: int, first_index: int
+    ) -> None:
         self.block_sizes, self.n_samples, self.steps = block_sizes, int(block_sizes.sum()), 0
         self.first_block, self.first_index = first_block, first_index + np.cumsum(block_sizes) - block_sizes
         self.slow_reader = _Reader(self, 1)
@@ -225,8 +241,10 @@ def rank_lanes(*, global_batch: int, micro_batch: int, rank: int, world_size: in
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank is {rank}, expected 0 to {world_size - 1}")
     if micro_batch < 1 or global_batch < 1 or global_batch % (micro_batch * world_size):
-        raise ConfigError(f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x {world_size} ranks = "
-                          f"{micro_batch * world_size}")
+        raise ConfigError(
+            f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x {world_size} ranks = "
+            f"{micro_batch * world_size}"
+        )
     lanes_of_rank = global_batch // world_size
     return range(rank * lanes_of_rank, (rank + 1) * lanes_of_rank)
 

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from dalle_ds.data import storage
-from dalle_ds.data.disk_cache import DiskCache
 from dalle_ds.data.manifest import Block, Part
 from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from dalle_ds.storage.disk_cache import DiskCache
 
 # n samples, N tokens a sample
 
@@ -56,8 +56,10 @@ class PartWriter:
     def add(self, tokens_N: np.ndarray, key: str, caption: str, group: str) -> None:
         """Append one sample; tokens must fit 16 bits."""
         if tokens_N.shape != (self.n_tokens,) or tokens_N.min() < 0 or tokens_N.max() > np.iinfo(np.uint16).max:
-            raise ValueError(f"tokens of {key}: shape {tokens_N.shape}, range {tokens_N.min()} to {tokens_N.max()}; "
-                             f"expected ({self.n_tokens},) in 0 to 65535")
+            raise ValueError(
+                f"tokens of {key}: shape {tokens_N.shape}, range {tokens_N.min()} to {tokens_N.max()}; "
+                f"expected ({self.n_tokens},) in 0 to 65535"
+            )
         self._tokens.append(tokens_N.astype(np.uint16))
         self._keys.append(key)
         self._captions.append(caption)
@@ -73,8 +75,13 @@ class PartWriter:
         self._file.seek(0)
         checksum = hashlib.file_digest(self._file, "sha256").hexdigest()
         self._file.close()
-        return Part(path=path_below_root, bytes=self.path.stat().st_size, checksum=checksum,
-                    n_samples=self.n_samples, blocks=self.blocks)
+        return Part(
+            path=path_below_root,
+            bytes=self.path.stat().st_size,
+            checksum=checksum,
+            n_samples=self.n_samples,
+            blocks=self.blocks,
+        )
 
     def _write_block(self) -> None:
         name = f"{self.shard}-{len(self.blocks):05d}"
@@ -95,14 +102,15 @@ class PartWriter:
         self._tar.addfile(member, io.BytesIO(data))
 
 
-def read_block(root_url: str, part: Part, block: Block,
-               disk: DiskCache | None = None) -> tuple[np.ndarray, list[str], list[str]]:
+def read_block(
+    root_url: str, part: Part, block: Block, disk: DiskCache | None = None
+) -> tuple[np.ndarray, list[str], list[str]]:
     """One block, from the disk cache or by one ranged GET: tokens uint16 (n, N), keys, captions.
 
     Raises:
         DataError: the object is missing, cut short, or its bytes are not those that were written.
     """
-    url = storage.join(root_url, part.path)
+    url = objects.join(root_url, part.path)
     name = f"{url} {part.checksum} {block.offset}"
     kept = disk.get(name) if disk else None
     if disk and kept is not None:
@@ -112,7 +120,7 @@ def read_block(root_url: str, part: Part, block: Block,
             log.warning("cached block is damaged, reading it from the store again (%s)", error)
             disk.forget(name)
     try:
-        data = storage.read_range(url, block.offset, block.bytes)
+        data = objects.read_range(url, block.offset, block.bytes)
     except FileNotFoundError:
         raise DataError(f"{url}: the manifest names this object, but it is gone") from None
     found = parse_block(data, block, url)
@@ -130,11 +138,13 @@ def parse_block(data: bytes, block: Block, url: str) -> tuple[np.ndarray, list[s
 def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[str, list[str]]]:
     """Tokens and {"keys", "captions", "groups"} of a block's bytes; CRC and counts are checked. Errors as `read_block`."""
     if _crc32(data) != block.crc32:
-        raise DataError(f"{url}, block {block.name}: CRC-32 {_crc32(data)}, its manifest says {block.crc32}; "
-                        "the data is damaged")
+        raise DataError(
+            f"{url}, block {block.name}: CRC-32 {_crc32(data)}, its manifest says {block.crc32}; the data is damaged"
+        )
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        members = {member.name.removeprefix(f"{block.name}."): memoryview(data)[member.offset_data :][: member.size]
-                   for member in tar}
+        members = {
+            member.name.removeprefix(f"{block.name}."): memoryview(data)[member.offset_data :][: member.size] for member in tar
+        }
     tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
     counts = {"token rows": len(tokens_nN), **{name: len(values) for name, values in record.items()}}
     if set(counts.values()) != {block.n_samples}:
@@ -156,7 +166,7 @@ def decode_members(tokens: bytes | memoryview, captions: bytes | memoryview) -> 
 def unbatch(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A stage for `webdataset` pipelines: its raw samples (one a block) become one dict a sample.
 
-        webdataset.WebDataset(urls).compose(unbatch)   ->   {"__key__", "tokens" uint16 (N,), "caption", "group"}
+    webdataset.WebDataset(urls).compose(unbatch)   ->   {"__key__", "tokens" uint16 (N,), "caption", "group"}
     """
     for block in blocks:
         tokens_nN, record = decode_members(block[TOKENS], block[CAPTIONS])

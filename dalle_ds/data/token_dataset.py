@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_ds.data import storage
-from dalle_ds.data.block_cache import BlockCache
-from dalle_ds.data.disk_cache import DiskCache
-from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.data.manifest import BlockTable, Part, Split, load_dataset_info, load_manifest
 from dalle_ds.data.shards import read_block
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError, UserError
+from dalle_ds.storage import objects
+from dalle_ds.storage.block_cache import BlockCache
+from dalle_ds.storage.disk_cache import DiskCache
+from dalle_ds.storage.fingerprint import fingerprint, require_same
 
 # n samples of a block, N image tokens
 
@@ -44,28 +44,43 @@ class TokenDataset:
         DataError: missing, damaged or empty; FingerprintMismatch: a shard or the tokenizer belongs to another data set.
     """
 
-    def __init__(self, root_url: str | Path, split: Split = "train", *, cache_bytes: int = CACHE_BYTES,
-                 disk: DiskCache | None = None) -> None:
+    def __init__(
+        self, root_url: str | Path, split: Split = "train", *, cache_bytes: int = CACHE_BYTES, disk: DiskCache | None = None
+    ) -> None:
         self.root_url, self.split, self.cache_bytes = str(root_url), split, cache_bytes
         self.info = load_dataset_info(root_url)
         self.fingerprint = self.info.fingerprint
         manifest = load_manifest(root_url)
         for shard in manifest.shards:
-            require_same(f"shard {shard.shard} of {root_url}", self.fingerprint, shard.fingerprint,
-                         "It was encoded for another data set (dVAE, tokenizer or crop).")
+            require_same(
+                f"shard {shard.shard} of {root_url}",
+                self.fingerprint,
+                shard.fingerprint,
+                "It was encoded for another data set (dVAE, tokenizer or crop).",
+            )
         self.complete = manifest.complete  # else ranks that open it at different times may see different shards
         if not manifest.complete:
-            log.warning("%s: encoding is not finished; reading the %d shards that are done. The reading order changes "
-                        "when there are more", root_url, len(manifest.shards))
-        tokenizer_url = storage.join(root_url, "tokenizer.model")
+            log.warning(
+                "%s: encoding is not finished; reading the %d shards that are done. The reading order changes "
+                "when there are more",
+                root_url,
+                len(manifest.shards),
+            )
+        tokenizer_url = objects.join(root_url, "tokenizer.model")
         self.tokenizer = CaptionTokenizer(tokenizer_url)
-        require_same(f"tokenizer {tokenizer_url}", self.info.tokenizer, self.tokenizer.fingerprint,
-                     "The shards were made with another one.")
+        require_same(
+            f"tokenizer {tokenizer_url}",
+            self.info.tokenizer,
+            self.tokenizer.fingerprint,
+            "The shards were made with another one.",
+        )
         self._index_blocks(manifest.parts(split))
         if not self.n_samples:
-            raise DataError(f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} in all; "
-                            f"validation_fraction is {self.info.validation_fraction}")
-        self._disk = disk if storage.is_s3(self.root_url) else None
+            raise DataError(
+                f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} in all; "
+                f"validation_fraction is {self.info.validation_fraction}"
+            )
+        self._disk = disk if objects.is_s3(self.root_url) else None
         self._reading: set[str] = set()
         self._cache = BlockCache(self._load, cache_bytes)
 
@@ -75,8 +90,9 @@ class TokenDataset:
         self.block_sizes = self._table.n_samples
         self.n_samples = int(self.block_sizes.sum())
         # Beside `fingerprint` (how it was made): these very samples in this order. A resume that must be exact compares it.
-        self.content_fingerprint = fingerprint({"parts": [[part.path, part.checksum] for part in parts]},
-                                               {"block_sizes": self.block_sizes})
+        self.content_fingerprint = fingerprint(
+            {"parts": [[part.path, part.checksum] for part in parts]}, {"block_sizes": self.block_sizes}
+        )
 
     @property
     def n_blocks(self) -> int:
@@ -107,7 +123,7 @@ class TokenDataset:
 
     def _load(self, number: int) -> DecodedBlock:
         part, block = self._parts[self._table.part[number]], self._table[number]
-        where = f"{storage.join(self.root_url, part.path)}, block {block.name}"
+        where = f"{objects.join(self.root_url, part.path)}, block {block.name}"
         self._reading.add(where)
         try:
             tokens_nN, keys, captions = read_block(self.root_url, part, block, self._disk)
@@ -118,8 +134,10 @@ class TokenDataset:
         finally:
             self._reading.discard(where)
         if tokens_nN.ndim != 2 or tokens_nN.shape[1] != self.info.n_tokens:
-            raise DataError(f"{where}: tokens of shape {tokens_nN.shape}, expected {self.info.n_tokens} a sample "
-                            f"(grid {self.info.grid}x{self.info.grid})")
+            raise DataError(
+                f"{where}: tokens of shape {tokens_nN.shape}, expected {self.info.n_tokens} a sample "
+                f"(grid {self.info.grid}x{self.info.grid})"
+            )
         if int(tokens_nN.max()) >= self.info.n_codes:
             raise DataError(f"{where}: image token {tokens_nN.max()}, expected codes below {self.info.n_codes}")
         texts = sum(map(sys.getsizeof, keys)) + sum(map(sys.getsizeof, captions))

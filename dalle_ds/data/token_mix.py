@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dalle_ds.data import storage
 from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
 from dalle_ds.errors import ConfigError, FingerprintMismatch
+from dalle_ds.storage import objects
 
 
 class TokenMix:
@@ -27,12 +27,18 @@ class TokenMix:
             for what in ("dvae", "tokenizer", "grid", "n_codes"):
                 expected, found = getattr(first.info, what), getattr(dataset.info, what)
                 if expected != found:
-                    raise FingerprintMismatch(f"{what} of data set {dataset.root_url}", str(expected), str(found),
-                                              f"It is mixed with {first.root_url}, which has the former.")
+                    raise FingerprintMismatch(
+                        f"{what} of data set {dataset.root_url}",
+                        str(expected),
+                        str(found),
+                        f"It is mixed with {first.root_url}, which has the former.",
+                    )
             for other in sets[:i]:
                 if other.content_fingerprint == dataset.content_fingerprint:
-                    raise ConfigError(f"{other.root_url} and {dataset.root_url} are the same samples: name them once, with the "
-                                      "sum of the weights")
+                    raise ConfigError(
+                        f"{other.root_url} and {dataset.root_url} are the same samples: name them once, with the "
+                        "sum of the weights"
+                    )
         self.block_sizes = np.concatenate([dataset.block_sizes for dataset in sets])
         self.n_samples = sum(dataset.n_samples for dataset in sets)
         self._ends = np.cumsum([dataset.n_blocks for dataset in sets])
@@ -67,7 +73,7 @@ class TokenMix:
             at = np.flatnonzero(of_block == number)
             paths = dataset.shards_of(blocks[at] - (self._ends[number] - dataset.n_blocks))
             for i, path in zip(at.tolist(), paths, strict=True):
-                names[i] = storage.join(dataset.root_url, path)
+                names[i] = objects.join(dataset.root_url, path)
         return names
 
     def reads_under_way(self) -> str:

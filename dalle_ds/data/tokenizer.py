@@ -21,9 +21,9 @@ import numpy as np
 import sentencepiece
 
 from dalle_ds.data.bpe_dropout import DropoutEncoder
-from dalle_ds.data.fingerprint import fingerprint
-from dalle_ds.data.storage import read_bytes, write_bytes
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.storage.fingerprint import fingerprint
+from dalle_ds.storage.objects import read_bytes, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,10 @@ class CaptionTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
         except RuntimeError as error:
-            raise DataError(f"{source}: expected a sentencepiece .model file, found {len(self.model_bytes)} bytes of "
-                            f"something else ({error})") from None
+            raise DataError(
+                f"{source}: expected a sentencepiece .model file, found {len(self.model_bytes)} bytes of "
+                f"something else ({error})"
+            ) from None
         self.n_vocab: int = self._processor.vocab_size()
         self._index_pieces(source)
         rule = {"kind": "caption tokenizer", "normalization": NORMALIZATION, "split": SPLITTING_RULE}
@@ -88,8 +90,10 @@ class CaptionTokenizer:
                 continue
             if len(piece) > 1:
                 if not re.fullmatch("[a-z]+", piece):
-                    raise DataError(f"{source}: piece {piece!r} (id {i}) merges more than a-z; expected a model of the "
-                                    f"splitting rule {SPLITTING_RULE!r}, as the tokenizer stage trains it")
+                    raise DataError(
+                        f"{source}: piece {piece!r} (id {i}) merges more than a-z; expected a model of the "
+                        f"splitting rule {SPLITTING_RULE!r}, as the tokenizer stage trains it"
+                    )
                 self._rank_of_piece[piece] = -model.get_score(i)
             self._id_of_piece[piece] = i
         if SPACE not in self._id_of_piece:
@@ -181,22 +185,30 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) 
     required = ASCII_SINGLES + _frequent_characters(words, singles)
     floor = N_BYTES_AND_UNKNOWN + len(required) + len(string.ascii_lowercase)
     if vocab_size < floor:
-        raise ConfigError(f"tokenizer vocab_size is {vocab_size}, expected at least {floor}: 256 bytes, the unknown mark, a-z "
-                          f"and {len(required)} other single characters")
+        raise ConfigError(
+            f"tokenizer vocab_size is {vocab_size}, expected at least {floor}: 256 bytes, the unknown mark, a-z "
+            f"and {len(required)} other single characters"
+        )
     tokenizer = CaptionTokenizer(_train(words, required, vocab_size))
     lost = [c for c in required + string.ascii_lowercase if c not in tokenizer._id_of_piece]
     assert not lost, f"sentencepiece left out required characters {lost}"
     if tokenizer.n_vocab < vocab_size:
-        log.info("tokenizer: %d tokens asked for, %d made: %d captions of %d distinct words have no more merges to learn",
-                 vocab_size, tokenizer.n_vocab, n_captions, len(words))
+        log.info(
+            "tokenizer: %d tokens asked for, %d made: %d captions of %d distinct words have no more merges to learn",
+            vocab_size,
+            tokenizer.n_vocab,
+            n_captions,
+            len(words),
+        )
     write_bytes(path, tokenizer.model_bytes)
     return tokenizer
 
 
 def _count(captions: Iterable[str]) -> tuple[Counter[str], Counter[str], int]:
     """Counts of a-z words and of other characters after normalisation, and the number of captions."""
-    normalizer = sentencepiece.SentencePieceNormalizer(rule_name=NORMALIZATION, add_dummy_prefix=False,
-                                                       remove_extra_whitespaces=True, escape_whitespaces=True)
+    normalizer = sentencepiece.SentencePieceNormalizer(
+        rule_name=NORMALIZATION, add_dummy_prefix=False, remove_extra_whitespaces=True, escape_whitespaces=True
+    )
     words: Counter[str] = Counter()
     singles: Counter[str] = Counter()
     n_captions = 0
@@ -225,12 +237,27 @@ def _train(words: Counter[str], required: str, vocab_size: int) -> bytes:
     """Model bytes. Training on words alone, not captions, is what keeps every merge inside a-z."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_word_lines(words), input_format="tsv", model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        sentence_iterator=_word_lines(words),
+        input_format="tsv",
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
         hard_vocab_limit=False,  # else too few merges are an error instead of a smaller vocabulary
-        normalization_rule_name=NORMALIZATION, add_dummy_prefix=False, remove_extra_whitespaces=True, byte_fallback=True,
-        character_coverage=1.0, required_chars=required, split_digits=True,
-        unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,  # start-of-text and pads are the model's own vectors, not tokens
-        max_sentence_length=4 * MAX_WORD_LETTERS, num_threads=1, minloglevel=2)
+        normalization_rule_name=NORMALIZATION,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=True,
+        byte_fallback=True,
+        character_coverage=1.0,
+        required_chars=required,
+        split_digits=True,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,  # start-of-text and pads are the model's own vectors, not tokens
+        max_sentence_length=4 * MAX_WORD_LETTERS,
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 

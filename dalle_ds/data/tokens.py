@@ -59,18 +59,33 @@ class TokenStream:
         DataError: from iteration, naming the shard, where a block is damaged or storage stayed out of reach.
     """
 
-    def __init__(self, data: TokenDataset | TokenMix, *, text_len: int, global_batch: int, micro_batch: int, rank: int,
-                 world_size: int, seed: int, bpe_dropout: float, caption_dropout: float = 0.0, start_update: int = 0,
-                 prefetch: int = 2) -> None:
+    def __init__(
+        self,
+        data: TokenDataset | TokenMix,
+        *,
+        text_len: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        bpe_dropout: float,
+        caption_dropout: float = 0.0,
+        start_update: int = 0,
+        prefetch: int = 2,
+    ) -> None:
         if not 0.0 <= bpe_dropout <= 1.0 or start_update < 0:
-            raise ConfigError(f"bpe_dropout {bpe_dropout}, start_update {start_update}: expected a chance from 0 to 1 and an "
-                              "update of at least 0")
+            raise ConfigError(
+                f"bpe_dropout {bpe_dropout}, start_update {start_update}: expected a chance from 0 to 1 and an "
+                "update of at least 0"
+            )
         if not 0.0 <= caption_dropout < 1.0:
             raise ConfigError(f"caption_dropout {caption_dropout}: expected a chance of at least 0 and below 1")
         lanes = rank_lanes(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
         mix = data if isinstance(data, TokenMix) else TokenMix([data])
-        self._order = ReadingOrder([dataset.block_sizes for dataset in mix.sets], mix.weights, seed=seed,
-                                   global_batch=global_batch)
+        self._order = ReadingOrder(
+            [dataset.block_sizes for dataset in mix.sets], mix.weights, seed=seed, global_batch=global_batch
+        )
         # of several sets: updates that give as many samples as they have together
         self.steps_per_epoch = mix.n_samples // global_batch
         self.next_update = start_update
@@ -78,8 +93,12 @@ class TokenStream:
         for dataset, n_lanes in zip(mix.sets, self._order.lanes_by_set(lanes), strict=True):
             _warn_if_cache_is_small(dataset, n_lanes)
         collate = _Collate(mix, text_len=text_len, bpe_dropout=bpe_dropout, caption_dropout=caption_dropout, seed=seed)
-        self._prefetch = Prefetch(_updates(mix, self._order, lanes, micro_batch, collate, start_update), prefetch,
-                                  f"token-stream-{rank}", mix.reads_under_way)
+        self._prefetch = Prefetch(
+            _updates(mix, self._order, lanes, micro_batch, collate, start_update),
+            prefetch,
+            f"token-stream-{rank}",
+            mix.reads_under_way,
+        )
 
     @property
     def n_drawn(self) -> list[int]:
@@ -119,8 +138,9 @@ class ValidationBatches(list[TokenBatch]):
         self.n_samples, self.n_dropped = n_samples, n_dropped
 
 
-def validation_batches(data: TokenDataset | TokenMix, *, text_len: int, batch: int, rank: int, world_size: int,
-                       limit: int | None = None) -> ValidationBatches:
+def validation_batches(
+    data: TokenDataset | TokenMix, *, text_len: int, batch: int, rank: int, world_size: int, limit: int | None = None
+) -> ValidationBatches:
     """The same samples at every call, without dropout, equally many batches on all ranks. Of a mix, those of all sets together:
     each counts by its held-out samples, not by its weight.
 
@@ -136,12 +156,16 @@ def validation_batches(data: TokenDataset | TokenMix, *, text_len: int, batch: i
     wanted = mix.n_samples if limit is None else min(limit, mix.n_samples)
     n_batches = wanted // (batch * world_size)
     if n_batches == 0:
-        raise DataError(f"{wanted} samples of split {mix.split!r} to validate on, expected at least {batch * world_size}: "
-                        f"one batch of {batch} on each of {world_size} ranks")
+        raise DataError(
+            f"{wanted} samples of split {mix.split!r} to validate on, expected at least {batch * world_size}: "
+            f"one batch of {batch} on each of {world_size} ranks"
+        )
     n_samples = n_batches * batch * world_size
     collate = _Collate(mix, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
-    batches = [collate(places, mix.blocks(places.block.tolist()))
-               for places in _spread_places(mix.block_sizes, n_samples).split(batch)[rank::world_size]]
+    batches = [
+        collate(places, mix.blocks(places.block.tolist()))
+        for places in _spread_places(mix.block_sizes, n_samples).split(batch)[rank::world_size]
+    ]
     return ValidationBatches(batches, n_samples=n_samples, n_dropped=wanted - n_samples)
 
 
@@ -172,9 +196,13 @@ class _Collate:
         captions = tuple([block.captions[row] for block, row in zip(found, rows, strict=True)])
         text_BT, n_truncated = self._text(captions, places)
         return TokenBatch(
-            text_BT=torch.from_numpy(text_BT), image_BN=torch.from_numpy(image_BN),
-            keys=tuple([block.keys[row] for block, row in zip(found, rows, strict=True)]), captions=captions,
-            shards=tuple(self._mix.shards_of(places.block)), n_truncated=n_truncated)
+            text_BT=torch.from_numpy(text_BT),
+            image_BN=torch.from_numpy(image_BN),
+            keys=tuple([block.keys[row] for block, row in zip(found, rows, strict=True)]),
+            captions=captions,
+            shards=tuple(self._mix.shards_of(places.block)),
+            n_truncated=n_truncated,
+        )
 
     def _text(self, captions: tuple[str, ...], places: Places) -> tuple[np.ndarray, int]:
         packed = self._pack(captions, places)
@@ -193,18 +221,22 @@ class _Collate:
         else:
             # Seeded by the sample, not by the rank: another number of ranks must drop the same merges.
             seeded = sample_generators(self._seed, _DROPOUT, places.epoch, places.index)
-            packed = [tokenizer.pack_with_dropout(caption, self._p, np.random.Generator(bits))
-                      for caption, bits in zip(captions, seeded, strict=True)]
+            packed = [
+                tokenizer.pack_with_dropout(caption, self._p, np.random.Generator(bits))
+                for caption, bits in zip(captions, seeded, strict=True)
+            ]
         if self._p_caption > 0.0:
             # A use of the seed of its own: with or without it, BPE dropout draws the same for a sample.
             seeded = sample_generators(self._seed, _CAPTION, places.epoch, places.index)
-            packed = [b"" if bits.random_raw() < self._p_caption * 2.0**64 else ids
-                      for ids, bits in zip(packed, seeded, strict=True)]
+            packed = [
+                b"" if bits.random_raw() < self._p_caption * 2.0**64 else ids for ids, bits in zip(packed, seeded, strict=True)
+            ]
         return packed
 
 
-def _updates(mix: TokenMix, order: ReadingOrder, lanes: range, micro_batch: int, collate: _Collate,
-             update: int) -> Iterator[list[TokenBatch]]:
+def _updates(
+    mix: TokenMix, order: ReadingOrder, lanes: range, micro_batch: int, collate: _Collate, update: int
+) -> Iterator[list[TokenBatch]]:
     while True:
         places = order.places(update, lanes)
         # All of the update's missing blocks at once: they are fetched side by side.
@@ -216,6 +248,11 @@ def _updates(mix: TokenMix, order: ReadingOrder, lanes: range, micro_batch: int,
 def _warn_if_cache_is_small(dataset: TokenDataset, n_lanes: int) -> None:
     in_use = min(n_lanes * WINDOW_BLOCKS, dataset.n_blocks) * dataset.largest_block_bytes
     if in_use > dataset.cache_bytes:
-        log.warning("%s: %d samples of each batch on this rank keep %.1f MiB of blocks in use, the cache holds %.1f MiB: "
-                    "blocks will be read many times over; raise cache_bytes or use more ranks", dataset.root_url, n_lanes,
-                    in_use / 2**20, dataset.cache_bytes / 2**20)
+        log.warning(
+            "%s: %d samples of each batch on this rank keep %.1f MiB of blocks in use, the cache holds %.1f MiB: "
+            "blocks will be read many times over; raise cache_bytes or use more ranks",
+            dataset.root_url,
+            n_lanes,
+            in_use / 2**20,
+            dataset.cache_bytes / 2**20,
+        )

@@ -96,9 +96,15 @@ def measure_gap(
     right, wrong = nll_SN.mean(1, dtype=np.float64), nll_shuffled_SN.mean(1, dtype=np.float64)
     low, high = mean_interval(wrong - right, classes_S, confidence=confidence, n_resamples=n_resamples, seed=seed)
     return CaptionGap(
-        float(right.mean()), float(wrong.mean()), float((wrong - right).mean()), low, high, confidence,
-        len(right), len(np.unique(classes_S)),
-    )  # fmt: skip
+        float(right.mean()),
+        float(wrong.mean()),
+        float((wrong - right).mean()),
+        low,
+        high,
+        confidence,
+        len(right),
+        len(np.unique(classes_S)),
+    )
 
 
 def position_map(nll_SN: np.ndarray) -> np.ndarray:
@@ -109,11 +115,26 @@ def position_map(nll_SN: np.ndarray) -> np.ndarray:
     return nll_SN.mean(0, dtype=np.float64).reshape(side, side)
 
 
-def save_losses(path: Path, *, nll_SN: np.ndarray, nll_shuffled_SN: np.ndarray, order_S: np.ndarray, keys: Sequence[str],
-                captions: Sequence[str], groups: Sequence[str]) -> None:  # fmt: skip
+def save_losses(
+    path: Path,
+    *,
+    nll_SN: np.ndarray,
+    nll_shuffled_SN: np.ndarray,
+    order_S: np.ndarray,
+    keys: Sequence[str],
+    captions: Sequence[str],
+    groups: Sequence[str],
+) -> None:
     """Keep what `gap_of_file` needs, without Python objects inside."""
-    np.savez_compressed(path, nll=nll_SN, nll_shuffled=nll_shuffled_SN, order=order_S, keys=np.array(keys, dtype=np.str_),
-                        captions=np.array(captions, dtype=np.str_), groups=np.array(groups, dtype=np.str_))  # fmt: skip
+    np.savez_compressed(
+        path,
+        nll=nll_SN,
+        nll_shuffled=nll_shuffled_SN,
+        order=order_S,
+        keys=np.array(keys, dtype=np.str_),
+        captions=np.array(captions, dtype=np.str_),
+        groups=np.array(groups, dtype=np.str_),
+    )
 
 
 def gap_of_file(path: Path, **options: Any) -> CaptionGap:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import fingerprint
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.picture_sets import Entry, decode, open_pictures
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import fingerprint
 
 KEY = "key.json"
 SIDES = ("ours", "theirs")
@@ -49,16 +49,19 @@ def build_pages(
         {"task": f"t{number:04d}", "caption": caption, "left": left, "page": f"page-{number // per_page:03d}"}
         for number, (caption, left) in enumerate(zip(captions, lefts, strict=True))
     ]
-    marks = {f"{side}/{task['task']}": pictures[task["caption"]].data
-             for side, pictures in zip(SIDES, sets, strict=True) for task in tasks}  # fmt: skip
+    marks = {
+        f"{side}/{task['task']}": pictures[task["caption"]].data
+        for side, pictures in zip(SIDES, sets, strict=True)
+        for task in tasks
+    }
     study = fingerprint({"tasks": tasks}, marks)
     out.mkdir(parents=True, exist_ok=True)
     for page in _pages(tasks):
         shown = [_shown(task, sets) for task in page]
         content = {"study": study, "page": page[0]["page"], "tasks": shown}
-        storage.write_bytes(out / f"{page[0]['page']}.html", _html(content).encode())
+        objects.write_bytes(out / f"{page[0]['page']}.html", _html(content).encode())
     key = {"schema": 1, "study": study, "seed": seed, "ours": str(ours), "theirs": str(theirs), "tasks": tasks}
-    storage.write_bytes(out / KEY, json.dumps(key, indent=1, ensure_ascii=False).encode())
+    objects.write_bytes(out / KEY, json.dumps(key, indent=1, ensure_ascii=False).encode())
     unshared = [len(pictures) - len(shared) for pictures in sets]
     summary = {"out": str(out), "study": study, "tasks": len(tasks), "pages": len(list(_pages(tasks)))}
     return {**summary, "only_ours": unshared[0], "only_theirs": unshared[1]}

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import fingerprint
 from dalle_ds.data.images import ImageProblem, center_crop, decode_image
 from dalle_ds.data.raw import IMAGE_EXTENSIONS, RawSample, RawShard, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import fingerprint
 
 RECORD = "samples.json"
 PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # change it when `prepare` changes
@@ -53,7 +53,7 @@ def open_pictures(source: str | Path, *, limit: int | None = None, held_out: flo
     Raises:
         DataError: nothing there, no pictures, or a samples.json that names missing files.
     """
-    local = storage.local_path(source)
+    local = objects.local_path(source)
     if local is not None and (local.name == RECORD or (local / RECORD).is_file()):
         files = _of_record(local if local.name == RECORD else local / RECORD)
     elif local is None or any(local.glob("*.tar")) or (local / "manifests").is_dir():
@@ -150,5 +150,5 @@ def _sha256(path: Path) -> str:
 
 
 def _sha256_of_shard(shard: RawShard) -> str:
-    with storage.local_copy(shard.url) as file:
+    with objects.local_copy(shard.url) as file:
         return _sha256(file)

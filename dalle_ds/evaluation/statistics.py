@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import fingerprint
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.fid import Moments
 from dalle_ds.evaluation.picture_sets import PREPARATION
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         about = {"measure": asdict(self.measure), "source": self.source, "pictures": self.pictures, "n": self.moments.n}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with storage.written_aside(path) as aside, aside.open("wb") as file:
+        with objects.written_aside(path) as aside, aside.open("wb") as file:
             np.savez(file, mean=self.moments.mean_D, factor=self.moments.factor_RD, about=np.array(json.dumps(about)))
 
     @classmethod

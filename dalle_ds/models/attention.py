@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dalle_ds.models.resblock import BranchLinear
-from dalle_ds.ops.attention import Attention, DenseAttention
-from dalle_ds.ops.backends import attention_backend, choose_backend, errors_against_dense
-from dalle_ds.ops.decoding import attend_to_reach, reach_of
-from dalle_ds.ops.masks import SparseMask, transpose_grid
+from dalle_ds.ops.attention.backends import attention_backend, choose_backend, errors_against_dense
+from dalle_ds.ops.attention.decoding import attend_to_reach, reach_of
+from dalle_ds.ops.attention.dense import Attention, DenseAttention
+from dalle_ds.ops.attention.masks import SparseMask, transpose_grid
 
 
 @dataclass

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dalle_ds.models.attention import LayerCache, SelfAttention
 from dalle_ds.models.resblock import MLP, Linear, ResBlock
+from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
-from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns
 from dalle_ds.recipes import Config
 
 PAD = -1
@@ -219,9 +219,7 @@ class Prior(nn.Module):
         self.run_layer: Callable[[Layer, Tensor], Tensor] = lambda layer, x: layer(x)
         """How a layer is called: what is to happen between layers is put here."""
 
-    def forward(
-        self, text_BT: Tensor, image_BN: Tensor, *, n_text: int | None = None, per_token: bool = False
-    ) -> NLL | Tensor:
+    def forward(self, text_BT: Tensor, image_BN: Tensor, *, n_text: int | None = None, per_token: bool = False) -> NLL | Tensor:
         """text (B, T-1) int64 with PAD at the right, image (B, N) int64 -> summed losses of both modalities,
         or with `per_token` what `image_nll` gives (engines that shard parameters can only be called, not asked by method).
 

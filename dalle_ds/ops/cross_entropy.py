@@ -23,9 +23,13 @@ MAX_WEIGHT_ROWS = 2**11
 
 
 def linear_cross_entropy(
-    x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, ignore_index: int | None = None,
+    x_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor,
+    targets_R: Tensor,
+    ignore_index: int | None = None,
     n_kept: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """-> the sum of -ln softmax(x @ weight.T + bias)[target] over all rows whose target is not `ignore_index`, an fp32 scalar.
 
     Logits are fp32 under any autocast. Gradients are made in the forward pass, while a chunk's logits are at hand: backward

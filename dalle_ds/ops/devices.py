@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+from dalle_ds.errors import ConfigError
+
 
 def gpus_are_wanted() -> bool:
     """DS_ACCELERATOR, by which DeepSpeed chooses, names nothing but cuda."""
@@ -19,6 +21,21 @@ def use_cuda() -> bool:
 def default_device() -> str:
     """ "cuda" or "cpu"."""
     return "cuda" if use_cuda() else "cpu"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a recipe or an option names; "auto" is `default_device()`.
+
+    Raises:
+        ConfigError: that is no device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device(default_device())
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch that was built without CUDA asserts
+        problem = str(error).splitlines()[0]
+        raise ConfigError(f"device is {name!r}, expected auto, or cpu, cuda, cuda:N of this machine: {problem}") from None
 
 
 def ranks_here(at_most: int) -> int:

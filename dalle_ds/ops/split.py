@@ -11,8 +11,8 @@ M rows, K summed, N columns.
 import torch
 from torch import Tensor
 
+from dalle_ds.ops.fp16 import matmul_to_fp32
 from dalle_ds.ops.fused import fused
-from dalle_ds.ops.half import matmul_to_fp32
 
 SHIFT = 2.0**11
 """The low part is stored times this: of a number in fp16's range it then is in range as well, down to 2^-35."""

@@ -62,9 +62,13 @@ class LowBitAdamW(torch.optim.Optimizer):
             raise ValueError(f"variance_clip {variance_clip}: expected above 0, up to the format's {FORMAT_0_6_10.largest}")
         self._compile_from = compile_from
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "variance_clip": variance_clip, "moments": moments,
-        }  # fmt: skip
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "variance_clip": variance_clip,
+            "moments": moments,
+        }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -10,21 +10,11 @@ from dalle_ds.optim.adamw import Moments
 
 # The paper does not say what its weight decay leaves out. Gains, biases and vectors learned per position or token only lose
 # by being pulled to zero; the matrices are what the penalty is for.
-DECAY_RULES: tuple[tuple[str, bool], ...] = (
-    (r"bias$", False),
-    (r"norm\.", False),
-    (r"^embed\.", False),
-    (r".", True),
-)
+DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^embed\.", False), (r".", True))
 
 # The paper lists gains, biases, embeddings and unembeddings as 32-bit, moments included (appendix D). What is left are the four
 # matrices of attention and the two of the MLP.
-LOW_BIT_RULES: tuple[tuple[str, bool], ...] = (
-    (r"bias$", False),
-    (r"norm\.", False),
-    (r"^layers\.", True),
-    (r".", False),
-)
+LOW_BIT_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^layers\.", True), (r".", False))
 
 
 def decay_groups(

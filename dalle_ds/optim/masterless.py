@@ -39,9 +39,14 @@ class MasterlessAdamW:
     """
 
     def __init__(
-        self, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int,
+        self,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        seed: int,
         variance_clip: float = VARIANCE_CLIP,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "variance_clip": variance_clip}
         self.seed = seed
         self.state: dict[Tensor, dict[str, Tensor]] = {}
@@ -86,16 +91,24 @@ class MasterlessAdamW:
 
 @fused(kernels=1)
 def updated_half(
-    weights: Tensor, gradients: Tensor, stored_mean: Tensor, stored_variance: Tensor, factor: Tensor, scalars: Tensor,
+    weights: Tensor,
+    gradients: Tensor,
+    stored_mean: Tensor,
+    stored_variance: Tensor,
+    factor: Tensor,
+    scalars: Tensor,
     place_and_key: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and codes of the moments after one update; `place_and_key` (2,) int32: where the first value lies, and the key of
     its noise."""
     place, key = place_and_key.unbind()
     moved, mean, variance = moved_by_adamw(
-        weights.float(), (gradients if gradients.dtype is torch.float32 else decode(gradients, FORMAT_1_6_9)) * factor,
-        decode(stored_mean, FORMAT_1_6_9), decode(stored_variance, FORMAT_0_6_10), scalars,
-    )  # fmt: skip
+        weights.float(),
+        (gradients if gradients.dtype is torch.float32 else decode(gradients, FORMAT_1_6_9)) * factor,
+        decode(stored_mean, FORMAT_1_6_9),
+        decode(stored_variance, FORMAT_0_6_10),
+        scalars,
+    )
     places = torch.arange(weights.numel(), dtype=torch.int32, device=weights.device) + place
     codes = encode_wide(mean, FORMAT_1_6_9).to(torch.int16), encode_wide(variance, FORMAT_0_6_10).to(torch.int16)
     return round_to_half(moved, noise(places, key)), *codes

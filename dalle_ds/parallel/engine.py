@@ -21,7 +21,6 @@ from deepspeed.utils import logger, set_z3_leaf_modules
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data import storage
 from dalle_ds.errors import DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import ResBlock
@@ -29,17 +28,18 @@ from dalle_ds.ops.devices import on_device
 from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.optim.masterless import MasterlessAdamW
+from dalle_ds.parallel.checkpoint_tensors import AVERAGE, ENGINE_FILE, SavedState, Snapshot, StateParts
 from dalle_ds.parallel.engine_config import EngineConfig
-from dalle_ds.parallel.fragments import Fragment, collect, restore, shard_start, unchanged
+from dalle_ds.parallel.fp16_gather import gather_in_half
 from dalle_ds.parallel.gradient_shards import GradientShards
-from dalle_ds.parallel.half_gather import gather_in_half
 from dalle_ds.parallel.masterless import MasterlessMatrices
-from dalle_ds.parallel.phases import PhaseTimer
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.parallel.replica_gradients import ReplicaGradients
-from dalle_ds.parallel.replicas import Replicas, ReplicasConfig
-from dalle_ds.parallel.saved_state import AVERAGE, ENGINE_FILE, SavedState, Snapshot, StateParts
-from dalle_ds.precision.block_scaling import BlockScaler
+from dalle_ds.parallel.replicas.gradients import ReplicaGradients
+from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
+from dalle_ds.parallel.step_timer import PhaseTimer
+from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
+from dalle_ds.precision.resblock_scaling import BlockScaler
+from dalle_ds.storage import objects
 
 SHOWN_FROM = 1 << 30
 """Parameters from which making the first weights has a progress bar: one core draws so many in about ten seconds."""
@@ -85,9 +85,14 @@ class PriorEngine:
     """Owns the sharded model and its optimizer; one call is one update of the global batch."""
 
     def __init__(
-        self, model_config: PriorConfig, engine_config: EngineConfig, optimizer: OptimizerSettings, ranks: Ranks, seed: int,
+        self,
+        model_config: PriorConfig,
+        engine_config: EngineConfig,
+        optimizer: OptimizerSettings,
+        ranks: Ranks,
+        seed: int,
         replicas: ReplicasConfig | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Build, initialise and shard the model. The same seed gives the same weights at any world size and in all replicas.
 
         Raises:
@@ -427,7 +432,7 @@ class PriorEngine:
             values = saved.read(AVERAGE, name, start, start + average.numel())
             average.view(-1)[: values.numel()].copy_(values)
         self.refresh_gathered_parameters()
-        state = json.loads(storage.read_bytes(storage.join(url, ENGINE_FILE)))
+        state = json.loads(objects.read_bytes(objects.join(url, ENGINE_FILE)))
         self._set_counters(state["counters"])
         loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # plain torch optimizers, without ZeRO, have none
         for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():

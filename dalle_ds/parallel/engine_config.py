@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.precision.block_scaling import BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import BlockScalingConfig
 
 RECIPE_OWNS = {
     "train_batch_size": "global_batch",

@@ -32,7 +32,6 @@ class GradientShards:
         """The gradient itself, or a copy of it on the device (`are_copies`)."""
         return safe_get_local_grad(parameter) if self.are_copies else self._shards[parameter]
 
-
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Replace a gradient; of offloaded ones DeepSpeed renews the norm as well."""
         if self.are_copies:

@@ -43,8 +43,10 @@ def take_gpu(n_visible: int) -> int:
     number = int(told["LOCAL_RANK"])
     if number >= n_visible:
         if int(told.get("SLURM_STEP_NUM_TASKS", 1)) == 1 and "OMPI_COMM_WORLD_SIZE" not in told:
-            raise ConfigError(f"rank {told['RANK']} is number {number} on {os.uname().nodename} and sees {n_visible} GPUs: "
-                              f"expected one for each rank; start {n_visible} there (--num_gpus {n_visible})")  # fmt: skip
+            raise ConfigError(
+                f"rank {told['RANK']} is number {number} on {os.uname().nodename} and sees {n_visible} GPUs: "
+                f"expected one for each rank; start {n_visible} there (--num_gpus {n_visible})"
+            )
         number %= n_visible
         told["LOCAL_RANK"] = str(number)
     return number
@@ -78,8 +80,10 @@ def set_defaults() -> None:
 
     The CUDA allocator extends its segments: ZeRO-3 gathers and frees tensors of many sizes on two streams, which would cut up
     segments of fixed sizes. Inductor's pool of compilers is small: of its own accord each of a machine's ranks starts as many
-    processes as there are cores, up to 32, for a handful of kernels.
+    processes as there are cores, up to 32, for a handful of kernels. torch's C++ parts log errors alone: when a rank dies, the
+    stack traces of the survivors would bury which one it was.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not any(name in os.environ for name in ALLOCATORS_NAMES):
         os.environ[ALLOCATOR] = "expandable_segments:True"
     # torchrun says LOCAL_WORLD_SIZE, other launchers LOCAL_SIZE; a process alone has neither
@@ -103,8 +107,10 @@ def take_rank() -> None:
     # mpirun first: inside of a Slurm job it starts its own daemons as a step
     if int(told.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "MASTER_ADDR" not in told:
-            raise ConfigError("MASTER_ADDR is not set, and mpirun does not tell the host of rank 0: "
-                              "add --launcher_args '-x MASTER_ADDR=FIRST_HOST'")  # fmt: skip
+            raise ConfigError(
+                "MASTER_ADDR is not set, and mpirun does not tell the host of rank 0: "
+                "add --launcher_args '-x MASTER_ADDR=FIRST_HOST'"
+            )
         prefix = "OMPI_COMM_WORLD_"
         rank, local_rank, size, local_size = (told[prefix + name] for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))
         address, port = told["MASTER_ADDR"], "29500"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, added_to_codes, decode, encode, encode_wide, squares_of_codes
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
-from dalle_ds.parallel.fragments import Fragment, shard_start
-from dalle_ds.parallel.power_sgd import Factors, PowerSGD
-from dalle_ds.precision.block_scaling import BlockScaler
+from dalle_ds.parallel.replicas.power_sgd import Factors, PowerSGD
+from dalle_ds.parallel.zero_shards import Fragment, shard_start
+from dalle_ds.precision.resblock_scaling import BlockScaler
 
 
 class MasterlessMatrices:
@@ -136,9 +136,13 @@ class MasterlessMatrices:
         """Update all matrices but some, with gradients times `factor`, 0-d."""
         self.optimizer.settings["lr"] = lr
         self.optimizer.step(
-            [Stretch(name, parameter.ds_tensor, partial(self._take, name), shard_start(parameter))
-             for name, parameter in self.parameters.items() if name not in but], factor,
-        )  # fmt: skip
+            [
+                Stretch(name, parameter.ds_tensor, partial(self._take, name), shard_start(parameter))
+                for name, parameter in self.parameters.items()
+                if name not in but
+            ],
+            factor,
+        )
 
     def _take(self, name: str) -> Tensor:
         if not self.factors:

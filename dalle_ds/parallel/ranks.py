@@ -55,6 +55,10 @@ class Ranks:
             dist.barrier()
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""A process without others; on which device it computes, a recipe or an option says."""
+
+
 def join() -> Ranks:
     """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone.
 

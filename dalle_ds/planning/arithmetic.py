@@ -6,7 +6,7 @@ import torch
 
 from dalle_ds.models.presets import effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
-from dalle_ds.ops.masks import layer_patterns
+from dalle_ds.ops.attention.masks import layer_patterns
 
 
 @cache

@@ -42,8 +42,12 @@ class Machine(Config):
         if tflops is not None:
             for key in ("tflops", "product_tflops"):
                 own[key] *= tflops / self.tflops
-        given = {"memory_gib": gpu_memory, "nvlink_gbps": 0.0 if pcie else nvlink_gbps, "node_gbps": node_gbps,
-                 "gpus_per_node": gpus_per_node}  # fmt: skip
+        given = {
+            "memory_gib": gpu_memory,
+            "nvlink_gbps": 0.0 if pcie else nvlink_gbps,
+            "node_gbps": node_gbps,
+            "gpus_per_node": gpus_per_node,
+        }
         return Machine(**{**own, **{key: value for key, value in given.items() if value is not None}})
 
 
@@ -55,13 +59,29 @@ def machine(name: str) -> Machine:
 
 
 _H100 = Machine(
-    tflops=989, product_tflops=794.5, fp32_tflops=67, tf32_tflops=494.5, multiprocessors=132, memory_gib=80,
-    memory_gigabytes_per_second=3350, nvlink_gbps=3600, pcie_gbps=512, node_gbps=3200,
-)  # fmt: skip
+    tflops=989,
+    product_tflops=794.5,
+    fp32_tflops=67,
+    tf32_tflops=494.5,
+    multiprocessors=132,
+    memory_gib=80,
+    memory_gigabytes_per_second=3350,
+    nvlink_gbps=3600,
+    pcie_gbps=512,
+    node_gbps=3200,
+)
 _A100 = Machine(
-    tflops=312, product_tflops=271.2, fp32_tflops=19.5, tf32_tflops=156, multiprocessors=108, memory_gib=80,
-    memory_gigabytes_per_second=2039, nvlink_gbps=2400, pcie_gbps=256, node_gbps=1600,
-)  # fmt: skip
+    tflops=312,
+    product_tflops=271.2,
+    fp32_tflops=19.5,
+    tf32_tflops=156,
+    multiprocessors=108,
+    memory_gib=80,
+    memory_gigabytes_per_second=2039,
+    nvlink_gbps=2400,
+    pcie_gbps=256,
+    node_gbps=1600,
+)
 
 MACHINES: dict[str, Machine] = {
     # The paper's: 8 GPUs of 16 GiB, one adapter of 100 Gb/s a node. Of its products nobody published a best: H100's share.
@@ -76,7 +96,7 @@ MACHINES: dict[str, Machine] = {
         nvlink_gbps=1200,
         pcie_gbps=128,
         node_gbps=100,
-    ),  # fmt: skip
+    ),
     "A100-40": _A100.model_copy(update={"memory_gib": 40.0, "memory_gigabytes_per_second": 1555.0}),
     "A100-80": _A100,
     "H100": _H100,

@@ -12,8 +12,8 @@ from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS, MAX_WEIGHT_ROWS
 from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.parallel.power_sgd import MatrixShard, largest_rank
-from dalle_ds.parallel.replicas import BUCKET_VALUES, PAPER_RATE
+from dalle_ds.parallel.replicas.groups import BUCKET_VALUES, PAPER_RATE
+from dalle_ds.parallel.replicas.power_sgd import MatrixShard, largest_rank
 from dalle_ds.planning.arithmetic import count_parameters
 from dalle_ds.planning.counts import HEAD_MEMORY_BYTES, HEAD_ROW_BYTES, INPUT_BYTES, NOW, Counts
 from dalle_ds.planning.settings import PlanSettings

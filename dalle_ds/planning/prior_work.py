@@ -2,7 +2,7 @@
 
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
-from dalle_ds.parallel.replicas import BUCKET_VALUES
+from dalle_ds.parallel.replicas.groups import BUCKET_VALUES
 from dalle_ds.planning.arithmetic import attention_flops, count_parameters, forward_flops
 from dalle_ds.planning.counts import (
     ACCUMULATED_BYTES,

@@ -36,9 +36,20 @@ _LLAMA_8B = ((1, 1), (0.25, 1), (0.25, 1), (1, 1), (3.5, 1), (3.5, 1), (1, 3.5))
 
 def _torchtitan(n_gpus: int, measured: float) -> Published:
     run = Decoder(
-        machine=_TITAN_H100, n_gpus=n_gpus, shard=n_gpus, n_layers=32, d_model=4096, n_heads=32, vocab=128256, length=8192,
-        micro_batch=2, n_micro_steps=1, matrices=_LLAMA_8B, element_bytes=624, recomputed=0.365,
-    )  # fmt: skip
+        machine=_TITAN_H100,
+        n_gpus=n_gpus,
+        shard=n_gpus,
+        n_layers=32,
+        d_model=4096,
+        n_heads=32,
+        vocab=128256,
+        length=8192,
+        micro_batch=2,
+        n_micro_steps=1,
+        matrices=_LLAMA_8B,
+        element_bytes=624,
+        recomputed=0.365,
+    )
     name = f"torchtitan, Llama 3.1 8B, FSDP2, {n_gpus} H100"
     return Published(name, "torchtitan, benchmarks/llama3_h100_202412", run, measured)
 
@@ -50,10 +61,22 @@ def _megatron(
 ) -> Published:
     micro_batch = 2 if tensor == 1 else 1
     run = Decoder(
-        machine=MACHINES["H100"], n_gpus=48 * tensor * pipeline, n_layers=n_layers, d_model=d_model, n_heads=n_heads,
-        vocab=131072, length=4096, micro_batch=micro_batch, n_micro_steps=batch // 48 // micro_batch, element_bytes=96,
-        tensor=tensor, is_sequence_parallel=True, pipeline=pipeline, chunks=4, exchange_bytes=6,
-    )  # fmt: skip
+        machine=MACHINES["H100"],
+        n_gpus=48 * tensor * pipeline,
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        vocab=131072,
+        length=4096,
+        micro_batch=micro_batch,
+        n_micro_steps=batch // 48 // micro_batch,
+        element_bytes=96,
+        tensor=tensor,
+        is_sequence_parallel=True,
+        pipeline=pipeline,
+        chunks=4,
+        exchange_bytes=6,
+    )
     measured = tflops * 1e12 / run.flops_per_token
     return Published(f"Megatron-LM, {name}, {run.n_gpus} H100", "Megatron-LM, README, weak scaling", run, measured)
 
@@ -61,16 +84,33 @@ def _megatron(
 # 150,000 updates of 1,538 x 2,048 tokens in 1,830 hours: 92 TFLOP/s a GPU of 6 x parameters. A layer's attention and MLP are
 # parallel: one all-reduce forward, one again, one backward. Softmax and bias-GELU are fused, rotations and copies are not.
 _NEOX = Decoder(
-    machine=MACHINES["A100-40"].but(node_gbps=800), n_gpus=96, n_layers=44, d_model=6144, n_heads=64, vocab=50432, length=2048,
-    micro_batch=4, n_micro_steps=32, element_bytes=250, recomputed=1.0, is_attention_fused=False, tensor=2, tensor_messages=6,
-    pipeline=4, exchange_bytes=4,
-)  # fmt: skip
+    machine=MACHINES["A100-40"].but(node_gbps=800),
+    n_gpus=96,
+    n_layers=44,
+    d_model=6144,
+    n_heads=64,
+    vocab=50432,
+    length=2048,
+    micro_batch=4,
+    n_micro_steps=32,
+    element_bytes=250,
+    recomputed=1.0,
+    is_attention_fused=False,
+    tensor=2,
+    tensor_messages=6,
+    pipeline=4,
+    exchange_bytes=4,
+)
 
 PUBLISHED: tuple[Published, ...] = (
     _torchtitan(8, 5762),
     _torchtitan(128, 5605),
-    Published("GPT-NeoX-20B, 96 A100-40", "Black et al. 2022 (arXiv 2204.06745) and its configs/20B.yml", _NEOX,
-              150_000 * 1538 * 2048 / (1830 * 3600 * 96)),
+    Published(
+        "GPT-NeoX-20B, 96 A100-40",
+        "Black et al. 2022 (arXiv 2204.06745) and its configs/20B.yml",
+        _NEOX,
+        150_000 * 1538 * 2048 / (1830 * 3600 * 96),
+    ),
     _megatron("1.7B", 2048, 16, 24, 1, 1, 192, 408.8),
     _megatron("7.1B", 4096, 32, 30, 2, 1, 192, 465.9),
     _megatron("16B", 6144, 48, 32, 4, 1, 192, 489.1),
@@ -80,4 +120,4 @@ PUBLISHED: tuple[Published, ...] = (
     _megatron("177B", 12288, 96, 96, 8, 6, 1152, 432.8),
     _megatron("314B", 16384, 128, 96, 8, 8, 1536, 474.4),
     _megatron("462B", 18432, 144, 112, 8, 16, 3072, 459.9),
-)  # fmt: skip
+)

@@ -69,6 +69,10 @@ class PlanSettings(Config):
     def build_machine(self) -> Machine:
         """The named machine with what is set in place of its own. Raises ConfigError where none has this name."""
         return machine(self.machine).but(
-            tflops=self.tflops, gpu_memory=self.gpu_memory, nvlink_gbps=self.nvlink_gbps, pcie=self.pcie,
-            node_gbps=self.node_gbps, gpus_per_node=self.gpus_per_node,
-        )  # fmt: skip
+            tflops=self.tflops,
+            gpu_memory=self.gpu_memory,
+            nvlink_gbps=self.nvlink_gbps,
+            pcie=self.pcie,
+            node_gbps=self.node_gbps,
+            gpus_per_node=self.gpus_per_node,
+        )

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.tokenizer import CaptionTokenizer
-from dalle_ds.data.weights import read_weights
 from dalle_ds.errors import DataError
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.models.prior import PAD, Prior, PriorConfig
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Export:
 
 def read_info(url: str | Path) -> dict[str, Any]:
     """Content of an export's config.json. Raises DataError where it is missing or not what `dalle-ds export` writes."""
-    config_url = storage.join(url, "config.json")
+    config_url = objects.join(url, "config.json")
     try:
-        info = json.loads(storage.read_bytes(config_url))
+        info = json.loads(objects.read_bytes(config_url))
     except FileNotFoundError:
         raise DataError(f"{url} is not an export folder: it has no config.json; `dalle-ds export` writes one") from None
     except ValueError as error:
@@ -82,12 +82,12 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
         FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
     """
     info = read_info(url)
-    tokenizer = CaptionTokenizer(storage.join(url, "tokenizer.model"))
+    tokenizer = CaptionTokenizer(objects.join(url, "tokenizer.model"))
     require_same(f"tokenizer of export {url}", info["tokenizer"], tokenizer.fingerprint, "Export the checkpoint again.")
-    dvae_weights = read_weights(storage.join(url, "dvae.safetensors"), "dvae", device)
+    dvae_weights = read_weights(objects.join(url, "dvae.safetensors"), "dvae", device)
     require_same(f"dVAE of export {url}", info["dvae"], dvae_weights.fingerprint, "Export the checkpoint again.")
     # straight to the device: the host holds one tensor of it at a time, and the model takes these very tensors
-    weights = read_weights(storage.join(url, "model.safetensors"), "prior", device)
+    weights = read_weights(objects.join(url, "model.safetensors"), "prior", device)
     require_same(f"prior of export {url}", info["fingerprint"], weights.fingerprint, "Export the checkpoint again.")
 
     config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)

@@ -16,8 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import require_same
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.recipes import flatten
 from dalle_ds.sampling.decode import decode_pictures, partial_pictures
@@ -38,6 +36,8 @@ from dalle_ds.sampling.sampler import (
     seed_of,
 )
 from dalle_ds.sampling.scorer import Scorer
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import require_same
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class SampleFolder:
         for found in (self._read(self.out / RECORD), self._read(file)):
             if found is not None:
                 self._require_same(found)
-        storage.write_bytes(file, json.dumps(self._identity()).encode())
+        objects.write_bytes(file, json.dumps(self._identity()).encode())
         return [unit for unit in self.units if self._part(unit) is None]
 
     def finished(self) -> dict[str, Any] | None:
@@ -151,7 +151,7 @@ class SampleFolder:
             "scores": scores,
         }
         data = json.dumps(record, indent=1, ensure_ascii=False)
-        storage.write_bytes(self.out / RECORD, data.encode())
+        objects.write_bytes(self.out / RECORD, data.encode())
         shutil.rmtree(self.out / PARTS)
         return record
 
@@ -211,7 +211,7 @@ class SampleFolder:
         data = io.BytesIO()
         scores = {} if batch.scores_CK is None else {"scores": batch.scores_CK}
         np.savez(data, places=np.array(places), codes=torch.stack(kept).numpy().astype(np.uint16), **scores)
-        storage.write_bytes(self._part_file(batch.unit), data.getvalue())
+        objects.write_bytes(self._part_file(batch.unit), data.getvalue())
 
     def _part(self, unit: Unit) -> dict[str, np.ndarray] | None:
         """None where it is not drawn yet, or the file is torn, as after a power cut."""
@@ -318,23 +318,6 @@ def repeat(export: Export, record_file: Path, out: Path) -> dict[str, Any]:
     require_same(f"dVAE of export {export.url}", dvae, export.info["dvae"])
     request, about = Request(captions, settings, given), {"repeats": str(record_file)}
     return _complete(SampleFolder(export, request, out, about=about, repeated=record))
-
-
-def read_captions(path: Path) -> list[str]:
-    """One caption a line; empty lines are skipped. Raises DataError where the file can't be read or holds none."""
-    try:
-        return captions_of(path.read_text(encoding="utf-8"), f"captions file {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions file {path}: {error}") from None
-
-
-def captions_of(text: str, source: str) -> list[str]:
-    """One caption a line; empty lines are skipped. Raises DataError where there is none."""
-    captions = [line.strip() for line in text.splitlines()]
-    captions = [caption for caption in captions if caption]
-    if not captions:
-        raise DataError(f"{source} holds no caption; expected one a line")
-    return captions
 
 
 def _complete(folder: SampleFolder) -> dict[str, Any]:

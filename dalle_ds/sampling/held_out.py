@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data import storage
-from dalle_ds.data.fingerprint import require_same
 from dalle_ds.data.shards import CAPTIONS
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import TokenBatch, validation_batches
 from dalle_ds.errors import DataError
 from dalle_ds.sampling.export import Export
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import require_same
 
 READ_AT_LEAST = 512  # samples looked at when a few are chosen: one block alone may hold pictures of one kind
 
@@ -94,7 +94,7 @@ def _groups(root: str, batches: Sequence[TokenBatch]) -> list[str]:
     `root` is empty where shards are whole urls."""
     group_of: dict[tuple[str, str], str] = {}
     for shard in sorted({shard for batch in batches for shard in batch.shards}):
-        data = storage.read_bytes(storage.join(root, shard) if root else shard)
+        data = objects.read_bytes(objects.join(root, shard) if root else shard)
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.name.endswith(f".{CAPTIONS}"):

@@ -148,9 +148,13 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
                         button = gr.Button("Draw", variant="primary", elem_id="draw")
                     with gr.Tab("From a picture"):
                         picture = gr.Image(
-                            label=f"Picture, at least {size} pixels a side", type="filepath", sources=["upload", "clipboard"],
-                            image_mode=None, height=220, elem_id="picture",
-                        )  # fmt: skip
+                            label=f"Picture, at least {size} pixels a side",
+                            type="filepath",
+                            sources=["upload", "clipboard"],
+                            image_mode=None,
+                            height=220,
+                            elem_id="picture",
+                        )
                         # the file as it came: gradio would open it, with a message of its own where it is no picture
                         picture.preprocess = lambda payload: payload and payload.path
                         rows = gr.Slider(0, grid - 1, round(PAPER_SHARE * grid), step=1, label="Rows kept from its top")
@@ -197,9 +201,18 @@ def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, bl
         log.warning("bound to %s: everybody who reaches this machine can draw; put a proxy with a login before it", host)
     try:
         page.launch(
-            server_name=host, server_port=port, share=False, max_file_size=int(limits.upload_mb * 1e6), show_error=True,
-            footer_links=["api"], theme=THEME, css=STYLE, ssr_mode=False, quiet=True, prevent_thread_lock=True,
-        )  # fmt: skip
+            server_name=host,
+            server_port=port,
+            share=False,
+            max_file_size=int(limits.upload_mb * 1e6),
+            show_error=True,
+            footer_links=["api"],
+            theme=THEME,
+            css=STYLE,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
     except OSError as error:
         raise ConfigError(f"port {port} of {host} cannot be used ({error}); --port takes another") from None
     print(f"serving on http://{host}:{port}", flush=True)
@@ -209,7 +222,7 @@ def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, bl
 
 def _request(
     sampler: Sampler, limits: PageLimits, caption: str, file: str | None, rows: int, values: dict[str, Any]
-) -> Request:  # fmt: skip
+) -> Request:
     """Checked here, whatever the browser allowed: a script may send anything."""
     caption = (caption or "").strip()
     if len(caption) > limits.caption:

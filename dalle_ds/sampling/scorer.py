@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle_ds.models.clip import Clip
+from dalle_ds.pretrained.clip import Clip
 
 
 class Scorer(Protocol):

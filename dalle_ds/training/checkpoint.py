@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dalle_ds.data import storage
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.storage import objects
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Checkpoint:
     def data(self) -> str:
         """Folder of the ranks' files."""
         attempt = self.commit.get("attempt")  # the first format had the files beside checkpoint.json
-        return storage.join(self.url, attempt) if attempt else self.url
+        return objects.join(self.url, attempt) if attempt else self.url
 
 
 class CheckpointStore:
@@ -62,7 +62,7 @@ class CheckpointStore:
 
     def committed(self) -> list[str]:
         """Names of committed checkpoints, oldest first."""
-        found = [url.split("/")[-2:] for url in storage.list_files(self.url, COMMIT_FILE)]
+        found = [url.split("/")[-2:] for url in objects.list_files(self.url, COMMIT_FILE)]
         return sorted(name for name, file in found if name.startswith("update_") and file == COMMIT_FILE)
 
     # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -115,42 +115,45 @@ class CheckpointStore:
         self.finish(ranks)
 
     def _write(self, update: int, attempt: str, write: Callable[[Path], None], rank: int) -> Files:
-        data, files = storage.join(self.url, _name(update), attempt), {}
+        data, files = objects.join(self.url, _name(update), attempt), {}
         with _folder_of(data, rank) as folder:
             write(folder)
             for path in sorted(folder.iterdir()):
                 size = path.stat().st_size
                 files[f"{attempt}/{path.name}"] = {"bytes": size, "sha256": _sha256(str(path), size)}
-                storage.move_file(path, storage.join(data, path.name))
+                objects.move_file(path, objects.join(data, path.name))
         return files
 
     def _commit(self, save: "_Save", files: list[Files]) -> None:
         name = _name(save.update)
         commit = {
-            "update": save.update, "world_size": len(files), "attempt": save.attempt, "about": save.about,
+            "update": save.update,
+            "world_size": len(files),
+            "attempt": save.attempt,
+            "about": save.about,
             "files": {path: found for part in files for path, found in part.items()},
-        }  # fmt: skip
+        }
         # of the same update saved again, e.g. after a fall-back, the new one counts
-        storage.write_bytes(storage.join(self.url, name, COMMIT_FILE), json.dumps(commit, indent=1).encode())
-        log.info("saved %s", storage.join(self.url, name))
+        objects.write_bytes(objects.join(self.url, name, COMMIT_FILE), json.dumps(commit, indent=1).encode())
+        log.info("saved %s", objects.join(self.url, name))
         # later ones are damaged and were passed over: they must not push out what this one would fall back to
         for old in [found for found in self.committed() if found <= name][: -self.keep]:
-            storage.delete(storage.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not look like one
+            objects.delete(objects.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not look like one
         self._sweep()
 
     def _sweep(self) -> None:
         """Remove what no commit names: too old, replaced, or of a save that was killed."""
         committed, attempts = self.committed(), {}
-        for url in storage.list_files(self.url):
-            name, *rest = url.removeprefix(storage.join(self.url, "")).split("/")
+        for url in objects.list_files(self.url):
+            name, *rest = url.removeprefix(objects.join(self.url, "")).split("/")
             if name.startswith("update_"):
                 attempts.setdefault(name, set()).update(rest[:-1][:1])
         for name in attempts.keys() - committed:
-            storage.delete_tree(storage.join(self.url, name))
+            objects.delete_tree(objects.join(self.url, name))
         for name in committed:
             with suppress(DataError):  # a damaged commit: people may want to look at what it was
-                for attempt in attempts[name] - {read_commit(storage.join(self.url, name)).get("attempt")}:
-                    storage.delete_tree(storage.join(self.url, name, attempt))
+                for attempt in attempts[name] - {read_commit(objects.join(self.url, name)).get("attempt")}:
+                    objects.delete_tree(objects.join(self.url, name, attempt))
 
     # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -167,7 +170,7 @@ class CheckpointStore:
         except UserError as error:
             raise UserError(f"checkpoints in {self.url} cannot be listed: {error}") from None
         for name in candidates:
-            url = storage.join(self.url, name)
+            url = objects.join(self.url, name)
             # every rank comes to the same end, also where only one of them can see the fault
             problem = next(filter(None, _of_all(ranks, partial(_damage, url, ranks))), None)
             if problem is None:
@@ -185,7 +188,7 @@ class CheckpointStore:
             raise DataError(f"{self.url} has no committed checkpoint; `deepspeed launchers/train_prior.sh` writes them")
         if name is not None and name not in names:
             raise DataError(f"{self.url} has no checkpoint {name!r}; there are {', '.join(names)}")
-        url = storage.join(self.url, name or names[-1])
+        url = objects.join(self.url, name or names[-1])
         return Checkpoint(url, read_commit(url))
 
     def require_room(self, n_bytes: float, ranks: Ranks) -> None:
@@ -193,18 +196,18 @@ class CheckpointStore:
 
         What killed saves left behind is removed.
         """
-        seen = storage.join(self.url, "probe")
+        seen = objects.join(self.url, "probe")
 
         def prepare() -> None:
             self._sweep()
             self._require_free(n_bytes)
-            storage.write_bytes(seen, b"")
+            objects.write_bytes(seen, b"")
 
         def write() -> None:
             own = f"{seen}-{ranks.rank}"
-            storage.write_bytes(own, b"")
-            storage.delete(own)
-            if not storage.exists(seen):
+            objects.write_bytes(own, b"")
+            objects.delete(own)
+            if not objects.exists(seen):
                 raise UserError("what rank 0 wrote is not there: the folder is not on a file system that the ranks share")
 
         try:
@@ -213,12 +216,12 @@ class CheckpointStore:
         except UserError as error:
             raise UserError(f"checkpoints cannot be written to {self.url}: {error}") from None
         if ranks.is_main:
-            storage.delete(seen)
+            objects.delete(seen)
 
     def _require_free(self, n_bytes: float) -> None:
         # one more than is kept: the new one is there before the oldest goes
         needed = n_bytes * max(1, self.keep + 1 - len(self.committed()))
-        free = storage.free_bytes(self.url)
+        free = objects.free_bytes(self.url)
         if free is not None and free < needed:
             raise UserError(
                 f"no room: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB needed "
@@ -252,7 +255,7 @@ class _Save(threading.Thread):
 def read_commit(checkpoint: str) -> dict[str, Any]:
     """Content of checkpoint.json. Raises DataError where it is missing or not JSON."""
     try:
-        return json.loads(storage.read_bytes(storage.join(checkpoint, COMMIT_FILE)))
+        return json.loads(objects.read_bytes(objects.join(checkpoint, COMMIT_FILE)))
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{checkpoint} has no readable {COMMIT_FILE}: {error}") from None
 
@@ -264,7 +267,7 @@ def _name(update: int) -> str:
 @contextmanager
 def _folder_of(data: str, rank: int) -> Iterator[Path]:
     """An empty local folder for a rank's files, on the disk that they will be on."""
-    local = storage.local_path(data)
+    local = objects.local_path(data)
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"rank-{rank:05d}-", dir=local) as folder:
@@ -287,13 +290,13 @@ def _of_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
 def _damage(checkpoint: str, ranks: Ranks) -> str | None:
     """What is wrong with this rank's share of the files."""
     try:
-        files: Files = json.loads(storage.read_bytes(storage.join(checkpoint, COMMIT_FILE)))["files"]
+        files: Files = json.loads(objects.read_bytes(objects.join(checkpoint, COMMIT_FILE)))["files"]
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         return f"no readable {COMMIT_FILE}: {error}"
     for name in sorted(files)[ranks.rank :: ranks.world_size]:
-        url, expected = storage.join(checkpoint, name), files[name]
+        url, expected = objects.join(checkpoint, name), files[name]
         try:
-            size = storage.size(url)
+            size = objects.size(url)
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, expected {expected['bytes']}"
             if _sha256(url, size) != expected["sha256"]:
@@ -306,5 +309,5 @@ def _damage(checkpoint: str, ranks: Ranks) -> str | None:
 def _sha256(url: str, n_bytes: int) -> str:
     digest = hashlib.sha256()
     for start in range(0, n_bytes, HASHED_AT_ONCE):
-        digest.update(storage.read_range(url, start, min(HASHED_AT_ONCE, n_bytes - start)))
+        digest.update(objects.read_range(url, start, min(HASHED_AT_ONCE, n_bytes - start)))
     return digest.hexdigest()

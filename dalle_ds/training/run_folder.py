@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from dalle_ds.data.fingerprint import fingerprint, require_same
 from dalle_ds.data.raw import list_raw_shards
-from dalle_ds.errors import ConfigError, DataError, UserError
-from dalle_ds.ops.devices import default_device
+from dalle_ds.errors import DataError, UserError
+from dalle_ds.ops.devices import resolve_device
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.recipes import Config
+from dalle_ds.storage.fingerprint import fingerprint, require_same
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -90,13 +90,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     aside.replace(path)
 
 
-def device_of(name: str) -> torch.device:
+def exact_device(name: str) -> torch.device:
     """What a recipe's `device` names; fp32 is exact from here on. Raises ConfigError where that is no device, or not there."""
-    try:
-        device = torch.device(default_device() if name == "auto" else name)
-    except RuntimeError:
-        raise ConfigError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device here")
     exact_fp32()
-    return device
+    return resolve_device(name)

@@ -7,15 +7,18 @@ from dalle_ds.acceptance.expected import Expected, machine_name, machine_of, mic
 from dalle_ds.models.presets import PRESETS
 
 
-@pytest.mark.parametrize("name, gib, kind", [
-    ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
-    ("NVIDIA H100 NVL", 93.1, "H100"),
-    ("NVIDIA H200", 139.8, "H200"),
-    ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"),
-    ("NVIDIA A100 80GB PCIe", 79.2, "A100-80"),
-    ("Tesla V100-SXM2-16GB", 15.8, "V100"),
-    ("NVIDIA L40S", 44.4, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, gib, kind",
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100"),
+        ("NVIDIA H100 NVL", 93.1, "H100"),
+        ("NVIDIA H200", 139.8, "H200"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"),
+        ("NVIDIA A100 80GB PCIe", 79.2, "A100-80"),
+        ("Tesla V100-SXM2-16GB", 15.8, "V100"),
+        ("NVIDIA L40S", 44.4, None),
+    ],
+)
 def test_kind_of_a_gpu(name, gib, kind):
     assert machine_name(name, gib) == kind
 

@@ -21,9 +21,12 @@ def test_numbers_and_behaviour_are_right_or_wrong(rows):
     record.equal("same", "a", "a", "why")
     record.equal("other", 1, 2, "why")
     assert found() == {
-        "small": ("ok", "at most 0.001"), "large": ("WRONG", "at most 0.001"), "none": ("WRONG", "at most 0.001"),
-        "same": ("ok", "a"), "other": ("WRONG", "2"),
-    }  # fmt: skip
+        "small": ("ok", "at most 0.001"),
+        "large": ("WRONG", "at most 0.001"),
+        "none": ("WRONG", "at most 0.001"),
+        "same": ("ok", "a"),
+        "other": ("WRONG", "2"),
+    }
 
 
 def test_speed_and_size_are_off_at_worst(rows):

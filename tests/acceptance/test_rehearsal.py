@@ -8,7 +8,7 @@ from dalle_ds.acceptance.run import accept
 from dalle_ds.acceptance.steps.fused import arguments
 from dalle_ds.acceptance.table import STEPS
 from dalle_ds.ops.fused import FUSED
-from tests.launching import QUICK_START
+from tests.support.launching import QUICK_START
 
 
 @pytest.mark.launch

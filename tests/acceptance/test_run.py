@@ -14,7 +14,7 @@ from dalle_ds.acceptance.report import table
 from dalle_ds.acceptance.run import SUMMARY, accept
 from dalle_ds.acceptance.table import Step
 from dalle_ds.errors import ConfigError
-from tests.launching import ROOT, wait_for
+from tests.support.launching import ROOT, wait_for
 
 MODULE = "tests.acceptance.planted"
 
@@ -37,9 +37,14 @@ def test_each_way_to_fail_is_told_and_the_others_run(tmp_path):
     found = by_name(summary)
     outcomes = {name: step["outcome"] for name, step in found.items()}
     assert outcomes == {
-        "fine": "ended", "raises": "failed", "crashes": "crashed", "hangs": "hung", "spawns": "hung", "wrong": "ended",
+        "fine": "ended",
+        "raises": "failed",
+        "crashes": "crashed",
+        "hangs": "hung",
+        "spawns": "hung",
+        "wrong": "ended",
         "last": "ended",
-    }  # fmt: skip
+    }
     assert not summary["ok"] and summary["not_ok"] == ["raises", "crashes", "hangs", "spawns", "wrong"]
     assert summary["wrong"] == 1 and json.loads((tmp_path / SUMMARY).read_text()) == summary
     assert "last words of raises" in found["raises"]["tail"] and "ValueError: 41 is not 42" in found["raises"]["tail"]

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 from dalle_ds.acceptance.table import STEPS
 from dalle_ds.acceptance.wheels import CARRIED, requirements
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 PROGRAM = """
 import sys
@@ -45,12 +45,12 @@ def installed_with(names):
 def test_the_steps_import_nothing_that_is_not_carried():
     carried = installed_with([*CARRIED, "torch", "triton"])
     others = {
-        module for module, owners in metadata.packages_distributions().items()
+        module
+        for module, owners in metadata.packages_distributions().items()
         if not any(owner.lower().replace("_", "-") in carried for owner in owners)
-    } - {"dalle_ds", "preprocessing", "tests"}  # fmt: skip
+    } - {"dalle_ds", "preprocessing", "tests"}
     assert {"mlflow", "s3fs", "matplotlib", "skimage", "webdataset", "pyarrow"} <= others
-    # the process of step `encoder` is the pipeline's
-    modules = ["dalle_ds.cli", "dalle_ds.acceptance.report", "preprocessing.bench", *(step.module for step in STEPS)]
+    modules = ["dalle_ds.cli", "dalle_ds.acceptance.report", *(step.module for step in STEPS)]
     command = [sys.executable, "-c", PROGRAM, ",".join(sorted(others)), ",".join(modules)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=None)
     assert done.returncode == 0, done.stderr[-2000:]

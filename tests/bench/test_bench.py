@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 from dalle_ds import cli
-from dalle_ds.bench import __main__ as bench_main
-from dalle_ds.bench import attention, decoding, loader, memory, peer_package, readers, scaling, underflow
-from dalle_ds.bench.settings import AttentionSettings, LoaderSettings, PeersSettings, UnderflowSettings
+from dalle_ds.bench import attention, loader, scaling, underflow
+from dalle_ds.bench.harness import decoding, loss_scaling, memory, peer_package, readers
+from dalle_ds.bench.harness.settings import AttentionSettings, LoaderSettings, PeersSettings, UnderflowSettings
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
-from dalle_ds.ops.backends import attention_backend
-from dalle_ds.ops.masks import Pattern, SparseMask
-from dalle_ds.precision.block_scaling import BlockScalingConfig
+from dalle_ds.ops.attention.backends import attention_backend
+from dalle_ds.ops.attention.masks import Pattern, SparseMask
+from dalle_ds.precision.resblock_scaling import BlockScalingConfig
 
 SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
 PRIOR = "--layers 2 --text-vocab 50 --image-vocab 40"
@@ -43,18 +43,24 @@ def type_in(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("line, ratios", [
-    ("attention", [f"{p}_{mode}_vs_{other}" for p in PATTERNS for mode in MODES for other in ("dense", "causal")]),
-    ("attention --dtype bf16 --backend structured --mix-layers 1", None),
-    ("resblock", [f"{pattern}_vs_dense" for pattern in PATTERNS]),
-    ("resblock --dtype fp16", None),
-    (f"step {PRIOR} --peak-tflops 0.1 --dtype bf16 --threads 2", ["step_vs_dense"]),
-    (f"scaling {PRIOR}", ["step_vs_global"]),
-    (f"sample {PRIOR} --positions 0,4,9 --batch 3", SAMPLED),
-    (f"sample {PRIOR} --positions 7 --batch 3 --no-uncached", [name for name in SAMPLED if "dense" in name]),
-    pytest.param(f"peers {PRIOR} --d-head 64 --positions 2,6 --pictures 3",
-                 [f"{what}_vs_{form}" for what in ("step", "token") for form in ("peer_axial", "peer_conv")], marks=needs_peer),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, ratios",
+    [
+        ("attention", [f"{p}_{mode}_vs_{other}" for p in PATTERNS for mode in MODES for other in ("dense", "causal")]),
+        ("attention --dtype bf16 --backend structured --mix-layers 1", None),
+        ("resblock", [f"{pattern}_vs_dense" for pattern in PATTERNS]),
+        ("resblock --dtype fp16", None),
+        (f"step {PRIOR} --peak-tflops 0.1 --dtype bf16 --threads 2", ["step_vs_dense"]),
+        (f"scaling {PRIOR}", ["step_vs_global"]),
+        (f"sample {PRIOR} --positions 0,4,9 --batch 3", SAMPLED),
+        (f"sample {PRIOR} --positions 7 --batch 3 --no-uncached", [name for name in SAMPLED if "dense" in name]),
+        pytest.param(
+            f"peers {PRIOR} --d-head 64 --positions 2,6 --pictures 3",
+            [f"{what}_vs_{form}" for what in ("step", "token") for form in ("peer_axial", "peer_conv")],
+            marks=needs_peer,
+        ),
+    ],
+)
 def test_summary(line, ratios, type_in):
     threads = torch.get_num_threads()
     code, out, err = type_in(f"dalle-ds bench {line} {SHAPE} --json")
@@ -103,25 +109,28 @@ def test_loader_sides_read_the_same_samples(tmp_path):
     assert len(rows[0]) == 256 and all(of_side == rows[0] for of_side in rows)
 
 
-def test_table_without_json_and_the_module_as_command(type_in):
-    code, out, err = type_in(f"python -m dalle_ds.bench resblock {SHAPE}".removeprefix("python -m "), bench_main.main)
+def test_table_without_json(type_in):
+    code, out, err = type_in(f"dalle-ds bench resblock {SHAPE}")
     assert code == 0 and "times faster" in out and "mix" in out and "times faster" not in err
-    code, out, _ = type_in("bench resblock --help", bench_main.main)
+    code, out, _ = type_in("dalle-ds bench resblock --help")
     assert code == 0 and "dalle-ds bench resblock --heads" in out and "--threads" in out
 
 
-@pytest.mark.parametrize("line, message", [
-    (f"sample {SHAPE} --positions 4,2", "positions = '4,2'"),
-    (f"sample {SHAPE} --positions 1,10", "from 0 to 9"),
-    (f"sample {SHAPE} --positions 1,x", "positions.1 = 'x'"),
-    (f"attention {SHAPE} --backend fast", "attention backend 'fast'"),
-    (f"attention {SHAPE} --dtype fp8", "dtype = 'fp8'"),
-    ("resblock --conv-kernel 4", "conv_kernel is 4"),
-    ("loader --dataset nowhere", "nowhere"),
-    ("cuda-path --deepspeed-config nowhere.json", "nowhere.json"),
-    ("cuda-path --world-size 1", "world_size = 1"),
-    (f"step {SHAPE} --device tpu", "--device tpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (f"sample {SHAPE} --positions 4,2", "positions = '4,2'"),
+        (f"sample {SHAPE} --positions 1,10", "from 0 to 9"),
+        (f"sample {SHAPE} --positions 1,x", "positions.1 = 'x'"),
+        (f"attention {SHAPE} --backend fast", "attention backend 'fast'"),
+        (f"attention {SHAPE} --dtype fp8", "dtype = 'fp8'"),
+        ("resblock --conv-kernel 4", "conv_kernel is 4"),
+        ("loader --dataset nowhere", "nowhere"),
+        ("cuda-path --deepspeed-config nowhere.json", "nowhere.json"),
+        ("cuda-path --world-size 1", "world_size = 1"),
+        (f"step {SHAPE} --device tpu", "--device tpu"),
+    ],
+)
 def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):
     code, out, err = type_in(f"dalle-ds bench {line}")
     assert code == 2 and message in err and "Traceback" not in err and out == ""
@@ -151,7 +160,10 @@ def test_attention_sides_agree_on_the_fused_projection(pattern):
 def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
     monkeypatch.setattr(scaling, "adamw", lambda groups: torch.optim.SGD(groups, lr=1.0))  # AdamW would hide a wrong scale
     steps = []
-    for side in (lambda prior: scaling.OneScale(prior, 13), lambda prior: scaling.ScalePerBlock(prior, BlockScalingConfig())):
+    for side in (
+        lambda prior: loss_scaling.OneScale(prior, 13),
+        lambda prior: loss_scaling.ScalePerBlock(prior, BlockScalingConfig()),
+    ):
         prior = Prior(TINY)
         initialise(prior, torch.Generator().manual_seed(1))
         before = torch.cat([p.detach().flatten() for p in prior.parameters()])

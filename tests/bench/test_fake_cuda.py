@@ -12,9 +12,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from dalle_ds.bench.fake_cuda import stub
 from dalle_ds.bench.fake_cuda.counts import Counts
 from dalle_ds.bench.fake_cuda.device import FakeGPU, fake_cuda
-from dalle_ds.bench.memory import in_fresh_process
+from dalle_ds.bench.harness.memory import in_fresh_process
 from dalle_ds.errors import ConfigError
-from tests.fake_cuda import fake_cuda_process
+from tests.support.fake_cuda import fake_cuda_process
 
 KIB = 2**10
 
@@ -78,14 +78,22 @@ def host_waits() -> dict[str, dict[str, float]]:
         a, on_host = torch.ones(3, device=gpu.device), torch.arange(3.0)
         pinned = on_host.pin_memory()
         works = {
-            "item": lambda: a[0].item(), "bool": lambda: bool((a > 0).all()), "tolist": lambda: a.tolist(),
-            "nonzero": lambda: a.nonzero(), "cpu": lambda: a.cpu(), "to device": lambda: on_host.to(gpu.device),
-            "unpinned": lambda: on_host.to(gpu.device, non_blocking=True), "assigned": lambda: a.__setitem__(0, 1.0),
-            "pinned": lambda: pinned.to(gpu.device, non_blocking=True), "back": lambda: pinned.copy_(a, non_blocking=True),
-            "filled": lambda: torch.full((), 3.0, device=gpu.device), "scalar": lambda: a * on_host[0],
-            "stream": lambda: torch.cuda.current_stream().synchronize(), "event": lambda: torch.cuda.Event().synchronize(),
+            "item": lambda: a[0].item(),
+            "bool": lambda: bool((a > 0).all()),
+            "tolist": lambda: a.tolist(),
+            "nonzero": lambda: a.nonzero(),
+            "cpu": lambda: a.cpu(),
+            "to device": lambda: on_host.to(gpu.device),
+            "unpinned": lambda: on_host.to(gpu.device, non_blocking=True),
+            "assigned": lambda: a.__setitem__(0, 1.0),
+            "pinned": lambda: pinned.to(gpu.device, non_blocking=True),
+            "back": lambda: pinned.copy_(a, non_blocking=True),
+            "filled": lambda: torch.full((), 3.0, device=gpu.device),
+            "scalar": lambda: a * on_host[0],
+            "stream": lambda: torch.cuda.current_stream().synchronize(),
+            "event": lambda: torch.cuda.Event().synchronize(),
             "device": torch.cuda.synchronize,
-        }  # fmt: skip
+        }
         found = {}
         for name, work in works.items():
             with gpu.counting() as counts:
@@ -96,11 +104,22 @@ def host_waits() -> dict[str, dict[str, float]]:
 
 def test_where_the_host_waits(call):
     assert call(host_waits) == {
-        "item": {"item": 1}, "bool": {"item": 1}, "tolist": {"copy to host": 1}, "nonzero": {"nonzero": 1},
-        "cpu": {"copy to host": 1}, "to device": {"copy to device": 1}, "unpinned": {"copy to device": 1},
-        "assigned": {"copy to device": 1}, "pinned": {}, "filled": {}, "back": {}, "stream": {"stream.synchronize": 1},
-        "event": {"event.synchronize": 1}, "device": {"synchronize": 1}, "scalar": {},
-    }  # fmt: skip
+        "item": {"item": 1},
+        "bool": {"item": 1},
+        "tolist": {"copy to host": 1},
+        "nonzero": {"nonzero": 1},
+        "cpu": {"copy to host": 1},
+        "to device": {"copy to device": 1},
+        "unpinned": {"copy to device": 1},
+        "assigned": {"copy to device": 1},
+        "pinned": {},
+        "filled": {},
+        "back": {},
+        "stream": {"stream.synchronize": 1},
+        "event": {"event.synchronize": 1},
+        "device": {"synchronize": 1},
+        "scalar": {},
+    }
 
 
 def mistakes() -> dict[str, str]:
@@ -111,10 +130,12 @@ def mistakes() -> dict[str, str]:
     with fake_cuda() as gpu:
         a, half = torch.empty(4, 4, device=gpu.device), torch.empty(4, 4, dtype=torch.float16, device=gpu.device)
         works = {
-            "generator": lambda: a.normal_(generator=torch.Generator()), "devices": lambda: a + torch.ones(4),
-            "dtypes": lambda: half @ a, "recording": lambda: recorded_wait(a[0, 0]),
+            "generator": lambda: a.normal_(generator=torch.Generator()),
+            "devices": lambda: a + torch.ones(4),
+            "dtypes": lambda: half @ a,
+            "recording": lambda: recorded_wait(a[0, 0]),
             "good": lambda: a.normal_(generator=torch.Generator(gpu.device).manual_seed(3)),
-        }  # fmt: skip
+        }
         said = {}
         for name, work in works.items():
             try:

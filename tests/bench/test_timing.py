@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from dalle_ds.bench.report import Report, mixed
-from dalle_ds.bench.timing import Comparison, Ratio, clock_for, take_turns
+from dalle_ds.bench.harness.report import Report, mixed
+from dalle_ds.bench.harness.timing import Comparison, Ratio, clock_for, take_turns
 
 
 class Workshop:
@@ -86,9 +86,13 @@ def test_report(capsys):
     report = Report("step", "an abacus").note(layers=2)
     report.add("step", "dense", 0.5, 2.0, Ratio(4.0, 3.0, 5.0))
     assert report.summary() == {
-        "bench": "step", "device": "an abacus", "ratios": {"step_vs_dense": 4.0},
-        "seconds": {"step_ours": 0.5, "step_dense": 2.0}, "spread": {"step_vs_dense": [3.0, 5.0]}, "layers": 2,
-    }  # fmt: skip
+        "bench": "step",
+        "device": "an abacus",
+        "ratios": {"step_vs_dense": 4.0},
+        "seconds": {"step_ours": 0.5, "step_dense": 2.0},
+        "spread": {"step_vs_dense": [3.0, 5.0]},
+        "layers": 2,
+    }
     report.print_table(to_stderr=True)
     out, err = capsys.readouterr()
     assert out == "" and "500.00 ms" in err and "4.00  (3.00 to 5.00)" in err

@@ -14,10 +14,18 @@ from triton.language.extra import libdevice
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 _LIBDEVICE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "exp": np.exp, "exp2": np.exp2, "log": np.log, "log2": np.log2, "sqrt": np.sqrt, "tanh": np.tanh,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "floor": np.floor, "isnan": np.isnan, "isinf": np.isinf,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "log": np.log,
+    "log2": np.log2,
+    "sqrt": np.sqrt,
+    "tanh": np.tanh,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "floor": np.floor,
+    "isnan": np.isnan,
+    "isinf": np.isinf,
     "erf": lambda x: torch.erf(torch.from_numpy(x)).numpy(),
-}  # fmt: skip
+}
 """Functions of CUDA's libdevice by their numpy twins: the interpreter knows only their names."""
 
 

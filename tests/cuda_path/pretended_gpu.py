@@ -33,19 +33,36 @@ from dalle_ds.bench.fake_cuda import stub
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 _ALIKE = {
-    "total_memory": 80 << 30, "warp_size": 32, "max_threads_per_block": 1024, "max_threads_per_multi_processor": 2048,
-    "regs_per_multiprocessor": 65536, "shared_memory_per_block": 48 << 10, "gcnArchName": "",
-}  # fmt: skip
+    "total_memory": 80 << 30,
+    "warp_size": 32,
+    "max_threads_per_block": 1024,
+    "max_threads_per_multi_processor": 2048,
+    "regs_per_multiprocessor": 65536,
+    "shared_memory_per_block": 48 << 10,
+    "gcnArchName": "",
+}
 CARDS = {
     80: SimpleNamespace(
-        name="A100", major=8, minor=0, multi_processor_count=108, shared_memory_per_block_optin=163 << 10,
-        shared_memory_per_multiprocessor=164 << 10, L2_cache_size=40 << 20, **_ALIKE,
+        name="A100",
+        major=8,
+        minor=0,
+        multi_processor_count=108,
+        shared_memory_per_block_optin=163 << 10,
+        shared_memory_per_multiprocessor=164 << 10,
+        L2_cache_size=40 << 20,
+        **_ALIKE,
     ),
     90: SimpleNamespace(
-        name="H100", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10,
-        shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20, **_ALIKE,
+        name="H100",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        shared_memory_per_block_optin=227 << 10,
+        shared_memory_per_multiprocessor=228 << 10,
+        L2_cache_size=50 << 20,
+        **_ALIKE,
     ),
-}  # fmt: skip
+}
 """By compute capability: what CUDA's own query says of these cards, as far as Inductor reads it."""
 
 
@@ -199,9 +216,12 @@ def _fold_constants_on_the_cpu() -> None:
 def _into_torch(card: Callable[[], SimpleNamespace]) -> None:
     """What a CUDA build of torch has and a CPU build lacks. A function for each name: Dynamo refuses one that has two."""
     functions = {
-        "_cuda_getDeviceCount": lambda: 1, "_cuda_getDevice": lambda: 0, "_cuda_setDevice": lambda i: None,
-        "_cuda_getCurrentRawStream": lambda i: 0, "_cuda_synchronize": lambda: None,
-    }  # fmt: skip
+        "_cuda_getDeviceCount": lambda: 1,
+        "_cuda_getDevice": lambda: 0,
+        "_cuda_setDevice": lambda i: None,
+        "_cuda_getCurrentRawStream": lambda i: 0,
+        "_cuda_synchronize": lambda: None,
+    }
     for name, function in functions.items():
         setattr(torch._C, name, function)
     torch.version.cuda = "13.0"

@@ -1,6 +1,6 @@
 """Kernels that Inductor wrote, compiled for the GPU that they name down to machine code. A child process of test_kernels.py:
 
-    python -m tests.cuda_path.ptxas FOLDER      FOLDER/80/*.py, FOLDER/90/*.py -> FOLDER/code.json
+python -m tests.cuda_path.ptxas FOLDER      FOLDER/80/*.py, FOLDER/90/*.py -> FOLDER/code.json
 """
 
 import contextlib
@@ -45,9 +45,13 @@ def _figures(tuner: CachingAutotuner, config: Any) -> dict[str, Any]:
         kernel = tuner._precompile_config(config).kernel
     stored, loaded, registers = map(int, _USED.search(log.getvalue()).groups())
     return {
-        "sm": tuner.device_props.cc, "registers": registers, "threads": 32 * kernel.metadata.num_warps,
-        "shared": kernel.metadata.shared, "spilled": stored + loaded, "ftz": sorted(set(_FTZ.findall(kernel.asm["ptx"]))),
-    }  # fmt: skip
+        "sm": tuner.device_props.cc,
+        "registers": registers,
+        "threads": 32 * kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "spilled": stored + loaded,
+        "ftz": sorted(set(_FTZ.findall(kernel.asm["ptx"]))),
+    }
 
 
 def main(folder: Path) -> None:

@@ -223,8 +223,12 @@ class StreamSanitizer(TorchDispatchMode):
         if schema.name.startswith("c10d::"):
             self._collective(schema, given)
             return out
-        written = [t for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write
-                   for t in _tensors(given.get(argument.name))]  # fmt: skip
+        written = [
+            t
+            for argument in schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for t in _tensors(given.get(argument.name))
+        ]
         is_view = not written and _tensors(out) and not new
         if is_view or schema.name.startswith(FACTORIES):
             return out
@@ -342,8 +346,17 @@ def calling_lines(n: int = 3) -> str:
     return " < ".join(found)
 
 
-ASYNCHRONOUS = ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all_single", "broadcast",
-                "reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor")  # fmt: skip
+ASYNCHRONOUS = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "all_reduce",
+    "all_to_all_single",
+    "broadcast",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+)
 
 
 def install() -> None:

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from dalle_ds.training.dvae_report import BATCH, measured_tensors
-from preprocessing.encode import EncodeConfig
+from dalle_ds.training.dvae.metrics import BATCH, measured_tensors
+from preprocessing.stages.encode import EncodeConfig
 
 GIB = 2**30
 

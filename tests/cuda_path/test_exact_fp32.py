@@ -1,5 +1,5 @@
 """Every way to a GPU switches TF32 and 16-bit sums off first; on a CPU the switches are there too. Joining a job does it in
-tests/distributed/replica_cases.py."""
+tests/distributed/cases/replicas.py."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_ds.bench.machine import machine_for
-from dalle_ds.bench.settings import OneMachine
-from dalle_ds.models.clip import Clip
+from dalle_ds.bench.harness.machine import machine_for
+from dalle_ds.bench.harness.settings import OneMachine
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.ops.exactness import exact_fp32, has_tf32
+from dalle_ds.pretrained.clip import Clip
 from dalle_ds.sampling.export import load_export
-from dalle_ds.training.run_folder import device_of
-from preprocessing.precision import encoder_of
-from tests.clip_models import make_clip
+from dalle_ds.training.run_folder import exact_device
+from preprocessing.encoding.encoder import encoder_of
 from tests.sampling.exports import make_export
+from tests.support.clip_models import make_clip
 
 SMALL = DVAEConfig(image_size=16, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, vocab_size=16)
 
@@ -36,7 +36,7 @@ def require_exact() -> None:
 
 
 def test_training_of_dvae_and_clip() -> None:
-    device_of("auto")
+    exact_device("auto")
     require_exact()
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.bench.counting import Sent, alive
-from dalle_ds.bench.fake_world import in_fake_world, make_engine, miniature, random_batches
-from dalle_ds.bench.host_time import HostTime, host_time
+from dalle_ds.bench.fake_world.counting import Sent, alive
+from dalle_ds.bench.fake_world.host_time import HostTime, host_time
+from dalle_ds.bench.fake_world.one_rank import in_fake_world, make_engine, miniature, random_batches
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.ranks import Ranks
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 SHIPPED = json.loads((ROOT / "ds_configs" / "zero3_fp16.json").read_text())
 N_LAYERS, D = 2, 40

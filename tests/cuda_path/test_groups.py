@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dalle_ds.parallel.ranks import leave
-from dalle_ds.parallel.replicas import Replicas
+from dalle_ds.parallel.replicas.groups import Replicas
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dalle_ds.bench.fake_cuda.stub import stub_problem
-from dalle_ds.ops.masks import Pattern
-from tests.launching import ROOT, run
+from dalle_ds.ops.attention.masks import Pattern
+from tests.support.launching import ROOT, run
 
 pytestmark = [
     pytest.mark.kernels,
@@ -32,9 +32,12 @@ Thousands would mean that it crawls."""
 def child(module: str, folder: Path, *, interpret: bool) -> None:
     """Run a module of this folder. What compilers cache is this run's own."""
     settings = {
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"),
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "TRITON_INTERPRET": str(int(interpret)),
-    }  # fmt: skip
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+        "TRITON_INTERPRET": str(int(interpret)),
+    }
     done = run([sys.executable, "-m", f"tests.cuda_path.{module}", str(folder)], ROOT, settings)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -71,8 +74,10 @@ def test_flex_computes_attention_and_its_gradients(pattern: Pattern, n_slots: in
     assert case["moved"] == []
     # the second sums rows of out * grad
     assert [name.rstrip("_0123456789").removeprefix("triton_") for name in case["kernels"]] == [
-        "tem_fused_flex_attention", "per_fused_flex_attention_backward", "tem_fused_flex_attention_backward"
-    ]  # fmt: skip
+        "tem_fused_flex_attention",
+        "per_fused_flex_attention_backward",
+        "tem_fused_flex_attention_backward",
+    ]
 
 
 @pytest.mark.parametrize("sm", ["80", "90"])

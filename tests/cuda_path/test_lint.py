@@ -12,10 +12,10 @@ from dalle_ds.bench import cuda_path
 from dalle_ds.bench.cuda_path import CudaPath
 from dalle_ds.bench.fake_cuda.engine import EngineCounts
 from dalle_ds.bench.fake_cuda.stub import stub_problem
-from dalle_ds.bench.settings import CudaPathSettings
-from tests.cuda_path import lint_cases
-from tests.fake_cuda import fake_cuda_process
-from tests.launching import ROOT
+from dalle_ds.bench.harness.settings import CudaPathSettings
+from tests.cuda_path.cases import lint as lint_cases
+from tests.support.fake_cuda import fake_cuda_process
+from tests.support.launching import ROOT
 
 ZERO3 = "deepspeed/runtime/zero/stage3.py DeepSpeedZeroOptimizer_Stage3"
 
@@ -108,16 +108,18 @@ def test_sampling(in_fp16: bool, call: Callable[..., Any]) -> None:
     assert not found["syncs_token"] and found["kernels_token"] <= 12
     assert found["kernels_layer"] <= (45 if in_fp16 else 29)
     assert found["syncs"].keys() <= {
-        "copy to device: dalle_ds/sampling/generate.py generate", "copy to device: dalle_ds/models/prior.py Prior.prefill",
-        "item: dalle_ds/sampling/generate.py _recorded", "copy to host: dalle_ds/sampling/generate.py generate",
-    }  # fmt: skip
+        "copy to device: dalle_ds/sampling/generate.py generate",
+        "copy to device: dalle_ds/models/prior.py Prior.prefill",
+        "item: dalle_ds/sampling/generate.py _recorded",
+        "copy to host: dalle_ds/sampling/generate.py generate",
+    }
 
 
 def test_dvae(call: Callable[..., Any], tmp_path: Path) -> None:
     found = call(lint_cases.dvae_update, str(tmp_path))
     assert found["device"] == "cuda" and found["gib"] <= 12 and found["gib_validation"] <= 9
     assert found["syncs"] == {
-        "item: dalle_ds/training/dvae_trainer.py _Trainer._step": 2,  # torch's GradScaler: was it finite, the scale
+        "item: dalle_ds/training/dvae/trainer.py _Trainer._step": 2  # torch's GradScaler: was it finite, the scale
     }
 
 

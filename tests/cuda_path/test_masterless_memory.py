@@ -10,13 +10,13 @@ import torch
 
 from dalle_ds.bench.fake_cuda.engine import engine_peaks
 from dalle_ds.bench.fake_cuda.stub import stub_problem
-from dalle_ds.bench.fake_world import in_fake_world, make_engine, miniature, random_batches
-from dalle_ds.bench.memory import PeakMemory, in_fresh_process
+from dalle_ds.bench.fake_world.one_rank import in_fake_world, make_engine, miniature, random_batches
+from dalle_ds.bench.harness.memory import PeakMemory, in_fresh_process
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.planning.memory import memory
-from tests.launching import ROOT
 from tests.planning.test_memory import without_masters
+from tests.support.launching import ROOT
 
 SMALL_MEMORY = json.loads((ROOT / "ds_configs" / "zero3_fp16_16gb.json").read_text())
 CONFIG = {"n_heads": 4, "d_head": 32, "text_len": 8, "grid": 4, "text_vocab": 64, "image_vocab": 32, "conv_kernel": 3}

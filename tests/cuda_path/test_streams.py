@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.bench.fake_world import in_fake_world, make_engine, miniature, random_batches
-from dalle_ds.optim.averaging import AverageConfig, WeightAverage
+from dalle_ds.bench.fake_world.one_rank import in_fake_world, make_engine, miniature, random_batches
+from dalle_ds.optim.ema import AverageConfig, WeightAverage
 from dalle_ds.parallel.ranks import Ranks
 from tests.cuda_path import stream_sanitizer
 from tests.cuda_path.stream_sanitizer import StreamSanitizer
@@ -27,9 +27,14 @@ class Seen:
 
 
 def watch(
-    ranks: Ranks, with_residents: bool = True, without: tuple[Wait, ...] = (), n_updates: int = 3, between: bool = False,
-    accumulation: int = 1, **how: Any,
-) -> Seen:  # fmt: skip
+    ranks: Ranks,
+    with_residents: bool = True,
+    without: tuple[Wait, ...] = (),
+    n_updates: int = 3,
+    between: bool = False,
+    accumulation: int = 1,
+    **how: Any,
+) -> Seen:
     """Updates, and with `between` what a run does between them."""
     stream_sanitizer.install()
     tree = miniature(SHIPPED, CONFIG, LIMITS_OF_WIDTH)
@@ -108,7 +113,7 @@ def test_matrices_without_masters_race_with_nothing(watched: Callable[..., Seen]
 LOST_WAITS = {
     "reduction before the backward pass is there": (
         [("wait_stream", "__add_grad_to_ipg_bucket")],
-        ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/precision/half.py", "(backward)"],
+        ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/precision/fp16_branches.py", "(backward)"],
     ),
     "gradients used before they are reduced": (
         [("synchronize", "independent_gradient_partition_epilogue")],

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dalle_ds.ops.compiling import VARIANTS, compiled
-from tests import launching
 from tests.data.token_sets import make_token_set
+from tests.support import launching
 
-CASE = Path(__file__).with_name("flex_run_case.py")
+CASE = Path(__file__).parent / "cases" / "flex_run.py"
 
 
 @pytest.mark.launch
@@ -23,10 +23,21 @@ def test_a_whole_run_fits_into_dynamos_cache(tmp_path: Path) -> None:
     recomputed with; validation; the batch that proves an export."""
     root = make_token_set(tmp_path / "set", n_samples=64, n_validation=16)
     overrides = [
-        f"data.dataset={root}", f"folder={tmp_path / 'run'}", "attention=flex", "updates=3", "global_batch=16", "micro_batch=8",
-        "model.n_layers=4", "model.n_heads=2", "model.d_head=8", "activation_checkpointing=true", "checkpoint.every=2",
-        "validation.every=2", "validation.samples=6", "tracking.samples_every=null",
-    ]  # fmt: skip
+        f"data.dataset={root}",
+        f"folder={tmp_path / 'run'}",
+        "attention=flex",
+        "updates=3",
+        "global_batch=16",
+        "micro_batch=8",
+        "model.n_layers=4",
+        "model.n_heads=2",
+        "model.d_head=8",
+        "activation_checkpointing=true",
+        "checkpoint.every=2",
+        "validation.every=2",
+        "validation.samples=6",
+        "tracking.samples_every=null",
+    ]
     launching.run_ranks(1, CASE, str(launching.TINY[1]), *overrides, cwd=tmp_path)
     counts = json.loads((tmp_path / "run" / "counts.json").read_text())
     assert counts == {"verified": 3, "trained": 12, "updates": 3}

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_ds.data.images import (
-    ImageProblem,
-    area_resize,
-    center_crop,
-    decode_image,
-    dvae_augment,
-    prior_crop,
-    seed_of,
-)
-from tests.pictures import encoded
+from dalle_ds.data.images import ImageProblem, area_resize, center_crop, decode_image, dvae_augment, prior_crop, seed_of
+from tests.support.pictures import encoded
 
 
 def tf1_area_resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -104,8 +96,11 @@ def test_center_crop() -> None:
 
 def test_small_pictures_are_never_enlarged() -> None:
     image = Image.new("RGB", (31, 200))
-    for crop in (lambda: prior_crop(image, 32, 0), lambda: dvae_augment(image, 32, np.random.default_rng(0)),
-                 lambda: center_crop(image, 32)):
+    for crop in (
+        lambda: prior_crop(image, 32, 0),
+        lambda: dvae_augment(image, 32, np.random.default_rng(0)),
+        lambda: center_crop(image, 32),
+    ):
         with pytest.raises(ImageProblem, match="too small"):
             crop()
 
@@ -168,8 +163,14 @@ def test_bombs_are_judged_by_their_header(side: int) -> None:
 def test_hostile_bytes_are_unreadable() -> None:
     picture = encoded(Image.effect_noise((64, 64), 50), "JPEG")
     rng = np.random.default_rng(0)
-    hostile = [b"", b"not a picture", picture[:200], picture[: len(picture) // 2], bomb(64, 64),
-               encoded(Image.effect_noise((64, 64), 50))[:-500]]
+    hostile = [
+        b"",
+        b"not a picture",
+        picture[:200],
+        picture[: len(picture) // 2],
+        bomb(64, 64),
+        encoded(Image.effect_noise((64, 64), 50))[:-500],
+    ]
     for data in hostile:
         with pytest.raises(ImageProblem, match="unreadable"):
             decode_image(data)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import (
     BlockTable,
     DatasetInfo,
@@ -20,22 +19,32 @@ from dalle_ds.data.manifest import (
     merge,
 )
 from dalle_ds.errors import DataError, FingerprintMismatch
+from dalle_ds.storage import objects
 
 INFO = DatasetInfo(image_size=32, grid=8, n_codes=4, dvae="d", tokenizer="t", crop="c", validation_fraction=0.1).sealed()
 
 
 def shard(name: str, n_train: int, fingerprint: str = INFO.fingerprint) -> ShardManifest:
     part = Part(path=f"data/{name}.tar", bytes=10, checksum="x", n_samples=n_train, blocks=[])
-    return ShardManifest(shard=name, attempt="a", input=InputIdentity(path="p", bytes=1), splits={"train": part},
-                         n_input=n_train + 1, dropped={"unreadable": 1},
-                         dropped_samples=[("k", "unreadable")], code_histogram=[n_train, 0, 1, 0],
-                         caption_lengths={3: n_train}, fingerprint=fingerprint, seconds=1.0)
+    return ShardManifest(
+        shard=name,
+        attempt="a",
+        input=InputIdentity(path="p", bytes=1),
+        splits={"train": part},
+        n_input=n_train + 1,
+        dropped={"unreadable": 1},
+        dropped_samples=[("k", "unreadable")],
+        code_histogram=[n_train, 0, 1, 0],
+        caption_lengths={3: n_train},
+        fingerprint=fingerprint,
+        seconds=1.0,
+    )
 
 
 def write(root: str, *shards: ShardManifest) -> None:
-    storage.write_bytes(storage.join(root, "dataset.json"), INFO.to_json())
+    objects.write_bytes(objects.join(root, "dataset.json"), INFO.to_json())
     for manifest in shards:
-        storage.write_bytes(manifest_url(root, manifest.shard), manifest.to_json())
+        objects.write_bytes(manifest_url(root, manifest.shard), manifest.to_json())
 
 
 def test_merge_is_independent_of_the_order() -> None:
@@ -51,15 +60,17 @@ def test_merge_is_independent_of_the_order() -> None:
 
 
 def test_the_encoders_number_format_is_told_apart_and_the_usual_one_stays_as_it_was() -> None:
-    marks = {INFO.model_copy(update=told).sealed().fingerprint
-             for told in ({}, {"precision": "bf16"}, {"tf32": True}, {"precision": "bf16", "tf32": True})}
+    marks = {
+        INFO.model_copy(update=told).sealed().fingerprint
+        for told in ({}, {"precision": "bf16"}, {"tf32": True}, {"precision": "bf16", "tf32": True})
+    }
     assert len(marks) == 4
     assert INFO.fingerprint == "e13fdf02acd06b9c498f", "data sets from before `tf32` keep their fingerprints"
 
 
 def test_json_spells_the_schema(any_root: str) -> None:
     write(any_root, shard("a", 1))
-    assert json.loads(storage.read_bytes(storage.join(any_root, "dataset.json")))["schema"] == 1
+    assert json.loads(objects.read_bytes(objects.join(any_root, "dataset.json")))["schema"] == 1
     assert load_dataset_info(any_root) == INFO
     assert done_shards(any_root) == {"a"}
 
@@ -70,14 +81,18 @@ def test_unfinished_data_sets_are_merged_from_their_shards(any_root: str) -> Non
     assert merged.n_samples["train"] == 3
     assert not merged.complete
     whole = merge(INFO, [shard("a", 1)], complete=True)
-    storage.write_bytes(storage.join(any_root, "manifest.json"), whole.to_json())
+    objects.write_bytes(objects.join(any_root, "manifest.json"), whole.to_json())
     assert load_manifest(any_root) == whole
 
 
 def test_blocks_are_columns_and_lists_of_older_data_sets_are_read(tmp_path: Path) -> None:
     columns = {"name": "a", "bytes": "100 50 70", "n_samples": "4 4 3", "crc32": "00000001 ffffffff 0a0b0c0d"}
-    older = [{"name": f"a-{i:05d}", "offset": offset, "bytes": size, "n_samples": n, "crc32": crc} for i, (offset, size, n, crc)
-             in enumerate([(0, 100, 4, "00000001"), (100, 50, 4, "ffffffff"), (150, 70, 3, "0a0b0c0d")])]
+    older = [
+        {"name": f"a-{i:05d}", "offset": offset, "bytes": size, "n_samples": n, "crc32": crc}
+        for i, (offset, size, n, crc) in enumerate(
+            [(0, 100, 4, "00000001"), (100, 50, 4, "ffffffff"), (150, 70, 3, "0a0b0c0d")]
+        )
+    ]
     part = {"path": "data/a.tar", "bytes": 1024, "checksum": "x", "n_samples": 11}
     first, second = (Part.model_validate_json(json.dumps({**part, "blocks": blocks})) for blocks in (columns, older))
     assert first == second and json.loads(first.to_json())["blocks"] == columns
@@ -93,9 +108,21 @@ def test_blocks_are_columns_and_lists_of_older_data_sets_are_read(tmp_path: Path
 
 
 def test_blocks_of_many_parts_lie_in_one_table() -> None:
-    parts = [Part(path=name, bytes=0, checksum="x", n_samples=0, blocks={
-        "name": name, "bytes": " ".join(map(str, sizes)), "n_samples": " ".join(map(str, sizes)),
-        "crc32": " ".join(f"{size:08x}" for size in sizes)}) for name, sizes in (("a", [5, 6]), ("b", []), ("c", [7]))]
+    parts = [
+        Part(
+            path=name,
+            bytes=0,
+            checksum="x",
+            n_samples=0,
+            blocks={
+                "name": name,
+                "bytes": " ".join(map(str, sizes)),
+                "n_samples": " ".join(map(str, sizes)),
+                "crc32": " ".join(f"{size:08x}" for size in sizes),
+            },
+        )
+        for name, sizes in (("a", [5, 6]), ("b", []), ("c", [7]))
+    ]
     table = BlockTable(parts)
     assert [table[i] for i in range(len(table))] == [block for part in parts for block in part.blocks]
     assert table.part.tolist() == [0, 0, 2] and table[2].name == "c-00000" and table[1].offset == 5
@@ -109,7 +136,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     write(root)
     with pytest.raises(DataError, match="without any finished shard"):
         load_manifest(root)
-    storage.write_bytes(manifest_url(root, "a"), b'{"shard": "a", "attempt"')
+    objects.write_bytes(manifest_url(root, "a"), b'{"shard": "a", "attempt"')
     with pytest.raises(DataError, match=r"a.json: not a valid ShardManifest"):
         load_manifest(root)
     later = INFO.model_copy(update={"schema_version": 9})

@@ -8,17 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw import (
-    Dropped,
-    RawSample,
-    iterate_pictures,
-    list_raw_shards,
-    load_pictures,
-    read_raw_shard,
-    split_of,
-)
+from dalle_ds.data.raw import Dropped, RawSample, iterate_pictures, list_raw_shards, load_pictures, read_raw_shard, split_of
 from dalle_ds.errors import DataError
-from tests.pictures import encoded
+from tests.support.pictures import encoded
 
 PICTURE = encoded(Image.new("RGB", (8, 8), "red"))
 
@@ -38,38 +30,79 @@ def record(caption: object = "a caption", **more: object) -> bytes:
 
 
 def read_one(path: Path) -> list[RawSample | Dropped]:
-    shard, = list_raw_shards(path.parent)
+    (shard,) = list_raw_shards(path.parent)
     return list(read_raw_shard(shard))
 
 
 def test_samples_of_every_spelling(tmp_path: Path) -> None:
-    found = read_one(write_tar(tmp_path / "0.tar", [
-        ("a.png", PICTURE), ("a.json", record("first", group="g")), ("b.json", record("second")), ("b.PNG", PICTURE),
-        ("dir/c.jpg", PICTURE), ("dir/c.txt", "dritte \u00fc".encode()), ("dir/c.cls", b"ignored"),
-    ]))
-    assert found == [RawSample("a", "g", "first", PICTURE, "png"), RawSample("b", "b", "second", PICTURE, "png"),
-                     RawSample("dir/c", "dir/c", "dritte \u00fc", PICTURE, "jpg")]
+    found = read_one(
+        write_tar(
+            tmp_path / "0.tar",
+            [
+                ("a.png", PICTURE),
+                ("a.json", record("first", group="g")),
+                ("b.json", record("second")),
+                ("b.PNG", PICTURE),
+                ("dir/c.jpg", PICTURE),
+                ("dir/c.txt", "dritte \u00fc".encode()),
+                ("dir/c.cls", b"ignored"),
+            ],
+        )
+    )
+    assert found == [
+        RawSample("a", "g", "first", PICTURE, "png"),
+        RawSample("b", "b", "second", PICTURE, "png"),
+        RawSample("dir/c", "dir/c", "dritte \u00fc", PICTURE, "jpg"),
+    ]
 
 
 def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> None:
-    found = read_one(write_tar(tmp_path / "0.tar", [
-        ("a.json", record()), ("b.png", PICTURE), ("c.png", PICTURE), ("c.json", b"{"), ("d.png", PICTURE),
-        ("d.json", record(5)), ("e.png", PICTURE), ("e.txt", b"\xff\xfe"), ("f.png", PICTURE), ("f.json", b"[]"),
-        ("good.png", PICTURE), ("good.json", record()), ("a.png", PICTURE),
-        ("h.png", PICTURE), ("h.png", PICTURE), ("h.json", record()),
-        ("i.png", PICTURE), ("i.json", record(group=7)),
-    ]))
+    found = read_one(
+        write_tar(
+            tmp_path / "0.tar",
+            [
+                ("a.json", record()),
+                ("b.png", PICTURE),
+                ("c.png", PICTURE),
+                ("c.json", b"{"),
+                ("d.png", PICTURE),
+                ("d.json", record(5)),
+                ("e.png", PICTURE),
+                ("e.txt", b"\xff\xfe"),
+                ("f.png", PICTURE),
+                ("f.json", b"[]"),
+                ("good.png", PICTURE),
+                ("good.json", record()),
+                ("a.png", PICTURE),
+                ("h.png", PICTURE),
+                ("h.png", PICTURE),
+                ("h.json", record()),
+                ("i.png", PICTURE),
+                ("i.json", record(group=7)),
+            ],
+        )
+    )
     assert {d.key: d.reason for d in found if isinstance(d, Dropped) and d.key != "a"} == {
-        "b": "no caption", "c": "unreadable caption", "d": "unreadable caption", "e": "unreadable caption",
-        "f": "unreadable caption", "h": "duplicate key", "i": "unreadable caption"}
+        "b": "no caption",
+        "c": "unreadable caption",
+        "d": "unreadable caption",
+        "e": "unreadable caption",
+        "f": "unreadable caption",
+        "h": "duplicate key",
+        "i": "unreadable caption",
+    }
     # A key that comes back after others would be half a sample, twice.
     assert [d.reason for d in found if isinstance(d, Dropped) and d.key == "a"] == ["no picture", "duplicate key"]
     assert [s.key for s in found if isinstance(s, RawSample)] == ["good"]
 
 
 def test_hostile_member_names_are_only_keys(tmp_path: Path) -> None:
-    found = read_one(write_tar(tmp_path / "x" / "0.tar", [("../../evil.png", PICTURE), ("../../evil.json", record()),
-                                                          ("/abs.png", PICTURE), ("/abs.json", record())]))
+    found = read_one(
+        write_tar(
+            tmp_path / "x" / "0.tar",
+            [("../../evil.png", PICTURE), ("../../evil.json", record()), ("/abs.png", PICTURE), ("/abs.json", record())],
+        )
+    )
     assert len(found) == 2
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["0.tar", "x"]
 
@@ -98,7 +131,7 @@ def test_no_shards_is_an_error(tmp_path: Path) -> None:
 
 def test_a_shard_that_changed_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("a.png", PICTURE), ("a.json", record())])
-    shard, = list_raw_shards(tmp_path)
+    (shard,) = list_raw_shards(tmp_path)
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     with pytest.raises(DataError, match="the shard changed or is cut short"):
         list(read_raw_shard(shard))
@@ -123,8 +156,11 @@ def test_the_split_follows_the_group() -> None:
 
 
 def test_load_pictures(tmp_path: Path) -> None:
-    members = [(f"{i}.{kind}", data) for i in range(40) for kind, data in
-               (("png", PICTURE), ("json", record(f"caption {i}", group=str(i // 2))))]
+    members = [
+        (f"{i}.{kind}", data)
+        for i in range(40)
+        for kind, data in (("png", PICTURE), ("json", record(f"caption {i}", group=str(i // 2))))
+    ]
     write_tar(tmp_path / "0.tar", members[:30])
     write_tar(tmp_path / "1.tar", members[30:])
     train, held_out = (load_pictures(tmp_path, split, 0.3) for split in ("train", "validation"))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import Part
 from dalle_ds.data.shards import PartWriter, read_block, unbatch
 from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
 
 N = 16
 
@@ -25,7 +25,7 @@ def write_part(root: str, folder: Path, n_samples: int = 23, block_samples: int 
             writer.add(*sample(i))
         assert writer.n_samples == n_samples
         part = writer.finish("data/part.tar")
-    storage.put_file(folder / "part.tar", storage.join(root, part.path))
+    objects.put_file(folder / "part.tar", objects.join(root, part.path))
     return part
 
 

@@ -27,8 +27,9 @@ def sets_of(block: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum([len(blocks) for blocks in BLOCKS]), block, side="right")
 
 
-@pytest.mark.parametrize(("weights", "global_batch"), [((0.55, 0.3, 0.15), 12), ((7, 3), 2), ((1, 1, 1), 1),
-                                                       ((0.001, 0.999), 5), ((0.5, 0.5), 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "global_batch"), [((0.55, 0.3, 0.15), 12), ((7, 3), 2), ((1, 1, 1), 1), ((0.001, 0.999), 5), ((0.5, 0.5), 4)]
+)
 def test_each_stretch_has_the_shares_and_each_epoch_no_sample_twice(weights, global_batch):
     reading, n_updates = order(weights, global_batch), 2500
     shares = np.array(weights) / sum(weights)
@@ -57,8 +58,10 @@ def test_ranks_and_seeks_give_the_same_places(world_size):
     whole = order()
     ranks = [order() for _ in range(world_size)]
     for update in [*range(40), 999, 1000, 1001, 123_456]:
-        of_ranks = [reading.places(update, rank_lanes(global_batch=12, micro_batch=1, rank=rank, world_size=world_size))
-                    for rank, reading in enumerate(ranks)]
+        of_ranks = [
+            reading.places(update, rank_lanes(global_batch=12, micro_batch=1, rank=rank, world_size=world_size))
+            for rank, reading in enumerate(ranks)
+        ]
         for field in ("block", "row", "index", "epoch"):
             expected = getattr(whole.places(update, range(12)), field)
             assert np.array_equal(np.concatenate([getattr(places, field) for places in of_ranks]), expected)
@@ -94,8 +97,10 @@ def test_mixes_that_cannot_work_are_refused():
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("mix")
-    return [make_token_set(folder / "a", n_samples=90, n_validation=20, block_samples=8),
-            make_token_set(folder / "b", n_samples=150, n_validation=30, block_samples=16, seed=1, noise=0.5)]  # fmt: skip
+    return [
+        make_token_set(folder / "a", n_samples=90, n_validation=20, block_samples=8),
+        make_token_set(folder / "b", n_samples=150, n_validation=30, block_samples=16, seed=1, noise=0.5),
+    ]
 
 
 def mix(roots: list[str], weights=(0.65, 0.35), split="train") -> TokenMix:
@@ -107,10 +112,15 @@ def mix(roots: list[str], weights=(0.65, 0.35), split="train") -> TokenMix:
 
 def read(source: TokenMix, n_updates: int, start: int = 0, rank: int = 0, world_size: int = 1) -> list[tuple]:
     with TokenStream(source, **SETTINGS, start_update=start, rank=rank, world_size=world_size) as stream:
-        return [([key for batch in update for key in batch.keys], torch.cat([batch.text_BT for batch in update]).tolist(),
-                 torch.cat([batch.image_BN for batch in update]).tolist(),
-                 [shard for batch in update for shard in batch.shards])
-                for update in itertools.islice(stream, n_updates)]
+        return [
+            (
+                [key for batch in update for key in batch.keys],
+                torch.cat([batch.text_BT for batch in update]).tolist(),
+                torch.cat([batch.image_BN for batch in update]).tolist(),
+                [shard for batch in update for shard in batch.shards],
+            )
+            for update in itertools.islice(stream, n_updates)
+        ]
 
 
 def test_a_stream_of_a_mix_resumes_exactly_at_another_world_size(roots):
@@ -146,8 +156,9 @@ def test_a_mix_is_named_by_its_sets_and_weights_and_validates_on_all(roots):
     both = mix(roots, (0.65, 0.35), "validation")
     assert both.root_url == f"0.65 * {roots[0]} + 0.35 * {roots[1]}"
     for name in ("fingerprint", "content_fingerprint"):
-        assert getattr(both, name) == " + ".join(f"{weight} * {getattr(dataset, name)}"
-                                                 for dataset, weight in zip(both.sets, (0.65, 0.35), strict=True))
+        assert getattr(both, name) == " + ".join(
+            f"{weight} * {getattr(dataset, name)}" for dataset, weight in zip(both.sets, (0.65, 0.35), strict=True)
+        )
     assert mix(roots, (0.65, 0.35000001)).fingerprint != mix(roots, (0.65, 0.35)).fingerprint  # other quotas at large batches
     batches = validation_batches(both, text_len=24, batch=5, rank=0, world_size=1)
     shards = [shard for batch in batches for shard in batch.shards]

@@ -32,9 +32,40 @@ def odd_captions(n: int, seed: int = 0) -> list[str]:
     """Words of the captions, cut, glued and mixed with capitals, digits, scripts, emoji, controls, half surrogates."""
     rng = random.Random(seed)
     words = " ".join(CAPTIONS).split()
-    spice = ["😀", "👩‍🚀", "日本語", "Straße", "ﬁ", "İstanbul", "\u00a0", "\t", "  ", "\n", "007", "x²", "3.14", "don't",
-             "\u2581", "<0x41>", "<unk>", "e\u0301", "\u200d", "A\u030a", "½", "\x00", "\ud83d", "ok…", "#hash_tag", "a-b",
-             "ΑΒΓ", "Жук", "👍🏽", "''", "zzzqqq", "supercalifragilistic"]
+    spice = [
+        "😀",
+        "👩‍🚀",
+        "日本語",
+        "Straße",
+        "ﬁ",
+        "İstanbul",
+        "\u00a0",
+        "\t",
+        "  ",
+        "\n",
+        "007",
+        "x²",
+        "3.14",
+        "don't",
+        "\u2581",
+        "<0x41>",
+        "<unk>",
+        "e\u0301",
+        "\u200d",
+        "A\u030a",
+        "½",
+        "\x00",
+        "\ud83d",
+        "ok…",
+        "#hash_tag",
+        "a-b",
+        "ΑΒΓ",
+        "Жук",
+        "👍🏽",
+        "''",
+        "zzzqqq",
+        "supercalifragilistic",
+    ]
     captions = ["", " ", "a", SPACE, "a" * 300]
     for _ in range(n):
         parts = [rng.choice(words if rng.random() < 0.6 else spice) for _ in range(rng.randint(1, 12))]
@@ -118,8 +149,9 @@ def test_kept_states_merge_as_the_plain_algorithm(tokenizer, monkeypatch):
         p = letters.choice([0.02, 0.1, 0.5, 0.9])
         rng = np.random.default_rng(seed)
         drops = (rng.random() < p for _ in itertools.count())
-        plain = [[tokenizer._id_of_piece[piece] for piece in merge_word(word, tokenizer._rank_of_piece, drops)]
-                 for word in words]
+        plain = [
+            [tokenizer._id_of_piece[piece] for piece in merge_word(word, tokenizer._rank_of_piece, drops)] for word in words
+        ]
         space = tokenizer._id_of_piece[SPACE]
         expected = [i for ids in plain for i in [space, *ids]][1:]
         assert tokenizer.encode_with_dropout(" ".join(words), p, np.random.default_rng(seed)) == expected, words
@@ -142,7 +174,7 @@ def test_dropout_of_everything_leaves_characters(tokenizer):
 
 
 def test_dropout_rate_matches_the_algorithm(tmp_path):
-    """"ab" has one merge: it is dropped with chance p, and then no candidate is left, so the word stays split."""
+    """ "ab" has one merge: it is dropped with chance p, and then no candidate is left, so the word stays split."""
     pair = train_tokenizer(["ab ab ab"], 400, tmp_path / "ab.model")
     rng = np.random.default_rng(0)
     n_split = sum(len(pair.encode_with_dropout("ab", 0.1, rng)) == 2 for _ in range(4000))
@@ -195,7 +227,11 @@ def test_captions_without_words_are_refused(tmp_path):
 
 def test_loads_from_path_and_pickle_alike(tokenizer, tmp_path):
     (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
-    for copy in (CaptionTokenizer(tmp_path / "t.model"), pickle.loads(pickle.dumps(tokenizer)), CaptionTokenizer(f"file://{tmp_path}/t.model")):
+    for copy in (
+        CaptionTokenizer(tmp_path / "t.model"),
+        pickle.loads(pickle.dumps(tokenizer)),
+        CaptionTokenizer(f"file://{tmp_path}/t.model"),
+    ):
         assert copy.fingerprint == tokenizer.fingerprint
         assert copy.encode("A red umbrella") == tokenizer.encode("A red umbrella")
 
@@ -209,7 +245,13 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_models_of_another_splitting_rule_are_refused(tmp_path):
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS), model_prefix=str(tmp_path / "usual"),
-                                             model_type="bpe", vocab_size=400, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS),
+        model_prefix=str(tmp_path / "usual"),
+        model_type="bpe",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     with pytest.raises(DataError, match="merges more than a-z"):
         CaptionTokenizer(tmp_path / "usual.model")

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_ds.data import prefetch, shards, storage, token_dataset
+from dalle_ds.data import prefetch, shards, token_dataset
 from dalle_ds.data.manifest import load_dataset_info, load_manifest
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.tokens import PAD, TokenBatch, TokenDataset, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from dalle_ds.storage import objects
 from tests.data.token_sets import edit_json, make_token_set
 
 SIZES = {"n_samples": 150, "n_validation": 50, "block_samples": 16, "n_shards": 3}
@@ -39,8 +40,14 @@ def read(dataset: TokenDataset, n_updates: int, **settings) -> list[list[TokenBa
 
 def joined(updates: list[list[TokenBatch]]) -> list[tuple[list[str], torch.Tensor, torch.Tensor]]:
     """Per update: keys, text, image tokens, over the micro-batches."""
-    return [([key for batch in update for key in batch.keys], torch.cat([batch.text_BT for batch in update]),
-             torch.cat([batch.image_BN for batch in update])) for update in updates]
+    return [
+        (
+            [key for batch in update for key in batch.keys],
+            torch.cat([batch.text_BT for batch in update]),
+            torch.cat([batch.image_BN for batch in update]),
+        )
+        for update in updates
+    ]
 
 
 def assert_same(left, right) -> None:
@@ -86,8 +93,14 @@ def test_batches_hold_the_samples_that_were_written(root):
 def test_the_global_batch_is_the_same_on_any_number_of_ranks(root, world_size):
     alone = joined(read(TokenDataset(root), 30))
     ranks = [joined(read(TokenDataset(root), 30, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    together = [([key for keys, _, _ in parts for key in keys], torch.cat([text for _, text, _ in parts]),
-                 torch.cat([image for _, _, image in parts])) for parts in zip(*ranks, strict=True)]
+    together = [
+        (
+            [key for keys, _, _ in parts for key in keys],
+            torch.cat([text for _, text, _ in parts]),
+            torch.cat([image for _, _, image in parts]),
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
     assert_same(together, alone)  # dropout draws included
 
 
@@ -140,17 +153,20 @@ def test_an_epoch_reads_each_block_once_where_the_cache_holds_them(root):
     assert dataset.read_amplification == 1.0
 
 
-@pytest.mark.parametrize(("settings", "error", "message"), [
-    ({"global_batch": 10, "micro_batch": 4}, ConfigError, "global batch 10 is not a multiple of micro-batch 4 x 1 ranks"),
-    ({"world_size": 5}, ConfigError, "global batch 12 .* x 5 ranks = 10"),
-    ({"global_batch": 152}, DataError, "150 samples in 12 blocks do not fill one global batch of 152"),
-    ({"bpe_dropout": 1.2}, ConfigError, "bpe_dropout 1.2"),
-    ({"caption_dropout": 1.0}, ConfigError, "caption_dropout 1.0: expected a chance of at least 0 and below 1"),
-    ({"caption_dropout": -0.1}, ConfigError, "caption_dropout -0.1"),
-    ({"caption_dropout": float("nan")}, ConfigError, "caption_dropout nan"),
-    ({"start_update": -1}, ConfigError, "start_update -1"),
-    ({"text_len": 1}, ConfigError, "text_len is 1"),
-])
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"global_batch": 10, "micro_batch": 4}, ConfigError, "global batch 10 is not a multiple of micro-batch 4 x 1 ranks"),
+        ({"world_size": 5}, ConfigError, "global batch 12 .* x 5 ranks = 10"),
+        ({"global_batch": 152}, DataError, "150 samples in 12 blocks do not fill one global batch of 152"),
+        ({"bpe_dropout": 1.2}, ConfigError, "bpe_dropout 1.2"),
+        ({"caption_dropout": 1.0}, ConfigError, "caption_dropout 1.0: expected a chance of at least 0 and below 1"),
+        ({"caption_dropout": -0.1}, ConfigError, "caption_dropout -0.1"),
+        ({"caption_dropout": float("nan")}, ConfigError, "caption_dropout nan"),
+        ({"start_update": -1}, ConfigError, "start_update -1"),
+        ({"text_len": 1}, ConfigError, "text_len is 1"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused_at_birth(root, settings, error, message):
     with pytest.raises(error, match=message):
         TokenStream(TokenDataset(root), **(SETTINGS | settings))
@@ -169,8 +185,12 @@ def test_a_closed_stream_leaves_no_thread(root):
 
 def texts_by_sample(updates: list[list[TokenBatch]], steps_per_epoch: int = 12) -> dict[tuple[int, str], list[int]]:
     """(epoch, key) -> text row."""
-    return {(number // steps_per_epoch, key): row for number, update in enumerate(updates) for batch in update
-            for key, row in zip(batch.keys, batch.text_BT.tolist(), strict=True)}
+    return {
+        (number // steps_per_epoch, key): row
+        for number, update in enumerate(updates)
+        for batch in update
+        for key, row in zip(batch.keys, batch.text_BT.tolist(), strict=True)
+    }
 
 
 def test_dropped_captions_are_all_pad_and_kept_ones_have_the_same_pieces(root):
@@ -222,10 +242,18 @@ def test_other_captions_are_dropped_in_another_epoch_or_run(root):
 @pytest.mark.parametrize("world_size", [2, 6])
 def test_dropped_captions_are_the_same_on_any_number_of_ranks_and_after_a_resume(root, world_size):
     alone = joined(read(TokenDataset(root), 14, caption_dropout=0.3))
-    ranks = [joined(read(TokenDataset(root), 9, rank=rank, world_size=world_size, caption_dropout=0.3, start_update=5))
-             for rank in range(world_size)]
-    together = [([key for keys, _, _ in parts for key in keys], torch.cat([text for _, text, _ in parts]),
-                 torch.cat([image for _, _, image in parts])) for parts in zip(*ranks, strict=True)]
+    ranks = [
+        joined(read(TokenDataset(root), 9, rank=rank, world_size=world_size, caption_dropout=0.3, start_update=5))
+        for rank in range(world_size)
+    ]
+    together = [
+        (
+            [key for keys, _, _ in parts for key in keys],
+            torch.cat([text for _, text, _ in parts]),
+            torch.cat([image for _, _, image in parts]),
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
     assert_same(together, alone[5:])  # the second epoch begins at 12
     assert any((text == PAD).all(1).any() for _, text, _ in alone[5:])
 
@@ -259,7 +287,7 @@ def test_missing_data_set(tmp_path):
 
 def test_shard_of_another_data_set(own_root):
     edit_json(f"{own_root}/manifests/00001.json", fingerprint="00000000000000000000")
-    storage.delete(f"{own_root}/manifest.json")
+    objects.delete(f"{own_root}/manifest.json")
     with pytest.raises(FingerprintMismatch, match="00001.*00000000000000000000"):
         TokenDataset(own_root)
 
@@ -267,7 +295,7 @@ def test_shard_of_another_data_set(own_root):
 def test_merged_manifest_with_a_shard_of_another_data_set(own_root):
     merged = load_manifest(own_root)
     strange = [shard.model_copy(update={"fingerprint": "ffff"}) if shard.shard == "00002" else shard for shard in merged.shards]
-    storage.write_bytes(f"{own_root}/manifest.json", merged.model_copy(update={"shards": strange}).to_json())
+    objects.write_bytes(f"{own_root}/manifest.json", merged.model_copy(update={"shards": strange}).to_json())
     with pytest.raises(FingerprintMismatch, match="shard 00002 .*found ffff"):
         TokenDataset(own_root)
 
@@ -300,16 +328,16 @@ def test_unfinished_encoding_is_read_with_a_warning(tmp_path, caplog):
 def test_a_damaged_block_is_named_to_the_consumer(own_root):
     part = load_manifest(own_root).parts("train")[1]
     url = f"{own_root}/{part.path}"
-    data = bytearray(storage.read_bytes(url))
+    data = bytearray(objects.read_bytes(url))
     data[part.blocks[0].offset + 700] ^= 1
-    storage.write_bytes(url, bytes(data))
+    objects.write_bytes(url, bytes(data))
     with pytest.raises(DataError, match=rf"{part.path}, block {part.blocks[0].name}"):
         read(TokenDataset(own_root), 12)
 
 
 def test_a_lost_shard_is_named_to_the_consumer(own_root):
     part = load_manifest(own_root).parts("train")[2]
-    storage.delete(f"{own_root}/{part.path}")
+    objects.delete(f"{own_root}/{part.path}")
     with pytest.raises(DataError, match=part.path):
         read(TokenDataset(own_root), 12)
 
@@ -318,7 +346,7 @@ def test_any_other_fault_of_reading_is_named_too(root, monkeypatch):
     def refuse(*_):
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(storage, "read_range", refuse)
+    monkeypatch.setattr(objects, "read_range", refuse)
     with pytest.raises(DataError, match=r"data/0000\d-test-train.tar, block .*PermissionError: not yours"):
         read(TokenDataset(root), 1)
 

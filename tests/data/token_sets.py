@@ -8,23 +8,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import DatasetInfo, InputIdentity, Part, ShardManifest, manifest_url, merge
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
-from dalle_ds.data.weights import write_weights
 from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.storage import objects
+from dalle_ds.storage.weights import write_weights
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("square", "bar", "column", "ring")
-PLACES = {"at the top": (0.25, 0.5), "at the bottom": (0.75, 0.5), "on the left": (0.5, 0.25), "on the right": (0.5, 0.75),
-          "in the middle": (0.5, 0.5)}
+PLACES = {
+    "at the top": (0.25, 0.5),
+    "at the bottom": (0.75, 0.5),
+    "on the left": (0.5, 0.25),
+    "on the right": (0.5, 0.75),
+    "in the middle": (0.5, 0.5),
+}
 BACKGROUND = 0
 
 
-def make_token_set(root: str | Path, *, n_samples: int = 256, n_validation: int = 32, grid: int = 4, n_codes: int = 32,
-                   n_shards: int = 2, block_samples: int = 16, noise: float = 0.05, vocab_size: int = 360, seed: int = 0,
-                   complete: bool = True) -> str:
+def make_token_set(
+    root: str | Path,
+    *,
+    n_samples: int = 256,
+    n_validation: int = 32,
+    grid: int = 4,
+    n_codes: int = 32,
+    n_shards: int = 2,
+    block_samples: int = 16,
+    noise: float = 0.05,
+    vocab_size: int = 360,
+    seed: int = 0,
+    complete: bool = True,
+) -> str:
     """Write a valid token data set below `root` (a path or url) and return its url; equal arguments give equal data.
 
     Args:
@@ -34,17 +50,29 @@ def make_token_set(root: str | Path, *, n_samples: int = 256, n_validation: int 
     """
     root = str(root)
     rng = np.random.default_rng(seed)
-    samples = {split: [_sample(rng, grid, n_codes, noise) for _ in range(n)]
-               for split, n in (("train", n_samples), ("validation", n_validation))}
-    tokenizer = train_tokenizer(_grammar(), vocab_size, storage.join(root, "tokenizer.model"))
-    info = DatasetInfo(image_size=2 * grid, grid=grid, n_codes=n_codes, dvae=_write_dvae(root, grid, n_codes, seed),
-                       tokenizer=tokenizer.fingerprint, crop="none",
-                       validation_fraction=n_validation / (n_samples + n_validation)).sealed()
-    storage.write_bytes(storage.join(root, "dataset.json"), info.to_json())
-    shards = [_write_shard(root, info, tokenizer, f"{i:05d}", block_samples,
-                           {split: chosen[i::n_shards] for split, chosen in samples.items()}) for i in range(n_shards)]
+    samples = {
+        split: [_sample(rng, grid, n_codes, noise) for _ in range(n)]
+        for split, n in (("train", n_samples), ("validation", n_validation))
+    }
+    tokenizer = train_tokenizer(_grammar(), vocab_size, objects.join(root, "tokenizer.model"))
+    info = DatasetInfo(
+        image_size=2 * grid,
+        grid=grid,
+        n_codes=n_codes,
+        dvae=_write_dvae(root, grid, n_codes, seed),
+        tokenizer=tokenizer.fingerprint,
+        crop="none",
+        validation_fraction=n_validation / (n_samples + n_validation),
+    ).sealed()
+    objects.write_bytes(objects.join(root, "dataset.json"), info.to_json())
+    shards = [
+        _write_shard(
+            root, info, tokenizer, f"{i:05d}", block_samples, {split: chosen[i::n_shards] for split, chosen in samples.items()}
+        )
+        for i in range(n_shards)
+    ]
     if complete:
-        storage.write_bytes(storage.join(root, "manifest.json"), merge(info, shards, complete=True).to_json())
+        objects.write_bytes(objects.join(root, "manifest.json"), merge(info, shards, complete=True).to_json())
     return root
 
 
@@ -53,8 +81,12 @@ def picture(color: str, shape: str, place: str, grid: int, n_codes: int) -> np.n
     cy, cx = (fraction * grid for fraction in PLACES[place])
     y, x = np.mgrid[:grid, :grid] + 0.5
     dy, dx, r = abs(y - cy), abs(x - cx), grid / 4
-    inside = {"square": (dy <= r) & (dx <= r), "bar": (dy <= r / 2) & (dx <= 2 * r), "column": (dx <= r / 2) & (dy <= 2 * r),
-              "ring": (np.maximum(dy, dx) <= r) & (np.maximum(dy, dx) > r - 1)}[shape]
+    inside = {
+        "square": (dy <= r) & (dx <= r),
+        "bar": (dy <= r / 2) & (dx <= 2 * r),
+        "column": (dx <= r / 2) & (dy <= 2 * r),
+        "ring": (np.maximum(dy, dx) <= r) & (np.maximum(dy, dx) > r - 1),
+    }[shape]
     return np.where(inside, 1 + COLORS.index(color) % (n_codes - 1), BACKGROUND).reshape(-1)
 
 
@@ -74,12 +106,18 @@ def _write_dvae(root: str, grid: int, n_codes: int, seed: int) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DVAE(config)
-    url = storage.join(root, "dvae.safetensors")
+    url = objects.join(root, "dvae.safetensors")
     return write_weights(url, kind="dvae", config=config.model_dump(), state=model.state_dict())
 
 
-def _write_shard(root: str, info: DatasetInfo, tokenizer: CaptionTokenizer, shard: str, block_samples: int,
-                 samples: dict[str, list[tuple[str, np.ndarray]]]) -> ShardManifest:
+def _write_shard(
+    root: str,
+    info: DatasetInfo,
+    tokenizer: CaptionTokenizer,
+    shard: str,
+    block_samples: int,
+    samples: dict[str, list[tuple[str, np.ndarray]]],
+) -> ShardManifest:
     parts: dict[str, Part] = {}
     histogram = np.zeros(info.n_codes, dtype=np.int64)
     lengths: Counter[int] = Counter()
@@ -95,14 +133,23 @@ def _write_shard(root: str, info: DatasetInfo, tokenizer: CaptionTokenizer, shar
                         histogram += np.bincount(codes, minlength=info.n_codes)
                         lengths[len(tokenizer.encode(caption))] += 1
                 parts[split] = writer.finish(name)
-            storage.put_file(Path(folder) / "part.tar", storage.join(root, name))
-    manifest = ShardManifest(shard=shard, attempt="test", input=InputIdentity(path="drawn", bytes=0), splits=parts,
-                             n_input=sum(map(len, samples.values())), dropped={}, code_histogram=histogram.tolist(),
-                             caption_lengths=lengths, fingerprint=info.fingerprint, seconds=0.0)
-    storage.create_exclusive(manifest_url(root, shard), manifest.to_json())
+            objects.put_file(Path(folder) / "part.tar", objects.join(root, name))
+    manifest = ShardManifest(
+        shard=shard,
+        attempt="test",
+        input=InputIdentity(path="drawn", bytes=0),
+        splits=parts,
+        n_input=sum(map(len, samples.values())),
+        dropped={},
+        code_histogram=histogram.tolist(),
+        caption_lengths=lengths,
+        fingerprint=info.fingerprint,
+        seconds=0.0,
+    )
+    objects.create_exclusive(manifest_url(root, shard), manifest.to_json())
     return manifest
 
 
 def edit_json(url: str, **changes: object) -> None:
     """Replace fields of a stored JSON file: how tests damage a data set."""
-    storage.write_bytes(url, json.dumps(json.loads(storage.read_bytes(url)) | changes).encode())
+    objects.write_bytes(url, json.dumps(json.loads(objects.read_bytes(url)) | changes).encode())

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests import launching
-from tests.distributed.engine_cases import CAPTIONS_DROPPED, CHECKPOINTING, MODES, TRIALS
+from tests.distributed.cases.engine import CAPTIONS_DROPPED, CHECKPOINTING, MODES, TRIALS
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.launch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("engine")
-    cases = Path(__file__).with_name("engine_cases.py")
+    cases = Path(__file__).parent / "cases" / "engine.py"
     launching.run_ranks(2, cases, str(folder), cwd=folder)
     names = ("rank0", "rank1", "plain", "plain_captions_dropped", "plain_calibration")
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}

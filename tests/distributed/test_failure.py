@@ -18,15 +18,25 @@ from safetensors.torch import save_file
 from dalle_ds.data.manifest import load_manifest
 from dalle_ds.data.reading_order import ReadingOrder, rank_lanes
 from dalle_ds.data.token_dataset import TokenDataset
-from tests import launching
 from tests.data.token_sets import make_token_set
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
 GLOBAL_BATCH, MICRO_BATCH = 4, 2
-SMALL = ["model.n_layers=2", "model.n_heads=1", f"global_batch={GLOBAL_BATCH}", f"micro_batch={MICRO_BATCH}", "updates=400",
-         "checkpoint.every=2", "validation.every=400", "validation.samples=16", "tracking.every=1", "folder=run",
-         "learning_rate.warmup_updates=2"]  # fmt: skip
+SMALL = [
+    "model.n_layers=2",
+    "model.n_heads=1",
+    f"global_batch={GLOBAL_BATCH}",
+    f"micro_batch={MICRO_BATCH}",
+    "updates=400",
+    "checkpoint.every=2",
+    "validation.every=400",
+    "validation.samples=16",
+    "tracking.every=1",
+    "folder=run",
+    "learning_rate.warmup_updates=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +132,7 @@ def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
     program = """if True:
         import os, signal, sys, time, torch, torch.distributed as dist
         from dalle_ds.parallel.ranks import Ranks
-        from dalle_ds.parallel.watch import RankWatch
+        from dalle_ds.parallel.failure_detection import RankWatch
         dist.init_process_group("gloo")
         ranks = Ranks(dist.get_rank(), 2, torch.device("cpu"))
         with RankWatch(ranks, timeout=600, grace=1) as watch:
@@ -133,10 +143,16 @@ def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
     """
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launching.free_port()), "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", program], env=launching.environment({**job, "RANK": str(rank)}), text=True,
-                         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=launching.environment({**job, "RANK": str(rank)}),
+            text=True,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     out, err = ranks[0].communicate(timeout=240)  # less than the ten minutes after which torch itself gives up
     assert ranks[1].wait() == -signal.SIGABRT
     assert (ranks[0].returncode, out) == (75, "told\n")

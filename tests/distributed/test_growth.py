@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import launching
+from tests.support import launching
 
-CASE = Path(__file__).with_name("growth_case.py")
+CASE = Path(__file__).parent / "cases" / "growth.py"
 ENVIRONMENT = {
     "PYTHONMALLOC": "malloc",  # so that the heap's own count has Python's objects too
     "TORCH_FR_BUFFER_SIZE": "0",  # torch's recorder of collectives fills up to 2,000 entries

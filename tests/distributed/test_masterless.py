@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests import launching
 from tests.distributed.test_engine import assert_close
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
@@ -18,14 +18,15 @@ TOLERANCE = 2e-3
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("masterless")
-    cases = Path(__file__).with_name("masterless_cases.py")
+    cases = Path(__file__).parent / "cases" / "masterless.py"
     for n_ranks in (2, 3):  # three take the checkpoint of two
         launching.run_ranks(n_ranks, cases, str(folder), cwd=folder)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-@pytest.mark.parametrize(("ranks", "case"), [("0-of-2", "losses"), ("0-of-3", "losses"), ("0-of-2", "accumulated"),
-                                             ("0-of-2", "replicas")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "case"), [("0-of-2", "losses"), ("0-of-3", "losses"), ("0-of-2", "accumulated"), ("0-of-2", "replicas")]
+)
 def test_it_is_one_plain_process(outcome: dict[str, Any], ranks: str, case: str) -> None:
     assert_close(outcome[ranks][case], outcome["plain"], TOLERANCE)
 

@@ -15,26 +15,46 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dalle_ds.training.lifetime import LAUNCHER_VARIABLE
-from tests import launching
+from dalle_ds.training.preemption import LAUNCHER_VARIABLE
 from tests.data.token_sets import make_token_set
-from tests.distributed.two_hosts import Host, missing_tools, start_slurm, two_hosts, why_not
+from tests.distributed.cases.two_hosts import Host, missing_tools, start_slurm, two_hosts, why_not
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
 Hosts = dict[str, Host]
 
-SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=16", "micro_batch=4", "validation.every=100000",
-         "validation.samples=16", "tracking.every=1",
-         "learning_rate.warmup_updates=2", "learning_rate.shape=constant"]  # fmt: skip
+SMALL = [
+    "model.n_layers=2",
+    "model.n_heads=1",
+    "global_batch=16",
+    "micro_batch=4",
+    "validation.every=100000",
+    "validation.samples=16",
+    "tracking.every=1",
+    "learning_rate.warmup_updates=2",
+    "learning_rate.shape=constant",
+]
 SECRET = 'a $key with "signs"'
 NO_SERVER = "http://127.0.0.1:9"
 # Debian's hosts resolve their own names to a loopback address, where gloo would listen
-PASSED_ON = {"AWS_SECRET_ACCESS_KEY": SECRET, "DALLE_DS_RETRY_SECONDS": "77", "OMP_NUM_THREADS": "1",
-             "GLOO_SOCKET_IFNAME": "eth0", "MLFLOW_TRACKING_URI": NO_SERVER, "LD_LIBRARY_PATH": "/opt/amazon/efa/lib",
-             "FI_PROVIDER": "efa", "UCX_TLS": "rc", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HOME": "/shared/hf",
-             "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512", "TRITON_CACHE_DIR": "/tmp/triton",
-             "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor", "http_proxy": "", "no_proxy": "node-a"}  # fmt: skip
+PASSED_ON = {
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "DALLE_DS_RETRY_SECONDS": "77",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "MLFLOW_TRACKING_URI": NO_SERVER,
+    "LD_LIBRARY_PATH": "/opt/amazon/efa/lib",
+    "FI_PROVIDER": "efa",
+    "UCX_TLS": "rc",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "HF_HOME": "/shared/hf",
+    "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+    "TRITON_CACHE_DIR": "/tmp/triton",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
+    "http_proxy": "",
+    "no_proxy": "node-a",
+}
 NOT_PASSED_ON = {"CUDA_VISIBLE_DEVICES": "7", "NVIDIA_VISIBLE_DEVICES": "7", "OF_NOBODY": "1"}
 
 # Python runs it at the start of each process: what the environment was, as the process ends, by host and rank.
@@ -186,7 +206,7 @@ def test_open_mpi_goes_on(hosts: Hosts, home: Path, env: dict[str, str]) -> None
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
 RANK = """
 import pathlib, time
-from dalle_ds.training.lifetime import StopFlag
+from dalle_ds.training.preemption import StopFlag
 with StopFlag(poll_seconds=0.1) as stop:
     pathlib.Path("watching").touch()
     while not stop.requested:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests import launching
-from tests.distributed.padding_cases import HOWS, N_SAVED
+from tests.distributed.cases.padding import HOWS, N_SAVED
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
 N_RANKS = (N_SAVED, 5)
-CASES = Path(__file__).with_name("padding_cases.py")
+CASES = Path(__file__).parent / "cases" / "padding.py"
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.training.plan import PlanSettings, plan
-from tests import launching
-from tests.distributed.memory_case import BUCKET, CONFIG, LIVE, MICRO_BATCH
+from dalle_ds.training.prior.cost import PlanSettings, plan
+from tests.distributed.cases.memory import BUCKET, CONFIG, LIVE, MICRO_BATCH
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
@@ -16,7 +16,7 @@ RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "26214
 
 
 def test_memory_of_a_rank(tmp_path: Path) -> None:
-    case = Path(__file__).with_name("memory_case.py")
+    case = Path(__file__).parent / "cases" / "memory.py"
     launching.run_ranks(2, case, str(tmp_path), cwd=launching.ROOT, extra_env=RETURN_MEMORY)
     settings = PlanSettings(gpus=2, micro_batch=MICRO_BATCH, global_batch=2 * MICRO_BATCH, bucket=BUCKET, live=LIVE)
     planned = {name: gib * 2**30 for name, gib in plan(CONFIG, settings).items() if "gib" in name}

@@ -10,12 +10,12 @@ import torch
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.engine_config import EngineConfig
-from dalle_ds.parallel.replicas import Replicas
-from dalle_ds.training.export import export_checkpoint
-from tests import launching
+from dalle_ds.parallel.replicas.groups import Replicas
+from dalle_ds.training.prior.export import export_checkpoint
 from tests.data.token_sets import make_token_set
 from tests.distributed.test_engine import assert_close
 from tests.distributed.test_train_prior import train
+from tests.support import launching
 
 N_RANKS = 4
 
@@ -23,7 +23,7 @@ N_RANKS = 4
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("replicas")
-    cases = Path(__file__).with_name("replica_cases.py")
+    cases = Path(__file__).parent / "cases" / "replicas.py"
     launching.run_ranks(N_RANKS, cases, str(folder), cwd=folder)
     names = ("plain", *(f"rank{rank}" for rank in range(N_RANKS)))
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}

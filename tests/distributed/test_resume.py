@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests import launching
-from tests.distributed.resume_cases import ACROSS_STAGES, CASES
+from tests.distributed.cases.resume import ACROSS_STAGES, CASES
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.launch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("resume")
-    cases = Path(__file__).with_name("resume_cases.py")
+    cases = Path(__file__).parent / "cases" / "resume.py"
     for actions, n_ranks in (("save+load+store", 2), ("load", 1), ("load", 3)):
         launching.run_ranks(n_ranks, cases, actions, str(folder), cwd=folder)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*-?.json")}

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dalle_ds.commands.sample import sample_export
+from dalle_ds.sampling.captions import SampleSource
 from dalle_ds.sampling.sampler import SampleSettings
-from dalle_ds.training.report import SampleSource, sample_export
-from tests import launching
-from tests.pictures import draw_folder
 from tests.sampling.exports import make_export
+from tests.support import launching
+from tests.support.pictures import draw_folder
 
 pytestmark = pytest.mark.launch
 

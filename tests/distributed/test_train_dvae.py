@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data.weights import read_weights
 from dalle_ds.recipes import dump_recipe
-from tests import launching
-from tests.distributed.dvae_cases import recipe, trained
-from tests.training.dvae_runs import make_raw
+from dalle_ds.storage.weights import read_weights
+from tests.distributed.cases.dvae import recipe, trained
+from tests.support import launching
+from tests.training.dvae.runs import make_raw
 
 pytestmark = pytest.mark.launch
 
@@ -49,7 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(home: Path) -> dict[str, Any]:
-    cases = str(Path(__file__).with_name("dvae_cases.py"))
+    cases = str(Path(__file__).parent / "cases" / "dvae.py")
     done = launching.run([*torchrun(), cases, str(home)], home)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count('{"whole"') == 1, "one summary"

@@ -7,19 +7,29 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from dalle_ds.training.tracking import replay
-from dalle_ds.training.tracking_mlflow import read_run
-from tests import launching
+from dalle_ds.tracking.mlflow_sink import read_run
+from dalle_ds.tracking.tracker import replay
 from tests.conftest import S3
 from tests.data.token_sets import make_token_set
-from tests.mlflow_server import MlflowServer
+from tests.support import launching
+from tests.support.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.launch, pytest.mark.s3, pytest.mark.mlflow]
 
 # Few lanes and small blocks: every 32 updates each lane needs blocks that it has not read before.
-SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=4", "micro_batch=2", "updates=80", "checkpoint.every=5",
-         "checkpoint.keep=100", "validation.every=1000", "validation.samples=16", "learning_rate.warmup_updates=2",
-         "tracking.every=1"]  # fmt: skip
+SMALL = [
+    "model.n_layers=2",
+    "model.n_heads=1",
+    "global_batch=4",
+    "micro_batch=2",
+    "updates=80",
+    "checkpoint.every=5",
+    "checkpoint.keep=100",
+    "validation.every=1000",
+    "validation.samples=16",
+    "learning_rate.warmup_updates=2",
+    "tracking.every=1",
+]
 
 
 @pytest.fixture

@@ -12,19 +12,29 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from dalle_ds.data import storage
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.sampling.export import load_export
-from dalle_ds.training.export import export_checkpoint
-from dalle_ds.training.prior_samples import SampleSheets
-from tests import launching
+from dalle_ds.storage import objects
+from dalle_ds.training.prior.export import export_checkpoint
+from dalle_ds.training.prior.samples import SampleSheets
 from tests.conftest import S3
 from tests.data.token_sets import make_token_set
+from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
-SMALL = ["model.n_layers=2", "model.n_heads=1", "global_batch=16", "micro_batch=4", "updates=8", "checkpoint.every=3",
-         "validation.every=4", "validation.samples=16", "tracking.every=1", "learning_rate.warmup_updates=2"]  # fmt: skip
+SMALL = [
+    "model.n_layers=2",
+    "model.n_heads=1",
+    "global_batch=16",
+    "micro_batch=4",
+    "updates=8",
+    "checkpoint.every=3",
+    "validation.every=4",
+    "validation.samples=16",
+    "tracking.every=1",
+    "learning_rate.warmup_updates=2",
+]
 PHASES = ("data_wait", "forward", "backward", "reduce", "step", "other")
 
 
@@ -71,8 +81,16 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     assert run.info.status == "FINISHED"
     scales = [name for name in run.data.metrics if name.startswith("scale_log2/")]
     assert sorted(scales) == [f"scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
-    for name in ("loss/train", "loss/train_text", "loss/train_image", "optimizer/gradient_norm", "optimizer/skipped_updates",
-                 "optimizer/learning_rate", "speed/tokens_per_second", "memory/cpu_peak_gigabytes"):  # fmt: skip
+    for name in (
+        "loss/train",
+        "loss/train_text",
+        "loss/train_image",
+        "optimizer/gradient_norm",
+        "optimizer/skipped_updates",
+        "optimizer/learning_rate",
+        "speed/tokens_per_second",
+        "memory/cpu_peak_gigabytes",
+    ):
         assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == list(range(1, 9)), name
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation_image")]
     assert steps == [0, 4, 8]
@@ -106,7 +124,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(
     command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *there]
     with launching.started(command, home, env) as process:
         first = f"{place}/update_00000003/checkpoint.json"
-        launching.wait_for(lambda: storage.exists(first), "first checkpoint", process=process)
+        launching.wait_for(lambda: objects.exists(first), "first checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
     shutil.rmtree(home / "killed")
     resumed = train(home, env, "killed", f"checkpoint.folder={place}")

@@ -13,8 +13,8 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from tests import launching
-from tests.pictures import draw_folder
+from tests.support import launching
+from tests.support.pictures import draw_folder
 
 pytestmark = [pytest.mark.launch, pytest.mark.e2e]
 

@@ -92,8 +92,15 @@ def test_a_file_says_the_same_as_its_arrays(tmp_path):
     rng = np.random.default_rng(3)
     right, wrong = rng.random((6, 4)).astype(np.float32), rng.random((6, 4)).astype(np.float32)
     captions, groups = ["a", "a", "b", "c", "d", "e"], ["1", "2", "3", "4", "5", "5"]
-    save_losses(tmp_path / "losses.npz", nll_SN=right, nll_shuffled_SN=wrong, order_S=np.arange(6), keys=list("uvwxyz"),
-                captions=captions, groups=groups)  # fmt: skip
+    save_losses(
+        tmp_path / "losses.npz",
+        nll_SN=right,
+        nll_shuffled_SN=wrong,
+        order_S=np.arange(6),
+        keys=list("uvwxyz"),
+        captions=captions,
+        groups=groups,
+    )
     gap = gap_of_file(tmp_path / "losses.npz", seed=1)
     assert gap == measure_gap(right, wrong, caption_classes(captions, groups), seed=1)
     assert gap.n_classes == 4

@@ -13,7 +13,7 @@ from dalle_ds.cli import app
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.human_page import build_pages
 from dalle_ds.evaluation.human_votes import Rule, tally
-from tests.browser import NEEDS_CHROMIUM, browser_page
+from tests.support.browser import NEEDS_CHROMIUM, browser_page
 
 OURS, THEIRS = (200, 0, 0), (0, 0, 200)  # who made a picture shows in its colour
 CAPTIONS = ["a cat", 'a "quoted" <b>caption</b> </script><script>alert(1)</script>', "ein Bär, größer", "a house", "a tree"]
@@ -149,9 +149,16 @@ class Study:
 
     def vote(self, worker, realism, caption=None, seconds=9.0, study="s"):
         """`realism`, `caption`: a letter a task: o ours, t theirs, n neither, - no vote."""
-        votes = [{"task": task["task"], "realism": self._number(task, mine), "caption": self._number(task, match),
-                  "seconds": seconds} for task, mine, match in zip(self.tasks, realism, caption or realism, strict=True)
-                 if mine != "-"]  # fmt: skip
+        votes = [
+            {
+                "task": task["task"],
+                "realism": self._number(task, mine),
+                "caption": self._number(task, match),
+                "seconds": seconds,
+            }
+            for task, mine, match in zip(self.tasks, realism, caption or realism, strict=True)
+            if mine != "-"
+        ]
         self.files.append(self.folder / f"{len(self.files)}.json")
         self.files[-1].write_text(json.dumps({"study": study, "page": "p", "worker": worker, "votes": votes}))
 

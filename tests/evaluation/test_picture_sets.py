@@ -14,7 +14,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.evaluation.fid import moments
 from dalle_ds.evaluation.picture_sets import Entry, open_pictures, prepare
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
-from tests.pictures import draw_folder, encoded
+from tests.support.pictures import draw_folder, encoded
 
 
 def write_shard(path, n, first=0):
@@ -62,9 +62,13 @@ def test_a_limit_takes_the_same_pictures_from_all_over(tmp_path):
 def test_fingerprints_follow_names_contents_and_choice(tmp_path):
     folder = draw_folder(tmp_path / "folder", 4)
     write_shard(tmp_path / "0.tar", 4)
-    marks = [open_pictures(folder).fingerprint, open_pictures(folder, limit=3).fingerprint,
-             open_pictures(tmp_path).fingerprint, open_pictures(tmp_path, limit=3).fingerprint,
-             open_pictures(tmp_path, held_out=0.9).fingerprint]  # fmt: skip
+    marks = [
+        open_pictures(folder).fingerprint,
+        open_pictures(folder, limit=3).fingerprint,
+        open_pictures(tmp_path).fingerprint,
+        open_pictures(tmp_path, limit=3).fingerprint,
+        open_pictures(tmp_path, held_out=0.9).fingerprint,
+    ]
     assert open_pictures(folder).fingerprint == marks[0] and open_pictures(tmp_path).fingerprint == marks[2]
     (folder / "p0000.png").write_bytes((folder / "p0001.png").read_bytes())
     write_shard(tmp_path / "0.tar", 4, first=1)
@@ -123,8 +127,9 @@ def test_statistics_come_back_from_a_file(tmp_path):
             Statistics.load(damaged)
 
 
-@pytest.mark.parametrize("change", [{"extractor": "clip"}, {"extractor_fingerprint": "xyz"}, {"size": 64}, {"blur": 2.0},
-                                    {"preparation": "other"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [{"extractor": "clip"}, {"extractor_fingerprint": "xyz"}, {"size": 64}, {"blur": 2.0}, {"preparation": "other"}]
+)
 def test_unlike_measures_are_not_compared_and_both_are_named(tmp_path, change):
     other = Measure(**{**MEASURE.__dict__, **change})
     require_comparable(MEASURE, Measure(**MEASURE.__dict__), "same")

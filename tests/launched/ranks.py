@@ -1,6 +1,6 @@
 """Ranks of a job on this machine, forked from one process that has imported what each of them would: half of a rank's start.
 
-    python ranks.py N_RANKS SCRIPT [ARGUMENTS]      exit code: that of the first rank that fails; the others are ended then
+python ranks.py N_RANKS SCRIPT [ARGUMENTS]      exit code: that of the first rank that fails; the others are ended then
 """
 
 import os

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_ds.bench.machine import machine_for
-from dalle_ds.bench.settings import OneMachine
-from dalle_ds.ops.devices import default_device
-from dalle_ds.training.report import choose_device
-from dalle_ds.training.run_folder import device_of
-from preprocessing.encode import EncodeConfig, _device
-from tests import launching
+from dalle_ds.bench.harness.machine import machine_for
+from dalle_ds.bench.harness.settings import OneMachine
+from dalle_ds.ops.devices import default_device, resolve_device
+from preprocessing.stages.encode import EncodeConfig, _device
+from tests.support import launching
 
 
 @pytest.fixture
@@ -27,11 +25,11 @@ def test_deepspeeds_accelerator_decides_where_auto_is(a_gpu: None, monkeypatch: 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     encode = EncodeConfig(raw="raw", dvae="d", tokenizer="t", out="o")
     with machine_for(OneMachine()) as machine:
-        assert {default_device(), choose_device("auto"), _device(encode)} == {"cpu"}
-        assert {device_of("auto"), machine.device} == {torch.device("cpu")}
+        assert {default_device(), _device(encode)} == {"cpu"}
+        assert {resolve_device("auto"), machine.device} == {torch.device("cpu")}
     for value in ("cuda", None):
         monkeypatch.delenv("DS_ACCELERATOR") if value is None else monkeypatch.setenv("DS_ACCELERATOR", value)
-        assert {default_device(), choose_device("auto"), _device(encode), device_of("auto").type} == {"cuda"}
+        assert {default_device(), _device(encode), resolve_device("auto").type} == {"cuda"}
 
 
 RANK_ON_A_GPU_MACHINE = """

@@ -70,9 +70,24 @@ def test_values_of_all_sizes_round_as_the_reference(fmt: LowBitFormat) -> None:
     patterns = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
     near = torch.randn(20_000, generator=torch.Generator().manual_seed(1)).mul(4).exp2() * fmt.smallest_normal
     tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
-    edges = [0.0, -0.0, 1.0, 5.0, fmt.largest, fmt.largest * (1 + 2**-20), 2 * fmt.largest, huge, float("inf"), float("nan"),
-             fmt.smallest_normal, fmt.smallest_normal * (1 - 2**-20), fmt.smallest_normal * 2.0 ** (-fmt.mantissa - 1),
-             fmt.smallest_normal * 2.0 ** (-fmt.mantissa - 1) * (1 + 2**-20), tiny, 2.0**-149]  # fmt: skip
+    edges = [
+        0.0,
+        -0.0,
+        1.0,
+        5.0,
+        fmt.largest,
+        fmt.largest * (1 + 2**-20),
+        2 * fmt.largest,
+        huge,
+        float("inf"),
+        float("nan"),
+        fmt.smallest_normal,
+        fmt.smallest_normal * (1 - 2**-20),
+        fmt.smallest_normal * 2.0 ** (-fmt.mantissa - 1),
+        fmt.smallest_normal * 2.0 ** (-fmt.mantissa - 1) * (1 + 2**-20),
+        tiny,
+        2.0**-149,
+    ]
     values = torch.cat([patterns.to(torch.int32).view(torch.float32), near, torch.tensor(edges), -torch.tensor(edges)])
     finite_or_positive = ~(values.isnan() & values.signbit())  # a NaN's sign is no number's
     values = values[finite_or_positive]

@@ -20,8 +20,9 @@ PROBABILITIES = torch.softmax(normal(96, 512, std=4, seed=3), 1)
 CASES = {
     "logits: normed states and weights near 0.02": (normal(96, 1024), normal(1024, 200, std=0.02, seed=1)),
     "states with outliers": (
-        normal(96, 1024) * 10 ** normal(96, 1024, seed=2).clamp(-3, 3), normal(1024, 200, std=0.02, seed=1)
-    ),  # fmt: skip
+        normal(96, 1024) * 10 ** normal(96, 1024, seed=2).clamp(-3, 3),
+        normal(1024, 200, std=0.02, seed=1),
+    ),
     "gradient of states: probabilities down to 1e-9": (PROBABILITIES, normal(512, 256, std=0.02, seed=1)),
     "gradient of weights: over rows": (PROBABILITIES.t(), normal(96, 256, seed=1)),
     "small weights": (normal(96, 1024), normal(1024, 200, std=1e-3, seed=1)),

@@ -82,12 +82,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_engine_config(tmp_path / "bad.json", micro_batch=1, accumulation=1, clip=1.0)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[]", r"is \[\], expected an object"),
-    ('{"fp16": true}', "sets fp16 = true, expected an object"),
-    ('{"zero_optimization": 3}', "sets zero_optimization = 3, expected an object"),
-    ('{"scheduler": {}}', r"the recipe's to say \(learning_rate\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"is \[\], expected an object"),
+        ('{"fp16": true}', "sets fp16 = true, expected an object"),
+        ('{"zero_optimization": 3}', "sets zero_optimization = 3, expected an object"),
+        ('{"scheduler": {}}', r"the recipe's to say \(learning_rate\)"),
+    ],
+)
 def test_json_of_another_shape(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -108,12 +111,16 @@ PER_RESBLOCK = {**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock"}
     ("tree", "moments", "number_format", "message"),
     [
         ({**ZERO3, "bf16": {"enabled": True}}, "low_bit", "1-6-9", "per_resblock"),
-        ({**PER_RESBLOCK, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "low_bit", "1-6-9",
-         "has offload_optimizer"),
+        (
+            {**PER_RESBLOCK, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            "low_bit",
+            "1-6-9",
+            "has offload_optimizer",
+        ),
         (PER_RESBLOCK, "fp32", "1-6-9", "needs optimizer.moments low_bit, the recipe has fp32"),
         (PER_RESBLOCK, "low_bit", "fp32", "needs replicas.number_format 1-6-9, the recipe has fp32"),
     ],
-)  # fmt: skip
+)
 def test_where_matrices_cannot_be_without_masters(
     tmp_path: Path, tree: dict[str, Any], moments: str, number_format: str, message: str
 ) -> None:

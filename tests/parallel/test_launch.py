@@ -10,13 +10,23 @@ import pytest
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.launch import ALLOCATORS_NAMES, COMPILE_THREADS, set_defaults, take_environment, take_gpu, take_rank
-from tests import launching
+from tests.support import launching
 
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4",
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
-STEP = {**BATCH_SCRIPT, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_GTIDS": "2,3",
-        "SLURM_STEP_NODELIST": "node-[a-b]"}  # fmt: skip
+STEP = {
+    **BATCH_SCRIPT,
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_GTIDS": "2,3",
+    "SLURM_STEP_NODELIST": "node-[a-b]",
+}
 
 
 @pytest.fixture
@@ -48,8 +58,12 @@ def test_nothing_changes_for_a_process_alone_or_with_a_rank(told: dict[str, str]
 def test_a_rank_takes_the_gpu_of_its_number_or_one_that_it_alone_sees(told: dict[str, str]) -> None:
     told |= {"RANK": "11", "LOCAL_RANK": "3"}
     assert take_gpu(8) == 3 and told["LOCAL_RANK"] == "3"
-    for own, visible, taken in (({"SLURM_STEP_NUM_TASKS": "16"}, 1, 0), ({"OMPI_COMM_WORLD_SIZE": "16"}, 1, 0),
-                                ({"SLURM_STEP_NUM_TASKS": "16"}, 2, 1), ({"SLURM_STEP_NUM_TASKS": "16"}, 4, 3)):  # fmt: skip
+    for own, visible, taken in (
+        ({"SLURM_STEP_NUM_TASKS": "16"}, 1, 0),
+        ({"OMPI_COMM_WORLD_SIZE": "16"}, 1, 0),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, 2, 1),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, 4, 3),
+    ):
         told.clear()
         told |= {"RANK": "11", "LOCAL_RANK": "3", **own}
         assert take_gpu(visible) == taken and told["LOCAL_RANK"] == str(taken), "DeepSpeed reads it"
@@ -91,9 +105,7 @@ print(json.dumps({"pid": os.getpid(), "arguments": sys.argv, "threads": torch._i
 """
 
 
-def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LD_LIBRARY_PATH too, which a process reads once, as it starts: network plugins of NCCL are found by it."""
     for name in (COMPILE_THREADS, *ALLOCATORS_NAMES):  # what a run within this process has set
         monkeypatch.delenv(name, raising=False)
@@ -106,8 +118,11 @@ def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(
     package = Path(find_spec("torch").origin).parent
     shutil.copy(package / "lib" / "libtorch_global_deps.so", libraries / "libfound_by_path.so")
     file = tmp_path / "environment"
-    told = {"LD_LIBRARY_PATH": f"{libraries}:{package / 'lib'}", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
-            "TORCHINDUCTOR_COMPILE_THREADS": "3"}  # fmt: skip
+    told = {
+        "LD_LIBRARY_PATH": f"{libraries}:{package / 'lib'}",
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+        "TORCHINDUCTOR_COMPILE_THREADS": "3",
+    }
     file.write_text("".join(f"{name}={value}\n" for name, value in told.items()))
     with launching.started([*rank, str(file)], tmp_path) as process:
         out, err = process.communicate(timeout=900)

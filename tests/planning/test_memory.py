@@ -8,18 +8,18 @@ from dalle_ds.models.attention import SelfAttention
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.models.resblock import BranchLinear
-from dalle_ds.parallel.power_sgd import MatrixShard, PowerSGD
-from dalle_ds.parallel.replicas import ReplicasConfig
+from dalle_ds.parallel.replicas.groups import ReplicasConfig
+from dalle_ds.parallel.replicas.power_sgd import MatrixShard, PowerSGD
 from dalle_ds.planning.arithmetic import count_parameters
 from dalle_ds.planning.counts import INPUT_BYTES, NOW
 from dalle_ds.planning.memory import RESERVED_GIB, activation_bytes, memory, power_sgd_factors
 from dalle_ds.planning.prior_work import prior_workload
 from dalle_ds.planning.proposal import HEADROOM, MAX_SHARDS, propose
 from dalle_ds.planning.settings import PlanSettings
-from dalle_ds.precision.block_scaling import BlockScaler, BlockScalingConfig
-from dalle_ds.training.plan import settings_of
-from dalle_ds.training.prior_config import PriorRun
-from tests.launching import ROOT
+from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.cost import settings_of
+from tests.support.launching import ROOT
 
 DS_CONFIGS = ROOT / "ds_configs"
 SMALL = PriorConfig(n_layers=3, n_heads=4, d_head=16, text_len=8, grid=4, text_vocab=32, image_vocab=32, conv_kernel=3)
@@ -117,11 +117,16 @@ def test_the_papers_replica_of_8_takes_3_and_a_half_gib_more_for_power_sgd():
 
 def without_masters(n_replicas):
     """The plan of a recipe with replicas of 8 as the paper has them."""
-    run = PriorRun.model_validate({
-        "folder": "none", "data": {"dataset": "none"}, "deepspeed_config": str(DS_CONFIGS / "zero3_fp16_16gb.json"),
-        "activation_checkpointing": True, "optimizer": {"moments": "low_bit", "master": "none"},
-        "replicas": {"count": n_replicas, "compression": "power_sgd"},
-    })  # fmt: skip
+    run = PriorRun.model_validate(
+        {
+            "folder": "none",
+            "data": {"dataset": "none"},
+            "deepspeed_config": str(DS_CONFIGS / "zero3_fp16_16gb.json"),
+            "activation_checkpointing": True,
+            "optimizer": {"moments": "low_bit", "master": "none"},
+            "replicas": {"count": n_replicas, "compression": "power_sgd"},
+        }
+    )
     return PlanSettings(machine="V100", gpus=8 * n_replicas, **settings_of(run, 8 * n_replicas))
 
 
@@ -134,13 +139,16 @@ def test_without_masters_the_papers_replica_of_8_fits_into_16_gib():
     assert memory(config, settings.model_copy(update={"master": "fp32"})).total / 2**30 > 24
 
 
-@pytest.mark.parametrize(("preset", "settings"), [
-    ("0.3b", {"machine": "A100-40", "gpus": 1, "global_batch": 256, "gpu_memory": 24}),
-    ("1.2b", {"machine": "H100", "gpus": 8, "global_batch": 512}),
-    ("12b", {"machine": "H100", "gpus": 256}),
-    ("12b", {"machine": "V100", "gpus": 1024, "compression": "power_sgd"}),
-    ("12b", {"machine": "A100-80", "gpus": 64, "pcie": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("0.3b", {"machine": "A100-40", "gpus": 1, "global_batch": 256, "gpu_memory": 24}),
+        ("1.2b", {"machine": "H100", "gpus": 8, "global_batch": 512}),
+        ("12b", {"machine": "H100", "gpus": 256}),
+        ("12b", {"machine": "V100", "gpus": 1024, "compression": "power_sgd"}),
+        ("12b", {"machine": "A100-80", "gpus": 64, "pcie": True}),
+    ],
+)
 def test_proposals_fit_divide_and_are_no_slower(preset, settings):
     config, asked = PRESETS[preset], PlanSettings(**settings)
     best = propose(config, asked)

@@ -12,9 +12,18 @@ from dalle_ds.planning.settings import PlanSettings
 from dalle_ds.planning.timing import times
 
 BEFORE = replace(
-    NOW, element_bytes=411, recomputed_bytes=130, weight_bytes=40, gather_bytes=24, alone_bytes=0, reduce_bytes=32,
-    collectives=23, host_ms=10.5, heads="fp32", products_a_head_product=1,
-)  # fmt: skip
+    NOW,
+    element_bytes=411,
+    recomputed_bytes=130,
+    weight_bytes=40,
+    gather_bytes=24,
+    alone_bytes=0,
+    reduce_bytes=32,
+    collectives=23,
+    host_ms=10.5,
+    heads="fp32",
+    products_a_head_product=1,
+)
 """Counts of the CUDA path before the edges of residual blocks were fused."""
 
 
@@ -24,20 +33,23 @@ def on_h100(preset, batch, *, counts=NOW, **settings):
     return prior_workload(PRESETS[preset], chosen, chosen.build_machine(), counts), chosen.build_machine()
 
 
-@pytest.mark.parametrize(("preset", "settings", "percent"), [
-    ("0.3b", {"gpus": 1, "micro_batch": 8, "recompute": 2, "batch": 256}, 7),
-    ("0.3b", {"gpus": 1, "micro_batch": 32, "recompute": 2, "batch": 256}, 17),
-    ("1.2b", {"gpus": 1, "micro_batch": 8, "batch": 512}, 23),
-    ("1.2b", {"gpus": 1, "micro_batch": 16, "recompute": 0, "batch": 512}, 31),
-    ("2.8b", {"gpus": 8, "micro_batch": 1, "batch": 512}, 3),
-    ("2.8b", {"gpus": 8, "micro_batch": 4, "batch": 512}, 12),
-    ("2.8b", {"gpus": 8, "micro_batch": 8, "batch": 512}, 23),
-    ("12b", {"gpus": 64, "micro_batch": 1, "batch": 1024}, 13),
-    ("12b", {"gpus": 64, "micro_batch": 4, "batch": 1024}, 26),
-    ("12b", {"gpus": 64, "micro_batch": 16, "batch": 1024}, 31),
-    ("12b", {"gpus": 1024, "batch": 1024}, 2),
-    ("12b", {"gpus": 1024, "shard_gpus": 8, "compression": "power_sgd", "batch": 1024}, 13),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "settings", "percent"),
+    [
+        ("0.3b", {"gpus": 1, "micro_batch": 8, "recompute": 2, "batch": 256}, 7),
+        ("0.3b", {"gpus": 1, "micro_batch": 32, "recompute": 2, "batch": 256}, 17),
+        ("1.2b", {"gpus": 1, "micro_batch": 8, "batch": 512}, 23),
+        ("1.2b", {"gpus": 1, "micro_batch": 16, "recompute": 0, "batch": 512}, 31),
+        ("2.8b", {"gpus": 8, "micro_batch": 1, "batch": 512}, 3),
+        ("2.8b", {"gpus": 8, "micro_batch": 4, "batch": 512}, 12),
+        ("2.8b", {"gpus": 8, "micro_batch": 8, "batch": 512}, 23),
+        ("12b", {"gpus": 64, "micro_batch": 1, "batch": 1024}, 13),
+        ("12b", {"gpus": 64, "micro_batch": 4, "batch": 1024}, 26),
+        ("12b", {"gpus": 64, "micro_batch": 16, "batch": 1024}, 31),
+        ("12b", {"gpus": 1024, "batch": 1024}, 2),
+        ("12b", {"gpus": 1024, "shard_gpus": 8, "compression": "power_sgd", "batch": 1024}, 13),
+    ],
+)
 def test_mfu_of_an_earlier_estimate_by_other_arithmetic(preset, settings, percent):
     """Of the code before its edges were fused, from the same counts; the code of now does better in every row."""
     workload, machine = on_h100(preset, counts=BEFORE, **settings)

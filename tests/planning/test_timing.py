@@ -35,12 +35,15 @@ def test_collectives_by_hand():
     assert Group.of_peers(4, 2, 8) == Group(4, 1, 2) and Collective(1.0, Group.of_neighbours(1, 8)).inside_seconds(H100) == 0
 
 
-@pytest.mark.parametrize(("work", "binds"), [
-    (Work(memory_bytes=1e12), "compute"),
-    (Work(memory_bytes=1e9, collectives=(Collective(1e12, Group(8, 1)),)), "links inside nodes"),
-    (Work(memory_bytes=1e9, collectives=(Collective(1e12, Group(64, 8)),)), "links between nodes"),
-    (Work(memory_bytes=1e9, host_seconds=1.0), "host"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("work", "binds"),
+    [
+        (Work(memory_bytes=1e12), "compute"),
+        (Work(memory_bytes=1e9, collectives=(Collective(1e12, Group(8, 1)),)), "links inside nodes"),
+        (Work(memory_bytes=1e9, collectives=(Collective(1e12, Group(64, 8)),)), "links between nodes"),
+        (Work(memory_bytes=1e9, host_seconds=1.0), "host"),
+    ],
+)
 def test_the_longest_binds(work, binds):
     found = times(work, H100.but(node_gbps=800))
     assert found.binds == binds and found.longest == max(found.compute, found.inside, found.between, found.host)

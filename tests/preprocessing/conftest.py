@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from dalle_ds.data.manifest import ShardManifest, load_shard_manifests
-from dalle_ds.data.weights import write_weights
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from preprocessing import ingest, pool, tokenizer
-from preprocessing.encode import EncodeConfig
-from preprocessing.ingest import IngestConfig
-from preprocessing.tokenizer import TokenizerConfig
-from tests.pictures import draw_folder
+from dalle_ds.storage.weights import write_weights
+from preprocessing.executors import local
+from preprocessing.stages import ingest, tokenizer
+from preprocessing.stages.encode import EncodeConfig
+from preprocessing.stages.ingest import IngestConfig
+from preprocessing.stages.tokenizer import TokenizerConfig
+from tests.support.pictures import draw_folder
 
 N_PICTURES = 60
 N_SHARDS = 15
@@ -32,8 +33,10 @@ def write_dvae(path: Path, seed: int = 0, image_size: int = 32, extra: dict[str,
 
 def part_checksums(root: str) -> dict[str, dict[str, str]]:
     """{shard: {split: SHA-256}}: equal for equal content."""
-    return {manifest.shard: {split: part.checksum for split, part in manifest.splits.items()}
-            for manifest in load_shard_manifests(root, ShardManifest)}
+    return {
+        manifest.shard: {split: part.checksum for split, part in manifest.splits.items()}
+        for manifest in load_shard_manifests(root, ShardManifest)
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,7 +46,7 @@ def one_thread() -> Iterator[None]:
     Of the session, as `world` is: what that runs would leave two threads to all files after these.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "n_cores", lambda: 1)
+        patch.setattr(local, "n_cores", lambda: 1)
         torch.set_num_threads(1)
         yield
 
@@ -75,7 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What an encode run without any trouble writes."""
-    from preprocessing import encode
+    from preprocessing.stages import encode
 
     out = str(tmp_path_factory.mktemp("undisturbed") / "tokens")
     assert encode.run(world.config(out)).is_complete

@@ -10,17 +10,23 @@ import pytest
 from typer.testing import CliRunner
 
 from dalle_ds.recipes import load_recipe
-from preprocessing import encode, ingest, tokenizer
 from preprocessing.__main__ import app
-from tests.pictures import draw_folder
+from preprocessing.stages import encode, ingest, tokenizer
+from tests.support.pictures import draw_folder
 
 VERBS = ("fetch", "ingest", "tokenizer", "encode", "status", "verify", "stats")
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "preprocessing", *arguments], text=True, capture_output=True, timeout=900,
-                          check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "preprocessing", *arguments],
+        text=True,
+        capture_output=True,
+        timeout=900,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_help_lists_every_verb_and_each_has_examples() -> None:
@@ -50,15 +56,20 @@ def test_from_pictures_to_raw_shards(tmp_path: Path) -> None:
     assert "problem: " in checked.stderr
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("ingest", "--set", "ingest.picturs=x", "--set", "ingest.out=y"), "unknown key 'ingest.picturs'"),
-    (("ingest",), "ingest: required, but not set"),
-    (("ingest", "--recipe", "missing.yaml"), "recipe missing.yaml cannot be read"),
-    (("ingest", "--set", "ingest.pictures=/not/there", "--set", "ingest.out=y"), "/not/there: no such folder"),
-    (("ingest", "--set", "ingest.pictures=x", "--set", "ingest.out=y", "--set", "ingest.samples_per_shard=0"),
-     "ingest.samples_per_shard = 0"),
-    (("stats", "--set", "stats.root=/not/there"), "/not/there: neither"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ingest", "--set", "ingest.picturs=x", "--set", "ingest.out=y"), "unknown key 'ingest.picturs'"),
+        (("ingest",), "ingest: required, but not set"),
+        (("ingest", "--recipe", "missing.yaml"), "recipe missing.yaml cannot be read"),
+        (("ingest", "--set", "ingest.pictures=/not/there", "--set", "ingest.out=y"), "/not/there: no such folder"),
+        (
+            ("ingest", "--set", "ingest.pictures=x", "--set", "ingest.out=y", "--set", "ingest.samples_per_shard=0"),
+            "ingest.samples_per_shard = 0",
+        ),
+        (("stats", "--set", "stats.root=/not/there"), "/not/there: neither"),
+    ],
+)
 def test_errors_that_people_can_mend(arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("setup_logging", "_catch_sigterm"):  # they would change this process for all later tests
         monkeypatch.setattr(f"preprocessing.__main__.{name}", lambda: None)

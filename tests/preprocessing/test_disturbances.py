@@ -15,13 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import done_shards, load_manifest
-from preprocessing import encode, ingest, pool, stats, tokenizer, verify
-from preprocessing.ingest import IngestConfig
-from preprocessing.stats import StatsConfig
-from preprocessing.tokenizer import TokenizerConfig
-from preprocessing.verify import VerifyConfig
+from dalle_ds.storage import objects
+from preprocessing.executors import local
+from preprocessing.stages import encode, ingest, stats, tokenizer, verify
+from preprocessing.stages.ingest import IngestConfig
+from preprocessing.stages.stats import StatsConfig
+from preprocessing.stages.tokenizer import TokenizerConfig
+from preprocessing.stages.verify import VerifyConfig
 from tests.conftest import S3
 from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
 
@@ -31,13 +32,27 @@ N_KILLS = 4  # two of each run: without a shard done between them, three would e
 
 def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[str]:
     """The command as people type it."""
-    values = {"raw": world.raw, "dvae": world.dvae, "tokenizer": world.tokenizer, "out": out, "workers": workers,
-              "validation_fraction": 0.2, "block_samples": 3, "batch_size": 4, "device": "cpu"}
+    values = {
+        "raw": world.raw,
+        "dvae": world.dvae,
+        "tokenizer": world.tokenizer,
+        "out": out,
+        "workers": workers,
+        "validation_fraction": 0.2,
+        "block_samples": 3,
+        "batch_size": 4,
+        "device": "cpu",
+    }
     sets = [part for name, value in values.items() for part in ("--set", f"encode.{name}={value}")]
     # What a SIGKILL leaves in TMPDIR goes with the test's own folder.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.pictures.parent)}
-    return subprocess.Popen([sys.executable, "-m", "preprocessing", "encode", "--json", *sets], text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "preprocessing", "encode", "--json", *sets],
+        text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -59,8 +74,9 @@ def problems(root: str) -> int:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_is_finished_by_the_next(world: World, tmp_path: Path, is_undisturbed: Check,
-                                              stop: signal.Signals) -> None:
+def test_a_killed_run_is_finished_by_the_next(
+    world: World, tmp_path: Path, is_undisturbed: Check, stop: signal.Signals
+) -> None:
     out = str(tmp_path / "tokens")
     process = start_encode(world, out, workers=2)
     wait_for_shards(out, 1, lambda: process.poll() is None)
@@ -129,10 +145,10 @@ def test_the_whole_pipeline_on_s3(world: World, s3: S3, is_undisturbed: Check) -
     raw, model, out = f"{s3.url}/raw", f"{s3.url}/tokenizer.model", f"{s3.url}/tokens"
     pictures = f"{s3.url}/pictures"
     for file in sorted(world.pictures.iterdir()):
-        storage.put_file(file, storage.join(pictures, file.name))
+        objects.put_file(file, objects.join(pictures, file.name))
     ingest.run(IngestConfig(pictures=pictures, out=raw, samples_per_shard=N_PICTURES // N_SHARDS, workers=1))
     tokenizer.run(TokenizerConfig(raw=raw, out=model, vocab_size=400, validation_fraction=0.2))
-    storage.put_file(world.dvae, f"{s3.url}/dvae.safetensors")
+    objects.put_file(world.dvae, f"{s3.url}/dvae.safetensors")
     config = world.config(out, raw=raw, tokenizer=model, dvae=f"{s3.url}/dvae.safetensors")
     outcome = encode.run(config.model_copy(update={"workers": 2}))  # spawned workers, each with its own connections
     assert outcome.is_complete
@@ -160,9 +176,10 @@ def test_the_server_is_killed_in_the_middle(world: World, s3: S3, is_undisturbed
 
 @pytest.mark.s3
 def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
-        world: World, s3: S3, is_undisturbed: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    world: World, s3: S3, is_undisturbed: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = f"{s3.url}/tokens"
-    monkeypatch.setattr(pool, "progress", killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
+    monkeypatch.setattr(local, "progress", killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
     with pytest.raises(Exception, match=r"cannot .* s3://.*: tried for 0 s, last answer:"):
         encode.run(world.config(out))
@@ -177,7 +194,8 @@ def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
 
 
 def killing_progress(kill: Callable[[], None], after: int) -> Callable[..., object]:
-    """In the place of `pool.progress`. The bar ticks after each shard: an exact place between two shards."""
+    """In the place of `local.progress`. The bar ticks after each shard: an exact place between two shards."""
+
     class Bar:
         n = 0
 

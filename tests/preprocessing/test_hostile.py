@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
 from dalle_ds.data.raw import list_raw_shards, read_raw_shard
-from preprocessing import ingest, verify
-from preprocessing.ingest import IngestConfig
-from preprocessing.verify import VerifyConfig
-from tests.pictures import encoded
+from dalle_ds.storage import objects
+from preprocessing.stages import ingest, verify
+from preprocessing.stages.ingest import IngestConfig
+from preprocessing.stages.verify import VerifyConfig
+from tests.support.pictures import encoded
 
 KEPT = None
 
@@ -30,7 +30,7 @@ def jpeg(mode: str = "RGB", **options: object) -> bytes:
 def with_lying_height(data: bytes, height: int) -> bytes:
     """A JPEG whose frame header tells of more rows than there are."""
     at = data.index(b"\xff\xc0") + 5
-    return data[:at] + height.to_bytes(2, "big") + data[at + 2:]
+    return data[:at] + height.to_bytes(2, "big") + data[at + 2 :]
 
 
 def rotated() -> bytes:
@@ -50,32 +50,56 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EndP
 
 # name in the tar -> (picture, what stands beside it (json if bytes), reason)
 PICTURES = {
-    "cmyk.jpg": (jpeg("CMYK"), KEPT), "grey.jpg": (jpeg("L"), KEPT), "alpha.png": (png(mode="RGBA"), KEPT),
-    "greyalpha.png": (png(mode="LA"), KEPT), "deep.png": (png(mode="I;16"), KEPT), "palette.png": (png(mode="P"), KEPT),
-    "turned.jpg": (rotated(), KEPT), "film.gif": (animated("GIF"), KEPT), "film.webp": (animated("WEBP"), KEPT),
-    "film.png": (animated("PNG"), KEPT), "other_name.png": (jpeg(), KEPT),
-    "bomb.png": (BOMB, "too large"), "row.png": (png(20_000, 1), "too small"), "pixel.png": (png(1, 1), "too small"),
-    "band.png": (png(20_000, 100), "aspect ratio"), "tower.png": (png(100, 20_000), "aspect ratio"),
-    "cut.jpg": (CUT, "unreadable"), "half.png": (encoded(Image.effect_noise((64, 64), 50))[:1000], "unreadable"),
+    "cmyk.jpg": (jpeg("CMYK"), KEPT),
+    "grey.jpg": (jpeg("L"), KEPT),
+    "alpha.png": (png(mode="RGBA"), KEPT),
+    "greyalpha.png": (png(mode="LA"), KEPT),
+    "deep.png": (png(mode="I;16"), KEPT),
+    "palette.png": (png(mode="P"), KEPT),
+    "turned.jpg": (rotated(), KEPT),
+    "film.gif": (animated("GIF"), KEPT),
+    "film.webp": (animated("WEBP"), KEPT),
+    "film.png": (animated("PNG"), KEPT),
+    "other_name.png": (jpeg(), KEPT),
+    "bomb.png": (BOMB, "too large"),
+    "row.png": (png(20_000, 1), "too small"),
+    "pixel.png": (png(1, 1), "too small"),
+    "band.png": (png(20_000, 100), "aspect ratio"),
+    "tower.png": (png(100, 20_000), "aspect ratio"),
+    "cut.jpg": (CUT, "unreadable"),
+    "half.png": (encoded(Image.effect_noise((64, 64), 50))[:1000], "unreadable"),
     "lying.jpg": (with_lying_height(jpeg(), 60_000), "aspect ratio"),
     "lying_a_bit.jpg": (with_lying_height(jpeg(), 90), KEPT),  # the decoder fills up with grey, as browsers do
-    "html.jpg": (b"<html>404</html>", "unreadable"), "script.png": (EPS, "unreadable"), "none.jpg": (b"", "unreadable"),
+    "html.jpg": (b"<html>404</html>", "unreadable"),
+    "script.png": (EPS, "unreadable"),
+    "none.jpg": (b"", "unreadable"),
     "zeros.png": (bytes(5000), "unreadable"),
 }
 CAPTIONS = {
-    "c_empty.txt": (b" \n", "empty caption"), "c_100k.txt": (b"word " * 20_000, "long caption"),
-    "c_6m.txt": (b"word " * 1_200_000, "too large"), "c_latin1.txt": (b"caf\xe9 on the corner", "unreadable caption"),
-    "c_nul.txt": (b"a bear\x00 in the wood", "damaged caption"), "c_number.json": (b'{"caption": 7}', "unreadable caption"),
-    "c_list.json": (b"[1]", "unreadable caption"), "c_deep.json": (b"[" * 100_000, "unreadable caption"),
+    "c_empty.txt": (b" \n", "empty caption"),
+    "c_100k.txt": (b"word " * 20_000, "long caption"),
+    "c_6m.txt": (b"word " * 1_200_000, "too large"),
+    "c_latin1.txt": (b"caf\xe9 on the corner", "unreadable caption"),
+    "c_nul.txt": (b"a bear\x00 in the wood", "damaged caption"),
+    "c_number.json": (b'{"caption": 7}', "unreadable caption"),
+    "c_list.json": (b"[1]", "unreadable caption"),
+    "c_deep.json": (b"[" * 100_000, "unreadable caption"),
     "c_half.json": (b'{"caption": "a bear \\ud83d"}', "unreadable caption"),
     "c_null.json": (b'{"caption": null}', "no caption"),
     "c_digits.json": (b'{"caption": ' + b"9" * 10_000 + b"}", "unreadable caption"),
     "c_emoji.txt": ("a bear \N{BEAR FACE} in the wood".encode(), KEPT),
 }
 NAMES = {
-    "../../escape": "unsafe name", "a/../../../escape": "unsafe name", "back\\slash": "unsafe name", "new\nline": "unsafe name",
-    "bytes\udcff\udcfe": "unsafe name", "n" * 5000: "unsafe name", "/etc/absolute": KEPT, "./deep/er/name": KEPT,
-    "two words": KEPT, "\u718a": KEPT,
+    "../../escape": "unsafe name",
+    "a/../../../escape": "unsafe name",
+    "back\\slash": "unsafe name",
+    "new\nline": "unsafe name",
+    "bytes\udcff\udcfe": "unsafe name",
+    "n" * 5000: "unsafe name",
+    "/etc/absolute": KEPT,
+    "./deep/er/name": KEPT,
+    "two words": KEPT,
+    "\u718a": KEPT,
 }
 
 
@@ -125,7 +149,7 @@ def test_every_hostile_input_is_kept_or_counted(tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     expected = write_hostile_tar(tmp_path / "in" / "deep" / "0.tar")
     whole = (tmp_path / "in" / "deep" / "0.tar").read_bytes()
-    (tmp_path / "in" / "cut.tar").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "in" / "cut.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "in" / "rubbish.tar").write_bytes(b"x" * 5000)
     (tmp_path / "in" / "empty.tar").write_bytes(b"")
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
@@ -143,7 +167,7 @@ def test_every_hostile_input_is_kept_or_counted(tmp_path: Path) -> None:
     for shard in list_raw_shards(root):
         found[shard.name] = {own(sample.key): KEPT for sample in read_raw_shard(shard)}
         path = manifests[shard.name].dropped_path
-        for line in storage.read_bytes(storage.join(root, path)).splitlines() if path else ():
+        for line in objects.read_bytes(objects.join(root, path)).splitlines() if path else ():
             record = json.loads(line)
             found[shard.name][own(record["key"])] = record["reason"]
     cut, whole_shard, empty, rubbish = (found[name] for name in ("00000", "00001", "00002", "00003"))  # in order of their paths
@@ -160,17 +184,29 @@ def test_every_hostile_input_is_kept_or_counted(tmp_path: Path) -> None:
 def test_hostile_lines_of_a_captions_file(tmp_path: Path) -> None:
     for name in "abcde":
         (tmp_path / f"{name}.png").write_bytes(encoded(Image.new("RGB", (48, 48 + ord(name) % 5))))
-    (tmp_path / "captions.jsonl").write_bytes(b"\n".join([
-        b'{"file": "a.png", "caption": "a bear \\ud83d"}', b'{"file": "b.png", "caption": "caf\xe9 on the corner"}',
-        b"[" * 100_000,
-        b'{"file": "../../../etc/passwd", "caption": "outside"}', b'{"file": "c.png", "caption": "a good one"}',
-        b'{"file": "c.png", "caption": "another for the same"}',
-        b'{"file": "d.png", "caption": "' + b"word " * 20_000 + b'"}']))
+    (tmp_path / "captions.jsonl").write_bytes(
+        b"\n".join(
+            [
+                b'{"file": "a.png", "caption": "a bear \\ud83d"}',
+                b'{"file": "b.png", "caption": "caf\xe9 on the corner"}',
+                b"[" * 100_000,
+                b'{"file": "../../../etc/passwd", "caption": "outside"}',
+                b'{"file": "c.png", "caption": "a good one"}',
+                b'{"file": "c.png", "caption": "another for the same"}',
+                b'{"file": "d.png", "caption": "' + b"word " * 20_000 + b'"}',
+            ]
+        )
+    )
     outcome = ingest.run(IngestConfig(pictures=str(tmp_path), out=str(tmp_path / "out"), workers=1))
     assert outcome.summary["samples"] == 1
     assert outcome.summary["dropped"] == {
-        "damaged caption": 2, "bad caption line": 1, "missing picture": 1, "second caption": 1, "long caption": 1,
-        "no caption": 2}
+        "damaged caption": 2,
+        "bad caption line": 1,
+        "missing picture": 1,
+        "second caption": 1,
+        "long caption": 1,
+        "no caption": 2,
+    }
 
 
 @pytest.mark.parametrize("name", ["script.png", "bomb.png"])

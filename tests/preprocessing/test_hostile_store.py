@@ -8,31 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data import storage
 from dalle_ds.data.manifest import RawShardManifest, done_shards, load_shard_manifests
 from dalle_ds.errors import DataError
-from preprocessing import encode, ingest, verify
-from preprocessing.ingest import IngestConfig
-from preprocessing.verify import VerifyConfig
+from dalle_ds.storage import objects
+from preprocessing.stages import encode, ingest, verify
+from preprocessing.stages.ingest import IngestConfig
+from preprocessing.stages.verify import VerifyConfig
 from tests.conftest import S3
-from tests.fault_proxy import FAULTS, FaultProxy
-from tests.pictures import draw_folder
 from tests.preprocessing.conftest import N_SHARDS, World
+from tests.support.fault_proxy import FAULTS, FaultProxy
+from tests.support.pictures import draw_folder
 
 pytestmark = pytest.mark.s3
 
 
 @pytest.fixture
 def raw_on_s3(world: World, s3: S3) -> str:
-    for url in storage.list_files(world.raw):
-        storage.write_bytes(f"{s3.url}/raw{url.removeprefix(world.raw)}", storage.read_bytes(url))
+    for url in objects.list_files(world.raw):
+        objects.write_bytes(f"{s3.url}/raw{url.removeprefix(world.raw)}", objects.read_bytes(url))
     return f"{s3.url}/raw"
 
 
 def test_encode_through_a_faulty_store_is_the_undisturbed_run(
-        world: World, s3: S3, raw_on_s3: str, is_undisturbed: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    world: World, s3: S3, raw_on_s3: str, is_undisturbed: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = f"{s3.url}/tokens"
-    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
+    monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
     with FaultProxy(s3.server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         assert encode.run(world.config(out, raw=raw_on_s3)).is_complete
@@ -47,9 +48,9 @@ def test_ingest_through_a_faulty_store_is_the_undisturbed_run(s3: S3, tmp_path: 
     folder = draw_folder(tmp_path / "pictures", 48)
     pictures, out = f"{s3.url}/pictures", f"{s3.url}/raw"
     for file in folder.iterdir():
-        storage.write_bytes(f"{pictures}/{file.name}", file.read_bytes())
+        objects.write_bytes(f"{pictures}/{file.name}", file.read_bytes())
     undisturbed = ingest.run(IngestConfig(pictures=pictures, out=str(tmp_path / "raw"), samples_per_shard=8, workers=1))
-    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
+    monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
     with FaultProxy(s3.server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         assert ingest.run(IngestConfig(pictures=pictures, out=out, samples_per_shard=8, workers=1)).is_complete
@@ -64,7 +65,8 @@ def test_ingest_through_a_faulty_store_is_the_undisturbed_run(s3: S3, tmp_path: 
 
 
 def test_a_shard_that_cannot_be_had_is_named_and_the_rest_is_done(
-        world: World, s3: S3, raw_on_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world: World, s3: S3, raw_on_s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = f"{s3.url}/tokens"
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "1")
     with FaultProxy(s3.server.endpoint, every=1_000_000, unreachable="raw/data/00003-") as proxy:
@@ -80,32 +82,32 @@ def test_a_shard_that_cannot_be_had_is_named_and_the_rest_is_done(
 def test_a_commit_whose_answer_is_lost_does_not_lose_against_itself(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     with FaultProxy(s3.server.endpoint, faults=["lost"], every=2) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        assert all(storage.create_exclusive(f"{s3.url}/{number}", b"ours") for number in range(3))
-        assert not storage.create_exclusive(f"{s3.url}/0", b"theirs")
+        assert all(objects.create_exclusive(f"{s3.url}/{number}", b"ours") for number in range(3))
+        assert not objects.create_exclusive(f"{s3.url}/0", b"theirs")
     assert proxy.suffered["lost"] >= 2
 
 
 def test_no_part_of_an_object_is_taken_for_all_of_it(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     url, data = f"{s3.url}/object", os.urandom(300_000)
-    storage.write_bytes(url, data)
-    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.1)
+    objects.write_bytes(url, data)
+    monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
     with FaultProxy(s3.server.endpoint, faults=["cut", "stalled"], every=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         with pytest.raises(DataError, match="tried for 0 s"):
-            storage.read_bytes(url)
+            objects.read_bytes(url)
         with pytest.raises(DataError, match="tried for 0 s"):
-            storage.read_range(url, 0, len(data))
+            objects.read_range(url, 0, len(data))
         with pytest.raises(DataError, match="tried for 0 s"):
-            storage.local_copy(url).__enter__()
+            objects.local_copy(url).__enter__()
 
 
 def test_large_objects_pass_in_bounded_memory(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large, url = tmp_path / "large", f"{s3.url}/large"
     large.write_bytes(os.urandom(1 << 20) * 120)
     tracemalloc.start()
-    storage.put_file(large, url)
-    with storage.local_copy(url) as copy:
+    objects.put_file(large, url)
+    with objects.local_copy(url) as copy:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert _digest(copy) == _digest(large)

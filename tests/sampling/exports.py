@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from dalle_ds.data import storage
 from dalle_ds.data.tokenizer import CaptionTokenizer
-from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.storage import objects
+from dalle_ds.storage.weights import read_weights, write_weights
 from tests.data.token_sets import make_token_set
 
 
@@ -17,11 +17,19 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
     """folder/tokens (a data set) and folder/export; returns the latter. The prior is untrained, but far from uniform."""
     data = make_token_set(folder / "tokens", **data_options)
     export = folder / "export"
-    tokenizer = CaptionTokenizer(storage.join(data, "tokenizer.model"))
-    dvae = read_weights(storage.join(data, "dvae.safetensors"), "dvae")
+    tokenizer = CaptionTokenizer(objects.join(data, "tokenizer.model"))
+    dvae = read_weights(objects.join(data, "dvae.safetensors"), "dvae")
     grid = dvae.config["image_size"] >> (dvae.config["n_groups"] - 1)
-    config = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=16, grid=grid, text_vocab=tokenizer.n_vocab,
-                         image_vocab=dvae.config["vocab_size"], conv_kernel=3)  # fmt: skip
+    config = PriorConfig(
+        n_layers=3,
+        n_heads=2,
+        d_head=8,
+        text_len=16,
+        grid=grid,
+        text_vocab=tokenizer.n_vocab,
+        image_vocab=dvae.config["vocab_size"],
+        conv_kernel=3,
+    )
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(seed))
     with torch.no_grad():  # stronger heads and texts: tokens depend on captions and on each other
@@ -29,9 +37,15 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
         prior.embed.text.weight.mul_(40)
     mark = write_weights(export / "model.safetensors", kind="prior", config=config.model_dump(), state=prior.state_dict())
     for name in ("tokenizer.model", "dvae.safetensors"):
-        storage.write_bytes(export / name, storage.read_bytes(storage.join(data, name)))
-    info = {"fingerprint": mark, "update": 7, "dvae": dvae.fingerprint, "tokenizer": tokenizer.fingerprint,
-            "data": {"url": data}, "mlflow": mlflow}  # fmt: skip
+        objects.write_bytes(export / name, objects.read_bytes(objects.join(data, name)))
+    info = {
+        "fingerprint": mark,
+        "update": 7,
+        "dvae": dvae.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "data": {"url": data},
+        "mlflow": mlflow,
+    }
     (export / "config.json").write_text(json.dumps(info))
     return export
 

@@ -17,10 +17,10 @@ from dalle_ds.sampling.folder import SampleFolder, repeat, sample
 from dalle_ds.sampling.given import give_picture
 from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
 from dalle_ds.sampling.scorer import load_scorer
-from preprocessing.drawn import draw
-from tests.clip_models import make_clip
-from tests.pictures import encoded
+from preprocessing.demo.drawn import draw
 from tests.sampling.exports import make_export
+from tests.support.clip_models import make_clip
+from tests.support.pictures import encoded
 
 CAPTIONS = ("A red square in the middle.", "A blue ring on the left.")
 

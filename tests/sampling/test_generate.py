@@ -7,7 +7,7 @@ import torch
 
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import Linear
-from dalle_ds.precision.half import use_fp16_branches
+from dalle_ds.precision.fp16_branches import use_fp16_branches
 from dalle_ds.sampling.generate import decoder, generate, pick
 from dalle_ds.sampling.likelihood import image_losses
 
@@ -138,8 +138,13 @@ def test_a_recorded_step_samples_what_the_cpu_samples(prior):
 
 def test_every_token_is_reported_once(prior):
     seen = []
-    codes = generate(prior, TEXT[:1], [[1, 2]], prime_codes_CP=torch.zeros(1, 5, dtype=torch.int64),
-                     on_token=lambda j, codes_BN: seen.append((j, codes_BN[:, j].tolist())))  # fmt: skip
+    codes = generate(
+        prior,
+        TEXT[:1],
+        [[1, 2]],
+        prime_codes_CP=torch.zeros(1, 5, dtype=torch.int64),
+        on_token=lambda j, codes_BN: seen.append((j, codes_BN[:, j].tolist())),
+    )
     assert seen == [(j, codes[0, :, j].tolist()) for j in range(5, 16)]
 
 
@@ -170,15 +175,18 @@ def test_limits_keep_the_likeliest():
     assert set(pick(logits, draws, 0.0).tolist()) == {1}
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"temperature": -1.0}, "temperature -1.0"),
-    ({"temperature": float("nan")}, "temperature nan"),
-    ({"top_k": -1}, "top_k -1"),
-    ({"top_p": 0.0}, "top_p 0.0"),
-    ({"guidance": -1.0}, "guidance -1.0"),
-    ({"guidance": float("inf")}, "guidance inf"),
-    ({"prime_codes_CP": torch.zeros(3, 17, dtype=torch.int64)}, r"\(3, 17\), expected \(3, 0..16\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"guidance": -1.0}, "guidance -1.0"),
+        ({"guidance": float("inf")}, "guidance inf"),
+        ({"prime_codes_CP": torch.zeros(3, 17, dtype=torch.int64)}, r"\(3, 17\), expected \(3, 0..16\)"),
+    ],
+)
 def test_impossible_settings_are_refused(prior, options, message):
     with pytest.raises(ValueError, match=message):
         generate(prior, TEXT, SEEDS, **options)

@@ -11,16 +11,16 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import Page
 
+from dalle_ds.commands.serve import run_link
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.page import PageLimits, build_page, draw_rows, launch_page
 from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.training.serve import run_link
-from tests.browser import NEEDS_CHROMIUM, browser_page
-from tests.clip_models import make_clip
-from tests.launching import free_port
 from tests.sampling.exports import make_export
+from tests.support.browser import NEEDS_CHROMIUM, browser_page
+from tests.support.clip_models import make_clip
+from tests.support.launching import free_port
 
 LIMITS = PageLimits(n=12, caption=40, upload_mb=0.1, waiting=30)
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from dalle_ds.data.tokenizer import train_tokenizer
-from dalle_ds.data.weights import read_weights, write_weights
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.folder import read_captions, repeat, sample
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
 from dalle_ds.sampling.sampler import SampleSettings
+from dalle_ds.storage.weights import read_weights, write_weights
 from tests.sampling.exports import edit_config, make_export
 
 CAPTIONS = ["A red square in the middle.", "A blue ring on the left."]
@@ -38,8 +38,10 @@ def copy(made, tmp_path):
 
 
 def pictures(record, out):
-    return {(image["caption"], image["candidate"]): hashlib.sha256((out / image["file"]).read_bytes()).hexdigest()
-            for image in record["images"]}  # fmt: skip
+    return {
+        (image["caption"], image["candidate"]): hashlib.sha256((out / image["file"]).read_bytes()).hexdigest()
+        for image in record["images"]
+    }
 
 
 def test_files_and_record(export, tmp_path):
@@ -114,6 +116,7 @@ def test_no_captions(export, tmp_path):
 
 # ---- loading ----
 
+
 def test_loaded_parts_equal_what_was_written(made, export):
     state = export.prior.state_dict()
     for name, tensor in read_weights(made / "model.safetensors", "prior").state.items():
@@ -166,6 +169,7 @@ def test_a_damaged_file_and_missing_files_are_named(copy, tmp_path):
 
 
 # ---- held-out captions ----
+
 
 def test_held_out_captions_are_of_different_groups(export):
     held_out = choose_held_out(export, 8, seed=3)

@@ -8,15 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from dalle_ds.data import storage
 from dalle_ds.errors import DataError, UserError
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.ranks import ALONE
+from dalle_ds.storage import objects
 from dalle_ds.training.checkpoint import COMMIT_FILE, Checkpoint, CheckpointStore
 from tests.conftest import S3
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def write(folder: Path, text: str = "state") -> None:
@@ -26,18 +23,18 @@ def write(folder: Path, text: str = "state") -> None:
 
 @pytest.fixture
 def store(any_root: str) -> CheckpointStore:
-    return CheckpointStore(storage.join(any_root, "checkpoints"), keep=2)
+    return CheckpointStore(objects.join(any_root, "checkpoints"), keep=2)
 
 
 def text_of(checkpoint: Checkpoint) -> str:
-    return storage.read_bytes(storage.join(checkpoint.data, "a.bin")).decode()
+    return objects.read_bytes(objects.join(checkpoint.data, "a.bin")).decode()
 
 
 def test_saved_is_found_with_what_was_said_of_it(store: CheckpointStore) -> None:
     store.save(7, write, {"model": "m"}, ALONE)
     found = store.newest(ALONE)
     assert (found.name, text_of(found)) == ("update_00000007", "state")
-    commit = json.loads(storage.read_bytes(storage.join(found.url, COMMIT_FILE)))
+    commit = json.loads(objects.read_bytes(objects.join(found.url, COMMIT_FILE)))
     assert commit == found.commit and commit["about"] == {"model": "m"}
     assert (commit["update"], commit["world_size"]) == (7, 1)
     assert sorted(name.partition("/")[2] for name in commit["files"]) == ["a.bin", "b.bin"]
@@ -50,7 +47,7 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
     for update in (1, 2, 10, 30):
         store.save(update, write, {}, ALONE)
     assert store.committed() == ["update_00000010", "update_00000030"]
-    assert {url.split("/")[-3] for url in storage.list_files(store.url, "a.bin")} == set(store.committed())
+    assert {url.split("/")[-3] for url in objects.list_files(store.url, "a.bin")} == set(store.committed())
 
 
 def test_killed_while_writing_leaves_the_one_before(store: CheckpointStore) -> None:
@@ -70,9 +67,9 @@ def test_killed_before_the_commit_leaves_the_one_before(store: CheckpointStore) 
     store.begin(2, write, {}, ALONE)
     killed = CheckpointStore(store.url, keep=2)  # the process that comes after
     assert killed.committed() == ["update_00000001"]
-    assert len(storage.list_files(store.url, "a.bin")) == 2
+    assert len(objects.list_files(store.url, "a.bin")) == 2
     killed.require_room(1, ALONE)
-    assert {url.split("/")[-3] for url in storage.list_files(store.url, ".bin")} == {"update_00000001"}, "leftovers are removed"
+    assert {url.split("/")[-3] for url in objects.list_files(store.url, ".bin")} == {"update_00000001"}, "leftovers are removed"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "commit"])
@@ -80,13 +77,13 @@ def test_damaged_newest_falls_back_loudly(store: CheckpointStore, damage: str, c
     for update in (1, 2):
         store.save(update, write, {}, ALONE)
     newest = store.newest(ALONE)
-    victim = storage.join(newest.data, "a.bin")
+    victim = objects.join(newest.data, "a.bin")
     if damage == "delete":
-        storage.delete(victim)
+        objects.delete(victim)
     elif damage == "commit":
-        storage.write_bytes(storage.join(newest.url, COMMIT_FILE), b"{")
+        objects.write_bytes(objects.join(newest.url, COMMIT_FILE), b"{")
     else:
-        storage.write_bytes(victim, b"stAte" if damage == "flip" else b"sta")
+        objects.write_bytes(victim, b"stAte" if damage == "flip" else b"sta")
     assert store.newest(ALONE).commit["update"] == 1
     assert "DAMAGED" in caplog.text and newest.name in caplog.text
 
@@ -94,7 +91,7 @@ def test_damaged_newest_falls_back_loudly(store: CheckpointStore, damage: str, c
 def test_damaged_one_pushes_out_nothing_that_came_before_it(store: CheckpointStore) -> None:
     for update in (10, 30):
         store.save(update, write, {}, ALONE)
-    storage.delete(storage.join(store.newest(ALONE).data, "a.bin"))
+    objects.delete(objects.join(store.newest(ALONE).data, "a.bin"))
     for update in (15, 20):  # gone on from 10
         store.save(update, write, {}, ALONE)
     assert store.committed() == ["update_00000015", "update_00000020", "update_00000030"]
@@ -102,7 +99,7 @@ def test_damaged_one_pushes_out_nothing_that_came_before_it(store: CheckpointSto
 
 def test_all_damaged_is_an_error_not_a_fresh_start(store: CheckpointStore) -> None:
     store.save(1, write, {}, ALONE)
-    storage.delete(storage.join(store.newest(ALONE).data, "a.bin"))
+    objects.delete(objects.join(store.newest(ALONE).data, "a.bin"))
     with pytest.raises(DataError, match="all 1 checkpoints .* are damaged"):
         store.newest(ALONE)
 
@@ -115,7 +112,7 @@ def test_same_update_saved_again_replaces(store: CheckpointStore) -> None:
     store.save(5, write, {}, ALONE)
     store.save(5, lambda folder: write(folder, "other"), {}, ALONE)
     assert text_of(store.newest(ALONE)) == "other"
-    assert len(storage.list_files(store.url, "a.bin")) == 1, "the first attempt is gone"
+    assert len(objects.list_files(store.url, "a.bin")) == 1, "the first attempt is gone"
 
 
 def test_first_format_is_still_read(tmp_path: Path) -> None:

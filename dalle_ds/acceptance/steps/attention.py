@@ -7,12 +7,12 @@ import torch
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.bench.attention import compare
-from dalle_ds.bench.machine import Machine
-from dalle_ds.bench.report import mixed
-from dalle_ds.bench.settings import AttentionSettings
-from dalle_ds.bench.timing import clock_for
-from dalle_ds.ops.backends import attention_backend, choose_backend, errors_against_dense
-from dalle_ds.ops.masks import Pattern, SparseMask, layer_patterns
+from dalle_ds.bench.harness.machine import Machine
+from dalle_ds.bench.harness.report import mixed
+from dalle_ds.bench.harness.settings import AttentionSettings
+from dalle_ds.bench.harness.timing import clock_for
+from dalle_ds.ops.attention.backends import attention_backend, choose_backend, errors_against_dense
+from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns
 
 
 def run(record: Record, is_rehearsal: bool) -> None:

@@ -55,7 +55,7 @@ def _validation(record: Record, place: Place, model: DVAE, images_BCHW: torch.Te
     if find_spec("skimage") is None:
         record.tell("validation", "not run", "scikit-image, which measures structural similarity, is not installed")
         return
-    from dalle_ds.training.dvae_report import measure
+    from dalle_ds.training.dvae.metrics import measure
 
     place.forget_peak()
     held_out, _ = measure(model, images_BCHW, 0.5, None, Ranks(0, 1, place.device))

@@ -2,8 +2,8 @@
 
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
-from dalle_ds.bench import encode
-from dalle_ds.bench.settings import EncodeSettings
+from dalle_ds.bench.harness.settings import EncodeSettings
+from preprocessing import bench
 
 TARGET = 0.95
 """Of the bare encoder's rate, as dalle_ds/bench/README.md has it for full-size pictures."""
@@ -14,7 +14,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
     for precision in place.pick(("fp32", "fp16"), ("fp32",)):
         size = place.pick({"pictures": 256, "batch": 32}, {"pictures": 4, "batch": 2, "small": True})
         settings = EncodeSettings.model_validate({**size, "rounds": 1, "precision": precision, "device": place.device.type})
-        seen = encode.run(settings).summary()
+        seen = bench.run(settings).summary()
         record.tell(f"{precision}: pictures a second of the encoder", seen["images_per_second_bare"])
         why = "decoding and resizing keep the encoder waiting: more cores a GPU, or smaller pictures in the input"
         hoped = place.pick(seen["images_per_second_bare"], None)

@@ -18,7 +18,7 @@ from dalle_ds.acceptance.record import Record
 from dalle_ds.ops.exactness import has_tf32
 from dalle_ds.ops.kernel_compiler import kernel_problem, launcher_problem
 from dalle_ds.parallel.ranks import join, leave
-from dalle_ds.training.throughput import known_peak_tflops
+from dalle_ds.training.prior.throughput import known_peak_tflops
 
 CHECKED = ("torch", "deepspeed", "numpy", "pydantic", "einops", "safetensors")
 TOLD = ("triton", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
@@ -75,7 +75,7 @@ def _gpus(record: Record, place: Place) -> str | None:
     why = "FlexAttention's kernels need it; below, dense attention takes 2 to 4 times as long"
     record.should("compute capability", capability, about.major >= 8, ">=8.0", why)
     peak = known_peak_tflops(place.device)
-    why = "dalle_ds/training/throughput.py knows common GPUs; set tracking.peak_tflops, else there is no MFU"
+    why = "dalle_ds/training/prior/throughput.py knows common GPUs; set tracking.peak_tflops, else there is no MFU"
     record.should("16-bit peak, TFLOP/s", peak or "unknown", peak is not None, "known", why)
     free, total = torch.cuda.mem_get_info()
     used = (total - free) / 2**30

@@ -18,7 +18,7 @@ from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, added_to_codes, en
 from dalle_ds.ops.split import high_and_low
 from dalle_ds.optim.adamw import scalars_of
 from dalle_ds.optim.masterless import updated_half
-from dalle_ds.precision.block_scaling import add_half, norm_to_half, norm_to_half_backward, scale_to_half
+from dalle_ds.precision.resblock_scaling import add_half, norm_to_half, norm_to_half_backward, scale_to_half
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.int16: 2e-4}
 """Relative, by the result's format. Both sides compute in fp32, in another order: a result on the edge between two fp16 numbers

@@ -9,11 +9,11 @@ from dalle_ds.acceptance.engines import make_engine
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.acceptance.sizes import random_batch, small_prior
-from dalle_ds.data.weights import open_weights, write_weights
 from dalle_ds.errors import DataError
+from dalle_ds.parallel.checkpoint_tensors import WEIGHTS, SavedState
 from dalle_ds.parallel.ranks import join, leave
-from dalle_ds.parallel.saved_state import WEIGHTS, SavedState
-from dalle_ds.training.parity import PARITY_FILE, prove_parity
+from dalle_ds.storage.weights import open_weights, write_weights
+from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 
 UPDATES, LEARNING_RATE = 4, 1e-2
 """Few and large: then logits lie as far apart as a trained model's, and rounding moves losses by as much."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from dalle_ds.acceptance import expected
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
-from dalle_ds.ops.half import batched_matmul_to_fp32, linear_fp16, matmul_to_fp32
+from dalle_ds.ops.fp16 import batched_matmul_to_fp32, linear_fp16, matmul_to_fp32
 from dalle_ds.ops.split import Split, split_matmul
 
 FP32_SUM = 1e-4

@@ -19,7 +19,7 @@ from dalle_ds.acceptance.record import Record
 from dalle_ds.acceptance.sizes import random_batch, wide_prior
 from dalle_ds.acceptance.table import REHEARSAL_SECONDS
 from dalle_ds.models.prior import PriorConfig
-from dalle_ds.training.throughput import known_peak_tflops
+from dalle_ds.training.prior.throughput import known_peak_tflops
 
 LAYERS, ACCUMULATION, UPDATES = 12, 2, 3
 SETTING_SECONDS = 120
@@ -42,8 +42,11 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(8), Setting(8, recompute=False, moments="low_bit"), Setting(8, moments="low_bit", master="none"), Setting(32),
-)  # fmt: skip
+    Setting(8),
+    Setting(8, recompute=False, moments="low_bit"),
+    Setting(8, moments="low_bit", master="none"),
+    Setting(32),
+)
 REHEARSED = (Setting(2), Setting(2, recompute=False, moments="low_bit", master="none"))
 SAME_LOSS = 2e-3
 """Relative, of settings with the same samples after as many updates: how a step is computed and stored must not show. Rounding
@@ -57,9 +60,14 @@ def run(record: Record, is_rehearsal: bool) -> None:
     room = None if is_rehearsal else torch.cuda.get_device_properties(0).total_memory / 2**30
     for setting in REHEARSED if is_rehearsal else SETTINGS:
         hoped = expected.micro_step(
-            config, place.device, samples=setting.samples, accumulation=ACCUMULATION, recompute=setting.recompute,
-            moments=setting.moments, master=setting.master,
-        )  # fmt: skip
+            config,
+            place.device,
+            samples=setting.samples,
+            accumulation=ACCUMULATION,
+            recompute=setting.recompute,
+            moments=setting.moments,
+            master=setting.master,
+        )
         if room and hoped.memory_gib and hoped.memory_gib > room:
             record.tell(f"{setting.label}: not run, GiB expected", hoped.memory_gib)
             continue
@@ -86,9 +94,15 @@ def measure(is_rehearsal: bool, setting: Setting) -> dict[str, Any]:
     place = Place(is_rehearsal)
     config = wide_prior(place, LAYERS)
     engine = make_engine(
-        place, join(), config, micro_batch=setting.samples, accumulation=ACCUMULATION, recompute=setting.recompute,
-        moments=setting.moments, master=setting.master,
-    )  # fmt: skip
+        place,
+        join(),
+        config,
+        micro_batch=setting.samples,
+        accumulation=ACCUMULATION,
+        recompute=setting.recompute,
+        moments=setting.moments,
+        master=setting.master,
+    )
     data = [random_batch(config, setting.samples, seed) for seed in range(ACCUMULATION)]
     n_updates = place.pick(UPDATES, 1)
     for _ in range(n_updates):
@@ -104,14 +118,12 @@ def measure(is_rehearsal: bool, setting: Setting) -> dict[str, Any]:
     seconds, cpu_seconds = (time.perf_counter() - began) / n, (time.process_time() - cpu) / n
     phases = {name: spent / n for name, spent in engine.phases.take().items()}
     leave()
-    return {
-        "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": place.peak_gib(), "loss": report.loss, "phases": phases,
-    }  # fmt: skip
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": place.peak_gib(), "loss": report.loss, "phases": phases}
 
 
 def _rows(
     record: Record, place: Place, config: PriorConfig, setting: Setting, found: dict[str, Any], hoped: expected.Expected
-) -> None:  # fmt: skip
+) -> None:
     label, seconds, why = setting.label, found["seconds"], expected.WHY
     record.detail(label, {**found, "plan_says_that_binds": hoped.binds})
     record.size(f"{label}: s a micro-step", seconds, hoped.seconds, 1 / expected.SLOWER - 1, why)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dalle_ds.bench.fake_cuda.device import FakeGPU
 from dalle_ds.bench.fake_cuda.torch_cuda import replaced
-from dalle_ds.ops import backends, flex, fused
+from dalle_ds.ops import fused
+from dalle_ds.ops.attention import backends, flex
 from dalle_ds.optim import adamw
 
 ATTENTION = "flex_attention"

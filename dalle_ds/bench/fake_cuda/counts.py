@@ -68,9 +68,9 @@ class Counts:
 
     def where(self, keep: Callable[[Site], bool]) -> "Counts":
         """Only the sites that `keep` says yes to."""
-        return Counts(**{
-            f.name: Counter({site: n for site, n in getattr(self, f.name).items() if keep(site)}) for f in fields(self)
-        })  # fmt: skip
+        return Counts(
+            **{f.name: Counter({site: n for site, n in getattr(self, f.name).items() if keep(site)}) for f in fields(self)}
+        )
 
     @property
     def n_kernels(self) -> float:

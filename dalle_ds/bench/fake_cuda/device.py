@@ -24,10 +24,24 @@ from dalle_ds.bench.fake_cuda import stub
 from dalle_ds.bench.fake_cuda.counts import Counts, Site
 from dalle_ds.bench.fake_cuda.torch_cuda import one_fake_device, replaced
 
-NO_KERNEL = frozenset({
-    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "set_", "resize_", "_unsafe_view", "lift_fresh",
-    "record_stream", "is_pinned", "is_same_size", "_assert_tensor_metadata", "_local_scalar_dense",
-})  # fmt: skip
+NO_KERNEL = frozenset(
+    {
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "new_empty_strided",
+        "set_",
+        "resize_",
+        "_unsafe_view",
+        "lift_fresh",
+        "record_stream",
+        "is_pinned",
+        "is_same_size",
+        "_assert_tensor_metadata",
+        "_local_scalar_dense",
+    }
+)
 """Operators that neither compute nor copy, beside views."""
 ONLY_WRITES = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"})
 """In-place operators that don't read what they overwrite."""
@@ -48,9 +62,12 @@ READ_BY_HOST = frozenset({"_local_scalar_dense", "nonzero"})
 COPIES = frozenset({"_to_copy", "copy_"})
 _PACKAGES = tuple(f"/{package}/" for package in ("dalle_ds", "preprocessing", "deepspeed"))
 _PLUMBING = (
-    "/dalle_ds/bench/fake_cuda/", "/dalle_ds/ops/fused.py", "/deepspeed/accelerator/", "/deepspeed/utils/nvtx.py",
+    "/dalle_ds/bench/fake_cuda/",
+    "/dalle_ds/ops/fused.py",
+    "/deepspeed/accelerator/",
+    "/deepspeed/utils/nvtx.py",
     "/deepspeed/comm/",
-)  # fmt: skip
+)
 """Frames that say nothing about whose work it is."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from dalle_ds.bench.fake_cuda.compiled import ATTENTION, compiled_stand_ins
 from dalle_ds.bench.fake_cuda.counts import GEMMS, Counts, Site
 from dalle_ds.bench.fake_cuda.device import FakeGPU, fake_cuda
-from dalle_ds.bench.fake_world import join_alone, make_engine, random_batches
+from dalle_ds.bench.fake_world.one_rank import join_alone, make_engine, random_batches
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import PriorConfig
 
@@ -70,12 +70,17 @@ class EngineCounts:
     def summary(self) -> dict[str, Any]:
         """The numbers, with places in the code for host synchronisations."""
         return {
-            "kernels": self.kernels, "zero_kernels": self.zero_kernels, "bytes_per_element": self.bytes_per_element,
-            "bytes_per_parameter": self.bytes_per_parameter, "syncs_micro_step": self.micro_step.n_syncs,
-            "syncs_update": self.update.n_syncs, "collectives_layer": sum(self.layer.collectives.values()),
-            "places_micro_step": self.micro_step.sync_places(), "places_update": self.update.sync_places(),
+            "kernels": self.kernels,
+            "zero_kernels": self.zero_kernels,
+            "bytes_per_element": self.bytes_per_element,
+            "bytes_per_parameter": self.bytes_per_parameter,
+            "syncs_micro_step": self.micro_step.n_syncs,
+            "syncs_update": self.update.n_syncs,
+            "collectives_layer": sum(self.layer.collectives.values()),
+            "places_micro_step": self.micro_step.sync_places(),
+            "places_update": self.update.sync_places(),
             "layer_mib": self.layer_bytes / 2**20,
-        }  # fmt: skip
+        }
 
 
 PURPOSES = ("gather", "reduce", "unscale", "cast", "product", "other")
@@ -109,10 +114,14 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: in
     samples = [runs.updates[2, 1] - runs.updates[1, 1] for runs in (fewer, more)]
     config = PriorConfig(n_heads=n_heads)
     return EngineCounts(
-        d_model=config.d_model, n_slots=config.n_slots,
-        layer=(micro_steps[1] - micro_steps[0]) / n, sample=(samples[1] - samples[0]) / n, micro_step=micro_steps[1],
-        update=more.updates[1, 1] - micro_steps[1], layer_bytes=(more.peak_bytes - fewer.peak_bytes) / n,
-    )  # fmt: skip
+        d_model=config.d_model,
+        n_slots=config.n_slots,
+        layer=(micro_steps[1] - micro_steps[0]) / n,
+        sample=(samples[1] - samples[0]) / n,
+        micro_step=micro_steps[1],
+        update=more.updates[1, 1] - micro_steps[1],
+        layer_bytes=(more.peak_bytes - fewer.peak_bytes) / n,
+    )
 
 
 def engine_peaks(

@@ -86,9 +86,19 @@ def _build() -> Path:
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         target = Path(folder, "stub.so")
         command = [
-            str(_compiler()), "-std=c++20", "-shared", "-fPIC", "-O0", f"-I{torch_root / 'include'}", str(SOURCE),
-            "-o", str(target), f"-L{torch_root / 'lib'}", "-lc10", "-ltorch_cpu",
-        ]  # fmt: skip
+            str(_compiler()),
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            "-O0",
+            f"-I{torch_root / 'include'}",
+            str(SOURCE),
+            "-o",
+            str(target),
+            f"-L{torch_root / 'lib'}",
+            "-lc10",
+            "-ltorch_cpu",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(f"fake CUDA can't be built: {' '.join(command)}\n{done.stderr[-2000:]}")

@@ -64,12 +64,22 @@ class CUDAGraph:
 
 _STREAM = Stream()
 _DO_NOTHING = (
-    "set_device", "_lazy_init", "manual_seed", "manual_seed_all", "reset_peak_memory_stats", "reset_max_memory_allocated",
+    "set_device",
+    "_lazy_init",
+    "manual_seed",
+    "manual_seed_all",
+    "reset_peak_memory_stats",
+    "reset_max_memory_allocated",
     "reset_max_memory_cached",
-)  # fmt: skip
+)
 _GIVE_BYTES = (
-    "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_cached", "max_memory_cached",
-)  # fmt: skip
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "memory_cached",
+    "max_memory_cached",
+)
 _waiting: list[Callable[[str], None]] = []
 
 
@@ -91,15 +101,27 @@ def one_fake_device(
     major, minor = CAPABILITY
     properties = SimpleNamespace(name=NAME, major=major, minor=minor, total_memory=MEMORY, multi_processor_count=132)
     stand_ins: dict[str, Any] = {
-        "is_available": _giving(True), "is_initialized": _giving(True), "is_bf16_supported": _giving(True),
-        "device_count": _giving(1), "current_device": _giving(0), "get_device_name": _giving(NAME),
-        "get_device_capability": _giving(CAPABILITY), "get_device_properties": _giving(properties),
-        "Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": lambda *_, **__: recording(),
-        "current_stream": _giving(_STREAM), "default_stream": _giving(_STREAM), "stream": lambda *_: nullcontext(),
-        "is_current_stream_capturing": _giving(False), "memory_stats": _giving({}),
+        "is_available": _giving(True),
+        "is_initialized": _giving(True),
+        "is_bf16_supported": _giving(True),
+        "device_count": _giving(1),
+        "current_device": _giving(0),
+        "get_device_name": _giving(NAME),
+        "get_device_capability": _giving(CAPABILITY),
+        "get_device_properties": _giving(properties),
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": CUDAGraph,
+        "graph": lambda *_, **__: recording(),
+        "current_stream": _giving(_STREAM),
+        "default_stream": _giving(_STREAM),
+        "stream": lambda *_: nullcontext(),
+        "is_current_stream_capturing": _giving(False),
+        "memory_stats": _giving({}),
         "mem_get_info": lambda *_: (MEMORY - live_bytes(), MEMORY),
-        "synchronize": lambda *_: host_waits("synchronize"), "empty_cache": lambda: host_waits("empty_cache"),
-    }  # fmt: skip
+        "synchronize": lambda *_: host_waits("synchronize"),
+        "empty_cache": lambda: host_waits("empty_cache"),
+    }
     # a function for each name: torch's compiler, which DeepSpeed imports, refuses one that has two
     stand_ins |= {name: _giving(None) for name in _DO_NOTHING} | {name: lambda *_: live_bytes() for name in _GIVE_BYTES}
     with ExitStack() as stack:

@@ -1,0 +1,79 @@
+"""The prior that a benchmark measures, and a training step of it.
+
+B batch, T text slots, N image tokens.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from dalle_ds.bench.harness.machine import Machine
+from dalle_ds.bench.harness.settings import PriorSettings, TrainingSettings
+from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
+from dalle_ds.optim.groups import decay_groups
+
+GPU_LAYERS, CPU_LAYERS = 2, 12
+GPU_HEADS, CPU_HEADS = 32, 8
+WEIGHT_DECAY = 0.045  # the paper's
+
+
+def prior_to_train(settings: TrainingSettings, machine: Machine) -> Prior:
+    """Of the size asked for, else of one that a step on this device takes seconds for."""
+    on_gpu = machine.device.type == "cuda"
+    layers = settings.layers or (GPU_LAYERS if on_gpu else CPU_LAYERS)
+    return build_prior(settings, machine, layers, settings.heads or (GPU_HEADS if on_gpu else CPU_HEADS))
+
+
+def build_prior(settings: PriorSettings, machine: Machine, layers: int, heads: int) -> Prior:
+    """The same weights at every call."""
+    config = PriorConfig(
+        n_layers=layers,
+        n_heads=heads,
+        d_head=settings.d_head,
+        text_len=settings.text_len,
+        grid=settings.grid,
+        conv_kernel=settings.conv_kernel,
+        text_vocab=settings.text_vocab,
+        image_vocab=settings.image_vocab,
+    )
+    prior = Prior(config).to(machine.device)
+    initialise(prior, torch.Generator(machine.device).manual_seed(0))
+    return prior
+
+
+def prior_step(prior: Prior, batch: int, precision: AbstractContextManager[None]) -> Callable[[], None]:
+    """Train `prior` on random tokens, a step at each call."""
+    return training_step(random_loss(prior, batch, precision), decay_groups(prior.named_parameters(), WEIGHT_DECAY))
+
+
+def random_loss(prior: Prior, batch: int, precision: AbstractContextManager[None]) -> Callable[[], torch.Tensor]:
+    """The training loss of random tokens, the same at every call."""
+    config, device = prior.config, prior.embed.row.device
+    text_BT = torch.randint(config.text_vocab, (batch, config.text_len - 1), device=device)
+    image_BN = torch.randint(config.image_vocab, (batch, config.n_image), device=device)
+
+    def loss() -> torch.Tensor:
+        with precision:
+            nll = prior(text_BT, image_BN)
+        return TEXT_WEIGHT * nll.text_sum / nll.n_text + IMAGE_WEIGHT * nll.image_sum / nll.n_image
+
+    return loss
+
+
+def adamw(parameters: list[nn.Parameter] | list[dict]) -> torch.optim.AdamW:
+    """With the paper's settings."""
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.96))
+
+
+def training_step(loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter] | list[dict]) -> Callable[[], None]:
+    """Forward, backward and AdamW, whoever's model it is."""
+    optimizer = adamw(parameters)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

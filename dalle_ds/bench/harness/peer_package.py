@@ -1,0 +1,144 @@
+"""The package dalle-pytorch as the other side: import it, build its model, train a step of it, sample with its cache.
+
+B batch, P image tokens read before, V vocabulary.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from dalle_ds.bench.harness.machine import Machine
+from dalle_ds.bench.harness.model import training_step
+from dalle_ds.bench.harness.settings import PeersSettings
+from dalle_ds.errors import UserError
+from dalle_ds.ops.attention.masks import Pattern, layer_patterns
+
+TYPES = {Pattern.ROW: "axial_row", Pattern.COLUMN: "axial_col", Pattern.CONV: "conv_like"}
+
+
+@contextmanager
+def _placeholders() -> Iterator[None]:
+    """Stands in for what the package imports and the measured part of it never uses: loaders of pretrained picture codebooks
+    (they want a pytorch-lightning below 1.8) and pkg_resources, which setuptools has dropped."""
+    names = {
+        "taming": (),
+        "taming.models": (),
+        "taming.models.vqgan": ("VQModel", "GumbelVQ"),
+        "omegaconf": ("OmegaConf",),
+        "pkg_resources": ("get_distribution",),
+    }
+    before = {name: sys.modules.get(name) for name in names}
+    for name, attributes in names.items():
+        sys.modules[name] = ModuleType(name)
+        for attribute in attributes:
+            setattr(sys.modules[name], attribute, None)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def import_peer() -> Any:
+    """The package's main module. Raises UserError where it is not installed, or not with what it needs."""
+    if find_spec("dalle_pytorch") is None:
+        raise UserError(_missing("dalle_pytorch is not installed here"))
+    try:
+        with _placeholders():
+            import dalle_pytorch.dalle_pytorch as peer
+    except ImportError as error:
+        raise UserError(_missing(f"dalle_pytorch is installed, but cannot be imported: {error}")) from None
+    return peer
+
+
+def _missing(what: str) -> str:
+    return (
+        f"{what}. It is no dependency of this project: in an environment of its own, which has this project installed,\n"
+        "  pip install dalle-pytorch==1.6.6\n"
+        "or, to keep the torch that is there and leave out what the benchmark does not need,\n"
+        "  pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch requests"
+    )
+
+
+def build_peer(settings: PeersSettings, machine: Machine, *, conv: bool, cached: bool) -> nn.Module:
+    """Its model with its sparse types in the paper's places; without `conv` the last layer is axial_row too.
+
+    `cached`: its `optimize_for_inference`, the only form of its axial layers whose cache gives the right logits (in the other
+    one all layers share a cache key); it trains faster without.
+    """
+    peer = import_peer()
+    torch.manual_seed(0)
+    last = TYPES[Pattern.CONV if conv else Pattern.ROW]
+    types = [*(TYPES[pattern] for pattern in layer_patterns(settings.layers)[:-1]), last]
+    # Its model wants a picture codebook for its sizes only: one layer of halving, one channel
+    vae = peer.DiscreteVAE(
+        image_size=2 * settings.grid, num_layers=1, num_tokens=settings.image_vocab, codebook_dim=1, hidden_dim=1
+    )
+    model = peer.DALLE(
+        dim=settings.heads * settings.d_head,
+        vae=vae,
+        num_text_tokens=settings.text_vocab,
+        text_seq_len=settings.text_len,
+        depth=settings.layers,
+        heads=settings.heads,
+        dim_head=settings.d_head,
+        attn_types=types,
+        optimize_for_inference=cached,
+    )
+    return model.to(machine.device)
+
+
+def peer_step(model: Any, batch: int, precision: AbstractContextManager[None]) -> Callable[[], None]:
+    """Train it on random tokens, a step at each call."""
+    device = model.logits_mask.device
+    text = torch.randint(1, model.num_text_tokens - model.text_seq_len, (batch, model.text_seq_len), device=device)
+    image = torch.randint(model.num_image_tokens, (batch, model.image_seq_len), device=device)
+
+    def loss() -> Tensor:
+        with precision:
+            return model(text, image, return_loss=True)
+
+    return training_step(loss, [parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+class PeerSampler:
+    """A loop like that of its `generate_images`, with the cache handed to the model.
+
+    Its own loop, called with `use_cache=True`, drops the cache on the way at the default `cond_scale` of 1 and reads all
+    tokens again for each new one.
+    """
+
+    def __init__(self, model: Any, pictures: int) -> None:
+        self.model, self.pictures, self.peer = model.eval(), pictures, import_peer()
+        device = model.logits_mask.device
+        generator = torch.Generator().manual_seed(0)
+        n_text_tokens = model.num_text_tokens - model.text_seq_len  # its own count includes pads
+        self.text_1T = torch.randint(1, n_text_tokens, (1, model.text_seq_len), generator=generator).to(device)
+        self.image_1N = torch.randint(model.num_image_tokens, (1, model.image_seq_len), generator=generator).to(device)
+
+    def go_to(self, position: int) -> None:
+        """Have read the caption and `position` image tokens: once, then shared out to all pictures.
+
+        Read in one go, as here, its token shift remembers other values than token by token; time and shapes are the same.
+        """
+        cache: dict[Any, Any] = {}
+        logits = self.model(self.text_1T, self.image_1N[:, :position], cache=cache)
+        self.cache = tree_map_only(Tensor, lambda t: t.repeat_interleave(self.pictures, 0), cache)
+        self.logits_BV = logits[:, -1].repeat_interleave(self.pictures, 0)
+        self.text_BT = self.text_1T.repeat_interleave(self.pictures, 0)
+        self.image_BP = self.image_1N[:, :position].repeat_interleave(self.pictures, 0)
+
+    def step(self) -> None:
+        """Draw a token its way (the better half of all, Gumbel noise) and read it."""
+        token_B = self.peer.gumbel_sample(self.peer.top_k(self.logits_BV)) - self.model.num_text_tokens
+        self.image_BP = torch.cat([self.image_BP, token_B[:, None]], 1)
+        self.logits_BV = self.model(self.text_BT, self.image_BP, cache=self.cache)[:, -1]

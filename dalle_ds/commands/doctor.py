@@ -1,0 +1,152 @@
+"""Preflight: can this machine run what is asked of it?"""
+
+import importlib.metadata
+import platform
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dalle_ds.storage import objects
+from dalle_ds.tracking.mlflow_sink import resolve_uri, without_password
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. `must` is one without which training can't run."""
+
+    name: str
+    ok: bool
+    must: bool
+    detail: str
+
+
+def examine(urls: Sequence[str] = (), *, min_free_gib: float = 2.0, mlflow_uri: str | None = None) -> list[Finding]:
+    """All checks, in a fixed order; none raises.
+
+    Args:
+        urls: places that must take a write (a folder, file:// or s3:// prefix); the probe is removed again.
+        min_free_gib: disk that must be free here.
+        mlflow_uri: MLflow store to reach; None takes MLFLOW_TRACKING_URI, else local files.
+    """
+    checks: list[tuple[str, bool, Callable[[], tuple[bool, str]]]] = [
+        ("python", True, _python),
+        ("torch", True, lambda: _package("torch")),
+        ("deepspeed", True, lambda: _package("deepspeed")),
+        ("mlflow", True, lambda: _package("mlflow")),
+        ("accelerator", False, _accelerator),
+        ("kernels", False, _kernels),  # without them all is plain torch, several times slower
+        ("disk", True, lambda: _disk(min_free_gib)),
+        *((f"write {url}", True, lambda url=url: _write(url)) for url in urls),
+        ("tracking", False, lambda: _tracking(mlflow_uri)),  # training goes on without it
+        ("fonts", False, _fonts),
+    ]
+    return [_examined(*check) for check in checks]
+
+
+def summary(findings: Sequence[Finding]) -> dict[str, Any]:
+    """For the command's last line."""
+    return {
+        "ok": all(finding.ok for finding in findings if finding.must),
+        "failed": [finding.name for finding in findings if finding.must and not finding.ok],
+        "warnings": [finding.name for finding in findings if not finding.must and not finding.ok],
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """One line a check, for people."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        mark = "ok     " if finding.ok else "MISSING" if finding.must else "warning"
+        print(f"{mark}  {finding.name:<{width}}  {finding.detail}", flush=True)
+
+
+def _examined(name: str, must: bool, check: Callable[[], tuple[bool, str]]) -> Finding:
+    try:
+        ok, detail = check()
+    except Exception as error:  # whatever a check runs into is its finding
+        ok, detail = False, f"{type(error).__name__}: {str(error)[:300]}"
+    return Finding(name, ok, must, detail)
+
+
+def _python() -> tuple[bool, str]:
+    return sys.version_info >= (3, 11), f"{platform.python_version()} at {sys.executable} (3.11 or later is needed)"
+
+
+def _package(name: str) -> tuple[bool, str]:
+    found = importlib.metadata.version(name)
+    from packaging.requirements import Requirement
+
+    wanted = [line for line in map(Requirement, importlib.metadata.requires("dalle-ds") or []) if line.name == name]
+    ok = all(line.specifier.contains(found, prereleases=True) for line in wanted)
+    return ok, f"{found} (wanted {wanted[0].specifier if wanted else 'any'})"
+
+
+def _accelerator() -> tuple[bool, str]:
+    import torch
+
+    from dalle_ds.ops.devices import use_cuda
+
+    if not use_cuda():
+        why = "DS_ACCELERATOR leaves the GPUs out" if torch.cuda.is_available() else "none"
+        return False, f"{why}: {torch.get_num_threads()} CPU threads; enough for the tiny preset"
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+    product = torch.ones(64, 64, device="cuda", dtype=torch.float16) @ torch.ones(64, 64, device="cuda", dtype=torch.float16)
+    return bool((product == 64).all()), f"{names}; CUDA {torch.version.cuda}; `dalle-ds accept` tries all that we do there"
+
+
+def _kernels() -> tuple[bool, str]:
+    from dalle_ds.ops.devices import use_cuda
+    from dalle_ds.ops.kernel_compiler import kernel_problem
+
+    if not use_cuda():
+        return True, "none is needed without a GPU"
+    problem = kernel_problem()
+    return problem is None, problem or "Triton builds them for this GPU"
+
+
+def _disk(min_free_gib: float) -> tuple[bool, str]:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return free >= min_free_gib, f"{free:.1f} GiB free in {Path.cwd()} (at least {min_free_gib:g} wanted)"
+
+
+def _write(url: str) -> tuple[bool, str]:
+    probe, data = objects.join(url, f".dalle-ds-doctor-{uuid.uuid4().hex}"), uuid.uuid4().bytes
+    began = time.perf_counter()
+    try:
+        objects.write_bytes(probe, data)
+        same = objects.read_bytes(probe) == data
+    finally:
+        objects.delete(probe)
+    free = objects.free_bytes(url)
+    room = f", {free / 2**30:.1f} GiB free" if free is not None else ""
+    said = "written, read back and removed" if same else "what was read back is not what was written"
+    return same, f"{said} in {time.perf_counter() - began:.2f} s{room}"
+
+
+def _tracking(uri: str | None) -> tuple[bool, str]:
+    uri = resolve_uri(uri, Path.cwd() / "run")
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return True, f"no server: {without_password(uri)}"
+    with socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), timeout=5):
+        pass
+    import urllib.request
+
+    with urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=10) as answer:
+        return answer.status == 200, f"{without_password(uri)} answers"
+
+
+def _fonts() -> tuple[bool, str]:
+    from PIL import ImageFont, features
+
+    scalable = features.check("freetype2") and isinstance(ImageFont.load_default(20), ImageFont.FreeTypeFont)
+    return scalable, "scalable font for captions on grids" if scalable else "Pillow lacks FreeType: grids can't be captioned"

@@ -1,0 +1,287 @@
+"""Pictures to scores: FID, Inception Score and CLIP score of samples against real pictures, over the paper's blur radii.
+
+B pictures at once, N in all, H and W pixels, D features, K classes.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.console import progress
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.bootstrap import mean_interval
+from dalle_ds.evaluation.caption_gap import caption_classes
+from dalle_ds.evaluation.fid import fid_interval, frechet_distance, moments
+from dalle_ds.evaluation.inception_score import inception_score
+from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pictures, prepare
+from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
+from dalle_ds.pretrained.clip import Clip
+from dalle_ds.pretrained.inception import Inception
+from dalle_ds.sampling.export import read_info
+from dalle_ds.tracking.export_run import track
+
+log = logging.getLogger(__name__)
+
+PAPER_RADII = (0.0, 1.0, 2.0, 4.0, 8.0)  # figure 9
+IS_SPLITS = 10  # of every published Inception Score
+METRICS, CHART = "image_metrics.json", "image_metrics.png"
+WORKERS = 4  # threads that decode: the extractor is what takes the time
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Pictures uint8 (B, H, W, 3) -> features (B, D) and, of a classifier, logits (B, K)."""
+
+    name: str
+    fingerprint: str
+    features: Callable[[np.ndarray], tuple[Tensor, Tensor | None]]
+
+
+def load_extractor(name: str, *, inception_weights: Path | None = None, device: str = "cpu") -> Extractor:
+    """ "inception" with its weights file, or "clip:PATH". Raises ConfigError for another name or lacking weights."""
+    if name == "inception":
+        if inception_weights is None:
+            raise ConfigError("extractor inception needs --inception-weights: the path of torch-fidelity's weights file")
+        network = Inception(inception_weights, device)
+        return Extractor(name, network.fingerprint, network.features)
+    kind, _, path = name.partition(":")
+    if kind != "clip" or not path:
+        raise ConfigError(f"extractor {name!r}: expected inception or clip:PATH")
+    clip = Clip.load(path, device)
+    return Extractor("clip", clip.fingerprint, lambda images_BHWC: (clip.image_features(images_BHWC), None))
+
+
+def evaluate_images(
+    pictures: str,
+    out: Path,
+    *,
+    reference: Sequence[str] = (),
+    extractor: Extractor | None = None,
+    clip: Clip | None = None,
+    radii: Sequence[float] = PAPER_RADII,
+    size: int | None = None,
+    limit: int | None = None,
+    held_out: float | None = None,
+    cache: Path | None = None,
+    n_resamples: int = 20,
+    batch: int = 32,
+    seed: int = 0,
+    export: str | None = None,
+) -> dict[str, Any]:
+    """Score a set of pictures; writes image_metrics.json and a chart over blur radii to `out`, returns the former's content.
+
+    Args:
+        pictures: as `picture_sets.open_pictures`; `reference` likewise, or .npz files of statistics, one for each radius.
+        extractor: gives FID where there is a reference, and Inception Score where it has classes.
+        clip: gives the CLIP score of pictures whose captions are known.
+        radii: of the blur on both sides; the first scores alone are printed.
+        size: pixels a side that both sides are cut to; None: the short side of the first picture.
+        limit: pictures of each side at most. held_out: of a reference of raw shards.
+        cache: folder that keeps the reference's statistics.
+        export: where the pictures come from: its MLflow run gets scores and chart.
+
+    Raises:
+        ConfigError: nothing to measure with. DataError: pictures that can't be used, or statistics by another measure.
+    """
+    if extractor is None and clip is None:
+        raise ConfigError("nothing to measure with: give --extractor, --clip or both")
+    if reference and extractor is None:
+        raise ConfigError("a reference without an extractor tells nothing: give --extractor")
+    about = None if export is None else read_info(export)
+    samples = open_pictures(pictures, limit=limit)
+    result: dict[str, Any] = {"pictures": pictures, "pictures_fingerprint": samples.fingerprint, "seed": seed}
+    if clip is not None:
+        result |= clip_score(clip, samples, batch=batch, seed=seed)
+    if extractor is not None:
+        size = size or _first_side(samples)
+        target = _Reference(reference, extractor, size, radii, limit, held_out, cache, batch)
+        rows = []
+        for blur in radii:
+            row = _scores(samples, target, extractor, size, blur, batch=batch, n_resamples=n_resamples, seed=seed)
+            rows.append(row)
+            log.info("%s", ", ".join(f"{key} {row[key]:.4g}" for key in ("blur", "fid", "inception_score") if key in row))
+        result |= {
+            "reference": list(reference),
+            "extractor": extractor.name,
+            "extractor_fingerprint": extractor.fingerprint,
+            "size": size,
+            "resamples": n_resamples,
+            "by_blur": rows,
+            **{key: value for key, value in rows[0].items() if key != "blur"},
+        }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / METRICS).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if result.get("by_blur") and any(key in result for key in ("fid", "inception_score")):
+        _draw_chart(result["by_blur"], f"{result['n']} pictures, features of {result['extractor']}", out / CHART)
+    if export is not None:
+        result["tracked"] = _track(export, about, out, result)
+    return result
+
+
+def _track(export: str, about: dict[str, Any], out: Path, result: dict[str, Any]) -> bool:
+    names = ("fid", "inception_score", "clip_score")
+    metrics = {f"pictures/{name}": result[name] for name in names if name in result}
+    for row in result.get("by_blur", ()):
+        metrics |= {f"pictures/{name}_blur_{row['blur']:g}": row[name] for name in names if name in row}
+    charts = {}
+    if (out / CHART).exists():
+        with Image.open(out / CHART) as chart:
+            charts["pictures/scores_by_blur"] = chart.convert("RGB")
+    return track(export, about, out, metrics, charts, [out / METRICS], "pictures")
+
+
+def extract(
+    extractor: Extractor, pictures: PictureSet, size: int, blur: float, *, batch: int = 32
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features (N, D) and logits (N, K) or None, fp32, of all pictures; at most two batches of pixels are in memory."""
+    features, logits = [], []
+    with ThreadPoolExecutor(WORKERS) as pool, progress(what=f"features, blur {blur:g}", unit="picture") as bar:
+        for entries in _batches(pictures, batch):
+            images_BHWC = np.stack(list(pool.map(lambda entry: prepare(entry, size, blur), entries)))
+            features_BD, logits_BK = extractor.features(images_BHWC)
+            features.append(features_BD.float().cpu().numpy())
+            if logits_BK is not None:
+                logits.append(logits_BK.float().cpu().numpy())
+            bar.update(len(entries))
+    features_ND = np.concatenate(features)
+    if len(features_ND) < 2 or not np.isfinite(features_ND).all():
+        raise DataError(f"{pictures.source}: {len(features_ND)} pictures, expected two or more with finite features")
+    return features_ND, np.concatenate(logits) if logits else None
+
+
+def clip_score(clip: Clip, pictures: PictureSet, *, batch: int = 32, seed: int = 0) -> dict[str, Any]:
+    """100 x cosine between picture and caption, mean and 95 % interval; pictures of one caption count as one witness.
+
+    Raises:
+        DataError: a picture's caption is not known.
+    """
+    scores, captions = [], []
+    with progress(what="CLIP score", unit="picture") as bar:
+        for entries in _batches(pictures, batch):
+            for entry in entries:
+                if entry.caption is None:
+                    raise DataError(f"{pictures.source}: picture {entry.key} has no caption; a CLIP score needs one for each")
+                captions.append(entry.caption)
+            images_BD = clip.image_features([decode(entry) for entry in entries])
+            texts_BD = clip.text_features([str(entry.caption) for entry in entries])
+            scores.append(100 * (images_BD * texts_BD).sum(1).double().cpu().numpy())
+            bar.update(len(entries))
+    scores_N = np.concatenate(scores)
+    low, high = mean_interval(scores_N, caption_classes(captions, captions), seed=seed)
+    about = {"clip_fingerprint": clip.fingerprint, "clip_n": len(scores_N)}
+    return {"clip_score": float(scores_N.mean()), "clip_score_low": low, "clip_score_high": high, **about}
+
+
+class _Reference:
+    """Statistics of the real pictures at each radius: from .npz files, from the cache, or extracted."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        extractor: Extractor,
+        size: int,
+        radii: Sequence[float],
+        limit: int | None,
+        held_out: float | None,
+        cache: Path | None,
+        batch: int,
+    ) -> None:
+        self.extractor, self.size, self.cache, self.batch = extractor, size, cache, batch
+        self.files = [Statistics.load(Path(source)) for source in sources if source.endswith(".npz")]
+        if len(sources) > 1 and len(self.files) < len(sources):
+            raise ConfigError(f"references {', '.join(sources)}: expected one set of pictures, or .npz files of statistics")
+        self.pictures = None if self.files or not sources else open_pictures(sources[0], limit=limit, held_out=held_out)
+        for blur in radii if self.files else ():  # before hours of extraction
+            self._of_files(self.measure(blur))
+
+    def measure(self, blur: float) -> Measure:
+        return Measure(self.extractor.name, self.extractor.fingerprint, self.size, blur)
+
+    def at(self, blur: float) -> Statistics | None:
+        measure = self.measure(blur)
+        if self.files:
+            return self._of_files(measure)
+        if self.pictures is None:
+            return None
+        kept = cache_path(self.cache, measure, self.pictures.fingerprint) if self.cache else None
+        if kept is not None and kept.exists():
+            found = Statistics.load(kept)
+            require_comparable(measure, found.measure, kept)
+            log.info("statistics of %s from %s", self.pictures.source, kept)
+            return found
+        features_ND, _ = extract(self.extractor, self.pictures, self.size, blur, batch=self.batch)
+        made = Statistics(measure, self.pictures.source, self.pictures.fingerprint, moments(features_ND))
+        if kept is not None:
+            made.save(kept)
+        return made
+
+    def _of_files(self, measure: Measure) -> Statistics:
+        nearest = next((statistics for statistics in self.files if statistics.measure.blur == measure.blur), self.files[0])
+        require_comparable(measure, nearest.measure, nearest.source)
+        return nearest
+
+
+def _scores(
+    samples: PictureSet,
+    target: _Reference,
+    extractor: Extractor,
+    size: int,
+    blur: float,
+    *,
+    batch: int,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    features_ND, logits_NK = extract(extractor, samples, size, blur, batch=batch)
+    n, n_features = features_ND.shape
+    row: dict[str, Any] = {"blur": blur, "n": n}
+    reference = target.at(blur)
+    if reference is not None:
+        fewest = min(n, reference.moments.n)
+        if fewest < n_features:
+            log.warning("%d pictures for %d features: FID is far too high, compare at equal numbers only", fewest, n_features)
+        fid = frechet_distance(moments(features_ND), reference.moments)
+        low, high = fid_interval(features_ND, reference.moments, fid, n_resamples=n_resamples, seed=seed)
+        row |= {"n_reference": reference.moments.n, "reference_fingerprint": reference.pictures}
+        row |= {"fid": fid, "fid_low": low, "fid_high": high}
+    if logits_NK is not None and n < 2 * IS_SPLITS:
+        log.warning("no Inception Score: %d pictures, expected %d or more", n, 2 * IS_SPLITS)
+    elif logits_NK is not None:
+        score = inception_score(logits_NK, n_splits=IS_SPLITS, seed=seed)
+        row |= {"inception_score": score.score, "inception_score_std": score.std}
+        row |= {"inception_score_low": score.low, "inception_score_high": score.high}
+    return row
+
+
+def _first_side(pictures: PictureSet) -> int:
+    return min(decode(next(iter(pictures))).size)
+
+
+def _batches(entries: PictureSet, size: int) -> Iterator[list[Entry]]:
+    iterator = iter(entries)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _draw_chart(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    names = {"fid": "FID (lower is better)", "inception_score": "Inception Score (higher is better)"}
+    shown = [key for key in names if key in rows[0]]
+    figure = Figure(figsize=(5.2 * len(shown), 4.2), layout="constrained")
+    figure.suptitle(title)
+    for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        values, low, high = (np.array([row[name] for row in rows]) for name in (key, f"{key}_low", f"{key}_high"))
+        axes.errorbar([row["blur"] for row in rows], values, np.abs([values - low, high - values]), marker=".", capsize=3)
+        axes.set(xlabel="blur radius on both sides, pixels", ylabel=names[key])
+        axes.grid(alpha=0.25)
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,104 @@
+"""Register an export as a version of an MLflow model, with all that it needs to draw in another process."""
+
+import os
+import re
+import tempfile
+from contextlib import ExitStack
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import dalle_ds
+from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.sampling.export import read_info
+from dalle_ds.storage import objects
+from dalle_ds.tracking.export_run import run_of_export
+from dalle_ds.tracking.mlflow_sink import make_client
+
+FOLDER = "model"
+NOT_NEEDED = ("deepspeed", "webdataset", "py3langid", "imagehash", "scikit-image")
+"""Requirements of training and of preprocessing alone."""
+
+
+def register_export(url: str, name: str, *, clip: str | None = None, uri: str | None = None) -> dict[str, Any]:
+    """Put an export, code and requirements into the MLflow run that it came from, and make that a version of model `name`.
+
+    Args:
+        url: export folder, a path or s3:// url.
+        clip: folder of a CLIP that chooses among candidates; None: the model keeps them all.
+        uri: MLflow store; None: the one that the export names.
+
+    Raises:
+        DataError: no export. ConfigError: it names no MLflow run. UserError: MLflow is away or refuses.
+    """
+    info = read_info(url)
+    known_uri, run_id = run_of_export(info)
+    uri = uri or known_uri
+    if uri is None or run_id is None:
+        raise ConfigError(f"export {url} names no MLflow run: expected one that tracked its training")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")  # the server answers when a file of gigabytes is stored
+    client = make_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    with ExitStack() as until_sent:
+        folder = Path(until_sent.enter_context(tempfile.TemporaryDirectory()))
+        artifacts = {"export": _on_disk(url, folder / "export")}
+        if clip is not None:
+            artifacts["clip"] = _on_disk(clip, folder / "clip")
+        _save(folder / FOLDER, artifacts, info)
+        try:
+            source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+            client.log_artifacts(run_id, str(folder / FOLDER), FOLDER)
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            tags = {"export": str(url), "export_fingerprint": info["fingerprint"], "update": str(info["update"])}
+            version = client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=60).version
+        except MlflowException as error:
+            raise UserError(f"MLflow at {uri} does not register {url} as {name!r}: {error}") from None
+    return {"model": f"models:/{name}/{version}", "run_id": run_id, "export_fingerprint": info["fingerprint"]}
+
+
+def _save(folder: Path, artifacts: dict[str, str], info: dict[str, Any]) -> None:
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    defaults = {"n": 4, "keep": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0, "seed": 0, "batch": 32}
+    types = {int: "long", float: "double"}
+    outputs = {"caption": "string", "candidate": "long", "seed": "long", "score": "double", "png": "binary"}
+    signature = ModelSignature(
+        Schema([ColSpec("string", "caption")]),
+        Schema([ColSpec(kind, column, required=column != "score") for column, kind in outputs.items()]),
+        ParamSchema([ParamSpec(key, types[type(value)], value) for key, value in defaults.items()]),
+    )
+    package = Path(dalle_ds.__file__).parent
+    save_model(
+        str(folder),
+        python_model=str(package / "sampling" / "mlflow_model.py"),
+        artifacts=artifacts,
+        code_paths=[str(package)],
+        signature=signature,
+        input_example=(pd.DataFrame({"caption": ["a red heart", "a blue house"]}), defaults),
+        pip_requirements=_requirements(),
+        metadata={"export_fingerprint": info["fingerprint"]},
+    )
+
+
+def _requirements() -> list[str]:
+    own = [requirement for requirement in requires("dalle-ds") or () if "extra ==" not in requirement]
+    return [requirement for requirement in own if re.match(r"[\w.-]+", requirement)[0] not in NOT_NEEDED]  # type: ignore[index]
+
+
+def _on_disk(url: str, copy: Path) -> str:
+    """The folder itself, or a copy of one on object storage."""
+    if not objects.is_s3(url):
+        return str(Path(url).resolve())
+    copy.mkdir()
+    for found in objects.list_files(url):
+        with objects.local_copy(found) as file:
+            (copy / found.rpartition("/")[2]).write_bytes(Path(file).read_bytes())
+    return str(copy)

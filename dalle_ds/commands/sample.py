@@ -1,0 +1,97 @@
+"""`dalle-ds sample`: draw pictures for captions, on one process or on all ranks of a launcher."""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dalle_ds.ops.devices import resolve_device
+from dalle_ds.parallel.failure_detection import RankWatch
+from dalle_ds.parallel.ranks import ALONE, Ranks
+from dalle_ds.sampling.captions import SampleSource
+from dalle_ds.sampling.export import Export, load_export
+from dalle_ds.sampling.folder import GRID, RECORD, SampleFolder, repeat
+from dalle_ds.sampling.given import read_picture
+from dalle_ds.sampling.sampler import Request, Rows, SampleSettings, Unit
+from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.tracking.export_run import track
+from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 86_400.0  # of ranks for the others: their shares are equal, but their hosts may not be
+
+
+def sample_export(
+    url: str,
+    out: Path,
+    settings: SampleSettings,
+    source: SampleSource,
+    *,
+    clip: str | None = None,
+    device: str = "auto",
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Draw pictures into `out`, or go on with it; files as `sampling.folder.sample`. Returns the summary, on every rank.
+
+    Ranks share the batches out and meet in `out`: their pictures are those of one rank. Each holds the whole model.
+
+    Args:
+        clip: folder or hub name of the CLIP that scores.
+
+    Raises:
+        UserError: what cannot be sampled. RankLost: another rank died. SystemExit(143): asked to stop.
+    """
+    source.check()
+    device = str(resolve_device(device)) if ranks.world_size == 1 else str(ranks.device)
+    with StopFlag() as stop, RankWatch(ranks, WAIT_SECONDS):
+        export = load_export(url, device)
+        scorer = None if clip is None else load_scorer(clip, device)
+        captions, real_codes_CN, about = ranks.from_main(source.read(export, settings.seed) if ranks.is_main else None)
+        given = None if source.image is None else read_picture(export, source.image, source.rows)
+        request = Request(tuple(captions), settings, given)
+        folder = SampleFolder(export, request, out, scorer, real_codes_CN=real_codes_CN, about=about)
+
+        def end_if_asked(_: Rows) -> None:
+            if stop.requested:
+                log.info("asked to stop (%s); the same command goes on with %s", stop.reason, out)
+                raise SystemExit(EXIT_STOPPED)
+
+        # only the main rank holds the lock: the others are its own
+        with RunLock(out) if ranks.is_main else nullcontext():
+            # it looks what is left to do before any rank adds to it
+            found, todo = ranks.from_main(_what_is_left(folder) if ranks.is_main else None)
+            if found is None:
+                folder.draw(todo[ranks.rank :: ranks.world_size], on_rows=end_if_asked, shown=ranks.is_main)
+                ranks.gather_objects(None)  # all batches are there
+            finished = found or ranks.from_main(folder.finish() if ranks.is_main else None)
+    is_tracked = found is None and ranks.is_main
+    return _sample_summary(export, finished, out, is_tracked=is_tracked)
+
+
+def _what_is_left(folder: SampleFolder) -> tuple[dict[str, Any] | None, list[Unit]]:
+    finished = folder.finished()
+    return finished, [] if finished else folder.missing()
+
+
+def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto") -> dict[str, Any]:
+    """Draw the pictures of a samples.json again. Returns the summary."""
+    export = load_export(url, str(resolve_device(device)))
+    return _sample_summary(export, repeat(export, record_file, out), out, is_tracked=False)
+
+
+def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tracked: bool = True) -> dict[str, Any]:
+    if is_tracked:
+        with Image.open(out / GRID) as grid:
+            is_tracked = track(export.url, export.info, out, {}, {"samples": grid.convert("RGB")}, [out / RECORD], "samples")
+    return {
+        "out": str(out),
+        "grid": str(out / GRID),
+        "record": str(out / RECORD),
+        "pictures": len(record["images"]),
+        "captions": len(record["captions"]),
+        "export_fingerprint": record["export_fingerprint"],
+        "tracked": is_tracked,
+    }

@@ -1,0 +1,29 @@
+"""`dalle-ds serve`: the page of an export."""
+
+from dalle_ds.ops.devices import resolve_device
+from dalle_ds.sampling.export import Export, load_export
+from dalle_ds.sampling.page import PageLimits, build_page, launch_page
+from dalle_ds.sampling.sampler import Sampler
+from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.tracking.export_run import run_of_export
+
+
+def serve_export(
+    url: str, limits: PageLimits, *, clip: str | None, host: str, port: int, mlflow_url: str | None, device: str
+) -> None:
+    """Serve the page of an export until the process is stopped.
+
+    Args:
+        mlflow_url: a server that knows the training run; None: the one by which it was tracked, if it was one.
+    """
+    place = str(resolve_device(device))
+    sampler = Sampler(load_export(url, place), load_scorer(clip, place) if clip else None)
+    launch_page(build_page(sampler, limits, run_link(sampler.export, mlflow_url)), limits, host, port)
+
+
+def run_link(export: Export, server: str | None) -> str | None:
+    """Page of the training run in MLflow, at `server` or where the run was tracked; None without a server."""
+    known_server, run_id = run_of_export(export.info)
+    server = server or known_server or ""
+    is_known = server.startswith("http") and run_id is not None
+    return f"{server.rstrip('/')}/#/runs/{run_id}" if is_known else None

@@ -1,0 +1,153 @@
+"""Between replicas: the gradients that ZeRO-3 reduced inside this replica become the average over all of them."""
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.parallel.checkpoint_tensors import SavedState, StateParts
+from dalle_ds.parallel.gradient_shards import GradientShards
+from dalle_ds.parallel.masterless import MasterlessMatrices
+from dalle_ds.parallel.replicas.groups import BUCKET_VALUES, Replicas, ReplicasConfig, in_buckets, mean_in_fp32
+from dalle_ds.parallel.replicas.power_sgd import MatrixShard, PowerSGD, as_fp32
+from dalle_ds.parallel.zero_shards import shard_start
+from dalle_ds.storage import objects
+
+ERROR = "error"
+
+
+class ReplicaGradients:
+    """The gradient shards of one rank: matrices of residual branches through PowerSGD where it is on, all else as they are.
+
+    The paper compresses just these matrices; gains, biases, embeddings and unembeddings it sends whole, in fp32 (appendix D).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: GradientShards,
+        config: ReplicasConfig,
+        replicas: Replicas,
+        device: torch.device,
+        masterless: MasterlessMatrices | None = None,
+    ) -> None:
+        """`masterless` has the gradients of parameters that DeepSpeed's optimizer does not own."""
+        self._masterless, self._gradients = masterless, gradients
+        self._parameters, self._peers = dict(model.named_parameters()), replicas.peers
+        self._config, self._replicas = config, replicas
+        self.power_sgd: PowerSGD | None = None
+        matrices: dict[str, MatrixShard] = {}
+        if config.compression == "power_sgd":
+            matrices = {
+                f"{name}.weight": _matrix_shard(name, module)
+                for name, module in model.named_modules()
+                if isinstance(module, BranchLinear)
+            }
+            self.power_sgd = PowerSGD(
+                matrices, config, self._peers, device, replicas.shard_rank, keep_starts=masterless is None
+            )
+            if masterless is not None:
+                masterless.carry(self.power_sgd)
+        self._compressed = in_buckets(matrices, self._size, BUCKET_VALUES)
+        self._plain = in_buckets([name for name in self._parameters if name not in matrices], self._size, BUCKET_VALUES)
+        self.matrix_bytes = sum(shard.numel for shard in matrices.values()) * 4
+        """What the compressed shards would take in fp32."""
+        self.plain_bytes = sum(self._size(name) for bucket in self._plain for name in bucket) * 4
+        """Sent by this rank in one update as it is."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank in one update: payload of all messages, whatever the collectives make of them."""
+        return self.plain_bytes + (self.power_sgd.bytes_sent if self.power_sgd else 0)
+
+    def describe(self) -> str:
+        """One line for the log at start-up."""
+        sent = f"{self.bytes_sent / 2**20:.1f} MiB a rank and update"
+        if self.power_sgd is None:
+            return f"plain average, {sent}"
+        saved = 1 - self.power_sgd.bytes_sent / self.matrix_bytes
+        n, rank = len(self.power_sgd.shards), self.power_sgd.rank
+        return f"PowerSGD of rank {rank} on {n} matrices ({saved:.1%} fewer bytes than in fp32), {sent} in all"
+
+    def any_nonfinite(self) -> Tensor:
+        """0-d, 1 where a gradient of this rank is beyond fp32, or its square sum is: then DeepSpeed would skip the update,
+        after the errors have moved on. It must be known on all ranks before `average`."""
+        norms = torch.stack([torch.linalg.vector_norm(self._gradient(name)) for name in self._parameters])
+        return (~torch.isfinite(torch.linalg.vector_norm(norms))).float()
+
+    def average(self) -> None:
+        """All ranks of all replicas call it together, with finite gradients."""
+        for bucket in self._plain:
+            averages = mean_in_fp32([self._gradient(name) for name in bucket], self._peers)
+            for name, average in zip(bucket, averages, strict=True):
+                self._set_gradient(name, average)
+        for bucket in self._compressed:
+            assert self.power_sgd is not None
+            if self._masterless is not None:
+                self._masterless.factors |= self.power_sgd.compress(bucket)
+                continue
+            for name, average in self.power_sgd.average({name: self._gradient(name) for name in bucket}).items():
+                self._set_gradient(name, average)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def collect(self, parts: StateParts) -> dict[str, dict[str, Tensor]]:
+        """Add the carried errors to `parts` -> by file name, the factors that a warm start goes on from. All ranks call it."""
+        if self.power_sgd is None:
+            return {}
+        is_first, kind = self._replicas.index == 0, f"{ERROR}.{self._replicas.index}"
+        errors = self.power_sgd.errors
+        if self._config.checkpoint_errors == "mean":
+            errors, kind = self.power_sgd.mean_errors(), f"{ERROR}.mean"
+            errors = errors if is_first else {}
+        for name, error in errors.items():
+            parts.add(kind, name, shard_start(self._parameters[name]), error)
+        if not (self._config.warm_start and is_first):
+            return {}
+        return {self._factors: {name: start.to("cpu", copy=True).contiguous() for name, start in self.power_sgd.starts.items()}}
+
+    def load(self, saved: SavedState) -> None:
+        """Errors of a checkpoint of any number of ranks. Of as many replicas each gets its own again; otherwise each gets the
+        mean of all, which is what they add up to. A checkpoint without compression has none: then they stay zero."""
+        if self.power_sgd is None:
+            return
+        for name, shard in self.power_sgd.shards.items():
+            start = shard_start(self._parameters[name])
+            kinds = sorted(kind for kind in saved.kinds(name) if kind.startswith(f"{ERROR}."))
+            if len(kinds) == self._replicas.count:
+                kinds = [f"{ERROR}.{self._replicas.index}"]
+            errors = [saved.read(kind, name, start, start + shard.numel) for kind in kinds]
+            if len(errors) > 1:
+                errors = [torch.stack([as_fp32(error) for error in errors]).mean(0)]
+            if errors:
+                self.power_sgd.set_error(name, errors[0])
+        url = objects.join(saved.url, self._factors)
+        if self._config.warm_start and objects.exists(url):
+            with objects.local_copy(url) as file:
+                self.power_sgd.set_starts(load_file(file))
+
+    @property
+    def _factors(self) -> str:
+        # useless to shards that are cut otherwise: these begin with random factors again
+        rank, n = self._replicas.shard_rank, self._replicas.n_shards
+        return f"factors-{rank:05d}-of-{n:05d}.safetensors"
+
+    def _gradient(self, name: str) -> Tensor:
+        if self._masterless and name in self._masterless:
+            return self._masterless.gradient(name)
+        return self._gradients.read(self._parameters[name])
+
+    def _set_gradient(self, name: str, values: Tensor) -> None:
+        if self._masterless and name in self._masterless:
+            self._masterless.set_gradient(name, values)
+        else:
+            self._gradients.write(self._parameters[name], values)
+
+    def _size(self, name: str) -> int:
+        return self._parameters[name].ds_tensor.numel()
+
+
+def _matrix_shard(name: str, layer: BranchLinear) -> MatrixShard:
+    weight = layer.weight
+    n_pieces = 3 if name.endswith("qkv") else 1
+    return MatrixShard(tuple(weight.ds_shape), shard_start(weight), weight.ds_tensor.numel(), n_pieces)

@@ -1,0 +1,107 @@
+"""The dVAE that OpenAI released, from its two pickled modules into our weights file.
+
+The files hold whole modules. They are unpickled by torch's weights-only reader with stand-ins for the classes in them: no code
+of the files runs, and the package that wrote them is not needed. Sizes follow from the shapes of the weights.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.storage import objects
+from dalle_ds.storage.weights import write_weights
+
+
+class _Module:
+    """Stands in for every class of a released file: it keeps what the instance had and does nothing."""
+
+    _parameters: Mapping[str, Tensor]
+    _modules: Mapping[str, "_Module"]
+
+
+CLASSES = (
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+)
+
+
+def import_openai(encoder: str, decoder: str, out: str, image_size: int = 256) -> dict[str, Any]:
+    """Write the dVAE of OpenAI's `encoder.pkl` and `decoder.pkl` as `out` -> its sizes and fingerprint.
+
+    Args:
+        encoder, decoder: pickled modules, or state dicts of them; paths, file:// or s3:// urls.
+        image_size: pixels a side of the pictures it will encode; the released model was trained on 256.
+
+    Raises:
+        DataError: a file is missing, holds something else, or the two don't fit together.
+    """
+    state = {f"encoder.{name}": tensor for name, tensor in _read(encoder).items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in _read(decoder).items()}
+    try:
+        config = _config(state, image_size)
+        with torch.device("meta"):
+            DVAE(config).load_state_dict(state, strict=True, assign=True)
+    except (KeyError, RuntimeError, ConfigError, ValueError) as error:
+        raise DataError(f"{encoder} and {decoder} are not the two halves of a released dVAE: {error}") from None
+    fingerprint = write_weights(out, kind="dvae", config=config.model_dump(), state=state, extra={"source": "OpenAI"})
+    n_parameters = sum(tensor.numel() for tensor in state.values())
+    return {"out": out, "fingerprint": fingerprint, "parameters": n_parameters, **config.model_dump()}
+
+
+def _read(url: str) -> dict[str, Tensor]:
+    """Parameters by name, fp32."""
+    stand_ins = [(type(name.rsplit(".", 1)[1], (_Module,), {}), name) for name in CLASSES]
+    try:
+        with objects.local_copy(url) as file, torch.serialization.safe_globals(stand_ins):
+            if not zipfile.is_zipfile(file):  # the old format keeps the classes' source beside them, which torch refuses
+                raise DataError(f"{url} is not in the format that torch writes since 1.6: save it again, by a newer one")
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        found = re.search(r"[^:\n]*\bunsupported\b.*", str(error), re.IGNORECASE)
+        reason = found[0] if found else str(error).partition("\n")[0]
+        raise DataError(f"{url} cannot be read as one of OpenAI's files: {reason}") from None
+    named = content.items() if isinstance(content, Mapping) else _parameters(content)
+    state = {name: value for name, value in named if isinstance(value, Tensor)}
+    if not state:
+        raise DataError(f"{url} holds a {type(content).__name__} without weights, expected a pickled encoder or decoder")
+    return {name: value.detach().float().contiguous() for name, value in state.items()}
+
+
+def _parameters(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    yield from ((prefix + name, value) for name, value in getattr(module, "_parameters", {}).items())
+    for name, child in getattr(module, "_modules", {}).items():
+        yield from _parameters(child, f"{prefix}{name}.")
+
+
+def _config(state: Mapping[str, Tensor], image_size: int) -> DVAEConfig:
+    def highest(pattern: str) -> int:
+        return max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
+
+    n_hid, in_channels = state["encoder.blocks.input.w"].shape[:2]
+    n_init, vocab_size = state["decoder.blocks.input.w"].shape[:2]
+    return DVAEConfig(
+        image_size=image_size,
+        n_groups=highest(r"encoder\.blocks\.group_(\d+)\."),
+        n_blk_per_group=highest(r"encoder\.blocks\.group_1\.block_(\d+)\."),
+        n_hid=n_hid,
+        n_init=n_init,
+        vocab_size=vocab_size,
+        in_channels=in_channels,
+    )

@@ -1,0 +1,398 @@
+"""Storage: plain paths, file:// and s3:// behind the same small functions, where an object is whole or absent.
+
+Nothing here streams into its final place: an exception inside fsspec's `open(url, "wb")` commits half a file on S3.
+Every write is one PUT (or one multipart upload that is completed at its end), or a temporary file that is renamed.
+
+S3 endpoint and keys come from the usual AWS_* variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+Transient S3 faults are retried (see storage_retry.py).
+Use spawn or forkserver, never fork, for processes that share work on S3.
+"""
+
+import functools
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dalle_ds.errors import DataError
+from dalle_ds.storage.retry import error_code, retrying, status_of
+
+RANGE_BYTES = 64 << 20  # of one GET where a large range is read: what is held beside its target
+READ_TIMEOUT_SECONDS = 60  # without a byte: the answer stalled
+PART_BYTES = 8 << 20  # of a transfer by parts, N_PARTS at once: what is held of a file that comes or goes
+N_PARTS = 4
+MAX_PARTS = 10_000  # of one object on S3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_s3(url: str | Path) -> bool:
+    return str(url).startswith("s3://")
+
+
+def local_path(url: str | Path) -> Path | None:
+    """The path of a local url, None for s3://.
+
+    Raises:
+        DataError: another scheme.
+    """
+    text = str(url)
+    if is_s3(text):
+        return None
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    if "://" in text:
+        raise DataError(f"{text}: unknown kind of storage; expected a path, file:// or s3://")
+    return Path(text)
+
+
+def join(url: str | Path, *parts: str) -> str:
+    """Append path parts: join("s3://b/x/", "y", "z") == "s3://b/x/y/z"."""
+    return "/".join([str(url).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(url: str | Path) -> bytes:
+    """The whole object.
+
+    Raises:
+        FileNotFoundError: there is none; PermissionError: not allowed; DataError: S3 stayed out of reach.
+    """
+    path = local_path(url)
+    if path is not None:
+        return path.read_bytes()
+    return retrying(lambda: _s3().cat_file(_key(url)), url, "read")
+
+
+def read_range(url: str | Path, offset: int, length: int) -> bytes:
+    """Exactly `length` bytes from `offset`, by one ranged GET.
+
+    Raises:
+        DataError: the object ends before offset + length.
+    """
+    path = local_path(url)
+    if path is not None:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+    else:
+        data = retrying(lambda: _s3_range(url, offset, length), url, "read")
+    if len(data) != length:
+        raise DataError(f"{url}: holds {len(data)} bytes at offset {offset}, expected {length}; the object is cut short")
+    return data
+
+
+def read_into(url: str | Path, offset: int, target: memoryview) -> None:
+    """Fill `target` with the object's bytes from `offset`, by ranged GETs of RANGE_BYTES on object storage.
+
+    Raises:
+        DataError: the object ends before `target` is full.
+    """
+    path = local_path(url)
+    if path is None:
+        for start in range(0, len(target), RANGE_BYTES):
+            part = target[start : start + RANGE_BYTES]
+            part[:] = read_range(url, offset + start, len(part))
+        return
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while target:
+            n = file.readinto(target)
+            if not n:
+                raise DataError(f"{url}: {len(target)} bytes are missing at its end; the file is cut short")
+            target = target[n:]
+
+
+@contextmanager
+def local_copy(url: str | Path) -> Iterator[Path]:
+    """A local file with the object's content: the file itself, or a temporary download that is removed afterwards."""
+    path = local_path(url)
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{url}: no such file")
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
+        target = Path(folder) / "copy"
+        retrying(lambda: _download(url, target), url, "download")
+        yield target
+
+
+def exists(url: str | Path) -> bool:
+    """Whether this very object is there. A bare prefix is not an object: S3 servers disagree on whether those exist."""
+    try:
+        size(url)
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def size(url: str | Path) -> int:
+    """Bytes of the object; FileNotFoundError where there is none."""
+    path = local_path(url)
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{url}: no such file")
+        return path.stat().st_size
+    return int(_head(url)["ContentLength"])
+
+
+def etag(url: str | Path) -> str | None:
+    """The store's own mark of this content, None on local disks."""
+    return None if local_path(url) is not None else str(_head(url)["ETag"]).strip('"')
+
+
+def list_files(prefix_url: str | Path, suffix: str = "") -> list[str]:
+    """Sorted urls of all objects below a folder (recursive), spelled as the folder was; without hidden names."""
+    return sorted(list_sizes(prefix_url, suffix))
+
+
+def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
+    """Like `list_files`, as {url: bytes}. A folder that is missing is empty."""
+    root = local_path(prefix_url)
+    found: dict[str, int] = {}
+    if root is not None:
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for name in names:
+                if name.endswith(suffix) and not name.startswith("."):
+                    file = Path(folder) / name
+                    with suppress(FileNotFoundError):  # removed since it was listed
+                        found[join(prefix_url, file.relative_to(root).as_posix())] = file.stat().st_size
+        return found
+    prefix = _key(prefix_url).rstrip("/") + "/"
+    try:
+        entries = retrying(lambda: _s3().find(prefix, detail=True), prefix_url, "list")
+    except FileNotFoundError:
+        return {}
+    for key, entry in entries.items():
+        # SeaweedFS lists the folder itself after its last file is gone.
+        if entry["type"] == "file" and key.startswith(prefix) and not key.endswith("/") and key.endswith(suffix):
+            found[join(prefix_url, key.removeprefix(prefix))] = int(entry["size"])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(url: str | Path, data: bytes) -> None:
+    """Put or replace the object, atomically: readers see the old content or the new, never a part."""
+    path = local_path(url)
+    if path is None:
+        retrying(lambda: _s3().pipe_file(_key(url), data), url, "write")
+        return
+    with _temporary_beside(path) as temporary:
+        _write_durably(temporary, data)
+        temporary.replace(path)
+
+
+def create_exclusive(url: str | Path, data: bytes) -> bool:
+    """Put the object only if there is none; the first writer wins, over all machines.
+
+    Returns:
+        True if the object now holds our data. False if another content was there first. A content equal to ours counts as ours:
+        a retry after a lost reply must not lose against itself (so put an attempt id into what you write).
+    """
+    path = local_path(url)
+    created = _create_local(path, data) if path is not None else _create_s3(url, data)
+    return created or read_bytes(url) == data
+
+
+def put_file(local: str | Path, url: str | Path) -> None:
+    """Upload a finished local file, atomically."""
+    path = local_path(url)
+    if path is None:
+        part_bytes = max(PART_BYTES, -(-Path(local).stat().st_size // MAX_PARTS))
+        retrying(lambda: _s3().put_file(str(local), _key(url), chunksize=part_bytes), url, "upload")
+        return
+    with _temporary_beside(path) as temporary:
+        shutil.copyfile(local, temporary)
+        _sync(temporary)
+        temporary.replace(path)
+
+
+def move_file(local: str | Path, url: str | Path) -> None:
+    """As `put_file`, and the local file is gone; on the same disk nothing is copied."""
+    path = local_path(url)
+    if path is None:
+        put_file(local, url)
+        Path(local).unlink()
+        return
+    _sync(Path(local))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(local, path)
+
+
+@contextmanager
+def written_aside(url: str | Path) -> Iterator[Path]:
+    """A local file to write to; what it holds at the end of the block becomes the object, atomically. Errors leave nothing."""
+    path = local_path(url)
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
+            spool = Path(folder) / "spool"
+            yield spool
+            put_file(spool, url)
+        return
+    with _temporary_beside(path) as temporary:  # on the same disk: large files are not copied again
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+
+
+def delete(url: str | Path) -> None:
+    """Remove the object; nothing happens where there is none."""
+    path = local_path(url)
+    with suppress(FileNotFoundError):
+        if path is not None:
+            path.unlink()
+        else:
+            retrying(lambda: _s3().rm_file(_key(url)), url, "delete")
+
+
+def delete_tree(url: str | Path) -> None:
+    """Remove all objects below a folder, and on a disk the folder; nothing happens where there is none."""
+    path = local_path(url)
+    if path is not None:
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    if keys := [_key(found) for found in list_files(url)]:
+        retrying(lambda: _s3().rm(keys), url, "delete")  # a thousand a request
+
+
+def free_bytes(url: str | Path) -> int | None:
+    """Free space where the object would lie; None on object storage, which has no end."""
+    path = local_path(url)
+    if path is None:
+        return None
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.part"  # hidden: listings leave it out
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    with _temporary_beside(path) as temporary:
+        _write_durably(temporary, data)
+        try:
+            os.link(temporary, path)  # fails if the name is taken, so the content appears whole or not at all
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise DataError(
+                f"{path}: this file system cannot make hard links ({error.strerror}), which commits rest on; "
+                "put the output on another one or on s3://"
+            ) from None
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S3 side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _s3() -> Any:
+    # Keyed by process too: a client made before a fork hangs or raises in the child.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return _s3_client(
+        os.getpid(),
+        endpoint,
+        os.environ.get("AWS_ACCESS_KEY_ID"),
+        os.environ.get("AWS_SECRET_ACCESS_KEY"),
+        READ_TIMEOUT_SECONDS,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _s3_client(_pid: int, endpoint: str | None, _access_key: str | None, _secret_key: str | None, read_timeout: float) -> Any:
+    # botocore's own retries, under s3fs's and ours, would multiply: minutes pass before ours can look at the clock.
+    return fsspec.filesystem(
+        "s3",
+        endpoint_url=endpoint,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        max_concurrency=N_PARTS,
+        default_block_size=PART_BYTES,
+        config_kwargs={"connect_timeout": 10, "read_timeout": read_timeout, "retries": {"max_attempts": 0}},
+    )
+
+
+def _key(url: str | Path) -> str:
+    return str(url).removeprefix("s3://")
+
+
+def _head(url: str | Path) -> dict[str, Any]:
+    bucket, _, key = _key(url).partition("/")
+    return retrying(lambda: _s3().call_s3("head_object", Bucket=bucket, Key=key), url, "look up")
+
+
+def _s3_range(url: str | Path, offset: int, length: int) -> bytes:
+    try:
+        return _s3().cat_file(_key(url), start=offset, end=offset + length)
+    except OSError as error:
+        if status_of(error) == 416:  # the object ends before `offset`
+            return b""
+        raise
+
+
+def _download(url: str | Path, target: Path) -> None:
+    expected = int(_head(url)["ContentLength"])
+    _s3().get_file(_key(url), str(target))
+    found = target.stat().st_size
+    if found != expected:
+        raise ConnectionError(f"download of {url} ended after {found} of {expected} bytes")
+
+
+def _create_s3(url: str | Path, data: bytes) -> bool:
+    def attempt() -> bool:
+        try:
+            _s3().pipe_file(_key(url), data, mode="create")
+            return True
+        except Exception as error:
+            # AWS names the failed condition, so s3fs raises FileExistsError; other servers don't: OSError(EINVAL).
+            if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
+                return False
+            raise
+
+    return retrying(attempt, url, "create")

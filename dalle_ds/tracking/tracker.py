@@ -1,0 +1,290 @@
+"""Track a run in MLflow without ever waiting for it: calls append to a spool on disk, one thread delivers."""
+
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dalle_ds.errors import DataError
+from dalle_ds.tracking.mlflow_sink import RUN_FILE, MlflowSink, RunRef, read_run, resolve_uri, without_password, write_run
+from dalle_ds.tracking.spool import Spool
+
+log = logging.getLogger(__name__)
+
+SPOOL = "mlflow_spool"
+DRAIN_EVERY_S = 2.0  # metrics gather this long: one request carries many of them
+MAX_BACKOFF_S = 60.0
+BATCH_RECORDS = 200
+COPY_UP_TO = 64 << 20  # larger artifacts are uploaded from where they lie
+PIPELINE = "DALLE_DS_PIPELINE"
+"""Environment variable: runs that begin under the same value are children of one run, which is named by its last part."""
+STATES = ("FINISHED", "FAILED", "KILLED")
+
+
+class NullTracker:
+    """A tracker that keeps nothing: for ranks other than the first, and for tests."""
+
+    run: RunRef | None = None
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of one step; values are anything that float() takes."""
+
+    def picture(self, name: str, picture: Image.Image, step: int | None = None) -> None:
+        """A picture; those with a step appear on a time slider of that name."""
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """A file or a folder for `folder` of the run's artifacts. Files up to 64 MiB are copied now, others must stay."""
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Searchable labels; the last value wins."""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run. A value that a restart changed is kept as the tag `changed.NAME`."""
+
+    def input_dataset(self, name: str, source_url: str, digest: str, context: str = "training") -> None:
+        """Lineage: what the run was made from (data set, dVAE, tokenizer), with its fingerprint."""
+
+    def close(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
+        """Deliver what waits, then set the run's state. True if all was delivered."""
+        return True
+
+
+class Tracker(NullTracker):
+    """See NullTracker for the calls. None of them waits for the server or raises because of it; `start` returns at once.
+
+    A folder has one MLflow run, over all restarts: its id is in FOLDER/mlflow_run.json, what is not delivered in
+    FOLDER/mlflow_spool. After a kill, records of the last moment may be sent again with the same step and time, which MLflow
+    stores once.
+    """
+
+    def __init__(self, folder: Path, sink: MlflowSink, session: str | None) -> None:
+        self.folder, self._sink, self._session = folder, sink, session
+        # two lanes: an artifact store that refuses uploads must not hold back the metrics
+        self._lanes = {"values": Spool(folder / SPOOL / "values"), "files": Spool(folder / SPOOL / "files")}
+        self._append_lock = threading.Lock()
+        self._wake, self._closing, self._closed = threading.Event(), threading.Event(), False
+        self._disk_is_full = False
+        self._thread = threading.Thread(target=self._drain, name="mlflow", daemon=True)
+
+    @classmethod
+    def start(
+        cls,
+        folder: str | Path,
+        *,
+        uri: str | None = None,
+        experiment: str = "dalle_ds",
+        run_name: str = "",
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        description: str = "",
+    ) -> "Tracker":
+        """Go on with the folder's run, or begin it.
+
+        Args:
+            folder: the run's folder (any pathlib path on a local disk); made if missing.
+            uri: MLflow store; None takes MLFLOW_TRACKING_URI, else the store that the folder used before, else
+                sqlite:///FOLDER.parent/mlflow.db with artifacts beside it.
+            description: Markdown for the run's page, where RUN_ID becomes the run's id; one that is there already stays.
+        """
+        folder = Path(folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        known = read_run(folder)
+        uri = resolve_uri(uri, folder, known)
+        if known is None:
+            known = RunRef(
+                uri=without_password(uri),
+                experiment=experiment,
+                run_name=run_name or folder.name,
+                key=uuid.uuid4().hex,
+                pipeline=os.environ.get(PIPELINE, ""),
+            )
+            write_run(folder, known)
+        tracker = cls(folder, MlflowSink(folder, uri), session=uuid.uuid4().hex)
+        tracker.params(params or {})
+        tracker.tags(tags or {})
+        if description:
+            tracker._append("values", {"kind": "description", "text": description})
+        tracker._thread.start()
+        return tracker
+
+    @classmethod
+    def attach(cls, folder: str | Path, *, uri: str, run_id: str) -> "Tracker":
+        """Add to a run that exists (samples of an exported model, say), spooling in `folder`; its state stays as it is."""
+        folder = Path(folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_run(folder, RunRef(uri=without_password(uri), run_id=run_id))
+        tracker = cls(folder, MlflowSink(folder, uri, attach_only=True), session=uuid.uuid4().hex)
+        tracker._thread.start()
+        return tracker
+
+    @property
+    def run(self) -> RunRef | None:  # type: ignore[override]
+        """The folder's MLflow run; its id is None until the store has answered."""
+        return read_run(self.folder)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._append(
+            "values",
+            {"kind": "metrics", "step": int(step), "values": {_name(key): float(value) for key, value in values.items()}},
+        )
+
+    def picture(self, name: str, picture: Image.Image, step: int | None = None) -> None:
+        name = _name(name)
+        stem = name.replace("/", "_") if step is None else f"{name.replace('/', '_')}-{step:08d}"
+        folder = Path(SPOOL) / "pictures" / uuid.uuid4().hex[:8]
+        try:
+            (self.folder / folder).mkdir(parents=True)
+            picture.save(self.folder / folder / f"{stem}.png")
+        except OSError as error:
+            self._say_disk_is_full(error)
+            return
+        self._append("files", {"kind": "picture", "name": name, "step": step, "file": str(folder / f"{stem}.png")})
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        path = Path(path).resolve()
+        file, is_copy = str(path), path.is_file() and path.stat().st_size <= COPY_UP_TO
+        if is_copy:  # the caller may change or delete the original before the server is back
+            copied = Path(SPOOL) / "artifacts" / uuid.uuid4().hex / path.name
+            try:
+                (self.folder / copied).parent.mkdir(parents=True)
+                shutil.copyfile(path, self.folder / copied)
+            except OSError as error:
+                self._say_disk_is_full(error)
+                return
+            file = str(copied)
+        self._append("files", {"kind": "artifact", "file": file, "folder": folder, "is_copy": is_copy})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        if values:
+            self._append("values", {"kind": "tags", "values": {_name(key): str(value) for key, value in values.items()}})
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        if values:
+            self._append("values", {"kind": "params", "values": {_name(key): str(value) for key, value in values.items()}})
+
+    def input_dataset(self, name: str, source_url: str, digest: str, context: str = "training") -> None:
+        self._append("values", {"kind": "dataset", "name": name, "source": source_url, "digest": digest, "context": context})
+
+    def close(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
+        if self._closed:
+            return True
+        if status not in STATES:
+            raise ValueError(f"status {status!r}: expected one of {', '.join(STATES)}")
+        self._append("values", {"kind": "status", "status": status, "session": self._session})
+        return self._flush_and_stop(timeout)
+
+    def _flush_and_stop(self, timeout: float) -> bool:
+        self._closed = True
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout)
+        n_left = sum(lane.n_waiting() for lane in self._lanes.values())
+        if n_left:
+            log.warning(
+                "%d tracking records could not be delivered to %s yet and stay in %s; the next start of this run sends "
+                "them, or: dalle-ds replay %s",
+                n_left,
+                without_password(self._sink.uri),
+                self.folder / SPOOL,
+                self.folder,
+            )
+        if not self._thread.is_alive():
+            for lane in self._lanes.values():
+                lane.close()
+        return n_left == 0
+
+    def _append(self, lane: str, record: dict[str, Any]) -> None:
+        record["time"] = int(time.time() * 1000)
+        with self._append_lock:
+            try:
+                self._lanes[lane].append(record)
+                self._disk_is_full = False
+            except OSError as error:
+                self._say_disk_is_full(error)
+
+    def _say_disk_is_full(self, error: OSError) -> None:
+        if not self._disk_is_full:  # once an outage, not once a step
+            log.warning("tracking records are lost: %s takes no more of them: %s", self.folder / SPOOL, error)
+        self._disk_is_full = True
+
+    def _drain(self) -> None:
+        """The thread: lanes in turn, each with its own back-off."""
+        lanes = [_Lane(name, spool, self._sink, self._session) for name, spool in self._lanes.items()]
+        while True:
+            for lane in lanes:
+                lane.drain(hurry=self._closing.is_set())
+            if self._closing.is_set() and all(lane.is_done for lane in lanes):
+                return
+            self._wake.wait(0.2 if self._closing.is_set() else DRAIN_EVERY_S)
+
+
+class _Lane:
+    """One spool on its way to MLflow: what is delivered is acknowledged, what fails waits with growing back-off."""
+
+    def __init__(self, name: str, spool: Spool, sink: MlflowSink, session: str | None) -> None:
+        self.name, self.spool, self.sink, self.session = name, spool, sink, session
+        self.is_done = False
+        self._n_failures, self._n_failures_in_a_hurry, self._not_before = 0, 0, 0.0
+
+    def drain(self, hurry: bool) -> None:
+        """Deliver all that waits; `hurry` cuts the back-off to half a second and gives up after the third failure."""
+        if self.is_done or (not hurry and time.monotonic() < self._not_before):
+            return
+        if not self.spool.lock():
+            self._failed(hurry, "another process delivers this run's records")
+            return
+        try:
+            while True:
+                records, position = self.spool.read(BATCH_RECORDS if self.name == "values" else 1)
+                if not records:
+                    break
+                self.sink.deliver(records, session=self.session)
+                self.spool.acknowledge(position)
+                if self._n_failures:
+                    log.info("MLflow is back after %d attempts", self._n_failures)
+                    self._n_failures = 0
+        except Exception as error:  # whatever tracking does wrong, training goes on
+            self._failed(hurry, f"{type(error).__name__}: {str(error)[:300]}")
+            return
+        self.is_done = hurry
+
+    def _failed(self, hurry: bool, reason: str) -> None:
+        self._n_failures += 1
+        if hurry:
+            self._n_failures_in_a_hurry += 1
+            self.is_done = self._n_failures_in_a_hurry >= 3
+            time.sleep(0.5)
+        pause = min(MAX_BACKOFF_S, 2.0 ** min(self._n_failures, 10))
+        self._not_before = time.monotonic() + pause
+        if self._n_failures in (1, 5) or self._n_failures % 20 == 0:
+            log.warning(
+                "MLflow does not answer (attempt %d, %s): records wait in %s", self._n_failures, reason, self.spool.folder
+            )
+
+
+def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0) -> bool:
+    """Deliver what an ended run left in its spool. True if nothing is left.
+
+    Raises:
+        DataError: no run was ever tracked in `folder`.
+    """
+    folder = Path(folder).resolve()
+    known = read_run(folder)
+    if known is None:
+        raise DataError(f"{folder / RUN_FILE} does not exist: no run was tracked in this folder")
+    tracker = Tracker(folder, MlflowSink(folder, uri or known.uri, attach_only=not known.experiment), session=None)
+    tracker._thread.start()
+    return tracker._flush_and_stop(timeout)
+
+
+def _name(key: str) -> str:
+    """MLflow takes letters, digits and _-./ and space."""
+    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", str(key))[:250]

@@ -1,0 +1,77 @@
+"""What a training run of a small CLIP is: the tree behind a recipe file."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dalle_ds.recipes import Config
+from dalle_ds.tracking.config import TrackingConfig
+
+
+class ClipPictures(Config):
+    """Raw shards, in memory as a whole."""
+
+    raw: str = Field(description="root of raw shards: a path or s3:// url")
+    validation_fraction: float = Field(0.0024, gt=0, lt=1, description="the same as the dVAE's and the encoder's: one split")
+    fold: int = Field(0, ge=0, description="of `folds` parts of the training pictures, by hash of the group, the one to learn")
+    folds: int = Field(1, ge=1, description="several models that have no picture in common can judge each other's choices")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClipPictures":
+        if self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} of {self.folds}: expected 0 to {self.folds - 1}")
+        return self
+
+
+class ClipTowers(Config):
+    """Two small transformers of one width."""
+
+    image_size: int = Field(32, ge=8, description="pixels a side; other pictures are resized to it")
+    patch_size: int = Field(8, ge=1)
+    width: int = Field(128, ge=8)
+    heads: int = Field(4, ge=1)
+    image_layers: int = Field(4, ge=1)
+    text_layers: int = Field(2, ge=1)
+    text_len: int = Field(32, ge=3, description="tokens of a caption at most, with its two marks")
+    vocab_size: int = Field(2048, ge=514, description="tokens at most: 512 of bytes, two marks, merges")
+    n_features: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ClipTowers":
+        if self.image_size % self.patch_size or self.width % self.heads:
+            raise ValueError(
+                f"patch_size {self.patch_size} must divide image_size {self.image_size}, "
+                f"and heads {self.heads} must divide width {self.width}"
+            )
+        return self
+
+
+class ClipOptimizer(Config):
+    lr: float = Field(1e-3, gt=0, description="falls to 0 along half a cosine")
+    warmup: int = Field(50, ge=0, description="updates")
+    weight_decay: float = Field(0.2, ge=0, description="of matrices, as CLIP")
+    beta2: float = Field(0.98, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="global gradient norm")
+
+
+class ClipTracking(TrackingConfig):
+    run_name: str = "clip"
+    every: int = Field(20, ge=1, description="updates between metrics")
+
+
+class ClipRun(Config):
+    """One training job of a CLIP over all its restarts."""
+
+    folder: str = Field(description="checkpoint, model, report and the merged recipe go here")
+    data: ClipPictures
+    model: ClipTowers = ClipTowers()
+    optimizer: ClipOptimizer = ClipOptimizer()
+    updates: int = Field(2000, ge=1)
+    batch_size: int = Field(128, ge=2, description="pictures, each the others' wrong answer")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: torch's choice")
+    seed: int = 0
+    checkpoint_every: int = Field(200, ge=1, description="updates between checkpoints")
+    report_every: int = Field(200, ge=1, description="updates between validations")
+    tracking: ClipTracking = ClipTracking()

@@ -1,0 +1,110 @@
+"""Batches of pictures with captions for CLIP: a function of seed and update, so that a resumed run needs no position."""
+
+# B batch, S samples, H and W pixels, C channels
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
+from dalle_ds.data.raw import RawSample, load_pictures
+from dalle_ds.errors import DataError
+from dalle_ds.training.clip.config import ClipPictures
+
+KEPT_SCALE = 2
+"""Pictures are held at this multiple of the model's size: what a crop takes of a larger one is not seen."""
+
+
+class Captioned(NamedTuple):
+    """A decoded picture, no larger than need be, and what is said of it."""
+
+    key: str
+    group: str
+    caption: str
+    pixels_HWC: np.ndarray
+
+
+class CaptionedBatch(NamedTuple):
+    images_BHWC: np.ndarray  # uint8
+    captions: list[str]
+
+
+def read_split(data: ClipPictures, split: str, image_size: int) -> list[Captioned]:
+    """All usable pictures of a split, of the training split those of the fold; in memory.
+
+    Raises:
+        DataError: there is none, or more than fits in memory.
+    """
+    samples = load_pictures(data.raw, split, data.validation_fraction)
+    if split == "train":
+        samples = [sample for sample in samples if _fold_of(sample.group, data.folds) == data.fold]
+    with ThreadPoolExecutor(os.cpu_count(), "clip-decode") as pool:  # Pillow lets other threads run
+        found = list(pool.map(lambda sample: _decoded(sample, image_size), samples))
+    usable = [sample for sample in found if sample is not None]
+    if not usable:
+        raise DataError(
+            f"{data.raw}: no usable picture in the {split} split (fold {data.fold} of {data.folds}, validation_fraction "
+            f"{data.validation_fraction}); pictures must be at least {image_size} pixels wide and high"
+        )
+    return usable
+
+
+def one_of_each_group(samples: Sequence[Captioned]) -> list[Captioned]:
+    """The first picture of every group, and of every caption: those of which each has one right answer."""
+    first = {sample.group: sample for sample in reversed(samples)}
+    return list({sample.caption.lower(): sample for sample in first.values()}.values())
+
+
+def crops(samples: Sequence[Captioned], image_size: int) -> np.ndarray:
+    """Each picture as it is encoded for the prior: uint8 (S, H, W, C)."""
+    return np.stack([prior_crop(sample.pixels_HWC, image_size, seed_of(sample.key)) for sample in samples])
+
+
+def batches(samples: Sequence[Captioned], batch_size: int, image_size: int, seed: int, start: int) -> Iterator[CaptionedBatch]:
+    """Batches of the updates from `start` on. An epoch takes one picture of every group, so that no batch holds two of one
+    thing; each in a crop of its own.
+
+    Raises:
+        DataError: fewer groups than a batch needs.
+    """
+    groups: dict[str, list[Captioned]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample)
+    members = list(groups.values())
+    per_epoch = len(members) // batch_size
+    if per_epoch == 0:
+        raise DataError(f"{len(members)} groups of pictures, expected at least batch_size {batch_size}")
+    update = start
+    while True:
+        epoch, step = divmod(update, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(members))
+        rng = np.random.default_rng((seed, epoch, step))
+        chosen = []
+        for group in order[step * batch_size : (step + 1) * batch_size]:
+            chosen.append(members[group][rng.integers(len(members[group]))])
+        images = [prior_crop(sample.pixels_HWC, image_size, int(rng.integers(2**63))) for sample in chosen]
+        yield CaptionedBatch(np.stack(images), [sample.caption for sample in chosen])
+        update += 1
+
+
+def _decoded(sample: RawSample, image_size: int) -> Captioned | None:
+    try:
+        picture = decode_image(sample.image)
+    except ImageProblem:
+        return None
+    if min(picture.size) < image_size:
+        return None
+    factor = KEPT_SCALE * image_size / min(picture.size)
+    if factor < 1:
+        size = (round(picture.width * factor), round(picture.height * factor))
+        picture = picture.resize(size, Image.Resampling.BOX)
+    return Captioned(sample.key, sample.group, sample.caption, np.asarray(picture))
+
+
+def _fold_of(group: str, folds: int) -> int:
+    return int.from_bytes(hashlib.sha256(b"fold:" + group.encode()).digest()[:8], "big") % folds

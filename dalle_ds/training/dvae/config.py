@@ -1,0 +1,131 @@
+"""What a dVAE training run is: the tree behind a recipe file. The defaults are the paper's (section 2.1 and appendix A)."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dalle_ds.errors import ConfigError
+from dalle_ds.models.dvae import DVAEConfig
+from dalle_ds.optim.ema import AverageConfig
+from dalle_ds.optim.schedules import HalfCosine
+from dalle_ds.recipes import Config
+from dalle_ds.tracking.config import TrackingConfig
+
+
+class PictureSection(Config):
+    """Raw shards, and how much of them is held in memory."""
+
+    raw: str = Field(description="root of raw shards: a path or s3:// url")
+    validation_fraction: float = Field(0.0024, gt=0, lt=1, description="the paper holds out 606,000 of 250 million")
+    validation_pictures: int = Field(4096, ge=1, description="held-out pictures at most that are measured")
+    window_mb: int = Field(
+        2048, ge=1, description="encoded pictures in memory of each rank; within such a window the order is shuffled"
+    )
+    decoded_mb: int = Field(
+        2048, ge=0, description="decoded pictures in memory of each rank; used where all shards fit one window"
+    )
+    min_zoom: float = Field(9 / 8, ge=1, description="pictures are resized to this multiple of image_size, or a larger one")
+    max_zoom: float = Field(12 / 8, ge=1, description="and to this multiple at most")
+    prefetch: int = Field(4, ge=1, description="batches made ahead")
+
+    @model_validator(mode="after")
+    def _check(self) -> "PictureSection":
+        if self.max_zoom < self.min_zoom:
+            raise ValueError(f"max_zoom {self.max_zoom} is below min_zoom {self.min_zoom}")
+        return self
+
+
+class AdamWSection(Config):
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip: float | None = Field(None, gt=0, description="global gradient norm; the paper names none for the dVAE")
+
+
+class ScheduleSection(Config):
+    """All three are half cosines over updates; after them their end values hold."""
+
+    tau: HalfCosine = HalfCosine(start=1.0, end=1 / 16, updates=150_000)
+    kl_weight: HalfCosine = HalfCosine(start=0.0, end=6.6, updates=5_000)
+    lr: HalfCosine = HalfCosine(start=1e-4, end=1.25e-6, updates=1_200_000)
+    lr_warmup: int = Field(0, ge=0, description="updates of linear warm-up; the paper names none")
+
+
+class LossSection(Config):
+    """What short runs add to the paper's loss; the defaults add nothing."""
+
+    ln_b_min: float | None = Field(
+        None, description="floor of ln b; without it large even areas shrink b until they alone make the gradient"
+    )
+    usage_weight: float = Field(
+        0.0, ge=0, description="weight, in units of kl_weight, of KL(mean of q over the batch || uniform): keeps codes in use"
+    )
+
+
+class DVAETracking(TrackingConfig):
+    run_name: str = "dvae"
+    every: int = Field(50, ge=1, description="updates between metrics")
+
+
+class DVAEFailure(Config):
+    collective_timeout: float = Field(
+        1800,
+        gt=0,
+        description="seconds that ranks wait for one of them, be it for its data, or for the main rank's held-out "
+        "pictures, which it takes from the raw shards at each start",
+    )
+
+
+class DVAERun(Config):
+    """One training job of the dVAE over all its restarts."""
+
+    folder: str = Field(description="checkpoint, weights, report and the merged recipe go here")
+    data: PictureSection
+    model: DVAEConfig = DVAEConfig()
+    optimizer: AdamWSection = AdamWSection()
+    schedules: ScheduleSection = ScheduleSection()
+    loss: LossSection = LossSection()
+    average: AverageConfig = AverageConfig()
+    updates: int = Field(3_000_000, ge=1)
+    batch_size: int = Field(512, ge=1)
+    micro_batch: int | None = Field(
+        None, ge=1, description="pictures that go through at a time; unset: the whole batch. Several ranks share such parts out"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp16", description="fp16, on CUDA only: one loss scale, as the paper")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1; of several ranks each has its own CUDA device")
+    workers: int = Field(1, ge=1, description="threads that each take a micro-batch of the update at the same time; for CPUs")
+    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: torch's choice")
+    seed: int = 0
+    checkpoint_every: int = Field(2000, ge=1, description="updates between checkpoints")
+    report_every: int = Field(5000, ge=1, description="updates between validations")
+    tracking: DVAETracking = DVAETracking()
+    failure: DVAEFailure = DVAEFailure()
+
+    @property
+    def part_size(self) -> int:
+        """Pictures of a part, which go through the model together."""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of each update's batch: their losses are averaged."""
+        return self.batch_size // self.part_size
+
+    def parts_of(self, rank: int, world_size: int) -> range:
+        """The parts that a rank takes of every batch. Raises ConfigError where they do not divide among the ranks."""
+        n_of_each, left = divmod(self.n_parts, world_size)
+        if left:
+            raise ConfigError(
+                f"batch_size {self.batch_size} in parts of micro_batch {self.part_size} is {self.n_parts} parts, "
+                f"expected a multiple of the {world_size} ranks"
+            )
+        return range(rank * n_of_each, (rank + 1) * n_of_each)
+
+    @model_validator(mode="after")
+    def _check(self) -> "DVAERun":
+        if self.model.image_size < 11:
+            raise ValueError(f"model.image_size is {self.model.image_size}, expected at least 11: the window of SSIM")
+        if self.batch_size % self.part_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self

@@ -1,0 +1,169 @@
+"""What a dVAE is worth on held-out pictures: numbers, and pictures to look at."""
+
+# B batch, C channels, K codes, h and w grid cells, N = h*w
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.evaluation.reconstruction import codebook_usage, psnr, ssim
+from dalle_ds.models.dvae import DVAE
+from dalle_ds.ops.logit_laplace import location_pixels, log_density, split_output
+from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
+from dalle_ds.parallel.ranks import Ranks
+
+BATCH = 16
+"""Pictures at a time, whatever the training's: the paper's model takes 6 GiB for them in fp32. Results don't depend on it."""
+COLLAPSED_BELOW = 0.1
+"""Share of the codes in use."""
+COLLAPSE_CAUSES = (
+    "usual causes: the weight of KL rises too fast or too high for the batch, tau falls too fast, the learning rate is too "
+    "high, ln b runs away (loss.ln_b_min), or the run is too short for the codebook (loss.usage_weight helps)"
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of held-out pictures. PSNR is with hard codes: argmax, no noise, as the prior's data are encoded.
+
+    The bounds are the true ones (KL weight 1), in nats a sub-pixel: with codes drawn from q, and with relaxed ones at `tau`.
+    """
+
+    psnr: float  # dB, mean over pictures
+    ssim: float  # mean over pictures
+    codes_used: int
+    n_codes: int
+    perplexity: float
+    kl_per_cell: float  # nats
+    elb_hard: float
+    elb_relaxed: float
+    tau: float
+    n_pictures: int
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether most codes are dead: the picture is carried by a few, and the prior would learn those."""
+        return self.codes_used < COLLAPSED_BELOW * self.n_codes
+
+    def metrics(self) -> dict[str, float]:
+        """As named in the tracker."""
+        values = {key: float(value) for key, value in asdict(self).items() if key not in ("tau", "n_pictures", "n_codes")}
+        return {f"validation/{key}": value for key, value in values.items()}
+
+
+class _Measured(NamedTuple):
+    """Of a few pictures. Sums are over a picture's cells or sub-pixels."""
+
+    psnr_B: np.ndarray
+    ssim_B: np.ndarray
+    counts_K: np.ndarray
+    kl_B: np.ndarray
+    hard_B: np.ndarray
+    relaxed_B: np.ndarray
+
+
+@torch.no_grad()
+def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, ranks: Ranks) -> tuple[HeldOut, np.ndarray]:
+    """Measure on uint8 pictures, in fp32 -> (numbers, how often each code is chosen (K,)), on every rank.
+
+    All ranks pass the same pictures and share them out. Each picture has its own noise, always the same.
+    """
+    starts = range(0, len(images_BCHW), BATCH)[ranks.rank :: ranks.world_size]
+    measured = {start: _measure(model, images_BCHW[start : start + BATCH], tau, ln_b_min, start) for start in starts}
+    measured = {start: batch for of_rank in ranks.gather_objects(measured) for start, batch in of_rank.items()}
+    psnr_S, ssim_S, counts_SK, kl_S, hard_S, relaxed_S = zip(*(measured[start] for start in sorted(measured)), strict=True)
+    n_pictures, n_subpixels = len(images_BCHW), images_BCHW.numel()
+    kl, hard, relaxed = (float(np.concatenate(sums_S).sum()) for sums_S in (kl_S, hard_S, relaxed_S))
+    counts_K = np.sum(counts_SK, axis=0)
+    usage = codebook_usage(counts_K)
+    numbers = HeldOut(
+        psnr=float(np.concatenate(psnr_S).mean()),
+        ssim=float(np.concatenate(ssim_S).mean()),
+        codes_used=usage.n_used,
+        n_codes=usage.n_codes,
+        perplexity=usage.perplexity,
+        kl_per_cell=kl / (n_pictures * model.config.n_tokens),
+        elb_hard=(hard - kl) / n_subpixels,
+        elb_relaxed=(relaxed - kl) / n_subpixels,
+        tau=tau,
+        n_pictures=n_pictures,
+    )
+    return numbers, counts_K
+
+
+def _measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, first_seed: int) -> _Measured:
+    device = next(model.parameters()).device
+    images_BCHW = images_BCHW.to(device)
+    noises = [torch.Generator(device).manual_seed(first_seed + i) for i in range(len(images_BCHW))]
+    codes_Bhw, made_BCHW, *sums = measured_tensors(model, images_BCHW, tau, ln_b_min, noises)
+    pair = images_BCHW.cpu().numpy(), made_BCHW.cpu().numpy()
+    counts_K = np.bincount(codes_Bhw.flatten().cpu().numpy(), minlength=model.config.vocab_size)
+    return _Measured(psnr(*pair), ssim(*pair), counts_K, *(of_pictures_B.cpu().numpy() for of_pictures_B in sums))
+
+
+@torch.no_grad()
+def measured_tensors(
+    model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, noises: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What measuring takes from the device at once -> hard codes (B, h, w), pictures made of them (uint8), and for each picture
+    in nats the KL term and the log density under codes drawn from q and under relaxed ones, (B,) float64."""
+    pixels_BCHW = model.map_images(images_BCHW)
+    logits_BKhw = model.encode_logits(pixels_BCHW)
+    codes_Bhw = logits_BKhw.argmax(dim=1)
+    made_BCHW = location_pixels(split_output(model.decoder.from_codes(codes_Bhw))[0], model.config.pixel_eps)
+    singles = list(zip(logits_BKhw.split(1), noises, strict=True))
+    relaxed_BKhw = torch.cat([gumbel_softmax(logits_1Khw, tau, noise) for logits_1Khw, noise in singles])
+    # the Gumbel maximum is a draw from q
+    drawn_Bhw = torch.cat([gumbel_softmax(logits_1Khw, 1.0, noise).argmax(dim=1) for logits_1Khw, noise in singles])
+    densities = []
+    for decode, codes in ((model.decoder.from_codes, drawn_Bhw), (model.decoder, relaxed_BKhw)):
+        mu, ln_b = split_output(decode(codes))
+        densities.append(_sums(log_density(pixels_BCHW, mu, floored(ln_b, ln_b_min))))
+    return codes_Bhw, made_BCHW, _sums(kl_to_uniform(logits_BKhw)), *densities
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Of each picture."""
+    return values.flatten(1).sum(1, dtype=torch.float64)
+
+
+def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
+    """ln b, not below `minimum` where one is set."""
+    return ln_b if minimum is None else ln_b.clamp(min=minimum)
+
+
+@torch.no_grad()
+def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pairs: int = 3, min_side: int = 64) -> Image.Image:
+    """Rows of held-out pictures, each above its reconstruction from hard codes; small ones are enlarged without smoothing."""
+    # Spread over the set: neighbours in it are often alike.
+    spread = torch.linspace(0, len(images_BCHW) - 1, min(columns * pairs, len(images_BCHW))).long()
+    chosen_BCHW = images_BCHW[spread].to(next(model.parameters()).device)
+    made_BCHW = torch.cat([model.decode_tokens(model.tokens(batch_BCHW)) for batch_BCHW in chosen_BCHW.split(BATCH)])
+    rows = []
+    for start in range(0, len(chosen_BCHW), columns):
+        for images in (chosen_BCHW, made_BCHW):
+            row_BHWC = images[start : start + columns].permute(0, 2, 3, 1).cpu().numpy()
+            missing = columns - len(row_BHWC)
+            rows.append(np.concatenate([*row_BHWC, *[np.full_like(row_BHWC[0], 255)] * missing], axis=1))
+    grid = Image.fromarray(np.concatenate(rows, axis=0).squeeze())
+    enlarge = -(-min_side // images_BCHW.shape[-1])
+    return grid.resize((grid.width * enlarge, grid.height * enlarge), Image.Resampling.NEAREST)
+
+
+def usage_chart(counts_K: np.ndarray, title: str) -> Image.Image:
+    """How often each code is chosen, from the most to the least used, on a logarithmic scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # when the first chart is drawn
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(np.arange(len(counts_K)), np.sort(counts_K)[::-1], width=1.0)
+    axes.set(title=title, xlabel="codes, by use", ylabel="cells", yscale="log", ylim=(0.5, None))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -1,0 +1,403 @@
+"""Train the dVAE: the story of a run, from recipe to weights, report and pictures, on one rank or several."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle_ds.console import progress
+from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.models.dvae import DVAE
+from dalle_ds.ops.devices import on_device
+from dalle_ds.ops.logit_laplace import log_density
+from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
+from dalle_ds.optim.ema import WeightAverage
+from dalle_ds.optim.schedules import linear_warmup
+from dalle_ds.parallel.failure_detection import RankWatch
+from dalle_ds.parallel.ranks import ALONE, Ranks
+from dalle_ds.recipes import dump_recipe, flatten
+from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.weights import read_weights, write_weights
+from dalle_ds.tracking.provenance import code_tags
+from dalle_ds.tracking.tracker import NullTracker, Tracker
+from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
+from dalle_ds.training.dvae.metrics import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
+from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
+from dalle_ds.training.run_folder import (
+    exact_device,
+    finished_report,
+    identity_of,
+    load_checkpoint,
+    require_room,
+    save_checkpoint,
+    shards_digest,
+    write_report,
+)
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "dvae.safetensors"
+REPORT_FILE = "dvae_report.json"
+RECONSTRUCTIONS_FILE = "reconstructions.png"
+
+
+def train_dvae(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Train, or go on with, the run in `run.folder`; a finished run is left alone. Returns the report, on every rank.
+
+    Ranks are replicas, each with its own parts of every batch: the same pictures and noise at any number of ranks, so that
+    losses differ by the order of sums alone, and a checkpoint goes on at any number of them. They share `run.folder`.
+
+    Raises:
+        UserError: anything about the recipe, the data or the folder that would stop the run later.
+        RankLost: another rank died, failed or hangs.
+        SystemExit(143): asked to stop; the state is saved.
+    """
+    folder = Path(run.folder)
+    # Only the main rank holds the lock: the others are its own.
+    with (
+        StopFlag() as stop,
+        RankWatch(ranks, run.failure.collective_timeout) as watch,
+        RunLock(folder) if ranks.is_main else nullcontext(),
+    ):
+        shards = shards_digest(run.data.raw)
+        identity = identity_of("dvae", run, shards)
+        finished = ranks.from_main(_finished(folder, identity) if ranks.is_main else None)
+        if finished is not None:
+            log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
+            return finished
+        with _denormals_flushed(), closing(_Trainer(run, identity, shards, ranks)) as trainer:
+            watch.before_exit = trainer.end_tracking
+            return trainer.run(stop)
+
+
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Denormal numbers are very slow on CPUs, and codes that die make many. Afterwards the process has what it had."""
+    flushed_before = bool(torch.tensor(2.0**-149) * 1 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed_before)
+
+
+class _Trainer:
+    """One run: what it is made of (built and checked in the constructor), and its loop."""
+
+    def __init__(self, run: DVAERun, identity: str, shards: str, ranks: Ranks) -> None:
+        self.recipe, self.identity, self.shards, self.ranks, self.folder = run, identity, shards, ranks, Path(run.folder)
+        self.tracker, self.status = NullTracker(), "FAILED"
+        self.parts = run.parts_of(ranks.rank, ranks.world_size)
+        self.device = _device(run, ranks)
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        torch.manual_seed(run.seed)
+        # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
+        self.model = DVAE(run.model).to(self.device, memory_format=torch.channels_last)
+        self.parameters = list(self.model.parameters())
+        require_room(self.folder, sum(p.numel() for p in self.parameters))
+        settings = run.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=run.schedules.lr.start,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
+        self.average = WeightAverage(self._weights(), run.average)
+        # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
+        # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
+        # gradients are summed in order: the same losses in every run.
+        self.pool = ThreadPoolExecutor(run.workers, "dvae", initializer=torch.set_flush_denormal, initargs=(True,))
+        self.update, self.seconds, self.position = 0, 0.0, Position()
+        self._restore()
+        image_size = run.model.image_size
+        self.validation = ranks.from_main(validation_pictures(run.data, image_size) if ranks.is_main else None)
+        places = range(self.parts.start * run.part_size, self.parts.stop * run.part_size)
+        self.stream = PictureStream(run.data, image_size, run.batch_size, run.seed, self.position, places)
+
+    # ---- the loop --------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: StopFlag) -> dict[str, Any]:
+        run = self.recipe
+        if self.ranks.is_main:
+            self._start_tracking()
+        before, began, resumed_at = self.seconds, time.monotonic(), self.update
+        with progress(total=run.updates, initial=self.update, what="dVAE", unit="update", enabled=self.ranks.is_main) as bar:
+            while self.update < run.updates:
+                metrics, stop_requested = self._step(stop.requested)
+                self.update += 1
+                self.seconds = before + time.monotonic() - began
+                bar.update(1)
+                if self.update % run.tracking.every == 0:
+                    rate = (self.update - resumed_at) * run.batch_size / (time.monotonic() - began)
+                    values = {name: float(value) for name, value in metrics.items()} | {"train/images_per_second": rate}
+                    self.tracker.metrics(values, self.update)
+                    bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
+                if self.update % run.report_every == 0 and self.update < run.updates:
+                    self._validate()
+                if self.update % run.checkpoint_every == 0 or self.update == run.updates or stop_requested:
+                    self._save()
+                if stop_requested and self.update < run.updates:
+                    self.status = "KILLED"
+                    log.info(
+                        "asked to stop (%s): saved update %d in %s; the same command goes on from there",
+                        stop.reason or "another rank",
+                        self.update,
+                        self.folder,
+                    )
+                    self.end_tracking()
+                    self.ranks.barrier()  # launchers end the other ranks once one has left
+                    raise SystemExit(EXIT_STOPPED)
+        summary = self._finish()
+        self.status = "FINISHED"
+        return summary
+
+    def end_tracking(self) -> None:
+        """Tell MLflow how it ended. May wait for the server, up to a minute."""
+        self.tracker.close(self.status)
+
+    def close(self) -> None:
+        """End the threads of the run."""
+        self.stream.close()
+        self.pool.shutdown()
+        self.end_tracking()
+
+    def _start_tracking(self) -> None:
+        run = self.recipe
+        (self.folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
+        self.tracker = Tracker.start(
+            self.folder,
+            uri=run.tracking.uri,
+            experiment=run.tracking.experiment,
+            run_name=run.tracking.run_name,
+            tags={**code_tags(), "stage": "dvae", "run_fingerprint": self.identity},
+            params={**flatten(run.model_dump(mode="json")), "world_size": self.ranks.world_size},
+        )
+        self.tracker.input_dataset("raw", run.data.raw, self.shards)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        """One update of the parameters and of their average -> metrics, some still on the device; any rank's wish to stop."""
+        run, schedules = self.recipe, self.recipe.schedules
+        tau, kl_weight = schedules.tau.at(self.update), schedules.kl_weight.at(self.update)
+        lr = schedules.lr.at(self.update) * linear_warmup(self.update, schedules.lr_warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = next(self.stream)
+        self.position = batch.next_position
+        sums = self._accumulate(batch.images_BCHW, tau, kl_weight)
+        sums = self._over_ranks({**sums, "unusable_pictures": batch.n_unusable, "stop_requests": stop_requested})
+        stop_requested = bool(sums.pop("stop_requests"))
+        self.scaler.unscale_(self.optimizer)
+        clip = run.optimizer.clip if run.optimizer.clip is not None else float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        took_step = self.scaler.get_scale() >= scale  # a skipped step lowers the scale
+        if took_step:
+            self.average.update(self._weights())
+        metrics = {
+            **{f"train/{name}": value for name, value in sums.items()},
+            "train/grad_norm": grad_norm,
+            "train/learning_rate": lr,
+            "train/tau": tau,
+            "train/kl_weight": kl_weight,
+            "train/loss_scale": scale,
+            "train/data_wait_seconds": self.stream.wait_seconds,
+        }
+        return metrics, stop_requested
+
+    def _accumulate(self, images_BCHW: Tensor, tau: float, kl_weight: float) -> dict[str, Tensor]:
+        """Leave the (scaled) gradient of this rank's parts in the parameters -> its share of the loss and of its terms.
+
+        Shares are of the mean over all parts of the batch, so that their sum over ranks is that mean.
+        """
+        n_parts = self.recipe.n_parts
+
+        def gradients(images_BCHW: Tensor, part: int) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+            loss, terms = self._loss(images_BCHW, tau, kl_weight, self._noise(part))
+            return torch.autograd.grad(self.scaler.scale(loss / n_parts), self.parameters), terms
+
+        run_parts = self.pool.map if self.recipe.workers > 1 else map
+        sums: dict[str, Tensor] = {}
+        for part_gradients, terms in run_parts(gradients, images_BCHW.split(self.recipe.part_size), self.parts):
+            for parameter, gradient in zip(self.parameters, part_gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / n_parts
+        return sums
+
+    def _noise(self, part: int) -> torch.Generator:
+        # A function of update and part: a resume needs no state of it, and any rank can take the part.
+        seed = np.random.SeedSequence((self.recipe.seed, self.update, part)).generate_state(1, np.uint64)
+        return torch.Generator(self.device).manual_seed(int(seed[0]))
+
+    def _over_ranks(self, sums: dict[str, Any]) -> dict[str, Any]:
+        """Sum the gradients in the parameters, and `sums`, over all ranks: one collective for all, in fp32."""
+        if self.ranks.world_size == 1:
+            return sums
+        values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in sums.values()])
+        flat = self.ranks.sum(torch.cat([*(p.grad.flatten() for p in self.parameters), values]))
+        *gradients, values = flat.split([*(p.numel() for p in self.parameters), len(sums)])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient.view(parameter.shape))  # whatever the memory format of either
+        return dict(zip(sums, values.unbind(), strict=True))
+
+    def _loss(
+        self, images_BCHW: Tensor, tau: float, kl_weight: float, noise: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bound, divided once, as a whole, by the number of sub-pixels (paper, appendix A.1), in nats."""
+        run = self.recipe
+        images_BCHW = on_device(images_BCHW, self.device).contiguous(memory_format=torch.channels_last)
+        # No cache of cast weights: each is used once, and workers must not share what belongs to another's graph.
+        with torch.autocast(self.device.type, _DTYPES[run.precision], enabled=run.precision != "fp32", cache_enabled=False):
+            pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, noise)
+        n_subpixels = images_BCHW[0].numel()
+        nll = -log_density(pixels_BCHW, mu, floored(ln_b, run.loss.ln_b_min)).mean()
+        kl_per_cell = kl_to_uniform(logits_BKhw).mean()
+        loss = nll + kl_weight * kl_per_cell * (run.model.n_tokens / n_subpixels)
+        terms = {"nll": nll.detach(), "kl_per_cell": kl_per_cell.detach()}
+        if run.loss.usage_weight:
+            usage_kl = mean_kl_to_uniform(logits_BKhw)
+            loss = loss + run.loss.usage_weight * usage_kl * (run.model.n_tokens / n_subpixels)
+            terms["usage_kl"] = usage_kl.detach()
+        return loss, {"loss": loss.detach(), **terms}
+
+    # ---- measuring -------------------------------------------------------------------------------------------------------
+
+    def _validate(self) -> HeldOut:
+        """Measure the averaged weights on held-out pictures; numbers and pictures go to the tracker."""
+        tau = self.recipe.schedules.tau.at(self.update)
+        with self.average.in_place_of(self._weights()):
+            numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min, self.ranks)
+            if not self.ranks.is_main:
+                return numbers
+            grid = reconstruction_grid(self.model, self.validation)
+        self.tracker.metrics(numbers.metrics(), self.update)
+        self.tracker.picture("reconstructions", grid, self.update)
+        title = f"{numbers.codes_used} of {numbers.n_codes} codes in use, perplexity {numbers.perplexity:.0f}"
+        self.tracker.picture("codebook_usage", usage_chart(counts_K, title), self.update)
+        grid.save(self.folder / RECONSTRUCTIONS_FILE)
+        log.info("update %d, held out: PSNR %.2f dB, SSIM %.3f, %s", self.update, numbers.psnr, numbers.ssim, title)
+        if numbers.has_collapsed and self.update >= self.recipe.schedules.kl_weight.updates:
+            log.warning("the codebook has COLLAPSED: %s; %s", title, COLLAPSE_CAUSES)
+        return numbers
+
+    def _finish(self) -> dict[str, Any]:
+        """Measure, and write the results -> the report."""
+        numbers = self._validate()
+        return self.ranks.from_main(self._write_results(numbers) if self.ranks.is_main else None)
+
+    def _write_results(self, numbers: HeldOut) -> dict[str, Any]:
+        """Write the averaged weights, then the report: the report says that the run is finished."""
+        model = self.recipe.model
+        with self.average.in_place_of(self._weights()):
+            state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+            mark = write_weights(
+                self.folder / WEIGHTS_FILE,
+                kind="dvae",
+                config=model.model_dump(),
+                state=state,
+                extra={
+                    "run": self.identity,
+                    "held_out": json.dumps(asdict(numbers)),
+                    "validation_fraction": str(self.recipe.data.validation_fraction),
+                },
+            )
+        report = {
+            "dvae": mark,
+            "run": self.identity,
+            "weights": str(self.folder / WEIGHTS_FILE),
+            "image_size": model.image_size,
+            "grid": model.grid,
+            **asdict(numbers),
+            "updates": self.update,
+            "seconds": round(self.seconds, 1),
+            "parameters": sum(p.numel() for p in self.parameters),
+            "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
+        }
+        write_report(self.folder / REPORT_FILE, report)
+        self.tracker.tags({"dvae": mark})
+        for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE, "recipe.yaml"):
+            self.tracker.artifact(self.folder / name)
+        return report
+
+    # ---- stopping and going on -------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if not self.ranks.is_main:
+            return
+        state = {
+            "identity": self.identity,
+            "update": self.update,
+            "seconds": self.seconds,
+            "position": list(self.position),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        save_checkpoint(self.folder, state)
+
+    def _restore(self) -> None:
+        state = load_checkpoint(self.folder, self.identity)
+        if state is not None:
+            self._load(state)
+        starts = self.ranks.gather_objects((self.update, self.identity))
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                raise UserError(
+                    f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: they must see the "
+                    f"same {self.folder}, recipe and raw shards" % (*start, *starts[0])
+                )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.update, self.seconds, self.position = state["update"], state["seconds"], Position(*state["position"])
+        log.info("going on from update %d", self.update)
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The report of a finished run in this folder; None where there is none, or where its weights are to be written again."""
+    report = finished_report(folder / REPORT_FILE, identity)
+    if report is None or not (folder / WEIGHTS_FILE).exists():
+        return None  # the last checkpoint is complete: the weights are written again from it
+    mark = read_weights(folder / WEIGHTS_FILE, "dvae").fingerprint
+    require_same(f"weights {folder / WEIGHTS_FILE}", report.get("dvae", "none"), mark)
+    return report
+
+
+def _device(run: DVAERun, ranks: Ranks) -> torch.device:
+    device = exact_device(run.device)
+    if ranks.world_size > 1:
+        if run.device not in ("auto", ranks.device.type):
+            raise ConfigError(
+                f"device is {run.device!r}, but rank {ranks.rank} of {ranks.world_size} has {ranks.device}: take device=auto"
+            )
+        device = ranks.device
+    if run.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"precision is fp16, which needs a CUDA device (here: {device}); take precision=bf16 or fp32")
+    return device

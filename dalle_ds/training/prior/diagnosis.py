@@ -1,0 +1,215 @@
+"""Why a run can't go on: what every block computes on a batch that brings no step, kept with all it takes to see it again.
+
+diagnosis/update_00000123/
+    diagnosis.json               blocks, ranks and samples that are not finite
+    magnitudes.png               the largest magnitudes of all blocks
+    batch/*.safetensors          the samples of each rank, keys and captions in the metadata
+    state/                       weights, moments and scales, as in a checkpoint
+    recipe.yaml, deepspeed.json  the settings
+"""
+
+import json
+import logging
+import math
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dalle_ds.data.tokens import TokenBatch
+from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.parallel.engine import PriorEngine, UpdateReport
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.recipes import dump_recipe
+from dalle_ds.storage import objects
+from dalle_ds.tracking.tracker import NullTracker
+from dalle_ds.training.prior.build import build_engine, read_engine_config
+from dalle_ds.training.prior.config import FailureSection, PriorRun
+from dalle_ds.training.prior.magnitudes import look_into, magnitudes_chart
+
+log = logging.getLogger(__name__)
+
+FOLDER, DIAGNOSIS_FILE, PICTURE_FILE = "diagnosis", "diagnosis.json", "magnitudes.png"
+BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.yaml", "deepspeed.json"
+
+
+class Patience:
+    """Counts updates in a row that bring nothing. The same on every rank, as reports are."""
+
+    def __init__(self, limits: FailureSection) -> None:
+        self._limits, self._n_losses, self._n_without_step = limits, 0, 0
+        self._n_of_block: Counter[str] = Counter()
+
+    def observe(self, report: UpdateReport) -> str | None:
+        """After every update -> why it makes no sense to go on, or None."""
+        self._n_losses = 0 if math.isfinite(report.loss) else self._n_losses + 1
+        self._n_without_step = 0 if report.took_step else self._n_without_step + 1
+        self._n_of_block = Counter({block: self._n_of_block[block] + 1 for block in report.nonfinite_blocks})
+        if self._n_losses >= self._limits.nonfinite_losses:
+            return f"no finite loss in {self._n_losses} updates in a row (failure.nonfinite_losses)"
+        if self._n_without_step >= self._limits.updates_without_step:
+            return f"no step in {self._n_without_step} updates in a row (failure.updates_without_step)"
+        for block, n in self._n_of_block.most_common(1):
+            if n >= self._limits.updates_without_step:
+                return f"no step of {block} in {n} updates in a row (failure.updates_without_step)"
+        return None
+
+
+def diagnose(
+    run: PriorRun,
+    engine: PriorEngine,
+    micro_batches: Sequence[TokenBatch],
+    lr: float,
+    update: int,
+    reason: str,
+    tracker: NullTracker,
+) -> str:
+    """Keep the engine's state and this batch, look into it, and tell MLflow -> what to say to the user.
+
+    Kept in the run's folder, or with its checkpoints where these have a folder of their own: the ranks may share no other.
+    All ranks call it together. The engine can't be trained on afterwards.
+    """
+    ranks, url = engine.ranks, objects.join(run.checkpoint.folder or run.folder, FOLDER, f"update_{update:08d}")
+    if ranks.is_main:
+        objects.delete_tree(url)
+    ranks.barrier()
+    problem = None
+    try:
+        with _files_of(url) as folder:
+            _save_batch(micro_batches, folder, ranks)
+            engine.save(folder / STATE_FOLDER, {"update": update})
+    except (OSError, UserError) as error:  # no room for it, say: the rest is worth having all the same
+        problem = f"rank {ranks.rank}: {error}"
+    problems = [found for found in ranks.gather_objects(problem) if found]
+    finding = look_into(engine, micro_batches, lr)
+    if ranks.is_main:
+        about = {
+            "update": update,
+            "reason": reason,
+            "event": finding.event,
+            "world_size": ranks.world_size,
+            "learning_rate": lr,
+            "text_loss": _json_number(finding.report.text_loss),
+            "image_loss": _json_number(finding.report.image_loss),
+            "problems": problems,
+            "samples": finding.samples,
+            "model": engine.module.config.model_dump(),
+            "blocks": [asdict(block) for block in finding.blocks],
+        }
+        log.error("update %d again:\n%s", update, finding.table())
+        chart = magnitudes_chart(finding, f"Update {update}, first not finite: {finding.event}")
+        tracker.picture("diagnosis", chart, update)
+        with _files_of(url) as folder:
+            (folder / DIAGNOSIS_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+            (folder / RECIPE_FILE).write_text(dump_recipe(run), encoding="utf-8")
+            shutil.copyfile(run.deepspeed_path, folder / DEEPSPEED_FILE)
+            chart.save(folder / PICTURE_FILE)
+            tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
+    ranks.barrier()  # a launcher ends the others as soon as one is gone
+    recipe = f"--recipe {run.folder}/recipe.yaml " if objects.is_s3(url) else ""
+    state = (
+        f"The batch could not be saved ({problems[0]})."
+        if problems
+        else (f"The batch again, on any number of ranks:\n  deepspeed --num_gpus 1 {sys.argv[0]} {recipe}--replay {url}")
+    )
+    return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {url}/{DIAGNOSIS_FILE}. {state}"
+
+
+def replay(run: PriorRun, url: str, ranks: Ranks) -> dict[str, Any]:
+    """Make the update of a diagnosis again, on any number of ranks and in whatever format the recipe says -> summary.
+
+    Nothing of the run that it came from is read or changed. All ranks call it together.
+
+    Raises:
+        DataError: there is no diagnosis at `url`, or one without its batch and state.
+        ConfigError: the recipe's batch is not the diagnosed one.
+    """
+    about = read_diagnosis(url)
+    if about["problems"]:
+        raise DataError(f"{url} has no batch: {about['problems'][0]}")
+    run = run.on_ranks(ranks.world_size)
+    engine = build_engine(run, PriorConfig(**about["model"]), read_engine_config(run, ranks), ranks)
+    engine.load(objects.join(url, STATE_FOLDER))
+    finding = look_into(engine, _load_batch(url, run, ranks), about["learning_rate"])
+    if ranks.is_main:
+        log.info("update %d again:\n%s\n%s", about["update"], finding.table(), finding.describe())
+    return {
+        "diagnosis": url,
+        "update": about["update"],
+        "event": about["event"],
+        "event_in_replay": finding.event,
+        "reproduced": finding.event == about["event"],
+        "text_loss": _json_number(finding.report.text_loss),
+        "image_loss": _json_number(finding.report.image_loss),
+        "took_step": finding.report.took_step,
+    }
+
+
+def read_diagnosis(url: str) -> dict[str, Any]:
+    """Content of diagnosis.json. Raises DataError where there is none at `url`."""
+    try:
+        return json.loads(objects.read_bytes(objects.join(url, DIAGNOSIS_FILE)))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{url} has no readable {DIAGNOSIS_FILE}: {error}") from None
+
+
+# ---- keeping -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _files_of(url: str) -> Iterator[Path]:
+    """An empty folder on this machine; what is in it at the end goes to `url`."""
+    parent = objects.local_path(url)
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)
+        for path in [path for path in Path(folder).rglob("*") if path.is_file()]:
+            objects.move_file(path, objects.join(url, str(path.relative_to(folder))))
+
+
+def _save_batch(micro_batches: Sequence[TokenBatch], folder: Path, ranks: Ranks) -> None:
+    tensors = {"text": torch.cat([b.text_BT for b in micro_batches]), "image": torch.cat([b.image_BN for b in micro_batches])}
+    names = {what: json.dumps([x for b in micro_batches for x in getattr(b, what)]) for what in ("keys", "captions", "shards")}
+    (folder / BATCHES).mkdir()
+    save_file(tensors, folder / BATCHES / f"rank-{ranks.rank:05d}.safetensors", names)
+
+
+def _load_batch(url: str, run: PriorRun, ranks: Ranks) -> list[TokenBatch]:
+    """This rank's share of the samples of all files, in the recipe's micro-batches."""
+    texts, images, names = [], [], {"keys": [], "captions": [], "shards": []}
+    for file_url in sorted(objects.list_files(objects.join(url, BATCHES), ".safetensors")):
+        with objects.local_copy(file_url) as path, safe_open(path, "pt") as file:
+            texts.append(file.get_tensor("text"))
+            images.append(file.get_tensor("image"))
+            for what, values in names.items():
+                values += json.loads(file.metadata()[what])
+    text_BT, image_BN = torch.cat(texts), torch.cat(images)
+    n = len(text_BT)
+    if n != run.global_batch:
+        raise ConfigError(f"the recipe's global_batch is {run.global_batch}, but {url} has {n} samples")
+    share = n // ranks.world_size
+    starts = range(ranks.rank * share, (ranks.rank + 1) * share, run.micro_batch)
+    return [
+        TokenBatch(
+            text_BT[s : s + run.micro_batch],
+            image_BN[s : s + run.micro_batch],
+            **{what: tuple(values[s : s + run.micro_batch]) for what, values in names.items()},
+            n_truncated=0,
+        )
+        for s in starts
+    ]
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

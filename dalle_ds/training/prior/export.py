@@ -1,0 +1,139 @@
+"""Export: from a sharded checkpoint to one folder that samples on any machine, in memory for two of its tensors.
+
+Tensors go from the ranks' files to the export's one at a time; the proof of parity then reads what was written.
+"""
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dalle_ds.console import progress
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.errors import DataError
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.parallel.checkpoint_tensors import AVERAGE, WEIGHTS, SavedState
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.stored_tensors import StoredTensor
+from dalle_ds.storage.weights import open_weights, verified_fingerprint, write_weights
+from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
+from dalle_ds.training.prior.parity import prove_parity
+from dalle_ds.training.prior.throughput import peak_gigabytes
+
+log = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 5 * 10**9
+"""Above this a model is several files. The usual size: some file systems and object stores end at 5 GB for one upload."""
+
+
+def export_checkpoint(
+    run_folder: str | Path,
+    out: str | Path,
+    *,
+    tag: str | None = None,
+    averaged: bool = True,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> dict[str, Any]:
+    """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the proof of parity.
+
+    Args:
+        run_folder: folder of the training run, or the s3:// url that its checkpoints go to.
+        out: the export's folder, a path or s3:// url.
+        tag: name of the checkpoint, e.g. "update_00000500"; None: the newest.
+        averaged: the averaged weights (what the paper samples from), or the last ones.
+        max_file_bytes: a larger model becomes several files with an index.
+
+    Raises:
+        DataError: no such checkpoint, or one whose files don't fit each other; the exported model does not give the losses
+            that the engine had when it saved.
+    """
+    checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), keep=1).find(tag)
+    about = checkpoint.commit["about"]
+    config = PriorConfig(**about["model"])
+    dataset = _absolute(about["dataset"])
+    sets = [_absolute(one["dataset"]) for one in about.get("data_sets", [about])]  # checkpoints from before mixes lack it
+    inputs = {name: objects.join(dataset, name) for name in ("tokenizer.model", "dvae.safetensors")}
+    tokenizer, dvae = CaptionTokenizer(inputs["tokenizer.model"]), verified_fingerprint(inputs["dvae.safetensors"], "dvae")
+    for name, expected, found in (
+        ("tokenizer.model", about["tokenizer"], tokenizer.fingerprint),
+        ("dvae.safetensors", about["dvae"], dvae),
+    ):
+        require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the former.")
+    state = _weights(checkpoint, config, averaged)
+    n_bytes = sum(tensor.nbytes for tensor in state.values())
+
+    # first and last: a folder without config.json is not taken for an export, nor is one that was written in part
+    objects.delete(objects.join(out, "config.json"))
+    model = objects.join(out, "model.safetensors")
+    with progress(total=n_bytes, what="export", unit="B", unit_scale=True) as bar:
+        fingerprint = write_weights(
+            model, kind="prior", config=config.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
+        )
+    parity = _parity(checkpoint, config, model, about) if averaged else None  # only of the average are losses
+    info = {
+        "fingerprint": fingerprint,
+        "update": checkpoint.commit["update"],
+        "averaged": averaged,
+        "dvae": about["dvae"],
+        "tokenizer": about["tokenizer"],
+        "data": {"url": dataset, "sets": sets, "fingerprint": about["data"], "content": about["content"]},
+        "caption_dropout": about.get("caption_dropout", 0.0),  # checkpoints from before the option lack it
+        "mlflow": about["mlflow"],
+        "checkpoint": _absolute(checkpoint.url),
+    }
+    for name, url in inputs.items():
+        with objects.local_copy(url) as file:
+            objects.put_file(file, objects.join(out, name))
+    objects.write_bytes(objects.join(out, "parity.json"), json.dumps(parity, indent=1).encode())
+    objects.write_bytes(objects.join(out, "config.json"), json.dumps(info, indent=1).encode())
+    return {
+        "export": str(out),
+        **{key: info[key] for key in ("fingerprint", "update", "averaged", "checkpoint")},
+        "parity": parity,
+        "gigabytes": round(n_bytes / 1e9, 3),
+        "peak_memory_gigabytes": peak_gigabytes(torch.device("cpu")).get("memory/cpu_peak_gigabytes"),
+    }
+
+
+def _checkpoint_folder(run_folder: str) -> str:
+    if objects.is_s3(run_folder):
+        return run_folder
+    with suppress(FileNotFoundError):  # the merged recipe that the run left there
+        recipe = yaml.safe_load(Path(run_folder, "recipe.yaml").read_text(encoding="utf-8"))
+        if folder := recipe.get("checkpoint", {}).get("folder"):
+            return folder
+    return objects.join(run_folder, "checkpoints")
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else str(Path(url).resolve())
+
+
+def _weights(checkpoint: Checkpoint, config: PriorConfig, averaged: bool) -> dict[str, StoredTensor]:
+    """Where the weights lie, once it is known that they are this model's."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Prior(config).named_parameters()}
+    tensors = SavedState(checkpoint.data).of_kind(AVERAGE if averaged else WEIGHTS)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != shapes:
+        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        named = ", ".join(different[:5])
+        raise DataError(f"{checkpoint.url} holds another model than its checkpoint.json says: {named} differ")
+    return tensors
+
+
+def _parity(checkpoint: Checkpoint, config: PriorConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
+    tensors, fp16_branches = open_weights(model, "prior").tensors, about["fp16_branches"]
+    dtype = getattr(torch, about.get("weight_dtype", "float32"))  # checkpoints from before it was said lack it
+    n_passes = 1 if not fp16_branches and dtype is torch.float32 else 2
+    n_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("heads.text."))
+    with progress(total=n_bytes * n_passes, what="parity", unit="B", unit_scale=True) as bar:
+        parity = prove_parity(checkpoint.data, config, tensors, fp16_branches=fp16_branches, dtype=dtype, read=bar.update)
+    difference = parity["max_difference_same_format"]
+    log.info("export equals the engine: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
+    return parity

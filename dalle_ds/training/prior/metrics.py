@@ -1,0 +1,182 @@
+"""What a prior run tells while it trains: metrics and pictures for MLflow, lines for the log, the progress bar."""
+
+import logging
+import math
+from collections.abc import Callable
+
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.console import progress
+from dalle_ds.data.tokens import TokenStream
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.parallel.engine import PriorEngine, UpdateReport
+from dalle_ds.parallel.step_timer import with_collective_share
+from dalle_ds.tracking.charts import gradient_scales, position_heatmap
+from dalle_ds.tracking.tracker import NullTracker
+from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.state import TrainState
+from dalle_ds.training.prior.throughput import Throughput, known_peak_tflops, peak_gigabytes
+
+log = logging.getLogger(__name__)
+
+SAMPLES = "samples"
+
+CHART_POINTS = 1000
+"""Updates that the chart of gradient scales shows at most: more than it has pixels."""
+
+
+def describe(run: PriorRun, n_parameters: int, world_size: int) -> str:
+    """What the run is and where to look first: Markdown for its page."""
+    lines = [
+        f"Prior `{run.model.preset}` of {n_parameters / 1e6:.1f} million parameters: {run.updates} updates of "
+        f"{run.global_batch} samples of `{run.data.sources}` on {world_size} ranks.",
+        "",
+        "Where to look first, under *Model metrics*:",
+        "- `loss/validation_image`: nats an image token on held-out pictures, of the averaged weights. It falls to the end; "
+        "where it rises while `loss/train_image` falls, the prior learns its pictures by heart.",
+        "- `optimizer/skipped_updates`, and the picture `optimizer/gradient_scales`: a few skipped updates and slowly rising "
+        "scales are healthy; a block whose scale keeps falling is not.",
+        "- `speed/tokens_per_second`, `speed/mfu` (where the peak of the device is known), `time_share/data_wait`: near 0, or "
+        "training waits for its data.",
+        "- the pictures `held_out/samples` and `loss/by_position`, by update.",
+        "",
+        "Parameters are what differs from the paper's recipe and decides what is learned; all settings are in `recipe.yaml` "
+        "and `deepspeed.json` under *Artifacts*.",
+    ]
+    if run.tracking.samples_every:
+        lines += ["", f"![Newest samples](get-artifact?path=pictures%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
+    return "\n".join(lines)
+
+
+class RunReport:
+    """Tells it once, from the main rank; on the others every call does nothing."""
+
+    def __init__(
+        self,
+        run: PriorRun,
+        model_config: PriorConfig,
+        engine: PriorEngine,
+        stream: TokenStream,
+        state: TrainState,
+        tracker: NullTracker,
+    ) -> None:
+        self._is_main = engine.ranks.is_main
+        self._engine, self._stream, self._state, self._tracker = engine, stream, state, tracker
+        self._every, self._profile_every, self._grid = run.tracking.every, run.tracking.profile_every, model_config.grid
+        ranks = engine.ranks
+        peak = run.tracking.peak_tflops or known_peak_tflops(ranks.device)
+        self._throughput = Throughput(model_config, run.global_batch, peak * ranks.world_size if peak else None)
+        self._scale_history: list[tuple[int, list[float]]] = []
+        self._n_scales, self._scale_stride = 0, 1
+        self._at_limits: dict[str, str] = {}
+        self.bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
+
+    def profiled(self, update: Callable[[], UpdateReport]) -> UpdateReport:
+        """Run an update; where it is due, measure the share of its time that collectives take."""
+        if not self._is_main or not self._state.update or self._state.update % self._profile_every:
+            return update()
+        report, share = with_collective_share(update, self._engine.ranks.device)
+        self._tracker.metrics({"time_share/collectives": share}, self._state.update)
+        return report
+
+    def updated(self, report: UpdateReport, lr: float) -> None:
+        """After every update; `state` counts it already."""
+        if not self._is_main:
+            return
+        state = self._state
+        self.bar.update(1)
+        self._throughput.add()
+        if report.nonfinite_blocks:
+            what = "left out some blocks" if report.took_step else "skipped"
+            log.warning("update %d %s: non-finite gradient in %s", state.update, what, ", ".join(report.nonfinite_blocks))
+        elif not report.took_step and report.loss_scale is not None:
+            log.warning("update %d skipped: non-finite gradient at loss scale 2^%g", state.update, math.log2(report.loss_scale))
+        elif not report.took_step:
+            log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
+        if state.update % self._every and report.took_step:
+            return
+        values = {
+            "loss/train": report.loss,
+            "loss/train_text": report.text_loss,
+            "loss/train_image": report.image_loss,
+            "optimizer/learning_rate": lr,
+            "optimizer/skipped_updates": state.n_skipped,
+            "optimizer/epoch": state.update / self._stream.steps_per_epoch,
+            **self._throughput.metrics(self._engine.phases.take(), self._stream.wait_seconds),
+            "speed/data_wait_seconds": self._stream.wait_seconds,
+            "speed/captions_cut": self._stream.n_truncated,
+            **peak_gigabytes(self._engine.ranks.device),
+        }
+        if len(self._stream.n_drawn) > 1:  # as data.mix numbers the sets
+            values |= {f"data/samples_of_set_{i}": n for i, n in enumerate(self._stream.n_drawn, start=1)}
+        if math.isfinite(report.grad_norm):
+            values["optimizer/gradient_norm"] = report.grad_norm
+        if report.loss_scale is not None:
+            values["optimizer/loss_scale"] = report.loss_scale
+        if self._engine.scaler:
+            self._warn_of_limits()
+            values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
+            self._keep_scales(state.update, self._engine.scaler.scale)
+        self._tracker.metrics(values, state.update)
+        self.bar.set_postfix_str(
+            f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
+        )
+
+    def validated(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
+        """Held-out losses of the averaged weights; `nll_BN` of some samples makes a map of the image loss by grid position."""
+        if not self._is_main:
+            return
+        update, grid, scaler = self._state.update, self._grid, self._engine.scaler
+        self._tracker.metrics({"loss/validation_text": text_loss, "loss/validation_image": image_loss}, update)
+        log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", update, image_loss, text_loss)
+        chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {update}")
+        self._tracker.picture("loss/by_position", chart, update)
+        if scaler:
+            self.scales("gradient scales")
+            if len(self._scale_history) > 1:
+                updates, scales = zip(*self._scale_history, strict=True)
+                lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
+                self._tracker.picture("optimizer/gradient_scales", gradient_scales(updates, lines), update)
+
+    def sampled(self, sheet: Image.Image) -> None:
+        """Pictures for held-out captions: over time among the charts, the newest one in the run's description."""
+        self._tracker.picture("held_out/samples", sheet, self._state.update)
+        self._tracker.picture(SAMPLES, sheet)
+
+    def scales(self, what: str) -> None:
+        """The range of the blocks' gradient scales, in the log."""
+        if self._is_main and self._engine.scaler:
+            powers = sorted((power, name) for name, power in self._engine.scaler.log2_scales().items())
+            log.info("%s from 2^%.1f (%s) to 2^%.1f (%s)", what, *powers[0], *powers[-1])
+
+    def optimizer_bytes(self, moments: str, bytes_per_parameter: float) -> None:
+        """Counted over real tensors, which the optimizer makes in its first step."""
+        if self._is_main:
+            self._tracker.tags({"optimizer_bytes_per_parameter": round(bytes_per_parameter, 4)})
+            log.info("%s moments: %.2f bytes a parameter", moments, bytes_per_parameter)
+
+    def _keep_scales(self, update: int, scale: Tensor) -> None:
+        """For the chart: of a long run fewer updates, equally far apart."""
+        self._n_scales += 1
+        if self._n_scales % self._scale_stride:
+            return
+        self._scale_history.append((update, scale.tolist()))
+        if len(self._scale_history) > CHART_POINTS:
+            del self._scale_history[::2]
+            self._scale_stride *= 2
+
+    def _warn_of_limits(self) -> None:
+        assert self._engine.scaler is not None
+        now, powers = self._engine.scaler.at_limits(), self._engine.scaler.log2_scales()
+        for name, limit in now.items():
+            if self._at_limits.get(name) != limit:
+                log.warning(
+                    "update %d: the gradient scale of %s is at its %s, 2^%g; if it stays there, widen the limits in "
+                    "the DeepSpeed JSON",
+                    self._state.update,
+                    name,
+                    limit,
+                    powers[name],
+                )
+        self._at_limits = now

@@ -1,0 +1,56 @@
+"""Sheets of samples while a prior trains: a few held-out captions, always the same, with always the same noise."""
+
+# C captions, K candidates a caption, N image tokens
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.models.attention import use_attention
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.sampling.decode import decode_pictures
+from dalle_ds.sampling.export import Export
+from dalle_ds.sampling.generate import generate
+from dalle_ds.sampling.grid import picture_grid
+from dalle_ds.sampling.held_out import READ_AT_LEAST, read_held_out
+from dalle_ds.sampling.sampler import seed_of
+from dalle_ds.storage import objects
+from dalle_ds.storage.weights import read_weights
+
+CAPTIONS, CANDIDATES = 6, 4
+TEMPERATURE = 0.8  # small models need a plainer choice than the paper's 1 to show what they know
+
+
+class SampleSheets:
+    """Draws them on one rank, in fp32; holds the dVAE and the captions in between."""
+
+    def __init__(self, config: PriorConfig, dataset: TokenDataset, device: torch.device) -> None:
+        """Raises DataError where the data set has no dVAE beside its tokens."""
+        self._config, self._device = config, device
+        saved = read_weights(objects.join(dataset.root_url, "dvae.safetensors"), "dvae", str(device))
+        with torch.device("meta"):
+            dvae, prior = DVAE(DVAEConfig(**saved.config)), Prior(config)
+        dvae.load_state_dict(saved.state, assign=True)
+        self._dvae = dvae.eval().requires_grad_(False)
+        marks = {"dvae": dataset.info.dvae, "tokenizer": dataset.info.tokenizer}
+        model = Export(dataset.root_url, prior, self._dvae, dataset.tokenizer, marks)
+        held_out = read_held_out(model, dataset.root_url, READ_AT_LEAST)
+        one_of_each = list({group: row for row, group in enumerate(held_out.groups)}.values())
+        self._held_out = held_out.take(one_of_each[:: -(-len(one_of_each) // CAPTIONS)])
+
+    def draw(self, weights: dict[str, Tensor], update: int) -> Image.Image:
+        """Real pictures (by their codes) and samples of the prior with these whole weights, a row for each caption."""
+        with torch.device("meta"):
+            prior = Prior(self._config)
+        prior.load_state_dict({name: weight.to(self._device) for name, weight in weights.items()}, assign=True)
+        use_attention(prior, "auto", self._device)
+        captions = self._held_out.captions
+        seeds_CK = [[seed_of(0, caption, k) for k in range(CANDIDATES)] for caption in captions]
+        prior = prior.eval().requires_grad_(False)
+        codes_CKN = generate(prior, self._held_out.text_ST, seeds_CK, temperature=TEMPERATURE)
+        real_codes_C1N = self._held_out.image_SN[:, None].to(codes_CKN)
+        rows = [decode_pictures(self._dvae, codes_KN) for codes_KN in torch.cat([real_codes_C1N, codes_CKN], 1)]
+        titles = ["real, by its codes", *(f"sample {k + 1}" for k in range(CANDIDATES))]
+        return picture_grid(rows, captions, title=f"Update {update}, temperature {TEMPERATURE:g}", column_titles=titles)

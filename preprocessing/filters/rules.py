@@ -1,0 +1,193 @@
+"""The filters of the paper (appendix C), each a small class that gives the reason why a sample is left out.
+
+The paper names the kinds of filters and not their thresholds, so these are ours and can be set.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from PIL import Image
+from pydantic import Field, field_validator
+
+from dalle_ds.data.images import MAX_PIXELS, ImageProblem, decode_image
+from dalle_ds.data.raw import RawSample
+from dalle_ds.recipes import Config
+from preprocessing.filters.language import LANGUAGES, language_of
+
+FILTER_RULES: Final = 2  # part of the fingerprint of raw shards: change it when a filter judges otherwise
+
+
+class FilterConfig(Config):
+    """Thresholds. They are part of the fingerprint of the raw shards."""
+
+    min_letters: int = 3
+    max_characters: int = 2000
+    max_boilerplate: float = 0.7  # share of a caption's letters and digits
+    language: str | None = "en"  # the captions' own; null keeps all languages
+    max_other_language: float = Field(0.8, ge=0, le=1)  # probability of another language above which a caption is dropped
+    min_side: int = 32  # pixels
+    max_pixels: int = Field(64 * 2**20, ge=1, le=MAX_PIXELS)  # told by the header; 64 Mi take up to 1.3 GiB to decode
+    min_aspect: float = 0.5  # width / height; the paper's [1/2, 2]
+    max_aspect: float = 2.0
+
+    @field_validator("language")
+    @classmethod
+    def _is_known(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"{language!r}: expected one of {', '.join(LANGUAGES)}, or null to keep all languages")
+        return language
+
+
+class CaptionFilter(Protocol):
+    """The reason to drop a caption, or None."""
+
+    def __call__(self, caption: str) -> str | None: ...
+
+
+class PictureFilter(Protocol):
+    """The reason to drop a picture, or None."""
+
+    def __call__(self, picture: Image.Image) -> str | None: ...
+
+
+class EmptyCaption:
+    """Nothing but spaces."""
+
+    def __call__(self, caption: str) -> str | None:
+        return None if caption.strip() else "empty caption"
+
+
+class ShortCaption:
+    """Too few letters, of any alphabet, to describe anything."""
+
+    def __init__(self, min_letters: int) -> None:
+        self.min_letters = min_letters
+
+    def __call__(self, caption: str) -> str | None:
+        return "short caption" if sum(map(str.isalpha, caption)) < self.min_letters else None
+
+
+class LongCaption:
+    """A whole page or binary rubbish instead of a caption."""
+
+    def __init__(self, max_characters: int) -> None:
+        self.max_characters = max_characters
+
+    def __call__(self, caption: str) -> str | None:
+        return "long caption" if len(caption) > self.max_characters else None
+
+
+class DamagedCaption:
+    """Bytes that were no UTF-8, halves of surrogate pairs, or control characters."""
+
+    def __call__(self, caption: str) -> str | None:
+        is_damaged = any(c == "\ufffd" or "\ud800" <= c <= "\udfff" or (c < " " and c not in "\t\n\r") for c in caption)
+        return "damaged caption" if is_damaged else None
+
+
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec)[a-z]*\.?"
+_DAY = r"(?:mon|tue|tues|wed|thu|thur|thurs|fri|sat|sun)(?:[a-z]*day)?\.?,?"
+_NUMBER = r"\d{1,2}(?:st|nd|rd|th)?"
+_YEAR = r"(?:'\d\d|\d{4})"
+_DATES: Final = re.compile(
+    "|".join(
+        [
+            # Wed Aug 25 23:35:46 2004
+            rf"(?:\b{_DAY}\s+)?\b{_MONTH}\s+{_NUMBER}\s+\d{{1,2}}:\d\d(?::\d\d)?\s+(?:[a-z]{{3,4}}\s+)?{_YEAR}",
+            rf"(?:\b{_DAY}\s+)?\b{_NUMBER}(?:\s+of)?[\s.-]+{_MONTH}[\s,.-]*{_YEAR}\b",  # 3rd of May, 2004
+            rf"(?:\b{_DAY}\s+)?\b{_MONTH}\s*{_NUMBER}\s*,?\s*{_YEAR}\b",  # May 3, 2004
+            rf"\b{_MONTH},?\s+{_YEAR}\b",  # May 2004
+            r"\b\d{4}[-/.:]\d{1,2}[-/.:]\d{1,2}(?:t\d\d:\d\d(?::\d\d)?z?)?\b",  # 2004-05-03, 2004-05-03T12:30Z
+            r"\b\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d\d)\b",  # 3.5.2004
+            r"\b\d{1,2}:\d\d(?::\d\d)?(?:\s*[ap]\.?m\b\.?)?",  # 12:30:01 pm
+        ]
+    )
+)
+_PHRASES: Final = re.compile(
+    r"\b(?:(?:photo(?:graph(?:ed)?|s)?|picture|image|shot|snapshot|file)\s+)?"
+    r"(?:photographed|taken|uploaded|created|captured|scanned|posted|published|added|modified)(?:\s+(?:on|at|by|in)\b|\s*$)"
+    r"|\bphoto(?:graph)?\s+(?:by|of the day)\b|\b(?:stock|royalty[- ]free)\s+(?:photo|image|picture|vector)s?\b"
+    r"|\ball rights reserved\b|\bcopyright\s*(?:\(c\)|©|by|\d{4})|\bpart of the [\w\s]{0,40}collection\b"
+    r"|\b(?:img|dsc[nf]?|p?10\d|image|picture|untitled|scan)[_ -]?\d{2,}(?:\.(?:jpe?g|png|gif|tiff?))?\b"
+)
+
+
+class Boilerplate:
+    """Mainly a date, a camera's file name or a stock phrase, such as "photographed on 3 May 2004"."""
+
+    def __init__(self, max_boilerplate: float) -> None:
+        self.max_boilerplate = max_boilerplate
+
+    def __call__(self, caption: str) -> str | None:
+        text = caption.lower()
+        rest = _PHRASES.sub(" ", _DATES.sub(" ", text))
+        before, after = (sum(map(str.isalnum, version)) for version in (text, rest))
+        return "boilerplate" if before and 1 - after / before > self.max_boilerplate else None
+
+
+class OtherLanguage:
+    """Confidently in another language than `language`. Short captions stay unjudged, doubtful ones are kept."""
+
+    def __init__(self, language: str, max_other: float) -> None:
+        self.language, self.max_other = language, max_other
+
+    def __call__(self, caption: str) -> str | None:
+        found = language_of(caption)
+        return "other language" if found and found[0] != self.language and found[1] > self.max_other else None
+
+
+class SmallPicture:
+    """A side under `min_side` pixels."""
+
+    def __init__(self, min_side: int) -> None:
+        self.min_side = min_side
+
+    def __call__(self, picture: Image.Image) -> str | None:
+        return "too small" if min(picture.size) < self.min_side else None
+
+
+class AspectRatio:
+    """Square crops of long pictures would cut off what the caption names."""
+
+    def __init__(self, min_aspect: float, max_aspect: float) -> None:
+        self.min_aspect, self.max_aspect = min_aspect, max_aspect
+
+    def __call__(self, picture: Image.Image) -> str | None:
+        return None if self.min_aspect <= picture.width / picture.height <= self.max_aspect else "aspect ratio"
+
+
+def caption_filters(config: FilterConfig) -> list[CaptionFilter]:
+    """In the order in which they are asked; the first reason counts."""
+    filters: list[CaptionFilter] = [
+        EmptyCaption(),
+        LongCaption(config.max_characters),
+        DamagedCaption(),
+        ShortCaption(config.min_letters),
+        Boilerplate(config.max_boilerplate),
+    ]
+    return filters + ([OtherLanguage(config.language, config.max_other_language)] if config.language else [])
+
+
+def picture_filters(config: FilterConfig) -> list[PictureFilter]:
+    return [SmallPicture(config.min_side), AspectRatio(config.min_aspect, config.max_aspect)]
+
+
+def judge_caption(caption: str, filters: list[CaptionFilter]) -> str | None:
+    """The first filter's reason, or None."""
+    return next(filter(None, (check(caption) for check in filters)), None)
+
+
+def sample_judge(config: FilterConfig) -> Callable[[RawSample], str | None]:
+    """A function that gives the reason to drop a sample, or None; captions are judged first, since that needs no decoding."""
+    captions, pictures = caption_filters(config), picture_filters(config)
+    return lambda sample: judge_caption(sample.caption, captions) or judge_picture(sample.image, pictures, config.max_pixels)
+
+
+def judge_picture(data: bytes, filters: list[PictureFilter], max_pixels: int) -> str | None:
+    """The reason to drop an encoded picture ("unreadable", "too large" or the first filter's), or None. Decodes it."""
+    try:
+        picture = decode_image(data, max_pixels=max_pixels)
+    except ImageProblem as problem:
+        return problem.reason
+    return next(filter(None, (check(picture) for check in filters)), None)

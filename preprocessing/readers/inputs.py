@@ -1,0 +1,99 @@
+"""What ingest reads: a folder of pictures, WebDataset tars (img2dataset's too) or parquet files, cut into shards."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dalle_ds.data.raw import IMAGE_EXTENSIONS, Dropped, RawSample, RawShard, read_raw_shard
+from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from preprocessing.readers.folder import Entry
+from preprocessing.readers.parquet import Columns, read_parquet
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """Some pictures of a folder."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the pictures that are not dropped already."""
+        return sum(entry.bytes for entry in self.entries if not entry.reason)
+
+    def samples(self) -> Iterator[RawSample | Dropped]:
+        for entry in self.entries:
+            data, reason = read_entry(entry) if not entry.reason else (b"", entry.reason)
+            extension = entry.url.rsplit(".", 1)[-1].lower()
+            yield Dropped(entry.key, reason) if reason else RawSample(entry.key, entry.group, entry.caption, data, extension)
+
+
+@dataclass(frozen=True)
+class TarPart:
+    """One WebDataset tar. Its `name` goes before each key, since other tars may count from zero too."""
+
+    name: str
+    url: str
+    bytes: int
+
+    def samples(self) -> Iterator[RawSample | Dropped]:
+        for sample in read_raw_shard(RawShard(self.name, self.url, self.bytes)):
+            key = f"{self.name}/{sample.key}"
+            if isinstance(sample, Dropped):
+                yield replace(sample, key=key)
+            else:
+                yield replace(sample, key=key, group=key if sample.group == sample.key else sample.group)
+
+
+@dataclass(frozen=True)
+class ParquetPart:
+    """One parquet file. Keys are NAME/ROW."""
+
+    name: str
+    url: str
+    bytes: int
+    columns: Columns
+
+    def samples(self) -> Iterator[RawSample | Dropped]:
+        return read_parquet(self.url, self.name, self.columns)
+
+
+Part = FolderPart | TarPart | ParquetPart
+
+
+def list_parts(url: str, columns: Columns) -> list[TarPart | ParquetPart]:
+    """The tars or parquet files at `url` (one such file, or a folder of them), by path; none where it is a folder of pictures.
+
+    img2dataset puts a parquet file and NNNNN_stats.json beside each tar, or beside folders of pictures: they are its log of
+    downloads, not samples.
+
+    Raises:
+        DataError: a folder of both tars and pictures, where one of them would be left out unsaid.
+    """
+    if url.endswith((".tar", ".parquet")) and objects.exists(url):
+        files = {url: objects.size(url)}
+    else:
+        files = objects.list_sizes(url)
+    names = {file: _name(file.removeprefix(url) or file.rsplit("/", 1)[-1]) for file in sorted(files)}
+    tars = [TarPart(name, file, files[file]) for file, name in names.items() if file.endswith(".tar")]
+    has_pictures = any(file.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)) for file in files)
+    if tars and has_pictures:
+        raise DataError(f"{url}: holds both tars and loose pictures; give the one or the other as `ingest.pictures`")
+    if tars or has_pictures:
+        return list(tars)
+    return [ParquetPart(name, file, files[file], columns) for file, name in names.items() if file.endswith(".parquet")]
+
+
+def _name(path: str) -> str:
+    return re.sub(r"[^\w/-]+", "_", path.strip("/").removesuffix(".tar").removesuffix(".parquet"))
+
+
+def read_entry(entry: Entry) -> tuple[bytes, str | None]:
+    """(the picture's bytes, None) or (b"", the reason why there are none)."""
+    try:
+        return objects.read_bytes(entry.url), None
+    except FileNotFoundError:
+        return b"", "missing picture"
+    except PermissionError:
+        return b"", "not allowed to read"

@@ -1,0 +1,104 @@
+"""Parquet files of encoded pictures with captions, read batch by batch, where nothing damaged goes uncounted."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dalle_ds.data.images import extension_of
+from dalle_ds.data.raw import MAX_MEMBER_BYTES, Dropped, RawSample
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config
+from dalle_ds.storage import objects
+
+BATCH_ROWS: Final = 32  # with their pictures in memory at once
+MAX_ROWS: Final = 10**8  # a footer that tells of more lies
+
+
+class Columns(Config):
+    """The names of a parquet file's columns. A picture is its file's bytes, or a struct whose field `bytes` holds them."""
+
+    image: tuple[str, ...] = ("image", "jpg", "image_bytes")  # the first of these that is there
+    caption: tuple[str, ...] = ("caption", "text")
+
+
+def read_parquet(url: str, name: str, columns: Columns) -> Iterator[RawSample | Dropped]:
+    """The rows of a file in stored order; a row that cannot be a sample is a Dropped. Keys are NAME/ROW.
+
+    Memory: some pages of the file. A writer with default settings puts up to 1024 pictures into a page.
+
+    Raises:
+        DataError: the file is missing, or has not the columns.
+    """
+    try:
+        with objects.local_copy(url) as path:
+            try:
+                # With a buffer of its own each column is read page by page, else a whole row group of pictures is held.
+                file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+            except (pa.ArrowException, OSError):
+                yield Dropped(name, "damaged shard")
+                return
+            if file.metadata.num_rows > MAX_ROWS:
+                yield Dropped(name, "damaged shard")
+                return
+            with file:
+                yield from _read_rows(file, name, _pick(file, columns.image, url), _pick(file, columns.caption, url))
+    except FileNotFoundError:
+        raise DataError(f"{url}: the file is gone") from None
+
+
+def _read_rows(file: pq.ParquetFile, name: str, image: str, caption: str) -> Iterator[RawSample | Dropped]:
+    row = 0
+    for group in range(file.num_row_groups):
+        end = row + file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[image, caption]):
+                for data, text in zip(_values(batch[image]), _values(batch[caption]), strict=True):
+                    yield _sample(f"{name}/{row:08d}", data, text)
+                    row += 1
+        except (pa.ArrowException, OSError):
+            pass  # a damaged page: what its group still holds is counted, the next group is read
+        for lost in range(row, end):
+            yield Dropped(f"{name}/{lost:08d}", "damaged shard")
+        row = end
+
+
+def _sample(key: str, image: Any, caption: Any) -> RawSample | Dropped:
+    if not image:
+        return Dropped(key, "no picture")
+    if len(image) > MAX_MEMBER_BYTES:
+        return Dropped(key, "too large")
+    if caption is None:
+        return Dropped(key, "no caption")
+    try:
+        text = caption.decode()
+    except UnicodeDecodeError:
+        return Dropped(key, "unreadable caption")
+    return RawSample(key, key, text.strip(), image, extension_of(image))
+
+
+def _values(column: pa.Array) -> list[bytes | None]:
+    # As bytes: a string column may hold what is no UTF-8, which Arrow does not check.
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_struct(column.type):
+        column = column.field("bytes")
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _pick(file: pq.ParquetFile, names: tuple[str, ...], url: str) -> str:
+    schema = file.schema_arrow
+    found = next((name for name in names if name in schema.names), None)
+    if found is None:
+        raise DataError(f"{url}: has the columns {schema.names}; expected one of {list(names)}")
+    kind = schema.field(found).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not any(
+        check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
+    ):
+        raise DataError(f"{url}: column {found!r} holds {kind}; expected bytes or text")
+    return found

@@ -1,0 +1,286 @@
+"""Encode: raw shards, a dVAE and a tokenizer become a token data set, shard by shard, exactly once."""
+
+import json
+import logging
+import time
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+
+from dalle_ds.data.images import CROP_RULE
+from dalle_ds.data.manifest import (
+    DatasetInfo,
+    DatasetManifest,
+    InputIdentity,
+    ShardManifest,
+    done_shards,
+    load_dataset_info,
+    load_shard_manifests,
+    merge,
+)
+from dalle_ds.data.raw import RawShard, list_raw_shards
+from dalle_ds.data.shards import BLOCK_SAMPLES
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.errors import DataError
+from dalle_ds.models.dvae import DVAEConfig
+from dalle_ds.ops.devices import gpus_are_wanted
+from dalle_ds.recipes import Config
+from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.weights import read_weights
+from preprocessing.encoding.encode_shard import EncodeJob, code_usage, crop_of, load_dvae
+from preprocessing.encoding.encoder import Precision, agreement, encoder_of
+from preprocessing.executors.journal import Journal
+from preprocessing.executors.local import Engine, n_cores, run_shards
+from preprocessing.executors.outcome import Outcome
+from preprocessing.executors.ray_cluster import n_of
+
+log = logging.getLogger(__name__)
+
+MAX_CODES = 2**16  # codes are stored in 16 bits
+TYPICAL_SAMPLES_PER_MB = 20  # only for the progress bar, where nothing tells a shard's samples
+
+
+class EncodeConfig(Config):
+    """What `python -m preprocessing encode` does."""
+
+    raw: str  # root of the raw shards, or a folder of WebDataset tars
+    dvae: str  # dvae.safetensors
+    tokenizer: str  # tokenizer.model
+    out: str  # root of the token data set
+    validation_fraction: float = Field(0.05, ge=0, lt=1)  # of the groups; the paper holds out 606 thousand of 250 million
+    max_failure_rate: float = Field(0.1, ge=0, le=1)  # a shard with more failed samples stays open
+    min_codes_used: float = Field(0.25, ge=0, le=1)  # share of the codebook that the dVAE used on its held-out pictures
+    engine: Engine = "local"  # processes on this machine, or actors of a Ray cluster
+    workers: int | None = Field(None, ge=1)  # not set: all cores, or one on a GPU; with ray all CPUs or GPUs of the cluster
+    machine: int = Field(0, ge=0)  # of several that encode into one output: each begins at another shard and goes on until all
+    machines: int = Field(1, ge=1)  # are done
+    batch_size: int = Field(32, ge=1)  # pictures at a time: at 256 pixels in fp32 8.4 GiB of a GPU, a quarter GiB each
+    precision: Precision = "fp32"  # of the encoder's residual branches; bf16 on CPU or CUDA, fp16 on CUDA alone
+    tf32: bool = False  # fp32 convolutions in TF32, on CUDA: faster, and no longer the tokens of a CPU
+    min_agreement: float = Field(0.995, ge=0, le=1)  # share of tokens that are those of fp32, on the first pictures
+    block_samples: int = Field(BLOCK_SAMPLES, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Recipe(Config):
+    encode: EncodeConfig
+
+
+def run(config: EncodeConfig) -> Outcome:
+    """Encode every shard that is not done, then write the merged manifest.
+
+    Raises:
+        DataError: no input, no dVAE, no room; FingerprintMismatch: `out` was made with another dVAE, tokenizer or crop.
+    """
+    started = time.monotonic()
+    shards = list_raw_shards(config.raw)
+    first = len(shards) * config.machine // config.machines % len(shards)  # Slurm's arrays may begin at 1
+    shards = shards[first:] + shards[:first]
+    device = _device(config)
+    info = _claim(config, shards, device)
+    done = done_shards(config.out)
+    if done:
+        _require_same_inputs(config, shards, load_shard_manifests(config.out, ShardManifest))
+    todo = [shard for shard in shards if shard.name not in done]
+    _require_room(config.out, todo, info)
+    if not todo:
+        log.info("%s: all %d shards are encoded already; nothing to do", config.out, len(shards))
+    job = EncodeJob(
+        config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device, config.precision
+    )
+    n_workers = config.workers or _n_workers(config.engine, device)
+    results, failures = run_shards(
+        job,
+        todo,
+        n_workers=n_workers,
+        name=lambda shard: shard.name,
+        size=_samples,
+        what="encode",
+        unit="picture",
+        journal=Journal(config.out, len(shards)),
+        engine=config.engine,
+        gpus_each=int(device == "cuda"),
+    )
+    made = [manifest for manifest in results if manifest is not None]
+    manifests = load_shard_manifests(config.out, ShardManifest)
+    _require_same_inputs(config, shards, manifests)
+    manifest = merge(info, manifests, complete=not failures)
+    if not failures:
+        _publish(config.out, manifest)
+    seconds = time.monotonic() - started
+    return Outcome(_summary(config, info, manifest, made, failures, seconds), is_complete=not failures)
+
+
+def _summary(
+    config: EncodeConfig,
+    info: DatasetInfo,
+    manifest: DatasetManifest,
+    made: list[ShardManifest],
+    failures: dict[str, str],
+    seconds: float,
+) -> dict[str, object]:
+    n_samples = sum(manifest.n_samples.values())
+    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
+    return {
+        "out": config.out,
+        "shards": len(manifest.shards),
+        "shards_made_now": len(made),
+        "inputs": sum(shard.n_input for shard in manifest.shards),
+        "samples": dict(manifest.n_samples),
+        "dropped": manifest.dropped,
+        "bytes_per_sample": n_bytes / max(1, n_samples),
+        **code_usage(manifest.code_histogram),
+        "failed_shards": failures,
+        "precision": config.precision,
+        "agreement": info.agreement,
+        "fingerprint": manifest.fingerprint,
+        "seconds": seconds,
+        "pictures_per_second": sum(shard.n_input for shard in made) / seconds,
+    }
+
+
+def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> DatasetInfo:
+    # dataset.json goes first: of two runs with different models into one output, one is refused before it writes anything.
+    weights = read_weights(config.dvae, "dvae")
+    try:
+        dvae = DVAEConfig(**weights.config)
+    except ValidationError as error:
+        raise DataError(f"{config.dvae}: its config does not fit this version's DVAEConfig: {error}") from None
+    _require_live_codebook(config, weights.extra)
+    if dvae.vocab_size > MAX_CODES:
+        raise DataError(f"{config.dvae}: {dvae.vocab_size} codes, expected at most {MAX_CODES}")
+    tokenizer = CaptionTokenizer(config.tokenizer)
+    precision = _checked_precision(config, shards, device)
+    info = DatasetInfo(
+        image_size=dvae.image_size,
+        grid=dvae.grid,
+        n_codes=dvae.vocab_size,
+        dvae=weights.fingerprint,
+        tokenizer=tokenizer.fingerprint,
+        crop=CROP_RULE,
+        validation_fraction=config.validation_fraction,
+        **precision,
+    ).sealed()
+    if not objects.create_exclusive(objects.join(config.out, "dataset.json"), info.to_json()):
+        _require_same_making(config.out, load_dataset_info(config.out), info)
+    for name, source in (("dvae.safetensors", config.dvae), ("tokenizer.model", config.tokenizer)):
+        if not objects.exists(objects.join(config.out, name)):
+            with objects.local_copy(source) as file:
+                objects.put_file(file, objects.join(config.out, name))
+    return info
+
+
+def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str) -> dict[str, Any]:
+    if config.tf32 and device != "cuda":
+        raise DataError(f"encode.tf32 is true on {device}, which has no TF32; expected false there")
+    if config.precision == "fp32" and not config.tf32:
+        return {}
+    if config.precision == "fp16" and device != "cuda":
+        raise DataError(f"encode.precision is fp16 on {device}; expected fp32 or bf16 there")
+    dvaes = [load_dvae(config.dvae)[0] for _ in range(2)]
+    sides = encoder_of(dvaes[0], "fp32", device), encoder_of(dvaes[1], config.precision, device, config.tf32)
+    size = dvaes[0].config
+    share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch_size, sides)
+    what = config.precision + " with TF32" * config.tf32
+    log.info("%s: %.2f%% of the tokens of the first pictures are those of fp32", what, 100 * share)
+    if share < config.min_agreement:
+        raise DataError(
+            f"encode.precision {what}: {share:.2%} of the tokens of the first pictures are those of "
+            f"fp32, encode.min_agreement expects {config.min_agreement:.2%}; use fp32"
+        )
+    # what is usual goes without saying: data sets from before these fields keep their fingerprints
+    return {
+        "precision": None if config.precision == "fp32" else config.precision,
+        "tf32": config.tf32 or None,
+        "agreement": round(share, 5),
+    }
+
+
+def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
+    trained = extra.get("validation_fraction")
+    if trained is not None and float(trained) < config.validation_fraction:
+        log.warning(
+            "%s was trained with validation_fraction %s, encode.validation_fraction is %g: it has seen some of the "
+            "pictures that are held out here",
+            config.dvae,
+            trained,
+            config.validation_fraction,
+        )
+    if "held_out" not in extra:
+        log.info("%s carries no held-out report: how much of its codebook it uses is not known", config.dvae)
+        return
+    held_out = json.loads(extra["held_out"])
+    used, n_codes = held_out["codes_used"], held_out["n_codes"]
+    if used < config.min_codes_used * n_codes:
+        raise DataError(
+            f"{config.dvae} used {used} of its {n_codes} codes on held-out pictures, expected at least "
+            f"{config.min_codes_used:.0%}: a prior would learn little from its tokens. Train it better, or lower "
+            "encode.min_codes_used"
+        )
+
+
+def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> None:
+    hint = "Another data set needs another `encode.out`."
+    for part in ("dvae", "tokenizer"):
+        require_same(f"{part} of data set {out}", getattr(there, part), getattr(ours, part), hint)
+    differing = {name: (value, getattr(ours, name)) for name, value in there if value != getattr(ours, name)}
+    for figure in ("fingerprint", "agreement"):
+        differing.pop(figure, None)
+    told = ", ".join(f"{name} was {old!r}, is now {new!r}" for name, (old, new) in differing.items())
+    require_same(f"data set {out} ({told})", there.fingerprint, ours.fingerprint, hint)
+
+
+def _require_same_inputs(config: EncodeConfig, shards: list[RawShard], manifests: list[ShardManifest]) -> None:
+    # Shards are known by name: another raw folder with the same names must not pass for done.
+    inputs = {manifest.shard: manifest.input for manifest in manifests}
+    for shard in shards:
+        made_of = inputs.get(shard.name)
+        if made_of is not None and not _is_same_input(made_of, shard):
+            raise DataError(
+                f"{config.out}: shard {shard.name} was made from {made_of.path} ({made_of.bytes} bytes, checksum "
+                f"{made_of.checksum}), which is not {shard.url} ({shard.bytes} bytes, checksum {shard.checksum}); "
+                "another raw set needs another `encode.out`"
+            )
+
+
+def _is_same_input(made_of: InputIdentity, shard: RawShard) -> bool:
+    if made_of.bytes != shard.bytes:
+        return False
+    return made_of.checksum is None or shard.checksum is None or made_of.checksum == shard.checksum
+
+
+def _publish(out: str, manifest: DatasetManifest) -> None:
+    url = objects.join(out, "manifest.json")
+    data = manifest.to_json()
+    if not objects.exists(url) or objects.read_bytes(url) != data:
+        objects.write_bytes(url, data)
+
+
+def _require_room(out: str, todo: list[RawShard], info: DatasetInfo) -> None:
+    needed = sum(map(_samples, todo)) * (2 * info.n_tokens + 256)
+    free = objects.free_bytes(out)
+    if free is not None and needed > free:
+        raise DataError(f"{out}: about {needed / 2**30:.2f} GiB needed for the token shards, {free / 2**30:.2f} GiB free")
+
+
+def _samples(shard: RawShard) -> int:
+    return shard.n_samples if shard.n_samples is not None else max(1, shard.bytes * TYPICAL_SAMPLES_PER_MB // 2**20)
+
+
+def _device(config: EncodeConfig) -> str:
+    has_gpu = n_of("GPU") > 0 if config.engine == "ray" else torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        where = "the Ray cluster has no GPU" if config.engine == "ray" else "torch sees no CUDA device"
+        raise DataError(f"encode.device is cuda, but {where}; expected cpu or auto")
+    if config.device == "auto":
+        return "cuda" if has_gpu and gpus_are_wanted() else "cpu"
+    return config.device
+
+
+def _n_workers(engine: Engine, device: str) -> int:
+    if engine == "ray":
+        return max(1, n_of("GPU" if device == "cuda" else "CPU"))
+    return 1 if device == "cuda" else n_cores()

@@ -1,0 +1,86 @@
+"""Fetch: a folder of real captioned pictures for the demo, from the first source that can be had here."""
+
+import json
+import logging
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dalle_ds.console import progress
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config
+from preprocessing.demo.sources import SOURCES, Source, SourceUnavailable, source_named, write_source
+from preprocessing.executors.outcome import Outcome
+
+log = logging.getLogger(__name__)
+
+
+class FetchConfig(Config):
+    """What `python -m preprocessing fetch` does."""
+
+    out: str  # a local folder
+    source: Literal["auto", "fluent", "tuxpaint", "openclipart", "drawn"] = "auto"  # auto: the first of these that works
+    limit: int | None = Field(None, ge=1)  # pictures
+
+
+class Recipe(Config):
+    fetch: FetchConfig
+
+
+def run(config: FetchConfig) -> Outcome:
+    """Make the folder, whole or not at all.
+
+    Raises:
+        DataError: `out` holds something else, or no source can be had.
+    """
+    started = time.monotonic()
+    out = Path(config.out.removeprefix("file://"))
+    record = _already_there(out, config)
+    if record is not None:
+        log.info("%s: fetched already (%s); nothing to do", out, record["source"])
+        return _outcome(out, record, started)
+    sources = SOURCES if config.source == "auto" else (source_named(config.source),)
+    failures = []
+    for source in sources:
+        try:
+            _fetch(source, out, config.limit)
+            return _outcome(out, json.loads((out / "source.json").read_text()), started)
+        except SourceUnavailable as error:
+            failures.append(f"{source.name}: {error}")
+            log.warning("source %s cannot be had: %s", source.name, error)
+    raise DataError("no pictures could be fetched:\n  " + "\n  ".join(failures))
+
+
+def _fetch(source: Source, out: Path, limit: int | None) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.part-", dir=out.parent) as scratch:
+        folder = Path(scratch) / "pictures"
+        folder.mkdir()
+        write_source(source, folder, limit, partial(progress, what=f"fetch {source.name}", unit="picture"))
+        folder.rename(out)  # onto nothing or an empty folder; fails if another process has filled it meanwhile
+
+
+def _already_there(out: Path, config: FetchConfig) -> dict[str, Any] | None:
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    try:
+        record = json.loads((out / "source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(
+            f"{out}: not empty, and not made by fetch (no source.json); choose another `fetch.out`. "
+            "A folder of your own goes to `ingest.pictures` directly"
+        ) from None
+    if config.source not in ("auto", record["source"]) or config.limit != record["limit"]:
+        raise DataError(
+            f"{out}: holds {record['source']} pictures (limit {record['limit']}), asked for {config.source} "
+            f"(limit {config.limit}); choose another `fetch.out`"
+        )
+    return record
+
+
+def _outcome(out: Path, record: dict[str, Any], started: float) -> Outcome:
+    return Outcome({"out": str(out), **record, "seconds": time.monotonic() - started})

@@ -1,0 +1,97 @@
+"""Plan: what so many pairs become and need, from a finished encode or from figures that are given."""
+
+from dalle_ds.data.manifest import load_manifest
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.storage import objects
+from preprocessing.executors.outcome import Outcome
+
+TOKENS, CODE_BYTES = 1024, 2
+OTHER_BYTES = 90  # of a sample: key, caption and group, tar headers, its share of the manifest
+
+
+def run(
+    pairs: float,
+    *,
+    measured: str | None,
+    rate: float | None,
+    gpu_rate: float | None,
+    raw_bytes: float | None,
+    accepted: float | None,
+    shard_samples: int,
+    workers: int,
+    price: float | None,
+) -> Outcome:
+    """Shards, bytes and hours for `pairs` raw pairs.
+
+    Args:
+        measured: root of a token data set whose shards tell pictures/s, accepted share and bytes; given figures go first.
+        rate: pictures/s of one worker. gpu_rate: of one GPU. raw_bytes: of a raw pair. accepted: share that becomes samples.
+        price: of an hour of a GPU, or of a worker where no gpu_rate is given.
+
+    Raises:
+        ConfigError: a figure out of range, or no rate at all; DataError: nothing is finished under `measured`.
+    """
+    found = _measured(measured) if measured else {}
+    given = {"rate": rate, "raw_bytes": raw_bytes, "accepted": accepted}
+    figures = {name: found.get(name) if value is None else value for name, value in given.items()}
+    if figures["rate"] is None and gpu_rate is None:
+        raise ConfigError("no rate: give --measured OUT (a finished encode), --rate or --gpu-rate")
+    figures["accepted"] = 1.0 if figures["accepted"] is None else figures["accepted"]
+    bounds = {
+        "--pairs": pairs,
+        "--rate": figures["rate"],
+        "--gpu-rate": gpu_rate,
+        "--raw-bytes": figures["raw_bytes"],
+        "--accepted": figures["accepted"],
+        "--shard-samples": shard_samples,
+        "--workers": workers,
+        "--price": price,
+    }
+    for name, value in bounds.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value}, expected a number above 0")
+    if figures["accepted"] > 1:
+        raise ConfigError(f"--accepted is {figures['accepted']}, expected a share of at most 1")
+    samples = pairs * figures["accepted"]
+    sample_bytes = found.get("sample_bytes", TOKENS * CODE_BYTES + OTHER_BYTES)
+    worker_hours = pairs / figures["rate"] / 3600 if figures["rate"] else None
+    gpu_hours = pairs / gpu_rate / 3600 if gpu_rate else None
+    paid_hours = gpu_hours if gpu_hours is not None else worker_hours
+    return Outcome(
+        {
+            "pairs": round(pairs),
+            "samples": round(samples),
+            "shards": -int(-pairs // shard_samples),
+            "raw_terabytes": pairs * figures["raw_bytes"] / 1e12 if figures["raw_bytes"] else None,
+            "token_gigabytes": samples * sample_bytes / 1e9,
+            "bytes_per_sample": sample_bytes,
+            "pictures_per_second_worker": figures["rate"],
+            "worker_hours": worker_hours,
+            "days_with_workers": worker_hours / workers / 24 if worker_hours else None,
+            "workers": workers,
+            "gpu_hours": gpu_hours,
+            "cost": paid_hours * price if price is not None and paid_hours is not None else None,
+            "from": {
+                name: "given" if value is not None else f"measured in {measured}" if name in found else "assumed"
+                for name, value in {**given, "sample_bytes": None}.items()
+            },
+        }
+    )
+
+
+def _measured(root: str) -> dict[str, float]:
+    if not objects.exists(objects.join(root, "dataset.json")):
+        raise DataError(f"{root}: no token data set; --measured expects the output of `python -m preprocessing encode`")
+    manifest = load_manifest(root)
+    n_input = sum(shard.n_input for shard in manifest.shards)
+    n_samples = sum(manifest.n_samples.values())
+    seconds = sum(shard.seconds for shard in manifest.shards)
+    if not n_samples or seconds <= 0:
+        raise DataError(f"{root}: {n_samples} samples in {seconds} s of work tell no rate")
+    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
+    return {
+        "rate": n_input / seconds,
+        "accepted": n_samples / n_input,
+        "sample_bytes": n_bytes / n_samples,
+        "raw_bytes": sum(shard.input.bytes for shard in manifest.shards) / n_input,
+    }

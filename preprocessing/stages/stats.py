@@ -1,0 +1,133 @@
+"""Stats: what a data set holds, from its manifests; as numbers, and as a page to look at."""
+
+import logging
+import time
+from collections import Counter
+
+from pydantic import Field
+
+from dalle_ds.data.manifest import DatasetManifest, RawShardManifest, load_dataset_info, load_manifest, load_shard_manifests
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config
+from dalle_ds.storage import objects
+from preprocessing.encoding.encode_shard import code_usage
+from preprocessing.executors.outcome import Outcome
+from preprocessing.stages.stats_page import decoded_examples, page_of_raw, page_of_tokens, raw_examples
+
+log = logging.getLogger(__name__)
+
+PAGE = "stats.html"
+PAPER_SAMPLES = 250_000_000
+
+
+class StatsConfig(Config):
+    """What `python -m preprocessing stats` does."""
+
+    root: str  # of raw shards or of a token data set
+    project_to: int = PAPER_SAMPLES  # samples
+    page: str | None = None  # HTML file, a path or s3://; unset: stats.html below the root, where it may be written
+    pictures: int = Field(24, ge=0)  # examples on the page
+
+
+class Recipe(Config):
+    stats: StatsConfig
+
+
+def run(config: StatsConfig) -> Outcome:
+    """Sum up the manifests, and write the page.
+
+    Raises:
+        DataError: no data set there, no shard of it is done, or `page` cannot be written.
+    """
+    started = time.monotonic()
+    is_tokens = objects.exists(objects.join(config.root, "dataset.json"))
+    summary, page = _tokens(config) if is_tokens else _raw(config)
+    return Outcome({**summary, "page": _write(page, config), "seconds": time.monotonic() - started})
+
+
+def _write(page: str, config: StatsConfig) -> str | None:
+    url = config.page or objects.join(config.root, PAGE)
+    try:
+        objects.write_bytes(url, page.encode())
+    except OSError as error:
+        if config.page is not None:
+            raise DataError(f"the page cannot be written to {url}: {error}") from None
+        log.warning("there is no page: %s; stats.page names another place for it", error)  # the numbers are what was asked for
+        return None
+    return url
+
+
+def _tokens(config: StatsConfig) -> tuple[dict[str, object], str]:
+    info, manifest = load_dataset_info(config.root), load_manifest(config.root)
+    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
+    work_seconds = sum(shard.seconds for shard in manifest.shards)
+    n_samples = sum(manifest.n_samples.values())
+    summary = {
+        "root": config.root,
+        "kind": "tokens",
+        "complete": manifest.complete,
+        "shards": len(manifest.shards),
+        "inputs": sum(shard.n_input for shard in manifest.shards),
+        "samples": dict(manifest.n_samples),
+        "dropped": manifest.dropped,
+        "grid": info.grid,
+        **code_usage(manifest.code_histogram),
+        "caption_tokens": _lengths(manifest),
+        **_projection(n_bytes, n_samples, work_seconds, config.project_to),
+        "fingerprint": manifest.fingerprint,
+    }
+    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, manifest, config.pictures))
+
+
+def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
+    manifests = load_shard_manifests(config.root, RawShardManifest)
+    if not manifests:
+        raise DataError(f"{config.root}: neither a token data set nor finished raw shards")
+    dropped: Counter[str] = Counter()
+    for manifest in manifests:
+        dropped.update(manifest.dropped)
+    n_samples = sum(manifest.n_samples for manifest in manifests)
+    summary = {
+        "root": config.root,
+        "kind": "raw",
+        "shards": len(manifests),
+        "inputs": sum(manifest.n_input for manifest in manifests),
+        "samples": n_samples,
+        "dropped": dict(sorted(dropped.items())),
+        **_projection(
+            sum(manifest.bytes for manifest in manifests),
+            n_samples,
+            sum(manifest.seconds for manifest in manifests),
+            config.project_to,
+        ),
+        "fingerprint": manifests[0].fingerprint,
+    }
+    return summary, page_of_raw(summary, dropped, raw_examples(config.root, config.pictures))
+
+
+def _projection(n_bytes: int, n_samples: int, work_seconds: float, project_to: int) -> dict[str, object]:
+    per_sample = n_bytes / max(1, n_samples)
+    return {
+        "bytes": n_bytes,
+        "bytes_per_sample": per_sample,
+        "projected_samples": project_to,
+        "projected_gigabytes": per_sample * project_to / 1e9,
+        "projected_worker_hours": work_seconds / max(1, n_samples) * project_to / 3600,
+    }
+
+
+def _lengths(manifest: DatasetManifest) -> dict[str, float]:
+    # Quantiles of the BPE tokens a caption, over the train split.
+    lengths = sorted(manifest.caption_lengths.items())
+    total = sum(count for _, count in lengths)
+    if not total:
+        return {}
+    told = {"mean": sum(length * count for length, count in lengths) / total}
+    for name, share in (("median", 0.5), ("p95", 0.95), ("max", 1.0)):
+        seen = 0
+        for length, count in lengths:
+            seen += count
+            if seen >= share * total:
+                told[name] = length
+                break
+    return told

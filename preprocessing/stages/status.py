@@ -1,0 +1,75 @@
+"""Status: how far an ingest or encode is, while it runs or after, from its manifests and the notes of its runs."""
+
+import time
+from collections import Counter
+
+from dalle_ds.data.manifest import RawShardManifest, ShardManifest, load_shard_manifests
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config
+from dalle_ds.storage import objects
+from preprocessing.executors.journal import load_failures, load_plan
+from preprocessing.executors.outcome import Outcome
+
+RATE_SECONDS = 600  # before the last finished shard: the rate is that of these minutes
+
+
+class StatusConfig(Config):
+    """What `python -m preprocessing status` does."""
+
+    root: str  # output of ingest or encode
+
+
+class Recipe(Config):
+    status: StatusConfig
+
+
+def run(config: StatusConfig) -> Outcome:
+    """Count what is done, open and failed.
+
+    Raises:
+        DataError: no ingest or encode has begun there.
+    """
+    is_tokens = objects.exists(objects.join(config.root, "dataset.json"))
+    plan = load_plan(config.root)
+    manifests = load_shard_manifests(config.root, ShardManifest if is_tokens else RawShardManifest)
+    if not manifests and plan is None:
+        raise DataError(f"{config.root}: neither ingest nor encode has begun here")
+    n_shards = plan.n_shards if plan else None
+    done = {manifest.shard for manifest in manifests}
+    failures = [failure for failure in load_failures(config.root) if failure.shard not in done]
+    dropped: Counter[str] = Counter()
+    for manifest in manifests:
+        dropped.update(manifest.dropped)
+    n_left = None if n_shards is None else n_shards - len(done)
+    return Outcome(
+        {
+            "root": config.root,
+            "kind": "tokens" if is_tokens else "raw",
+            "shards": {
+                "all": n_shards,
+                "done": len(done),
+                "failed": len(failures),
+                "open": None if n_left is None else n_left - len(failures),
+            },
+            "inputs": sum(manifest.n_input for manifest in manifests),
+            "samples": sum(manifest.n_samples for manifest in manifests),
+            "dropped": dict(sorted(dropped.items())),
+            **_pace(manifests, n_left),
+            "failed_shards": {failure.shard: failure.reason for failure in failures},
+        }
+    )
+
+
+def _pace(manifests: list[ShardManifest] | list[RawShardManifest], n_left: int | None) -> dict[str, float | None]:
+    # From when the first of the last minutes' shards was begun to when the last was finished, over all machines.
+    finished = [(manifest.finished, manifest) for manifest in manifests if manifest.finished is not None]
+    if not finished:
+        return {"pictures_per_second": None, "eta_seconds": None, "last_shard_seconds_ago": None}
+    last = max(at for at, _ in finished)
+    recent = [(at, manifest) for at, manifest in finished if at > last - RATE_SECONDS]
+    span = max(last - min(at - manifest.seconds for at, manifest in recent), 1e-3)
+    return {
+        "pictures_per_second": sum(manifest.n_input for _, manifest in recent) / span,
+        "eta_seconds": None if n_left is None else n_left * span / len(recent),
+        "last_shard_seconds_ago": time.time() - last,
+    }

@@ -1,0 +1,272 @@
+"""From pictures to scores: the real Inception network with weights drawn here, a small CLIP, the command, the cache."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import pickle
+import sys
+from types import ModuleType
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dalle_ds.cli import app
+from dalle_ds.commands.evaluate_images import METRICS, Extractor, clip_score, evaluate_images, load_extractor
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation.fid import frechet_distance, moments
+from dalle_ds.evaluation.inception_score import inception_score
+from dalle_ds.evaluation.picture_sets import open_pictures, prepare
+from dalle_ds.pretrained import inception
+from dalle_ds.pretrained.clip import Clip
+from tests.evaluation.test_fid import draw, plain_fid
+from tests.support.clip_models import make_clip
+
+FIDELITY = importlib.util.find_spec("torch_fidelity")
+NEEDS_FIDELITY = pytest.mark.skipif(FIDELITY is None, reason="no torch-fidelity (pip install --no-deps torch-fidelity)")
+
+
+def save_pictures(folder, n, *, seed=0, noise=0.0, side=32):
+    """Smooth random pictures, the same for equal seeds but for the noise, with a samples.json; two pictures a caption."""
+    folder.mkdir(parents=True)
+    rng, noise_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    images = []
+    for i in range(n):
+        coarse = Image.fromarray(rng.integers(80, 176, (4, 4, 3), dtype=np.uint8))
+        smooth = coarse.resize((side, side), Image.Resampling.BICUBIC)
+        pixels = np.asarray(smooth) + noise * noise_rng.normal(size=(side, side, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+        images.append({"file": f"{i:03d}.png", "caption": f"caption {i // 2}"})
+    (folder / "samples.json").write_text(json.dumps({"images": images}))
+    return folder
+
+
+def pixel_extractor(mark="v1", calls=None):
+    """Features for these tests: the picture in eight by eight blocks, each as its pixels' mean and spread."""
+
+    def features(images_BHWC):
+        if calls is not None:
+            calls.append(len(images_BHWC))
+        blocks = torch.from_numpy(images_BHWC).float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).flatten(1, 2).flatten(2)
+        return torch.cat([blocks.mean(2), blocks.std(2)], dim=1), None
+
+    return Extractor("pixels", mark, features)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A weights file as torch-fidelity's: its network with other weights, large enough that features differ by picture."""
+    network_class = inception._network_class()
+    module = sys.modules[network_class.__module__]
+
+    class Drawn(network_class):
+        def load_state_dict(self, state):
+            assert state == {}  # nothing is downloaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        network = Drawn("drawn", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    state = network.state_dict()
+    for weight in state.values():
+        if weight.ndim > 1:
+            weight.normal_(std=math.sqrt(2 / weight[0].numel()), generator=generator)
+    state["fc.weight"] *= 30
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def fidelity_metrics(monkeypatch):
+    """torch-fidelity's two modules of scores, without the parts of the package that want torchvision."""
+    bare = ModuleType("torch_fidelity")
+    bare.__path__ = list(FIDELITY.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", bare)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.utils", MagicMock())
+    from torch_fidelity import metric_fid, metric_isc
+
+    return metric_fid, metric_isc
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate-images", *map(str, arguments)], catch_exceptions=False)
+
+
+@NEEDS_FIDELITY
+def test_scores_are_those_of_torch_fidelity_on_the_same_features(fidelity_metrics):
+    metric_fid, metric_isc = fidelity_metrics
+    a, b = draw(500, 96, 1), draw(700, 96, 2)
+    statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(features)) for features in (a, b)]
+    theirs = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(theirs, rel=1e-3)
+
+    logits = draw(500, 40, 3, shift=0)
+    order = np.random.default_rng(0).permutation(len(logits))  # theirs shuffles by another generator
+    theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits[order]), splits=10, shuffle=False)
+    ours = inception_score(logits, n_splits=10)
+    assert ours.score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-6)
+
+
+@NEEDS_FIDELITY
+def test_inception_from_a_weights_file_by_the_command(inception_weights, tmp_path, monkeypatch):
+    samples, real = save_pictures(tmp_path / "samples", 20), save_pictures(tmp_path / "real", 4, seed=1, side=40)
+    seen, plain = [], inception.Inception.features
+    monkeypatch.setattr(inception.Inception, "features", lambda self, images: seen.append(plain(self, images)) or seen[-1])
+    done = run(
+        "--pictures",
+        samples,
+        "--reference",
+        real,
+        "--extractor",
+        "inception",
+        "--inception-weights",
+        inception_weights,
+        "--blur",
+        1,
+        "--resamples",
+        2,
+        "--batch",
+        20,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
+    assert done.exit_code == 0
+    result = json.loads((tmp_path / "out" / METRICS).read_text())
+    assert result == json.loads(done.stdout.splitlines()[-1])
+    assert result["extractor_fingerprint"] == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    assert (result["n"], result["n_reference"], result["size"]) == (20, 4, 32)
+
+    (ours, logits), (theirs, _) = seen
+    network = inception._network_class()("plain", ["2048", "logits_unbiased"], str(inception_weights))
+    entries = [next(iter(open_pictures(folder))) for folder in (samples, real)]
+    images_BHWC = np.stack([prepare(entry, 32, 1.0) for entry in entries])
+    features_BD, logits_BK = network(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
+    torch.testing.assert_close(torch.stack([ours[0], theirs[0]]), features_BD, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits[0], logits_BK[0], rtol=1e-3, atol=1e-3)
+
+    ours, theirs = ours.double().numpy(), theirs.double().numpy()
+    basis = np.linalg.qr(np.concatenate([ours, theirs]).T)[0]  # a rotation into the few directions that 24 pictures span
+    assert result["fid"] == pytest.approx(plain_fid(ours @ basis, theirs @ basis), rel=1e-3)
+    assert result["inception_score"] == pytest.approx(inception_score(logits.numpy()).score, rel=1e-6)
+    assert result["fid"] > 0.05 and result["inception_score"] > 1.01  # neither is a difference of nothing
+    assert Image.open(tmp_path / "out" / "image_metrics.png").width > 600
+
+
+def test_clip_features_and_clip_score_by_the_command(clip_folder, tmp_path):
+    samples, real = save_pictures(tmp_path / "samples", 12), save_pictures(tmp_path / "real", 16, seed=1)
+    extractor = f"clip:{clip_folder}"
+    done = run(
+        "--pictures",
+        samples / "samples.json",
+        "--reference",
+        real,
+        "--extractor",
+        extractor,
+        "--clip",
+        clip_folder,
+        "--out",
+        tmp_path / "out",
+        "--batch",
+        5,
+        "--json",
+    )
+    assert done.exit_code == 0
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [row["blur"] for row in result["by_blur"]] == [0, 1, 2, 4, 8]
+    assert result["fid"] == result["by_blur"][0]["fid"] != result["by_blur"][2]["fid"]
+    assert "inception_score" not in result  # CLIP has no classes
+
+    clip = Clip.load(clip_folder)
+    images = [Image.open(samples / f"{i:03d}.png") for i in range(12)]
+    cosines = (clip.image_features(images) * clip.text_features([f"caption {i // 2}" for i in range(12)])).sum(1)
+    assert result["clip_score"] == pytest.approx(100 * cosines.mean().item(), rel=1e-4)
+    assert result["clip_score_low"] < result["clip_score"] < result["clip_score_high"]
+    assert result["clip_fingerprint"] == result["extractor_fingerprint"] == clip.fingerprint
+    (real / "samples.json").unlink()
+    with pytest.raises(DataError, match="picture 000.png has no caption"):
+        clip_score(clip, open_pictures(real))
+
+
+def test_blur_hides_what_only_high_frequencies_tell(tmp_path):
+    """The paper's reading of figure 9: samples that are right but for fine detail come close when both sides are blurred."""
+    samples, real = save_pictures(tmp_path / "samples", 80, noise=40), save_pictures(tmp_path / "real", 80)
+    result = evaluate_images(str(samples), tmp_path / "out", reference=[str(real)], extractor=pixel_extractor())
+    fids = [row["fid"] for row in result["by_blur"]]
+    assert fids[0] > 4 * fids[1] and fids[1] > 2 * fids[2] > 2 * fids[3], fids
+    assert all(row["fid_low"] < row["fid"] < row["fid_high"] and row["n"] == 80 for row in result["by_blur"])
+
+
+def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path):
+    samples, real = str(save_pictures(tmp_path / "samples", 6)), str(save_pictures(tmp_path / "real", 10, seed=1))
+    cache = tmp_path / "cache"
+
+    def measure(calls, **changes):
+        options = {"reference": [real], "extractor": pixel_extractor(calls=calls), "radii": [0, 2], "cache": cache, "batch": 4}
+        result = evaluate_images(samples, tmp_path / "out", **{**options, **changes})
+        return [row["fid"] for row in result["by_blur"]]
+
+    first, second, third = [], [], []
+    fids = measure(first)
+    assert first == [4, 2, 4, 4, 2] * 2 and len(list(cache.iterdir())) == 2
+    assert measure(second) == fids and second == [4, 2] * 2  # the reference is not looked at again
+    files = sorted(map(str, cache.iterdir()))
+    assert measure(third, reference=files) == fids and third == second
+    for change, message in (
+        ({"extractor": pixel_extractor("v2")}, "pixels v1 at 32 pixels.*expected pixels v2 at 32 pixels"),
+        ({"size": 16}, "at 32 pixels.*expected pixels v1 at 16 pixels"),
+        ({"radii": [0, 1]}, "expected pixels v1 at 32 pixels, blur 1"),
+    ):
+        with pytest.raises(DataError, match=message):
+            measure([], reference=files, **change)
+    Image.new("RGB", (32, 32)).save(tmp_path / "real" / "000.png")  # another reference now
+    fourth = []
+    assert measure(fourth) != fids and len(fourth) == 10
+    with pytest.raises(ConfigError, match="expected one set of pictures"):
+        measure([], reference=[real, files[0]])
+
+
+def test_extractors_that_cannot_be(tmp_path, clip_folder):
+    with pytest.raises(ConfigError, match="'resnet': expected inception or clip:PATH"):
+        load_extractor("resnet")
+    with pytest.raises(ConfigError, match="--inception-weights"):
+        load_extractor("inception")
+    with pytest.raises(ConfigError, match="nothing to measure with"):
+        evaluate_images(str(tmp_path), tmp_path)
+    with pytest.raises(ConfigError, match="a reference without an extractor"):
+        evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))
+    (tmp_path / "damaged.png").write_bytes(b"none")
+    with pytest.raises(DataError, match="picture damaged.png is unreadable"):
+        evaluate_images(str(tmp_path), tmp_path, extractor=pixel_extractor())
+
+
+@NEEDS_FIDELITY
+def test_weights_files_that_are_none_are_refused_and_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    refusals = {"evil.pth": "expected torch-fidelity's file", "other.pth": "loading state_dict", "gone.pth": "No such file"}
+    for name, message in refusals.items():
+        with pytest.raises(DataError, match=message):
+            load_extractor("inception", inception_weights=tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_warns_of_fewer_pictures_than_features(tmp_path, caplog):
+    folder = str(save_pictures(tmp_path / "pictures", 4))
+    evaluate_images(folder, tmp_path / "out", reference=[folder], extractor=pixel_extractor(), radii=[0])
+    assert "4 pictures for 32 features" in caplog.text

@@ -1,0 +1,256 @@
+"""Kernels that torch.compile writes for GPUs, computed by Triton's interpreter and compared. A child of test_kernels.py:
+
+    TRITON_INTERPRET=1 python -m tests.cuda_path.cases.kernels FOLDER
+
+FOLDER/found.json gets errors and names of kernels, FOLDER/80 and FOLDER/90 Inductor's sources for these compute capabilities.
+Everything is computed as an H100 would; for an A100 kernels have other sizes of tiles, and are written only.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_ds.ops import kernel_compiler
+from dalle_ds.ops.attention.backends import errors_against_dense
+from dalle_ds.ops.attention.flex import FlexAttention
+from dalle_ds.ops.attention.masks import Pattern, SparseMask
+from dalle_ds.ops.fused import FUSED, Fused
+from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode
+from dalle_ds.optim import adamw
+from tests.cuda_path import interpreter
+from tests.cuda_path.pretended_gpu import CPU, PretendedGPU, Record
+from tests.support.launching import ROOT
+
+PAPER = (256, 32, 11)
+GEOMETRIES = {(24, 8, 5): (2, 2), (100, 16, 7): (1, 1), PAPER: (1, 1)}
+"""(n_text, grid, conv_kernel): (batch, heads). Less than one block, blocks that the sequence does not fill, the paper's."""
+D_HEAD = 64
+WIDTHS, SLOTS = (2048, 3968), 1280
+ADAMW = {"betas": (0.9, 0.96), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.045, "variance_clip": 5.0}
+
+Draw = Callable[..., Tensor]
+"""Normal numbers of a shape."""
+
+
+class Flex:
+    """The product's attention, its mask behind one on the GPU. `moved`: what came to its kernels as a copy, or left in another
+    order of dimensions than q, k, v have."""
+
+    def __init__(self, gpu: PretendedGPU, mask: SparseMask, record: Record) -> None:
+        self.gpu, self.record = gpu, record
+        self.moved: list[str] = []
+        self.grads: list[Tensor] = []
+        self.flex = FlexAttention(mask, CPU)
+        self.columns_first = self.flex.columns_first
+        block_mask = self.flex.block_mask
+        for name, value in vars(block_mask).items():
+            if isinstance(value, Tensor):
+                setattr(block_mask, name, gpu.put(value))
+
+    def __call__(self, *qkv_BHLD: Tensor) -> Tensor:
+        out_BHLD = self.flex(*map(self.gpu.put, qkv_BHLD))
+        self._joined("out", out_BHLD)
+        for name, part_BHLD in zip("qkv", qkv_BHLD, strict=True):
+            self.read(name, part_BHLD)
+            part_BHLD.register_hook(lambda grad_BHLD, name=name: self._joined(f"gradient of {name}", grad_BHLD))
+        out_BHLD.register_hook(self.grads.append)
+        return out_BHLD
+
+    def read(self, name: str, tensor: Tensor) -> None:
+        if tensor.data_ptr() not in self.record.read:
+            self.moved.append(name)
+
+    def _joined(self, name: str, tensor_BHLD: Tensor) -> None:
+        if not tensor_BHLD.transpose(1, 2).is_contiguous():
+            self.moved.append(name)
+
+
+def flex(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
+    for geometry, (batch, heads) in GEOMETRIES.items():
+        if found is None and geometry != PAPER:
+            continue
+        for pattern in Pattern:
+            mask = SparseMask(pattern, *geometry)
+            with gpu.recording(computing=found is not None) as record:
+                attend = Flex(gpu, mask, record)
+                errors = errors_against_dense(attend, mask, heads, D_HEAD, torch.float16, CPU, batch)
+                attend.read("gradient", *attend.grads)
+            if geometry == PAPER:
+                gpu.save(record, f"flex {pattern}")
+            if found is not None:
+                found[f"flex {pattern} {mask.n_slots}"] = {"errors": errors, "kernels": record.launched, "moved": attend.moved}
+
+
+def low_bit_adamw(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
+    n, generator = 8192 + 100, torch.Generator().manual_seed(0)  # the last block is not full
+    size = torch.exp2(torch.linspace(-40, 1, n))
+    parameter, grad, mean, deviation = torch.randn(4, n, generator=generator) * torch.stack([torch.ones(n), size, size, size])
+    state = [parameter, grad, encode(mean, FORMAT_1_6_9), encode(deviation**2, FORMAT_0_6_10)]
+    scalars = adamw.scalars_of(7.0, ADAMW)
+    eager, ours = ([tensor.clone() for tensor in state] for _ in range(2))
+    adamw._update_chunk(*eager, scalars, True)
+    with gpu.recording(computing=found is not None) as record:
+        adamw._compiled_update(*map(gpu.put, ours), gpu.put(scalars))
+    gpu.save(record, "low_bit_adamw")
+    if found is not None:
+        found["low_bit_adamw"] = {
+            "kernels": record.launched,
+            "moved": int((ours[0] != parameter).sum()),
+            "ulp": int((ours[0].view(torch.int32) - eager[0].view(torch.int32)).abs().max()),
+            "codes": [int((a != b).sum()) for a, b in zip(ours[2:], eager[2:], strict=True)],
+        }
+
+
+class Case(NamedTuple):
+    """Of one fused function."""
+
+    arguments: Callable[[Draw, tuple[int, ...]], tuple[Any, ...]]
+    exact: Callable[..., tuple[Tensor, ...]] | None = None
+    """Its results in fp64; None: it is elementwise, and the plain function's are right to the last bit."""
+    by_row: bool = False
+    """It sums rows: the compiler goes another way for another width, and for another number of rows."""
+
+    @property
+    def trained(self) -> list[tuple[int, ...]]:
+        """Shapes of a run."""
+        return [(batch, SLOTS, d) for d in WIDTHS for batch in (1, 8)] if self.by_row else [(8, SLOTS, WIDTHS[1])]
+
+    @property
+    def computed(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Pairs of shapes: one with a variant of its own, one for which another is compiled that takes any number of rows."""
+        widths = zip(WIDTHS, WIDTHS, strict=True) if self.by_row else [WIDTHS]
+        return [((2, 3, first), (1, 5, second)) for first, second in widths]
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    mean, variance = x.double().mean(-1, keepdim=True), x.double().var(-1, correction=0, keepdim=True)
+    h = F.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), eps)
+    return h, mean, (variance + eps).rsqrt()
+
+
+def _norm_backward(
+    grad_h: Tensor, grad_x: Tensor, scale: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    F.layer_norm(x, weight.shape, weight, bias, 1e-5).backward(grad_h.double())
+    finite = torch.nan_to_num(x.grad, nan=0.0, posinf=0.0, neginf=0.0)
+    return grad_x.double() + finite / scale.double(), weight.grad, bias.grad
+
+
+def _norm_backward_arguments(draw: Draw, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    x, weight, bias = 3 * draw(*shape) + 1, draw(shape[-1]), draw(shape[-1])
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+    grad_h = draw(*shape).half()
+    return grad_h, draw(*shape), torch.tensor(48.0), x, mean, (variance + 1e-5).rsqrt(), weight, bias
+
+
+def _codes(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    return (8000 * draw(*shape)).to(torch.int16)  # any pattern is a code
+
+
+CASES = {
+    "norm_to_half": Case(
+        lambda draw, shape: (3 * draw(*shape) + 1, draw(shape[-1]), draw(shape[-1]), 1e-5), _norm, by_row=True
+    ),
+    "norm_to_half_backward": Case(_norm_backward_arguments, _norm_backward, by_row=True),
+    "add_half": Case(lambda draw, shape: (draw(*shape), draw(*shape).half())),
+    "scale_to_half": Case(lambda draw, shape: (1e4 * draw(*shape), torch.tensor(3.7))),
+    "high_and_low": Case(lambda draw, shape: (draw(*shape) * torch.exp2(torch.linspace(-30, 12, shape[-1])),)),
+    "added_to_codes": Case(lambda draw, shape: (_codes(draw, shape), draw(*shape))),
+    "squares_of_codes": Case(
+        lambda draw, shape: (_codes(draw, shape),), lambda codes: (decode(codes, FORMAT_1_6_9).double().square().sum(),)
+    ),
+    "updated_half": Case(
+        lambda draw, shape: (
+            0.02 * draw(shape[-1]).half(),
+            _codes(draw, shape[-1:]),
+            _codes(draw, shape[-1:]),
+            _codes(draw, shape[-1:]),
+            torch.tensor(2.0**-9),
+            adamw.scalars_of(7.0, ADAMW),
+            torch.tensor([12345, -98765], dtype=torch.int32),
+        )
+    ),
+}
+"""One for each of FUSED."""
+
+
+def fused(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
+    for path in (ROOT / "dalle_ds").rglob("*.py"):
+        if "@fused(" in path.read_text():
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name, function in FUSED.items():
+        case = CASES[name]
+        kernels = {}
+        for shape in case.trained:
+            torch._dynamo.reset()  # or the second shape would be compiled for all
+            with torch.device("meta"):  # gigabytes, of which nobody reads a value
+                arguments = case.arguments(torch.empty, shape)
+            with gpu.recording(computing=False) as record:
+                function(*_on(gpu, arguments))
+            gpu.save(record, f"{name} {shape}")
+            kernels[str(shape)] = record.launched
+        if found is not None:
+            found[name] = {"declared": function.kernels, "kernels": kernels, "errors": _errors(gpu, function, case)}
+
+
+def _errors(gpu: PretendedGPU, function: Fused, case: Case) -> dict[str, list[Any]]:
+    """By shape, for each result: its error and that of plain operations on the CPU, both against fp64; of an elementwise
+    function how many values differ."""
+    generator, errors = torch.Generator().manual_seed(0), {}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    for shapes in case.computed:
+        torch._dynamo.reset()
+        for shape in shapes:
+            arguments = case.arguments(draw, shape)
+            with gpu.recording(computing=True):
+                ours = _tuple(function(*_on(gpu, arguments)))
+            plain = _tuple(function.plain(*arguments))
+            if case.exact is None:
+                errors[str(shape)] = [int((a != b).sum()) for a, b in zip(ours, plain, strict=True)]
+            else:
+                true = case.exact(*arguments)
+                errors[str(shape)] = [(_error(a, t), _error(b, t)) for a, b, t in zip(ours, plain, true, strict=True)]
+    return errors
+
+
+def _on(gpu: PretendedGPU, arguments: tuple[Any, ...]) -> list[Any]:
+    def put(tensor: Tensor) -> Tensor:
+        return gpu.put(torch.empty_like(tensor, device=CPU) if tensor.is_meta else tensor)
+
+    return [put(value) if isinstance(value, Tensor) else value for value in arguments]
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _error(ours: Tensor, true: Tensor) -> float:
+    return float((ours.double() - true).norm() / true.norm())
+
+
+def main(folder: Path) -> None:
+    interpreter.complete()
+    kernel_compiler.launcher_problem = lambda: None  # nothing is launched
+    found: dict[str, Any] = {}
+    gpu = PretendedGPU(90, folder / "90")
+    for cases in (flex, low_bit_adamw, fused):
+        cases(gpu, found)
+    (folder / "found.json").write_text(json.dumps(found, indent=1))
+    gpu.become(80, folder / "80")
+    for cases in (flex, low_bit_adamw, fused):
+        cases(gpu, None)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

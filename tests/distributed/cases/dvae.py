@@ -1,0 +1,51 @@
+"""What the tests of the dVAE do on every rank: a whole run, and the rest of one that was stopped and killed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pytest import MonkeyPatch
+
+from dalle_ds.commands.job import on_all_ranks
+from dalle_ds.parallel.ranks import ALONE, Ranks
+from dalle_ds.tracking.tracker import NullTracker
+from dalle_ds.training.dvae import trainer as dvae_trainer
+from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.trainer import _Trainer, train_dvae
+from tests.training.dvae.runs import dvae_run
+
+
+def recipe(home: Path, name: str) -> DVAERun:
+    """Four parts an update; eps is large since Adam makes a whole step of a gradient that is nothing but rounding."""
+    return dvae_run(
+        home / "raw",
+        home / name,
+        micro_batch=2,
+        updates=40,
+        checkpoint_every=4,
+        report_every=15,
+        optimizer={"clip": 1.0, "eps": 1e-3},
+        tracking={"uri": "http://127.0.0.1:9", "every": 1},
+    )
+
+
+def trained(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The report, and (update, loss, gradient norm, unusable pictures so far) of every update; without MLflow."""
+    seen: list[tuple[int, float, float, float]] = []
+    step = _Trainer._step
+
+    def recording(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        metrics, stop_requested = step(self, stop_requested)
+        names = ("loss", "grad_norm", "unusable_pictures")
+        seen.append((self.update, *(float(metrics[f"train/{name}"]) for name in names)))
+        return metrics, stop_requested
+
+    with MonkeyPatch.context() as patch:
+        patch.setattr(_Trainer, "_step", recording)
+        patch.setattr(dvae_trainer.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
+        return {**train_dvae(run, ranks), "seen": seen}
+
+
+if __name__ == "__main__":
+    home = Path(sys.argv[1])
+    on_all_ranks(lambda ranks: {name: trained(recipe(home, name), ranks) for name in ("whole", "killed")}, as_json=True)

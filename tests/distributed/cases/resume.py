@@ -1,0 +1,129 @@
+"""Save on some ranks, load on others: resume_cases.py save+load+store|load FOLDER."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_ds.errors import UserError
+from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.parallel.engine import PriorEngine
+from dalle_ds.parallel.ranks import Ranks, join, leave
+from dalle_ds.training.checkpoint import CheckpointStore
+from tests.distributed.cases import engine as engine_cases
+from tests.distributed.cases.engine import ADAMW, make_engine, micro_batches
+
+engine_cases.GLOBAL_BATCH = 6  # for one, two and three ranks
+
+PER_RESBLOCK = {"enabled": True, "loss_scale": "per_resblock", "backoff_window": 0}
+CASES: dict[str, dict[str, Any]] = {
+    "zero3_fp16": {"fp16": PER_RESBLOCK, "threshold": 1000},
+    "zero3_bf16": {"fp16": None, "bf16": {"enabled": True}},
+    "zero2_bf16": {"fp16": None, "stage": 2, "bf16": {"enabled": True}},
+    "zero0_fp32": {"fp16": None, "stage": 0},
+}
+ACROSS_STAGES = {"zero2_bf16": "zero3_bf16", "zero3_bf16": "zero2_bf16"}
+
+
+def _go_on(engine: PriorEngine, average: WeightAverage, ranks: Ranks) -> dict[str, Any]:
+    """Evaluation before anything moves, then two updates, then the averaged weights."""
+    batch = [engine_cases.global_batch(9)]
+    seen: dict[str, Any] = {"at_once": engine.evaluate(batch)}
+    reports = [engine.update(micro_batches(update, ranks, 1), ADAMW.lr) for update in (3, 4)]
+    seen["updates"] = [[report.text_loss, report.image_loss, report.grad_norm] for report in reports]
+    with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):
+        seen["averaged"] = engine.evaluate(batch)
+    seen["scales"] = engine.scaler.scale.tolist() if engine.scaler else None
+    return seen
+
+
+def _average(engine: PriorEngine) -> WeightAverage:
+    return WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+
+
+def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    results = {}
+    for case, options in CASES.items():
+        engine = make_engine(folder, ranks, **options)
+        average = _average(engine)
+        for update in range(3):
+            engine.update(micro_batches(update, ranks, 1), ADAMW.lr)
+            average.update(engine.shards())
+        if engine.scaler:
+            engine.scaler.update(torch.tensor([0, 1.0, 0, 0, 0, 0]))  # scales that differ from their start
+        checkpoint = folder / case
+        if ranks.is_main:
+            checkpoint.mkdir()
+        ranks.barrier()
+        snapshot = engine.snapshot({"note": case}, average.averages)
+        results[case] = _go_on(engine, average, ranks)
+        average.update(engine.shards())
+        snapshot.write(checkpoint)  # in the background it is late, too: all has changed since
+        ranks.barrier()
+    return results
+
+
+def load(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    results = {}
+    pairs = [(case, case) for case in CASES]
+    for source, target in [*pairs, *ACROSS_STAGES.items()] if ranks.world_size == 2 else pairs:
+        engine = make_engine(folder, ranks, **CASES[target])
+        average = _average(engine)
+        assert engine.load(folder / source, average.averages) == {"note": source}
+        results[f"{source} as {target}"] = _go_on(engine, average, ranks)
+    return results
+
+
+def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What all ranks make of a fault that only one of them has."""
+    checkpoints = CheckpointStore(folder / "store", keep=2)
+
+    def write(to: Path) -> None:
+        (to / f"{ranks.rank}.bin").write_text("state")
+
+    def fails(to: Path) -> None:
+        if ranks.rank == 1:
+            raise OSError(28, "No space left on device")
+        write(to)
+
+    def said(work: Callable[[], Any]) -> list[str]:
+        try:
+            return ranks.gather_objects(f"no error, {work()}")
+        except UserError as error:
+            return ranks.gather_objects(str(error))
+
+    for update in (1, 2):
+        checkpoints.begin(update, write, {}, ranks, background=True)
+    checkpoints.begin(3, fails, {}, ranks, background=True)
+    full = said(lambda: checkpoints.finish(ranks))
+    found = [checkpoints.newest(ranks)]
+    if ranks.is_main:
+        Path(found[0].data, "1.bin").write_text("stAte")  # the share of rank 1, which verifies it
+    ranks.barrier()
+    found.append(checkpoints.newest(ranks))
+    own = folder / f"own-{ranks.rank}"
+    readonly = folder / "store" if ranks.is_main else folder / "store" / "update_00000001" / "checkpoint.json"
+    return {
+        "full": full,
+        "found": ranks.gather_objects([each.name for each in found]),
+        "files": sorted(Path(name).name for name in found[0].commit["files"]),
+        "not shared": said(lambda: CheckpointStore(own, keep=2).require_room(1, ranks)),
+        "not writable": said(lambda: CheckpointStore(readonly, keep=2).require_room(1, ranks)),
+        "writable": said(lambda: checkpoints.require_room(1, ranks)),
+    }
+
+
+def main(actions: str, folder: Path) -> None:
+    ranks = join()
+    for action in actions.split("+"):
+        results = {"save": save, "load": load, "store": store}[action](folder, ranks)
+        if ranks.is_main:
+            (folder / f"{action}-{ranks.world_size}.json").write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

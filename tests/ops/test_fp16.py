@@ -1,0 +1,41 @@
+"""fp16 products: rounded once, summed in fp32, the same with and without fp16 units."""
+
+import pytest
+import torch
+
+from dalle_ds.ops import fp16
+
+
+@pytest.fixture
+def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((5, 7, 96), (33, 96), (33,)))
+    return x.half(), weight, bias
+
+
+def test_linear_is_the_exact_product_rounded_once(operands: tuple[torch.Tensor, ...]) -> None:
+    x, weight, bias = operands
+    exact = x.double() @ weight.half().double().T + bias.double()
+    result = fp16.linear_fp16(x, weight, bias)
+    assert result.dtype is torch.float16
+    # half a unit in the last place of fp16, and a little for the order of the fp32 sum
+    torch.testing.assert_close(result.double(), exact, rtol=2**-11 * 1.01, atol=1e-3)
+
+
+def test_native_and_emulated_products_agree(operands: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = operands
+    results = []
+    for native in (True, False):
+        monkeypatch.setattr(fp16, "_cpu_has_fp16", lambda native=native: native)
+        results.append(fp16.linear_fp16(x, weight, bias))
+    torch.testing.assert_close(*results, rtol=2**-9, atol=4e-3)
+
+
+def test_range_is_fp16s() -> None:
+    x = torch.full((1, 2), 300.0, dtype=torch.float16)
+    assert fp16.linear_fp16(x, torch.full((1, 2), 200.0), None).isinf().all()
+
+
+def test_accumulators_keep_what_fp16_cannot_hold() -> None:
+    tiny = torch.full((4, 8), 2.0**-14, dtype=torch.float16)
+    assert fp16.matmul_to_fp32(tiny, tiny.T).eq(8 * 2.0**-28).all()

@@ -1,0 +1,71 @@
+"""Products of branches: which of them are computed, and the format of weights that come narrowed already."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.parallel.activation_checkpointing import recompute_layers
+from dalle_ds.precision import fp16_branches
+from dalle_ds.precision.fp16_branches import unread_product, use_fp16_branches
+
+CONFIG = PriorConfig(n_layers=2, n_heads=2, d_head=8, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
+
+
+def fp16_prior() -> Prior:
+    prior = Prior(CONFIG)
+    initialise(prior, torch.Generator().manual_seed(0))
+    use_fp16_branches(prior)
+    return prior
+
+
+def test_recomputation_leaves_out_the_product_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, products = fp16_prior(), Counter()
+    recompute_layers(prior)
+    plain = fp16_branches.linear_fp16
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        products[(tuple(weight.shape), bias is not None)] += 1
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(fp16_branches, "linear_fp16", counted)
+    nll = prior(torch.randint(11, (2, 4)), torch.randint(13, (2, 16)))
+    (nll.text_sum + nll.image_sum).backward()
+    d, n = CONFIG.d_model, CONFIG.n_layers
+    forward = {shape: products[(shape, True)] for shape in ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))}
+    assert forward == {(3 * d, d): 2 * n, (d, d): 2 * n, (4 * d, d): 2 * n, (d, 4 * d): n}
+
+
+def test_a_product_that_was_left_out_has_its_gradients() -> None:
+    layer = fp16_prior().layers[0].mlp.branch.project
+    x = torch.randn(3, 4 * CONFIG.d_model, dtype=torch.float16)
+    grad = torch.randn(3, CONFIG.d_model).half()
+    found = []
+    for unread in (False, True):
+        inputs = x.clone().requires_grad_()
+        if unread:
+            with unread_product(layer):
+                out = layer(inputs)
+        else:
+            out = layer(inputs)
+        out.backward(grad)
+        found.append([inputs.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+        layer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.equal(layer(x), layer(x)), "outside it computes as ever"
+
+
+def test_an_fp16_weight_has_fp32_gradients_and_gives_the_same_numbers() -> None:
+    wide, narrow = BranchLinear(8, 4), BranchLinear(8, 4)
+    narrow.load_state_dict(wide.state_dict())
+    narrow.weight.grad_dtype = torch.float32
+    narrow.weight.data = narrow.weight.data.half()
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).half()
+    for layer in (wide, narrow):
+        layer.matmul = fp16_branches._LinearFP16.apply
+        layer(x).sum().backward()
+    assert torch.equal(wide(x), narrow(x))
+    assert narrow.weight.grad.dtype is torch.float32 and torch.equal(wide.weight.grad, narrow.weight.grad)

@@ -1,0 +1,95 @@
+"""Fetch: a whole folder or none, and a next source where one cannot be had."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.errors import DataError
+from preprocessing.demo import sources
+from preprocessing.demo.drawn import draw
+from preprocessing.readers.folder import read_folder
+from preprocessing.stages import fetch
+from preprocessing.stages.fetch import FetchConfig
+
+
+@pytest.fixture(autouse=True)
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DALLE_DS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # neither npm nor apt-get
+
+
+def test_falls_back_to_drawing(tmp_path: Path) -> None:
+    out = tmp_path / "pictures"
+    outcome = fetch.run(FetchConfig(out=str(out), limit=12))
+    assert outcome.summary["source"] == "drawn"
+    entries = read_folder(str(out))
+    assert len(entries) == 12
+    assert all(entry.reason is None and entry.caption.startswith("a ") for entry in entries)
+    credit = json.loads((out / "source.json").read_text())
+    assert credit["licence"] == "MIT"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    before = (out / "captions.jsonl").stat().st_mtime_ns
+    assert fetch.run(FetchConfig(out=str(out), limit=12)).summary["n_pictures"] == 12
+    assert (out / "captions.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_source_that_is_asked_for_has_no_stand_in(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fluent: npm is not installed"):
+        fetch.run(FetchConfig(out=str(tmp_path / "pictures"), source="fluent"))
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_download_with_another_checksum_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pack(folder: Path) -> Path:
+        (folder / "x.tgz").write_bytes(b"not what was pinned")
+        return folder / "x.tgz"
+
+    monkeypatch.setattr(sources, "_npm_pack", pack)
+    with pytest.raises(DataError, match="its checksum is not the pinned one"):
+        fetch.run(FetchConfig(out=str(tmp_path / "pictures"), source="fluent"))
+    # Nor a damaged file in the cache; it is fetched again.
+    (tmp_path / "cache" / f"fluent-emoji-3d-{sources.FLUENT_VERSION}.tgz").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="its checksum is not the pinned one; not used"):
+        fetch.run(FetchConfig(out=str(tmp_path / "pictures"), source="fluent"))
+
+
+def test_a_kill_in_the_middle_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sources.draw
+
+    def stop_at_five(seed: int) -> object:
+        if seed == 5:
+            raise KeyboardInterrupt
+        return real(seed)
+
+    monkeypatch.setattr(sources, "draw", stop_at_five)
+    out = tmp_path / "pictures"
+    with pytest.raises(KeyboardInterrupt):
+        fetch.run(FetchConfig(out=str(out), source="drawn"))
+    assert not out.exists()
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match="not made by fetch"):
+        fetch.run(FetchConfig(out=str(tmp_path / "mine"), source="drawn"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
+    fetch.run(FetchConfig(out=str(tmp_path / "drawn"), source="drawn", limit=2))
+    with pytest.raises(DataError, match="holds drawn pictures"):
+        fetch.run(FetchConfig(out=str(tmp_path / "drawn"), source="fluent", limit=2))
+
+
+def test_emoji_names_join_on_code_points() -> None:
+    names = sources._emoji_names()
+    assert names["1f469"] == "woman"
+    assert names["1f93f"] == "diving mask"
+    assert names[sources._without_variant(["1f575", "1f3fb", "200d", "2642", "fe0f"])] == "man detective light skin tone"
+
+
+def test_drawings_are_reproducible_and_match_their_captions() -> None:
+    assert draw(3, 64).image.tobytes() == draw(3, 64).image.tobytes()
+    with_red = [drawing for drawing in (draw(seed, 64) for seed in range(60)) if "red" in drawing.caption]
+    assert with_red
+    for drawing in with_red:
+        assert (214, 40, 40) in {colour for _, colour in drawing.image.getcolors(64 * 64)}

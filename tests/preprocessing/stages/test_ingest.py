@@ -1,0 +1,164 @@
+"""Ingest: every sample is accounted for, restarts make the same shards, damage is never fatal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
+from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.errors import DataError, FingerprintMismatch
+from dalle_ds.storage import objects
+from preprocessing.filters.rules import FilterConfig
+from preprocessing.stages import ingest, verify
+from preprocessing.stages.ingest import IngestConfig
+from preprocessing.stages.verify import VerifyConfig
+from tests.support.pictures import draw_folder, encoded
+
+
+def config(pictures: Path, out: str, **more: object) -> IngestConfig:
+    return IngestConfig(pictures=str(pictures), out=out, **{"samples_per_shard": 8, "workers": 1, **more})
+
+
+def checksums(root: str) -> dict[str, str]:
+    return {manifest.shard: manifest.checksum for manifest in load_shard_manifests(root, RawShardManifest)}
+
+
+def test_all_samples_arrive(any_root: str, tmp_path: Path) -> None:
+    pictures = draw_folder(tmp_path / "pictures", 20)
+    outcome = ingest.run(config(pictures, any_root))
+    assert outcome.is_complete
+    assert (outcome.summary["shards"], outcome.summary["samples"], outcome.summary["dropped"]) == (3, 20, {})
+    samples = [sample for shard in list_raw_shards(any_root) for sample in read_raw_shard(shard)]
+    assert all(isinstance(sample, RawSample) for sample in samples)
+    captions = [json.loads(line) for line in (pictures / "captions.jsonl").read_text().splitlines()]
+    assert [(s.key, s.caption, s.group, s.image) for s in samples] == [
+        (c["file"][:-4], c["caption"], c["group"], (pictures / c["file"]).read_bytes()) for c in captions
+    ]
+    assert verify.run(VerifyConfig(root=any_root, workers=1)).is_complete
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    ingest.run(config(draw_folder(tmp_path / "pictures", 10), str(tmp_path / "raw")))
+    tars = [shard.url for shard in list_raw_shards(tmp_path / "raw")]
+    found = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
+    assert len(found) == 10
+    assert found[3]["json"]["caption"].endswith("number 3")
+    assert found[3]["json"]["language"] == "en" and 0.1 < found[3]["json"]["language_score"] <= 1
+    assert found[3]["png"].size == (48, 48)
+
+
+def hostile_folder(folder: Path) -> Path:
+    draw_folder(folder, 6)
+    good = (folder / "p0000.png").read_bytes()
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+
+    def add(name: str, data: bytes | None, caption: str) -> None:
+        if data is not None:
+            (folder / name).write_bytes(data)
+        lines.append(json.dumps({"file": name, "caption": caption}))
+
+    add("cut.png", good[:60], "a cut picture")
+    add("text.jpg", b"<html>", "not a picture")
+    add("empty.png", b"", "an empty file")
+    add("wide.png", encoded(Image.new("RGB", (200, 40))), "a wide picture")
+    add("tiny.png", encoded(Image.new("RGB", (5, 5))), "a tiny picture")
+    add("huge.png", encoded(Image.new("1", (12_000, 12_000))), "a decompression bomb")
+    add("nocaption.png", encoded(Image.new("RGB", (40, 40), "red")), "  ")
+    add("date.png", encoded(Image.new("RGB", (40, 41), "red")), "photographed on 3 May 2004")
+    add("twin-a.png", encoded(Image.new("RGB", (40, 42), "blue")), "")  # no caption of its own: the second twin is the kept one
+    add("twin-b.png", encoded(Image.new("RGB", (40, 42), "blue")), "the kept twin")
+    add("twin-c.png", encoded(Image.new("RGB", (40, 42), "blue")), "the third twin")
+    add("gone.png", None, "a picture that is missing")
+    lines.append("{broken")
+    (folder / "stray.png").write_bytes(encoded(Image.new("RGB", (40, 43))))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_hostile_input_is_counted_and_never_fatal(tmp_path: Path) -> None:
+    root = str(tmp_path / "raw")
+    outcome = ingest.run(config(hostile_folder(tmp_path / "pictures"), root))
+    assert outcome.is_complete
+    assert outcome.summary["dropped"] == {
+        "unreadable": 3,
+        "aspect ratio": 1,
+        "too small": 1,
+        "too large": 1,
+        "empty caption": 2,
+        "boilerplate": 1,
+        "duplicate picture": 1,
+        "missing picture": 1,
+        "bad caption line": 1,
+        "no caption": 1,
+    }
+    assert outcome.summary["samples"] == 7
+    assert outcome.summary["inputs"] == 7 + sum(outcome.summary["dropped"].values())
+    keys = {sample.key for shard in list_raw_shards(root) for sample in read_raw_shard(shard)}
+    assert "twin-b" in keys
+    listed = {}
+    for manifest in load_shard_manifests(root, RawShardManifest):
+        if manifest.dropped_path:
+            for line in objects.read_bytes(objects.join(root, manifest.dropped_path)).splitlines():
+                listed[json.loads(line)["key"]] = json.loads(line)["reason"]
+    assert listed["twin-c"] == "duplicate picture"
+    assert listed["huge"] == "too large"
+    assert len(listed) == sum(outcome.summary["dropped"].values())
+    assert verify.run(VerifyConfig(root=root, workers=1)).is_complete
+
+
+def test_a_second_run_does_nothing_and_a_restart_makes_what_is_missing(tmp_path: Path) -> None:
+    pictures, root = draw_folder(tmp_path / "pictures", 20), str(tmp_path / "raw")
+    ingest.run(config(pictures, root))
+    before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+    assert ingest.run(config(pictures, root)).summary["shards_made_now"] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+    sums = checksums(root)
+    (tmp_path / "raw" / "manifests" / "00001.json").unlink()  # as after a kill before the commit: data without a manifest
+    assert ingest.run(config(pictures, root)).summary["shards_made_now"] == 1
+    assert checksums(root) == sums
+    report = verify.run(VerifyConfig(root=root, workers=1))
+    assert report.is_complete
+    assert report.summary["orphans"] == 1
+    verify.run(VerifyConfig(root=root, workers=1, delete_orphans=True))
+    report = verify.run(VerifyConfig(root=root, workers=1))
+    assert report.is_complete
+    assert report.summary["orphans"] == 0
+
+
+def test_worker_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    pictures = draw_folder(tmp_path / "pictures", 20)
+    ingest.run(config(pictures, str(tmp_path / "one")))
+    ingest.run(config(pictures, str(tmp_path / "two"), workers=2))
+    assert checksums(str(tmp_path / "one")) == checksums(str(tmp_path / "two"))
+
+
+def test_other_inputs_or_filters_into_the_same_output_are_refused(tmp_path: Path) -> None:
+    pictures, root = draw_folder(tmp_path / "pictures", 10), str(tmp_path / "raw")
+    mark = ingest.run(config(pictures, root)).summary["fingerprint"]
+    for other in (config(pictures, root, filters=FilterConfig(min_letters=9)), config(pictures, root, samples_per_shard=5)):
+        with pytest.raises(FingerprintMismatch, match=f"expected fingerprint {mark}, found"):
+            ingest.run(other)
+    (pictures / "captions.jsonl").write_text((pictures / "captions.jsonl").read_text().replace("number 3", "number three"))
+    with pytest.raises(FingerprintMismatch, match="captions or filters have changed"):
+        ingest.run(config(pictures, root))
+
+
+def test_no_room_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "free_bytes", lambda url: 1000)
+    with pytest.raises(DataError, match="needed for the raw shards"):
+        ingest.run(config(draw_folder(tmp_path / "pictures", 3), str(tmp_path / "raw")))
+
+
+def test_damage_is_found_by_verify(tmp_path: Path) -> None:
+    root = str(tmp_path / "raw")
+    ingest.run(config(draw_folder(tmp_path / "pictures", 10), root))
+    shard = list_raw_shards(root)[0]
+    data = bytearray(Path(shard.url).read_bytes())
+    data[600] ^= 1
+    Path(shard.url).write_bytes(data)
+    outcome = verify.run(VerifyConfig(root=root, workers=1))
+    assert not outcome.is_complete
+    assert "SHA-256" in outcome.problems[0]

@@ -1,0 +1,57 @@
+"""Status: what is done, open and failed, told from what lies in the output."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.data.manifest import manifest_url
+from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from preprocessing.stages import encode, status
+from preprocessing.stages.status import StatusConfig
+from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
+
+
+def told(root: str) -> dict[str, object]:
+    return status.run(StatusConfig(root=root)).summary
+
+
+def test_failures_are_kept_until_a_later_run_mends_them(world: World, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", str(tmp_path / "tokens")
+    shutil.copytree(world.raw, raw)
+    tar = next((raw / "data").glob("00002-*.tar"))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1])
+    assert not encode.run(world.config(out, raw=str(raw))).is_complete
+    seen = told(out)
+    assert (seen["kind"], seen["shards"]) == ("tokens", {"all": N_SHARDS, "done": N_SHARDS - 1, "failed": 1, "open": 0})
+    assert list(seen["failed_shards"]) == ["00002"]
+    assert "cut short" in seen["failed_shards"]["00002"]
+    assert seen["samples"] == N_PICTURES - N_PICTURES // N_SHARDS
+    assert seen["pictures_per_second"] > 0
+    assert seen["eta_seconds"] > 0
+    tar.write_bytes(whole)
+    assert encode.run(world.config(out, raw=str(raw))).is_complete
+    seen = told(out)
+    assert seen["shards"] == {"all": N_SHARDS, "done": N_SHARDS, "failed": 0, "open": 0}
+    assert (seen["failed_shards"], seen["eta_seconds"], seen["samples"]) == ({}, 0, N_PICTURES)
+    assert objects.list_files(f"{out}/status/failed") == []
+
+
+def test_open_shards_and_the_time_they_will_take(world: World, tmp_path: Path) -> None:
+    root = tmp_path / "raw"
+    shutil.copytree(world.raw, root)
+    before = told(str(root))
+    assert before["shards"] == {"all": N_SHARDS, "done": N_SHARDS, "failed": 0, "open": 0}
+    for number in range(3):
+        Path(manifest_url(root, f"{number:05d}")).unlink()
+    after = told(str(root))
+    assert after["shards"] == {"all": N_SHARDS, "done": N_SHARDS - 3, "failed": 0, "open": 3}
+    pictures = 3 * N_PICTURES // N_SHARDS
+    assert after["eta_seconds"] == pytest.approx(pictures / after["pictures_per_second"])
+
+
+def test_nothing_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither ingest nor encode has begun here"):
+        told(str(tmp_path))

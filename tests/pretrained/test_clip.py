@@ -1,0 +1,93 @@
+"""CLIP: a folder written by transformers, opened by our code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dalle_ds.errors import DataError
+from dalle_ds.pretrained.clip import Clip
+from tests.support.clip_models import make_clip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(folder) -> Clip:
+    return Clip.load(folder)
+
+
+def test_features_are_those_of_the_plain_model_on_pixels_prepared_by_hand(clip):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 75, 3), dtype=np.uint8))
+    resized = picture.resize((48, 32), Image.Resampling.BICUBIC)  # the shortest side to 32, then the middle
+    pixels_HWC = np.asarray(resized.crop((8, 0, 40, 32)), dtype=np.float64) / 255
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of the released CLIP
+    pixels_HWC = (pixels_HWC - mean) / std
+    ids = clip._tokenizer("a red cat")["input_ids"]
+    with torch.inference_mode():
+        plain = clip.model(
+            pixel_values=torch.tensor(pixels_HWC.transpose(2, 0, 1)[None], dtype=torch.float32), input_ids=torch.tensor([ids])
+        )
+    image, text = clip.image_features([picture]), clip.text_features(["A  red cat"])
+    torch.testing.assert_close(image, plain.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(text, plain.text_embeds, rtol=0, atol=1e-5)
+    assert image.norm().item() == pytest.approx(1) and text.norm().item() == pytest.approx(1)
+    torch.testing.assert_close(clip.image_features(np.asarray(picture)[None]), image)
+
+
+def test_a_caption_does_not_depend_on_its_neighbours(clip):
+    alone = clip.text_features(["a cat"])
+    beside = clip.text_features(["a cat", "an exceedingly long caption " * 9, ""])
+    torch.testing.assert_close(beside[:1], alone, rtol=0, atol=1e-6)
+    assert beside.isfinite().all() and (beside[0] @ beside[1]) < 0.999
+
+
+def test_the_fingerprint_follows_weights_tokenizer_and_preprocessing(clip, folder, tmp_path):
+    assert Clip.load(folder).fingerprint == clip.fingerprint
+    marks = {clip.fingerprint, Clip.load(make_clip(tmp_path / "seed", seed=1)).fingerprint}
+    for file, change in {
+        "preprocessor_config.json": lambda info: info.update(image_mean=[0.5, 0.5, 0.5]),
+        "tokenizer.json": lambda info: info["model"]["merges"].pop(),
+    }.items():
+        other = shutil.copytree(folder, tmp_path / file)
+        info = json.loads((other / file).read_text())
+        change(info)
+        (other / file).write_text(json.dumps(info))
+        marks.add(Clip.load(other).fingerprint)
+    assert len(marks) == 4
+
+
+def test_what_is_no_whole_clip_is_refused(folder, tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        Clip.load(tmp_path / "nowhere")
+
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    state = load_file(cut / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, cut / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="lack visual_projection.weight"):
+        Clip.load(cut)
+
+    for file, key, value, message in (
+        ("config.json", "model_type", "bert", "model_type 'bert', expected 'clip'"),
+        ("preprocessor_config.json", "crop_size", {"height": 16, "width": 16}, "the model expects 32 a side"),
+    ):
+        other = shutil.copytree(folder, tmp_path / key)
+        (other / file).write_text(json.dumps({**json.loads((other / file).read_text()), key: value}))
+        with pytest.raises(DataError, match=message):
+            Clip.load(other)
+
+
+def test_pictures_that_would_be_misread_are_refused(clip):
+    with pytest.raises(ValueError, match="expected uint8"):
+        clip.image_features(np.zeros((1, 32, 32, 3), dtype=np.float32))
+    with pytest.raises(ValueError, match="expected uint8"):
+        clip.image_features(np.zeros((1, 3, 32, 32), dtype=np.uint8))

@@ -1,0 +1,167 @@
+"""Storage: the same small functions on local disks and on a real S3 server; objects are whole or absent."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from tests.conftest import S3
+
+
+def test_write_read_list_delete(any_root: str) -> None:
+    url = objects.join(any_root, "folder", "a.bin")
+    objects.write_bytes(url, b"hello")
+    objects.write_bytes(objects.join(any_root, "b.txt"), b"")
+    assert objects.read_bytes(url) == b"hello"
+    assert objects.read_range(url, 1, 3) == b"ell"
+    assert objects.size(url) == 5
+    assert objects.list_files(any_root) == [objects.join(any_root, "b.txt"), url]
+    assert objects.list_sizes(any_root, ".bin") == {url: 5}
+    with objects.local_copy(url) as file:
+        assert file.read_bytes() == b"hello"
+    objects.write_bytes(url, b"replaced")
+    assert objects.read_bytes(url) == b"replaced"
+    objects.delete(url)
+    objects.delete(url)
+    assert not objects.exists(url)
+    # SeaweedFS still shows an emptied folder: a prefix is no sign of anything.
+    assert not objects.exists(objects.join(any_root, "folder"))
+    assert objects.list_files(objects.join(any_root, "folder")) == []
+
+
+def test_missing_objects_are_named(any_root: str) -> None:
+    url = objects.join(any_root, "missing")
+    for read in (
+        objects.read_bytes,
+        objects.size,
+        lambda url: objects.read_range(url, 0, 1),
+        lambda url: objects.local_copy(url).__enter__(),
+    ):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            read(url)
+    assert objects.list_files(any_root) == []
+
+
+@pytest.mark.parametrize("offset", [2, 5, 100])
+def test_range_beyond_the_end_is_refused(any_root: str, offset: int) -> None:
+    url = objects.join(any_root, "short")
+    objects.write_bytes(url, b"12345")
+    with pytest.raises(DataError, match=f"offset {offset}, expected 10"):
+        objects.read_range(url, offset, 10)
+
+
+def test_create_exclusive_has_one_winner(any_root: str) -> None:
+    url = objects.join(any_root, "manifest.json")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: objects.create_exclusive(url, b"writer %d" % i), range(16)))
+    assert won.count(True) == 1
+    assert objects.read_bytes(url) == b"writer %d" % won.index(True)
+
+
+def test_create_exclusive_does_not_lose_against_itself(any_root: str) -> None:
+    # A retry after a lost reply finds its own object there.
+    url = objects.join(any_root, "manifest.json")
+    assert objects.create_exclusive(url, b"attempt 1")
+    assert objects.create_exclusive(url, b"attempt 1")
+    assert not objects.create_exclusive(url, b"attempt 2")
+
+
+def test_put_file(any_root: str, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(os.urandom(100_000))
+    objects.put_file(local, objects.join(any_root, "x", "y"))
+    assert objects.read_bytes(objects.join(any_root, "x", "y")) == local.read_bytes()
+    assert local.exists()
+
+
+def test_failed_local_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+    objects.write_bytes(target, b"old")
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    for write in (objects.write_bytes, objects.create_exclusive):
+        with pytest.raises(OSError, match="No space"):
+            write(target, b"new content")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_listings_leave_hidden_names_out(tmp_path: Path) -> None:
+    (tmp_path / ".half.part").write_bytes(b"x")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "file").write_bytes(b"x")
+    (tmp_path / "whole").write_bytes(b"x")
+    assert objects.list_files(tmp_path) == [f"{tmp_path}/whole"]
+    assert objects.list_files(f"file://{tmp_path}") == [f"file://{tmp_path}/whole"]
+
+
+def test_file_urls_and_unknown_schemes(tmp_path: Path) -> None:
+    objects.write_bytes(f"file://{tmp_path}/a", b"1")
+    assert objects.read_bytes(tmp_path / "a") == b"1"
+    with pytest.raises(DataError, match="gopher://x: unknown kind of storage"):
+        objects.read_bytes("gopher://x")
+
+
+def test_free_bytes(tmp_path: Path) -> None:
+    free = objects.free_bytes(tmp_path / "not" / "there" / "yet")
+    assert free is not None
+    assert free > 0
+    assert objects.free_bytes("s3://bucket/x") is None
+
+
+@pytest.mark.s3
+def test_a_wrong_key_is_told_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    started = time.monotonic()
+    with pytest.raises(PermissionError, match="AWS_SECRET_ACCESS_KEY"):
+        objects.read_bytes(f"{s3.url}/x")
+    assert time.monotonic() - started < 30  # far below the time that outages are retried for
+
+
+@pytest.mark.s3
+def test_a_short_outage_is_waited_out_and_a_long_one_ends_in_a_clear_error(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects.write_bytes(f"{s3.url}/before", b"kept")
+    s3.server.kill()
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "2")
+    with pytest.raises(DataError, match=r"cannot read s3://.*/x: tried for 2 s"):
+        objects.read_bytes(f"{s3.url}/x")
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "90")
+    back = threading.Timer(3, s3.server.start, kwargs={"wait": False})
+    back.start()
+    objects.write_bytes(f"{s3.url}/during", b"written")
+    back.join()
+    s3.server.wait_until_ready()
+    assert objects.read_bytes(f"{s3.url}/before") == b"kept"
+    assert objects.read_bytes(f"{s3.url}/during") == b"written"
+
+
+def test_large_ranges_are_read_in_parts(any_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "RANGE_BYTES", 7)
+    url = objects.join(any_root, "long")
+    objects.write_bytes(url, bytes(range(100)))
+    target = bytearray(60)
+    objects.read_into(url, 30, memoryview(target))
+    assert target == bytes(range(30, 90))
+    with pytest.raises(DataError, match="cut short"):
+        objects.read_into(url, 41, memoryview(target))
+
+
+def test_a_file_written_aside_appears_whole_or_not_at_all(any_root: str) -> None:
+    url = objects.join(any_root, "folder", "model")
+    with pytest.raises(ZeroDivisionError), objects.written_aside(url) as file:
+        file.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert objects.list_files(any_root) == [] and not objects.exists(url)
+    with objects.written_aside(url) as file:
+        file.write_bytes(b"whole")
+        assert not objects.exists(url)
+    assert objects.read_bytes(url) == b"whole"
+    assert not file.exists(), "nothing is left beside it"

@@ -1,0 +1,130 @@
+"""Start real jobs with the real launchers, and always end what was started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_PRIOR = str(ROOT / "launchers" / "train_prior.sh")
+QUICK_START = ROOT / "tests" / "launched" / "sitecustomize.py"
+RANKS = QUICK_START.with_name("ranks.py")
+TINY = ["--recipe", str(ROOT / "launchers" / "recipes" / "tiny.yaml")]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The launchers of this Python first on the PATH; nothing of a job around the tests leaks in."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env["DS_ACCELERATOR"], env["CUDA_VISIBLE_DEVICES"] = "cpu", ""  # on machines with GPUs too
+    env["PYTHONPATH"] = f"{ROOT}:{QUICK_START.parent}"
+    return {**env, **(extra or {})}
+
+
+def deepspeed(n_ranks: int | None = 2) -> list[str]:
+    """The launcher with a port of its own: tests may run side by side with other jobs."""
+    ranks = [] if n_ranks is None else ["--num_gpus", str(n_ranks)]
+    return ["deepspeed", *ranks, "--master_port", str(free_port())]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(
+    command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None, timeout: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; output captured."""
+    with started(command, cwd, extra_env) as process:
+        out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_ranks(n_ranks: int, script: Path, *arguments: str, cwd: Path, extra_env: Mapping[str, str] | None = None) -> None:
+    """A script on several ranks, without a launcher, which would take as long to start as they do."""
+    job = {**(extra_env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = run([sys.executable, str(RANKS), str(n_ranks), str(script), *arguments], cwd, job)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@contextmanager
+def started(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A running job in its own session; at the end of the context its whole tree is gone."""
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(extra_env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    tree: set[psutil.Process] = set()
+    try:
+        yield process
+    finally:
+        tree |= family(process.pid)
+        for member in tree:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        process.wait(timeout=30)
+
+
+def family(pid: int) -> set[psutil.Process]:
+    """All processes of the session that `pid` leads, so also those whose parent is gone, and their descendants in others."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == pid:
+                found |= {process, *process.children(recursive=True)}
+        except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def ranks_of(pid: int) -> dict[int, psutil.Process]:
+    """The training processes themselves by rank, without launchers and without what they started."""
+    found = {}
+    for process in family(pid):
+        with suppress(psutil.Error):
+            if "-u" in process.cmdline() and "RANK" in process.environ():
+                found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def wait_for(condition: Any, what: str, timeout: float = 120, process: subprocess.Popen[str] | None = None) -> None:
+    """Poll until `condition()` is true. Fails with the process's output if it ends first."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if process is not None and process.poll() is not None:
+            out, err = process.communicate()
+            raise AssertionError(f"ended with {process.returncode} before {what}:\n{out[-2000:]}\n{err[-4000:]}")
+        assert time.monotonic() < deadline, f"no {what} within {timeout} s"
+        time.sleep(0.05)
+
+
+def kill_tree(pid: int, number: int = signal.SIGKILL) -> None:
+    for member in family(pid):
+        try:
+            member.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def last_json(text: str) -> dict[str, Any]:
+    """The summary that --json puts on the last line of stdout; the deepspeed launcher logs there too, after it."""
+    return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])

@@ -1,0 +1,29 @@
+"""Small captioned test pictures, drawn here: folders as `preprocessing ingest` takes them, and bytes of every awkward kind."""
+
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from preprocessing.demo.drawn import draw
+
+
+def draw_folder(folder: Path, n_pictures: int, size: int = 48) -> Path:
+    """A folder of `n_pictures` PNG files with captions.jsonl; every fourth shares its group with the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "captions.jsonl").open("w") as captions:
+        for i in range(n_pictures):
+            drawing = draw(i, size)
+            drawing.image.save(folder / f"p{i:04d}.png")
+            group = f"g{i - 1 if i % 4 == 3 else i:04d}"
+            record = {"file": f"p{i:04d}.png", "caption": f"{drawing.caption}, number {i}", "group": group}
+            captions.write(json.dumps(record) + "\n")
+    return folder
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    """The bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

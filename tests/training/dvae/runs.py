@@ -1,0 +1,73 @@
+"""A small dVAE run and its raw shards, some of whose pictures are unusable."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dalle_ds.data.raw import split_of
+from dalle_ds.training.dvae.config import DVAERun
+
+KEYS = [f"{shard:02d}{n:03d}" for shard in range(3) for n in range(24)]
+TRAIN_KEYS = [key for key in KEYS if split_of(key, 0.2) == "train"]
+TOO_SMALL, DAMAGED = TRAIN_KEYS[3], TRAIN_KEYS[30]
+
+
+def make_raw(root: Path, damaged: tuple[str, ...] = (DAMAGED,)) -> Path:
+    """Three shards of drawn pictures, 48 pixels wide: a coloured disc or square on white."""
+    root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        with tarfile.open(root / f"{shard:02d}.tar", "w") as tar:
+            for n in range(24):
+                key = f"{shard:02d}{n:03d}"
+                image = _draw(rng, side=12 if key == TOO_SMALL else 48)
+                _add(tar, f"{key}.png", b"not a picture" if key in damaged else image)
+                _add(tar, f"{key}.json", json.dumps({"caption": f"thing {key}", "group": key}).encode())
+    return root
+
+
+def _draw(rng: np.random.Generator, side: int) -> bytes:
+    y, x = np.mgrid[:side, :side] / side
+    cy, cx, radius = *rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.35)
+    inside = np.hypot(y - cy, x - cx) < radius if rng.random() < 0.5 else np.maximum(abs(y - cy), abs(x - cx)) < radius
+    pixels = np.where(inside[..., None], rng.integers(0, 256, 3), 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERun:
+    """A recipe of seconds."""
+    settings: dict[str, Any] = {
+        "folder": str(folder),
+        "data": {"raw": str(raw), "validation_fraction": 0.2},
+        "model": {"image_size": 16, "n_groups": 2, "n_blk_per_group": 1, "n_hid": 16, "n_init": 16, "vocab_size": 32},
+        "optimizer": {"clip": 1.0},
+        "schedules": {
+            "tau": {"start": 1.0, "end": 0.0625, "updates": 60},
+            "kl_weight": {"start": 0.0, "end": 0.2, "updates": 5},
+            "lr": {"start": 5e-3, "end": 1e-4, "updates": 120},
+        },
+        "loss": {"ln_b_min": -1.0, "usage_weight": 1.0},
+        "average": {"start": "warm"},
+        "updates": 12,
+        "batch_size": 8,
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "checkpoint_every": 5,
+        "report_every": 100,
+        "tracking": {"uri": f"sqlite:///{folder.parent}/mlflow.db", "every": 1},
+    }
+    return DVAERun(**{**settings, **changes})

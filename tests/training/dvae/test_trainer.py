@@ -1,0 +1,347 @@
+"""Training of the dVAE: it learns, it goes on to the last digit after a stop, it refuses what does not fit."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle_ds.data.images import decode_image
+from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
+from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.optim.schedules import HalfCosine
+from dalle_ds.parallel.ranks import ALONE, Ranks
+from dalle_ds.recipes import dump_recipe, load_recipe
+from dalle_ds.storage.weights import read_weights
+from dalle_ds.tracking.tracker import NullTracker
+from dalle_ds.training import run_folder
+from dalle_ds.training.dvae import trainer as dvae_trainer
+from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
+from dalle_ds.training.dvae.trainer import _Trainer, train_dvae
+from tests.training.dvae.runs import DAMAGED, KEYS, TOO_SMALL, TRAIN_KEYS, dvae_run, make_raw
+
+RECIPES = Path(__file__).parents[3] / "launchers" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_raw(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, float]]:
+    """(update, loss, gradient norm) of every step that is taken; and no MLflow, which takes seconds to start."""
+    taken: list[tuple[int, float, float]] = []
+    step = _Trainer._step
+
+    def recording(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        metrics, stop_requested = step(self, stop_requested)
+        taken.append((self.update, float(metrics["train/loss"]), float(metrics["train/grad_norm"])))
+        return metrics, stop_requested
+
+    monkeypatch.setattr(_Trainer, "_step", recording)
+    monkeypatch.setattr(dvae_trainer.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
+    return taken
+
+
+class _StopAfter:
+    """Stands for StopFlag: asked to stop in the middle of the `update`-th step."""
+
+    reason = "test"
+
+    def __init__(self, losses: list[tuple[int, float, float]], update: int) -> None:
+        self.losses, self.update = losses, update
+
+    @property
+    def requested(self) -> bool:
+        return len(self.losses) + 1 == self.update
+
+    def __enter__(self) -> "_StopAfter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"precision": "bf16", "micro_batch": 4, "workers": 2}])
+def test_stopped_and_resumed_gives_the_uninterrupted_losses(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    train_dvae(dvae_run(raw, tmp_path / "whole", **changes))
+    whole = losses.copy()
+    assert [update for update, *_ in whole] == list(range(12))
+    losses.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(dvae_trainer, "StopFlag", lambda: _StopAfter(losses, 7))
+        with pytest.raises(SystemExit) as left:
+            train_dvae(dvae_run(raw, tmp_path / "parts", **changes))
+    assert left.value.code == 143
+    train_dvae(dvae_run(raw, tmp_path / "parts", **changes))
+    assert losses == whole
+    final = [read_weights(tmp_path / name / "dvae.safetensors", "dvae") for name in ("whole", "parts")]
+    assert final[0].fingerprint == final[1].fingerprint
+
+
+def test_killed_without_saving_repeats_from_the_last_checkpoint(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_dvae(dvae_run(raw, tmp_path / "whole"))
+    whole = losses.copy()
+    losses.clear()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        if self.update >= 8:
+            raise Killed
+        return step(self, stop_requested)
+
+    step = _Trainer._step
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "_step", kill)
+        with pytest.raises(Killed):
+            train_dvae(dvae_run(raw, tmp_path / "killed"))
+    losses.clear()
+    (tmp_path / "killed" / "checkpoint.pt.incoming").write_bytes(b"half a checkpoint")
+    train_dvae(dvae_run(raw, tmp_path / "killed"))
+    assert losses == whole[5:]  # checkpoint_every is 5
+
+
+def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
+    run = dvae_run(raw, tmp_path / "run", updates=120)
+    report = train_dvae(run)
+    assert torch.tensor(2.0**-149) * 1 > 0, "subnormal numbers are what they were, for whoever computes next in this process"
+    assert losses[-1][1] < losses[0][1] - 0.5
+    weights = read_weights(tmp_path / "run" / "dvae.safetensors", "dvae")
+    assert weights.fingerprint == report["dvae"]
+    held_out = json.loads(weights.extra["held_out"])
+    assert held_out.items() <= report.items() and 0 < held_out["ssim"] < 1
+    model = DVAE(DVAEConfig(**weights.config))
+    model.load_state_dict(weights.state)
+    held_out = validation_pictures(run.data, 16)
+    white = torch.full_like(held_out, 255)
+    made = model.decode_tokens(model.tokens(held_out))
+    errors = [((held_out.float() - other.float()) ** 2).mean((1, 2, 3)) for other in (made, white)]
+    assert report["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors[0])).mean().item(), abs=0.05)
+    assert errors[0].mean() < 0.75 * errors[1].mean()
+    assert report["codes_used"] == len(model.tokens(held_out).unique())
+    assert 1 < report["perplexity"] <= report["codes_used"] <= 32
+    assert 0 < report["kl_per_cell"] < math.log(32)
+    assert report["elb_hard"] == pytest.approx(report["elb_relaxed"], abs=0.3)  # tau is 1/16 at the end
+    assert json.loads((tmp_path / "run" / "dvae_report.json").read_text()) == report
+    assert Image.open(tmp_path / "run" / "reconstructions.png").width >= 12 * 64
+    assert load_recipe(DVAERun, tmp_path / "run" / "recipe.yaml") == run
+
+    losses.clear()
+    assert train_dvae(run) == report
+    assert losses == []
+    with pytest.raises(FingerprintMismatch, match="another recipe or other pictures"):
+        train_dvae(dvae_run(raw, tmp_path / "run", updates=120, seed=1))
+
+
+def test_a_collapsed_codebook_is_named(
+    raw: Path,
+    tmp_path: Path,
+    losses: list[tuple[int, float, float]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = _Trainer._step
+
+    def one_code_for_all(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        taken = step(self, stop_requested)
+        for weights in (self._weights(), self.average.averages):
+            weights["encoder.blocks.output.conv.w"].data.zero_()
+        return taken
+
+    monkeypatch.setattr(_Trainer, "_step", one_code_for_all)
+    report = train_dvae(dvae_run(raw, tmp_path / "run", updates=6, report_every=3))
+    assert report["codes_used"] < 4
+    told = [record.message for record in caplog.records if "COLLAPSED" in record.message]
+    assert len(told) == 1, "at update 3 the weight of KL is still rising, at 6 it is not"
+    assert f"{report['codes_used']} of 32 codes" in told[0] and "tau falls too fast" in told[0]
+
+
+def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -> None:
+    with closing(_Trainer(dvae_run(raw, tmp_path), "test", "shards", ALONE)) as trainer:
+        drawn = [torch.rand(4, generator=trainer._noise(part)) for part in (0, 1, 0)]
+        trainer.update += 1
+        drawn.append(torch.rand(4, generator=trainer._noise(0)))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not any(torch.equal(drawn[0], other) for other in (drawn[1], drawn[3]))
+
+
+def test_ranks_that_do_not_see_the_same_folder_are_told_so(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "gather_objects", lambda _, mine: [mine, (5, "test")])
+    with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: they must see"):
+        _Trainer(dvae_run(raw, tmp_path), "test", "shards", ALONE)
+
+
+def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
+    run = dvae_run(raw, tmp_path, loss={})
+    with closing(_Trainer(run, "test", "shards", ALONE)) as trainer:
+        images = validation_pictures(run.data, 16)[:4]
+        loss, terms = trainer._loss(images, 0.5, 6.6, torch.Generator())
+    # per picture: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
+    whole_picture = (768 * terms["nll"] + 6.6 * 64 * terms["kl_per_cell"]) / 768
+    torch.testing.assert_close(loss.detach(), whole_picture)
+
+
+def test_workers_change_nothing(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
+    for workers in (1, 3):
+        train_dvae(dvae_run(raw, tmp_path / f"{workers}", micro_batch=2, workers=workers, updates=5))
+    assert losses[:5] == losses[5:]
+
+
+def test_micro_batches_add_up_to_the_batch(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without noise, and without the usage term, which is of the micro-batch.
+    monkeypatch.setattr("dalle_ds.models.dvae.gumbel_softmax", lambda logits, tau, _: torch.softmax(logits / tau, dim=1))
+    changes = {"updates": 2, "loss": {"ln_b_min": -1.0}}
+    train_dvae(dvae_run(raw, tmp_path / "whole", **changes))
+    train_dvae(dvae_run(raw, tmp_path / "parts", micro_batch=2, **changes))
+    for whole, parts in zip(losses[:2], losses[2:], strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("window_mb", [64, 0])
+def test_stream_goes_on_anywhere_and_reads_every_picture_once_an_epoch(raw: Path, tmp_path: Path, window_mb: int) -> None:
+    data = dvae_run(raw, tmp_path).data
+    if not window_mb:  # a window smaller than a shard holds one shard: three windows
+        data = data.model_copy(update={"window_mb": 0})
+    first = PictureStream(data, 16, 4, seed=3)
+    batches = [next(first) for _ in range(30)]
+    first.close()
+    assert batches[-1].next_position.epoch >= 1
+    for at in (4, 17):
+        again = PictureStream(data, 16, 4, 3, batches[at].next_position)
+        for expected in batches[at + 1 : at + 4]:
+            found = next(again)
+            assert torch.equal(found.images_BCHW, expected.images_BCHW)
+            assert found.next_position == expected.next_position
+        again.close()
+    n_read = sum(len(b.images_BCHW) for b in batches if b.next_position.epoch == 0)
+    assert len(TRAIN_KEYS) - 4 < n_read <= len(TRAIN_KEYS)  # a batch reaches over the end of the epoch
+    assert len(validation_pictures(data, 16)) == len(KEYS) - len(TRAIN_KEYS)
+
+
+@pytest.mark.parametrize("window_mb", [64, 0])
+def test_streams_of_ranks_make_the_same_batches_between_them(tmp_path: Path, window_mb: int) -> None:
+    raw = make_raw(tmp_path / "raw", damaged=(DAMAGED, *TRAIN_KEYS[5:9]))
+    with tarfile.open(raw / "03.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("no_picture.json"))
+    data = dvae_run(raw, tmp_path).data.model_copy(update={"window_mb": window_mb})
+    whole, *parts = streams = [
+        PictureStream(data, 16, 6, seed=3, start=Position(0, 0, 5), places=places)
+        for places in (None, range(3), range(3, 4), range(4, 6))
+    ]
+    for _ in range(3 * len(TRAIN_KEYS) // 6):
+        batch, *of_ranks = (next(stream) for stream in (whole, *parts))
+        assert torch.equal(torch.cat([part.images_BCHW for part in of_ranks]), batch.images_BCHW)
+        assert sum(part.n_unusable for part in of_ranks) == batch.n_unusable
+        assert {part.next_position for part in of_ranks} == {batch.next_position}
+    n_epochs = batch.next_position.epoch
+    assert n_epochs >= 2 and batch.n_unusable >= n_epochs * 6, "each at its own place alone"
+    assert batch.n_unusable <= (n_epochs + 1) * (6 + 1)
+    for stream in streams:
+        stream.close()
+
+
+def test_the_next_usable_picture_stands_in_for_an_unusable_one(raw: Path, tmp_path: Path) -> None:
+    data = dvae_run(raw, tmp_path).data
+    samples = [sample for shard in list_raw_shards(raw) for sample in read_raw_shard(shard)]
+    pictures = {}
+    for sample in samples:
+        if isinstance(sample, RawSample) and sample.key in {*TRAIN_KEYS} - {DAMAGED, TOO_SMALL}:
+            pictures[sample.key] = np.asarray(decode_image(sample.image)).transpose(2, 0, 1)
+    stream = PictureStream(data, 48, 1, seed=3)  # whole pictures, perhaps flipped
+    order = []
+    for _ in TRAIN_KEYS:
+        (image_CHW,) = next(stream).images_BCHW.numpy()
+        order += [key for key, known in pictures.items() if (known == image_CHW).all() or (known[..., ::-1] == image_CHW).all()]
+    stream.close()
+    assert len(order) == len(TRAIN_KEYS) and set(order) == set(pictures)
+    assert sum(here == after for here, after in zip(order, order[1:] + order[:1], strict=True)) == 2
+
+
+def test_a_window_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
+    data = dvae_run(make_raw(tmp_path / "raw", damaged=tuple(KEYS)), tmp_path).data
+    with pytest.raises(DataError, match=rf"none of {len(TRAIN_KEYS)} pictures is usable.*unreadable"):
+        next(PictureStream(data, 16, 4, seed=3))
+
+
+def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no raw shards"):
+        train_dvae(dvae_run(tmp_path / "nothing", tmp_path / "run"))
+    with pytest.raises(ConfigError, match="fp16, which needs a CUDA device"):
+        train_dvae(dvae_run(raw, tmp_path / "run", precision="fp16"))
+    with pytest.raises(ConfigError, match="'gpu', expected auto"):
+        train_dvae(dvae_run(raw, tmp_path / "run", device="gpu"))
+    third_of_three = Ranks(2, 3, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="batch_size 8 in parts of micro_batch 2 is 4 parts, expected a multiple of the 3 r"):
+        _Trainer(dvae_run(raw, tmp_path / "run", micro_batch=2), "test", "shards", third_of_three)
+    with pytest.raises(ConfigError, match="device is 'meta', but rank 2 of 3 has cpu"):
+        _Trainer(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, batch_size=3), "test", "shards", third_of_three)
+    with pytest.raises(DataError, match="at least 64 pixels"):
+        train_dvae(dvae_run(raw, tmp_path / "run", model={"image_size": 64}))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(DataError, match=r"checkpoint.pt is damaged"):
+        train_dvae(dvae_run(raw, tmp_path / "run"))
+
+
+def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
+    with pytest.raises(UserError, match=r"no room in .*: 0\.1 MiB free, \d\.\d MiB needed"):
+        train_dvae(dvae_run(raw, tmp_path / "run"))
+
+
+def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
+    run = dvae_run(
+        raw, tmp_path / "run", updates=100_000, checkpoint_every=100_000, tracking={"uri": "http://127.0.0.1:9", "every": 1}
+    )
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(run))
+    verb = ["dalle_ds.cli", "train-dvae", "--recipe", str(tmp_path / "recipe.yaml"), "--json"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", *verb], stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        imported = ""
+        for line in process.stderr:
+            imported += line
+            if "dVAE:" in line:  # the progress bar: the loop has begun
+                process.send_signal(signal.SIGTERM)
+                break
+        _, errors = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors
+    assert "the same command goes on from there" in errors
+    assert "torch.nn" in imported and "deepspeed" not in imported, "alone, it needs none"
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["update"] >= 1
+    assert Position(*state["position"]).offset >= 1
+
+
+def test_recipes_fit_and_the_full_size_is_the_papers() -> None:
+    full = load_recipe(DVAERun, RECIPES / "dvae.yaml")
+    assert full == DVAERun(folder=full.folder, data={"raw": full.data.raw}, micro_batch=8)
+    assert full.model == DVAEConfig()
+    assert full.schedules.tau == HalfCosine(start=1.0, end=1 / 16, updates=150_000)
+    assert (full.batch_size, full.updates, full.average.decay, full.average.start) == (512, 3_000_000, 0.999, "plain")
+    assert (full.loss.ln_b_min, full.loss.usage_weight) == (None, 0.0)
+    tiny = load_recipe(DVAERun, RECIPES / "tiny_dvae.yaml")
+    assert (tiny.model.grid, tiny.model.vocab_size) == (8, 512)

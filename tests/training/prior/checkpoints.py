@@ -1,0 +1,87 @@
+"""Checkpoints of a prior that no engine trained: the files of two ranks."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.parallel.checkpoint_tensors import AVERAGE, OPTIMIZER, WEIGHTS, StateParts
+from dalle_ds.precision.fp16_branches import use_fp16_branches
+from dalle_ds.storage import objects
+from dalle_ds.storage.weights import read_weights
+from tests.data.token_sets import make_token_set
+
+N_RANKS = 2
+
+
+def make_checkpoint(folder: Path, **geometry: int) -> Prior:
+    """folder/tokens, and folder/run with one checkpoint; returns the prior that it holds, as weights and as their average.
+
+    Args:
+        geometry: of the prior.
+    """
+    data = make_token_set(folder / "tokens")
+    tokenizer = CaptionTokenizer(objects.join(data, "tokenizer.model"))
+    dvae = read_weights(objects.join(data, "dvae.safetensors"), "dvae")
+    sizes = {
+        "n_layers": 3,
+        "n_heads": 1,
+        "d_head": 9,
+        "text_len": 16,
+        "conv_kernel": 3,
+        "text_vocab": tokenizer.n_vocab,
+        "grid": dvae.config["image_size"] >> (dvae.config["n_groups"] - 1),
+        "image_vocab": dvae.config["vocab_size"],
+    }
+    config = PriorConfig(**{**sizes, **geometry})
+    with torch.device("meta"):  # no time spent on torch's initial values
+        prior, half = Prior(config), Prior(config)
+    prior.to_empty(device="cpu")
+    initialise(prior, torch.Generator().manual_seed(0))
+    checkpoint = folder / "run" / "checkpoints" / "update_00000007"
+    checkpoint.mkdir(parents=True)
+    state = prior.state_dict()
+    _write_parts(checkpoint, state)
+    about = {
+        "model": config.model_dump(),
+        "dataset": data,
+        "dvae": dvae.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "data": "d",
+        "content": "c",
+        "caption_dropout": 0.1,
+        "fp16_branches": True,
+        "mlflow": None,
+        "data_sets": [{"dataset": data, "weight": 0.7}, {"dataset": "s3://second/tokens", "weight": 0.3}],
+    }
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 7, "world_size": N_RANKS, "about": about, "files": {}}))
+    half.load_state_dict(state, assign=True)
+    use_fp16_branches(half)
+    save_file(_scored(half), checkpoint / "parity.safetensors")
+    return prior
+
+
+@torch.no_grad()
+def _scored(prior: Prior) -> dict[str, Tensor]:
+    """A batch and its losses."""
+    config, generator = prior.config, torch.Generator().manual_seed(1)
+    text = torch.randint(-1, config.text_vocab, (4, config.text_len - 1), generator=generator).sort(descending=True).values
+    image = torch.randint(config.image_vocab, (4, config.n_image), generator=generator)
+    return {"text": text, "image": image, "image_nll": prior.image_nll(text, image)}
+
+
+def _write_parts(folder: Path, state: dict[str, Tensor]) -> None:
+    """As ZeRO-3 cuts: shards of one length; what pads the last is no number, so that it is seen where it gets in."""
+    for rank in range(N_RANKS):
+        parts = StateParts({name: value.shape for name, value in state.items()})
+        for name, value in state.items():
+            n = -(-value.numel() // N_RANKS)
+            padded = torch.cat([value.flatten(), torch.full((n * N_RANKS - value.numel(),), math.nan)])
+            for kind in (WEIGHTS, AVERAGE, f"{OPTIMIZER}.exp_avg"):
+                parts.add(kind, name, rank * n, padded[rank * n : (rank + 1) * n])
+        parts.write(folder, rank, N_RANKS)

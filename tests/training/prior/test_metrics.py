@@ -1,0 +1,82 @@
+"""What a run tells of its updates."""
+
+import logging
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.parallel.engine import UpdateReport
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.recipes import load_recipe
+from dalle_ds.training.prior import metrics as prior_report
+from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.metrics import RunReport
+from dalle_ds.training.prior.state import TrainState
+
+RECIPE = Path(__file__).resolve().parents[3] / "launchers" / "recipes" / "tiny.yaml"
+
+
+QUIET: dict[str, Any] = {
+    "took_step": True,
+    "grad_norm": 1.0,
+    "nonfinite_blocks": (),
+    "loss_scale": None,
+    "stop_requested": False,
+    "saves_under_way": 0,
+}
+
+
+def run_report(update: int, tracker: SimpleNamespace, scaler: SimpleNamespace | None = None) -> RunReport:
+    engine = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")), scaler=scaler, phases=SimpleNamespace(take=dict))
+    stream = SimpleNamespace(wait_seconds=0.0, steps_per_epoch=5, n_truncated=0, n_drawn=[40])
+    return RunReport(load_recipe(PriorRun, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=update), tracker)
+
+
+def test_a_long_runs_scales_take_no_more_memory_than_a_chart_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prior_report, "CHART_POINTS", 10)
+    charts: list[Sequence[int]] = []
+    monkeypatch.setattr(prior_report, "gradient_scales", lambda updates, lines: charts.append(updates))
+    scaler = SimpleNamespace(names=["b"], scale=torch.ones(1), at_limits=dict, log2_scales=lambda: {"b": 0.0})
+    tracker = SimpleNamespace(metrics=lambda *_: None, picture=lambda *_: None)
+    report = run_report(0, tracker, scaler)
+    for update in range(10, 2001, 10):  # where metrics are due
+        report._state.update = update
+        report.updated(UpdateReport(text_loss=2.0, image_loss=3.0, **QUIET), lr=0.1)
+        assert len(report._scale_history) <= 10
+    report.validated(1.0, 1.0, torch.zeros(1, 1024))
+    (updates,) = charts
+    assert len(updates) >= 5 and updates[-1] > 1600
+    assert len({b - a for a, b in pairwise(updates)}) == 1 and updates[0] == updates[1] - updates[0]
+
+
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        ({}, None),
+        ({"took_step": False, "nonfinite_blocks": ("layers.0.mlp",)}, "update 10 skipped: .*in layers.0.mlp"),
+        ({"nonfinite_blocks": ("layers.0.mlp",)}, "update 10 left out some blocks: .*in layers.0.mlp"),
+        ({"took_step": False, "loss_scale": 65536.0}, r"update 10 skipped: non-finite gradient at loss scale 2\^16"),
+        ({"loss_scale": 65536.0}, None),
+        ({"took_step": False, "grad_norm": float("inf")}, "update 10 skipped: gradient norm inf, but every resblock is finite"),
+    ],
+)
+def test_warnings_and_metrics_of_an_update(event: dict[str, Any], told: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    seen: dict[str, float] = {}
+    report = run_report(10, SimpleNamespace(metrics=lambda values, update: seen.update(values)))
+    with caplog.at_level(logging.WARNING):
+        report.updated(UpdateReport(text_loss=2.0, image_loss=3.0, **{**QUIET, **event}), lr=0.1)
+    messages = [record.getMessage() for record in caplog.records]
+    if told is None:
+        assert not messages
+    else:
+        assert len(messages) == 1
+        assert re.search(told, messages[0]), messages
+    assert seen["loss/train"] == 2.0 / 8 + 3.0 * 7 / 8
+    assert seen.get("optimizer/loss_scale") == event.get("loss_scale")

@@ -1,0 +1,193 @@
+"""Mistakes in a recipe, its data or its folder are said before training starts, with the value and the expectation."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dalle_ds.commands.train_prior import main
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
+from dalle_ds.parallel.ranks import ALONE
+from dalle_ds.recipes import load_recipe
+from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.trainer import _Trainer, train_prior
+from tests.data.token_sets import edit_json, make_token_set
+
+RECIPES = Path(__file__).resolve().parents[3] / "launchers" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def token_set(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_token_set(tmp_path_factory.mktemp("tokens") / "set", n_samples=64, n_validation=16)
+
+
+def recipe(token_set: str, tmp_path: Path, *overrides: str) -> PriorRun:
+    return load_recipe(PriorRun, RECIPES / "tiny.yaml", [f"data.dataset={token_set}", f"folder={tmp_path / 'run'}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.grid=8", r"model.grid is 8, but the data set .* has 4"),
+        ("model.image_vocab=8192", r"model.image_vocab is 8192, but the data set .* has 32"),
+        ("global_batch=1024", "64 samples"),
+        ("deepspeed_config=nowhere.json", "nowhere.json cannot be read"),
+    ],
+)
+def test_recipe_that_does_not_fit(token_set: str, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_prior(recipe(token_set, tmp_path, override), ALONE)
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", ".nan", "often"])
+def test_caption_dropout_that_is_no_chance(token_set: str, tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.caption_dropout = .*(less than 1|greater than or equal to 0|number)"):
+        recipe(token_set, tmp_path, f"data.caption_dropout={value}")
+
+
+def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRun:
+    other = make_token_set(tmp_path / "other", n_samples=200, n_validation=16)
+    first, second = weights.split()
+    sets = f"[{{dataset: {token_set}, weight: {first}}}, {{dataset: {other}, weight: {second}}}]"
+    return recipe(token_set, tmp_path, "data.dataset=null", f"data.mix={sets}")
+
+
+def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
+    run = mix(token_set, tmp_path, "0.7 0.3")
+    assert load_recipe(PriorRun, overrides=[f"{k}={json.dumps(v)}" for k, v in run.model_dump(mode="json").items()]) == run
+    identity, text = _Trainer(run, ALONE).identity, f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
+    assert run.data.sources == text and _Trainer(run, ALONE).dataset.root_url == text
+    with pytest.raises(ConfigError, match=r"data: checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
+        _Trainer(mix(token_set, tmp_path / "again", "0.6 0.4"), ALONE).identity.require_same(asdict(identity), "f")
+    for sets in ("data.mix=[{dataset: a, weight: 1}]", "data.dataset=null"):
+        with pytest.raises(ConfigError, match="expected either `dataset`, or `mix`"):
+            recipe(token_set, tmp_path, sets)
+    with pytest.raises(ConfigError, match="data.cache.folder = 's3://bucket/cache'"):
+        recipe(token_set, tmp_path, "data.cache={folder: s3://bucket/cache, gib: 1}")
+
+
+def test_the_papers_way_drops_no_caption(token_set: str, tmp_path: Path) -> None:
+    for run in (recipe(token_set, tmp_path), load_recipe(PriorRun, RECIPES / "12b.yaml")):
+        assert run.data.caption_dropout == 0.0
+
+
+def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="global_batch 48 is not a multiple of micro_batch 16 x 2 ranks = 32"):
+        recipe(token_set, tmp_path, "global_batch=48", "micro_batch=16").accumulation(2)
+
+
+def test_a_recipe_for_few_ranks_starts_on_more(token_set: str, tmp_path: Path) -> None:
+    """`deepspeed launchers/train_prior.sh` on a node of eight GPUs: the default recipe is that of two CPU cores."""
+    run = load_recipe(PriorRun, RECIPES / "tiny.yaml")
+    for n_ranks, micro_batch, accumulation in ((1, 8, 2), (2, 8, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1)):
+        there = run.on_ranks(n_ranks)
+        assert (there.micro_batch, there.accumulation(n_ranks)) == (micro_batch, accumulation)
+    for n_ranks in (3, 32):
+        with pytest.raises(ConfigError, match=f"16 is not a multiple of micro_batch 8 x {n_ranks} ranks"):
+            run.on_ranks(n_ranks).accumulation(n_ranks)
+
+
+def test_sizes_below_one(token_set: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.n_heads"):
+        recipe(token_set, tmp_path, "model.n_heads=0")
+
+
+def test_deepspeed_json_that_sets_what_the_recipe_sets(token_set: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 3}}))
+    with pytest.raises(ConfigError, match=r"train_micro_batch_size_per_gpu = 8.*\(micro_batch\)"):
+        train_prior(recipe(token_set, tmp_path, f"deepspeed_config={tmp_path / 'ds.json'}"), ALONE)
+
+
+@pytest.mark.parametrize("key", ["dvae", "tokenizer"])
+def test_shards_of_another_dvae_or_tokenizer(token_set: str, tmp_path: Path, key: str) -> None:
+    found = json.loads((Path(token_set) / "dataset.json").read_text())[key]
+    with pytest.raises(FingerprintMismatch, match=f"expected fingerprint 0123456789abcdef, found {found}"):
+        train_prior(recipe(token_set, tmp_path, f"data.{key}='0123456789abcdef'"), ALONE)
+
+
+def test_one_foreign_shard_among_the_others(tmp_path: Path) -> None:
+    root = make_token_set(tmp_path / "set", n_samples=64, n_validation=16, complete=False)
+    edit_json(f"{root}/manifests/00001.json", fingerprint="feedfeedfeedfeed")
+    with pytest.raises(FingerprintMismatch, match="feedfeedfeedfeed"):
+        train_prior(recipe(root, tmp_path), ALONE)
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        train_prior(recipe(str(tmp_path / "nowhere"), tmp_path), ALONE)
+
+
+def test_no_room_for_a_checkpoint(token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="checkpoints cannot be written to .*: no room: 0.00 GiB free"):
+        train_prior(recipe(token_set, tmp_path), ALONE)
+
+
+def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) -> None:
+    run = recipe(token_set, tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
+    checkpoint.mkdir(parents=True)
+    about: dict[str, Any] = {"model": {}, "data": "other", "content": "other", "global_batch": 32, "seed": 0}
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
+    with pytest.raises(ConfigError, match="trained with other settings(.|\n)*data: checkpoint 'other'"):
+        train_prior(run, ALONE)
+
+
+@pytest.mark.parametrize("summary", [{}, {"held_out_image_loss": 2.5}])
+def test_a_finished_run_is_not_repeated_at_any_number_of_ranks(
+    token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: dict[str, float]
+) -> None:
+    run = recipe(token_set, tmp_path, "updates=10")
+    about = {**asdict(_Trainer(run, ALONE).identity), "moments": "fp32"}
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 4, "about": about, "files": {}}))
+    if summary:
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(_Trainer, "prepare", lambda _: pytest.fail("it trained"))
+    found = train_prior(run, ALONE)
+    assert found["resumed_at"] == 10 and summary.items() <= found.items()
+    with pytest.raises(pytest.fail.Exception, match="it trained"):
+        train_prior(recipe(token_set, tmp_path, "updates=11"), ALONE)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [({}, "low_bit"), ({"moments": "low_bit"}, "fp32")], ids=["older", "low_bit"])
+def test_moments_keep_their_format_in_a_run(token_set: str, tmp_path: Path, saved: dict[str, str], wanted: str) -> None:
+    run = recipe(token_set, tmp_path, f"optimizer.moments={wanted}")
+    about = {**asdict(_Trainer(run, ALONE).identity), **saved}
+    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
+    had = saved.get("moments", "fp32")
+    with pytest.raises(ConfigError, match=f"has {had} moments, but the recipe's optimizer.moments is {wanted}: set {had}"):
+        train_prior(run, ALONE)
+
+
+def test_unknown_key_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(RECIPES / "tiny.yaml", ["--set", "learning_rate.peek=1"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "unknown key 'learning_rate.peek'" in error and "peak" in error
+
+
+def test_default_without_its_data_says_which_command_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(RECIPES / "tiny.yaml", [])
+    assert ended.value.code == 2
+    assert "bash launchers/demo.sh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in RECIPES.glob("*.yaml") if "deepspeed_config:" in p.read_text()), ids=lambda p: p.name
+)
+def test_shipped_recipes_load(path: Path) -> None:
+    run = load_recipe(PriorRun, path)
+    assert run.deepspeed_path.exists()
