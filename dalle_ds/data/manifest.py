@@ -7,25 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
+from dalle_ds.storage.record import Record
 
 SCHEMA: Final = 1
 SPLITS: Final = ("train", "validation")
 MANIFESTS: Final = "manifests"
 Split = Literal["train", "validation"]
-
-
-class Record(BaseModel):
-    """Base of what is stored as JSON: frozen; fields that a later version adds are left alone."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
-
-    def to_json(self) -> bytes:
-        return self.model_dump_json(exclude_none=True, indent=1).encode()
 
 
 class InputIdentity(Record):

@@ -1,15 +1,14 @@
 """How long the phases of an update take on this rank, without making the device wait, and how long its collectives."""
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-R = TypeVar("R")
 
 KEPT_EVENTS = 1024
 
@@ -52,19 +51,27 @@ class PhaseTimer:
             self._seconds[phase] += start.elapsed_time(end) / 1e3
 
 
-def with_collective_share(work: Callable[[], R], device: torch.device) -> tuple[R, float]:
-    """Run `work` under torch's profiler -> its result, the share of its time in which a collective was under way on this rank.
+@dataclass
+class CollectiveShare:
+    """Share of some work's time in which a collective was under way on this rank; NaN until the work has ended."""
 
-    Includes waiting for slower ranks; on GPUs collectives may overlap computation. The profiler slows `work` down somewhat.
+    value: float = math.nan
+
+
+@contextmanager
+def collective_share(device: torch.device) -> Iterator[CollectiveShare]:
+    """Measure the work within by torch's profiler.
+
+    Includes waiting for slower ranks; on GPUs collectives may overlap computation. The profiler slows the work down somewhat.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu, share = device.type == "cuda", CollectiveShare()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
-        result = work()
+        yield share
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-    return result, _covered(_collective_spans(profiler, on_gpu)) / 1e9 / seconds
+    share.value = _covered(_collective_spans(profiler, on_gpu)) / 1e9 / seconds
 
 
 def _collective_spans(profiler: profile, on_gpu: bool) -> list[tuple[int, int]]:

@@ -7,7 +7,6 @@ update_00000500/checkpoint.json                   the commit, last of all, with 
 """
 
 import hashlib
-import json
 import logging
 import tempfile
 import threading
@@ -17,11 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.storage import objects
+from dalle_ds.storage.record import Record, read_record
 
 log = logging.getLogger(__name__)
 
@@ -29,36 +29,69 @@ COMMIT_FILE = "checkpoint.json"
 HASHED_AT_ONCE = 64 << 20
 
 T = TypeVar("T")
-Files = dict[str, dict[str, Any]]
-"""Size and SHA-256 by name, as checkpoint.json has them."""
+About = TypeVar("About", bound=Record)
+
+
+class StoredFile(Record):
+    bytes: int
+    sha256: str
+
+
+Files = dict[str, StoredFile]
+"""By name below the checkpoint."""
+
+
+class CheckpointRecord(Record, Generic[About]):
+    """Content of checkpoint.json."""
+
+    format: Literal[1]
+    update: int
+    world_size: int
+    """Ranks that wrote it."""
+    attempt: str
+    """Folder of the ranks' files."""
+    about: About
+    """What the trainer says of the run, for readers that do not want to open the tensors."""
+    files: Files
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Generic[About]):
     """One that was committed."""
 
     url: str
-    commit: dict[str, Any]
-    """Content of checkpoint.json."""
+    record: CheckpointRecord[About]
 
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[1]
 
     @property
+    def update(self) -> int:
+        return self.record.update
+
+    @property
+    def about(self) -> About:
+        return self.record.about
+
+    @property
     def data(self) -> str:
         """Folder of the ranks' files."""
-        attempt = self.commit.get("attempt")  # the first format had the files beside checkpoint.json
-        return objects.join(self.url, attempt) if attempt else self.url
+        return objects.join(self.url, self.record.attempt)
 
 
-class CheckpointStore:
+class CheckpointStore(Generic[About]):
     """The checkpoints of one run. Every method that takes `ranks` is called by all of them together."""
 
-    def __init__(self, url: str | Path, keep: int) -> None:
-        """`keep` newest checkpoints are retained. A path must be of a file system that all ranks share; s3:// need not be."""
+    def __init__(self, url: str | Path, about: type[About], keep: int) -> None:
+        """`keep` newest checkpoints are retained. A path must be of a file system that all ranks share; s3:// need not be.
+
+        Args:
+            about: class of what the trainer says in each checkpoint.json.
+        """
         self.url, self.keep = str(url), keep
-        self._open: _Save | None = None
+        self._record_class = CheckpointRecord[about]  # type: ignore[valid-type]
+        self._open: _Save[About] | None = None
 
     def committed(self) -> list[str]:
         """Names of committed checkpoints, oldest first."""
@@ -68,7 +101,7 @@ class CheckpointStore:
     # ---- writing ---------------------------------------------------------------------------------------------------------
 
     def begin(
-        self, update: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks, background: bool = False
+        self, update: int, write: Callable[[Path], None], about: About, ranks: Ranks, background: bool = False
     ) -> None:
         """Let `write(folder)` of every rank put its files into an empty local folder; they are committed by `finish`.
 
@@ -109,32 +142,28 @@ class CheckpointStore:
         except UserError as error:
             raise UserError(f"the checkpoint of update {save.update} could not be written to {self.url}: {error}") from None
 
-    def save(self, update: int, write: Callable[[Path], None], about: dict[str, Any], ranks: Ranks) -> None:
-        """`begin` and `finish` in one."""
-        self.begin(update, write, about, ranks)
-        self.finish(ranks)
-
     def _write(self, update: int, attempt: str, write: Callable[[Path], None], rank: int) -> Files:
         data, files = objects.join(self.url, _name(update), attempt), {}
         with _folder_of(data, rank) as folder:
             write(folder)
             for path in sorted(folder.iterdir()):
                 size = path.stat().st_size
-                files[f"{attempt}/{path.name}"] = {"bytes": size, "sha256": _sha256(str(path), size)}
+                files[f"{attempt}/{path.name}"] = StoredFile(bytes=size, sha256=_sha256(str(path), size))
                 objects.move_file(path, objects.join(data, path.name))
         return files
 
-    def _commit(self, save: "_Save", files: list[Files]) -> None:
+    def _commit(self, save: "_Save[About]", files: list[Files]) -> None:
         name = _name(save.update)
-        commit = {
-            "update": save.update,
-            "world_size": len(files),
-            "attempt": save.attempt,
-            "about": save.about,
-            "files": {path: found for part in files for path, found in part.items()},
-        }
+        record = self._record_class(
+            format=1,
+            update=save.update,
+            world_size=len(files),
+            attempt=save.attempt,
+            about=save.about,
+            files={path: found for part in files for path, found in part.items()},
+        )
         # of the same update saved again, e.g. after a fall-back, the new one counts
-        objects.write_bytes(objects.join(self.url, name, COMMIT_FILE), json.dumps(commit, indent=1).encode())
+        objects.write_bytes(objects.join(self.url, name, COMMIT_FILE), record.to_json())
         log.info("saved %s", objects.join(self.url, name))
         # later ones are damaged and were passed over: they must not push out what this one would fall back to
         for old in [found for found in self.committed() if found <= name][: -self.keep]:
@@ -152,12 +181,12 @@ class CheckpointStore:
             objects.delete_tree(objects.join(self.url, name))
         for name in committed:
             with suppress(DataError):  # a damaged commit: people may want to look at what it was
-                for attempt in attempts[name] - {read_commit(objects.join(self.url, name)).get("attempt")}:
+                for attempt in attempts[name] - {self._read(name).record.attempt}:
                     objects.delete_tree(objects.join(self.url, name, attempt))
 
     # ---- reading ---------------------------------------------------------------------------------------------------------
 
-    def newest(self, ranks: Ranks) -> Checkpoint | None:
+    def newest(self, ranks: Ranks) -> Checkpoint[About] | None:
         """The newest checkpoint whose files are all what they were when committed.
 
         A damaged one is passed over with a loud message; None where there was never any.
@@ -172,24 +201,47 @@ class CheckpointStore:
         for name in candidates:
             url = objects.join(self.url, name)
             # every rank comes to the same end, also where only one of them can see the fault
-            problem = next(filter(None, _of_all(ranks, partial(_damage, url, ranks))), None)
+            problem = next(filter(None, _of_all(ranks, partial(self._damage, name, ranks))), None)
             if problem is None:
-                return Checkpoint(url, read_commit(url))
+                return self._read(name)
             if ranks.is_main:
                 log.error("checkpoint %s is DAMAGED and passed over: %s", url, problem)
         if candidates:
             raise DataError(f"all {len(candidates)} checkpoints in {self.url} are damaged; move the folder away to start anew")
         return None
 
-    def find(self, name: str | None) -> Checkpoint:
+    def find(self, name: str | None) -> Checkpoint[About]:
         """The checkpoint of this name, or the newest; not verified. Raises DataError where there is none."""
         names = self.committed()
         if not names:
             raise DataError(f"{self.url} has no committed checkpoint; `deepspeed launchers/train_prior.sh` writes them")
         if name is not None and name not in names:
             raise DataError(f"{self.url} has no checkpoint {name!r}; there are {', '.join(names)}")
-        url = objects.join(self.url, name or names[-1])
-        return Checkpoint(url, read_commit(url))
+        return self._read(name or names[-1])
+
+    def _read(self, name: str) -> Checkpoint[About]:
+        """Raises DataError where its checkpoint.json is missing or damaged."""
+        url = objects.join(self.url, name)
+        return Checkpoint(url, read_record(self._record_class, objects.join(url, COMMIT_FILE)))
+
+    def _damage(self, name: str, ranks: Ranks) -> str | None:
+        """What is wrong with this rank's share of the files."""
+        try:
+            checkpoint = self._read(name)
+        except DataError as error:
+            return str(error)
+        files = checkpoint.record.files
+        for file in sorted(files)[ranks.rank :: ranks.world_size]:
+            url, expected = objects.join(checkpoint.url, file), files[file]
+            try:
+                size = objects.size(url)
+                if size != expected.bytes:
+                    return f"{file} has {size} bytes, expected {expected.bytes}"
+                if _sha256(url, size) != expected.sha256:
+                    return f"{file} has another content than when it was written (checksum)"
+            except FileNotFoundError:
+                return f"{file} is missing"
+        return None
 
     def require_room(self, n_bytes: float, ranks: Ranks) -> None:
         """Before training starts: raises UserError on all ranks where one can't write, or checkpoints of this size don't fit.
@@ -229,10 +281,10 @@ class CheckpointStore:
             )
 
 
-class _Save(threading.Thread):
+class _Save(threading.Thread, Generic[About]):
     """A rank's part of a save. A daemon: a job that ends in an error does not wait for it."""
 
-    def __init__(self, update: int, attempt: str, about: dict[str, Any], work: Callable[[], Files]) -> None:
+    def __init__(self, update: int, attempt: str, about: About, work: Callable[[], Files]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.update, self.attempt, self.about = update, attempt, about
         self._work, self._files, self._problem = work, {}, ""
@@ -250,14 +302,6 @@ class _Save(threading.Thread):
         if self._problem:
             raise UserError(self._problem)
         return self._files
-
-
-def read_commit(checkpoint: str) -> dict[str, Any]:
-    """Content of checkpoint.json. Raises DataError where it is missing or not JSON."""
-    try:
-        return json.loads(objects.read_bytes(objects.join(checkpoint, COMMIT_FILE)))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{checkpoint} has no readable {COMMIT_FILE}: {error}") from None
 
 
 def _name(update: int) -> str:
@@ -285,25 +329,6 @@ def _of_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
         if problem is not None:
             raise UserError(f"rank {rank}: {problem}" if ranks.world_size > 1 else problem)
     return [value for value, _ in outcomes]
-
-
-def _damage(checkpoint: str, ranks: Ranks) -> str | None:
-    """What is wrong with this rank's share of the files."""
-    try:
-        files: Files = json.loads(objects.read_bytes(objects.join(checkpoint, COMMIT_FILE)))["files"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        return f"no readable {COMMIT_FILE}: {error}"
-    for name in sorted(files)[ranks.rank :: ranks.world_size]:
-        url, expected = objects.join(checkpoint, name), files[name]
-        try:
-            size = objects.size(url)
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes, expected {expected['bytes']}"
-            if _sha256(url, size) != expected["sha256"]:
-                return f"{name} has another content than when it was written (checksum)"
-        except FileNotFoundError:
-            return f"{name} is missing"
-    return None
 
 
 def _sha256(url: str, n_bytes: int) -> str:

@@ -128,7 +128,7 @@ def test_table_without_json(type_in):
         ("loader --dataset nowhere", "nowhere"),
         ("cuda-path --deepspeed-config nowhere.json", "nowhere.json"),
         ("cuda-path --world-size 1", "world_size = 1"),
-        (f"step {SHAPE} --device tpu", "--device tpu"),
+        (f"step {SHAPE} --device tpu", "device is 'tpu'"),
     ],
 )
 def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):

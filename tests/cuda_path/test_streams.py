@@ -121,11 +121,11 @@ LOST_WAITS = {
     ),
     "weights used before they are gathered": (
         [("wait_stream", "_fetch_sub_module_impl")],
-        ["on default", "dalle_ds/", "on stream", "half_gather.py"],
+        ["on default", "dalle_ds/", "on stream", "fp16_gather.py"],
     ),
     "weights used before they have come": (
         [("wait", "wait")],
-        ["on default", "dalle_ds/", "_allgather_base_ on NCCL", "half_gather.py"],
+        ["on default", "dalle_ds/", "_allgather_base_ on NCCL", "fp16_gather.py"],
     ),
     "weights gathered while the step writes them": (
         [("read", "update")],  # of the norm, after the step

@@ -1,8 +1,9 @@
-"""What a prior run tells while it trains: metrics and pictures for MLflow, lines for the log, the progress bar."""
+"""Metrics, charts, log lines and progress bar of a prior run."""
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 from torch import Tensor
@@ -11,7 +12,8 @@ from dalle_ds.console import progress
 from dalle_ds.data.tokens import TokenStream
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
-from dalle_ds.parallel.step_timer import with_collective_share
+from dalle_ds.parallel.step_timer import collective_share
+from dalle_ds.precision.resblock_scaling import BlockScaler
 from dalle_ds.tracking.charts import gradient_scales, position_heatmap
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training.prior.config import PriorRun
@@ -49,12 +51,12 @@ def describe(run: PriorRun, n_parameters: int, world_size: int) -> str:
     return "\n".join(lines)
 
 
-class RunReport:
-    """Tells it once, from the main rank; on the others every call does nothing."""
+class PriorMetrics:
+    """Logs from the main rank alone; all ranks call it together."""
 
     def __init__(
         self,
-        run: PriorRun,
+        recipe: PriorRun,
         model_config: PriorConfig,
         engine: PriorEngine,
         stream: TokenStream,
@@ -63,25 +65,30 @@ class RunReport:
     ) -> None:
         self._is_main = engine.ranks.is_main
         self._engine, self._stream, self._state, self._tracker = engine, stream, state, tracker
-        self._every, self._profile_every, self._grid = run.tracking.every, run.tracking.profile_every, model_config.grid
+        self._every, self._profile_every, self._grid = recipe.tracking.every, recipe.tracking.profile_every, model_config.grid
         ranks = engine.ranks
-        peak = run.tracking.peak_tflops or known_peak_tflops(ranks.device)
-        self._throughput = Throughput(model_config, run.global_batch, peak * ranks.world_size if peak else None)
+        peak = recipe.tracking.peak_tflops or known_peak_tflops(ranks.device)
+        self._throughput = Throughput(model_config, recipe.global_batch, peak * ranks.world_size if peak else None)
         self._scale_history: list[tuple[int, list[float]]] = []
         self._n_scales, self._scale_stride = 0, 1
         self._at_limits: dict[str, str] = {}
-        self.bar = progress(total=run.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
+        self._moments, self._optimizer_bytes = recipe.optimizer.moments, 0.0
+        self.bar = progress(total=recipe.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
 
-    def profiled(self, update: Callable[[], UpdateReport]) -> UpdateReport:
-        """Run an update; where it is due, measure the share of its time that collectives take."""
+    @contextmanager
+    def profile(self) -> Iterator[None]:
+        """Around an update: where it is due, measure the share of its time that collectives take."""
         if not self._is_main or not self._state.update or self._state.update % self._profile_every:
-            return update()
-        report, share = with_collective_share(update, self._engine.ranks.device)
-        self._tracker.metrics({"time_share/collectives": share}, self._state.update)
-        return report
+            yield
+            return
+        with collective_share(self._engine.ranks.device) as share:
+            yield
+        self._tracker.metrics({"time_share/collectives": share.value}, self._state.update)
 
-    def updated(self, report: UpdateReport, lr: float) -> None:
-        """After every update; `state` counts it already."""
+    def log(self, report: UpdateReport, lr: float) -> None:
+        """After every update, which the state counts already."""
+        if report.took_step and not self._optimizer_bytes:
+            self._log_optimizer_bytes()
         if not self._is_main:
             return
         state = self._state
@@ -115,7 +122,7 @@ class RunReport:
         if report.loss_scale is not None:
             values["optimizer/loss_scale"] = report.loss_scale
         if self._engine.scaler:
-            self._warn_of_limits()
+            self._warn_of_limits(self._engine.scaler)
             values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
             self._keep_scales(state.update, self._engine.scaler.scale)
         self._tracker.metrics(values, state.update)
@@ -123,7 +130,7 @@ class RunReport:
             f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
         )
 
-    def validated(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
+    def log_validation(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
         """Held-out losses of the averaged weights; `nll_BN` of some samples makes a map of the image loss by grid position."""
         if not self._is_main:
             return
@@ -133,28 +140,29 @@ class RunReport:
         chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {update}")
         self._tracker.picture("loss/by_position", chart, update)
         if scaler:
-            self.scales("gradient scales")
+            self.log_scales("gradient scales")
             if len(self._scale_history) > 1:
                 updates, scales = zip(*self._scale_history, strict=True)
                 lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
                 self._tracker.picture("optimizer/gradient_scales", gradient_scales(updates, lines), update)
 
-    def sampled(self, sheet: Image.Image) -> None:
+    def log_samples(self, sheet: Image.Image) -> None:
         """Pictures for held-out captions: over time among the charts, the newest one in the run's description."""
         self._tracker.picture("held_out/samples", sheet, self._state.update)
         self._tracker.picture(SAMPLES, sheet)
 
-    def scales(self, what: str) -> None:
+    def log_scales(self, what: str) -> None:
         """The range of the blocks' gradient scales, in the log."""
         if self._is_main and self._engine.scaler:
             powers = sorted((power, name) for name, power in self._engine.scaler.log2_scales().items())
             log.info("%s from 2^%.1f (%s) to 2^%.1f (%s)", what, *powers[0], *powers[-1])
 
-    def optimizer_bytes(self, moments: str, bytes_per_parameter: float) -> None:
+    def _log_optimizer_bytes(self) -> None:
         """Counted over real tensors, which the optimizer makes in its first step."""
+        self._optimizer_bytes = self._engine.optimizer_bytes_per_parameter()
         if self._is_main:
-            self._tracker.tags({"optimizer_bytes_per_parameter": round(bytes_per_parameter, 4)})
-            log.info("%s moments: %.2f bytes a parameter", moments, bytes_per_parameter)
+            self._tracker.tags({"optimizer_bytes_per_parameter": round(self._optimizer_bytes, 4)})
+            log.info("%s moments: %.2f bytes a parameter", self._moments, self._optimizer_bytes)
 
     def _keep_scales(self, update: int, scale: Tensor) -> None:
         """For the chart: of a long run fewer updates, equally far apart."""
@@ -166,9 +174,8 @@ class RunReport:
             del self._scale_history[::2]
             self._scale_stride *= 2
 
-    def _warn_of_limits(self) -> None:
-        assert self._engine.scaler is not None
-        now, powers = self._engine.scaler.at_limits(), self._engine.scaler.log2_scales()
+    def _warn_of_limits(self, scaler: BlockScaler) -> None:
+        now, powers = scaler.at_limits(), scaler.log2_scales()
         for name, limit in now.items():
             if self._at_limits.get(name) != limit:
                 log.warning(

@@ -1,9 +1,13 @@
-"""All that a resumed prior run needs beside the engine's own files."""
+"""What a prior run's checkpoint says of the run: how far it is, what it is, and what the export of its weights needs."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dalle_ds.errors import ConfigError
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.optim.adamw import Master, Moments
+from dalle_ds.sampling.export_record import MlflowRun
+from dalle_ds.storage.record import Record
 
 
 @dataclass
@@ -21,22 +25,50 @@ class TrainState:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class RunIdentity:
-    """What must not change between a checkpoint and its resume, or the result would be of two different runs."""
+class TrainedOn(Record):
+    """A token data set of a run: where it was, its part of the samples, and its fingerprints."""
 
-    model: dict[str, Any]
+    dataset: str
+    weight: float
     data: str
     content: str
+
+
+class PriorAbout(Record):
+    """What checkpoint.json says of a prior."""
+
+    model: PriorConfig
+    data: str
+    """Fingerprint of the data, of a mix with the weights."""
+    content: str
+    """Fingerprint of the samples alone."""
     global_batch: int
     seed: int
+    moments: Moments
+    master: Master
+    fp16_branches: bool
+    weight_dtype: str
+    """Format of all weights in the engine, as torch names it."""
+    caption_dropout: float
+    dvae: str
+    tokenizer: str
+    sets: tuple[TrainedOn, ...]
+    mlflow: MlflowRun | None = None
 
-    def require_same(self, saved: dict[str, Any], folder: str) -> None:
-        """Raises ConfigError naming what differs from the checkpoint in `folder`."""
-        now = asdict(self)
-        different = [f"{key}: checkpoint {saved.get(key)!r}, recipe {now[key]!r}" for key in now if saved.get(key) != now[key]]
+    def require_same_run(self, saved: "PriorAbout", checkpoint: str) -> None:
+        """Raises ConfigError where going on from the checkpoint would make one result of two different runs."""
+        different = [
+            f"{key}: checkpoint {getattr(saved, key)!r}, recipe {getattr(self, key)!r}"
+            for key in ("model", "data", "content", "global_batch", "seed")
+            if getattr(saved, key) != getattr(self, key)
+        ]
         if different:
             raise ConfigError(
-                f"{folder} was trained with other settings; use another folder or the old settings:\n  "
+                f"{checkpoint} was trained with other settings; use another folder or the old settings:\n  "
                 + "\n  ".join(different)
+            )
+        if saved.moments != self.moments:
+            raise ConfigError(
+                f"{checkpoint} has {saved.moments} moments, but the recipe's optimizer.moments is {self.moments}: "
+                f"set {saved.moments}"
             )

@@ -1,0 +1,39 @@
+"""Records: what is stored as JSON to say what something is, with the number of its format."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+
+
+class Record(BaseModel):
+    """Base of what is stored as JSON: frozen; fields that a later version adds are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json(exclude_none=True, indent=1).encode()
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(record_class: type[R], url: str | Path) -> R:
+    """The record at `url`. Raises DataError where it is missing or damaged, or of another format."""
+    try:
+        return record_class.model_validate_json(objects.read_bytes(url))
+    except OSError as error:
+        raise DataError(f"{url} cannot be read: {error}") from None
+    except ValidationError as error:
+        raise DataError(f"{url} is not what this version writes: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    problems = error.errors()
+    lacking = [".".join(map(str, problem["loc"])) for problem in problems if problem["type"] == "missing"]
+    if lacking:
+        return f"it lacks {', '.join(lacking)}"
+    return "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'as a whole'}: {problem['msg']}" for problem in problems[:3])
