@@ -1,6 +1,5 @@
 """Pictures in: bytes to RGB, and the paper's crops (listings 1 and 2 of the appendix, and the release notebook's)."""
 
-import hashlib
 import io
 import warnings
 from functools import lru_cache
@@ -8,6 +7,8 @@ from typing import Final
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from dalle_ds.storage.hashing import hash_to_integer
 
 # H, W source height and width, S side of the square crop, T side after resizing, C channels
 
@@ -118,7 +119,7 @@ def center_crop(image: Picture, target: int) -> np.ndarray:
 
 def seed_of(key: str) -> int:
     """A seed from a sample's key: 64 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    return hash_to_integer(key, "little")
 
 
 def area_resize(pixels_SSC: np.ndarray, size: int, top: int = 0, left: int = 0, window: int | None = None) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Raw shards: WebDataset tars of pictures with captions, read sample by sample, where nothing damaged goes uncounted."""
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Final
 from dalle_ds.data.manifest import RawShardManifest, Record, load_shard_manifests, parse
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from dalle_ds.storage.hashing import hash_to_integer, sha256_of_file
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
@@ -64,7 +64,7 @@ class DropLists(Record):
 
 def split_of(group: str, validation_fraction: float) -> str:
     """ "train" or "validation", by hash of the group: stable whatever else is in the data set."""
-    draw = int.from_bytes(hashlib.sha256(b"split:" + group.encode()).digest()[:8], "big") / 2**64
+    draw = hash_to_integer(f"split:{group}") / 2**64
     return "validation" if draw < validation_fraction else "train"
 
 
@@ -176,8 +176,7 @@ def _check_identity(shard: RawShard, file: Path) -> None:
     if found != shard.bytes:
         raise DataError(f"{shard.url}: {found} bytes, expected {shard.bytes}; the shard changed or is cut short")
     if shard.checksum is not None:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256_of_file(file)
         expected = shard.checksum.partition("+")[0]
         if digest != expected:
             raise DataError(f"{shard.url}: SHA-256 {digest}, its manifest says {expected}; the shard is damaged")

@@ -16,6 +16,7 @@ from dalle_ds.data.raw import IMAGE_EXTENSIONS, RawSample, RawShard, list_raw_sh
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
+from dalle_ds.storage.hashing import sha256_of_file
 
 RECORD = "samples.json"
 PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # change it when `prepare` changes
@@ -69,7 +70,7 @@ def open_pictures(source: str | Path, *, limit: int | None = None, held_out: flo
         files = {key: files[key] for key in _chosen(files, limit)}
     if not files:
         raise DataError(f"{source}: no pictures; expected files ending in {', '.join(IMAGE_EXTENSIONS)}, or raw shards")
-    digests = {key: _sha256(path) for key, (path, _) in files.items()}
+    digests = {key: sha256_of_file(path) for key, (path, _) in files.items()}
     return PictureSet(
         str(source),
         fingerprint({"pictures": digests}),
@@ -144,11 +145,6 @@ def _caption_beside(path: Path) -> str | None:
     return text.read_text(encoding="utf-8").strip() if text.is_file() else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sha256_of_shard(shard: RawShard) -> str:
     with objects.local_copy(shard.url) as file:
-        return _sha256(file)
+        return sha256_of_file(file)

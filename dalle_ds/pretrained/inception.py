@@ -3,7 +3,6 @@
 B pictures, H and W pixels, D features, K classes.
 """
 
-import hashlib
 import importlib.util
 import pickle
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.storage.hashing import sha256_of_file
 
 FEATURES, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names, and its choice for the two scores
 
@@ -32,8 +32,7 @@ class Inception:
         """
         network_class = _network_class()
         try:
-            with weights.open("rb") as file:
-                self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+            self.fingerprint = sha256_of_file(weights)
             # The network's own loader would run code in a file: it gets the file after this one took it for plain tensors.
             torch.load(weights, map_location="cpu", weights_only=True)
             network = network_class("inception", [FEATURES, LOGITS], feature_extractor_weights_path=str(weights))

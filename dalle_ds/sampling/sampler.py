@@ -3,7 +3,6 @@
 C captions, K candidates a caption, N image tokens.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.generate import generate
 from dalle_ds.sampling.given import GivenPicture
 from dalle_ds.sampling.scorer import Scorer
+from dalle_ds.storage.hashing import hash_to_integer
 
 
 class SampleSettings(Config):
@@ -50,8 +50,7 @@ class SampleSettings(Config):
 
 def seed_of(seed: int, caption: str, candidate: int) -> int:
     """The seed of one picture: it depends neither on the other captions nor on how many candidates are drawn."""
-    digest = hashlib.sha256(f"{seed}\0{candidate}\0{caption}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return hash_to_integer(f"{seed}\0{candidate}\0{caption}") >> 1
 
 
 class Unit(NamedTuple):

@@ -4,7 +4,7 @@ Nothing here streams into its final place: an exception inside fsspec's `open(ur
 Every write is one PUT (or one multipart upload that is completed at its end), or a temporary file that is renamed.
 
 S3 endpoint and keys come from the usual AWS_* variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
-Transient S3 faults are retried (see storage_retry.py).
+Transient S3 faults are retried (see retry.py).
 Use spawn or forkserver, never fork, for processes that share work on S3.
 """
 
@@ -12,7 +12,6 @@ import functools
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import fsspec
 
 from dalle_ds.errors import DataError
+from dalle_ds.storage.atomic import atomic_write, sync_file, temporary_beside
 from dalle_ds.storage.retry import error_code, retrying, status_of
 
 RANGE_BYTES = 64 << 20  # of one GET where a large range is read: what is held beside its target
@@ -196,9 +196,8 @@ def write_bytes(url: str | Path, data: bytes) -> None:
     if path is None:
         retrying(lambda: _s3().pipe_file(_key(url), data), url, "write")
         return
-    with _temporary_beside(path) as temporary:
-        _write_durably(temporary, data)
-        temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def create_exclusive(url: str | Path, data: bytes) -> bool:
@@ -220,10 +219,8 @@ def put_file(local: str | Path, url: str | Path) -> None:
         part_bytes = max(PART_BYTES, -(-Path(local).stat().st_size // MAX_PARTS))
         retrying(lambda: _s3().put_file(str(local), _key(url), chunksize=part_bytes), url, "upload")
         return
-    with _temporary_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         shutil.copyfile(local, temporary)
-        _sync(temporary)
-        temporary.replace(path)
 
 
 def move_file(local: str | Path, url: str | Path) -> None:
@@ -233,7 +230,7 @@ def move_file(local: str | Path, url: str | Path) -> None:
         put_file(local, url)
         Path(local).unlink()
         return
-    _sync(Path(local))
+    sync_file(Path(local))
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(local, path)
 
@@ -248,10 +245,8 @@ def written_aside(url: str | Path) -> Iterator[Path]:
             yield spool
             put_file(spool, url)
         return
-    with _temporary_beside(path) as temporary:  # on the same disk: large files are not copied again
+    with atomic_write(path) as temporary:  # on the same disk: large files are not copied again
         yield temporary
-        _sync(temporary)
-        temporary.replace(path)
 
 
 def delete(url: str | Path) -> None:
@@ -285,36 +280,26 @@ def free_bytes(url: str | Path) -> int | None:
     return shutil.disk_usage(path).free
 
 
+def check_disk_space(url: str | Path, needed_bytes: float, what: str) -> None:
+    """Raises DataError where `url` lies on a disk with less free space than `what` needs."""
+    free = free_bytes(url)
+    if free is not None and free < needed_bytes:
+        raise DataError(f"no room in {url}: {_size(free)} free, {_size(needed_bytes)} needed for {what}")
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Local side
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.part"  # hidden: listings leave it out
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _create_local(path: Path, data: bytes) -> bool:
-    with _temporary_beside(path) as temporary:
-        _write_durably(temporary, data)
+    with temporary_beside(path) as temporary:
+        temporary.write_bytes(data)
+        sync_file(temporary)
         try:
             os.link(temporary, path)  # fails if the name is taken, so the content appears whole or not at all
         except FileExistsError:

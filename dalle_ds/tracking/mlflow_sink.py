@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from dalle_ds.storage.atomic import atomic_write
+
 log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
@@ -66,9 +68,8 @@ def read_run(folder: Path) -> RunRef | None:
 
 def write_run(folder: Path, run: RunRef) -> None:
     """Atomic replace of mlflow_run.json."""
-    temporary = folder / f".{RUN_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
-    temporary.replace(folder / RUN_FILE)
+    with atomic_write(folder / RUN_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
 
 
 def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> str:

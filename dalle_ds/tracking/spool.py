@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.storage.atomic import atomic_write
+
 SEGMENT_BYTES = 8 << 20  # a drained segment is deleted: a run of 430,000 updates does not keep gigabytes of sent records
 
 
@@ -84,9 +86,8 @@ class Spool:
 
     def acknowledge(self, position: Position) -> None:
         """Persist the position, then delete the segments that lie before it."""
-        temporary = self.folder / f".position.{os.getpid()}"
-        temporary.write_text(json.dumps({"segment": position.segment, "offset": position.offset}))
-        temporary.replace(self.folder / "position.json")
+        with atomic_write(self.folder / "position.json", one_writer=True) as temporary:
+            temporary.write_text(json.dumps({"segment": position.segment, "offset": position.offset}))
         for number in self._segments():
             if number < position.segment and number != self._writing:
                 self._path(number).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from dalle_ds.errors import DataError
+from dalle_ds.storage.hashing import sha256_of_file
 from preprocessing.demo.drawn import draw
 
 log = logging.getLogger(__name__)
@@ -151,11 +152,7 @@ def _unpack_deb(package: tuple[str, str, str], folder: Path) -> Path:
         _command(["apt-get", "download", f"{name}={version}"], target)
         return _only_file(target, "*.deb")
 
-    def is_it(file: Path) -> bool:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == checksum
-
-    archive = _cached(f"{name}-{checksum[:12]}.deb", is_it, download)
+    archive = _cached(f"{name}-{checksum[:12]}.deb", lambda file: sha256_of_file(file) == checksum, download)
     folder.mkdir(parents=True, exist_ok=True)
     _command(["dpkg", "-x", str(archive), str(folder)], folder)
     return folder

@@ -85,7 +85,8 @@ def run(config: EncodeConfig) -> Outcome:
     if done:
         _require_same_inputs(config, shards, load_shard_manifests(config.out, ShardManifest))
     todo = [shard for shard in shards if shard.name not in done]
-    _require_room(config.out, todo, info)
+    sample_bytes = 2 * info.n_tokens + 256  # with its key and caption, about
+    objects.check_disk_space(config.out, sum(map(_samples, todo)) * sample_bytes, "the token shards")
     if not todo:
         log.info("%s: all %d shards are encoded already; nothing to do", config.out, len(shards))
     job = EncodeJob(
@@ -257,13 +258,6 @@ def _publish(out: str, manifest: DatasetManifest) -> None:
     data = manifest.to_json()
     if not objects.exists(url) or objects.read_bytes(url) != data:
         objects.write_bytes(url, data)
-
-
-def _require_room(out: str, todo: list[RawShard], info: DatasetInfo) -> None:
-    needed = sum(map(_samples, todo)) * (2 * info.n_tokens + 256)
-    free = objects.free_bytes(out)
-    if free is not None and needed > free:
-        raise DataError(f"{out}: about {needed / 2**30:.2f} GiB needed for the token shards, {free / 2**30:.2f} GiB free")
 
 
 def _samples(shard: RawShard) -> int:

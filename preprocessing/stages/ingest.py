@@ -18,10 +18,10 @@ from pydantic import Field
 from dalle_ds.data.commit import commit_shard, new_attempt
 from dalle_ds.data.manifest import RawShardManifest, Record, done_shards, load_shard_manifests, parse
 from dalle_ds.data.raw import Dropped, RawSample
-from dalle_ds.errors import DataError
 from dalle_ds.recipes import Config, canonical_json
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
+from dalle_ds.storage.hashing import sha256_of_file
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import Engine, n_cores, run_shards
 from preprocessing.executors.outcome import Outcome
@@ -85,7 +85,7 @@ def run(config: IngestConfig) -> Outcome:
     mark = _claim(config, len(listing), canonical_json(listing).encode())
     done = done_shards(config.out)
     todo = [plan for plan in plans if plan.name not in done]
-    _require_room(config.out, todo)
+    objects.check_disk_space(config.out, sum(plan.part.bytes for plan in todo), "the raw shards")
     if not todo:
         log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, mark)
@@ -190,7 +190,7 @@ def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], s
             attempt=attempt,
             path=path,
             bytes=tar_file.stat().st_size,
-            checksum=sha256_of(tar_file),
+            checksum=sha256_of_file(tar_file),
             n_input=n_samples + len(dropped),
             n_samples=n_samples,
             dropped=dict(Counter(reason for _, reason in dropped)),
@@ -201,11 +201,6 @@ def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], s
         )
         commit_shard(job.out, plan.name, files, manifest)
     return manifest
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class RawInfo(Record):
@@ -233,13 +228,6 @@ def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
             "have changed since. Choose another `ingest.out`, or remove that one.",
         )
     return mark
-
-
-def _require_room(out: str, todo: list[ShardPlan]) -> None:
-    needed = sum(plan.part.bytes for plan in todo)
-    free = objects.free_bytes(out)
-    if free is not None and needed > free:
-        raise DataError(f"{out}: {needed / 2**30:.2f} GiB needed for the raw shards, {free / 2**30:.2f} GiB free")
 
 
 def _digest(entry: Entry) -> str:

@@ -117,6 +117,14 @@ def test_free_bytes(tmp_path: Path) -> None:
     assert objects.free_bytes("s3://bucket/x") is None
 
 
+def test_disk_space_that_lacks_is_told_in_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects.check_disk_space("s3://bucket/x", 2**80, "anything")
+    monkeypatch.setattr(objects, "free_bytes", lambda url: 3 * 2**20)
+    objects.check_disk_space(tmp_path, 3 * 2**20, "shards")
+    with pytest.raises(DataError, match=r"no room in .*: 3\.0 MiB free, 2\.50 GiB needed for shards"):
+        objects.check_disk_space(tmp_path, 2.5 * 2**30, "shards")
+
+
 @pytest.mark.s3
 def test_a_wrong_key_is_told_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")

@@ -2,7 +2,6 @@
 
 # B batch, S samples, H and W pixels, C channels
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from PIL import Image
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.raw import RawSample, load_pictures
 from dalle_ds.errors import DataError
+from dalle_ds.storage.hashing import hash_to_integer
 from dalle_ds.training.clip.config import ClipPictures
 
 KEPT_SCALE = 2
@@ -107,4 +107,4 @@ def _decoded(sample: RawSample, image_size: int) -> Captioned | None:
 
 
 def _fold_of(group: str, folds: int) -> int:
-    return int.from_bytes(hashlib.sha256(b"fold:" + group.encode()).digest()[:8], "big") % folds
+    return hash_to_integer(f"fold:{group}") % folds
