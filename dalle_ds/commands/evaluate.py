@@ -45,7 +45,7 @@ def evaluate_export(
     result = {
         "export": url,
         "export_fingerprint": export.fingerprint,
-        "data": data_url or " + ".join(export.data_urls),
+        "data": data_url or " + ".join(export.record.data_urls),
         "seed": seed,
         **gap.to_dict(),
         "position_nll": loss_map.tolist(),
@@ -65,5 +65,5 @@ def evaluate_export(
         "held_out/caption_gap_low": gap.gap_low,
         "held_out/caption_gap_high": gap.gap_high,
     }
-    is_tracked = track(export.url, export.info, out, metrics, charts, [out / EVALUATION], "evaluation")
+    is_tracked = track(export.url, export.record, out, metrics, charts, [out / EVALUATION], "evaluation")
     return {"export": url, "out": str(out), **gap.to_dict(), "right_captions_win": gap.gap_low > 0, "tracked": is_tracked}

@@ -28,7 +28,7 @@ from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pic
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.pretrained.inception import Inception
-from dalle_ds.sampling.export import read_info
+from dalle_ds.sampling.export_record import ExportRecord, read_export_record
 from dalle_ds.tracking.export_run import track
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def evaluate_images(
         raise ConfigError("nothing to measure with: give --extractor, --clip or both")
     if reference and extractor is None:
         raise ConfigError("a reference without an extractor tells nothing: give --extractor")
-    about = None if export is None else read_info(export)
+    record = None if export is None else read_export_record(export)
     samples = open_pictures(pictures, limit=limit)
     result: dict[str, Any] = {"pictures": pictures, "pictures_fingerprint": samples.fingerprint, "seed": seed}
     if clip is not None:
@@ -125,11 +125,11 @@ def evaluate_images(
     if result.get("by_blur") and any(key in result for key in ("fid", "inception_score")):
         _draw_chart(result["by_blur"], f"{result['n']} pictures, features of {result['extractor']}", out / CHART)
     if export is not None:
-        result["tracked"] = _track(export, about, out, result)
+        result["tracked"] = _track(export, record, out, result)
     return result
 
 
-def _track(export: str, about: dict[str, Any], out: Path, result: dict[str, Any]) -> bool:
+def _track(export: str, record: ExportRecord, out: Path, result: dict[str, Any]) -> bool:
     names = ("fid", "inception_score", "clip_score")
     metrics = {f"pictures/{name}": result[name] for name in names if name in result}
     for row in result.get("by_blur", ()):
@@ -138,7 +138,7 @@ def _track(export: str, about: dict[str, Any], out: Path, result: dict[str, Any]
     if (out / CHART).exists():
         with Image.open(out / CHART) as chart:
             charts["pictures/scores_by_blur"] = chart.convert("RGB")
-    return track(export, about, out, metrics, charts, [out / METRICS], "pictures")
+    return track(export, record, out, metrics, charts, [out / METRICS], "pictures")
 
 
 def extract(

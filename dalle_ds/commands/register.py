@@ -10,7 +10,7 @@ from typing import Any
 
 import dalle_ds
 from dalle_ds.errors import ConfigError, UserError
-from dalle_ds.sampling.export import read_info
+from dalle_ds.sampling.export_record import ExportRecord, read_export_record
 from dalle_ds.storage import objects
 from dalle_ds.tracking.export_run import run_of_export
 from dalle_ds.tracking.mlflow_sink import make_client
@@ -31,8 +31,8 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
     Raises:
         DataError: no export. ConfigError: it names no MLflow run. UserError: MLflow is away or refuses.
     """
-    info = read_info(url)
-    known_uri, run_id = run_of_export(info)
+    record = read_export_record(url)
+    known_uri, run_id = run_of_export(record)
     uri = uri or known_uri
     if uri is None or run_id is None:
         raise ConfigError(f"export {url} names no MLflow run: expected one that tracked its training")
@@ -45,7 +45,7 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
         artifacts = {"export": _on_disk(url, folder / "export")}
         if clip is not None:
             artifacts["clip"] = _on_disk(clip, folder / "clip")
-        _save(folder / FOLDER, artifacts, info)
+        _save(folder / FOLDER, artifacts, record)
         try:
             source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
             client.log_artifacts(run_id, str(folder / FOLDER), FOLDER)
@@ -54,14 +54,14 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            tags = {"export": str(url), "export_fingerprint": info["fingerprint"], "update": str(info["update"])}
+            tags = {"export": str(url), "export_fingerprint": record.fingerprint, "update": str(record.update)}
             version = client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=60).version
         except MlflowException as error:
             raise UserError(f"MLflow at {uri} does not register {url} as {name!r}: {error}") from None
-    return {"model": f"models:/{name}/{version}", "run_id": run_id, "export_fingerprint": info["fingerprint"]}
+    return {"model": f"models:/{name}/{version}", "run_id": run_id, "export_fingerprint": record.fingerprint}
 
 
-def _save(folder: Path, artifacts: dict[str, str], info: dict[str, Any]) -> None:
+def _save(folder: Path, artifacts: dict[str, str], record: ExportRecord) -> None:
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.pyfunc import save_model
@@ -84,7 +84,7 @@ def _save(folder: Path, artifacts: dict[str, str], info: dict[str, Any]) -> None
         signature=signature,
         input_example=(pd.DataFrame({"caption": ["a red heart", "a blue house"]}), defaults),
         pip_requirements=_requirements(),
-        metadata={"export_fingerprint": info["fingerprint"]},
+        metadata={"export_fingerprint": record.fingerprint},
     )
 
 

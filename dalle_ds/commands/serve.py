@@ -23,7 +23,7 @@ def serve_export(
 
 def run_link(export: Export, server: str | None) -> str | None:
     """Page of the training run in MLflow, at `server` or where the run was tracked; None without a server."""
-    known_server, run_id = run_of_export(export.info)
+    known_server, run_id = run_of_export(export.record)
     server = server or known_server or ""
     is_known = server.startswith("http") and run_id is not None
     return f"{server.rstrip('/')}/#/runs/{run_id}" if is_known else None

@@ -1,9 +1,7 @@
 """An export folder opened for sampling: prior, dVAE and tokenizer that belong together."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.models.prior import PAD, Prior, PriorConfig
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.sampling.export_record import ExportRecord, read_export_record
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.weights import read_weights
@@ -21,33 +20,22 @@ from dalle_ds.storage.weights import read_weights
 
 @dataclass(frozen=True)
 class Export:
-    """What `dalle-ds export` wrote, in memory. `info` is its config.json."""
+    """What `dalle-ds export` wrote, in memory."""
 
     url: str
     prior: Prior
     dvae: DVAE
     tokenizer: CaptionTokenizer
-    info: dict[str, Any]
+    record: ExportRecord
 
     @property
     def fingerprint(self) -> str:
         """Of the prior's weights: what samples and scores are signed with."""
-        return self.info["fingerprint"]
+        return self.record.fingerprint
 
     @property
     def device(self) -> torch.device:
         return next(self.prior.parameters()).device
-
-    @property
-    def data_urls(self) -> list[str]:
-        """Where the token data sets were when the model was trained: several of a mix."""
-        data = self.info.get("data") or {}
-        return data.get("sets") or ([data["url"]] if "url" in data else [])  # exports from before mixes lack `sets`
-
-    @property
-    def caption_dropout(self) -> float:
-        """Share of captions left out when the model was trained; above 0 it knows pictures without a caption."""
-        return float(self.info.get("caption_dropout", 0.0))  # exports from before the option lack it
 
     def text(self, captions: list[str]) -> Tensor:
         """Captions -> (C, T-1) int64, PAD where empty; what is too long is cut, as in training."""
@@ -59,21 +47,6 @@ class Export:
         return text_CT
 
 
-def read_info(url: str | Path) -> dict[str, Any]:
-    """Content of an export's config.json. Raises DataError where it is missing or not what `dalle-ds export` writes."""
-    config_url = objects.join(url, "config.json")
-    try:
-        info = json.loads(objects.read_bytes(config_url))
-    except FileNotFoundError:
-        raise DataError(f"{url} is not an export folder: it has no config.json; `dalle-ds export` writes one") from None
-    except ValueError as error:
-        raise DataError(f"{config_url} is not JSON: {error}") from None
-    missing = {"fingerprint", "dvae", "tokenizer"} - info.keys()
-    if missing:
-        raise DataError(f"{config_url} lacks {', '.join(sorted(missing))}")
-    return info
-
-
 def load_export(url: str | Path, device: str = "cpu") -> Export:
     """Open an export folder and check that its parts belong together.
 
@@ -81,14 +54,14 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
         DataError: a file is missing or damaged, or the sizes of the parts don't fit each other.
         FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
     """
-    info = read_info(url)
+    record = read_export_record(url)
     tokenizer = CaptionTokenizer(objects.join(url, "tokenizer.model"))
-    require_same(f"tokenizer of export {url}", info["tokenizer"], tokenizer.fingerprint, "Export the checkpoint again.")
+    require_same(f"tokenizer of export {url}", record.tokenizer, tokenizer.fingerprint, "Export the checkpoint again.")
     dvae_weights = read_weights(objects.join(url, "dvae.safetensors"), "dvae", device)
-    require_same(f"dVAE of export {url}", info["dvae"], dvae_weights.fingerprint, "Export the checkpoint again.")
+    require_same(f"dVAE of export {url}", record.dvae, dvae_weights.fingerprint, "Export the checkpoint again.")
     # straight to the device: the host holds one tensor of it at a time, and the model takes these very tensors
     weights = read_weights(objects.join(url, "model.safetensors"), "prior", device)
-    require_same(f"prior of export {url}", info["fingerprint"], weights.fingerprint, "Export the checkpoint again.")
+    require_same(f"prior of export {url}", record.fingerprint, weights.fingerprint, "Export the checkpoint again.")
 
     config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)
     for what, expected, found in (
@@ -105,4 +78,4 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     use_attention(prior, "auto", torch.device(device))
     exact_fp32()
     prior, dvae = prior.to(device).eval().requires_grad_(False), dvae.to(device).eval().requires_grad_(False)
-    return Export(str(url), prior, dvae, tokenizer, info)
+    return Export(str(url), prior, dvae, tokenizer, record)

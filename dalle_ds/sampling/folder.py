@@ -162,8 +162,8 @@ class SampleFolder:
         scorer = self.scorer.fingerprint if self.scorer else None
         return {
             "export_fingerprint": self.export.fingerprint,
-            "dvae": self.export.info["dvae"],
-            "tokenizer": self.export.info["tokenizer"],
+            "dvae": self.export.record.dvae,
+            "tokenizer": self.export.record.tokenizer,
             "device": self.export.device.type,
             "settings": self.request.settings.model_dump(),
             "captions": list(self.request.captions),
@@ -315,7 +315,7 @@ def repeat(export: Export, record_file: Path, out: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{record_file} is not a record of samples ({error}); `dalle-ds sample` writes samples.json") from None
     require_same(f"prior of export {export.url}", expected, export.fingerprint, f"{record_file} is another one's.")
-    require_same(f"dVAE of export {export.url}", dvae, export.info["dvae"])
+    require_same(f"dVAE of export {export.url}", dvae, export.record.dvae)
     request, about = Request(captions, settings, given), {"repeats": str(record_file)}
     return _complete(SampleFolder(export, request, out, about=about, repeated=record))
 

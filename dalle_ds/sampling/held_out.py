@@ -52,13 +52,13 @@ def read_held_out(export: Export, data_url: str | None = None, limit: int | None
     Raises:
         DataError: no data set there, or none named. FingerprintMismatch: it belongs to another dVAE or tokenizer.
     """
-    urls = [data_url] if data_url else export.data_urls
+    urls = [data_url] if data_url else list(export.record.data_urls)
     if not urls:
         raise DataError(f"export {export.url} does not name its data set: give its root by --data")
     sets = [TokenDataset(url, split="validation") for url in urls]
     for url, dataset in zip(urls, sets, strict=True):
-        require_same(f"dVAE of data set {url}", export.info["dvae"], dataset.info.dvae, "Its codes mean other pictures.")
-        require_same(f"tokenizer of data set {url}", export.info["tokenizer"], dataset.info.tokenizer)
+        require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes mean other pictures.")
+        require_same(f"tokenizer of data set {url}", export.record.tokenizer, dataset.info.tokenizer)
     mix = TokenMix(sets, [1.0] * len(sets))  # weights are training's
     batches = validation_batches(mix, text_len=export.prior.config.text_len, batch=1, rank=0, world_size=1, limit=limit)
     return HeldOut(

@@ -171,7 +171,7 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
                 with gr.Accordion("More", open=False):
                     settings["top_k"] = gr.Number(0, precision=0, minimum=0, label="Top-k (0: all)")
                     settings["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                    if export.caption_dropout > 0:
+                    if export.record.caption_dropout > 0:
                         settings["guidance"] = gr.Slider(0, 8, 1, step=0.25, label="Guidance (1: none)")
             with gr.Column(scale=3, min_width=320):
                 status = gr.Textbox(label="Progress", interactive=False, lines=1, elem_id="status")

@@ -147,7 +147,7 @@ class Sampler:
     def check(self, request: Request) -> None:
         """Raises ConfigError where this export or scorer cannot do what is asked for."""
         settings = request.settings
-        if settings.guidance != 1 and self.export.caption_dropout == 0:
+        if settings.guidance != 1 and self.export.record.caption_dropout == 0:
             raise ConfigError(
                 f"guidance {settings.guidance:g} needs a prior that knows pictures without a caption, but {self.export.url} "
                 "was trained with data.caption_dropout 0, expected above 0; sample with guidance 1"

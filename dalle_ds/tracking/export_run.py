@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from dalle_ds.sampling.export_record import ExportRecord
 from dalle_ds.storage import objects
 from dalle_ds.tracking.mlflow_sink import read_run
 from dalle_ds.tracking.tracker import NullTracker, Tracker
@@ -16,20 +16,21 @@ log = logging.getLogger(__name__)
 TRACKING_FOLDER = ".tracking"  # below the output folder: the spool, should MLflow be away
 
 
-def run_of_export(info: dict[str, Any]) -> tuple[str | None, str | None]:
-    """(store, run id) of the training that an export's config.json tells of; None where it tells of none."""
-    run = info.get("mlflow") or {}
-    uri, run_id, checkpoint = run.get("uri"), run.get("run_id"), info.get("checkpoint")
-    if uri and run_id is None and checkpoint and not objects.is_s3(checkpoint):
+def run_of_export(record: ExportRecord) -> tuple[str | None, str | None]:
+    """(store, run id) of the training that an export came from; None where it was not tracked."""
+    if record.mlflow is None:
+        return None, None
+    uri, run_id = record.mlflow.uri, record.mlflow.run_id
+    if run_id is None and not objects.is_s3(record.checkpoint):
         # the store had not answered yet when the checkpoint was saved: the id is beside the checkpoints by now
-        known = read_run(Path(checkpoint).parents[1])
+        known = read_run(Path(record.checkpoint).parents[1])
         uri, run_id = (known.uri, known.run_id) if known else (uri, None)
     return uri, run_id
 
 
-def tracker_of(url: str, info: dict[str, Any], out: Path) -> NullTracker:
-    """A tracker that adds to the own MLflow run of an export; one that keeps nothing where its config.json names no run."""
-    uri, run_id = run_of_export(info)
+def tracker_of(url: str, record: ExportRecord, out: Path) -> NullTracker:
+    """A tracker that adds to the MLflow run of the export at `url`; one that keeps nothing where the export names no run."""
+    uri, run_id = run_of_export(record)
     if uri is None or run_id is None:
         log.info("export %s names no MLflow run: nothing is tracked", url)
         return NullTracker()
@@ -38,15 +39,15 @@ def tracker_of(url: str, info: dict[str, Any], out: Path) -> NullTracker:
 
 def track(
     url: str,
-    info: dict[str, Any],
+    record: ExportRecord,
     out: Path,
     metrics: dict[str, float],
     pictures: dict[str, Image.Image],
     files: Sequence[Path],
     folder: str,
 ) -> bool:
-    """Add to the run of the export at `url`, whose config.json is `info` -> whether it is there."""
-    tracker, step = tracker_of(url, info, out), int(info.get("update") or 0)
+    """Add to the MLflow run of the export at `url`. Returns whether the store has all of it."""
+    tracker, step = tracker_of(url, record, out), record.update
     if metrics:
         tracker.metrics(metrics, step)
     for name, picture in pictures.items():

@@ -100,9 +100,7 @@ class CheckpointStore(Generic[About]):
 
     # ---- writing ---------------------------------------------------------------------------------------------------------
 
-    def begin(
-        self, update: int, write: Callable[[Path], None], about: About, ranks: Ranks, background: bool = False
-    ) -> None:
+    def begin(self, update: int, write: Callable[[Path], None], about: About, ranks: Ranks, background: bool = False) -> None:
         """Let `write(folder)` of every rank put its files into an empty local folder; they are committed by `finish`.
 
         Args:

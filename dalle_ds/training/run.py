@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.parallel.failure_detection import RankWatch
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import Config, dump_recipe
 from dalle_ds.storage.atomic import atomic_write
 from dalle_ds.tracking.config import TrackingConfig
@@ -20,6 +20,7 @@ from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
 log = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+DAY = 86_400.0
 
 
 class TrainingRun:
@@ -81,15 +82,16 @@ class TrainingRun:
 
     def end_tracking(self) -> None:
         """Deliver what waits for MLflow, and the run's status. May wait for the server, up to a minute."""
-        self.tracker.close(self._status)
+        tracker, self.tracker = self.tracker, NullTracker()
+        tracker.close(self._status)
 
 
 @contextmanager
-def open_run(folder: str | Path, ranks: Ranks, collective_timeout: float) -> Iterator[TrainingRun]:
+def open_run(folder: str | Path, ranks: Ranks = ALONE, collective_timeout: float = DAY) -> Iterator[TrainingRun]:
     """A run that only these ranks work on, with exact fp32. A signal asks it to stop; the loss of a rank ends it.
 
     Args:
-        collective_timeout: seconds that ranks wait for one of them.
+        collective_timeout: seconds that ranks wait for one of them; a process alone waits for nobody.
 
     Raises:
         UserError: another process works in the folder. RankLost: another rank died, failed or hangs.

@@ -80,11 +80,11 @@ def test_scores_of_pictures_go_to_the_run_of_the_export_that_drew_them(export, t
 
 
 def test_an_export_of_a_mix_is_evaluated_on_all_its_sets(export, tmp_path):
-    first = json.loads((export / "config.json").read_text())["data"]["url"]
+    first = json.loads((export / "config.json").read_text())["data_urls"][0]
     second = make_token_set(tmp_path / "second", n_samples=16, n_validation=24, noise=0.5)
     mixed = tmp_path / "mixed"
     shutil.copytree(export, mixed)
-    edit_config(mixed, data={"url": first, "sets": [first, second]}, mlflow=None)
+    edit_config(mixed, data_urls=[first, second], mlflow=None)
     held_out = read_held_out(load_export(mixed))
     assert len(held_out) == 40 + 24 and held_out.groups == held_out.captions
     of_each = [read_held_out(load_export(mixed), url) for url in (first, second)]

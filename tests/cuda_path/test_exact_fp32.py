@@ -13,7 +13,7 @@ from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.ops.exactness import exact_fp32, has_tf32
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.sampling.export import load_export
-from dalle_ds.training.run_folder import exact_device
+from dalle_ds.training.run import open_run
 from preprocessing.encoding.encoder import encoder_of
 from tests.sampling.exports import make_export
 from tests.support.clip_models import make_clip
@@ -35,9 +35,9 @@ def require_exact() -> None:
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
-def test_training_of_dvae_and_clip() -> None:
-    exact_device("auto")
-    require_exact()
+def test_training_runs(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        require_exact()
 
 
 def test_benchmarks() -> None:

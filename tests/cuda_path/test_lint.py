@@ -119,7 +119,7 @@ def test_dvae(call: Callable[..., Any], tmp_path: Path) -> None:
     found = call(lint_cases.dvae_update, str(tmp_path))
     assert found["device"] == "cuda" and found["gib"] <= 12 and found["gib_validation"] <= 9
     assert found["syncs"] == {
-        "item: dalle_ds/training/dvae/trainer.py _Trainer._step": 2  # torch's GradScaler: was it finite, the scale
+        "item: dalle_ds/training/dvae/trainer.py DVAETrainer._step": 2  # torch's GradScaler: was it finite, the scale
     }
 
 

@@ -29,16 +29,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_raw(home / "raw")
     (home / "recipe.yaml").write_text(dump_recipe(recipe(home, "killed")))
     verb = ["dalle_ds.cli", "train-dvae", "--recipe", str(home / "recipe.yaml")]
-    checkpoint = home / "killed" / "checkpoint.pt"
+
+    def saved() -> set[Path]:
+        return set(home.glob("killed/checkpoints/update_*/checkpoint.json"))
+
     with launching.started([*launching.deepspeed(2), "--no_local_rank", "--module", *verb], home, NO_RETRIES) as process:
-        launching.wait_for(checkpoint.exists, "checkpoint", process=process)
+        launching.wait_for(saved, "checkpoint", process=process)
         launching.ranks_of(process.pid)[1].terminate()
         _, errors = process.communicate(timeout=900)
     assert process.returncode == 143, errors[-4000:]
     assert "asked to stop (another rank)" in errors and "error" not in errors.replace("exits with return code", ""), errors
-    stopped_at = checkpoint.stat().st_mtime_ns
+    at_the_stop = saved()
     with launching.started([*torchrun(), "-m", *verb], home, NO_RETRIES) as process:
-        launching.wait_for(lambda: checkpoint.stat().st_mtime_ns > stopped_at, "another checkpoint", process=process)
+        launching.wait_for(lambda: saved() - at_the_stop, "another checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=900)
     assert "going on from update" in errors

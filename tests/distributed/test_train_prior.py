@@ -216,7 +216,7 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
         assert (first == of_whole) == is_same, f"{name}: {first}, {of_whole} without dropout"
     for folder, expected in (("whole", 0.0), ("dropped", 0.5)):
         export_checkpoint(folder, home / f"export_{folder}")
-        assert load_export(home / f"export_{folder}").caption_dropout == expected
+        assert load_export(home / f"export_{folder}").record.caption_dropout == expected
 
 
 def test_matrices_without_masters_are_trained_saved_and_exported(
@@ -229,20 +229,7 @@ def test_matrices_without_masters_are_trained_saved_and_exported(
     ours, whole = (losses(home, env, folder, "loss/train") for folder in ("masterless", "whole"))
     assert ours == pytest.approx(whole, rel=0.01) and ours[-1] < ours[0]
     export_checkpoint("masterless", home / "export_masterless")  # which proves that it gives the run's losses
-    assert load_export(home / "export_masterless").caption_dropout == 0.0
-
-
-def test_checkpoint_from_before_caption_dropout_is_exported_with_none(
-    uninterrupted: dict[str, Any], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(home)
-    shutil.copytree(home / "whole", tmp_path / "old")
-    commit = max((tmp_path / "old").glob("checkpoints/update_*")) / "checkpoint.json"
-    tree = json.loads(commit.read_text())
-    assert tree["about"].pop("caption_dropout") == 0.0
-    commit.write_text(json.dumps(tree))
-    export_checkpoint(tmp_path / "old", tmp_path / "export")
-    assert load_export(tmp_path / "export").caption_dropout == 0.0
+    assert load_export(home / "export_masterless").record.caption_dropout == 0.0
 
 
 def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict[str, str]) -> None:

@@ -144,4 +144,4 @@ def test_compilers_of_a_machine_are_few_and_what_is_set_stays(told: dict[str, st
         told |= {name: "max_split_size_mb:64", "TORCHINDUCTOR_COMPILE_THREADS": "32"}
         before = dict(told)
         set_defaults()
-        assert told == before
+        assert told == before | {"TORCH_CPP_LOG_LEVEL": "ERROR"}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from dalle_ds.parallel.step_timer import PhaseTimer, _collective_spans, _covered, with_collective_share
+from dalle_ds.parallel.step_timer import PhaseTimer, _collective_spans, _covered, collective_share
 
 CPU = torch.device("cpu")
 
@@ -41,10 +41,11 @@ def group() -> Iterator[None]:
 
 
 def test_share_of_collectives(group: None) -> None:
-    result, with_some = with_collective_share(lambda: dist.all_reduce(torch.ones(100_000)) or 7, CPU)
-    _, with_none = with_collective_share(lambda: torch.ones(100_000).sum(), CPU)
-    assert result == 7
-    assert 0 < with_some <= 1 and with_none == 0
+    with collective_share(CPU) as with_some:
+        dist.all_reduce(torch.ones(100_000))
+    with collective_share(CPU) as with_none:
+        torch.ones(100_000).sum()
+    assert 0 < with_some.value <= 1 and with_none.value == 0
 
 
 def work() -> None:
@@ -76,7 +77,8 @@ def test_no_event_objects_are_made(group: None) -> None:
 
     sys.setprofile(count)
     try:
-        with_collective_share(work, CPU)
+        with collective_share(CPU):
+            work()
     finally:
         sys.setprofile(None)
     assert made == 0

@@ -8,6 +8,7 @@ import torch
 
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.sampling.export_record import ExportRecord
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.data.token_sets import make_token_set
@@ -38,15 +39,21 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
     mark = write_weights(export / "model.safetensors", kind="prior", config=config.model_dump(), state=prior.state_dict())
     for name in ("tokenizer.model", "dvae.safetensors"):
         objects.write_bytes(export / name, objects.read_bytes(objects.join(data, name)))
-    info = {
-        "fingerprint": mark,
-        "update": 7,
-        "dvae": dvae.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "data": {"url": data},
-        "mlflow": mlflow,
-    }
-    (export / "config.json").write_text(json.dumps(info))
+    record = ExportRecord(
+        format=1,
+        fingerprint=mark,
+        dvae=dvae.fingerprint,
+        tokenizer=tokenizer.fingerprint,
+        update=7,
+        averaged=True,
+        caption_dropout=0.0,
+        data_fingerprint="d",
+        data_content="c",
+        data_urls=(data,),
+        checkpoint=str(folder / "run" / "checkpoints" / "update_00000007"),
+        mlflow=mlflow,
+    )
+    (export / "config.json").write_bytes(record.to_json())
     return export
 
 

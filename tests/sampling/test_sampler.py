@@ -11,9 +11,10 @@ from PIL import Image
 
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from dalle_ds.sampling.captions import read_captions
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.folder import read_captions, repeat, sample
+from dalle_ds.sampling.folder import repeat, sample
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
 from dalle_ds.sampling.sampler import SampleSettings
 from dalle_ds.storage.weights import read_weights, write_weights
@@ -125,10 +126,10 @@ def test_loaded_parts_equal_what_was_written(made, export):
     assert long.shape == (2, 15) and (long[0] >= 0).all() and long[1, -1] == -1
 
 
-def test_caption_dropout_is_read_back_and_zero_in_older_exports(export, copy):
-    assert "caption_dropout" not in export.info and export.caption_dropout == 0.0
+def test_caption_dropout_is_read_back(export, copy):
+    assert export.record.caption_dropout == 0.0
     edit_config(copy, caption_dropout=0.1)
-    assert load_export(copy).caption_dropout == 0.1
+    assert load_export(copy).record.caption_dropout == 0.1
 
 
 def test_parts_of_another_export_are_refused(copy):
@@ -162,7 +163,7 @@ def test_a_damaged_file_and_missing_files_are_named(copy, tmp_path):
     with pytest.raises(DataError, match="model.safetensors"):
         load_export(copy)
     (copy / "config.json").write_text("{}")
-    with pytest.raises(DataError, match="lacks dvae, fingerprint, tokenizer"):
+    with pytest.raises(DataError, match="config.json is not .*: it lacks format, fingerprint, dvae, tokenizer"):
         load_export(copy)
     with pytest.raises(DataError, match="not an export folder"):
         load_export(tmp_path)
@@ -190,7 +191,7 @@ def test_a_data_set_of_another_dvae_is_refused(copy, tmp_path):
     other = make_export(tmp_path / "other", seed=1, n_codes=31)
     with pytest.raises(FingerprintMismatch, match="dVAE of data set"):
         read_held_out(load_export(copy), str(other.parent / "tokens"))
-    edit_config(copy, data={})
+    edit_config(copy, data_urls=[])
     with pytest.raises(DataError, match="by --data"):
         read_held_out(load_export(copy))
 

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 from dalle_ds.cli import app
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import UpdateReport
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
 from dalle_ds.tracking.tracker import Tracker
 from dalle_ds.training.prior.config import PriorRun
-from dalle_ds.training.prior.metrics import RunReport, describe
+from dalle_ds.training.prior.metrics import PriorMetrics, describe
 from dalle_ds.training.prior.state import TrainState
 from tests.conftest import BUCKET
 from tests.sampling.exports import make_export
@@ -74,16 +74,18 @@ def run(server, tmp_path_factory):
         at_limits=dict,
         log2_scales=lambda: dict(zip(names, (13.0, 14.0), strict=True)),
     )
-    engine = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")), scaler=scaler, phases=SimpleNamespace(take=dict))
+    engine = SimpleNamespace(
+        ranks=ALONE, scaler=scaler, phases=SimpleNamespace(take=dict), optimizer_bytes_per_parameter=lambda: 8.0
+    )
     stream = SimpleNamespace(wait_seconds=0.1, steps_per_epoch=5, n_truncated=0, n_drawn=[1])
-    report = RunReport(recipe, PriorConfig(n_layers=1, grid=8), engine, stream, state, tracker)
+    report = PriorMetrics(recipe, PriorConfig(n_layers=1, grid=8), engine, stream, state, tracker)
     for state.update in range(31):
         loss = 6.0 - state.update / 10
         if state.update:
-            report.updated(UpdateReport(loss, loss, True, 1.0, (), None, False, 0), lr=1e-3)
+            report.log(UpdateReport(loss, loss, True, 1.0, (), None, False, 0), lr=1e-3)
         if state.update % 15 == 0:
-            report.validated(loss, loss, torch.rand(2, 64))
-            report.sampled(Image.fromarray(np.full((200, 300, 3), 8 * state.update, dtype=np.uint8)))
+            report.log_validation(loss, loss, torch.rand(2, 64))
+            report.log_samples(Image.fromarray(np.full((200, 300, 3), 8 * state.update, dtype=np.uint8)))
     assert tracker.close()
     return tracker.run
 

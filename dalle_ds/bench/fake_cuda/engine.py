@@ -85,7 +85,7 @@ class EngineCounts:
 
 PURPOSES = ("gather", "reduce", "unscale", "cast", "product", "other")
 _REDUCES = ("runtime/comm/", "zero/stage3.py")
-_GATHERS = ("zero/partition_parameters.py", "zero/partitioned_param_coordinator.py", "parallel/half_gather.py")
+_GATHERS = ("zero/partition_parameters.py", "zero/partitioned_param_coordinator.py", "parallel/fp16_gather.py")
 
 
 def _purpose(site: Site) -> str:

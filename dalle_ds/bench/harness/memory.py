@@ -59,7 +59,7 @@ class PeakMemory(TorchDispatchMode):
     """While active: the most bytes of storages alive at a time that were allocated meanwhile, and which lines held them.
 
     Counts what torch's operators return: no workspace inside a kernel, no rounding of an allocator. On a CPU that includes
-    the fp32 copies that fp16 products are made through (`ops/half.py`), which a GPU doesn't have: `by_line` tells them apart.
+    the fp32 copies that fp16 products are made through (`ops/fp16.py`), which a GPU doesn't have: `by_line` tells them apart.
     """
 
     peak_bytes: int = 0

@@ -4,10 +4,8 @@ import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,26 +15,16 @@ from torch.nn import functional as F
 
 from dalle_ds.console import progress
 from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.ops.devices import on_device
+from dalle_ds.ops.devices import on_device, resolve_device
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.pretrained.clip import Clip
-from dalle_ds.recipes import dump_recipe, flatten
+from dalle_ds.recipes import flatten
 from dalle_ds.tracking.provenance import code_tags
-from dalle_ds.tracking.tracker import NullTracker, Tracker
 from dalle_ds.training.clip.config import ClipRun
 from dalle_ds.training.clip.data import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip.tokenizer import train_clip_tokenizer
-from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
-from dalle_ds.training.run_folder import (
-    exact_device,
-    finished_report,
-    identity_of,
-    load_checkpoint,
-    require_room,
-    save_checkpoint,
-    shards_digest,
-    write_report,
-)
+from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest, write_report
+from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
 
@@ -45,118 +33,106 @@ HELD_OUT = 512  # pictures at most, each with one right caption among them
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
 
 
-def train_clip(run: ClipRun) -> dict[str, Any]:
-    """Train, or go on with, the run in `run.folder`; a finished run is left alone. Returns the report.
+def train_clip(recipe: ClipRun) -> dict[str, Any]:
+    """Train, or go on with, the run in `recipe.folder`; a finished run is left alone. Returns the report.
 
-    `run.folder`/model is what `Clip.load` and `transformers` open.
+    `recipe.folder`/model is what `Clip.load` and `transformers` open.
 
     Raises:
         UserError: anything about the recipe, the data or the folder that would stop the run later.
         SystemExit(143): asked to stop; the state is saved.
     """
-    folder = Path(run.folder)
-    with StopFlag() as stop, RunLock(folder):
-        shards = shards_digest(run.data.raw)
-        identity = identity_of("clip", run, shards)
-        finished = finished_report(folder / REPORT_FILE, identity)
+    with open_run(recipe.folder) as run:
+        shards = shards_digest(recipe.data.raw)
+        identity = identity_of("clip", recipe, shards)
+        finished = finished_report(run.folder / REPORT_FILE, identity)
         if finished is not None:
-            log.info("%s is finished: %d updates; nothing to do", folder / MODEL_FOLDER, finished["updates"])
+            log.info("%s is finished: %d updates; nothing to do", run.folder / MODEL_FOLDER, finished["updates"])
             return finished
-        with closing(_Trainer(run, identity, shards)) as trainer:
-            return trainer.run(stop)
+        with closing(ClipTrainer(run, recipe, identity, shards)) as trainer:
+            return trainer.train()
 
 
-class _Trainer:
-    """One run: what it is made of (built and checked in the constructor), and its loop."""
+class ClipTrainer:
+    """Everything that an unfinished run needs, where its newest checkpoint left it, and the loop over its updates."""
 
-    def __init__(self, run: ClipRun, identity: str, shards: str) -> None:
-        self.recipe, self.identity, self.shards, self.folder = run, identity, shards, Path(run.folder)
-        self.tracker, self.status = NullTracker(), "FAILED"
-        self.device = exact_device(run.device)
-        if run.threads is not None:
-            torch.set_num_threads(run.threads)
-        samples = read_split(run.data, "train", run.model.image_size)
-        self.held_out = one_of_each_group(read_split(run.data, "validation", run.model.image_size))[:HELD_OUT]
-        torch.manual_seed(run.seed)
+    def __init__(self, run: TrainingRun, recipe: ClipRun, identity: str, shards: str) -> None:
+        self.run, self.recipe, self.identity, self.shards, self.folder = run, recipe, identity, shards, run.folder
+        self.device = resolve_device(recipe.device)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        samples = read_split(recipe.data, "train", recipe.model.image_size)
+        self.held_out = one_of_each_group(read_split(recipe.data, "validation", recipe.model.image_size))[:HELD_OUT]
+        torch.manual_seed(recipe.seed)
         captions = [sample.caption for sample in samples]
-        self.tokenizer = train_clip_tokenizer(captions, run.model.vocab_size, run.model.text_len)
-        self.model = _new_model(run, self.tokenizer).to(self.device)
-        self.processor = _new_processor(run.model.image_size)
+        self.tokenizer = train_clip_tokenizer(captions, recipe.model.vocab_size, recipe.model.text_len)
+        self.model = _new_model(recipe, self.tokenizer).to(self.device)
+        self.processor = _new_processor(recipe.model.image_size)
         self._mean = torch.tensor(self.processor.image_mean, device=self.device)
         self._std = torch.tensor(self.processor.image_std, device=self.device)
         parameters = list(self.model.parameters())
-        require_room(self.folder, sum(p.numel() for p in parameters))
+        self.checkpoints = ImageCheckpoints(self.folder, identity, run.ranks)
+        saved = self.checkpoints.newest()
+        self.checkpoints.require_room(sum(p.numel() for p in parameters))
         decayed = [p for p in parameters if p.ndim > 1]
         groups = [
-            {"params": decayed, "weight_decay": run.optimizer.weight_decay},
+            {"params": decayed, "weight_decay": recipe.optimizer.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=run.optimizer.lr, betas=(0.9, run.optimizer.beta2), fused=True)
-        self.update, self.seconds = 0, 0.0
-        self._restore()
-        source = batches(samples, run.batch_size, run.model.image_size, run.seed, self.update)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, betas=(0.9, recipe.optimizer.beta2), fused=True)
+        self.update = 0
+        self.watch = Stopwatch(self._restore(saved))
+        source = batches(samples, recipe.batch_size, recipe.model.image_size, recipe.seed, self.update)
         self.batches = Prefetch(source, 4, "clip-pictures")
 
-    def run(self, stop: StopFlag) -> dict[str, Any]:
-        run = self.recipe
-        (self.folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
-        self.tracker = Tracker.start(
-            self.folder,
-            uri=run.tracking.uri,
-            experiment=run.tracking.experiment,
-            run_name=run.tracking.run_name,
-            tags={**code_tags(), "stage": "clip", "run_fingerprint": self.identity},
-            params=flatten(run.model_dump(mode="json")),
+    def train(self) -> dict[str, Any]:
+        """Do the updates that are left -> the report."""
+        recipe, run, resumed_at = self.recipe, self.run, self.update
+        run.start_tracking(
+            recipe,
+            recipe.tracking,
+            tags={"stage": "clip", "run_fingerprint": self.identity},
+            params=flatten(recipe.model_dump(mode="json")),
         )
-        self.tracker.input_dataset("raw", run.data.raw, self.shards)
-        before, began, resumed_at = self.seconds, time.monotonic(), self.update
-        with progress(total=run.updates, initial=self.update, what="CLIP", unit="update") as bar:
-            while self.update < run.updates:
+        run.tracker.input_dataset("raw", recipe.data.raw, self.shards)
+        with progress(total=recipe.updates, initial=self.update, what="CLIP", unit="update") as bar:
+            while self.update < recipe.updates:
                 metrics = self._step()
                 self.update += 1
-                self.seconds = before + time.monotonic() - began
                 bar.update(1)
-                if self.update % run.tracking.every == 0:
-                    rate = (self.update - resumed_at) * run.batch_size / (time.monotonic() - began)
+                if self.update % recipe.tracking.every == 0:
+                    rate = (self.update - resumed_at) * recipe.batch_size / self.watch.since_start
                     values = {f"train/{name}": float(value) for name, value in metrics.items()}
-                    self.tracker.metrics({**values, "train/images_per_second": rate}, self.update)
+                    run.tracker.metrics({**values, "train/images_per_second": rate}, self.update)
                     bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-                if self.update % run.report_every == 0 and self.update < run.updates:
+                if self.update % recipe.report_every == 0 and self.update < recipe.updates:
                     self._validate()
-                if self.update % run.checkpoint_every == 0 or self.update == run.updates or stop.requested:
+                stop_requested = run.stop_requested
+                if self.update % recipe.checkpoint_every == 0 or self.update == recipe.updates or stop_requested:
                     self._save()
-                if stop.requested and self.update < run.updates:
-                    self.status = "KILLED"
-                    log.info(
-                        "asked to stop (%s): saved update %d in %s; the same command goes on from there",
-                        stop.reason,
-                        self.update,
-                        self.folder,
-                    )
-                    raise SystemExit(EXIT_STOPPED)
-        report = self._finish()
-        self.status = "FINISHED"
-        return report
+                if stop_requested and self.update < recipe.updates:
+                    run.leave_stopped(self.update, self.checkpoints.url)
+        return self._finish()
 
     def close(self) -> None:
-        """End the thread of the run, and tell MLflow how it ended."""
+        """End the thread of the run."""
         self.batches.close()
-        self.tracker.close(self.status)
 
     def _step(self) -> dict[str, Any]:
-        run = self.recipe
-        lr = half_cosine(self.update, run.optimizer.lr, 0.0, run.updates) * linear_warmup(self.update, run.optimizer.warmup)
+        recipe = self.recipe
+        lr = half_cosine(self.update, recipe.optimizer.lr, 0.0, recipe.updates)
+        lr *= linear_warmup(self.update, recipe.optimizer.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = next(self.batches)
         tokens = self.tokenizer(batch.captions, padding="longest", truncation=True, return_tensors="pt")
         tokens = {name: on_device(values, self.device) for name, values in tokens.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits_BB = self.model(pixel_values=self._pixels(batch.images_BHWC), **tokens).logits_per_text.float()
         right_B = torch.arange(len(logits_BB), device=self.device)
         loss = (F.cross_entropy(logits_BB, right_B) + F.cross_entropy(logits_BB.T, right_B)) / 2
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.optimizer.clip, foreach=True)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -175,7 +151,7 @@ class _Trainer:
         clip = self._clip()
         numbers = retrieval(clip, crops(self.held_out, clip.image_size), [sample.caption for sample in self.held_out])
         self.model.train()
-        self.tracker.metrics({f"validation/{name}": value for name, value in numbers.items()}, self.update)
+        self.run.tracker.metrics({f"validation/{name}": value for name, value in numbers.items()}, self.update)
         log.info(
             "update %d, retrieval among %d held out: top-1 %.3f, top-5 %.3f",
             self.update,
@@ -201,7 +177,7 @@ class _Trainer:
             **numbers,
             "held_out": len(self.held_out),
             "updates": self.update,
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.watch.seconds, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
         origin = {**report, "raw": self.recipe.data.raw, "shards": self.shards, **code_tags()}
@@ -209,31 +185,32 @@ class _Trainer:
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         write_report(self.folder / REPORT_FILE, report)
-        self.tracker.tags({"clip": report["clip"]})
-        for name in (MODEL_FOLDER, REPORT_FILE, "recipe.yaml"):
-            self.tracker.artifact(self.folder / name)
+        self.run.tracker.tags({"clip": report["clip"]})
+        for name in (MODEL_FOLDER, REPORT_FILE):
+            self.run.tracker.artifact(self.folder / name)
+        self.run.finished()
         return report
 
     # ---- stopping and going on -------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         state = {
-            "identity": self.identity,
             "update": self.update,
-            "seconds": self.seconds,
+            "seconds": self.watch.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        save_checkpoint(self.folder, state)
+        self.checkpoints.save(self.update, state)
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.folder, self.identity)
+    def _restore(self, state: dict[str, Any] | None) -> float:
+        """Go to where the newest checkpoint was, if there is one -> seconds of the run up to there."""
         if state is None:
-            return
+            return 0.0
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.update, self.seconds = state["update"], state["seconds"]
+        self.update = state["update"]
         log.info("going on from update %d", self.update)
+        return state["seconds"]
 
 
 def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> dict[str, float]:

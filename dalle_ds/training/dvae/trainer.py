@@ -2,10 +2,9 @@
 
 import json
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,20 @@ from torch import Tensor
 from dalle_ds.console import progress
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.models.dvae import DVAE
-from dalle_ds.ops.devices import on_device
+from dalle_ds.ops.devices import on_device, resolve_device
 from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
 from dalle_ds.optim.ema import WeightAverage
 from dalle_ds.optim.schedules import linear_warmup
-from dalle_ds.parallel.failure_detection import RankWatch
 from dalle_ds.parallel.ranks import ALONE, Ranks
-from dalle_ds.recipes import dump_recipe, flatten
+from dalle_ds.recipes import flatten
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.weights import read_weights, write_weights
-from dalle_ds.tracking.provenance import code_tags
-from dalle_ds.tracking.tracker import NullTracker, Tracker
 from dalle_ds.training.dvae.config import DVAERun
 from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae.metrics import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
-from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
-from dalle_ds.training.run_folder import (
-    exact_device,
-    finished_report,
-    identity_of,
-    load_checkpoint,
-    require_room,
-    save_checkpoint,
-    shards_digest,
-    write_report,
-)
+from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest, write_report
+from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
 
@@ -51,33 +38,26 @@ REPORT_FILE = "dvae_report.json"
 RECONSTRUCTIONS_FILE = "reconstructions.png"
 
 
-def train_dvae(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Train, or go on with, the run in `run.folder`; a finished run is left alone. Returns the report, on every rank.
+def train_dvae(recipe: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Train, or go on with, the run in `recipe.folder`; a finished run is left alone. Returns the report, on every rank.
 
     Ranks are replicas, each with its own parts of every batch: the same pictures and noise at any number of ranks, so that
-    losses differ by the order of sums alone, and a checkpoint goes on at any number of them. They share `run.folder`.
+    losses differ by the order of sums alone, and a checkpoint goes on at any number of them. They share `recipe.folder`.
 
     Raises:
         UserError: anything about the recipe, the data or the folder that would stop the run later.
         RankLost: another rank died, failed or hangs.
         SystemExit(143): asked to stop; the state is saved.
     """
-    folder = Path(run.folder)
-    # Only the main rank holds the lock: the others are its own.
-    with (
-        StopFlag() as stop,
-        RankWatch(ranks, run.failure.collective_timeout) as watch,
-        RunLock(folder) if ranks.is_main else nullcontext(),
-    ):
-        shards = shards_digest(run.data.raw)
-        identity = identity_of("dvae", run, shards)
-        finished = ranks.from_main(_finished(folder, identity) if ranks.is_main else None)
+    with open_run(recipe.folder, ranks, recipe.failure.collective_timeout) as run:
+        shards = shards_digest(recipe.data.raw)
+        identity = identity_of("dvae", recipe, shards)
+        finished = ranks.from_main(_finished(run.folder, identity) if ranks.is_main else None)
         if finished is not None:
-            log.info("%s is finished: %d updates; nothing to do", folder / WEIGHTS_FILE, finished["updates"])
+            log.info("%s is finished: %d updates; nothing to do", run.folder / WEIGHTS_FILE, finished["updates"])
             return finished
-        with _denormals_flushed(), closing(_Trainer(run, identity, shards, ranks)) as trainer:
-            watch.before_exit = trainer.end_tracking
-            return trainer.run(stop)
+        with _denormals_flushed(), closing(DVAETrainer(run, recipe, identity, shards)) as trainer:
+            return trainer.train()
 
 
 @contextmanager
@@ -91,102 +71,81 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(flushed_before)
 
 
-class _Trainer:
-    """One run: what it is made of (built and checked in the constructor), and its loop."""
+class DVAETrainer:
+    """Everything that an unfinished run needs, where its newest checkpoint left it, and the loop over its updates."""
 
-    def __init__(self, run: DVAERun, identity: str, shards: str, ranks: Ranks) -> None:
-        self.recipe, self.identity, self.shards, self.ranks, self.folder = run, identity, shards, ranks, Path(run.folder)
-        self.tracker, self.status = NullTracker(), "FAILED"
-        self.parts = run.parts_of(ranks.rank, ranks.world_size)
-        self.device = _device(run, ranks)
-        if run.threads is not None:
-            torch.set_num_threads(run.threads)
-        torch.manual_seed(run.seed)
+    def __init__(self, run: TrainingRun, recipe: DVAERun, identity: str, shards: str) -> None:
+        ranks = run.ranks
+        self.run, self.ranks, self.folder = run, ranks, run.folder
+        self.recipe, self.identity, self.shards = recipe, identity, shards
+        self.parts = recipe.parts_of(ranks.rank, ranks.world_size)
+        self.device = _device(recipe, ranks)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        torch.manual_seed(recipe.seed)
         # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
-        self.model = DVAE(run.model).to(self.device, memory_format=torch.channels_last)
+        self.model = DVAE(recipe.model).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
-        require_room(self.folder, sum(p.numel() for p in self.parameters))
-        settings = run.optimizer
+        self.checkpoints = ImageCheckpoints(run.folder, identity, ranks)
+        saved = self.checkpoints.newest()
+        self.checkpoints.require_room(sum(p.numel() for p in self.parameters))
+        settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=run.schedules.lr.start,
+            lr=recipe.schedules.lr.start,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
-        self.average = WeightAverage(self._weights(), run.average)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        self.average = WeightAverage(self._weights(), recipe.average)
         # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
         # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
         # gradients are summed in order: the same losses in every run.
-        self.pool = ThreadPoolExecutor(run.workers, "dvae", initializer=torch.set_flush_denormal, initargs=(True,))
-        self.update, self.seconds, self.position = 0, 0.0, Position()
-        self._restore()
-        image_size = run.model.image_size
-        self.validation = ranks.from_main(validation_pictures(run.data, image_size) if ranks.is_main else None)
-        places = range(self.parts.start * run.part_size, self.parts.stop * run.part_size)
-        self.stream = PictureStream(run.data, image_size, run.batch_size, run.seed, self.position, places)
+        self.pool = ThreadPoolExecutor(recipe.workers, "dvae", initializer=torch.set_flush_denormal, initargs=(True,))
+        self.update, self.position = 0, Position()
+        self.watch = Stopwatch(self._restore(saved))
+        image_size = recipe.model.image_size
+        self.validation = ranks.from_main(validation_pictures(recipe.data, image_size) if ranks.is_main else None)
+        places = range(self.parts.start * recipe.part_size, self.parts.stop * recipe.part_size)
+        self.stream = PictureStream(recipe.data, image_size, recipe.batch_size, recipe.seed, self.position, places)
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
 
-    def run(self, stop: StopFlag) -> dict[str, Any]:
-        run = self.recipe
-        if self.ranks.is_main:
-            self._start_tracking()
-        before, began, resumed_at = self.seconds, time.monotonic(), self.update
-        with progress(total=run.updates, initial=self.update, what="dVAE", unit="update", enabled=self.ranks.is_main) as bar:
-            while self.update < run.updates:
-                metrics, stop_requested = self._step(stop.requested)
+    def train(self) -> dict[str, Any]:
+        """Do the updates that are left -> the report."""
+        recipe, run, resumed_at = self.recipe, self.run, self.update
+        run.start_tracking(
+            recipe,
+            recipe.tracking,
+            tags={"stage": "dvae", "run_fingerprint": self.identity},
+            params={**flatten(recipe.model_dump(mode="json")), "world_size": self.ranks.world_size},
+        )
+        run.tracker.input_dataset("raw", recipe.data.raw, self.shards)
+        bar = progress(total=recipe.updates, initial=self.update, what="dVAE", unit="update", enabled=self.ranks.is_main)
+        with bar:
+            while self.update < recipe.updates:
+                metrics, stop_requested = self._step(run.stop_requested)
                 self.update += 1
-                self.seconds = before + time.monotonic() - began
                 bar.update(1)
-                if self.update % run.tracking.every == 0:
-                    rate = (self.update - resumed_at) * run.batch_size / (time.monotonic() - began)
+                if self.update % recipe.tracking.every == 0:
+                    rate = (self.update - resumed_at) * recipe.batch_size / self.watch.since_start
                     values = {name: float(value) for name, value in metrics.items()} | {"train/images_per_second": rate}
-                    self.tracker.metrics(values, self.update)
+                    run.tracker.metrics(values, self.update)
                     bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-                if self.update % run.report_every == 0 and self.update < run.updates:
+                if self.update % recipe.report_every == 0 and self.update < recipe.updates:
                     self._validate()
-                if self.update % run.checkpoint_every == 0 or self.update == run.updates or stop_requested:
+                if self.update % recipe.checkpoint_every == 0 or self.update == recipe.updates or stop_requested:
                     self._save()
-                if stop_requested and self.update < run.updates:
-                    self.status = "KILLED"
-                    log.info(
-                        "asked to stop (%s): saved update %d in %s; the same command goes on from there",
-                        stop.reason or "another rank",
-                        self.update,
-                        self.folder,
-                    )
-                    self.end_tracking()
-                    self.ranks.barrier()  # launchers end the other ranks once one has left
-                    raise SystemExit(EXIT_STOPPED)
-        summary = self._finish()
-        self.status = "FINISHED"
-        return summary
-
-    def end_tracking(self) -> None:
-        """Tell MLflow how it ended. May wait for the server, up to a minute."""
-        self.tracker.close(self.status)
+                if stop_requested and self.update < recipe.updates:
+                    run.leave_stopped(self.update, self.checkpoints.url)
+        return self._finish()
 
     def close(self) -> None:
         """End the threads of the run."""
         self.stream.close()
         self.pool.shutdown()
-        self.end_tracking()
-
-    def _start_tracking(self) -> None:
-        run = self.recipe
-        (self.folder / "recipe.yaml").write_text(dump_recipe(run), encoding="utf-8")
-        self.tracker = Tracker.start(
-            self.folder,
-            uri=run.tracking.uri,
-            experiment=run.tracking.experiment,
-            run_name=run.tracking.run_name,
-            tags={**code_tags(), "stage": "dvae", "run_fingerprint": self.identity},
-            params={**flatten(run.model_dump(mode="json")), "world_size": self.ranks.world_size},
-        )
-        self.tracker.input_dataset("raw", run.data.raw, self.shards)
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
@@ -290,10 +249,10 @@ class _Trainer:
             if not self.ranks.is_main:
                 return numbers
             grid = reconstruction_grid(self.model, self.validation)
-        self.tracker.metrics(numbers.metrics(), self.update)
-        self.tracker.picture("reconstructions", grid, self.update)
+        self.run.tracker.metrics(numbers.metrics(), self.update)
+        self.run.tracker.picture("reconstructions", grid, self.update)
         title = f"{numbers.codes_used} of {numbers.n_codes} codes in use, perplexity {numbers.perplexity:.0f}"
-        self.tracker.picture("codebook_usage", usage_chart(counts_K, title), self.update)
+        self.run.tracker.picture("codebook_usage", usage_chart(counts_K, title), self.update)
         grid.save(self.folder / RECONSTRUCTIONS_FILE)
         log.info("update %d, held out: PSNR %.2f dB, SSIM %.3f, %s", self.update, numbers.psnr, numbers.ssim, title)
         if numbers.has_collapsed and self.update >= self.recipe.schedules.kl_weight.updates:
@@ -303,7 +262,9 @@ class _Trainer:
     def _finish(self) -> dict[str, Any]:
         """Measure, and write the results -> the report."""
         numbers = self._validate()
-        return self.ranks.from_main(self._write_results(numbers) if self.ranks.is_main else None)
+        report = self.ranks.from_main(self._write_results(numbers) if self.ranks.is_main else None)
+        self.run.finished()
+        return report
 
     def _write_results(self, numbers: HeldOut) -> dict[str, Any]:
         """Write the averaged weights, then the report: the report says that the run is finished."""
@@ -329,37 +290,39 @@ class _Trainer:
             "grid": model.grid,
             **asdict(numbers),
             "updates": self.update,
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.watch.seconds, 1),
             "parameters": sum(p.numel() for p in self.parameters),
             "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }
         write_report(self.folder / REPORT_FILE, report)
-        self.tracker.tags({"dvae": mark})
-        for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE, "recipe.yaml"):
-            self.tracker.artifact(self.folder / name)
+        self.run.tracker.tags({"dvae": mark})
+        for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
+            self.run.tracker.artifact(self.folder / name)
         return report
 
     # ---- stopping and going on -------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if not self.ranks.is_main:
-            return
         state = {
-            "identity": self.identity,
             "update": self.update,
-            "seconds": self.seconds,
+            "seconds": self.watch.seconds,
             "position": list(self.position),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        save_checkpoint(self.folder, state)
+        self.checkpoints.save(self.update, state)
 
-    def _restore(self) -> None:
-        state = load_checkpoint(self.folder, self.identity)
+    def _restore(self, state: dict[str, Any] | None) -> float:
+        """Go to where the newest checkpoint was, if there is one -> seconds of the run up to there."""
         if state is not None:
-            self._load(state)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average.load_state_dict(state["average"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.update, self.position = state["update"], Position(*state["position"])
+            log.info("going on from update %d", self.update)
         starts = self.ranks.gather_objects((self.update, self.identity))
         for rank, start in enumerate(starts):
             if start != starts[0]:
@@ -367,14 +330,7 @@ class _Trainer:
                     f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: they must see the "
                     f"same {self.folder}, recipe and raw shards" % (*start, *starts[0])
                 )
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.update, self.seconds, self.position = state["update"], state["seconds"], Position(*state["position"])
-        log.info("going on from update %d", self.update)
+        return 0.0 if state is None else state["seconds"]
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -391,7 +347,7 @@ def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
 
 
 def _device(run: DVAERun, ranks: Ranks) -> torch.device:
-    device = exact_device(run.device)
+    device = resolve_device(run.device)
     if ranks.world_size > 1:
         if run.device not in ("auto", ranks.device.type):
             raise ConfigError(

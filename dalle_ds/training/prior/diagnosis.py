@@ -43,15 +43,15 @@ FOLDER, DIAGNOSIS_FILE, PICTURE_FILE = "diagnosis", "diagnosis.json", "magnitude
 BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.yaml", "deepspeed.json"
 
 
-class Patience:
-    """Counts updates in a row that bring nothing. The same on every rank, as reports are."""
+class DivergenceMonitor:
+    """Counts updates in a row without a finite loss or without a step. The same on every rank, as reports are."""
 
     def __init__(self, limits: FailureSection) -> None:
         self._limits, self._n_losses, self._n_without_step = limits, 0, 0
         self._n_of_block: Counter[str] = Counter()
 
     def observe(self, report: UpdateReport) -> str | None:
-        """After every update -> why it makes no sense to go on, or None."""
+        """Call after every update. Returns why training should stop, or None."""
         self._n_losses = 0 if math.isfinite(report.loss) else self._n_losses + 1
         self._n_without_step = 0 if report.took_step else self._n_without_step + 1
         self._n_of_block = Counter({block: self._n_of_block[block] + 1 for block in report.nonfinite_blocks})

@@ -15,14 +15,16 @@ import yaml
 from dalle_ds.console import progress
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError
-from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.models.prior import Prior
 from dalle_ds.parallel.checkpoint_tensors import AVERAGE, WEIGHTS, SavedState
+from dalle_ds.sampling.export_record import RECORD_FILE, ExportRecord
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.stored_tensors import StoredTensor
 from dalle_ds.storage.weights import open_weights, verified_fingerprint, write_weights
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.prior.parity import prove_parity
+from dalle_ds.training.prior.state import PriorAbout
 from dalle_ds.training.prior.throughput import peak_gigabytes
 
 log = logging.getLogger(__name__)
@@ -52,48 +54,50 @@ def export_checkpoint(
         DataError: no such checkpoint, or one whose files don't fit each other; the exported model does not give the losses
             that the engine had when it saved.
     """
-    checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), keep=1).find(tag)
-    about = checkpoint.commit["about"]
-    config = PriorConfig(**about["model"])
-    dataset = _absolute(about["dataset"])
-    sets = [_absolute(one["dataset"]) for one in about.get("data_sets", [about])]  # checkpoints from before mixes lack it
+    checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), PriorAbout, keep=1).find(tag)
+    about = checkpoint.about
+    sets = [_absolute(one.dataset) for one in about.sets]
+    dataset = sets[0]
     inputs = {name: objects.join(dataset, name) for name in ("tokenizer.model", "dvae.safetensors")}
     tokenizer, dvae = CaptionTokenizer(inputs["tokenizer.model"]), verified_fingerprint(inputs["dvae.safetensors"], "dvae")
     for name, expected, found in (
-        ("tokenizer.model", about["tokenizer"], tokenizer.fingerprint),
-        ("dvae.safetensors", about["dvae"], dvae),
+        ("tokenizer.model", about.tokenizer, tokenizer.fingerprint),
+        ("dvae.safetensors", about.dvae, dvae),
     ):
         require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the former.")
-    state = _weights(checkpoint, config, averaged)
+    state = _weights(checkpoint, averaged)
     n_bytes = sum(tensor.nbytes for tensor in state.values())
 
     # first and last: a folder without config.json is not taken for an export, nor is one that was written in part
-    objects.delete(objects.join(out, "config.json"))
+    objects.delete(objects.join(out, RECORD_FILE))
     model = objects.join(out, "model.safetensors")
     with progress(total=n_bytes, what="export", unit="B", unit_scale=True) as bar:
         fingerprint = write_weights(
-            model, kind="prior", config=config.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
+            model, kind="prior", config=about.model.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
         )
-    parity = _parity(checkpoint, config, model, about) if averaged else None  # only of the average are losses
-    info = {
-        "fingerprint": fingerprint,
-        "update": checkpoint.commit["update"],
-        "averaged": averaged,
-        "dvae": about["dvae"],
-        "tokenizer": about["tokenizer"],
-        "data": {"url": dataset, "sets": sets, "fingerprint": about["data"], "content": about["content"]},
-        "caption_dropout": about.get("caption_dropout", 0.0),  # checkpoints from before the option lack it
-        "mlflow": about["mlflow"],
-        "checkpoint": _absolute(checkpoint.url),
-    }
+    parity = _parity(checkpoint, model) if averaged else None  # only of the average are losses
+    record = ExportRecord(
+        format=1,
+        fingerprint=fingerprint,
+        dvae=about.dvae,
+        tokenizer=about.tokenizer,
+        update=checkpoint.update,
+        averaged=averaged,
+        caption_dropout=about.caption_dropout,
+        data_fingerprint=about.data,
+        data_content=about.content,
+        data_urls=tuple(sets),
+        checkpoint=_absolute(checkpoint.url),
+        mlflow=about.mlflow,
+    )
     for name, url in inputs.items():
         with objects.local_copy(url) as file:
             objects.put_file(file, objects.join(out, name))
     objects.write_bytes(objects.join(out, "parity.json"), json.dumps(parity, indent=1).encode())
-    objects.write_bytes(objects.join(out, "config.json"), json.dumps(info, indent=1).encode())
+    objects.write_bytes(objects.join(out, RECORD_FILE), record.to_json())
     return {
         "export": str(out),
-        **{key: info[key] for key in ("fingerprint", "update", "averaged", "checkpoint")},
+        **record.model_dump(include={"fingerprint", "update", "averaged", "checkpoint"}),
         "parity": parity,
         "gigabytes": round(n_bytes / 1e9, 3),
         "peak_memory_gigabytes": peak_gigabytes(torch.device("cpu")).get("memory/cpu_peak_gigabytes"),
@@ -114,10 +118,10 @@ def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).resolve())
 
 
-def _weights(checkpoint: Checkpoint, config: PriorConfig, averaged: bool) -> dict[str, StoredTensor]:
+def _weights(checkpoint: Checkpoint[PriorAbout], averaged: bool) -> dict[str, StoredTensor]:
     """Where the weights lie, once it is known that they are this model's."""
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Prior(config).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in Prior(checkpoint.about.model).named_parameters()}
     tensors = SavedState(checkpoint.data).of_kind(AVERAGE if averaged else WEIGHTS)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != shapes:
@@ -127,13 +131,15 @@ def _weights(checkpoint: Checkpoint, config: PriorConfig, averaged: bool) -> dic
     return tensors
 
 
-def _parity(checkpoint: Checkpoint, config: PriorConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
-    tensors, fp16_branches = open_weights(model, "prior").tensors, about["fp16_branches"]
-    dtype = getattr(torch, about.get("weight_dtype", "float32"))  # checkpoints from before it was said lack it
-    n_passes = 1 if not fp16_branches and dtype is torch.float32 else 2
+def _parity(checkpoint: Checkpoint[PriorAbout], model: str) -> dict[str, Any]:
+    about, tensors = checkpoint.about, open_weights(model, "prior").tensors
+    dtype = getattr(torch, about.weight_dtype)
+    n_passes = 1 if not about.fp16_branches and dtype is torch.float32 else 2
     n_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("heads.text."))
     with progress(total=n_bytes * n_passes, what="parity", unit="B", unit_scale=True) as bar:
-        parity = prove_parity(checkpoint.data, config, tensors, fp16_branches=fp16_branches, dtype=dtype, read=bar.update)
+        parity = prove_parity(
+            checkpoint.data, about.model, tensors, fp16_branches=about.fp16_branches, dtype=dtype, read=bar.update
+        )
     difference = parity["max_difference_same_format"]
     log.info("export equals the engine: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
     return parity

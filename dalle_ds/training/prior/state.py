@@ -21,6 +21,12 @@ class TrainState:
     n_skipped: int = 0
     seconds: float = 0.0
 
+    def advance(self, took_step: bool, seconds: float) -> None:
+        """Count an update; `seconds` are those of the run in all."""
+        self.update += 1
+        self.n_skipped += not took_step
+        self.seconds = seconds
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -16,15 +16,17 @@ from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.optim.adamw import LowBitAdamW
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.precision.fp16_branches import use_fp16_branches
 from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
 from dalle_ds.sampling.generate import generate
-from dalle_ds.training.clip import trainer as clip_trainer
 from dalle_ds.training.clip.config import ClipRun
-from dalle_ds.training.dvae import trainer as dvae_trainer
+from dalle_ds.training.clip.trainer import ClipTrainer
 from dalle_ds.training.dvae.config import DVAERun
 from dalle_ds.training.dvae.metrics import BATCH, measure
+from dalle_ds.training.dvae.trainer import DVAETrainer
+from dalle_ds.training.preemption import StopFlag
+from dalle_ds.training.run import TrainingRun
 from preprocessing.demo.drawn import draw
 from tests.support.pictures import encoded
 
@@ -123,7 +125,7 @@ def dvae_update(folder: str) -> Found:
         optimizer={"clip": 1.0},
     )
     with fake_cuda() as gpu:
-        trainer = dvae_trainer._Trainer(run, "lint", "lint", Ranks(0, 1, torch.device("cpu")))
+        trainer = DVAETrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", "lint")
         trainer._step(False)  # which makes the optimizer's state
         with gpu.counting() as update, gpu.measuring_peak() as peak:
             trainer._step(False)
@@ -143,7 +145,7 @@ def clip_update(folder: str) -> Found:
         precision="bf16",
     )
     with fake_cuda() as gpu:
-        trainer = clip_trainer._Trainer(run, "lint", "lint")
+        trainer = ClipTrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", "lint")
         with gpu.counting() as counts:
             trainer._step()
         trainer.close()

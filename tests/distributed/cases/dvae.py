@@ -9,9 +9,9 @@ from pytest import MonkeyPatch
 from dalle_ds.commands.job import on_all_ranks
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.tracking.tracker import NullTracker
-from dalle_ds.training.dvae import trainer as dvae_trainer
+from dalle_ds.training import run as training_run
 from dalle_ds.training.dvae.config import DVAERun
-from dalle_ds.training.dvae.trainer import _Trainer, train_dvae
+from dalle_ds.training.dvae.trainer import DVAETrainer, train_dvae
 from tests.training.dvae.runs import dvae_run
 
 
@@ -32,17 +32,17 @@ def recipe(home: Path, name: str) -> DVAERun:
 def trained(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
     """The report, and (update, loss, gradient norm, unusable pictures so far) of every update; without MLflow."""
     seen: list[tuple[int, float, float, float]] = []
-    step = _Trainer._step
+    step = DVAETrainer._step
 
-    def recording(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+    def recording(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         metrics, stop_requested = step(self, stop_requested)
         names = ("loss", "grad_norm", "unusable_pictures")
         seen.append((self.update, *(float(metrics[f"train/{name}"]) for name in names)))
         return metrics, stop_requested
 
     with MonkeyPatch.context() as patch:
-        patch.setattr(_Trainer, "_step", recording)
-        patch.setattr(dvae_trainer.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
+        patch.setattr(DVAETrainer, "_step", recording)
+        patch.setattr(training_run.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
         return {**train_dvae(run, ranks), "seen": seen}
 
 

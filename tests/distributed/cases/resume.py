@@ -12,6 +12,7 @@ from dalle_ds.errors import UserError
 from dalle_ds.optim.ema import AverageConfig, WeightAverage
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
+from dalle_ds.storage.record import Record
 from dalle_ds.training.checkpoint import CheckpointStore
 from tests.distributed.cases import engine as engine_cases
 from tests.distributed.cases.engine import ADAMW, make_engine, micro_batches
@@ -26,6 +27,10 @@ CASES: dict[str, dict[str, Any]] = {
     "zero0_fp32": {"fp16": None, "stage": 0},
 }
 ACROSS_STAGES = {"zero2_bf16": "zero3_bf16", "zero3_bf16": "zero2_bf16"}
+
+
+class Said(Record):
+    """What these checkpoints say of their run: nothing."""
 
 
 def _go_on(engine: PriorEngine, average: WeightAverage, ranks: Ranks) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def load(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """What all ranks make of a fault that only one of them has."""
-    checkpoints = CheckpointStore(folder / "store", keep=2)
+    checkpoints = CheckpointStore(folder / "store", Said, keep=2)
 
     def write(to: Path) -> None:
         (to / f"{ranks.rank}.bin").write_text("state")
@@ -96,8 +101,8 @@ def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
             return ranks.gather_objects(str(error))
 
     for update in (1, 2):
-        checkpoints.begin(update, write, {}, ranks, background=True)
-    checkpoints.begin(3, fails, {}, ranks, background=True)
+        checkpoints.begin(update, write, Said(), ranks, background=True)
+    checkpoints.begin(3, fails, Said(), ranks, background=True)
     full = said(lambda: checkpoints.finish(ranks))
     found = [checkpoints.newest(ranks)]
     if ranks.is_main:
@@ -109,9 +114,9 @@ def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {
         "full": full,
         "found": ranks.gather_objects([each.name for each in found]),
-        "files": sorted(Path(name).name for name in found[0].commit["files"]),
-        "not shared": said(lambda: CheckpointStore(own, keep=2).require_room(1, ranks)),
-        "not writable": said(lambda: CheckpointStore(readonly, keep=2).require_room(1, ranks)),
+        "files": sorted(Path(name).name for name in found[0].record.files),
+        "not shared": said(lambda: CheckpointStore(own, Said, keep=2).require_room(1, ranks)),
+        "not writable": said(lambda: CheckpointStore(readonly, Said, keep=2).require_room(1, ranks)),
         "writable": said(lambda: checkpoints.require_room(1, ranks)),
     }
 

@@ -14,7 +14,7 @@ from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.recipes import load_recipe
 from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.tracking.tracker import NullTracker
-from dalle_ds.training.clip import trainer as clip_trainer
+from dalle_ds.training import run as training_run
 from dalle_ds.training.clip.config import ClipPictures, ClipRun
 from dalle_ds.training.clip.data import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip.tokenizer import train_clip_tokenizer
@@ -81,7 +81,7 @@ def tracked(monkeypatch):
             told.append(status)
             return True
 
-    monkeypatch.setattr(clip_trainer, "Tracker", SimpleNamespace(start=lambda *_, **__: Tracker()))
+    monkeypatch.setattr(training_run, "Tracker", SimpleNamespace(start=lambda *_, **__: Tracker()))
     return told
 
 
@@ -108,7 +108,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
     expected = tracked.copy()
     tracked.clear()
 
-    class StopAfterSeven(clip_trainer.StopFlag):
+    class StopAfterSeven(training_run.StopFlag):
         @property
         def requested(self):
             return any("train/loss" in values and step == 7 for step, values in tracked if tracked[-1] != "KILLED")
@@ -118,7 +118,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
             pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(clip_trainer, "StopFlag", StopAfterSeven)
+        patch.setattr(training_run, "StopFlag", StopAfterSeven)
         with pytest.raises(SystemExit, match="143"):
             train_clip(clip_run(raw, tmp_path / "parts", tracking={"every": 1}))
     assert tracked.pop() == "KILLED" and tracked[-1][0] == 7
@@ -134,8 +134,9 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
     (tmp_path / "parts" / "clip_report.json").unlink()
     with pytest.raises(FingerprintMismatch, match="checkpoint .* another recipe"):
         train_clip(clip_run(raw, tmp_path / "parts", seed=1))
-    (tmp_path / "parts" / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(DataError, match="checkpoint.pt is damaged"):
+    for file in tmp_path.glob("parts/checkpoints/*/*/state.pt"):
+        file.write_bytes(b"half")
+    with pytest.raises(DataError, match="all 2 checkpoints in .* are damaged"):
         train_clip(clip_run(raw, tmp_path / "parts"))
 
 

@@ -10,7 +10,11 @@ import numpy as np
 from PIL import Image
 
 from dalle_ds.data.raw import split_of
+from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.trainer import DVAETrainer
+from dalle_ds.training.preemption import StopFlag
+from dalle_ds.training.run import TrainingRun
 
 KEYS = [f"{shard:02d}{n:03d}" for shard in range(3) for n in range(24)]
 TRAIN_KEYS = [key for key in KEYS if split_of(key, 0.2) == "train"]
@@ -71,3 +75,8 @@ def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERun:
         "tracking": {"uri": f"sqlite:///{folder.parent}/mlflow.db", "every": 1},
     }
     return DVAERun(**{**settings, **changes})
+
+
+def trainer_of(recipe: DVAERun, ranks: Ranks = ALONE) -> DVAETrainer:
+    """A trainer outside of a run: no lock, no tracking; the recipe's raw shards."""
+    return DVAETrainer(TrainingRun(Path(recipe.folder), ranks, StopFlag()), recipe, "test", "shards")

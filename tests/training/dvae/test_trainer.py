@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +23,15 @@ from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.optim.schedules import HalfCosine
-from dalle_ds.parallel.ranks import ALONE, Ranks
+from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import dump_recipe, load_recipe
 from dalle_ds.storage.weights import read_weights
 from dalle_ds.tracking.tracker import NullTracker
-from dalle_ds.training import run_folder
-from dalle_ds.training.dvae import trainer as dvae_trainer
+from dalle_ds.training import run as training_run
 from dalle_ds.training.dvae.config import DVAERun
 from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
-from dalle_ds.training.dvae.trainer import _Trainer, train_dvae
-from tests.training.dvae.runs import DAMAGED, KEYS, TOO_SMALL, TRAIN_KEYS, dvae_run, make_raw
+from dalle_ds.training.dvae.trainer import DVAETrainer, train_dvae
+from tests.training.dvae.runs import DAMAGED, KEYS, TOO_SMALL, TRAIN_KEYS, dvae_run, make_raw, trainer_of
 
 RECIPES = Path(__file__).parents[3] / "launchers" / "recipes"
 
@@ -45,15 +45,15 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, float]]:
     """(update, loss, gradient norm) of every step that is taken; and no MLflow, which takes seconds to start."""
     taken: list[tuple[int, float, float]] = []
-    step = _Trainer._step
+    step = DVAETrainer._step
 
-    def recording(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+    def recording(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         metrics, stop_requested = step(self, stop_requested)
         taken.append((self.update, float(metrics["train/loss"]), float(metrics["train/grad_norm"])))
         return metrics, stop_requested
 
-    monkeypatch.setattr(_Trainer, "_step", recording)
-    monkeypatch.setattr(dvae_trainer.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
+    monkeypatch.setattr(DVAETrainer, "_step", recording)
+    monkeypatch.setattr(training_run.Tracker, "start", classmethod(lambda *_a, **_k: NullTracker()))
     return taken
 
 
@@ -85,7 +85,7 @@ def test_stopped_and_resumed_gives_the_uninterrupted_losses(
     assert [update for update, *_ in whole] == list(range(12))
     losses.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(dvae_trainer, "StopFlag", lambda: _StopAfter(losses, 7))
+        patch.setattr(training_run, "StopFlag", lambda: _StopAfter(losses, 7))
         with pytest.raises(SystemExit) as left:
             train_dvae(dvae_run(raw, tmp_path / "parts", **changes))
     assert left.value.code == 143
@@ -105,20 +105,41 @@ def test_killed_without_saving_repeats_from_the_last_checkpoint(
     class Killed(BaseException):
         pass
 
-    def kill(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+    def kill(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         if self.update >= 8:
             raise Killed
         return step(self, stop_requested)
 
-    step = _Trainer._step
+    step = DVAETrainer._step
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "_step", kill)
+        patch.setattr(DVAETrainer, "_step", kill)
         with pytest.raises(Killed):
             train_dvae(dvae_run(raw, tmp_path / "killed"))
     losses.clear()
-    (tmp_path / "killed" / "checkpoint.pt.incoming").write_bytes(b"half a checkpoint")
+    attempt = tmp_path / "killed" / "checkpoints" / "update_00000008" / "0123"
+    attempt.mkdir(parents=True)
+    (attempt / "state.pt").write_bytes(b"half a checkpoint")
     train_dvae(dvae_run(raw, tmp_path / "killed"))
     assert losses == whole[5:]  # checkpoint_every is 5
+    assert not attempt.exists(), "what a kill left is removed"
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]
+) -> None:
+    train_dvae(dvae_run(raw, tmp_path / "run"))
+    whole = losses.copy()
+    losses.clear()
+    (tmp_path / "run" / "dvae_report.json").unlink()
+    older, newer = sorted(tmp_path.glob("run/checkpoints/update_*/*/state.pt"))
+    newer.write_bytes(newer.read_bytes()[:-1])
+    train_dvae(dvae_run(raw, tmp_path / "run"))
+    assert losses == whole[10:]
+    (tmp_path / "run" / "dvae_report.json").unlink()
+    for file in tmp_path.glob("run/checkpoints/update_*/*/state.pt"):
+        file.write_bytes(b"not a checkpoint")
+    with pytest.raises(DataError, match="all 2 checkpoints in .* are damaged"):
+        train_dvae(dvae_run(raw, tmp_path / "run"))
 
 
 def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
@@ -160,15 +181,15 @@ def test_a_collapsed_codebook_is_named(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    step = _Trainer._step
+    step = DVAETrainer._step
 
-    def one_code_for_all(self: _Trainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+    def one_code_for_all(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         taken = step(self, stop_requested)
         for weights in (self._weights(), self.average.averages):
             weights["encoder.blocks.output.conv.w"].data.zero_()
         return taken
 
-    monkeypatch.setattr(_Trainer, "_step", one_code_for_all)
+    monkeypatch.setattr(DVAETrainer, "_step", one_code_for_all)
     report = train_dvae(dvae_run(raw, tmp_path / "run", updates=6, report_every=3))
     assert report["codes_used"] < 4
     told = [record.message for record in caplog.records if "COLLAPSED" in record.message]
@@ -177,7 +198,7 @@ def test_a_collapsed_codebook_is_named(
 
 
 def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -> None:
-    with closing(_Trainer(dvae_run(raw, tmp_path), "test", "shards", ALONE)) as trainer:
+    with closing(trainer_of(dvae_run(raw, tmp_path))) as trainer:
         drawn = [torch.rand(4, generator=trainer._noise(part)) for part in (0, 1, 0)]
         trainer.update += 1
         drawn.append(torch.rand(4, generator=trainer._noise(0)))
@@ -186,14 +207,14 @@ def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -
 
 
 def test_ranks_that_do_not_see_the_same_folder_are_told_so(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ranks, "gather_objects", lambda _, mine: [mine, (5, "test")])
+    monkeypatch.setattr(Ranks, "gather_objects", lambda _, mine: [mine, (5, "test")] if mine == (0, "test") else [mine])
     with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: they must see"):
-        _Trainer(dvae_run(raw, tmp_path), "test", "shards", ALONE)
+        trainer_of(dvae_run(raw, tmp_path))
 
 
 def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
     run = dvae_run(raw, tmp_path, loss={})
-    with closing(_Trainer(run, "test", "shards", ALONE)) as trainer:
+    with closing(trainer_of(run)) as trainer:
         images = validation_pictures(run.data, 16)[:4]
         loss, terms = trainer._loss(images, 0.5, 6.6, torch.Generator())
     # per picture: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
@@ -294,19 +315,16 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
         train_dvae(dvae_run(raw, tmp_path / "run", device="gpu"))
     third_of_three = Ranks(2, 3, torch.device("cpu"))
     with pytest.raises(ConfigError, match="batch_size 8 in parts of micro_batch 2 is 4 parts, expected a multiple of the 3 r"):
-        _Trainer(dvae_run(raw, tmp_path / "run", micro_batch=2), "test", "shards", third_of_three)
+        trainer_of(dvae_run(raw, tmp_path / "run", micro_batch=2), third_of_three)
     with pytest.raises(ConfigError, match="device is 'meta', but rank 2 of 3 has cpu"):
-        _Trainer(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, batch_size=3), "test", "shards", third_of_three)
+        trainer_of(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, batch_size=3), third_of_three)
     with pytest.raises(DataError, match="at least 64 pixels"):
         train_dvae(dvae_run(raw, tmp_path / "run", model={"image_size": 64}))
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(DataError, match=r"checkpoint.pt is damaged"):
-        train_dvae(dvae_run(raw, tmp_path / "run"))
 
 
 def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
-    with pytest.raises(UserError, match=r"no room in .*: 0\.1 MiB free, \d\.\d MiB needed"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
+    with pytest.raises(UserError, match="checkpoints cannot be written to .*/run/checkpoints: no room"):
         train_dvae(dvae_run(raw, tmp_path / "run"))
 
 
@@ -329,9 +347,10 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143, errors
-    assert "the same command goes on from there" in errors
+    assert "asked to stop (SIGTERM) at update" in errors and "the same command goes on from" in errors
     assert "torch.nn" in imported and "deepspeed" not in imported, "alone, it needs none"
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    (file,) = tmp_path.glob("run/checkpoints/update_*/*/state.pt")
+    state = torch.load(file, weights_only=True)
     assert state["update"] >= 1
     assert Position(*state["position"]).offset >= 1
 

@@ -1,6 +1,5 @@
 """Checkpoints of a prior that no engine trained: the files of two ranks."""
 
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dalle_ds.precision.fp16_branches import use_fp16_branches
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights
 from tests.data.token_sets import make_token_set
+from tests.training.prior.abouts import about_of, commit
 
 N_RANKS = 2
 
@@ -43,23 +43,20 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
         prior, half = Prior(config), Prior(config)
     prior.to_empty(device="cpu")
     initialise(prior, torch.Generator().manual_seed(0))
-    checkpoint = folder / "run" / "checkpoints" / "update_00000007"
-    checkpoint.mkdir(parents=True)
+    about = about_of(
+        model=config,
+        dvae=dvae.fingerprint,
+        tokenizer=tokenizer.fingerprint,
+        caption_dropout=0.1,
+        sets=[
+            {"dataset": data, "weight": 0.7, "data": "d", "content": "c"},
+            {"dataset": "s3://second/tokens", "weight": 0.3, "data": "d", "content": "c"},
+        ],
+    )
+    checkpoint = commit(folder / "run" / "checkpoints", 7, about, N_RANKS) / "attempt"
+    checkpoint.mkdir()
     state = prior.state_dict()
     _write_parts(checkpoint, state)
-    about = {
-        "model": config.model_dump(),
-        "dataset": data,
-        "dvae": dvae.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-        "data": "d",
-        "content": "c",
-        "caption_dropout": 0.1,
-        "fp16_branches": True,
-        "mlflow": None,
-        "data_sets": [{"dataset": data, "weight": 0.7}, {"dataset": "s3://second/tokens", "weight": 0.3}],
-    }
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 7, "world_size": N_RANKS, "about": about, "files": {}}))
     half.load_state_dict(state, assign=True)
     use_fp16_branches(half)
     save_file(_scored(half), checkpoint / "parity.safetensors")

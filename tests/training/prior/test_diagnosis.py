@@ -14,7 +14,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.precision.resblock_scaling import BlockScalingConfig
 from dalle_ds.training.prior.config import FailureSection
-from dalle_ds.training.prior.diagnosis import Patience, _files_of, _load_batch, _save_batch
+from dalle_ds.training.prior.diagnosis import DivergenceMonitor, _files_of, _load_batch, _save_batch
 from dalle_ds.training.prior.magnitudes import Block, Finding
 
 NAMES = ("embed", "layers.0.attention", "layers.0.mlp", "heads")
@@ -25,29 +25,29 @@ def report(loss: float = 1.0, took_step: bool = True, blocks: tuple[str, ...] = 
     return SimpleNamespace(loss=loss, took_step=took_step, nonfinite_blocks=blocks)
 
 
-def reasons(patience: Patience, reports: list[Any]) -> list[str | None]:
-    return [patience.observe(each) for each in reports]
+def reasons(monitor: DivergenceMonitor, reports: list[Any]) -> list[str | None]:
+    return [monitor.observe(each) for each in reports]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_losses_that_are_not_finite_in_a_row(loss: float) -> None:
     bad, good = report(loss, took_step=False), report()
-    assert not any(reasons(Patience(LIMITS), [bad, bad, good, bad, bad, good]))
-    *before, last = reasons(Patience(LIMITS), [bad, bad, bad])
+    assert not any(reasons(DivergenceMonitor(LIMITS), [bad, bad, good, bad, bad, good]))
+    *before, last = reasons(DivergenceMonitor(LIMITS), [bad, bad, bad])
     assert not any(before) and last == "no finite loss in 3 updates in a row (failure.nonfinite_losses)"
 
 
 def test_updates_without_step_in_a_row() -> None:
     bad, good = report(took_step=False), report()
-    assert not any(reasons(Patience(LIMITS), [bad] * 4 + [good] + [bad] * 4))
-    *before, last = reasons(Patience(LIMITS), [bad] * 5)
+    assert not any(reasons(DivergenceMonitor(LIMITS), [bad] * 4 + [good] + [bad] * 4))
+    *before, last = reasons(DivergenceMonitor(LIMITS), [bad] * 5)
     assert not any(before) and last == "no step in 5 updates in a row (failure.updates_without_step)"
 
 
 def test_a_block_that_is_left_out_again_and_again() -> None:
     a, both = report(blocks=("a",)), report(blocks=("a", "b"))
-    assert not any(reasons(Patience(LIMITS), [a] * 4 + [report()] + [both] * 4))
-    *before, last = reasons(Patience(LIMITS), [both, a, both, a, a])
+    assert not any(reasons(DivergenceMonitor(LIMITS), [a] * 4 + [report()] + [both] * 4))
+    *before, last = reasons(DivergenceMonitor(LIMITS), [both, a, both, a, a])
     assert not any(before) and last == "no step of a in 5 updates in a row (failure.updates_without_step)"
 
 

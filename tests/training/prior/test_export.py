@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def test_export_holds_the_weights(made, tmp_path, averaged):
     assert same_weights(tmp_path, prior)
     info = json.loads((tmp_path / "config.json").read_text())
     assert (info["fingerprint"], info["update"], info["averaged"]) == (summary["fingerprint"], 7, averaged)
-    assert info["data"]["sets"] == [str(folder / "tokens"), "s3://second/tokens"]
+    assert info["data_urls"] == [str(folder / "tokens"), "s3://second/tokens"]
     assert summary["peak_memory_gigabytes"] > 0.01
     assert json.loads((tmp_path / "parity.json").read_text()) == summary["parity"]
     if averaged:
@@ -92,7 +93,7 @@ def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
     folder, prior = made
     write_weights(tmp_path / "w", kind="prior", config={}, state=prior.state_dict())
     tensors = open_weights(tmp_path / "w", "prior").tensors
-    batch = load_file(folder / CHECKPOINT / "parity.safetensors")
+    batch = load_file(folder / CHECKPOINT / "attempt" / "parity.safetensors")
     for fp16, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.float16), (False, torch.bfloat16)):
         plain = Prior(prior.config).to(dtype)
         plain.load_state_dict(prior.state_dict())
@@ -130,7 +131,7 @@ def test_an_engine_that_rounds_as_gpus_do_is_believed(made, tmp_path, monkeypatc
     sharp.load_state_dict({name: 64 * w if name.startswith("heads.") else w for name, w in prior.state_dict().items()})
     write_weights(tmp_path / "w", kind="prior", config={}, state=sharp.state_dict())
     tensors = open_weights(tmp_path / "w", "prior").tensors
-    scored = load_file(folder / CHECKPOINT / "parity.safetensors")
+    scored = load_file(folder / CHECKPOINT / "attempt" / "parity.safetensors")
     use_fp16_branches(sharp)
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(fp16_branches, "linear_fp16", as_a_gpu_does)
@@ -146,7 +147,7 @@ def test_weights_of_another_update_are_no_export(made, tmp_path):
     folder, prior = made
     sharp = Prior(prior.config)
     sharp.load_state_dict({name: 8 * w if name.startswith("heads.") else w for name, w in prior.state_dict().items()})
-    scored = load_file(folder / CHECKPOINT / "parity.safetensors")
+    scored = load_file(folder / CHECKPOINT / "attempt" / "parity.safetensors")
     with torch.no_grad():
         scored["image_nll"] = sharp.image_nll(scored["text"], scored["image"])
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +162,7 @@ def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatc
     folder, prior = made
     out = tmp_path / "out"
     export_checkpoint(folder / "run", out)
-    scored = load_file(folder / CHECKPOINT / "parity.safetensors")
+    scored = load_file(folder / CHECKPOINT / "attempt" / "parity.safetensors")
     tensors = open_weights(out / "model.safetensors", "prior").tensors
     engine = scored["image_nll"].clone()
     scored["image_nll"][1, 2] += 5e-2
@@ -193,17 +194,14 @@ def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatc
 
 def test_files_that_do_not_fit_are_named(made, tmp_path):
     def run(name: str) -> Path:
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
         copy = tmp_path / name / "checkpoints" / "update_00000007"
-        copy.mkdir()
-        for file in (made[0] / CHECKPOINT).iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-        return copy
+        shutil.copytree(made[0] / CHECKPOINT, copy)
+        return copy / "attempt"
 
     def refused(checkpoint: Path, match: str, averaged: bool = True) -> None:
         out = tmp_path / "out"
         with pytest.raises((DataError, FingerprintMismatch), match=match):
-            export_checkpoint(checkpoint.parents[1], out, averaged=averaged)
+            export_checkpoint(checkpoint.parents[2], out, averaged=averaged)
         assert not out.exists(), "refused before anything is written"
 
     copy = run("one rank's file is missing")
@@ -223,9 +221,9 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
         ("dvae", lambda about: about.update(dvae="other"), "dvae.safetensors of data set"),
     ):
         copy = run(name)
-        tree = json.loads((copy / "checkpoint.json").read_text())
+        tree = json.loads((copy.parent / "checkpoint.json").read_text())
         change(tree["about"])
-        (copy / "checkpoint.json").write_text(json.dumps(tree))
+        (copy.parent / "checkpoint.json").write_text(json.dumps(tree))
         refused(copy, match)
 
 

@@ -13,11 +13,11 @@ import torch
 
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import UpdateReport
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import load_recipe
-from dalle_ds.training.prior import metrics as prior_report
+from dalle_ds.training.prior import metrics
 from dalle_ds.training.prior.config import PriorRun
-from dalle_ds.training.prior.metrics import RunReport
+from dalle_ds.training.prior.metrics import PriorMetrics
 from dalle_ds.training.prior.state import TrainState
 
 RECIPE = Path(__file__).resolve().parents[3] / "launchers" / "recipes" / "tiny.yaml"
@@ -33,24 +33,28 @@ QUIET: dict[str, Any] = {
 }
 
 
-def run_report(update: int, tracker: SimpleNamespace, scaler: SimpleNamespace | None = None) -> RunReport:
-    engine = SimpleNamespace(ranks=Ranks(0, 1, torch.device("cpu")), scaler=scaler, phases=SimpleNamespace(take=dict))
+def metrics_at(update: int, tracker: SimpleNamespace, scaler: SimpleNamespace | None = None) -> PriorMetrics:
+    engine = SimpleNamespace(
+        ranks=ALONE, scaler=scaler, phases=SimpleNamespace(take=dict), optimizer_bytes_per_parameter=lambda: 8.0
+    )
     stream = SimpleNamespace(wait_seconds=0.0, steps_per_epoch=5, n_truncated=0, n_drawn=[40])
-    return RunReport(load_recipe(PriorRun, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=update), tracker)
+    return PriorMetrics(
+        load_recipe(PriorRun, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=update), tracker
+    )
 
 
 def test_a_long_runs_scales_take_no_more_memory_than_a_chart_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prior_report, "CHART_POINTS", 10)
+    monkeypatch.setattr(metrics, "CHART_POINTS", 10)
     charts: list[Sequence[int]] = []
-    monkeypatch.setattr(prior_report, "gradient_scales", lambda updates, lines: charts.append(updates))
+    monkeypatch.setattr(metrics, "gradient_scales", lambda updates, lines: charts.append(updates))
     scaler = SimpleNamespace(names=["b"], scale=torch.ones(1), at_limits=dict, log2_scales=lambda: {"b": 0.0})
-    tracker = SimpleNamespace(metrics=lambda *_: None, picture=lambda *_: None)
-    report = run_report(0, tracker, scaler)
+    tracker = SimpleNamespace(tags=lambda _: None, metrics=lambda *_: None, picture=lambda *_: None)
+    report = metrics_at(0, tracker, scaler)
     for update in range(10, 2001, 10):  # where metrics are due
         report._state.update = update
-        report.updated(UpdateReport(text_loss=2.0, image_loss=3.0, **QUIET), lr=0.1)
+        report.log(UpdateReport(text_loss=2.0, image_loss=3.0, **QUIET), lr=0.1)
         assert len(report._scale_history) <= 10
-    report.validated(1.0, 1.0, torch.zeros(1, 1024))
+    report.log_validation(1.0, 1.0, torch.zeros(1, 1024))
     (updates,) = charts
     assert len(updates) >= 5 and updates[-1] > 1600
     assert len({b - a for a, b in pairwise(updates)}) == 1 and updates[0] == updates[1] - updates[0]
@@ -69,9 +73,9 @@ def test_a_long_runs_scales_take_no_more_memory_than_a_chart_shows(monkeypatch: 
 )
 def test_warnings_and_metrics_of_an_update(event: dict[str, Any], told: str | None, caplog: pytest.LogCaptureFixture) -> None:
     seen: dict[str, float] = {}
-    report = run_report(10, SimpleNamespace(metrics=lambda values, update: seen.update(values)))
+    report = metrics_at(10, SimpleNamespace(tags=lambda _: None, metrics=lambda values, update: seen.update(values)))
     with caplog.at_level(logging.WARNING):
-        report.updated(UpdateReport(text_loss=2.0, image_loss=3.0, **{**QUIET, **event}), lr=0.1)
+        report.log(UpdateReport(text_loss=2.0, image_loss=3.0, **{**QUIET, **event}), lr=0.1)
     messages = [record.getMessage() for record in caplog.records]
     if told is None:
         assert not messages

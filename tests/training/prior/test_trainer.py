@@ -2,10 +2,8 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -13,9 +11,12 @@ from dalle_ds.commands.train_prior import main
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import load_recipe
+from dalle_ds.training.prior import trainer
 from dalle_ds.training.prior.config import PriorRun
-from dalle_ds.training.prior.trainer import _Trainer, train_prior
+from dalle_ds.training.prior.job import check_job
+from dalle_ds.training.prior.trainer import train_prior
 from tests.data.token_sets import edit_json, make_token_set
+from tests.training.prior.abouts import about_of, commit
 
 RECIPES = Path(__file__).resolve().parents[3] / "launchers" / "recipes"
 
@@ -59,10 +60,10 @@ def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRun:
 def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
     run = mix(token_set, tmp_path, "0.7 0.3")
     assert load_recipe(PriorRun, overrides=[f"{k}={json.dumps(v)}" for k, v in run.model_dump(mode="json").items()]) == run
-    identity, text = _Trainer(run, ALONE).identity, f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
-    assert run.data.sources == text and _Trainer(run, ALONE).dataset.root_url == text
+    job, text = check_job(run, ALONE), f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
+    assert run.data.sources == text and job.train_set.root_url == text
     with pytest.raises(ConfigError, match=r"data: checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
-        _Trainer(mix(token_set, tmp_path / "again", "0.6 0.4"), ALONE).identity.require_same(asdict(identity), "f")
+        check_job(mix(token_set, tmp_path / "again", "0.6 0.4"), ALONE).about.require_same_run(job.about, "f")
     for sets in ("data.mix=[{dataset: a, weight: 1}]", "data.dataset=null"):
         with pytest.raises(ConfigError, match="expected either `dataset`, or `mix`"):
             recipe(token_set, tmp_path, sets)
@@ -129,10 +130,7 @@ def test_no_room_for_a_checkpoint(token_set: str, tmp_path: Path, monkeypatch: p
 
 def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) -> None:
     run = recipe(token_set, tmp_path)
-    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
-    checkpoint.mkdir(parents=True)
-    about: dict[str, Any] = {"model": {}, "data": "other", "content": "other", "global_batch": 32, "seed": 0}
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
+    commit(tmp_path / "run" / "checkpoints", 10, about_of(data="other"))
     with pytest.raises(ConfigError, match="trained with other settings(.|\n)*data: checkpoint 'other'"):
         train_prior(run, ALONE)
 
@@ -142,28 +140,22 @@ def test_a_finished_run_is_not_repeated_at_any_number_of_ranks(
     token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: dict[str, float]
 ) -> None:
     run = recipe(token_set, tmp_path, "updates=10")
-    about = {**asdict(_Trainer(run, ALONE).identity), "moments": "fp32"}
-    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 4, "about": about, "files": {}}))
+    commit(tmp_path / "run" / "checkpoints", 10, check_job(run, ALONE).about, world_size=4)
     if summary:
         (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    monkeypatch.setattr(_Trainer, "prepare", lambda _: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer, "PriorTrainer", lambda *_: pytest.fail("it trained"))
     found = train_prior(run, ALONE)
     assert found["resumed_at"] == 10 and summary.items() <= found.items()
     with pytest.raises(pytest.fail.Exception, match="it trained"):
         train_prior(recipe(token_set, tmp_path, "updates=11"), ALONE)
 
 
-@pytest.mark.parametrize(("saved", "wanted"), [({}, "low_bit"), ({"moments": "low_bit"}, "fp32")], ids=["older", "low_bit"])
-def test_moments_keep_their_format_in_a_run(token_set: str, tmp_path: Path, saved: dict[str, str], wanted: str) -> None:
+@pytest.mark.parametrize(("saved", "wanted"), [("fp32", "low_bit"), ("low_bit", "fp32")])
+def test_moments_keep_their_format_in_a_run(token_set: str, tmp_path: Path, saved: str, wanted: str) -> None:
     run = recipe(token_set, tmp_path, f"optimizer.moments={wanted}")
-    about = {**asdict(_Trainer(run, ALONE).identity), **saved}
-    checkpoint = tmp_path / "run" / "checkpoints" / "update_00000010"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"update": 10, "world_size": 1, "about": about, "files": {}}))
-    had = saved.get("moments", "fp32")
-    with pytest.raises(ConfigError, match=f"has {had} moments, but the recipe's optimizer.moments is {wanted}: set {had}"):
+    about = check_job(run, ALONE).about.model_copy(update={"moments": saved})
+    commit(tmp_path / "run" / "checkpoints", 10, about)
+    with pytest.raises(ConfigError, match=f"has {saved} moments, but the recipe's optimizer.moments is {wanted}: set {saved}"):
         train_prior(run, ALONE)
 
 

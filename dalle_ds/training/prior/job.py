@@ -1,0 +1,85 @@
+"""A prior run before anything is built: its recipe, checked against the data, the ranks and the newest checkpoint."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dalle_ds.data.token_mix import TokenMix
+from dalle_ds.models.prior import Prior, PriorConfig
+from dalle_ds.parallel.engine_config import EngineConfig
+from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
+from dalle_ds.training.prior.build import read_engine_config
+from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.state import PriorAbout, TrainedOn
+
+
+@dataclass(frozen=True)
+class PriorJob:
+    recipe: PriorRun
+    engine_config: EngineConfig
+    model_config: PriorConfig
+    train_set: TokenMix
+    validation_set: TokenMix
+    about: PriorAbout
+    """What checkpoints say; the MLflow run is added as they are saved."""
+    checkpoints: CheckpointStore[PriorAbout]
+    newest: Checkpoint[PriorAbout] | None
+    """Where the run goes on; None: it is new."""
+    n_parameters: int
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a checkpoint holds all updates already."""
+        return self.newest is not None and self.newest.update >= self.recipe.updates
+
+
+def check_job(recipe: PriorRun, ranks: Ranks) -> PriorJob:
+    """Open the data sets, find the newest checkpoint. All ranks call it together.
+
+    Raises:
+        ConfigError: the recipe does not fit the data, the ranks, the DeepSpeed JSON or the checkpoint.
+        DataError: no data set, or one that is damaged; all checkpoints are damaged.
+        FingerprintMismatch: the data is not of the dVAE or the tokenizer that the recipe names.
+    """
+    engine_config = read_engine_config(recipe, ranks)
+    train_set, validation_set = recipe.data.open("train"), recipe.data.open("validation")
+    info = train_set.info
+    for what, expected, found in (("dVAE", recipe.data.dvae, info.dvae), ("tokenizer", recipe.data.tokenizer, info.tokenizer)):
+        if expected is not None:
+            require_same(f"{what} of data set {train_set.root_url}", expected, found, "The recipe asks for the former.")
+    model_config = recipe.model.resolve(info, train_set.tokenizer.n_vocab, train_set.root_url)
+    about = PriorAbout(
+        model=model_config,
+        data=train_set.fingerprint,
+        content=train_set.content_fingerprint,
+        global_batch=recipe.global_batch,
+        seed=recipe.seed,
+        moments=recipe.optimizer.moments,
+        master=recipe.optimizer.master,
+        fp16_branches=engine_config.block_scaling is not None,
+        weight_dtype=str(engine_config.weight_dtype).removeprefix("torch."),
+        caption_dropout=recipe.data.caption_dropout,
+        dvae=info.dvae,
+        tokenizer=info.tokenizer,
+        sets=tuple(_trained_on(train_set)),
+    )
+    checkpoints = CheckpointStore(recipe.checkpoint_folder, PriorAbout, recipe.checkpoint.keep)
+    newest = checkpoints.newest(ranks)
+    if newest is not None:
+        about.require_same_run(newest.about, newest.url)
+    n_parameters = _count_parameters(model_config)
+    return PriorJob(recipe, engine_config, model_config, train_set, validation_set, about, checkpoints, newest, n_parameters)
+
+
+def _trained_on(mix: TokenMix) -> list[TrainedOn]:
+    return [
+        TrainedOn(dataset=one.root_url, weight=weight, data=one.fingerprint, content=one.content_fingerprint)
+        for one, weight in zip(mix.sets, mix.weights, strict=True)
+    ]
+
+
+def _count_parameters(config: PriorConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Prior(config).parameters())
