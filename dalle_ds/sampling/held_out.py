@@ -59,14 +59,19 @@ def read_held_out(export: Export, data_url: str | None = None, limit: int | None
     for url, dataset in zip(urls, sets, strict=True):
         require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes mean other pictures.")
         require_same(f"tokenizer of data set {url}", export.record.tokenizer, dataset.info.tokenizer)
+    return held_out_of(sets, export.prior.config.text_len, limit)
+
+
+def held_out_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None = None) -> HeldOut:
+    """The validation samples of these sets together (at most `limit`, from all over the split)."""
     mix = TokenMix(sets, [1.0] * len(sets))  # weights are training's
-    batches = validation_batches(mix, text_len=export.prior.config.text_len, batch=1, rank=0, world_size=1, limit=limit)
+    batches = validation_batches(mix, text_len=text_len, batch=1, rank=0, world_size=1, limit=limit)
     return HeldOut(
         torch.cat([batch.text_BT for batch in batches]),
         torch.cat([batch.image_BN for batch in batches]),
         [key for batch in batches for key in batch.keys],
         [caption for batch in batches for caption in batch.captions],
-        _groups("" if len(urls) > 1 else urls[0], batches),
+        _groups("" if len(sets) > 1 else sets[0].root_url, batches),
     )
 
 

@@ -11,10 +11,9 @@ from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.sampling.decode import decode_pictures
-from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.generate import generate
 from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.held_out import READ_AT_LEAST, read_held_out
+from dalle_ds.sampling.held_out import READ_AT_LEAST, held_out_of
 from dalle_ds.sampling.sampler import seed_of
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights
@@ -31,12 +30,10 @@ class SampleSheets:
         self._config, self._device = config, device
         saved = read_weights(objects.join(dataset.root_url, "dvae.safetensors"), "dvae", str(device))
         with torch.device("meta"):
-            dvae, prior = DVAE(DVAEConfig(**saved.config)), Prior(config)
+            dvae = DVAE(DVAEConfig(**saved.config))
         dvae.load_state_dict(saved.state, assign=True)
         self._dvae = dvae.eval().requires_grad_(False)
-        marks = {"dvae": dataset.info.dvae, "tokenizer": dataset.info.tokenizer}
-        model = Export(dataset.root_url, prior, self._dvae, dataset.tokenizer, marks)
-        held_out = read_held_out(model, dataset.root_url, READ_AT_LEAST)
+        held_out = held_out_of([TokenDataset(dataset.root_url, "validation")], config.text_len, READ_AT_LEAST)
         one_of_each = list({group: row for row, group in enumerate(held_out.groups)}.values())
         self._held_out = held_out.take(one_of_each[:: -(-len(one_of_each) // CAPTIONS)])
 
