@@ -4,7 +4,7 @@ Nothing here streams into its final place: an exception inside fsspec's `open(ur
 Every write is one PUT (or one multipart upload that is completed at its end), or a temporary file that is renamed.
 
 S3 endpoint and keys come from the usual AWS_* variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
-Transient S3 faults are retried (see storage_retry.py).
+Transient S3 faults are retried (see retry.py).
 Use spawn or forkserver, never fork, for processes that share work on S3.
 """
 
