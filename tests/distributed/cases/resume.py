@@ -1,4 +1,4 @@
-"""Save on some ranks, load on others: resume_cases.py save+load+store|load FOLDER."""
+"""Save on some ranks, load on others: resume.py save+load+store|load FOLDER."""
 
 import json
 import sys
