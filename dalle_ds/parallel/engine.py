@@ -28,6 +28,7 @@ from dalle_ds.ops.devices import on_device
 from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments, moment_bytes
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.optim.masterless import MasterlessAdamW
+from dalle_ds.parallel.agreement import AgreementSums
 from dalle_ds.parallel.checkpoint_tensors import AVERAGE, ENGINE_FILE, SavedState, Snapshot, StateParts
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.fp16_gather import gather_in_half
@@ -74,7 +75,7 @@ class UpdateReport:
     """By which DeepSpeed's own fp16 multiplied the loss of this update; None: other formats."""
     stop_requested: bool
     saves_under_way: int
-    """Ranks that said so."""
+    """Number of ranks still writing a background checkpoint."""
 
     @property
     def loss(self) -> float:
@@ -153,44 +154,44 @@ class PriorEngine:
     ) -> UpdateReport:
         """Forward, backward and step over this rank's (text, image) micro-batches of one global batch.
 
-        `stop_requested` of any rank reaches all of them in the report, and how many are `is_saving` in the background: both
-        ride on the one collective that every update needs.
+        `stop_requested` of any rank reaches all of them in the report, and how many are `is_saving` in the background. Two
+        all-reduces besides those of the gradients: the counts of tokens, and an `Agreement`.
         """
         for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         loss_scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
-        agreed = self._accumulate(micro_batches, stop_requested, is_saving)
-        text_loss, image_loss, n_stop, n_saving, _, *flags = agreed.tolist()
-        nonfinite_blocks = tuple(self.scaler.names[i] for i, flag in enumerate(flags) if flag) if self.scaler else ()
+        sums = self._accumulate(micro_batches, stop_requested, is_saving)
+        agreed = sums.read()
+        nonfinite_blocks = tuple(self.scaler.names[number] for number in agreed.nonfinite_blocks) if self.scaler else ()
         kept: set[str] = set()
         norm = None
         with self.phases("reduce"):
             if nonfinite_blocks and self.scaler and self.scaler.config.skip == "block":
                 kept = self._leave_out(nonfinite_blocks)
-            elif agreed[4:].any():
+            elif not agreed.is_finite:
                 self._veto_step()
             elif self.replica_gradients:
                 self.replica_gradients.average()
         with self.phases("step"), unchanged(self._engine, kept, self._other_fragments()):
-            if self.masterless and (kept or not agreed[4:].any()):
+            if self.masterless and (kept or agreed.is_finite):
                 norm = self._step_masterless(lr, kept)
             self._engine.step()
         if kept:
             self.refresh_gathered_parameters()
         if self.scaler:
-            self.scaler.update(agreed[5:])
+            self.scaler.update(sums.nonfinite)
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         return UpdateReport(
-            text_loss=text_loss,
-            image_loss=image_loss,
+            text_loss=agreed.text_loss,
+            image_loss=agreed.image_loss,
             took_step=self._engine.skipped_steps == skipped_before,
             grad_norm=float("nan") if norm is None else float(norm),
             nonfinite_blocks=nonfinite_blocks,
             loss_scale=loss_scale,
-            stop_requested=n_stop > 0,
-            saves_under_way=int(n_saving),
+            stop_requested=agreed.stop_requested,
+            saves_under_way=agreed.n_saving,
         )
 
     def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
@@ -204,10 +205,10 @@ class PriorEngine:
         counters = {name: getattr(self._engine, name) for name in _COUNTERS}
 
         def attempt() -> Tensor:
-            agreed = self._accumulate(micro_batches)
+            sums = self._accumulate(micro_batches)
             self._veto_step()
             self._engine.step()
-            return agreed[5:]
+            return sums.nonfinite
 
         logger.disabled = True  # DeepSpeed would announce an overflow each time
         self.scaler.calibrate(attempt)
@@ -220,10 +221,8 @@ class PriorEngine:
 
     def _accumulate(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], stop_requested: bool = False, is_saving: bool = False
-    ) -> Tensor:
-        """Forward and backward over one global batch, all but the step -> (5 + n_blocks,) float64, summed over the ranks: text
-        loss, image loss, requests to stop, saves under way, gradients that replicas can't average, blocks with non-finite
-        gradients."""
+    ) -> AgreementSums:
+        """Forward and backward over one global batch, all but the step -> losses and flags, summed over the ranks."""
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
@@ -239,8 +238,7 @@ class PriorEngine:
         micro_batches = [self._on_device(batch) for batch in micro_batches]
         # the engine averages over ranks and micro-batches; the sums here are shares of global means
         share = self.ranks.world_size * self._accumulation
-        n_blocks = len(self.scaler.names) if self.scaler else 0
-        shared = torch.zeros(5 + n_blocks, dtype=torch.float64, device=self.ranks.device)
+        sums = AgreementSums(len(self.scaler.names) if self.scaler else 0, self.ranks.device)
         for number, (text, image) in enumerate(micro_batches):
             if number:
                 self._engine.step()  # which only counts, until all micro-batches are in
@@ -249,22 +247,21 @@ class PriorEngine:
                 text_mean, image_mean = nll.text_sum / n_text.clamp(min=1), nll.image_sum / n_image
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)
-            shared[:2] += torch.stack([text_mean.detach(), image_mean.detach()])
+            sums.losses += torch.stack([text_mean.detach(), image_mean.detach()])
         if self._is_sharded:
             self._gradients.refresh()
-        shared[2].fill_(float(stop_requested))
-        shared[3].fill_(float(is_saving))
+        sums.request(stop_requested, is_saving)
         if self.scaler:
             with self.phases("reduce"):
                 if self.masterless:
                     self.masterless.finish()
                 self.scaler.unscale(self._gradient_shards)
         if self.replica_gradients:
-            shared[4] = self.replica_gradients.any_nonfinite()
+            sums.unaverageable.copy_(self.replica_gradients.any_nonfinite())
         if self.scaler:
-            shared[5:] = self.scaler.found_nonfinite
+            sums.nonfinite.copy_(self.scaler.found_nonfinite)
         with self.phases("reduce"):
-            return self.ranks.sum(shared)
+            return sums.sum(self.ranks)
 
     def _on_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         text, image = batch
