@@ -174,7 +174,7 @@ def sample(
     from dalle_ds.commands.sample import repeat_export, sample_export
     from dalle_ds.recipes import from_options
     from dalle_ds.sampling.captions import SampleSource
-    from dalle_ds.sampling.sampler import SampleSettings
+    from dalle_ds.sampling.request import SampleSettings
 
     if repeat is not None:
         print_summary(repeat_export(export, repeat, out, device=device), json)

@@ -15,7 +15,7 @@ from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.generate import generate
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.held_out import READ_AT_LEAST, read_held_out
-from dalle_ds.sampling.sampler import seed_of
+from dalle_ds.sampling.request import seed_of
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights
 

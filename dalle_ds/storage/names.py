@@ -1,0 +1,6 @@
+"""Names of the files by which commands know each other's folders: what one writes, another finds by name."""
+
+DVAE_FILE = "dvae.safetensors"  # of a dVAE's run, beside token shards, in an export
+TOKENIZER_FILE = "tokenizer.model"  # beside token shards, in an export
+PRIOR_FILE = "model.safetensors"  # of an export
+SAMPLES_FILE = "samples.json"  # of a folder of samples: its record, written last
