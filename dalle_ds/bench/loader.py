@@ -27,6 +27,7 @@ from dalle_ds.data.manifest import (
     parse,
 )
 from dalle_ds.data.shards import PartWriter, unbatch
+from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.tokens import PAD, TokenDataset, TokenStream
 from dalle_ds.errors import ConfigError
@@ -86,7 +87,7 @@ def epoch(root: str, settings: LoaderSettings, bpe_dropout: float) -> None:
 def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) -> TokenStream:
     """As the trainer makes it, for one rank with one micro-batch."""
     return TokenStream(
-        dataset,
+        TokenMix([dataset]),
         text_len=settings.text_len,
         global_batch=settings.batch,
         micro_batch=settings.batch,
@@ -142,7 +143,7 @@ def resume_seconds(root: str) -> float:
     """Wall time from nothing to the first batch of update RESUME_UPDATE, as one of 128 ranks of a global batch of 1024."""
     began = time.perf_counter()
     with TokenStream(
-        TokenDataset(root),
+        TokenMix([TokenDataset(root)]),
         text_len=256,
         global_batch=1024,
         micro_batch=1,

@@ -112,11 +112,6 @@ class TokenDataset:
         return [self._parts[part].path for part in self._table.part[blocks].tolist()]
 
     @property
-    def read_amplification(self) -> float:
-        """Blocks fetched so far per block of the split."""
-        return self._cache.n_loads / self.n_blocks
-
-    @property
     def largest_block_bytes(self) -> int:
         """Of the blocks as stored; decoded ones take about the same."""
         return int(self._table.bytes.max())

@@ -243,7 +243,7 @@ class Prior(nn.Module):
         return self.heads(x, "image", image_BN, per_token=True)
 
     def image_logits(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
-        """-> (B, N, V) fp32 logits of every image token."""
+        """-> (B, N, V) fp32 logits of every image token: what tests compare the loss and token-by-token decoding with."""
         return self.heads(self._hidden(text_BT, image_BN)[:, self.config.text_len :], "image")
 
     def _hidden(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
