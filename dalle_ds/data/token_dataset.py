@@ -16,6 +16,7 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.block_cache import BlockCache
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.fingerprint import fingerprint, require_same
+from dalle_ds.storage.names import TOKENIZER_FILE
 
 # n samples of a block, N image tokens
 
@@ -66,7 +67,7 @@ class TokenDataset:
                 root_url,
                 len(manifest.shards),
             )
-        tokenizer_url = objects.join(root_url, "tokenizer.model")
+        tokenizer_url = objects.join(root_url, TOKENIZER_FILE)
         self.tokenizer = CaptionTokenizer(tokenizer_url)
         require_same(
             f"tokenizer {tokenizer_url}",

@@ -15,12 +15,12 @@ from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import ID_BYTES
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.padding import PAD
 
 # B batch, T text tokens (the model's text length - 1: it puts start-of-text before them), N image tokens
 
 log = logging.getLogger(__name__)
 
-PAD = -1
 _DROPOUT, _CAPTION = 2, 3  # uses of the seed, beside the two of `order`
 
 

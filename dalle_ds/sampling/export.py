@@ -12,10 +12,12 @@ from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from dalle_ds.models.prior import PAD, Prior, PriorConfig
+from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.names import DVAE_FILE, PRIOR_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
 
 
@@ -41,13 +43,12 @@ class Export:
     @property
     def data_urls(self) -> list[str]:
         """Where the token data sets were when the model was trained: several of a mix."""
-        data = self.info.get("data") or {}
-        return data.get("sets") or ([data["url"]] if "url" in data else [])  # exports from before mixes lack `sets`
+        return self.info["data"]["sets"]
 
     @property
     def caption_dropout(self) -> float:
         """Share of captions left out when the model was trained; above 0 it knows pictures without a caption."""
-        return float(self.info.get("caption_dropout", 0.0))  # exports from before the option lack it
+        return float(self.info["caption_dropout"])
 
     def text(self, captions: list[str]) -> Tensor:
         """Captions -> (C, T-1) int64, PAD where empty; what is too long is cut, as in training."""
@@ -68,7 +69,7 @@ def read_info(url: str | Path) -> dict[str, Any]:
         raise DataError(f"{url} is not an export folder: it has no config.json; `dalle-ds export` writes one") from None
     except ValueError as error:
         raise DataError(f"{config_url} is not JSON: {error}") from None
-    missing = {"fingerprint", "dvae", "tokenizer"} - info.keys()
+    missing = {"fingerprint", "dvae", "tokenizer", "data", "caption_dropout"} - info.keys()
     if missing:
         raise DataError(f"{config_url} lacks {', '.join(sorted(missing))}")
     return info
@@ -82,12 +83,12 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
         FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
     """
     info = read_info(url)
-    tokenizer = CaptionTokenizer(objects.join(url, "tokenizer.model"))
+    tokenizer = CaptionTokenizer(objects.join(url, TOKENIZER_FILE))
     require_same(f"tokenizer of export {url}", info["tokenizer"], tokenizer.fingerprint, "Export the checkpoint again.")
-    dvae_weights = read_weights(objects.join(url, "dvae.safetensors"), "dvae", device)
+    dvae_weights = read_weights(objects.join(url, DVAE_FILE), "dvae", device)
     require_same(f"dVAE of export {url}", info["dvae"], dvae_weights.fingerprint, "Export the checkpoint again.")
     # straight to the device: the host holds one tensor of it at a time, and the model takes these very tensors
-    weights = read_weights(objects.join(url, "model.safetensors"), "prior", device)
+    weights = read_weights(objects.join(url, PRIOR_FILE), "prior", device)
     require_same(f"prior of export {url}", info["fingerprint"], weights.fingerprint, "Export the checkpoint again.")
 
     config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)

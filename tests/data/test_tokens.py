@@ -13,10 +13,12 @@ import torch
 
 from dalle_ds.data import prefetch, shards, token_dataset
 from dalle_ds.data.manifest import load_dataset_info, load_manifest
+from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
-from dalle_ds.data.tokens import PAD, TokenBatch, TokenDataset, TokenStream, validation_batches
+from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
 from tests.data.token_sets import edit_json, make_token_set
 

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.presets import PRESETS, effective_parameters
-from dalle_ds.models.prior import NLL, PAD, DecodingCache, Prior, PriorConfig, initialise
+from dalle_ds.models.prior import NLL, DecodingCache, Prior, PriorConfig, initialise
 from dalle_ds.ops.attention.masks import Pattern, transpose_grid
 from dalle_ds.ops.attention.structured import StructuredAttention
+from dalle_ds.padding import PAD
 from dalle_ds.precision.fp16_branches import use_fp16_branches
 
 CONFIG = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)

@@ -48,7 +48,8 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
         "update": 7,
         "dvae": dvae.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "data": {"url": data},
+        "data": {"url": data, "sets": [data]},
+        "caption_dropout": 0.0,
         "mlflow": mlflow,
     }
     (export / "config.json").write_text(json.dumps(info))
