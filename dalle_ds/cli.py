@@ -8,7 +8,7 @@ import typer
 from dalle_ds.commands.bench import bench
 from dalle_ds.commands.human_eval import human_eval
 from dalle_ds.commands.job import alone_or_on_all_ranks, prepare_process
-from dalle_ds.commands.options import ConfigCommand
+from dalle_ds.commands.options import ConfigCommand, Json
 from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
 
 app = typer.Typer(
@@ -21,7 +21,6 @@ app = typer.Typer(
 app.add_typer(bench)
 app.add_typer(human_eval)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on the last line of stdout.")]
 Recipe = Annotated[Path | None, typer.Option(help="YAML file of the run's settings.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one setting; may be repeated.")]
 ExportFolder = Annotated[str, typer.Option("--export", help="Export folder: a path or s3:// url.")]
@@ -174,7 +173,7 @@ def sample(
     from dalle_ds.commands.sample import repeat_export, sample_export
     from dalle_ds.recipes import from_options
     from dalle_ds.sampling.captions import SampleSource
-    from dalle_ds.sampling.sampler import SampleSettings
+    from dalle_ds.sampling.request import SampleSettings
 
     if repeat is not None:
         print_summary(repeat_export(export, repeat, out, device=device), json)

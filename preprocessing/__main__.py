@@ -2,7 +2,6 @@
 
 import importlib
 import signal
-from enum import StrEnum
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -10,12 +9,7 @@ import typer
 
 from dalle_ds.console import TYPER_SETTINGS, print_error, print_summary, setup_logging, user_errors_exit
 from dalle_ds.recipes import load_recipe
-
-
-class Engine(StrEnum):
-    LOCAL = "local"
-    RAY = "ray"
-
+from preprocessing.executors.engine import Engine
 
 app = typer.Typer(
     help="From raw pictures with captions to token shards. Every verb can be killed and started again.",

@@ -24,6 +24,7 @@ from dalle_ds.data.manifest import DatasetInfo
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.storage.names import TOKENIZER_FILE
 from preprocessing.encoding.encode_shard import EncodeJob, crop_of, encode_shard, load_dvae
 from preprocessing.encoding.encoder import Encode, encoder_of
 from preprocessing.executors.local import n_cores
@@ -160,7 +161,7 @@ def _resize_turns(samples: list[RawSample], size: int, rounds: int) -> Compariso
 
 
 def _tokenizer(folder: str, captions: list[str]) -> CaptionTokenizer:
-    file = f"{folder}/tokenizer.model"
+    file = f"{folder}/{TOKENIZER_FILE}"
     train_tokenizer(captions, 384, file)  # the stage counts tokens of captions alone
     return CaptionTokenizer(file)
 

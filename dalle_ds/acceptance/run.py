@@ -21,6 +21,7 @@ from dalle_ds.acceptance.record import read_record
 from dalle_ds.acceptance.table import REHEARSAL_SECONDS, STEPS, Step
 from dalle_ds.console import progress
 from dalle_ds.errors import ConfigError
+from dalle_ds.storage.atomic import atomic_write
 
 SUMMARY = "acceptance.json"
 TAIL_LINES = 25
@@ -223,9 +224,8 @@ def _write(folder: Path, identity: Mapping[str, Any], results: Sequence[StepResu
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "steps": [vars(result) for result in results],
     }
-    aside = folder / f".{SUMMARY}"
-    aside.write_text(json.dumps(summary, indent=1))
-    aside.replace(folder / SUMMARY)  # a run that is killed now leaves the one before
+    with atomic_write(folder / SUMMARY, one_writer=True) as file:
+        file.write_text(json.dumps(summary, indent=1))
     return summary
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dalle_ds.acceptance.place import Place
-from dalle_ds.models.prior import PAD, PriorConfig
+from dalle_ds.models.prior import PriorConfig
+from dalle_ds.padding import PAD
 
 Batch = tuple[Tensor, Tensor]
 """text (B, T-1), image (B, N)."""

@@ -27,10 +27,14 @@ from dalle_ds.data.manifest import (
     parse,
 )
 from dalle_ds.data.shards import PartWriter, unbatch
+from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
-from dalle_ds.data.tokens import PAD, TokenDataset, TokenStream
+from dalle_ds.data.tokens import TokenStream
 from dalle_ds.errors import ConfigError
+from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DATASET_FILE, MANIFEST_FILE, TOKENIZER_FILE
 
 SHUFFLE_BUFFER = 1000  # webdataset's own recommendation
 N_SHARDS = 4
@@ -86,7 +90,7 @@ def epoch(root: str, settings: LoaderSettings, bpe_dropout: float) -> None:
 def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) -> TokenStream:
     """As the trainer makes it, for one rank with one micro-batch."""
     return TokenStream(
-        dataset,
+        TokenMix([dataset]),
         text_len=settings.text_len,
         global_batch=settings.batch,
         micro_batch=settings.batch,
@@ -142,7 +146,7 @@ def resume_seconds(root: str) -> float:
     """Wall time from nothing to the first batch of update RESUME_UPDATE, as one of 128 ranks of a global batch of 1024."""
     began = time.perf_counter()
     with TokenStream(
-        TokenDataset(root),
+        TokenMix([TokenDataset(root)]),
         text_len=256,
         global_batch=1024,
         micro_batch=1,
@@ -160,7 +164,7 @@ def resume_seconds(root: str) -> float:
 def write_many_shards(folder: str, n_shards: int) -> str:
     """A set of 250 million samples by its manifest: shards of SHARD_SAMPLES, all of which are the same file."""
     root = write_random_set(folder, SHARD_SAMPLES, n_shards=1)
-    url = objects.join(root, "manifest.json")
+    url = objects.join(root, MANIFEST_FILE)
     (shard,) = parse(DatasetManifest, objects.read_bytes(url), url).shards
     info = load_dataset_info(root)
     shards = [shard.model_copy(update={"shard": f"{number:05d}"}) for number in range(n_shards)]
@@ -175,11 +179,11 @@ def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> s
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(WORDS)]
     chances = 1 / np.arange(1, WORDS + 1)
     captions = [" ".join(rng.choice(words, rng.integers(4, 20), p=chances / chances.sum())) for _ in range(n_samples)]
-    tokenizer = train_tokenizer(captions[:2000], VOCABULARY, objects.join(folder, "tokenizer.model"))
+    tokenizer = train_tokenizer(captions[:2000], VOCABULARY, objects.join(folder, TOKENIZER_FILE))
     info = DatasetInfo(
         image_size=256, grid=32, n_codes=8192, dvae="none", tokenizer=tokenizer.fingerprint, crop="none", validation_fraction=0
     ).sealed()
-    objects.write_bytes(objects.join(folder, "dataset.json"), info.to_json())
+    objects.write_bytes(objects.join(folder, DATASET_FILE), info.to_json())
     shards = []
     for number in range(n_shards):
         name, chosen = f"{number:05d}", captions[number::n_shards]
@@ -202,5 +206,5 @@ def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> s
         )
         objects.create_exclusive(manifest_url(folder, name), manifest.to_json())
         shards.append(manifest)
-    objects.write_bytes(objects.join(folder, "manifest.json"), merge(info, shards, complete=True).to_json())
+    objects.write_bytes(objects.join(folder, MANIFEST_FILE), merge(info, shards, complete=True).to_json())
     return folder

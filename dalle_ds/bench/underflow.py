@@ -12,11 +12,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from dalle_ds.bench.harness.loss_scaling import OneScale, ScalePerBlock
@@ -24,11 +22,15 @@ from dalle_ds.bench.harness.machine import Machine, machine_for
 from dalle_ds.bench.harness.model import WEIGHT_DECAY
 from dalle_ds.bench.harness.settings import UnderflowSettings
 from dalle_ds.console import progress
+from dalle_ds.figures import new_figure
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.precision.fp16_branches import resblocks_of, use_fp16_branches
 from dalle_ds.precision.resblock_scaling import CALIBRATION_MARGIN, BlockScalingConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH, VOCABULARY = 16, 32
 HEADROOM = 6.0
@@ -200,12 +202,11 @@ def highest_finite_power(half: Prior, settings: UnderflowSettings, batch: Batch)
     return powers[bisect_left(powers, True, key=overflows) - 1]
 
 
-def draw(outcome: Outcome) -> Figure:
+def draw(outcome: Outcome) -> "Figure":
     """Sizes of gradients, what is lost of them, and the losses."""
     settings, names = outcome.settings, {"one_scale": "one loss scale", "scale_per_block": "a scale per block"}
     colours = {"fp32": "0.6", "one_scale": "tab:red", "scale_per_block": "tab:blue"}
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4.2)
     what = f"fp16 gradients of a prior of {settings.layers} layers"
     if settings.powers:
         what += f", CONSTRUCTED: the backward pass makes each layer's $2^{{-{settings.powers}}}$ of the layer's before"

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from dalle_ds.evaluation.fid import fid_interval, frechet_distance, moments
 from dalle_ds.evaluation.inception_score import inception_score
 from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pictures, prepare
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
+from dalle_ds.figures import new_figure
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.pretrained.inception import Inception
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
@@ -277,11 +276,11 @@ def _batches(entries: PictureSet, size: int) -> Iterator[list[Entry]]:
 def _draw_chart(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     names = {"fid": "FID (lower is better)", "inception_score": "Inception Score (higher is better)"}
     shown = [key for key in names if key in rows[0]]
-    figure = Figure(figsize=(5.2 * len(shown), 4.2), layout="constrained")
+    figure = new_figure(5.2 * len(shown), 4.2)
     figure.suptitle(title)
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         values, low, high = (np.array([row[name] for row in rows]) for name in (key, f"{key}_low", f"{key}_high"))
         axes.errorbar([row["blur"] for row in rows], values, np.abs([values - low, high - values]), marker=".", capsize=3)
         axes.set(xlabel="blur radius on both sides, pixels", ylabel=names[key])
         axes.grid(alpha=0.25)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path)

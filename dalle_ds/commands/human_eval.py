@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
+from dalle_ds.commands.options import Json
 from dalle_ds.console import TYPER_SETTINGS, print_summary
-
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on the last line of stdout.")]
 
 human_eval = typer.Typer(
     name="human-eval",

@@ -1,4 +1,4 @@
-"""Options of a command that are the fields of a config, each written once, there."""
+"""Options that several commands have: --json, and those that are the fields of a config, each written once, there."""
 
 import inspect
 from importlib import import_module
@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on the last line of stdout.")]
 
 _KNOWN = (bool, int, float, str, int | None, float | None, str | None)
 

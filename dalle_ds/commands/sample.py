@@ -12,10 +12,12 @@ from dalle_ds.parallel.failure_detection import RankWatch
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.sampling.captions import SampleSource
 from dalle_ds.sampling.export import Export, load_export
-from dalle_ds.sampling.folder import GRID, RECORD, SampleFolder, repeat
+from dalle_ds.sampling.folder import GRID, SampleFolder
 from dalle_ds.sampling.given import read_picture
-from dalle_ds.sampling.sampler import Request, Rows, SampleSettings, Unit
+from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.sampler import RowsDecoded
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.storage.names import SAMPLES_FILE
 from dalle_ds.tracking.export_run import track
 from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
 
@@ -34,7 +36,7 @@ def sample_export(
     device: str = "auto",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Draw pictures into `out`, or go on with it; files as `sampling.folder.sample`. Returns the summary, on every rank.
+    """Draw pictures into `out`, or go on with it; files as `SampleFolder.run`. Returns the summary, on every rank.
 
     Ranks share the batches out and meet in `out`: their pictures are those of one rank. Each holds the whole model.
 
@@ -54,42 +56,34 @@ def sample_export(
         request = Request(tuple(captions), settings, given)
         folder = SampleFolder(export, request, out, scorer, real_codes_CN=real_codes_CN, about=about)
 
-        def end_if_asked(_: Rows) -> None:
+        def end_if_asked(_: RowsDecoded) -> None:
             if stop.requested:
                 log.info("asked to stop (%s); the same command goes on with %s", stop.reason, out)
                 raise SystemExit(EXIT_STOPPED)
 
         # only the main rank holds the lock: the others are its own
         with RunLock(out) if ranks.is_main else nullcontext():
-            # it looks what is left to do before any rank adds to it
-            found, todo = ranks.from_main(_what_is_left(folder) if ranks.is_main else None)
-            if found is None:
-                folder.draw(todo[ranks.rank :: ranks.world_size], on_rows=end_if_asked, shown=ranks.is_main)
-                ranks.gather_objects(None)  # all batches are there
-            finished = found or ranks.from_main(folder.finish() if ranks.is_main else None)
-    is_tracked = found is None and ranks.is_main
-    return _sample_summary(export, finished, out, is_tracked=is_tracked)
-
-
-def _what_is_left(folder: SampleFolder) -> tuple[dict[str, Any] | None, list[Unit]]:
-    finished = folder.finished()
-    return finished, [] if finished else folder.missing()
+            is_tracked = ranks.is_main and not (out / SAMPLES_FILE).exists()  # once, by the process that ends it
+            record = folder.run(ranks, on_rows=end_if_asked)
+    return _sample_summary(export, record, out, is_tracked=is_tracked)
 
 
 def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto") -> dict[str, Any]:
     """Draw the pictures of a samples.json again. Returns the summary."""
     export = load_export(url, str(resolve_device(device)))
-    return _sample_summary(export, repeat(export, record_file, out), out, is_tracked=False)
+    return _sample_summary(export, SampleFolder.repeating(export, record_file, out).run(), out, is_tracked=False)
 
 
 def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tracked: bool = True) -> dict[str, Any]:
     if is_tracked:
         with Image.open(out / GRID) as grid:
-            is_tracked = track(export.url, export.record, out, {}, {"samples": grid.convert("RGB")}, [out / RECORD], "samples")
+            is_tracked = track(
+                export.url, export.record, out, {}, {"samples": grid.convert("RGB")}, [out / SAMPLES_FILE], "samples"
+            )
     return {
         "out": str(out),
         "grid": str(out / GRID),
-        "record": str(out / RECORD),
+        "record": str(out / SAMPLES_FILE),
         "pictures": len(record["images"]),
         "captions": len(record["captions"]),
         "export_fingerprint": record["export_fingerprint"],

@@ -12,6 +12,7 @@ from dalle_ds.console import print_error, setup_logging
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.parallel.launch import prepare_rank
 from dalle_ds.recipes import load_recipe
+from dalle_ds.storage.names import DATASET_FILE
 
 if TYPE_CHECKING:
     from dalle_ds.training.prior.config import PriorRun
@@ -81,7 +82,7 @@ def _recipe(options: argparse.Namespace, default_recipe: Path) -> "PriorRun":
         overrides.insert(0, f"deepspeed_config={Path(options.replay, 'deepspeed.json')}")
     run = load_recipe(PriorRun, recipe, overrides)
     dataset = run.data.dataset
-    if is_default and not options.replay and dataset and "://" not in dataset and not Path(dataset, "dataset.json").exists():
+    if is_default and not options.replay and dataset and "://" not in dataset and not Path(dataset, DATASET_FILE).exists():
         raise DataError(
             f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
         )

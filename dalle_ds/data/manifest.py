@@ -4,14 +4,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
+from dalle_ds.storage.names import DATASET_FILE, MANIFEST_FILE
 from dalle_ds.storage.record import Record
 
 SCHEMA: Final = 1
@@ -77,27 +78,21 @@ class BlockColumns(Record):
             raise ValueError("columns of different lengths")
         return self
 
+    @classmethod
+    def of(cls, name: str, blocks: Sequence[Block]) -> "BlockColumns":
+        """The columns of all blocks of a part, in stored order."""
+        ends = [block.offset + block.bytes for block in blocks]
+        assert [block.offset for block in blocks] == [0, *ends][:-1], "a block begins where the one before it ended"
+        assert [block.name for block in blocks] == [_block_name(name, i) for i in range(len(blocks))]
+        return cls(
+            name=name,
+            bytes=" ".join(str(block.bytes) for block in blocks),
+            n_samples=" ".join(str(block.n_samples) for block in blocks),
+            crc32=" ".join(block.crc32 for block in blocks),
+        )
+
     def __len__(self) -> int:
         return self.bytes.count(" ") + 1 if self.bytes else 0
-
-
-def _in_columns(blocks: Any) -> Any:
-    # data sets from before the columns have a list of objects
-    if not isinstance(blocks, list):
-        return blocks
-    found = [Block.model_validate(block) for block in blocks]
-    name = found[0].name.rpartition("-")[0] if found else ""
-    end = 0
-    for i, block in enumerate(found):
-        if (block.name, block.offset) != (_block_name(name, i), end):
-            raise ValueError(f"block {block.name} at {block.offset}, expected {_block_name(name, i)} at {end}")
-        end += block.bytes
-    return BlockColumns(
-        name=name,
-        bytes=" ".join(str(block.bytes) for block in found),
-        crc32=" ".join(b.crc32 for b in found),
-        n_samples=" ".join(str(block.n_samples) for block in found),
-    )
 
 
 class Part(Record):
@@ -107,7 +102,7 @@ class Part(Record):
     bytes: int
     checksum: str  # SHA-256 of the tar
     n_samples: int
-    columns: Annotated[BlockColumns, BeforeValidator(_in_columns)] = Field(alias="blocks")
+    columns: BlockColumns = Field(alias="blocks")
 
     @property
     def blocks(self) -> list[Block]:
@@ -254,7 +249,7 @@ def load_dataset_info(root_url: str | Path) -> DatasetInfo:
     Raises:
         DataError: no data set there; FingerprintMismatch: the file was edited.
     """
-    url = objects.join(root_url, "dataset.json")
+    url = objects.join(root_url, DATASET_FILE)
     try:
         info = parse(DatasetInfo, objects.read_bytes(url), url)
     except FileNotFoundError:
@@ -301,7 +296,7 @@ def load_manifest(root_url: str | Path) -> DatasetManifest:
         DataError: no data set, or no shard done; FingerprintMismatch: shards of different making.
     """
     info = load_dataset_info(root_url)
-    url = objects.join(root_url, "manifest.json")
+    url = objects.join(root_url, MANIFEST_FILE)
     try:
         manifest = parse(DatasetManifest, objects.read_bytes(url), url)
         require_same(url, info.fingerprint, manifest.fingerprint, "It belongs to another data set.")

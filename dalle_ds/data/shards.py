@@ -1,6 +1,5 @@
 """Token shards, schema 1: tars whose members are blocks of many samples, each block one ranged GET."""
 
-import hashlib
 import io
 import json
 import logging
@@ -12,10 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from dalle_ds.data.manifest import Block, Part
+from dalle_ds.data.manifest import Block, BlockColumns, Part
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.disk_cache import DiskCache
+from dalle_ds.storage.hashing import sha256_of_file
 
 # n samples, N tokens a sample
 
@@ -72,15 +72,13 @@ class PartWriter:
         if self._keys:
             self._write_block()
         self._tar.close()
-        self._file.seek(0)
-        checksum = hashlib.file_digest(self._file, "sha256").hexdigest()
         self._file.close()
         return Part(
             path=path_below_root,
             bytes=self.path.stat().st_size,
-            checksum=checksum,
+            checksum=sha256_of_file(self.path),
             n_samples=self.n_samples,
-            blocks=self.blocks,
+            blocks=BlockColumns.of(self.shard, self.blocks),
         )
 
     def _write_block(self) -> None:

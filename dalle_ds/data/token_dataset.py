@@ -16,6 +16,7 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.block_cache import BlockCache
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.fingerprint import fingerprint, require_same
+from dalle_ds.storage.names import TOKENIZER_FILE
 
 # n samples of a block, N image tokens
 
@@ -66,7 +67,7 @@ class TokenDataset:
                 root_url,
                 len(manifest.shards),
             )
-        tokenizer_url = objects.join(root_url, "tokenizer.model")
+        tokenizer_url = objects.join(root_url, TOKENIZER_FILE)
         self.tokenizer = CaptionTokenizer(tokenizer_url)
         require_same(
             f"tokenizer {tokenizer_url}",
@@ -110,11 +111,6 @@ class TokenDataset:
     def shards_of(self, blocks: np.ndarray) -> list[str]:
         """Paths below the root of the tars that blocks lie in."""
         return [self._parts[part].path for part in self._table.part[blocks].tolist()]
-
-    @property
-    def read_amplification(self) -> float:
-        """Blocks fetched so far per block of the split."""
-        return self._cache.n_loads / self.n_blocks
 
     @property
     def largest_block_bytes(self) -> int:

@@ -103,18 +103,14 @@ class CaptionTokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """Token ids in [0, n_vocab), without any start or end mark; empty for a caption of spaces alone."""
-        return _unpacked(self.pack(caption))
-
-    def encode_with_dropout(self, caption: str, p: float, rng: np.random.Generator) -> list[int]:
-        """As `encode`, with each merge candidate dropped with chance p (paper: 0.1, in training); a pure function of rng."""
-        return _unpacked(self.pack_with_dropout(caption, p, rng))
+        return np.frombuffer(self.pack(caption), dtype=np.int32).tolist()
 
     def pack(self, caption: str) -> bytes:
         """As `encode`: the ids as int32 bytes, many times as fast to make and to join into an array as a list."""
         return self._space.join(map(self._packed_word, self._words(caption)))
 
     def pack_with_dropout(self, caption: str, p: float, rng: np.random.Generator) -> bytes:
-        """As `encode_with_dropout`, packed like `pack`."""
+        """As `pack`, with each merge candidate dropped with chance p (paper: 0.1, in training); a pure function of rng."""
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"BPE dropout p is {p}, expected a chance from 0 to 1")
         if p == 0.0:
@@ -152,20 +148,12 @@ class CaptionTokenizer:
         """The normalised text; negative ids (pads) are left out, bytes that form no character become U+FFFD."""
         return self._processor.decode([int(i) for i in ids if i >= 0])
 
-    def piece(self, token: int) -> str:
-        """How the vocabulary spells a token; a space is U+2581, a byte <0x..>."""
-        return self._processor.id_to_piece(int(token))
-
     def __reduce__(self) -> tuple[Any, ...]:
         return CaptionTokenizer, (self.model_bytes,)
 
 
 def _packed(ids: Sequence[int]) -> bytes:
     return np.array(ids, dtype=np.int32).tobytes()
-
-
-def _unpacked(packed: bytes) -> list[int]:
-    return np.frombuffer(packed, dtype=np.int32).tolist()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) -> CaptionTokenizer:

@@ -1,26 +1,27 @@
 """Token batches: what the prior trains on and is validated on, drawn from a token data set."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dalle_ds.data.mixture import MixtureOrder
+from dalle_ds.data.order import WINDOW_BLOCKS, SampleLocations, slots_of_rank
 from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.reading_order import WINDOW_BLOCKS, Places, ReadingOrder, rank_lanes
 from dalle_ds.data.sample_seeds import sample_generators
 from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import ID_BYTES
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.padding import PAD
 
 # B batch, T text tokens (the model's text length - 1: it puts start-of-text before them), N image tokens
 
 log = logging.getLogger(__name__)
 
-PAD = -1
-_DROPOUT, _CAPTION = 2, 3  # uses of the seed, beside the two of the reading order
+_DROPOUT, _CAPTION = 2, 3  # uses of the seed, beside the two of `order`
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class TokenBatch:
 
 
 class TokenStream:
-    """The micro-batches of one rank, update after update, over epochs without end; see `reading_order` for which samples.
+    """The micro-batches of one rank, update after update, over epochs without end; see `order` and `mixture` for which samples.
 
     Each item is the list of the rank's global_batch / (micro_batch * world_size) micro-batches of one update. Each data set
     goes through epochs of its own. All of it, both dropouts included, is a function of (seed, update, manifests): a stream
     started at update n on any number of ranks gives what an uninterrupted one would have given.
 
     Args:
-        data: one data set, or several with their weights.
+        mix: the data sets with their weights.
         text_len: the model's text slots; captions are cut to text_len - 1 tokens (slot 0 is start-of-text).
         bpe_dropout: chance to drop a merge candidate; the paper has 0.1.
         caption_dropout: chance that a sample's text is all PAD, so that the prior learns pictures without a caption too and can
@@ -61,7 +62,7 @@ class TokenStream:
 
     def __init__(
         self,
-        data: TokenDataset | TokenMix,
+        mix: TokenMix,
         *,
         text_len: int,
         global_batch: int,
@@ -81,20 +82,19 @@ class TokenStream:
             )
         if not 0.0 <= caption_dropout < 1.0:
             raise ConfigError(f"caption_dropout {caption_dropout}: expected a chance of at least 0 and below 1")
-        lanes = rank_lanes(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
-        mix = data if isinstance(data, TokenMix) else TokenMix([data])
-        self._order = ReadingOrder(
+        slots = slots_of_rank(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
+        self._order = MixtureOrder(
             [dataset.block_sizes for dataset in mix.sets], mix.weights, seed=seed, global_batch=global_batch
         )
         # of several sets: updates that give as many samples as they have together
         self.steps_per_epoch = mix.n_samples // global_batch
         self.next_update = start_update
         self.n_truncated = 0
-        for dataset, n_lanes in zip(mix.sets, self._order.lanes_by_set(lanes), strict=True):
-            _warn_if_cache_is_small(dataset, n_lanes)
+        for dataset, n_windows in zip(mix.sets, self._order.n_windows(slots), strict=True):
+            _warn_if_cache_is_small(dataset, n_windows)
         collate = _Collate(mix, text_len=text_len, bpe_dropout=bpe_dropout, caption_dropout=caption_dropout, seed=seed)
         self._prefetch = Prefetch(
-            _updates(mix, self._order, lanes, micro_batch, collate, start_update),
+            _updates(mix, self._order, slots, micro_batch, collate, start_update),
             prefetch,
             f"token-stream-{rank}",
             mix.reads_under_way,
@@ -130,19 +130,11 @@ class TokenStream:
         self.close()
 
 
-class ValidationBatches(list[TokenBatch]):
-    """The rank's validation batches; `n_samples` are read over all ranks, `n_dropped` (of the split or the limit) are not."""
-
-    def __init__(self, batches: Iterable[TokenBatch], *, n_samples: int, n_dropped: int) -> None:
-        super().__init__(batches)
-        self.n_samples, self.n_dropped = n_samples, n_dropped
-
-
 def validation_batches(
-    data: TokenDataset | TokenMix, *, text_len: int, batch: int, rank: int, world_size: int, limit: int | None = None
-) -> ValidationBatches:
-    """The same samples at every call, without dropout, equally many batches on all ranks. Of a mix, those of all sets together:
-    each counts by its held-out samples, not by its weight.
+    mix: TokenMix, *, text_len: int, batch: int, rank: int, world_size: int, limit: int | None = None
+) -> list[TokenBatch]:
+    """The same samples at every call, without dropout, equally many batches on all ranks. Those of all sets together: each
+    counts by its held-out samples, not by its weight.
 
     Args:
         limit: samples over all ranks at most; they come from blocks all over the split. None: all of them.
@@ -152,7 +144,6 @@ def validation_batches(
     """
     if batch < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"batch {batch}, rank {rank} of {world_size}: expected at least 1, and 0 to {world_size - 1}")
-    mix = data if isinstance(data, TokenMix) else TokenMix([data])
     wanted = mix.n_samples if limit is None else min(limit, mix.n_samples)
     n_batches = wanted // (batch * world_size)
     if n_batches == 0:
@@ -162,24 +153,23 @@ def validation_batches(
         )
     n_samples = n_batches * batch * world_size
     collate = _Collate(mix, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
-    batches = [
-        collate(places, mix.blocks(places.block.tolist()))
-        for places in _spread_places(mix.block_sizes, n_samples).split(batch)[rank::world_size]
+    return [
+        collate(samples, mix.blocks(samples.block.tolist()))
+        for samples in _spread_samples(mix.block_sizes, n_samples).split(batch)[rank::world_size]
     ]
-    return ValidationBatches(batches, n_samples=n_samples, n_dropped=wanted - n_samples)
 
 
-def _spread_places(block_sizes: np.ndarray, n: int) -> Places:
+def _spread_samples(block_sizes: np.ndarray, n: int) -> SampleLocations:
     # Whole blocks in a fixed shuffled order: a limit must not mean the first shards only, nor a GET a sample.
     order = np.argsort(np.random.PCG64(0).random_raw(len(block_sizes)), kind="stable")
     order = order[: np.searchsorted(np.cumsum(block_sizes[order]), n) + 1]
     block = np.repeat(order, block_sizes[order])[:n]
     row = np.concatenate([np.arange(size) for size in block_sizes[order]])[:n]
-    return Places(block, row, (np.cumsum(block_sizes) - block_sizes)[block] + row, np.zeros_like(row))
+    return SampleLocations(block, row, (np.cumsum(block_sizes) - block_sizes)[block] + row, np.zeros_like(row))
 
 
 class _Collate:
-    """Places to a TokenBatch."""
+    """Samples, by where they lie, to a TokenBatch."""
 
     def __init__(self, mix: TokenMix, *, text_len: int, bpe_dropout: float, caption_dropout: float, seed: int) -> None:
         if text_len < 2:
@@ -187,25 +177,25 @@ class _Collate:
         self._mix, self._n_text, self._seed = mix, text_len - 1, seed
         self._p, self._p_caption = bpe_dropout, caption_dropout
 
-    def __call__(self, places: Places, blocks: Mapping[int, DecodedBlock]) -> TokenBatch:
-        found = [blocks[block] for block in places.block.tolist()]
-        rows = places.row.tolist()
+    def __call__(self, samples: SampleLocations, blocks: Mapping[int, DecodedBlock]) -> TokenBatch:
+        found = [blocks[block] for block in samples.block.tolist()]
+        rows = samples.row.tolist()
         image_BN = np.empty((len(rows), self._mix.info.n_tokens), dtype=np.int64)
         for image_N, block, row in zip(image_BN, found, rows, strict=True):
             image_N[:] = block.tokens_nN[row]
         captions = tuple([block.captions[row] for block, row in zip(found, rows, strict=True)])
-        text_BT, n_truncated = self._text(captions, places)
+        text_BT, n_truncated = self._text(captions, samples)
         return TokenBatch(
             text_BT=torch.from_numpy(text_BT),
             image_BN=torch.from_numpy(image_BN),
             keys=tuple([block.keys[row] for block, row in zip(found, rows, strict=True)]),
             captions=captions,
-            shards=tuple(self._mix.shards_of(places.block)),
+            shards=tuple(self._mix.shards_of(samples.block)),
             n_truncated=n_truncated,
         )
 
-    def _text(self, captions: tuple[str, ...], places: Places) -> tuple[np.ndarray, int]:
-        packed = self._pack(captions, places)
+    def _text(self, captions: tuple[str, ...], samples: SampleLocations) -> tuple[np.ndarray, int]:
+        packed = self._pack(captions, samples)
         lengths = np.array(list(map(len, packed))) // ID_BYTES
         if n_truncated := int((lengths > self._n_text).sum()):
             packed = [ids[: self._n_text * ID_BYTES] for ids in packed]
@@ -214,20 +204,20 @@ class _Collate:
         text_BT[np.arange(self._n_text) < lengths[:, None]] = np.frombuffer(b"".join(packed), dtype=np.int32)
         return text_BT, n_truncated
 
-    def _pack(self, captions: tuple[str, ...], places: Places) -> list[bytes]:
+    def _pack(self, captions: tuple[str, ...], samples: SampleLocations) -> list[bytes]:
         tokenizer = self._mix.tokenizer
         if self._p == 0.0:
             packed = list(map(tokenizer.pack, captions))
         else:
             # Seeded by the sample, not by the rank: another number of ranks must drop the same merges.
-            seeded = sample_generators(self._seed, _DROPOUT, places.epoch, places.index)
+            seeded = sample_generators(self._seed, _DROPOUT, samples.epoch, samples.index)
             packed = [
                 tokenizer.pack_with_dropout(caption, self._p, np.random.Generator(bits))
                 for caption, bits in zip(captions, seeded, strict=True)
             ]
         if self._p_caption > 0.0:
             # A use of the seed of its own: with or without it, BPE dropout draws the same for a sample.
-            seeded = sample_generators(self._seed, _CAPTION, places.epoch, places.index)
+            seeded = sample_generators(self._seed, _CAPTION, samples.epoch, samples.index)
             packed = [
                 b"" if bits.random_raw() < self._p_caption * 2.0**64 else ids for ids, bits in zip(packed, seeded, strict=True)
             ]
@@ -235,24 +225,24 @@ class _Collate:
 
 
 def _updates(
-    mix: TokenMix, order: ReadingOrder, lanes: range, micro_batch: int, collate: _Collate, update: int
+    mix: TokenMix, order: MixtureOrder, slots: range, micro_batch: int, collate: _Collate, update: int
 ) -> Iterator[list[TokenBatch]]:
     while True:
-        places = order.places(update, lanes)
+        samples = order.locations(update, slots)
         # All of the update's missing blocks at once: they are fetched side by side.
-        blocks = mix.blocks(places.block.tolist())
-        yield [collate(of_micro_batch, blocks) for of_micro_batch in places.split(micro_batch)]
+        blocks = mix.blocks(samples.block.tolist())
+        yield [collate(of_micro_batch, blocks) for of_micro_batch in samples.split(micro_batch)]
         update += 1
 
 
-def _warn_if_cache_is_small(dataset: TokenDataset, n_lanes: int) -> None:
-    in_use = min(n_lanes * WINDOW_BLOCKS, dataset.n_blocks) * dataset.largest_block_bytes
+def _warn_if_cache_is_small(dataset: TokenDataset, n_windows: int) -> None:
+    in_use = min(n_windows * WINDOW_BLOCKS, dataset.n_blocks) * dataset.largest_block_bytes
     if in_use > dataset.cache_bytes:
         log.warning(
             "%s: %d samples of each batch on this rank keep %.1f MiB of blocks in use, the cache holds %.1f MiB: "
             "blocks will be read many times over; raise cache_bytes or use more ranks",
             dataset.root_url,
-            n_lanes,
+            n_windows,
             in_use / 2**20,
             dataset.cache_bytes / 2**20,
         )

@@ -17,8 +17,8 @@ from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
 from dalle_ds.storage.hashing import sha256_of_file
+from dalle_ds.storage.names import SAMPLES_FILE
 
-RECORD = "samples.json"
 PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # change it when `prepare` changes
 
 
@@ -55,15 +55,15 @@ def open_pictures(source: str | Path, *, limit: int | None = None, held_out: flo
         DataError: nothing there, no pictures, or a samples.json that names missing files.
     """
     local = objects.local_path(source)
-    if local is not None and (local.name == RECORD or (local / RECORD).is_file()):
-        files = _of_record(local if local.name == RECORD else local / RECORD)
+    if local is not None and (local.name == SAMPLES_FILE or (local / SAMPLES_FILE).is_file()):
+        files = _of_record(local if local.name == SAMPLES_FILE else local / SAMPLES_FILE)
     elif local is None or any(local.glob("*.tar")) or (local / "manifests").is_dir():
         return _of_shards(str(source), limit, held_out)
     elif local.is_dir():
         found = sorted(path for path in local.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
         files = {str(path.relative_to(local)): (path, _caption_beside(path)) for path in found}
     else:
-        raise DataError(f"{source}: no such folder or samples.json")
+        raise DataError(f"{source}: no such folder or {SAMPLES_FILE}")
     if held_out is not None:
         raise DataError(f"{source}: no raw shards, so that held-out pictures can't be told from others")
     if limit is not None:

@@ -49,10 +49,6 @@ class CodebookUsage:
     n_used: int
     perplexity: float
 
-    @property
-    def used_fraction(self) -> float:
-        return self.n_used / self.n_codes
-
 
 def codebook_usage(histogram_K: np.ndarray) -> CodebookUsage:
     """Usage from how often each of K codes occurs. Raises ValueError where nothing was counted."""

@@ -20,10 +20,8 @@ from dalle_ds.models.attention import LayerCache, SelfAttention
 from dalle_ds.models.resblock import MLP, Linear, ResBlock
 from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
+from dalle_ds.padding import PAD
 from dalle_ds.recipes import Config
-
-PAD = -1
-"""Marks a text slot without a token in `text` inputs."""
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
 """Weights of the two per-modality means in the training loss (paper section 2.2)."""
@@ -243,7 +241,7 @@ class Prior(nn.Module):
         return self.heads(x, "image", image_BN, per_token=True)
 
     def image_logits(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
-        """-> (B, N, V) fp32 logits of every image token."""
+        """-> (B, N, V) fp32 logits of every image token: what tests compare the loss and token-by-token decoding with."""
         return self.heads(self._hidden(text_BT, image_BN)[:, self.config.text_len :], "image")
 
     def _hidden(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:

@@ -38,10 +38,6 @@ class LowBitFormat:
     def largest(self) -> float:
         return 2.0 ** (2**_EXPONENT_BITS - 1 - self.bias) * (2 - 2.0**-self.mantissa)
 
-    @property
-    def smallest_normal(self) -> float:
-        return 2.0 ** (1 - self.bias)
-
 
 FORMAT_1_6_9 = LowBitFormat("1-6-9", mantissa=9, bias=60)
 """Up to 15.984; normal from 2^-59, subnormal from 2^-68."""

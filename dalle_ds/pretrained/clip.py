@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.ops.exactness import exact_fp32
-from dalle_ds.recipes import canonical_json
+from dalle_ds.storage.fingerprint import fingerprint
 
 Picture = Image.Image | np.ndarray
 
@@ -93,11 +93,7 @@ class Clip:
             "std": list(self._processor.image_std),
             "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         }
-        digest = hashlib.sha256(canonical_json(about).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"\n{name}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.cpu().contiguous().numpy())
-        return digest.hexdigest()[:20]
+        return fingerprint(about, self.model.state_dict(), with_dtypes=False)  # fp32 always: see `load`
 
 
 def _check_parts(path: str | Path, model: Any, tokenizer: Any, processor: Any) -> None:

@@ -1,5 +1,7 @@
 """Image tokens to pictures."""
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -9,7 +11,7 @@ from dalle_ds.models.dvae import DVAE
 BLANK = (208, 210, 214)
 
 
-def decode_pictures(dvae: DVAE, codes_BN: Tensor) -> list[Image.Image]:
+def decode_pictures(dvae: DVAE, codes_BN: Tensor | Sequence[Tensor]) -> list[Image.Image]:
     """Codes (B, N) -> B pictures of the dVAE's size.
 
     One at a time: a convolution's rounding depends on the batch, and a picture must repeat bit for bit whatever was decoded

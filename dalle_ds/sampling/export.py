@@ -10,11 +10,13 @@ from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from dalle_ds.models.prior import PAD, Prior, PriorConfig
+from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.padding import PAD
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.names import DVAE_FILE, PRIOR_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
 
 
@@ -55,12 +57,12 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
         FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
     """
     record = read_export_record(url)
-    tokenizer = CaptionTokenizer(objects.join(url, "tokenizer.model"))
+    tokenizer = CaptionTokenizer(objects.join(url, TOKENIZER_FILE))
     require_same(f"tokenizer of export {url}", record.tokenizer, tokenizer.fingerprint, "Export the checkpoint again.")
-    dvae_weights = read_weights(objects.join(url, "dvae.safetensors"), "dvae", device)
+    dvae_weights = read_weights(objects.join(url, DVAE_FILE), "dvae", device)
     require_same(f"dVAE of export {url}", record.dvae, dvae_weights.fingerprint, "Export the checkpoint again.")
     # straight to the device: the host holds one tensor of it at a time, and the model takes these very tensors
-    weights = read_weights(objects.join(url, "model.safetensors"), "prior", device)
+    weights = read_weights(objects.join(url, PRIOR_FILE), "prior", device)
     require_same(f"prior of export {url}", record.fingerprint, weights.fingerprint, "Export the checkpoint again.")
 
     config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.record import Record, read_record
@@ -30,7 +32,7 @@ class ExportRecord(Record):
     """Share of captions left out in training; above 0 the prior knows images without a caption."""
     data_fingerprint: str
     data_content: str
-    data_urls: tuple[str, ...]
+    data_urls: tuple[str, ...] = Field(min_length=1)
     """Token data sets where they were in training: several of a mix."""
     checkpoint: str
     mlflow: MlflowRun | None = None

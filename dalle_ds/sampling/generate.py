@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dalle_ds.models.prior import PAD, DecodingCache, Prior
+from dalle_ds.models.prior import DecodingCache, Prior
 from dalle_ds.models.resblock import Linear
 from dalle_ds.ops.packed import packed_linear
+from dalle_ds.padding import PAD
 
 
 @torch.inference_mode()

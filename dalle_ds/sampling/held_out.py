@@ -50,11 +50,9 @@ def read_held_out(export: Export, data_url: str | None = None, limit: int | None
         data_url: one data set to read instead of those that the export names.
 
     Raises:
-        DataError: no data set there, or none named. FingerprintMismatch: it belongs to another dVAE or tokenizer.
+        DataError: no data set there. FingerprintMismatch: it belongs to another dVAE or tokenizer.
     """
     urls = [data_url] if data_url else list(export.record.data_urls)
-    if not urls:
-        raise DataError(f"export {export.url} does not name its data set: give its root by --data")
     sets = [TokenDataset(url, split="validation") for url in urls]
     for url, dataset in zip(urls, sets, strict=True):
         require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes mean other pictures.")

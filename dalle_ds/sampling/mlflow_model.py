@@ -10,7 +10,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from dalle_ds.ops.devices import default_device
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
+from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
 
 
@@ -36,9 +37,14 @@ class CaptionsToPictures(PythonModel):
         given = dict(params or {})
         settings = SampleSettings(**{**given, "keep": given.get("keep") or None})
         with self._one_at_a_time:
-            rows = self._sampler.draw(Request(tuple(model_input["caption"]), settings))
-        pictures = [{**picture._asdict(), "png": _png(picture.picture)} for row in rows for picture in row]
-        return pd.DataFrame(pictures, columns=["caption", "candidate", "seed", "score", "png"])
+            request = Request(tuple(model_input["caption"]), settings)
+            chosen = [candidate for row in self._sampler.draw(request) for candidate in row]
+            pictures = self._sampler.pictures(chosen)
+        rows = [
+            (request.captions[it.index.caption], it.index.candidate, it.seed, it.score, _png(picture))
+            for it, picture in zip(chosen, pictures, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["caption", "candidate", "seed", "score", "png"])
 
 
 def _png(picture: Any) -> bytes:

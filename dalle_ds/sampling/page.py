@@ -18,7 +18,8 @@ from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.recipes import Config, from_options
 from dalle_ds.sampling.decode import partial_pictures
 from dalle_ds.sampling.given import PAPER_SHARE, give_picture
-from dalle_ds.sampling.sampler import Candidate, Request, Rows, Sampler, SampleSettings
+from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.sampler import Candidate, RowsDecoded, Sampler
 
 try:
     import gradio as gr
@@ -74,7 +75,7 @@ class _Abandoned(Exception):
 class _Drawing(threading.Thread):
     def __init__(self, sampler: Sampler, request: Request) -> None:
         super().__init__(name="drawing", daemon=True)
-        self._sampler, self._request, self._n_units = sampler, request, len(request.units())
+        self._sampler, self._request, self._n_batches = sampler, request, len(request.work_items())
         self.changed, self.ended, self.abandoned = threading.Event(), threading.Event(), False
         self.status, self.shown, self.error = "", [], None
         self._next_at = 0.0
@@ -82,8 +83,8 @@ class _Drawing(threading.Thread):
     def run(self) -> None:
         began = time.monotonic()
         try:
-            candidates = self._sampler.draw(self._request, self._show)
-            self.shown = [(candidate.picture, _label(candidate)) for row in candidates for candidate in row]
+            chosen = [candidate for row in self._sampler.draw(self._request, self._show) for candidate in row]
+            self.shown = list(zip(self._sampler.pictures(chosen), map(_label, chosen), strict=True))
             self.status = f"{self._request.settings.n} drawn in {time.monotonic() - began:.1f} s"
         except _Abandoned:
             log.info("a drawing was given up by who asked for it")
@@ -91,7 +92,7 @@ class _Drawing(threading.Thread):
             self.error = error
         self.ended.set()
 
-    def _show(self, rows: Rows) -> None:
+    def _show(self, rows: RowsDecoded) -> None:
         if self.abandoned:
             raise _Abandoned
         began = time.monotonic()
@@ -99,8 +100,8 @@ class _Drawing(threading.Thread):
             return
         grid = self._sampler.export.dvae.config.grid
         pictures = partial_pictures(self._sampler.export.dvae, rows.codes_BN, rows.n_rows)
-        batch = f", batch {rows.unit.number + 1} of {self._n_units}" if self._n_units > 1 else ""
-        self.shown = [(picture, f"{k + 1}") for k, picture in zip(rows.unit.candidates, pictures, strict=True)]
+        batch = f", batch {rows.item.number + 1} of {self._n_batches}" if self._n_batches > 1 else ""
+        self.shown = [(picture, f"{k + 1}") for k, picture in zip(rows.item.candidates, pictures, strict=True)]
         self.status = f"row {rows.n_rows} of {grid}{batch}"
         self.changed.set()
         # decoding for the eye takes its time from drawing: a share of it at most
@@ -110,7 +111,7 @@ class _Drawing(threading.Thread):
 
 def _label(candidate: Candidate) -> str:
     score = "" if candidate.score is None else f", score {candidate.score:.3f}"
-    return f"no. {candidate.candidate + 1}{score}"
+    return f"no. {candidate.index.candidate + 1}{score}"
 
 
 def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = None) -> gr.Blocks:

@@ -16,9 +16,14 @@ if TYPE_CHECKING:  # importing torch takes seconds, which ingest and its worker 
 LENGTH = 20  # hex characters: 80 bits
 
 
-def fingerprint(config: Mapping[str, Any], arrays: "Mapping[str, torch.Tensor | np.ndarray | bytes] | None" = None) -> str:
+def fingerprint(
+    config: Mapping[str, Any],
+    arrays: "Mapping[str, torch.Tensor | np.ndarray | bytes] | None" = None,
+    *,
+    with_dtypes: bool = True,
+) -> str:
     """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter)."""
-    hasher = FingerprintHasher(config)
+    hasher = FingerprintHasher(config, with_dtypes=with_dtypes)
     for name, array in sorted((arrays or {}).items()):
         hasher.add(name, array)
     return hasher.value()
@@ -27,17 +32,18 @@ def fingerprint(config: Mapping[str, Any], arrays: "Mapping[str, torch.Tensor | 
 class FingerprintHasher:
     """`fingerprint`, for arrays that are not in memory together: they are added one after another, in the order of names."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], *, with_dtypes: bool = True) -> None:
         self._digest = hashlib.sha256(canonical_json(dict(config)).encode())
-        self._last: str | None = None
+        self._with_dtypes, self._last = with_dtypes, ""
 
     def add(self, name: str, array: "torch.Tensor | np.ndarray | bytes") -> None:
         """Raises ValueError for a name that does not come after the last one."""
-        if self._last is not None and name <= self._last:
+        if name <= self._last:
             raise ValueError(f"{name} was added after {self._last}, expected ascending names")
         self._last = name
         dtype, shape, data = _content(array)
-        self._digest.update(f"\n{name}\0{dtype}\0{shape}\0".encode())
+        about = (name, dtype, shape) if self._with_dtypes else (name, shape)
+        self._digest.update(("\n" + "".join(f"{part}\0" for part in about)).encode())
         self._digest.update(data)
 
     def value(self) -> str:

@@ -1,20 +1,11 @@
-"""Pictures for the dashboards: curves, all gradient scales over time, loss by place in the picture.
-
-Drawn without pyplot, whose figures are global: charts are made while other threads run. Matplotlib is imported when the first
-is drawn: of all ranks only one draws, and a start without it is a third of a second shorter.
-"""
+"""Pictures for the dashboards: curves, all gradient scales over time, loss by place in the picture."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DPI = 110
+from dalle_ds.figures import drawn, new_figure
 
 
 def curves(
@@ -26,7 +17,7 @@ def curves(
     log_y: bool = False,
 ) -> Image.Image:
     """Named lines (x values, y values) in one chart. Raises ValueError where x and y differ in length."""
-    figure = _figure(7.5, 4.2)
+    figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     for name, (x, y) in series.items():
         if len(x) != len(y):
@@ -38,7 +29,7 @@ def curves(
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(frameon=False)
-    return _picture(figure)
+    return drawn(figure)
 
 
 def gradient_scales(
@@ -56,7 +47,7 @@ def gradient_scales(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    figure = _figure(7.5, 4.2)
+    figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     colours = colormaps["viridis"](np.linspace(0, 0.92, len(scales)))
     for colour, (name, values) in zip(colours, scales.items(), strict=True):
@@ -73,7 +64,7 @@ def gradient_scales(
         figure.colorbar(mapping, ax=axes, label="residual block, from the input on")
     elif scales:
         axes.legend(frameon=False, fontsize=8, ncols=2)
-    return _picture(figure)
+    return drawn(figure)
 
 
 def position_heatmap(
@@ -86,26 +77,11 @@ def position_heatmap(
     """A map over the grid of image tokens (rows downwards); `diverging` centres the colours on zero."""
     if values_GG.ndim != 2:
         raise ValueError(f"values have shape {values_GG.shape}, expected (rows, columns)")
-    figure = _figure(5.2, 4.4)
+    figure = new_figure(5.2, 4.4)
     axes = figure.add_subplot()
     reach = float(np.nanmax(np.abs(values_GG))) or 1.0
     options = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if diverging else {"cmap": "viridis"}
     image = axes.imshow(values_GG, interpolation="nearest", **options)
     axes.set(title=title, xlabel="column", ylabel="row")
     figure.colorbar(image, ax=axes, label=label)
-    return _picture(figure)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _picture(figure: "Figure") -> Image.Image:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return Image.open(buffer).convert("RGB")
+    return drawn(figure)

@@ -96,10 +96,6 @@ class Spool:
         """Records that are not acknowledged yet."""
         return len(self.read(limit=1 << 60)[0])
 
-    def is_empty(self) -> bool:
-        """Whether all is acknowledged."""
-        return not self.read(limit=1)[0]
-
     def close(self) -> None:
         """Give back the files; what is unacknowledged stays on disk."""
         for handle in (self._file, self._lock):

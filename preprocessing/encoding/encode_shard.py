@@ -24,6 +24,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.names import DVAE_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
 from preprocessing.encoding.encoder import Encode, Precision, encoder_of
 
@@ -50,9 +51,9 @@ class EncodeJob:
     def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
         """Load the models, once a process."""
         torch.set_num_threads(n_threads)
-        dvae, mark = load_dvae(objects.join(self.out, "dvae.safetensors"))
+        dvae, mark = load_dvae(objects.join(self.out, DVAE_FILE))
         require_same(f"dVAE of data set {self.out}", self.info.dvae, mark)
-        tokenizer = CaptionTokenizer(objects.join(self.out, "tokenizer.model"))
+        tokenizer = CaptionTokenizer(objects.join(self.out, TOKENIZER_FILE))
         require_same(f"tokenizer of data set {self.out}", self.info.tokenizer, tokenizer.fingerprint)
         encode = encoder_of(dvae, self.precision, self.device, bool(self.info.tf32))
         return lambda shard: encode_shard(shard, self, encode, tokenizer, n_threads)

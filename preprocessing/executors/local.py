@@ -10,10 +10,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.connection import wait as wait_for_sentinel
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from dalle_ds.console import progress, setup_logging
 from dalle_ds.errors import UserError
+from preprocessing.executors.engine import Engine
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.ray_cluster import settle_on_ray
 
@@ -21,9 +22,6 @@ log = logging.getLogger(__name__)
 
 MAX_BROKEN_POOLS = 3  # in a row, without a shard done between them
 MAX_FAILURES_IN_A_ROW = 10  # then it is the storage or the set-up, not the shards
-
-
-Engine = Literal["local", "ray"]
 
 
 class _GiveUp(Exception):

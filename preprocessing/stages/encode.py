@@ -29,11 +29,13 @@ from dalle_ds.ops.devices import gpus_are_wanted
 from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.names import DATASET_FILE, DVAE_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
 from preprocessing.encoding.encode_shard import EncodeJob, code_usage, crop_of, load_dvae
 from preprocessing.encoding.encoder import Precision, agreement, encoder_of
+from preprocessing.executors.engine import Engine
 from preprocessing.executors.journal import Journal
-from preprocessing.executors.local import Engine, n_cores, run_shards
+from preprocessing.executors.local import n_cores, run_shards
 from preprocessing.executors.outcome import Outcome
 from preprocessing.executors.ray_cluster import n_of
 
@@ -165,9 +167,9 @@ def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> Dataset
         validation_fraction=config.validation_fraction,
         **precision,
     ).sealed()
-    if not objects.create_exclusive(objects.join(config.out, "dataset.json"), info.to_json()):
+    if not objects.create_exclusive(objects.join(config.out, DATASET_FILE), info.to_json()):
         _require_same_making(config.out, load_dataset_info(config.out), info)
-    for name, source in (("dvae.safetensors", config.dvae), ("tokenizer.model", config.tokenizer)):
+    for name, source in ((DVAE_FILE, config.dvae), (TOKENIZER_FILE, config.tokenizer)):
         if not objects.exists(objects.join(config.out, name)):
             with objects.local_copy(source) as file:
                 objects.put_file(file, objects.join(config.out, name))
@@ -254,7 +256,7 @@ def _is_same_input(made_of: InputIdentity, shard: RawShard) -> bool:
 
 
 def _publish(out: str, manifest: DatasetManifest) -> None:
-    url = objects.join(out, "manifest.json")
+    url = objects.join(out, MANIFEST_FILE)
     data = manifest.to_json()
     if not objects.exists(url) or objects.read_bytes(url) != data:
         objects.write_bytes(url, data)

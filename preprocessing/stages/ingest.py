@@ -22,8 +22,9 @@ from dalle_ds.recipes import Config, canonical_json
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.hashing import sha256_of_file
+from preprocessing.executors.engine import Engine
 from preprocessing.executors.journal import Journal
-from preprocessing.executors.local import Engine, n_cores, run_shards
+from preprocessing.executors.local import n_cores, run_shards
 from preprocessing.executors.outcome import Outcome
 from preprocessing.executors.ray_cluster import n_of
 from preprocessing.filters.language import language_of

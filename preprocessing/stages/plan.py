@@ -3,6 +3,7 @@
 from dalle_ds.data.manifest import load_manifest
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DATASET_FILE
 from preprocessing.executors.outcome import Outcome
 
 TOKENS, CODE_BYTES = 1024, 2
@@ -80,7 +81,7 @@ def run(
 
 
 def _measured(root: str) -> dict[str, float]:
-    if not objects.exists(objects.join(root, "dataset.json")):
+    if not objects.exists(objects.join(root, DATASET_FILE)):
         raise DataError(f"{root}: no token data set; --measured expects the output of `python -m preprocessing encode`")
     manifest = load_manifest(root)
     n_input = sum(shard.n_input for shard in manifest.shards)

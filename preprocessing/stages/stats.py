@@ -10,6 +10,7 @@ from dalle_ds.data.manifest import DatasetManifest, RawShardManifest, load_datas
 from dalle_ds.errors import DataError
 from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DATASET_FILE
 from preprocessing.encoding.encode_shard import code_usage
 from preprocessing.executors.outcome import Outcome
 from preprocessing.stages.stats_page import decoded_examples, page_of_raw, page_of_tokens, raw_examples
@@ -40,7 +41,7 @@ def run(config: StatsConfig) -> Outcome:
         DataError: no data set there, no shard of it is done, or `page` cannot be written.
     """
     started = time.monotonic()
-    is_tokens = objects.exists(objects.join(config.root, "dataset.json"))
+    is_tokens = objects.exists(objects.join(config.root, DATASET_FILE))
     summary, page = _tokens(config) if is_tokens else _raw(config)
     return Outcome({**summary, "page": _write(page, config), "seconds": time.monotonic() - started})
 

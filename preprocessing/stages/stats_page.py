@@ -6,11 +6,10 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dalle_ds.data.images import ImageProblem, decode_image
@@ -18,8 +17,13 @@ from dalle_ds.data.manifest import DatasetManifest
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.data.shards import read_block
 from dalle_ds.errors import DataError
+from dalle_ds.figures import drawn, new_figure
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DVAE_FILE
 from preprocessing.encoding.encode_shard import load_dvae
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
     if n == 0:
         return []
     try:
-        dvae = load_dvae(objects.join(root, "dvae.safetensors"))[0].eval()
+        dvae = load_dvae(objects.join(root, DVAE_FILE))[0].eval()
     except DataError as error:
         log.warning("no pictures on the page: %s", error)
         return []
@@ -118,7 +122,7 @@ def _flat(values: Mapping[str, object], above: str = "") -> list[tuple[str, str]
 
 def _bars(title: str, counts: Mapping[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: item[1])
-    figure = Figure(figsize=(6.5, 0.9 + 0.34 * len(ordered)), layout="constrained")
+    figure = new_figure(6.5, 0.9 + 0.34 * len(ordered))
     axes = figure.add_subplot(title=title)
     bars = axes.barh([name for name, _ in ordered], [count for _, count in ordered], color=INK)
     axes.bar_label(bars, [f"{count:,}" for _, count in ordered], padding=3)
@@ -129,7 +133,7 @@ def _bars(title: str, counts: Mapping[str, int]) -> str:
 
 def _lengths(counts: Mapping[int, int]) -> str:
     title = "Captions of the train split, by BPE tokens"
-    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    figure = new_figure(6.5, 3.2)
     axes = figure.add_subplot(title=title, xlabel="tokens", ylabel="captions")
     axes.bar(list(counts), list(counts.values()), width=1.0, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
@@ -139,7 +143,7 @@ def _lengths(counts: Mapping[int, int]) -> str:
 def _codes(histogram: Sequence[int]) -> str:
     title = "Codes by how often they are used"
     counts = np.sort(np.asarray(histogram))[::-1]
-    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    figure = new_figure(6.5, 3.2)
     axes = figure.add_subplot(title=title, xlabel="code, the most used first", ylabel="times used", yscale="symlog")
     axes.fill_between(np.arange(len(counts)), counts, step="mid", color=INK)
     axes.set_ylim(bottom=0)
@@ -147,11 +151,8 @@ def _codes(histogram: Sequence[int]) -> str:
     return _chart(figure, title)
 
 
-def _chart(figure: Figure, title: str) -> str:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, dpi=140)
-    return f'<img class="chart" src="{_data_uri(Image.open(buffer))}" alt="{html.escape(title)}">'
+def _chart(figure: "Figure", title: str) -> str:
+    return f'<img class="chart" src="{_data_uri(drawn(figure, dpi=140))}" alt="{html.escape(title)}">'
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from dalle_ds.data.manifest import RawShardManifest, ShardManifest, load_shard_m
 from dalle_ds.errors import DataError
 from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DATASET_FILE
 from preprocessing.executors.journal import load_failures, load_plan
 from preprocessing.executors.outcome import Outcome
 
@@ -29,7 +30,7 @@ def run(config: StatusConfig) -> Outcome:
     Raises:
         DataError: no ingest or encode has begun there.
     """
-    is_tokens = objects.exists(objects.join(config.root, "dataset.json"))
+    is_tokens = objects.exists(objects.join(config.root, DATASET_FILE))
     plan = load_plan(config.root)
     manifests = load_shard_manifests(config.root, ShardManifest if is_tokens else RawShardManifest)
     if not manifests and plan is None:

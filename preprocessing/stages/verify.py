@@ -31,6 +31,7 @@ from dalle_ds.errors import DataError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DATASET_FILE, DVAE_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
 from preprocessing.encoding.encode_shard import load_dvae
 from preprocessing.encoding.reconstruct import MIN_SAME_TOKENS, Pair, draw, pairs_of
@@ -81,7 +82,7 @@ class VerifyJob:
             return lambda manifest: check_shard(self, manifest)
         torch.set_num_threads(n_threads)
         try:
-            dvae = load_dvae(objects.join(self.root, "dvae.safetensors"))[0].eval()
+            dvae = load_dvae(objects.join(self.root, DVAE_FILE))[0].eval()
         except UserError:  # told with the other files of the data set
             dvae = None
         return lambda manifest: check_shard(self, manifest, dvae)
@@ -95,7 +96,7 @@ def run(config: VerifyConfig) -> Outcome:
     """
     started = time.monotonic()
     problems: list[str] = []
-    is_tokens = objects.exists(objects.join(config.root, "dataset.json"))
+    is_tokens = objects.exists(objects.join(config.root, DATASET_FILE))
     if is_tokens:
         info = load_dataset_info(config.root)
         mark = info.fingerprint
@@ -242,8 +243,8 @@ def _whole_object(url: str, part: Part) -> bytes:
 def _check_dataset(root: str, info: DatasetInfo, manifests: list[ShardManifest]) -> list[str]:
     problems = []
     readers: dict[str, tuple[str, Callable[[str], str]]] = {
-        "tokenizer.model": (info.tokenizer, lambda url: CaptionTokenizer(url).fingerprint),
-        "dvae.safetensors": (info.dvae, lambda url: read_weights(url, "dvae").fingerprint),
+        TOKENIZER_FILE: (info.tokenizer, lambda url: CaptionTokenizer(url).fingerprint),
+        DVAE_FILE: (info.dvae, lambda url: read_weights(url, "dvae").fingerprint),
     }
     for name, (expected, fingerprint_of) in readers.items():
         url = objects.join(root, name)
@@ -254,7 +255,7 @@ def _check_dataset(root: str, info: DatasetInfo, manifests: list[ShardManifest])
             continue
         if found != expected:
             problems.append(f"{url}: fingerprint {found}, dataset.json says {expected}")
-    url = objects.join(root, "manifest.json")
+    url = objects.join(root, MANIFEST_FILE)
     if not objects.exists(url):
         return [*problems, f"{url}: missing; the encode run has not come to its end"]
     try:

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from dalle_ds.data.manifest import (
+    BlockColumns,
     BlockTable,
     DatasetInfo,
     InputIdentity,
@@ -25,7 +26,7 @@ INFO = DatasetInfo(image_size=32, grid=8, n_codes=4, dvae="d", tokenizer="t", cr
 
 
 def shard(name: str, n_train: int, fingerprint: str = INFO.fingerprint) -> ShardManifest:
-    part = Part(path=f"data/{name}.tar", bytes=10, checksum="x", n_samples=n_train, blocks=[])
+    part = Part(path=f"data/{name}.tar", bytes=10, checksum="x", n_samples=n_train, blocks=BlockColumns.of(name, []))
     return ShardManifest(
         shard=name,
         attempt="a",
@@ -85,21 +86,16 @@ def test_unfinished_data_sets_are_merged_from_their_shards(any_root: str) -> Non
     assert load_manifest(any_root) == whole
 
 
-def test_blocks_are_columns_and_lists_of_older_data_sets_are_read(tmp_path: Path) -> None:
+def test_blocks_are_columns() -> None:
     columns = {"name": "a", "bytes": "100 50 70", "n_samples": "4 4 3", "crc32": "00000001 ffffffff 0a0b0c0d"}
-    older = [
-        {"name": f"a-{i:05d}", "offset": offset, "bytes": size, "n_samples": n, "crc32": crc}
-        for i, (offset, size, n, crc) in enumerate(
-            [(0, 100, 4, "00000001"), (100, 50, 4, "ffffffff"), (150, 70, 3, "0a0b0c0d")]
-        )
-    ]
     part = {"path": "data/a.tar", "bytes": 1024, "checksum": "x", "n_samples": 11}
-    first, second = (Part.model_validate_json(json.dumps({**part, "blocks": blocks})) for blocks in (columns, older))
-    assert first == second and json.loads(first.to_json())["blocks"] == columns
-    assert [block.model_dump() for block in second.blocks] == older
-    older[1]["offset"] = 104
-    with pytest.raises(ValidationError, match="block a-00001 at 104, expected a-00001 at 100"):
-        Part.model_validate({**part, "blocks": older})
+    read = Part.model_validate_json(json.dumps({**part, "blocks": columns}))
+    assert json.loads(read.to_json())["blocks"] == columns and BlockColumns.of("a", read.blocks) == read.columns
+    assert [(block.name, block.offset, block.bytes, block.n_samples, block.crc32) for block in read.blocks] == [
+        ("a-00000", 0, 100, 4, "00000001"),
+        ("a-00001", 100, 50, 4, "ffffffff"),
+        ("a-00002", 150, 70, 3, "0a0b0c0d"),
+    ]
     with pytest.raises(ValidationError, match="columns of different lengths"):
         Part.model_validate({**part, "blocks": {**columns, "n_samples": "4 7"}})
     for damage in ({"bytes": "100 5x 70"}, {"n_samples": "4  3"}, {"crc32": "00000001 ffffffff 0a0b0c"}):

@@ -75,23 +75,32 @@ def odd_captions(n: int, seed: int = 0) -> list[str]:
     return captions
 
 
+def piece(tokenizer: CaptionTokenizer, token: int) -> str:
+    """How the vocabulary spells a token; a space is U+2581, a byte <0x..>."""
+    return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes).id_to_piece(token)
+
+
+def encode_with_dropout(tokenizer: CaptionTokenizer, caption: str, p: float, rng: np.random.Generator) -> list[int]:
+    return np.frombuffer(tokenizer.pack_with_dropout(caption, p, rng), dtype=np.int32).tolist()
+
+
 def test_every_merged_piece_is_letters_alone(tokenizer):
-    pieces = [tokenizer.piece(i) for i in range(257, tokenizer.n_vocab)]
-    assert tokenizer.piece(0) == "<unk>" and tokenizer.piece(1) == "<0x00>" and tokenizer.piece(256) == "<0xFF>"
+    pieces = [piece(tokenizer, i) for i in range(257, tokenizer.n_vocab)]
+    assert piece(tokenizer, 0) == "<unk>" and piece(tokenizer, 1) == "<0x00>" and piece(tokenizer, 256) == "<0xFF>"
     merged = [piece for piece in pieces if len(piece) > 1]
     assert len(merged) > 100
     assert [piece for piece in merged if not re.fullmatch("[a-z]+", piece)] == []
 
 
 def test_all_ascii_singles_and_frequent_others_have_a_piece(tokenizer):
-    pieces = {tokenizer.piece(i) for i in range(tokenizer.n_vocab)}
+    pieces = {piece(tokenizer, i) for i in range(tokenizer.n_vocab)}
     assert set(string.ascii_lowercase + string.digits + string.punctuation + SPACE) <= pieces  # q, z and 7 are in no caption
     assert {"é", "ñ"} <= pieces
 
 
 def test_a_caption_is_the_concatenation_of_its_segments(tokenizer):
     space = tokenizer.encode("a b")[1]
-    assert tokenizer.piece(space) == SPACE
+    assert piece(tokenizer, space) == SPACE
     for caption in odd_captions(400):
         segments = SEGMENT.findall(tokenizer.normalize(caption))
         alone = [[space] if segment == SPACE else tokenizer.encode(segment) for segment in segments]
@@ -99,12 +108,12 @@ def test_a_caption_is_the_concatenation_of_its_segments(tokenizer):
 
 
 def test_digits_punctuation_and_spaces_are_single_tokens(tokenizer):
-    pieces = [tokenizer.piece(i) for i in tokenizer.encode("A  RED cat's 10:30")]
+    pieces = [piece(tokenizer, i) for i in tokenizer.encode("A  RED cat's 10:30")]
     assert pieces == ["a", SPACE, "red", SPACE, "cat", "'", "s", SPACE, "1", "0", ":", "3", "0"]
 
 
 def test_unseen_characters_fall_back_to_bytes_and_come_back(tokenizer):
-    assert [tokenizer.piece(i) for i in tokenizer.encode("😀")] == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+    assert [piece(tokenizer, i) for i in tokenizer.encode("😀")] == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
     assert tokenizer.decode(tokenizer.encode("Red 😀 日本 cat")) == "red 😀 日本 cat"
     assert tokenizer.decode([*tokenizer.encode("red cat"), -1, -1]) == "red cat"
     assert tokenizer.encode("") == tokenizer.encode(" \t\n ") == []
@@ -119,7 +128,7 @@ def test_merge_loop_equals_sentencepiece_without_dropout(tokenizer):
     for caption in [*odd_captions(1500, seed=1), *plain]:
         expected = processor.encode(caption.encode("utf-8", "replace").decode())
         assert tokenizer.encode(caption) == expected, caption
-        assert tokenizer.encode_with_dropout(caption, 0.0, rng) == expected, caption
+        assert encode_with_dropout(tokenizer, caption, 0.0, rng) == expected, caption
     assert rng.bit_generator.state == before
 
 
@@ -128,13 +137,13 @@ def test_merge_loop_takes_the_leftmost_of_equal_pairs(tmp_path):
     rng = random.Random(0)
     for _ in range(300):
         word = "".join(rng.choice("abnlz") for _ in range(rng.randint(1, 14)))
-        assert tokenizer.encode_with_dropout(word, 0.0, np.random.default_rng()) == tokenizer.encode(word), word
+        assert encode_with_dropout(tokenizer, word, 0.0, np.random.default_rng()) == tokenizer.encode(word), word
 
 
 def test_dropout_is_a_function_of_the_generator_and_keeps_the_text(tokenizer):
     caption = "A smiling snowboarder beside 1,000 umbrellas 😀"
-    runs = [tokenizer.encode_with_dropout(caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
-    assert runs == [tokenizer.encode_with_dropout(caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
+    runs = [encode_with_dropout(tokenizer, caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
+    assert runs == [encode_with_dropout(tokenizer, caption, 0.3, np.random.default_rng(seed)) for seed in range(50)]
     assert len({tuple(ids) for ids in runs}) > 25
     assert {tokenizer.decode(ids) for ids in runs} == {caption.lower()}
 
@@ -154,7 +163,7 @@ def test_kept_states_merge_as_the_plain_algorithm(tokenizer, monkeypatch):
         ]
         space = tokenizer._id_of_piece[SPACE]
         expected = [i for ids in plain for i in [space, *ids]][1:]
-        assert tokenizer.encode_with_dropout(" ".join(words), p, np.random.default_rng(seed)) == expected, words
+        assert encode_with_dropout(tokenizer, " ".join(words), p, np.random.default_rng(seed)) == expected, words
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**70 + 5])
@@ -169,7 +178,7 @@ def test_samples_are_seeded_as_numpy_does(seed, n):
 
 
 def test_dropout_of_everything_leaves_characters(tokenizer):
-    pieces = [tokenizer.piece(i) for i in tokenizer.encode_with_dropout("red cat", 1.0, np.random.default_rng(0))]
+    pieces = [piece(tokenizer, i) for i in encode_with_dropout(tokenizer, "red cat", 1.0, np.random.default_rng(0))]
     assert pieces == ["r", "e", "d", SPACE, "c", "a", "t"]
 
 
@@ -177,13 +186,13 @@ def test_dropout_rate_matches_the_algorithm(tmp_path):
     """ "ab" has one merge: it is dropped with chance p, and then no candidate is left, so the word stays split."""
     pair = train_tokenizer(["ab ab ab"], 400, tmp_path / "ab.model")
     rng = np.random.default_rng(0)
-    n_split = sum(len(pair.encode_with_dropout("ab", 0.1, rng)) == 2 for _ in range(4000))
+    n_split = sum(len(encode_with_dropout(pair, "ab", 0.1, rng)) == 2 for _ in range(4000))
     assert 0.08 < n_split / 4000 < 0.12
 
 
 def test_impossible_dropout_is_refused(tokenizer):
     with pytest.raises(ValueError, match="1.5"):
-        tokenizer.encode_with_dropout("a", 1.5, np.random.default_rng(0))
+        encode_with_dropout(tokenizer, "a", 1.5, np.random.default_rng(0))
 
 
 def test_order_of_captions_does_not_matter(tmp_path):
@@ -204,7 +213,7 @@ def test_too_large_vocabulary_becomes_as_large_as_the_captions_support(tmp_path,
 
 def test_letters_that_no_caption_has_get_a_piece(tmp_path):
     tokenizer = train_tokenizer(["the " * 20 + "cat"] * 3000, 400, tmp_path / "t.model")
-    assert [tokenizer.piece(i) for i in tokenizer.encode("quiz")] == ["q", "u", "i", "z"]
+    assert [piece(tokenizer, i) for i in tokenizer.encode("quiz")] == ["q", "u", "i", "z"]
 
 
 def test_only_the_most_frequent_words_train(tmp_path, monkeypatch):

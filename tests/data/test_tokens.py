@@ -13,9 +13,12 @@ import torch
 
 from dalle_ds.data import prefetch, shards, token_dataset
 from dalle_ds.data.manifest import load_dataset_info, load_manifest
+from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
-from dalle_ds.data.tokens import PAD, TokenBatch, TokenDataset, TokenStream, validation_batches
+from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
+from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
 from tests.data.token_sets import edit_json, make_token_set
 
@@ -34,7 +37,7 @@ def own_root(tmp_path) -> str:
 
 
 def read(dataset: TokenDataset, n_updates: int, **settings) -> list[list[TokenBatch]]:
-    with TokenStream(dataset, **(SETTINGS | settings)) as stream:
+    with TokenStream(TokenMix([dataset]), **(SETTINGS | settings)) as stream:
         return list(itertools.islice(stream, n_updates))
 
 
@@ -111,7 +114,7 @@ def test_a_resumed_stream_continues_exactly(root):
 
 
 def test_the_stream_knows_where_it_is(root):
-    with TokenStream(TokenDataset(root), start_update=7, **SETTINGS) as stream:
+    with TokenStream(TokenMix([TokenDataset(root)]), start_update=7, **SETTINGS) as stream:
         assert stream.steps_per_epoch == 12 and stream.n_drawn == [84] and stream.next_update == 7
         next(stream)
         assert stream.next_update == 8
@@ -132,7 +135,7 @@ def test_dropout_changes_from_epoch_to_epoch_but_not_the_pictures(root):
 
 def test_long_captions_are_cut_and_counted(root):
     dataset = TokenDataset(root)
-    with TokenStream(dataset, **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0})) as stream:
+    with TokenStream(TokenMix([dataset]), **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0})) as stream:
         updates = [next(stream) for _ in range(stream.steps_per_epoch)]
         captions = [caption for update in updates for batch in update for caption in batch.captions]
         n_long = sum(len(dataset.tokenizer.encode(caption)) > 8 for caption in captions)
@@ -150,7 +153,7 @@ def test_a_small_cache_gives_the_same_and_says_so(root, caplog):
 def test_an_epoch_reads_each_block_once_where_the_cache_holds_them(root):
     dataset = TokenDataset(root)
     read(dataset, 24)
-    assert dataset.read_amplification == 1.0
+    assert dataset._cache.n_loads == dataset.n_blocks
 
 
 @pytest.mark.parametrize(
@@ -169,11 +172,11 @@ def test_an_epoch_reads_each_block_once_where_the_cache_holds_them(root):
 )
 def test_settings_that_cannot_work_are_refused_at_birth(root, settings, error, message):
     with pytest.raises(error, match=message):
-        TokenStream(TokenDataset(root), **(SETTINGS | settings))
+        TokenStream(TokenMix([TokenDataset(root)]), **(SETTINGS | settings))
 
 
 def test_a_closed_stream_leaves_no_thread(root):
-    stream = TokenStream(TokenDataset(root), **(SETTINGS | {"rank": 3, "world_size": 6}))
+    stream = TokenStream(TokenMix([TokenDataset(root)]), **(SETTINGS | {"rank": 3, "world_size": 6}))
     next(stream)
     assert any(thread.name == "token-stream-3" for thread in threading.enumerate())
     stream.close()
@@ -260,7 +263,7 @@ def test_dropped_captions_are_the_same_on_any_number_of_ranks_and_after_a_resume
 
 def test_dropped_captions_are_not_counted_as_cut(root):
     dataset = TokenDataset(root)
-    with TokenStream(dataset, **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0}), caption_dropout=0.5) as stream:
+    with TokenStream(TokenMix([dataset]), **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0}), caption_dropout=0.5) as stream:
         batches = [batch for _ in range(12) for batch in next(stream)]
         is_kept = [row[0] != PAD for batch in batches for row in batch.text_BT.tolist()]
         is_long = [len(dataset.tokenizer.encode(caption)) > 8 for batch in batches for caption in batch.captions]
@@ -271,7 +274,7 @@ def test_validation_drops_no_caption(root):
     dataset = TokenDataset(root, "validation")
     # the same samples as training data would lose captions
     assert any((text == PAD).all(1).any() for _, text, _ in joined(read(dataset, 4, caption_dropout=0.5)))
-    for batch in validation_batches(dataset, text_len=24, batch=5, rank=0, world_size=1):
+    for batch in validation_batches(TokenMix([dataset]), text_len=24, batch=5, rank=0, world_size=1):
         for caption, row in zip(batch.captions, batch.text_BT.tolist(), strict=True):
             ids = dataset.tokenizer.encode(caption)[:23]
             assert row == ids + [PAD] * (23 - len(ids))
@@ -385,28 +388,31 @@ def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_has_equal_counts_and_no_sample_twice(root, world_size):
     dataset = TokenDataset(root, "validation")
-    ranks = [validation_batches(dataset, text_len=24, batch=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        validation_batches(TokenMix([dataset]), text_len=24, batch=4, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     assert {len(batches) for batches in ranks} == {50 // (4 * world_size)}
     keys = [key for batches in ranks for batch in batches for key in batch.keys]
-    assert len(keys) == len(set(keys)) == ranks[0].n_samples
-    assert ranks[0].n_samples + ranks[0].n_dropped == 50
-    again = validation_batches(dataset, text_len=24, batch=4, rank=0, world_size=world_size)
+    assert len(keys) == len(set(keys)) == 50 // (4 * world_size) * 4 * world_size
+    again = validation_batches(TokenMix([dataset]), text_len=24, batch=4, rank=0, world_size=world_size)
     assert all(torch.equal(a.text_BT, b.text_BT) and a.keys == b.keys for a, b in zip(ranks[0], again, strict=True))
 
 
 def test_validation_limit_spreads_over_the_shards(root):
-    batches = validation_batches(TokenDataset(root, "validation"), text_len=24, batch=5, rank=0, world_size=1, limit=34)
-    assert len(batches) == 6 and batches.n_samples == 30 and batches.n_dropped == 4
+    mix = TokenMix([TokenDataset(root, "validation")])
+    batches = validation_batches(mix, text_len=24, batch=5, rank=0, world_size=1, limit=34)
+    assert [len(batch) for batch in batches] == [5] * 6  # 4 of 34 fill no batch
     assert len({shard for batch in batches for shard in batch.shards}) > 1
-    everything = validation_batches(TokenDataset(root, "validation"), text_len=24, batch=5, rank=0, world_size=1, limit=10**6)
-    assert everything.n_samples == 50
+    everything = validation_batches(mix, text_len=24, batch=5, rank=0, world_size=1, limit=10**6)
+    assert sum(map(len, everything)) == 50
 
 
 def test_too_few_samples_to_validate_on(root):
     with pytest.raises(DataError, match="50 samples of split 'validation' .* at least 60: one batch of 30 on each of 2 ranks"):
-        validation_batches(TokenDataset(root, "validation"), text_len=24, batch=30, rank=0, world_size=2)
+        validation_batches(TokenMix([TokenDataset(root, "validation")]), text_len=24, batch=30, rank=0, world_size=2)
     with pytest.raises(ConfigError, match="rank 2 of 2"):
-        validation_batches(TokenDataset(root, "validation"), text_len=24, batch=1, rank=2, world_size=2)
+        validation_batches(TokenMix([TokenDataset(root, "validation")]), text_len=24, batch=1, rank=2, world_size=2)
 
 
 # Object storage -----------------------------------------------------------------------------------------------------------
@@ -417,7 +423,7 @@ def test_s3_gives_the_same_and_survives_a_lost_server(root, s3, monkeypatch):
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "60")
     remote = make_token_set(s3.url, **SIZES)
     expected = joined(read(TokenDataset(root), 12))
-    with TokenStream(TokenDataset(remote, cache_bytes=1), prefetch=1, **SETTINGS) as stream:
+    with TokenStream(TokenMix([TokenDataset(remote, cache_bytes=1)]), prefetch=1, **SETTINGS) as stream:
         updates = [next(stream) for _ in range(3)]
         s3.server.kill()
         with pytest.raises(ConnectionRefusedError):

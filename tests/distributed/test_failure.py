@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dalle_ds.data.manifest import load_manifest
-from dalle_ds.data.reading_order import ReadingOrder, rank_lanes
+from dalle_ds.data.mixture import MixtureOrder
+from dalle_ds.data.order import slots_of_rank
 from dalle_ds.data.token_dataset import TokenDataset
 from tests.data.token_sets import make_token_set
 from tests.support import launching
@@ -72,12 +73,12 @@ def wait_for_progress(home: Path, process: subprocess.Popen[str]) -> None:
 
 
 def block_that_rank_1_alone_reads_first(data: Path) -> int:
-    order = ReadingOrder([TokenDataset(data).block_sizes], seed=0, global_batch=GLOBAL_BATCH)
+    order = MixtureOrder([TokenDataset(data).block_sizes], seed=0, global_batch=GLOBAL_BATCH)
     first: list[dict[int, int]] = [{}, {}]
     for rank, seen in enumerate(first):
-        lanes = rank_lanes(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, rank=rank, world_size=2)
+        slots = slots_of_rank(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, rank=rank, world_size=2)
         for update in range(40):
-            for block in order.places(update, lanes).block.tolist():
+            for block in order.locations(update, slots).block.tolist():
                 seen.setdefault(block, update)
     return next(block for block, update in first[1].items() if 5 <= update < 30 and first[0].get(block, 99) > update + 5)
 

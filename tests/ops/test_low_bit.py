@@ -67,8 +67,9 @@ def test_every_midpoint_goes_to_the_even_neighbour_and_all_beside_it_to_the_near
 
 @FORMATS
 def test_values_of_all_sizes_round_as_the_reference(fmt: LowBitFormat) -> None:
+    smallest_normal = 2.0 ** (1 - fmt.bias)
     patterns = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
-    near = torch.randn(20_000, generator=torch.Generator().manual_seed(1)).mul(4).exp2() * fmt.smallest_normal
+    near = torch.randn(20_000, generator=torch.Generator().manual_seed(1)).mul(4).exp2() * smallest_normal
     tiny, huge = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
     edges = [
         0.0,
@@ -81,10 +82,10 @@ def test_values_of_all_sizes_round_as_the_reference(fmt: LowBitFormat) -> None:
         huge,
         float("inf"),
         float("nan"),
-        fmt.smallest_normal,
-        fmt.smallest_normal * (1 - 2**-20),
-        fmt.smallest_normal * 2.0 ** (-fmt.mantissa - 1),
-        fmt.smallest_normal * 2.0 ** (-fmt.mantissa - 1) * (1 + 2**-20),
+        smallest_normal,
+        smallest_normal * (1 - 2**-20),
+        smallest_normal * 2.0 ** (-fmt.mantissa - 1),
+        smallest_normal * 2.0 ** (-fmt.mantissa - 1) * (1 + 2**-20),
         tiny,
         2.0**-149,
     ]

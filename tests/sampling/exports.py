@@ -1,6 +1,7 @@
 """A small export for tests: a prior with random weights beside the dVAE and tokenizer of a drawn data set."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import torch
 
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
+from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.export_record import ExportRecord
+from dalle_ds.sampling.folder import SampleFolder
+from dalle_ds.sampling.given import GivenPicture
+from dalle_ds.sampling.request import Request, SampleSettings
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.data.token_sets import make_token_set
@@ -55,6 +60,24 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
     )
     (export / "config.json").write_bytes(record.to_json())
     return export
+
+
+def draw_samples(
+    export: Export,
+    captions: Sequence[str],
+    settings: SampleSettings,
+    out: Path,
+    *,
+    given: GivenPicture | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Samples of these captions in `out`, as the command draws them. Returns the content of samples.json."""
+    return SampleFolder(export, Request(tuple(captions), settings, given), out, **options).run()
+
+
+def repeat_samples(export: Export, record_file: Path, out: Path) -> dict[str, Any]:
+    """The pictures of a samples.json again."""
+    return SampleFolder.repeating(export, record_file, out).run()
 
 
 def edit_config(export: Path, **changes: Any) -> None:

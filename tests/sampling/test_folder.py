@@ -13,12 +13,13 @@ from PIL import Image
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.decode import BLANK, decode_pictures, partial_pictures
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.folder import SampleFolder, repeat, sample
+from dalle_ds.sampling.folder import SampleFolder
 from dalle_ds.sampling.given import give_picture
-from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
+from dalle_ds.sampling.request import Request, SampleIndex, SampleSettings
+from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
 from preprocessing.demo.drawn import draw
-from tests.sampling.exports import make_export
+from tests.sampling.exports import draw_samples, make_export, repeat_samples
 from tests.support.clip_models import make_clip
 from tests.support.pictures import encoded
 
@@ -50,9 +51,9 @@ def files(out):
 
 def test_the_best_are_kept_as_clip_scores_them(export, clip, tmp_path):
     settings = SampleSettings(n=7, seed=3, batch=3)
-    everything = sample(export, CAPTIONS, settings, tmp_path / "all")
+    everything = draw_samples(export, CAPTIONS, settings, tmp_path / "all")
     assert everything["scores"] is None and "score" not in everything["images"][0]
-    chosen = sample(export, CAPTIONS, settings.model_copy(update={"keep": 2}), tmp_path / "best", scorer=clip)
+    chosen = draw_samples(export, CAPTIONS, settings.model_copy(update={"keep": 2}), tmp_path / "best", scorer=clip)
     assert np.load(tmp_path / "best" / "codes.npy").shape == (2, 2, 16) and chosen["scorer"] == clip.fingerprint
     for c, caption in enumerate(CAPTIONS):
         pictures = [Image.open(tmp_path / "all" / image["file"]) for image in everything["images"] if image["row"] == c]
@@ -64,7 +65,7 @@ def test_the_best_are_kept_as_clip_scores_them(export, clip, tmp_path):
         for image in row:
             assert files(tmp_path / "best")[image["file"]] == files(tmp_path / "all")[image["file"]]
     assert len(list((tmp_path / "best").glob("0*.png"))) == 4
-    again = repeat(export, tmp_path / "best" / "samples.json", tmp_path / "again")  # without the scorer
+    again = repeat_samples(export, tmp_path / "best" / "samples.json", tmp_path / "again")  # without the scorer
     assert files(tmp_path / "again") == files(tmp_path / "best") and again["scores"] == chosen["scores"]
 
 
@@ -87,9 +88,10 @@ def test_pictures_are_gone_once_they_are_scored(export):
             made.extend(weakref.ref(picture) for picture in pictures)
             return super().scores(captions, pictures)
 
-    (row,) = Sampler(export, Watching()).draw(Request(CAPTIONS[:1], SampleSettings(n=20, keep=2, batch=4)))
+    sampler = Sampler(export, Watching())
+    (row,) = sampler.draw(Request(CAPTIONS[:1], SampleSettings(n=20, keep=2, batch=4)))
     assert counts == [0] * 5 and len(row) == 2 and row[0].score >= row[1].score
-    assert row[0].score == pytest.approx(np.asarray(row[0].picture)[..., 0].mean())
+    assert row[0].score == pytest.approx(np.asarray(sampler.pictures(row)[0])[..., 0].mean())
 
 
 def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
@@ -102,7 +104,7 @@ def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
             return super().scores(captions, pictures)
 
     def on_rows(rows):
-        if rows.unit.number == 1:
+        if rows.item.number == 1:
             second_is_drawn.set()
 
     Sampler(export, Waiting()).draw(Request(CAPTIONS[:1], SampleSettings(n=4, keep=1, batch=2)), on_rows)
@@ -112,21 +114,21 @@ def test_a_stopped_run_goes_on_where_it_stopped(export, tmp_path):
     settings, drawn = SampleSettings(n=6, keep=2, batch=2), []
 
     def stop(rows):
-        drawn.append(rows.unit.number)
-        if rows.unit.number == 3 and rows.n_rows == 2:
+        drawn.append(rows.item.number)
+        if rows.item.number == 3 and rows.n_rows == 2:
             raise KeyboardInterrupt
 
     def folder(out):
         return SampleFolder(export, Request(CAPTIONS, settings), out, RedScorer())
 
-    whole = sample(export, CAPTIONS, settings, tmp_path / "whole", scorer=RedScorer())
+    whole = draw_samples(export, CAPTIONS, settings, tmp_path / "whole", scorer=RedScorer())
     stopped = folder(tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
         stopped.draw(stopped.missing(), on_rows=stop)
     torn = tmp_path / "stopped" / ".parts" / "batch_000001.npz"
     torn.write_bytes(torn.read_bytes()[:100])
-    assert set(drawn) == {0, 1, 2, 3} and [unit.number for unit in folder(tmp_path / "stopped").missing()] == [1, 3, 4, 5]
-    record = sample(export, CAPTIONS, settings, tmp_path / "stopped", scorer=RedScorer())
+    assert set(drawn) == {0, 1, 2, 3} and [item.number for item in folder(tmp_path / "stopped").missing()] == [1, 3, 4, 5]
+    record = draw_samples(export, CAPTIONS, settings, tmp_path / "stopped", scorer=RedScorer())
     assert record == whole and files(tmp_path / "stopped") == files(tmp_path / "whole")
     assert not (tmp_path / "stopped" / ".parts").exists()
 
@@ -135,20 +137,20 @@ def test_other_samples_are_refused_and_finished_ones_left_alone(export, tmp_path
     started = SampleFolder(export, Request(CAPTIONS, SampleSettings(seed=4)), tmp_path)
     started.draw(started.missing()[:1])
     with pytest.raises(ConfigError, match=r"other samples: settings.seed is 4 there, 5 here\. Choose another folder"):
-        sample(export, CAPTIONS, SampleSettings(seed=5), tmp_path)
-    record = sample(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
+        draw_samples(export, CAPTIONS, SampleSettings(seed=5), tmp_path)
+    record = draw_samples(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
     with pytest.raises(ConfigError, match="captions is .*there.*here; scorer is None there, 0123 here"):
-        sample(export, CAPTIONS[:1], SampleSettings(seed=4), tmp_path, scorer=RedScorer())
+        draw_samples(export, CAPTIONS[:1], SampleSettings(seed=4), tmp_path, scorer=RedScorer())
     monkeypatch.setattr(Sampler, "run", lambda *_: pytest.fail("it draws again"))
-    assert sample(export, CAPTIONS, SampleSettings(seed=4), tmp_path) == record
+    assert draw_samples(export, CAPTIONS, SampleSettings(seed=4), tmp_path) == record
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(DataError, match="samples.json is damaged"):
-        sample(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
+        draw_samples(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
 
 
 def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
     with pytest.raises(ConfigError, match="keep 1 of n 2: choosing needs a scorer"):
-        sample(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path / "none")
+        draw_samples(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path / "none")
     with pytest.raises(ValueError, match="keep 3 of n 2"):
         SampleSettings(n=2, keep=3)
 
@@ -157,7 +159,7 @@ def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
             return [float("nan")] * len(pictures)
 
     with pytest.raises(DataError, match="scorer red gives nan"):
-        sample(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path, scorer=Broken())
+        draw_samples(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path, scorer=Broken())
 
 
 # ---- given pictures ----
@@ -170,19 +172,21 @@ def photo():
 
 def test_given_rows_are_kept_and_shown_and_repeated(export, photo, tmp_path):
     given = give_picture(export, photo, rows=2)
-    record = sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=given)
+    record = draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=given)
     codes = np.load(tmp_path / "given" / "codes.npy")
     assert (codes[:, :, :8] == given.codes_N[:8].numpy()).all() and len(np.unique(codes[..., 8:].reshape(6, -1), axis=0)) > 1
     assert record["picture"]["rows"] == 2 and record["picture"]["sha256"] == hashlib.sha256(photo).hexdigest()
-    sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "free")
+    draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "free")
     with Image.open(tmp_path / "given" / "grid.png") as wide, Image.open(tmp_path / "free" / "grid.png") as narrow:
         assert wide.width - narrow.width == 2 * (128 + 8), "the picture, and what is kept of it"
-    repeat(export, tmp_path / "given" / "samples.json", tmp_path / "again")
+    repeat_samples(export, tmp_path / "given" / "samples.json", tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "given")
     with pytest.raises(ConfigError, match="picture.rows is 2 there, 1 here"):
-        sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=give_picture(export, photo, rows=1))
+        draw_samples(
+            export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=give_picture(export, photo, rows=1)
+        )
     everything = give_picture(export, photo, rows=0)
-    sample(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "none", given=everything)
+    draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "none", given=everything)
     assert files(tmp_path / "none")["codes.npy"] == files(tmp_path / "free")["codes.npy"], "no row is kept"
 
 
@@ -196,7 +200,7 @@ def test_a_picture_is_encoded_as_the_training_data(export, photo):
 def test_variations_need_no_caption(export, photo):
     given = give_picture(export, photo, rows=3)
     (row,) = Sampler(export).draw(Request(("",), SampleSettings(n=2), given))
-    assert len(row) == 2 and row[0].caption == ""
+    assert len(row) == 2 and row[0].index == SampleIndex(0, 0)
     with pytest.raises(DataError, match="1 captions, 1 of them empty"):
         Request(("",), SampleSettings())
 
@@ -220,10 +224,10 @@ def test_rows_appear_as_they_are_drawn(export, photo):
         blank = (pixels == BLANK).all((-1, -2))
         side, top = len(pixels), len(pixels) * rows.n_rows // 4
         assert blank[top:].all() and not blank[:top].all() and pixels.shape[:2] == (side, side)
-        seen.append((rows.unit.number, rows.n_rows, rows.codes_BN[:, 4 * rows.n_rows - 4].tolist()))
+        seen.append((rows.item.number, rows.n_rows, rows.codes_BN[:, 4 * rows.n_rows - 4].tolist()))
 
     request = Request(CAPTIONS[:1], SampleSettings(n=4, batch=2), give_picture(export, photo, rows=1))
     (row,) = Sampler(export).draw(request, on_rows)
-    assert [(unit, n_rows) for unit, n_rows, _ in seen] == [(unit, n_rows) for unit in (0, 1) for n_rows in (2, 3, 4)]
+    assert [(item, n_rows) for item, n_rows, _ in seen] == [(item, n_rows) for item in (0, 1) for n_rows in (2, 3, 4)]
     first_tokens = [code for _, n_rows, codes in seen for code in codes if n_rows == 4]
     assert len(row) == len(first_tokens) == 4

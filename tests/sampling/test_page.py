@@ -15,7 +15,8 @@ from dalle_ds.commands.serve import run_link
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.page import PageLimits, build_page, draw_rows, launch_page
-from dalle_ds.sampling.sampler import Request, Sampler, SampleSettings
+from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
 from tests.sampling.exports import make_export
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
@@ -82,7 +83,7 @@ def test_rows_are_shown_while_they_are_drawn_and_the_best_at_last(slowly: Slow) 
     seen = list(draw_rows(slowly, request))
     grid = slowly.export.dvae.config.grid
     assert [status for status, _ in seen[:-1]] == [f"row {row + 1} of {grid}" for row in range(grid)]
-    whole = [candidate.picture for candidate in Sampler(slowly.export).draw(Request(request.captions, SampleSettings(n=4)))[0]]
+    whole = slowly.pictures(Sampler(slowly.export).draw(Request(request.captions, SampleSettings(n=4)))[0])
     size = whole[0].width
     for row, (_, shown) in enumerate(seen[:-1]):
         assert len(shown) == 4
@@ -92,8 +93,8 @@ def test_rows_are_shown_while_they_are_drawn_and_the_best_at_last(slowly: Slow) 
             if row + 1 == grid:
                 assert picture.tobytes() == full.tobytes()
     best = slowly.draw(request, lambda _: None)[0]
-    assert [picture.tobytes() for picture, _ in seen[-1][1]] == [candidate.picture.tobytes() for candidate in best]
-    assert [label for _, label in seen[-1][1]] == [f"no. {b.candidate + 1}, score {b.score:.3f}" for b in best]
+    assert [picture.tobytes() for picture, _ in seen[-1][1]] == [picture.tobytes() for picture in slowly.pictures(best)]
+    assert [label for _, label in seen[-1][1]] == [f"no. {b.index.candidate + 1}, score {b.score:.3f}" for b in best]
 
 
 def test_a_drawing_that_nobody_looks_at_any_more_ends(slowly: Slow) -> None:

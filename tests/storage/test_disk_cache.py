@@ -15,6 +15,7 @@ import pytest
 from dalle_ds.data.manifest import load_manifest
 from dalle_ds.data.shards import read_block
 from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import TokenStream
 from dalle_ds.storage import disk_cache, objects
 from dalle_ds.storage.disk_cache import DiskCache
@@ -112,7 +113,7 @@ def test_a_second_epoch_from_the_cache_makes_no_request(tmp_path, s3, monkeypatc
     monkeypatch.setattr(objects, "_s3_range", lambda *args: ranges.append(args) or get(*args))
 
     def read(disk: DiskCache | None) -> list[list[str]]:
-        with TokenStream(TokenDataset(remote, disk=disk, cache_bytes=1), **SETTINGS) as stream:
+        with TokenStream(TokenMix([TokenDataset(remote, disk=disk, cache_bytes=1)]), **SETTINGS) as stream:
             return [[key for batch in update for key in batch.keys] for update in islice(stream, 24)]
 
     expected = read(None)

@@ -12,6 +12,7 @@ from dalle_ds.acceptance.sizes import random_batch, small_prior
 from dalle_ds.errors import DataError
 from dalle_ds.parallel.checkpoint_tensors import WEIGHTS, SavedState
 from dalle_ds.parallel.ranks import join, leave
+from dalle_ds.storage.names import PRIOR_FILE
 from dalle_ds.storage.weights import open_weights, write_weights
 from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 
@@ -29,7 +30,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
     text_BT, image_BN = random_batch(config, 4, 99)
     nll_BN = engine.image_nll(text_BT, image_BN)
     with tempfile.TemporaryDirectory() as name:
-        folder, model = Path(name), str(Path(name, "model.safetensors"))
+        folder, model = Path(name), str(Path(name, PRIOR_FILE))
         engine.save(folder, {})
         save_file({"text": text_BT, "image": image_BN, "image_nll": nll_BN}, folder / PARITY_FILE)
         state = SavedState(folder).of_kind(WEIGHTS)

@@ -17,7 +17,7 @@ from dalle_ds.ops.attention.structured import StructuredAttention, structured_pr
 
 log = logging.getLogger(__name__)
 
-BackendName = Literal["flex", "structured", "dense", "math"]
+BackendName = Literal["flex", "structured", "dense"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 SMALL_GRID = 16
@@ -41,7 +41,7 @@ def attention_backend(name: str, mask: SparseMask, device: torch.device) -> Atte
         from dalle_ds.ops.attention.flex import FlexAttention  # takes a second to import
 
         return FlexAttention(mask, device)
-    return DenseAttention(mask, device, math_only=name == "math")
+    return DenseAttention(mask, device)
 
 
 def backend_problem(name: str, device: torch.device) -> str | None:

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dalle_ds.ops.attention.masks import SparseMask
 from dalle_ds.ops.fp16 import through_fp32
 
+KERNELS_ON_CUDA = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 class Attention(Protocol):
     """Attention under one pattern: q, k, v (B, H, L, D) -> (B, H, L, D), in q's dtype."""
@@ -28,20 +30,19 @@ class DenseAttention:
     """Scaled dot-product attention under a boolean mask: the reference that every other backend must equal.
 
     Softmax and sums are fp32 inside the fused kernels. On CUDA without cuDNN's kernel, which gives NaN gradients for some
-    masked shapes (pytorch issue 196678); with `math_only` by torch's plain operators, for hardware where no fused kernel runs.
+    masked shapes (pytorch issue 196678); where no fused kernel runs, torch takes its plain operators.
     """
 
     columns_first = False
 
-    def __init__(self, mask: SparseMask, device: torch.device, math_only: bool = False) -> None:
+    def __init__(self, mask: SparseMask, device: torch.device) -> None:
         with torch.inference_mode(False):  # a mask first met while sampling must serve training too
             self.mask_LL = mask.dense().to(device)
-        self._kernels = [SDPBackend.MATH] if math_only else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        self._choose_kernel = math_only or device.type == "cuda"
+        self._choose_kernel = device.type == "cuda"
 
     def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
         """The whole sequence, or its first slots only."""
         q, k, v = through_fp32(q_BHLD, k_BHLD, v_BHLD)
         n = q.shape[2]
-        with sdpa_kernel(self._kernels, set_priority=True) if self._choose_kernel else nullcontext():
+        with sdpa_kernel(KERNELS_ON_CUDA, set_priority=True) if self._choose_kernel else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_LL[:n, :n]).to(q_BHLD.dtype)

@@ -14,7 +14,7 @@ from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.generate import generate
 from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.held_out import READ_AT_LEAST, held_out_of
-from dalle_ds.sampling.sampler import seed_of
+from dalle_ds.sampling.request import seed_of
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights
 

@@ -57,7 +57,7 @@ def test_large_scores_cost_no_exactness(pattern: Pattern) -> None:
         assert (results[1] - results[0]).norm() < limit * results[0].norm()
 
 
-@pytest.mark.parametrize("name", ["dense", "structured", "math"])
+@pytest.mark.parametrize("name", ["dense", "structured"])
 @pytest.mark.parametrize("pattern", list(Pattern))
 def test_no_backend_sees_the_future(pattern: Pattern, name: str) -> None:
     """Perturb every slot in turn: exactly the queries that the mask lets see it must move."""
@@ -175,7 +175,7 @@ def test_impossible_backends_are_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="'fast' can't be used: there is none of this name; expected one of flex, structured"):
         attention_backend("fast", mask, CPU)
     assert "it is made of CPU operators" in backend_problem("structured", torch.device("cuda"))
-    assert {name for name in BACKENDS if backend_problem(name, CPU) is None} == {"structured", "dense", "math"}
+    assert {name for name in BACKENDS if backend_problem(name, CPU) is None} == {"structured", "dense"}
 
 
 def test_the_fastest_is_chosen_and_the_log_says_why_not(

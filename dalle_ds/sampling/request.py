@@ -1,0 +1,96 @@
+"""A request for samples: captions and settings, cut into batches that are the same whoever draws them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pydantic import Field, model_validator
+
+from dalle_ds.errors import DataError
+from dalle_ds.recipes import Config
+from dalle_ds.sampling.given import GivenPicture
+from dalle_ds.storage.hashing import hash_to_integer
+
+
+class SampleSettings(Config):
+    """What decides which pictures come out, beside the export, the scorer and the captions."""
+
+    n: int = Field(4, ge=1, description="candidates for each caption")
+    keep: int | None = Field(None, ge=1, description="the best of them, by the scorer; unset: all")
+    temperature: float = Field(1.0, ge=0, description="the paper's is 1; 0 takes the likeliest token")
+    top_k: int = Field(0, ge=0, description="0 keeps all tokens, as the paper")
+    top_p: float = Field(1.0, gt=0, le=1)
+    guidance: float = Field(1.0, ge=0, description="of captions over none; 1 leaves it out, as the paper")
+    seed: int = Field(0, ge=0)
+    batch: int = Field(32, ge=1, description="pictures at once")
+
+    @property
+    def n_kept(self) -> int:
+        return self.n if self.keep is None else self.keep
+
+    @model_validator(mode="after")
+    def _check(self) -> "SampleSettings":
+        if self.n_kept > self.n:
+            raise ValueError(f"keep {self.keep} of n {self.n}: expected at most as many as are drawn")
+        return self
+
+
+class SampleIndex(NamedTuple):
+    """One sample of a request: which caption of the request, and which candidate of that caption."""
+
+    caption: int
+    candidate: int
+
+
+class WorkItem(NamedTuple):
+    """Samples that are drawn together: some captions, and a range of the candidates of each."""
+
+    number: int
+    captions: range
+    candidates: range
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.captions) * len(self.candidates)
+
+    def indices(self) -> list[SampleIndex]:
+        """In the order in which they are drawn: caption by caption."""
+        return [SampleIndex(c, k) for c in self.captions for k in self.candidates]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures that somebody wants.
+
+    Raises:
+        DataError: no captions, or empty ones. A given picture needs none: "" draws variations of it.
+    """
+
+    captions: tuple[str, ...]
+    settings: SampleSettings
+    given: GivenPicture | None = None
+
+    def __post_init__(self) -> None:
+        n_empty = sum(not caption.strip() for caption in self.captions)
+        if not self.captions or (n_empty and self.given is None):
+            raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected some")
+
+    def work_items(self) -> list[WorkItem]:
+        """The batches that the pictures are drawn in: several captions, or a part of one's candidates. They are the same
+        whoever draws them, since what a batch holds may change the rounding of its pictures."""
+        n, batch = self.settings.n, self.settings.batch
+        captions_at_once, candidates_at_once = max(1, batch // n), min(n, batch)
+        parts = [
+            (range(c, min(c + captions_at_once, len(self.captions))), range(k, min(k + candidates_at_once, n)))
+            for c in range(0, len(self.captions), captions_at_once)
+            for k in range(0, n, candidates_at_once)
+        ]
+        return [WorkItem(number, *part) for number, part in enumerate(parts)]
+
+    def seed_of(self, index: SampleIndex) -> int:
+        """The seed of one sample."""
+        return seed_of(self.settings.seed, self.captions[index.caption], index.candidate)
+
+
+def seed_of(seed: int, caption: str, candidate: int) -> int:
+    """The seed of one picture: it depends neither on the other captions nor on how many candidates are drawn."""
+    return hash_to_integer(f"{seed}\0{candidate}\0{caption}") >> 1
