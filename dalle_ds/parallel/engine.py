@@ -107,19 +107,20 @@ class PriorEngine:
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
         self._is_sharded = engine_config.zero_stage == 3
         model = _build(model_config, engine_config, self._is_sharded, seed, ranks, self.replicas)
+        if optimizer.master == "none":
+            engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
         self.scaler: BlockScaler | None = None
+        self.masterless: MasterlessMatrices | None = None
         if engine_config.block_scaling is not None:
             self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
             gather_in_half(model)
+            if optimizer.master == "none":
+                own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
+                self.masterless = MasterlessMatrices(model, self.scaler, own)
         groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments)
         self.groups_description = describe_groups(groups)
-        self.masterless: MasterlessMatrices | None = None
         self._clip, deepspeed_json = engine_config.json["gradient_clipping"], engine_config.json
-        if optimizer.master == "none":
-            engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
-            assert self.scaler is not None
-            own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
-            self.masterless = MasterlessMatrices(model, self.scaler, own)
+        if self.masterless:
             groups = [group for group in groups if not self.masterless.parameters.keys() & set(group["names"])]
             deepspeed_json = {**deepspeed_json, "gradient_clipping": 0.0}  # by the norm of all gradients, which only we know
         for group in groups:
@@ -175,7 +176,7 @@ class PriorEngine:
                 self.replica_gradients.average()
         with self.phases("step"), unchanged(self._engine, kept, self._other_fragments()):
             if self.masterless and (kept or agreed.is_finite):
-                norm = self._step_masterless(lr, kept)
+                norm = self._step_masterless(self.masterless, lr, kept)
             self._engine.step()
         if kept:
             self.refresh_gathered_parameters()
@@ -288,19 +289,18 @@ class PriorEngine:
                 self._gradients.write(parameter, torch.zeros_like(self._gradients.read(parameter)))
         return names
 
-    def _step_masterless(self, lr: float, kept: set[str]) -> float:
+    def _step_masterless(self, masterless: MasterlessMatrices, lr: float, kept: set[str]) -> float:
         """Clip the gradients of both optimizers by their norm together, and let ours step -> that norm. Where it is not finite,
         neither steps."""
-        assert self.masterless is not None
-        theirs = [self._gradients.read(p) for name, p in self.module.named_parameters() if name not in self.masterless]
-        squares = self.masterless.squared_norm() + torch.stack(torch._foreach_norm(theirs)).square().sum()
+        theirs = [self._gradients.read(p) for name, p in self.module.named_parameters() if name not in masterless]
+        squares = masterless.squared_norm() + torch.stack(torch._foreach_norm(theirs)).square().sum()
         group = self.replicas.shard_group if self.replicas else None  # replicas have the same gradients
         dist.all_reduce(squares, group=group)
         norm = squares.sqrt()
         if math.isfinite(norm):
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(theirs, factor)
-            self.masterless.step(lr, factor, kept)
+            masterless.step(lr, factor, kept)
         else:
             self._veto_step()
         return float(norm)

@@ -12,7 +12,13 @@ from dalle_ds.storage import objects
 class Record(BaseModel):
     """Base of what is stored as JSON: frozen; fields that a later version adds are left alone."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        serialize_by_alias=True,
+        ser_json_inf_nan="strings",  # JSON has no numbers for them
+    )
 
     def to_json(self) -> bytes:
         return self.model_dump_json(exclude_none=True, indent=1).encode()

@@ -271,12 +271,8 @@ class CheckpointStore(Generic[About]):
     def _require_free(self, n_bytes: float) -> None:
         # one more than is kept: the new one is there before the oldest goes
         needed = n_bytes * max(1, self.keep + 1 - len(self.committed()))
-        free = objects.free_bytes(self.url)
-        if free is not None and free < needed:
-            raise UserError(
-                f"no room: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} GiB needed "
-                f"({n_bytes / 2**30:.2f} GiB each, {self.keep} kept while the next is written)"
-            )
+        what = f"checkpoints of {n_bytes / 2**30:.2f} GiB, {self.keep} kept while the next is written"
+        objects.check_disk_space(self.url, needed, what)
 
 
 class _Save(threading.Thread, Generic[About]):

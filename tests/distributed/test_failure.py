@@ -189,7 +189,7 @@ def test_a_run_without_finite_losses_stops_and_names_the_block(
     assert done.stderr.count("First not finite") == 1, "once, not from each rank"
     assert f"--replay {folder.relative_to(home)}" in done.stderr
     about = json.loads((folder / "diagnosis.json").read_text())
-    assert about["event"] == "layers.1.mlp, forward pass" and about["image_loss"] == "nan"
+    assert about["event"] == "layers.1.mlp, forward pass" and about["image_loss"] == "NaN"
     blocks = {block["name"]: block for block in about["blocks"]}
     assert list(blocks) == ["embed", *(f"layers.{i}.{part}" for i in (0, 1) for part in ("attention", "mlp")), "heads"]
     assert blocks["layers.1.mlp"]["weights"] == {"largest": 1e6, "is_finite": True}

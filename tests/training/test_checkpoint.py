@@ -169,7 +169,7 @@ def test_no_room_is_said_before_training(tmp_path: Path, monkeypatch: pytest.Mon
     store = CheckpointStore(tmp_path, Said, keep=2)
     store.require_room(1000, ALONE)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    with pytest.raises(UserError, match=r"1.00 GiB free, 3.00 GiB needed \(1.00 GiB each"):
+    with pytest.raises(UserError, match="1.00 GiB free, 3.00 GiB needed for checkpoints of 1.00 GiB, 2 kept"):
         store.require_room(2**30, ALONE)
     store.require_room(2**28, ALONE)
 

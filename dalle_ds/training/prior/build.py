@@ -9,39 +9,39 @@ from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.training.prior.config import PriorRun
 
 
-def read_engine_config(run: PriorRun, ranks: Ranks) -> EngineConfig:
+def read_engine_config(recipe: PriorRun, ranks: Ranks) -> EngineConfig:
     """The recipe's DeepSpeed JSON, completed. Raises ConfigError."""
-    accumulation = run.accumulation(ranks.world_size)
+    accumulation = recipe.accumulation(ranks.world_size)
     return load_engine_config(
-        run.deepspeed_path, micro_batch=run.micro_batch, accumulation=accumulation, clip=run.optimizer.clip
+        recipe.deepspeed_path, micro_batch=recipe.micro_batch, accumulation=accumulation, clip=recipe.optimizer.clip
     )
 
 
-def build_engine(run: PriorRun, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks) -> PriorEngine:
+def build_engine(recipe: PriorRun, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks) -> PriorEngine:
     """Model, optimizer and formats under DeepSpeed; attention in a backend that this machine computes right.
 
     Raises:
         ConfigError: the recipe does not fit the ranks or the machine.
         RuntimeError: the attention backend computes wrong numbers here.
     """
-    settings = run.optimizer
+    settings = recipe.optimizer
     engine = PriorEngine(
         model_config,
         engine_config,
         OptimizerSettings(
-            run.learning_rate.peak,
-            (settings.beta1, settings.beta2),
-            settings.eps,
-            settings.weight_decay,
-            settings.moments,
-            settings.master,
+            lr=recipe.learning_rate.peak,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            moments=settings.moments,
+            master=settings.master,
         ),
         ranks,
-        run.seed,
-        run.replicas,
+        recipe.seed,
+        recipe.replicas,
     )
-    use_attention(engine.module, run.attention, ranks.device)
-    verify_attention(engine.module, engine_config.branch_dtype, ranks.device, run.micro_batch)
-    if run.activation_checkpointing:
-        recompute_layers(engine.module, every=int(run.activation_checkpointing))  # true is 1: each of them
+    use_attention(engine.module, recipe.attention, ranks.device)
+    verify_attention(engine.module, engine_config.branch_dtype, ranks.device, recipe.micro_batch)
+    if recipe.activation_checkpointing:
+        recompute_layers(engine.module, every=int(recipe.activation_checkpointing))  # true is 1: each of them
     return engine

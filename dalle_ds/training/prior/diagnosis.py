@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,7 @@ from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import dump_recipe
 from dalle_ds.storage import objects
+from dalle_ds.storage.record import Record, read_record
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training.prior.build import build_engine, read_engine_config
 from dalle_ds.training.prior.config import FailureSection, PriorRun
@@ -41,6 +42,24 @@ log = logging.getLogger(__name__)
 
 FOLDER, DIAGNOSIS_FILE, PICTURE_FILE = "diagnosis", "diagnosis.json", "magnitudes.png"
 BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.yaml", "deepspeed.json"
+
+
+class DiagnosisRecord(Record):
+    """Content of diagnosis.json."""
+
+    format: Literal[1]
+    update: int
+    reason: str
+    event: str
+    world_size: int
+    learning_rate: float
+    text_loss: float
+    image_loss: float
+    problems: tuple[str, ...]
+    """Why the batch and the state could not be saved; empty: they were."""
+    samples: tuple[dict[str, Any], ...]
+    model: PriorConfig
+    blocks: tuple[dict[str, Any], ...]
 
 
 class DivergenceMonitor:
@@ -93,24 +112,25 @@ def diagnose(
     problems = [found for found in ranks.gather_objects(problem) if found]
     finding = look_into(engine, micro_batches, lr)
     if ranks.is_main:
-        about = {
-            "update": update,
-            "reason": reason,
-            "event": finding.event,
-            "world_size": ranks.world_size,
-            "learning_rate": lr,
-            "text_loss": _json_number(finding.report.text_loss),
-            "image_loss": _json_number(finding.report.image_loss),
-            "problems": problems,
-            "samples": finding.samples,
-            "model": engine.module.config.model_dump(),
-            "blocks": [asdict(block) for block in finding.blocks],
-        }
+        record = DiagnosisRecord(
+            format=1,
+            update=update,
+            reason=reason,
+            event=finding.event,
+            world_size=ranks.world_size,
+            learning_rate=lr,
+            text_loss=finding.report.text_loss,
+            image_loss=finding.report.image_loss,
+            problems=tuple(problems),
+            samples=tuple(finding.samples),
+            model=engine.module.config,
+            blocks=tuple(asdict(block) for block in finding.blocks),
+        )
         log.error("update %d again:\n%s", update, finding.table())
         chart = magnitudes_chart(finding, f"Update {update}, first not finite: {finding.event}")
         tracker.picture("diagnosis", chart, update)
         with _files_of(url) as folder:
-            (folder / DIAGNOSIS_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+            (folder / DIAGNOSIS_FILE).write_bytes(record.to_json())
             (folder / RECIPE_FILE).write_text(dump_recipe(run), encoding="utf-8")
             shutil.copyfile(run.deepspeed_path, folder / DEEPSPEED_FILE)
             chart.save(folder / PICTURE_FILE)
@@ -134,33 +154,25 @@ def replay(run: PriorRun, url: str, ranks: Ranks) -> dict[str, Any]:
         DataError: there is no diagnosis at `url`, or one without its batch and state.
         ConfigError: the recipe's batch is not the diagnosed one.
     """
-    about = read_diagnosis(url)
-    if about["problems"]:
-        raise DataError(f"{url} has no batch: {about['problems'][0]}")
+    record = read_record(DiagnosisRecord, objects.join(url, DIAGNOSIS_FILE))
+    if record.problems:
+        raise DataError(f"{url} has no batch: {record.problems[0]}")
     run = run.on_ranks(ranks.world_size)
-    engine = build_engine(run, PriorConfig(**about["model"]), read_engine_config(run, ranks), ranks)
+    engine = build_engine(run, record.model, read_engine_config(run, ranks), ranks)
     engine.load(objects.join(url, STATE_FOLDER))
-    finding = look_into(engine, _load_batch(url, run, ranks), about["learning_rate"])
+    finding = look_into(engine, _load_batch(url, run, ranks), record.learning_rate)
     if ranks.is_main:
-        log.info("update %d again:\n%s\n%s", about["update"], finding.table(), finding.describe())
+        log.info("update %d again:\n%s\n%s", record.update, finding.table(), finding.describe())
     return {
         "diagnosis": url,
-        "update": about["update"],
-        "event": about["event"],
+        "update": record.update,
+        "event": record.event,
         "event_in_replay": finding.event,
-        "reproduced": finding.event == about["event"],
+        "reproduced": finding.event == record.event,
         "text_loss": _json_number(finding.report.text_loss),
         "image_loss": _json_number(finding.report.image_loss),
         "took_step": finding.report.took_step,
     }
-
-
-def read_diagnosis(url: str) -> dict[str, Any]:
-    """Content of diagnosis.json. Raises DataError where there is none at `url`."""
-    try:
-        return json.loads(objects.read_bytes(objects.join(url, DIAGNOSIS_FILE)))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{url} has no readable {DIAGNOSIS_FILE}: {error}") from None
 
 
 # ---- keeping -------------------------------------------------------------------------------------------------------------
