@@ -29,6 +29,18 @@ class Linear(nn.Linear):
 
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
+    @property
+    def has_own_matmul(self) -> bool:
+        """Whether the product has been replaced."""
+        return "matmul" in vars(self)
+
+    def use_matmul(self, matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        self.matmul = matmul  # type: ignore[method-assign]
+
+    def reset_matmul(self) -> None:
+        """Back to the plain product."""
+        vars(self).pop("matmul", None)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.weight, self.bias)
 
@@ -47,12 +59,16 @@ class ResBlock(nn.Module):
         self.numerics = Numerics()
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.around(self.branch, x_BLD)
+        x_BLD, h_BLD = self.enter(x_BLD)
+        return self.leave(x_BLD, self.branch(h_BLD))
 
-    def around(self, branch: Callable[[Tensor], Tensor], x_BLD: Tensor) -> Tensor:
-        """The block with another way to compute its branch, such as attention's token by token."""
-        x_BLD, h_BLD = self.numerics.enter(self.norm, x_BLD)
-        return self.numerics.leave(x_BLD, branch(h_BLD))
+    def enter(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Identity path -> identity path and the branch's input."""
+        return self.numerics.enter(self.norm, x_BLD)
+
+    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        """Identity path and the branch's output -> identity path."""
+        return self.numerics.leave(x_BLD, y_BLD)
 
 
 class MLP(nn.Module):

@@ -48,13 +48,14 @@ class _UnreadFP16(_LinearFP16):
 @contextmanager
 def unread_product(linear: BranchLinear) -> Iterator[None]:
     """Within it, an fp16 layer is called for its graph alone; layers in other formats compute as ever."""
-    matmul = linear.matmul
-    if matmul == _LinearFP16.apply:
-        linear.matmul = _UnreadFP16.apply
+    is_fp16 = linear.matmul == _LinearFP16.apply
+    if is_fp16:
+        linear.use_matmul(_UnreadFP16.apply)
     try:
         yield
     finally:
-        linear.matmul = matmul
+        if is_fp16:
+            linear.use_matmul(_LinearFP16.apply)
 
 
 class HalfNumerics(Numerics):
@@ -78,4 +79,4 @@ def use_fp16_branches(model: nn.Module) -> None:
         block.numerics = HalfNumerics()
         for module in block.branch.modules():
             if isinstance(module, BranchLinear):
-                module.matmul = _LinearFP16.apply
+                module.use_matmul(_LinearFP16.apply)

@@ -95,16 +95,16 @@ def decoder(prior: Prior, cache: DecodingCache, batch: int) -> Iterator[Callable
     packed = []
     for module in prior.modules():
         # a product that somebody has replaced already, by a 16-bit one say, stays as it is
-        if isinstance(module, Linear) and module.matmul is Linear.matmul:
+        if isinstance(module, Linear) and not module.has_own_matmul:
             matmul = packed_linear(module.weight, batch)
             if matmul is not None:
-                module.matmul = matmul
+                module.use_matmul(matmul)
                 packed.append(module)
     try:
         yield lambda token_B: prior.decode(token_B, cache)
     finally:
         for module in packed:
-            del module.matmul  # back to the class's own
+            module.reset_matmul()
 
 
 def _recorded(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tensor], Tensor]:

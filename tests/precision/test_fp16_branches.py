@@ -65,7 +65,7 @@ def test_an_fp16_weight_has_fp32_gradients_and_gives_the_same_numbers() -> None:
     narrow.weight.data = narrow.weight.data.half()
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).half()
     for layer in (wide, narrow):
-        layer.matmul = fp16_branches._LinearFP16.apply
+        layer.use_matmul(fp16_branches._LinearFP16.apply)
         layer(x).sum().backward()
     assert torch.equal(wide(x), narrow(x))
     assert narrow.weight.grad.dtype is torch.float32 and torch.equal(wide.weight.grad, narrow.weight.grad)

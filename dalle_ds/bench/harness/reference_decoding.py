@@ -5,8 +5,6 @@ Every past key is kept and read under the row of the pattern's mask: what a cach
 B batch, L slots, H heads, D head width, C model width, V vocabulary, T text slots.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -31,8 +29,9 @@ class DenseDecoder:
         """The next slots, embedded -> logits (B, V) of the image token after the last of them."""
         end = self.length + x_BLC.shape[1]
         for layer, kv in zip(self.prior.layers, self.kv, strict=True):
-            attend = partial(self._attend, layer.attention.branch, kv[:, :, :, :end])
-            x_BLC = layer.mlp(layer.attention.around(attend, x_BLC))
+            x_BLC, h_BLC = layer.attention.enter(x_BLC)
+            y_BLC = self._attend(layer.attention.branch, kv[:, :, :, :end], h_BLC)
+            x_BLC = layer.mlp(layer.attention.leave(x_BLC, y_BLC))
         self.length = end
         return self.prior.heads(x_BLC[:, -1:], "image")[:, 0]
 
