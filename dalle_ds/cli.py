@@ -10,6 +10,7 @@ from dalle_ds.commands.human_eval import human_eval
 from dalle_ds.commands.job import alone_or_on_all_ranks, prepare_process
 from dalle_ds.commands.options import ConfigCommand, Json
 from dalle_ds.console import TYPER_SETTINGS, print_summary, setup_logging, user_errors_exit
+from dalle_ds.storage.names import DVAE_FILE
 
 app = typer.Typer(
     name="dalle-ds",
@@ -113,7 +114,7 @@ def register(
 def import_openai(
     encoder: Annotated[str, typer.Option(help="OpenAI's encoder.pkl; a path or s3:// url.")],
     decoder: Annotated[str, typer.Option(help="OpenAI's decoder.pkl.")],
-    out: Annotated[str, typer.Option(help="Weights file to write.")] = "dvae.safetensors",
+    out: Annotated[str, typer.Option(help="Weights file to write.")] = DVAE_FILE,
     image_size: Annotated[int, typer.Option(help="Pixels a side of the pictures that it will encode.")] = 256,
     json: Json = False,
 ) -> None:

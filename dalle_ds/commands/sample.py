@@ -77,9 +77,8 @@ def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto
 def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tracked: bool = True) -> dict[str, Any]:
     if is_tracked:
         with Image.open(out / GRID) as grid:
-            is_tracked = track(
-                export.url, export.record, out, {}, {"samples": grid.convert("RGB")}, [out / SAMPLES_FILE], "samples"
-            )
+            pictures, files = {"samples": grid.convert("RGB")}, [out / SAMPLES_FILE]
+            is_tracked = track(export.url, export.record, out, {}, pictures, files, "samples")
     return {
         "out": str(out),
         "grid": str(out / GRID),

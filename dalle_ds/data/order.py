@@ -132,8 +132,8 @@ class SlotReader:
     def read_positions(self, found: SampleLocations, at: np.ndarray, epoch: int, positions: np.ndarray) -> None:
         """Put the sample at each slot's position of an epoch into the entries `at` of `found`."""
         order = self._order
+        order.enter(epoch)
         if epoch != self._epoch:
-            order.enter(epoch)
             self._epoch, self._ends[:] = epoch, 0
         for slot in np.flatnonzero((positions < self._starts) | (positions >= self._ends)).tolist():
             self._enter_window(slot, int(positions[slot]))

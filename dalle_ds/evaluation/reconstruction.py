@@ -1,6 +1,4 @@
-"""How well a dVAE gives pictures back, and how much of its codebook it uses."""
-
-from dataclasses import dataclass
+"""How well a dVAE gives pictures back."""
 
 import numpy as np
 
@@ -39,21 +37,3 @@ def _require_pairs(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> Non
             f"pictures {real_BCHW.dtype} {real_BCHW.shape} and {reconstructed_BCHW.dtype} {reconstructed_BCHW.shape}: "
             "expected uint8 of equal shapes"
         )
-
-
-@dataclass(frozen=True)
-class CodebookUsage:
-    """Of one code histogram. Perplexity: the number of codes that, used equally often, would carry as much information."""
-
-    n_codes: int
-    n_used: int
-    perplexity: float
-
-
-def codebook_usage(histogram_K: np.ndarray) -> CodebookUsage:
-    """Usage from how often each of K codes occurs. Raises ValueError where nothing was counted."""
-    counts = np.asarray(histogram_K, dtype=np.float64)
-    if counts.sum() <= 0:
-        raise ValueError("the code histogram is empty")
-    shares = counts[counts > 0] / counts.sum()
-    return CodebookUsage(len(counts), len(shares), float(np.exp(-(shares * np.log(shares)).sum())))

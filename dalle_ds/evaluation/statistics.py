@@ -39,7 +39,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         about = {"measure": asdict(self.measure), "source": self.source, "pictures": self.pictures, "n": self.moments.n}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with objects.written_aside(path) as aside, aside.open("wb") as file:
+        with objects.atomic_object(path) as aside, aside.open("wb") as file:
             np.savez(file, mean=self.moments.mean_D, factor=self.moments.factor_RD, about=np.array(json.dumps(about)))
 
     @classmethod

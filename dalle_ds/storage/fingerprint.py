@@ -22,7 +22,11 @@ def fingerprint(
     *,
     with_dtypes: bool = True,
 ) -> str:
-    """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter)."""
+    """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter).
+
+    Args:
+        with_dtypes: False where all arrays have one dtype that is known, as CLIP's, whose fingerprint never held it.
+    """
     hasher = FingerprintHasher(config, with_dtypes=with_dtypes)
     for name, array in sorted((arrays or {}).items()):
         hasher.add(name, array)

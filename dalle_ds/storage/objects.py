@@ -236,8 +236,8 @@ def move_file(local: str | Path, url: str | Path) -> None:
 
 
 @contextmanager
-def written_aside(url: str | Path) -> Iterator[Path]:
-    """A local file to write to; what it holds at the end of the block becomes the object, atomically. Errors leave nothing."""
+def atomic_object(url: str | Path) -> Iterator[Path]:
+    """Yields a local temporary file. At the end of the block it becomes the object, atomically; after an error nothing does."""
     path = local_path(url)
     if path is None:
         with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:

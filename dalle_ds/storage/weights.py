@@ -85,7 +85,7 @@ def write_weights(
         "extra": canonical_json(dict(extra or {})),
     }
     if len(parts) == 1:
-        with objects.written_aside(url) as file, SafetensorsWriter(file, state, metadata) as writer:
+        with objects.atomic_object(url) as file, SafetensorsWriter(file, state, metadata) as writer:
             _pour(parts[0], state, writer, hasher, wrote)
             writer.replace_metadata({**metadata, "fingerprint": hasher.value()})
         objects.delete(_index_url(url))
@@ -94,7 +94,7 @@ def write_weights(
         files = [_part_url(url, number, len(parts)) for number in range(1, len(parts) + 1)]
         for part_url, names in zip(files, parts, strict=True):
             part, about = {name: state[name] for name in names}, {"format": "pt", "kind": kind}
-            with objects.written_aside(part_url) as file, SafetensorsWriter(file, part, about) as writer:
+            with objects.atomic_object(part_url) as file, SafetensorsWriter(file, part, about) as writer:
                 _pour(names, state, writer, hasher, wrote)
         index = {
             "metadata": {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dalle_ds.data.code_usage import codebook_usage
 from dalle_ds.data.commit import commit_shard, new_attempt
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url
@@ -226,12 +227,8 @@ def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]
 
 
 def code_usage(histogram: list[int]) -> dict[str, float | int]:
-    """Codes in use, and perplexity (e to the entropy): 1 if one code does everything, n_codes if all do the same."""
-    counts = np.asarray(histogram, dtype=np.float64)
-    used = counts[counts > 0]
-    shares = used / used.sum() if used.size else used
-    return {
-        "n_codes": len(histogram),
-        "codes_used": int(used.size),
-        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())) if used.size else 0.0,
-    }
+    """Codes in use, and their perplexity, as summaries show them; 0 where nothing is encoded yet."""
+    if not any(histogram):
+        return {"n_codes": len(histogram), "codes_used": 0, "perplexity": 0.0}
+    usage = codebook_usage(np.array(histogram))
+    return {"n_codes": usage.n_codes, "codes_used": usage.n_used, "perplexity": usage.perplexity}

@@ -16,7 +16,7 @@ from tests.support.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.launch, pytest.mark.s3, pytest.mark.mlflow]
 
-# Few lanes and small blocks: every 32 updates each lane needs blocks that it has not read before.
+# Few batch slots and small blocks: every 32 updates each slot needs blocks that it has not read before.
 SMALL = [
     "model.n_layers=2",
     "model.n_heads=1",

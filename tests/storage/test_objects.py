@@ -162,13 +162,13 @@ def test_large_ranges_are_read_in_parts(any_root: str, monkeypatch: pytest.Monke
         objects.read_into(url, 41, memoryview(target))
 
 
-def test_a_file_written_aside_appears_whole_or_not_at_all(any_root: str) -> None:
+def test_a_file_atomic_object_appears_whole_or_not_at_all(any_root: str) -> None:
     url = objects.join(any_root, "folder", "model")
-    with pytest.raises(ZeroDivisionError), objects.written_aside(url) as file:
+    with pytest.raises(ZeroDivisionError), objects.atomic_object(url) as file:
         file.write_bytes(b"half")
         raise ZeroDivisionError
     assert objects.list_files(any_root) == [] and not objects.exists(url)
-    with objects.written_aside(url) as file:
+    with objects.atomic_object(url) as file:
         file.write_bytes(b"whole")
         assert not objects.exists(url)
     assert objects.read_bytes(url) == b"whole"

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_ds.evaluation.reconstruction import codebook_usage, psnr, ssim
+from dalle_ds.data.code_usage import codebook_usage
+from dalle_ds.evaluation.reconstruction import psnr, ssim
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import location_pixels, log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
