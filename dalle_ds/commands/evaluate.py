@@ -12,6 +12,7 @@ from dalle_ds.ops.devices import resolve_device
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.held_out import read_held_out
 from dalle_ds.sampling.likelihood import image_losses
+from dalle_ds.storage import objects
 from dalle_ds.tracking.charts import position_heatmap
 from dalle_ds.tracking.export_run import track
 
@@ -51,7 +52,7 @@ def evaluate_export(
         "position_nll": loss_map.tolist(),
         "position_gap": gap_map.tolist(),
     }
-    (out / EVALUATION).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    objects.write_bytes(out / EVALUATION, json.dumps(result, indent=1).encode())
     charts = {
         "held_out/loss_by_position": position_heatmap(loss_map),
         "held_out/gap_by_position": position_heatmap(gap_map, "What captions tell, by position", diverging=True),

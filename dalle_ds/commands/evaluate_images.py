@@ -28,6 +28,7 @@ from dalle_ds.figures import new_figure
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.pretrained.inception import Inception
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
+from dalle_ds.storage import objects
 from dalle_ds.tracking.export_run import track
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def evaluate_images(
             **{key: value for key, value in rows[0].items() if key != "blur"},
         }
     out.mkdir(parents=True, exist_ok=True)
-    (out / METRICS).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    objects.write_bytes(out / METRICS, json.dumps(result, indent=1).encode())
     if result.get("by_blur") and any(key in result for key in ("fid", "inception_score")):
         _draw_chart(result["by_blur"], f"{result['n']} pictures, features of {result['extractor']}", out / CHART)
     if export is not None:

@@ -12,7 +12,6 @@ from dalle_ds.errors import DataError
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
-from dalle_ds.storage.atomic import atomic_write
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.record import Record
 from dalle_ds.training.checkpoint import CheckpointStore
@@ -98,9 +97,3 @@ class ImageCheckpoints:
 
         self._store.begin(update, write, self._about, self._ranks)
         self._store.finish(self._ranks)
-
-
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """The report, which says that the run is finished."""
-    with atomic_write(path) as file:
-        file.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dalle_ds.errors import UserError
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.parallel.failure_detection import RankWatch
 from dalle_ds.parallel.ranks import ALONE, Ranks
@@ -58,10 +59,14 @@ class TrainingRun:
         self.tracker.artifact(self.folder / RECIPE_FILE)
 
     def write(self, name: str, text: str) -> Path:
-        """A file of the folder, atomically. Raises OSError where it can't be written."""
-        with atomic_write(self.folder / name) as file:
-            file.write_text(text, encoding="utf-8")
-        return self.folder / name
+        """A file of the folder, atomically. Raises UserError where it can't be written."""
+        path = self.folder / name
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        return path
 
     def leave_stopped(self, update: int, checkpoints: str) -> NoReturn:
         """End a run that was asked to stop and has saved its state. All ranks call it together.

@@ -23,7 +23,7 @@ from dalle_ds.tracking.provenance import code_tags
 from dalle_ds.training.clip.config import ClipRun
 from dalle_ds.training.clip.data import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip.tokenizer import train_clip_tokenizer
-from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest, write_report
+from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class ClipTrainer:
         (aside / PROVENANCE_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-        write_report(self.folder / REPORT_FILE, report)
+        self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
         self.run.tracker.tags({"clip": report["clip"]})
         for name in (MODEL_FOLDER, REPORT_FILE):
             self.run.tracker.artifact(self.folder / name)

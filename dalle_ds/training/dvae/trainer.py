@@ -28,7 +28,7 @@ from dalle_ds.storage.weights import read_weights, write_weights
 from dalle_ds.training.dvae.config import DVAERun
 from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
 from dalle_ds.training.dvae.metrics import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
-from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest, write_report
+from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ class DVAETrainer:
             "parameters": sum(p.numel() for p in self.parameters),
             "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }
-        write_report(self.folder / REPORT_FILE, report)
+        self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
         self.run.tracker.tags({"dvae": mark})
         for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
             self.run.tracker.artifact(self.folder / name)
