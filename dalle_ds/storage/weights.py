@@ -9,6 +9,7 @@ Either is read and written one tensor at a time.
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor
 from dalle_ds.errors import DataError
 from dalle_ds.recipes import canonical_json
 from dalle_ds.storage import objects
+from dalle_ds.storage.buckets import in_buckets
 from dalle_ds.storage.fingerprint import LENGTH, FingerprintHasher
 from dalle_ds.storage.safetensors_writer import SafetensorsWriter
 from dalle_ds.storage.stored_tensors import StoredTensor, read_layout
@@ -74,7 +76,7 @@ def write_weights(
     """
     # Names in order are what the fingerprint is over. It is known after the last byte, so the header has a placeholder of its
     # length, filled in before the file gets its name: a second pass would read a large checkpoint from its disks again.
-    parts = _split(state, max_file_bytes)
+    parts = in_buckets(sorted(state), lambda name: state[name].nbytes, max_file_bytes or math.inf)
     before = _files_of_index(url)
     hasher = FingerprintHasher(_identity(kind, config))
     metadata = {
@@ -109,19 +111,6 @@ def write_weights(
     for stale in set(before) - set(files):  # of a model that was here
         objects.delete(stale)
     return hasher.value()
-
-
-def _split(state: Mapping[str, Tensor | StoredTensor], max_bytes: int | None) -> list[list[str]]:
-    """Names in order, in groups that fit into one file each; a tensor above the size is alone."""
-    parts: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in sorted(state.items()):
-        if parts[-1] and max_bytes is not None and size + tensor.nbytes > max_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += tensor.nbytes
-    return parts
 
 
 def _pour(

@@ -62,7 +62,7 @@ class TrainingRun:
         """A file of the folder, atomically. Raises UserError where it can't be written."""
         path = self.folder / name
         try:
-            with atomic_write(path) as temporary:
+            with atomic_write(path, one_writer=True) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalle_ds.data.code_usage import codebook_usage
 from dalle_ds.data.commit import commit_shard, new_attempt
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url
 from dalle_ds.data.prefetch import Prefetch
 from dalle_ds.data.raw import LISTED_REASONS, Dropped, RawSample, RawShard, read_raw_shard, split_of
+from dalle_ds.data.reconstruction import codebook_usage
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError

@@ -1,7 +1,6 @@
 """A sample of each token shard against the pictures that it was made of: the same tokens again, PSNR, a picture for people."""
 
 import io
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from dalle_ds.data.images import ImageProblem, seed_of
 from dalle_ds.data.manifest import ShardManifest
 from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard
+from dalle_ds.data.reconstruction import psnr
 from dalle_ds.data.shards import read_block
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.storage import objects
@@ -32,8 +32,7 @@ class Pair:
     @property
     def psnr(self) -> float:
         """Decibels; infinite for equal pictures."""
-        error = np.mean((self.source_HWC.astype(np.float64) - self.decoded_HWC) ** 2)
-        return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+        return float(psnr(self.source_HWC[None], self.decoded_HWC[None])[0])
 
 
 def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_pictures: int, problems: list[str]) -> list[Pair]:

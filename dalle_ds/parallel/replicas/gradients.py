@@ -8,10 +8,11 @@ from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.parallel.checkpoint_tensors import SavedState, StateParts
 from dalle_ds.parallel.gradient_shards import GradientShards
 from dalle_ds.parallel.masterless import MasterlessMatrices
-from dalle_ds.parallel.replicas.groups import BUCKET_VALUES, Replicas, ReplicasConfig, in_buckets, mean_in_fp32
+from dalle_ds.parallel.replicas.groups import BUCKET_VALUES, Replicas, ReplicasConfig, mean_in_fp32
 from dalle_ds.parallel.replicas.power_sgd import MatrixShard, PowerSGD, as_fp32
 from dalle_ds.parallel.zero_shards import shard_start
 from dalle_ds.storage import objects
+from dalle_ds.storage.buckets import in_buckets
 
 ERROR = "error"
 

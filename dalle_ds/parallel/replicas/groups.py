@@ -4,7 +4,7 @@ Ranks that follow each other make a replica, so with one replica a node all gath
 nodes, and only gradient shards travel between them (paper section 2.5 and appendix E.1).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -136,19 +136,6 @@ def mean_in_1_6_9(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
     parts = decode(received.view(torch.int16), FORMAT_1_6_9).view(n_ranks, -1)
     dist.all_gather_into_tensor(codes, encode(parts.mean(0), FORMAT_1_6_9).view(torch.uint8), group=group)
     return _split_as(decode(codes.view(torch.int16), FORMAT_1_6_9)[:n], tensors)
-
-
-def in_buckets(names: Iterable[str], size_of: Callable[[str], int], limit: int) -> list[list[str]]:
-    """Names in order, as few lists as keep each within `limit` values (or one name long)."""
-    buckets: list[list[str]] = []
-    used = 0
-    for name in names:
-        used += size_of(name)
-        if not buckets or used > limit:
-            buckets.append([])
-            used = size_of(name)
-        buckets[-1].append(name)
-    return buckets
 
 
 def _split_as(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

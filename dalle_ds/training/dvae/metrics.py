@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_ds.data.code_usage import codebook_usage
-from dalle_ds.evaluation.reconstruction import psnr, ssim
+from dalle_ds.data.reconstruction import codebook_usage, psnr, ssim
+from dalle_ds.figures import drawn, new_figure
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import location_pixels, log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
@@ -158,13 +158,8 @@ def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pai
 
 def usage_chart(counts_K: np.ndarray, title: str) -> Image.Image:
     """How often each code is chosen, from the most to the least used, on a logarithmic scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # when the first chart is drawn
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    figure = new_figure(7.5, 3.6)
     axes = figure.add_subplot()
     axes.bar(np.arange(len(counts_K)), np.sort(counts_K)[::-1], width=1.0)
     axes.set(title=title, xlabel="codes, by use", ylabel="cells", yscale="log", ylim=(0.5, None))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return drawn(figure, dpi=100)

@@ -24,6 +24,7 @@ from dalle_ds.optim.schedules import linear_warmup
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import flatten
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.storage.weights import read_weights, write_weights
 from dalle_ds.training.dvae.config import DVAERun
 from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
@@ -33,7 +34,6 @@ from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "dvae.safetensors"
 REPORT_FILE = "dvae_report.json"
 RECONSTRUCTIONS_FILE = "reconstructions.png"
 
@@ -54,7 +54,7 @@ def train_dvae(recipe: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
         identity = identity_of("dvae", recipe, shards)
         finished = ranks.from_main(_finished(run.folder, identity) if ranks.is_main else None)
         if finished is not None:
-            log.info("%s is finished: %d updates; nothing to do", run.folder / WEIGHTS_FILE, finished["updates"])
+            log.info("%s is finished: %d updates; nothing to do", run.folder / DVAE_FILE, finished["updates"])
             return finished
         with _denormals_flushed(), closing(DVAETrainer(run, recipe, identity, shards)) as trainer:
             return trainer.train()
@@ -272,7 +272,7 @@ class DVAETrainer:
         with self.average.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
             mark = write_weights(
-                self.folder / WEIGHTS_FILE,
+                self.folder / DVAE_FILE,
                 kind="dvae",
                 config=model.model_dump(),
                 state=state,
@@ -285,7 +285,7 @@ class DVAETrainer:
         report = {
             "dvae": mark,
             "run": self.identity,
-            "weights": str(self.folder / WEIGHTS_FILE),
+            "weights": str(self.folder / DVAE_FILE),
             "image_size": model.image_size,
             "grid": model.grid,
             **asdict(numbers),
@@ -296,7 +296,7 @@ class DVAETrainer:
         }
         self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
         self.run.tracker.tags({"dvae": mark})
-        for name in (WEIGHTS_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
+        for name in (DVAE_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
             self.run.tracker.artifact(self.folder / name)
         return report
 
@@ -339,10 +339,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
     """The report of a finished run in this folder; None where there is none, or where its weights are to be written again."""
     report = finished_report(folder / REPORT_FILE, identity)
-    if report is None or not (folder / WEIGHTS_FILE).exists():
+    if report is None or not (folder / DVAE_FILE).exists():
         return None  # the last checkpoint is complete: the weights are written again from it
-    mark = read_weights(folder / WEIGHTS_FILE, "dvae").fingerprint
-    require_same(f"weights {folder / WEIGHTS_FILE}", report.get("dvae", "none"), mark)
+    mark = read_weights(folder / DVAE_FILE, "dvae").fingerprint
+    require_same(f"weights {folder / DVAE_FILE}", report.get("dvae", "none"), mark)
     return report
 
 

@@ -20,6 +20,7 @@ from dalle_ds.parallel.checkpoint_tensors import AVERAGE, WEIGHTS, SavedState
 from dalle_ds.sampling.export_record import RECORD_FILE, ExportRecord
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.names import DVAE_FILE, PRIOR_FILE, TOKENIZER_FILE
 from dalle_ds.storage.stored_tensors import StoredTensor
 from dalle_ds.storage.weights import open_weights, verified_fingerprint, write_weights
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
@@ -58,19 +59,16 @@ def export_checkpoint(
     about = checkpoint.about
     sets = [_absolute(one.dataset) for one in about.sets]
     dataset = sets[0]
-    inputs = {name: objects.join(dataset, name) for name in ("tokenizer.model", "dvae.safetensors")}
-    tokenizer, dvae = CaptionTokenizer(inputs["tokenizer.model"]), verified_fingerprint(inputs["dvae.safetensors"], "dvae")
-    for name, expected, found in (
-        ("tokenizer.model", about.tokenizer, tokenizer.fingerprint),
-        ("dvae.safetensors", about.dvae, dvae),
-    ):
+    inputs = {name: objects.join(dataset, name) for name in (TOKENIZER_FILE, DVAE_FILE)}
+    tokenizer, dvae = CaptionTokenizer(inputs[TOKENIZER_FILE]), verified_fingerprint(inputs[DVAE_FILE], "dvae")
+    for name, expected, found in ((TOKENIZER_FILE, about.tokenizer, tokenizer.fingerprint), (DVAE_FILE, about.dvae, dvae)):
         require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the former.")
     state = _weights(checkpoint, averaged)
     n_bytes = sum(tensor.nbytes for tensor in state.values())
 
     # first and last: a folder without config.json is not taken for an export, nor is one that was written in part
     objects.delete(objects.join(out, RECORD_FILE))
-    model = objects.join(out, "model.safetensors")
+    model = objects.join(out, PRIOR_FILE)
     with progress(total=n_bytes, what="export", unit="B", unit_scale=True) as bar:
         fingerprint = write_weights(
             model, kind="prior", config=about.model.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update

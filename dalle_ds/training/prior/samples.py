@@ -16,6 +16,7 @@ from dalle_ds.sampling.grid import picture_grid
 from dalle_ds.sampling.held_out import READ_AT_LEAST, held_out_of
 from dalle_ds.sampling.request import seed_of
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.storage.weights import read_weights
 
 CAPTIONS, CANDIDATES = 6, 4
@@ -28,7 +29,7 @@ class SampleSheets:
     def __init__(self, config: PriorConfig, dataset: TokenDataset, device: torch.device) -> None:
         """Raises DataError where the data set has no dVAE beside its tokens."""
         self._config, self._device = config, device
-        saved = read_weights(objects.join(dataset.root_url, "dvae.safetensors"), "dvae", str(device))
+        saved = read_weights(objects.join(dataset.root_url, DVAE_FILE), "dvae", str(device))
         with torch.device("meta"):
             dvae = DVAE(DVAEConfig(**saved.config))
         dvae.load_state_dict(saved.state, assign=True)

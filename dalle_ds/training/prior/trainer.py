@@ -23,6 +23,7 @@ from dalle_ds.planning.memory import CHECKPOINT_BYTES, state_bytes
 from dalle_ds.recipes import flatten
 from dalle_ds.sampling.export_record import MlflowRun
 from dalle_ds.storage import objects
+from dalle_ds.storage.names import DVAE_FILE, TOKENIZER_FILE
 from dalle_ds.training.checkpoint import Checkpoint
 from dalle_ds.training.prior.build import build_engine
 from dalle_ds.training.prior.config import PriorRun
@@ -296,8 +297,8 @@ class PriorTrainer:
         for dataset in about.sets:
             run.tracker.input_dataset("token_shards", dataset.dataset, dataset.data)
         first = about.sets[0].dataset
-        run.tracker.input_dataset("tokenizer", objects.join(first, "tokenizer.model"), about.tokenizer, "tokenizer")
-        run.tracker.input_dataset("dvae", objects.join(first, "dvae.safetensors"), about.dvae, "codebook")
+        run.tracker.input_dataset("tokenizer", objects.join(first, TOKENIZER_FILE), about.tokenizer, "tokenizer")
+        run.tracker.input_dataset("dvae", objects.join(first, DVAE_FILE), about.dvae, "codebook")
         run.tracker.artifact(run.write(DEEPSPEED_FILE, json.dumps(job.engine_config.json, indent=1)))
         n_micro_batches = recipe.accumulation(world_size)
         log.info(

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode
-from dalle_ds.parallel.replicas.groups import ReplicasConfig, in_buckets
+from dalle_ds.parallel.replicas.groups import ReplicasConfig
 from dalle_ds.parallel.replicas.power_sgd import MatrixShard, PowerSGD, _by_shape, as_fp32, orthonormal
+from dalle_ds.storage.buckets import in_buckets
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,6 @@
-"""How well a dVAE gives pictures back."""
+"""How well a codebook gives images back, and how much of it is used."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,6 +31,24 @@ def ssim(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
     settings = {"channel_axis": 0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     pairs = zip(real_BCHW, reconstructed_BCHW, strict=True)
     return np.array([structural_similarity(real, other, **settings) for real, other in pairs])
+
+
+@dataclass(frozen=True)
+class CodebookUsage:
+    """Of one code histogram. Perplexity: the number of codes that, used equally often, would carry as much information."""
+
+    n_codes: int
+    n_used: int
+    perplexity: float
+
+
+def codebook_usage(histogram_K: np.ndarray) -> CodebookUsage:
+    """Usage from how often each of K codes occurs. Raises ValueError where nothing was counted."""
+    counts = np.asarray(histogram_K, dtype=np.float64)
+    if counts.sum() <= 0:
+        raise ValueError("the code histogram is empty")
+    shares = counts[counts > 0] / counts.sum()
+    return CodebookUsage(len(counts), len(shares), float(np.exp(-(shares * np.log(shares)).sum())))
 
 
 def _require_pairs(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> None:

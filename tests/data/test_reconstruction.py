@@ -1,9 +1,9 @@
-"""PSNR and SSIM against values known by hand."""
+"""PSNR, SSIM and the use of a codebook against values known by hand."""
 
 import numpy as np
 import pytest
 
-from dalle_ds.evaluation.reconstruction import psnr, ssim
+from dalle_ds.data.reconstruction import codebook_usage, psnr, ssim
 
 
 def test_psnr_of_known_errors():
@@ -35,3 +35,14 @@ def test_ssim_of_flat_and_of_unrelated_pictures():
     noise = rng.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
     assert ssim(noise, noise) == pytest.approx([1, 1])
     assert ssim(noise[:1], noise[1:]) == pytest.approx(0, abs=0.1)
+
+
+def test_codebook_usage():
+    even = codebook_usage(np.array([5, 5, 5, 5, 0, 0, 0, 0]))
+    assert (even.n_codes, even.n_used) == (8, 4)
+    assert even.perplexity == pytest.approx(4)
+    assert codebook_usage(np.array([0, 9, 0])).perplexity == pytest.approx(1)
+    skewed = codebook_usage(np.array([3, 1]))
+    assert skewed.perplexity == pytest.approx(2 ** (0.75 * np.log2(4 / 3) + 0.25 * 2))
+    with pytest.raises(ValueError, match="empty"):
+        codebook_usage(np.zeros(4))
