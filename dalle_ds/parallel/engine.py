@@ -17,15 +17,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger, set_z3_leaf_modules
+from deepspeed.utils import logger
 from torch import Tensor
 
-from dalle_ds.console import progress
 from dalle_ds.errors import DataError
-from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
+from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Prior, PriorConfig
 from dalle_ds.models.resblock import ResBlock
 from dalle_ds.ops.devices import on_device
-from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments, moment_bytes
+from dalle_ds.optim.adamw import moment_bytes
+from dalle_ds.optim.build import OptimizerSettings, build_adamw
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.optim.masterless import MasterlessAdamW
 from dalle_ds.parallel.agreement import AgreementSums
@@ -37,28 +37,13 @@ from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replicas.gradients import ReplicaGradients
 from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
+from dalle_ds.parallel.sharded_model import build_model
 from dalle_ds.parallel.step_timer import PhaseTimer
 from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
 from dalle_ds.precision.resblock_scaling import BlockScaler
 from dalle_ds.storage import objects
 
-SHOWN_FROM = 1 << 30
-"""Parameters from which making the first weights has a progress bar: one core draws so many in about ten seconds."""
-
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW as torch takes it, and the format of its moments: "low_bit" is `LowBitAdamW`, which also clips the variance."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    moments: Moments = "fp32"
-    master: Master = "fp32"
-    """ "none": the matrices of residual branches are fp16, and have no fp32 copy (`masterless`)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,7 @@ class PriorEngine:
             self.replicas = Replicas(replicas.count, ranks.rank, ranks.world_size)
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
         self._is_sharded = engine_config.zero_stage == 3
-        model = _build(model_config, engine_config, self._is_sharded, seed, ranks, self.replicas)
+        model = build_model(model_config, engine_config, seed, ranks, self.replicas)
         if optimizer.master == "none":
             engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
         self.scaler: BlockScaler | None = None
@@ -123,13 +108,7 @@ class PriorEngine:
         if self.masterless:
             groups = [group for group in groups if not self.masterless.parameters.keys() & set(group["names"])]
             deepspeed_json = {**deepspeed_json, "gradient_clipping": 0.0}  # by the norm of all gradients, which only we know
-        for group in groups:
-            del group["names"]
-        torch_optimizer: torch.optim.Optimizer
-        if optimizer.moments == "low_bit":
-            torch_optimizer = LowBitAdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps)
-        else:
-            torch_optimizer = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        torch_optimizer = build_adamw(groups, optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
@@ -455,37 +434,6 @@ def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
 def _plain_values(thing: object) -> dict[str, Any]:
     """Attributes that are numbers or flags: all that DeepSpeed's loss scalers remember."""
     return {name: value for name, value in vars(thing).items() if isinstance(value, int | float)} if thing is not None else {}
-
-
-def _build(
-    config: PriorConfig, engine_config: EngineConfig, sharded: bool, seed: int, ranks: Ranks, replicas: Replicas | None
-) -> Prior:
-    generator = torch.Generator().manual_seed(seed)
-    if not sharded:
-        model = Prior(config)
-        initialise(model, generator)
-        return model
-    # Each layer is sharded as soon as it is made: no rank ever holds the whole model.
-    shard_group = replicas.shard_group if replicas else None
-    with deepspeed.zero.Init(config_dict_or_path=engine_config.json, data_parallel_group=shard_group, mpu=replicas):
-        model = Prior(config)
-    n_parameters = sum(p.ds_numel for p in model.parameters())
-    bar = progress(
-        total=n_parameters, what="first weights", unit="", unit_scale=True, enabled=ranks.is_main and n_parameters >= SHOWN_FROM
-    )
-
-    @contextmanager
-    def gathered(parameter: torch.nn.Parameter) -> Iterator[None]:
-        # what the first rank of the shard group leaves in it is everybody's; the same seed makes replicas equal
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            yield
-        bar.update(parameter.ds_numel)
-
-    with bar:
-        initialise(model, generator, gathered, is_writer=(replicas.shard_rank if replicas else ranks.rank) == 0)
-    # gathered, freed and reduced as a whole: hooks of its dozen modules would take the host longer than the layer itself
-    set_z3_leaf_modules(model, [Layer])
-    return model
 
 
 @contextmanager

@@ -151,7 +151,8 @@ def make_engine(
     """A `PriorEngine` of this rank, with dense attention and activation checkpointing as a run sets it (0: none), and small
     random weights in its shards: initial ones would come from rank 0, which isn't there, padding has none."""
     # imported here, in a child: DeepSpeed would choose another accelerator in a process that sees GPUs
-    from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
+    from dalle_ds.optim.build import OptimizerSettings
+    from dalle_ds.parallel.engine import PriorEngine
     from dalle_ds.parallel.engine_config import load_engine_config
     from dalle_ds.parallel.replicas.groups import ReplicasConfig
     from dalle_ds.parallel.zero_shards import fragments

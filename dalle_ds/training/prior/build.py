@@ -2,8 +2,9 @@
 
 from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.optim.build import OptimizerSettings
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
-from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
+from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import EngineConfig, load_engine_config
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.training.prior.config import PriorRun

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, initialise
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
+from dalle_ds.optim.build import OptimizerSettings
 from dalle_ds.optim.ema import AverageConfig, WeightAverage
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.checkpoint_tensors import WEIGHTS, SavedState
-from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
+from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.parallel.replicas.groups import ReplicasConfig

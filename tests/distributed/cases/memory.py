@@ -9,8 +9,9 @@ import torch
 from dalle_ds.bench.harness.memory import peak_bytes
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.optim.build import OptimizerSettings
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
-from dalle_ds.parallel.engine import OptimizerSettings, PriorEngine
+from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import join, leave
 
