@@ -2,27 +2,27 @@
 
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from functools import wraps
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
-from dalle_ds.errors import UserError
-
 T = TypeVar("T")
 
-TYPER_SETTINGS: dict[str, Any] = {
-    "add_completion": False,
-    "pretty_exceptions_enable": False,
-    "rich_markup_mode": None,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
-}
-"""Of every table of commands: plain help, plain tracebacks."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to; `is_complete` decides the exit code: 0 only if all was done."""
+
+    summary: dict[str, Any]
+    is_complete: bool = True
+    problems: list[str] = field(default_factory=list)
+    text: str | None = None
+    """For people, instead of the summary's lines."""
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -56,22 +56,6 @@ def print_error(message: str) -> None:
     """One line on stderr, whether or not somebody still reads it."""
     with suppress(BrokenPipeError):
         print(message, file=sys.stderr, flush=True)
-
-
-def user_errors_exit(function: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a command: a UserError becomes its message on stderr and exit code 2; DALLE_DS_TRACEBACK=1 lets it through."""
-
-    @wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> T:
-        try:
-            return function(*args, **kwargs)
-        except UserError as error:
-            if os.environ.get("DALLE_DS_TRACEBACK") == "1":
-                raise
-            print_error(f"error: {error}")
-            raise SystemExit(2) from None
-
-    return wrapper
 
 
 class _LastingStderr(ObjectWrapper):

@@ -21,16 +21,72 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=BaseModel)
 
+VALIDATION_FRACTION = 0.0024
+"""The default of every stage: the paper holds out 606,000 of 250 million pairs."""
 
-def load_recipe(config_class: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
-    """Merge defaults, the YAML file at `path` and `overrides` ("a.b=c", YAML values) into one config.
+SECTIONS = (
+    "fetch",
+    "ingest",
+    "dedup",
+    "tokenizer",
+    "dvae",
+    "encode",
+    "prior",
+    "clip",
+    "status",
+    "verify",
+    "stats",
+    "data_plan",
+    "export",
+    "import_dvae",
+    "register",
+    "sample",
+    "serve",
+    "loss",
+    "images",
+    "rerank",
+    "human_build",
+    "human_tally",
+    "plan",
+    "doctor",
+    "accept",
+    "mlflow_sync",
+    "diagnose",
+)
+"""Top-level names of a recipe file: a section for each verb of the command line."""
+
+SHARED = {
+    "validation_fraction": {
+        "tokenizer": "validation_fraction",
+        "encode": "validation_fraction",
+        "dvae": "data.validation_fraction",
+        "clip": "data.validation_fraction",
+    }
+}
+"""Top-level keys that several sections have in common: what must agree stands in a recipe once."""
+
+
+def load_recipe(
+    config_class: type[C],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> C:
+    """Merge defaults, the class's section of the YAML file at `path`, `overrides` ("a.b=c") and `values` into one config.
+
+    The text of an override is a number, a YAML value, or for a field that takes a string the text as it is.
 
     Raises:
-        ConfigError: missing file, bad YAML, unknown key, wrong value; every problem is listed with its key.
+        ConfigError: missing file, bad YAML, unknown section or key, wrong value; every problem is listed with its key.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = _section_of(_read_yaml(Path(path)), path, config_class) if path is not None else {}
     for override in overrides:
-        _apply_override(tree, override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example --set optimizer.lr=1e-3")
+        _put(tree, key, _parsed(text, _annotation_of(config_class, key.split("."))), override)
+    for key, value in (values or {}).items():
+        _put(tree, key, value, f"{key}={value}")
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
@@ -44,9 +100,15 @@ def from_options(config_class: type[C], options: Mapping[str, Any]) -> C:
     return load_recipe(config_class, overrides=[f"{key}={value}" for key, value in options.items() if value is not None])
 
 
+def section_of(config_class: type[BaseModel]) -> str | None:
+    """The section of recipe files that a class's configs stand in; None: the file as a whole."""
+    return getattr(config_class, "section", None)
+
+
 def dump_recipe(config: BaseModel) -> str:
-    """The merged tree as YAML: loading it again gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The merged tree as YAML, in its section: loading it again gives an equal config."""
+    tree, section = config.model_dump(mode="json"), section_of(type(config))
+    return yaml.safe_dump(tree if section is None else {section: tree}, sort_keys=False, allow_unicode=True)
 
 
 def canonical_json(tree: Any) -> str:
@@ -80,18 +142,62 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example --set optimizer.lr=1e-3")
+def _section_of(tree: dict[str, Any], path: str | Path | None, config_class: type[BaseModel]) -> dict[str, Any]:
+    section = section_of(config_class)
+    if section is None:
+        return tree
+    unknown = sorted(tree.keys() - SECTIONS - SHARED.keys())
+    if unknown:
+        raise ConfigError(
+            f"recipe {path}: unknown section {unknown[0]!r}; settings stand below the name of their section, such as "
+            f"{section!r}; known: {', '.join([*SECTIONS, *SHARED])}"
+        )
+    own = tree.get(section) or {}
+    if not isinstance(own, dict):
+        raise ConfigError(f"recipe {path}: section {section!r} holds a {type(own).__name__}, expected a mapping of keys")
+    for key, places in SHARED.items():
+        if key in tree and section in places:
+            _put(own, places[section], tree[key], f"{key}={tree[key]}", replacing=False)
+    return own
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, told: str, replacing: bool = True) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is the value {child!r}, not a section")
+            raise ConfigError(f"--set {told!r}: {parent!r} is the value {child!r}, not a section")
         node = child
-    node[leaf] = _number_or_yaml(text)
+    if replacing or leaf not in node:
+        node[leaf] = value
+
+
+def _annotation_of(config_class: type[BaseModel] | None, keys: Sequence[str]) -> Any:
+    """What the field at this place takes; None where there is no such field."""
+    field = config_class.model_fields.get(keys[0]) if config_class is not None else None
+    if field is None:
+        return None
+    return field.annotation if len(keys) == 1 else _annotation_of(_config_in(field.annotation), keys[1:])
+
+
+def _parsed(text: str, annotation: Any) -> Any:
+    arms = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    if type(None) in arms and text in ("null", "~", ""):
+        return None
+    if any(arm is str or arm is Path or _is_choice_of_strings(arm) for arm in arms) and not any(
+        arm in (int, float, bool) for arm in arms
+    ):
+        return text
+    value = _number_or_yaml(text)
+    lists = [typing.get_args(arm) for arm in arms if typing.get_origin(arm) in (tuple, list)]
+    if lists and not isinstance(value, list):
+        return [text] if lists[0][0] is str else text.split(",")
+    return value
+
+
+def _is_choice_of_strings(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Literal and all(isinstance(one, str) for one in typing.get_args(annotation))
 
 
 def _number_or_yaml(text: str) -> Any:

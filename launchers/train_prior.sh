@@ -38,11 +38,10 @@ exec deepspeed ${DS_LAUNCH_ARGS:-} "$0" "$@"
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from dalle_ds.commands.train_prior import main
+    from dalle_ds.cli import main
 
-    main(default_recipe=ROOT / "launchers" / "recipes" / "tiny.yaml")
+    main(["train", "prior", *sys.argv[1:]])
 # end of the Python part

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dalle_ds.commands.settings import DoctorConfig
+from dalle_ds.console import Outcome
 from dalle_ds.storage import objects
 from dalle_ds.tracking.mlflow_sink import resolve_uri, without_password
 
@@ -60,12 +62,18 @@ def summary(findings: Sequence[Finding]) -> dict[str, Any]:
     }
 
 
-def print_findings(findings: Sequence[Finding]) -> None:
+def table(findings: Sequence[Finding]) -> str:
     """One line a check, for people."""
     width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        mark = "ok     " if finding.ok else "MISSING" if finding.must else "warning"
-        print(f"{mark}  {finding.name:<{width}}  {finding.detail}", flush=True)
+    marks = {finding.name: "ok     " if finding.ok else "MISSING" if finding.must else "warning" for finding in findings}
+    return "\n".join(f"{marks[finding.name]}  {finding.name:<{width}}  {finding.detail}" for finding in findings)
+
+
+def run(config: DoctorConfig) -> Outcome:
+    """All checks; complete where nothing is missing that training needs."""
+    findings = examine(config.places, min_free_gib=config.min_free_gib, mlflow_uri=config.mlflow_uri)
+    outcome = summary(findings)
+    return Outcome(outcome, outcome["ok"], text=table(findings))
 
 
 def _examined(name: str, must: bool, check: Callable[[], tuple[bool, str]]) -> Finding:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dalle_ds.commands.settings import LossConfig
 from dalle_ds.console import progress
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
 from dalle_ds.ops.devices import resolve_device
@@ -68,3 +69,15 @@ def evaluate_export(
     }
     is_tracked = track(export.url, export.record, out, metrics, charts, [out / EVALUATION], "evaluation")
     return {"export": url, "out": str(out), **gap.to_dict(), "right_captions_win": gap.gap_low > 0, "tracked": is_tracked}
+
+
+def run(config: LossConfig) -> dict[str, Any]:
+    return evaluate_export(
+        config.export,
+        config.out,
+        data_url=config.data,
+        limit=config.limit,
+        seed=config.seed,
+        batch=config.batch,
+        device=config.device,
+    )

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dalle_ds.commands.settings import ImagesConfig
 from dalle_ds.console import progress
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.bootstrap import mean_interval
@@ -25,6 +26,7 @@ from dalle_ds.evaluation.inception_score import inception_score
 from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pictures, prepare
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
 from dalle_ds.figures import new_figure
+from dalle_ds.ops.devices import resolve_device
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.pretrained.inception import Inception
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
@@ -127,6 +129,29 @@ def evaluate_images(
     if export is not None:
         result["tracked"] = _track(export, record, out, result)
     return result
+
+
+def run(config: ImagesConfig) -> dict[str, Any]:
+    device = str(resolve_device(config.device))
+    extractor = None
+    if config.extractor:
+        extractor = load_extractor(config.extractor, inception_weights=config.inception_weights, device=device)
+    return evaluate_images(
+        config.images,
+        config.out,
+        reference=config.reference,
+        extractor=extractor,
+        clip=Clip.load(config.clip, device) if config.clip else None,
+        radii=config.blur,
+        size=config.size,
+        limit=config.limit,
+        held_out=config.validation_fraction,
+        cache=config.cache,
+        n_resamples=config.resamples,
+        batch=config.batch,
+        seed=config.seed,
+        export=config.export,
+    )
 
 
 def _track(export: str, record: ExportRecord, out: Path, result: dict[str, Any]) -> bool:

@@ -1,9 +1,8 @@
-"""`dalle-ds plan`: of a preset, or of a recipe."""
+"""`dalle-ds plan`: memory, time and cost of training a prior, of a preset or of a recipe."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from dalle_ds.commands.settings import PlanConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.planning.settings import PlanSettings
@@ -12,20 +11,19 @@ from dalle_ds.training.prior.config import PriorRun
 from dalle_ds.training.prior.cost import plan, settings_of
 
 
-def run(preset: str | None, recipe: Path | None, overrides: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan's summary. `given` are fields of `PlanSettings`, which go before what the recipe says.
+def run(config: PlanConfig) -> dict[str, Any]:
+    """What is given goes before what the recipe says, and that before the defaults.
 
     Raises:
-        ConfigError: no such preset or machine, a recipe that can't be read, overrides without a recipe, wrong values.
+        ConfigError: no such preset or machine, a recipe that can't be read, wrong values.
     """
+    preset, given = config.preset, config.given()
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    if recipe is None and overrides:
-        raise ConfigError(f"--set {overrides[0]}: it changes a recipe, and --recipe names none")
-    if recipe is None:
+    if config.recipe is None:
         preset = preset or "12b"
         return {"preset": preset, **plan(PRESETS[preset], from_options(PlanSettings, given))}
-    job = load_recipe(PriorRun, recipe, overrides)
+    job = load_recipe(PriorRun, config.recipe, config.recipe_overrides)
     of_recipe = settings_of(job, from_options(PlanSettings, given).gpus)
-    config = PRESETS[preset] if preset else job.model.on_paper()
-    return {"preset": preset or job.model.preset, **plan(config, from_options(PlanSettings, {**of_recipe, **given}))}
+    model = PRESETS[preset] if preset else job.model.on_paper()
+    return {"preset": preset or job.model.preset, **plan(model, from_options(PlanSettings, {**of_recipe, **given}))}

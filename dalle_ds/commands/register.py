@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dalle_ds
+from dalle_ds.commands.settings import RegisterConfig
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
 from dalle_ds.storage import objects
@@ -59,6 +60,10 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
         except MlflowException as error:
             raise UserError(f"MLflow at {uri} does not register {url} as {name!r}: {error}") from None
     return {"model": f"models:/{name}/{version}", "run_id": run_id, "export_fingerprint": record.fingerprint}
+
+
+def run(config: RegisterConfig) -> dict[str, Any]:
+    return register_export(config.export, config.name, clip=config.clip, uri=config.mlflow_uri)
 
 
 def _save(folder: Path, artifacts: dict[str, str], record: ExportRecord) -> None:

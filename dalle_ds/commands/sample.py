@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_ds.commands.settings import SampleConfig
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.parallel.failure_detection import RankWatch
 from dalle_ds.parallel.ranks import ALONE, Ranks
@@ -14,9 +15,10 @@ from dalle_ds.sampling.captions import SampleSource
 from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.folder import GRID, SampleFolder
 from dalle_ds.sampling.given import read_picture
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import RowsDecoded
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.settings import SampleSettings
 from dalle_ds.storage.names import SAMPLES_FILE
 from dalle_ds.tracking.export_run import track
 from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
@@ -88,3 +90,11 @@ def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tra
         "export_fingerprint": record["export_fingerprint"],
         "tracked": is_tracked,
     }
+
+
+def run(config: SampleConfig, ranks: Ranks) -> dict[str, Any]:
+    if config.repeat is not None:
+        return repeat_export(config.export, config.repeat, config.out, device=config.device)
+    source = SampleSource(config.caption, config.captions, config.validation, config.data, config.image, config.rows)
+    settings = config.settings()
+    return sample_export(config.export, config.out, settings, source, clip=config.clip, device=config.device, ranks=ranks)

@@ -1,10 +1,12 @@
 """`dalle-ds serve`: the page of an export."""
 
+from dalle_ds.commands.settings import ServeConfig
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.sampling.export import Export, load_export
-from dalle_ds.sampling.page import PageLimits, build_page, launch_page
+from dalle_ds.sampling.page import build_page, launch_page
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.settings import PageLimits
 from dalle_ds.tracking.export_run import run_of_export
 
 
@@ -27,3 +29,15 @@ def run_link(export: Export, server: str | None) -> str | None:
     server = server or known_server or ""
     is_known = server.startswith("http") and run_id is not None
     return f"{server.rstrip('/')}/#/runs/{run_id}" if is_known else None
+
+
+def run(config: ServeConfig) -> None:
+    serve_export(
+        config.export,
+        config.limits(),
+        clip=config.clip,
+        host=config.host,
+        port=config.port,
+        mlflow_url=config.mlflow_url,
+        device=config.device,
+    )

@@ -22,9 +22,10 @@ from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import flatten
 from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.given import GivenPicture
-from dalle_ds.sampling.request import Request, SampleIndex, SampleSettings, WorkItem
+from dalle_ds.sampling.request import Request, SampleIndex, WorkItem
 from dalle_ds.sampling.sampler import Batch, Candidate, RowsDecoded, Sampler, best, candidates_of
 from dalle_ds.sampling.scorer import Scorer
+from dalle_ds.sampling.settings import SampleSettings
 from dalle_ds.sampling.sheet import SampleSheet
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same

@@ -10,9 +10,10 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from dalle_ds.ops.devices import default_device
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.settings import SampleSettings
 
 
 class CaptionsToPictures(PythonModel):

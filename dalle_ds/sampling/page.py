@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import Field
 
 from dalle_ds.errors import ConfigError, UserError
-from dalle_ds.recipes import Config, from_options
+from dalle_ds.recipes import from_options
 from dalle_ds.sampling.decode import partial_pictures
 from dalle_ds.sampling.given import PAPER_SHARE, give_picture
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Candidate, RowsDecoded, Sampler
+from dalle_ds.sampling.settings import PageLimits, SampleSettings
 
 try:
     import gradio as gr
@@ -36,15 +36,6 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # one look everywhere: the fonts of the system, none from another server; small pictures with their own pixels
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 STYLE = "#pictures img { image-rendering: pixelated; }"
-
-
-class PageLimits(Config):
-    """What one request may ask for."""
-
-    n: int = Field(64, ge=1, description="candidates")
-    caption: int = Field(500, ge=1, description="characters")
-    upload_mb: float = Field(10, gt=0, description="megabytes of a picture")
-    waiting: int = Field(100, ge=1, description="requests in the queue; more are turned away")
 
 
 def draw_rows(sampler: Sampler, request: Request) -> Iterator[tuple[str, Shown]]:
@@ -145,7 +136,7 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
             with gr.Column(scale=2, min_width=320):
                 with gr.Tabs():
                     with gr.Tab("From a caption"):
-                        caption = gr.Textbox(label="Caption", max_length=limits.caption, elem_id="caption")
+                        caption = gr.Textbox(label="Caption", max_length=limits.max_caption, elem_id="caption")
                         button = gr.Button("Draw", variant="primary", elem_id="draw")
                     with gr.Tab("From a picture"):
                         picture = gr.Image(
@@ -160,13 +151,15 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
                         picture.preprocess = lambda payload: payload and payload.path
                         rows = gr.Slider(0, grid - 1, round(PAPER_SHARE * grid), step=1, label="Rows kept from its top")
                         second_caption = gr.Textbox(
-                            label="Caption (none: variations of the picture)", max_length=limits.caption, elem_id="caption-2"
+                            label="Caption (none: variations of the picture)",
+                            max_length=limits.max_caption,
+                            elem_id="caption-2",
                         )
                         second_button = gr.Button("Draw", variant="primary", elem_id="draw-2")
-                defaults = SampleSettings(n=min(16, limits.n), keep=min(4, limits.n) if has_scorer else None)
-                settings = {"n": gr.Slider(1, limits.n, defaults.n, step=1, label="Pictures drawn", elem_id="n")}
+                defaults = SampleSettings(n=min(16, limits.max_n), keep=min(4, limits.max_n) if has_scorer else None)
+                settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Pictures drawn", elem_id="n")}
                 if has_scorer:
-                    settings["keep"] = gr.Slider(1, limits.n, defaults.keep, step=1, label="Best ones kept")
+                    settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best ones kept")
                 settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
                 settings["seed"] = gr.Number(defaults.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
                 with gr.Accordion("More", open=False):
@@ -189,7 +182,7 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
         inputs = [second_caption, picture, rows, *controls]
         starts = [second_button.click, second_caption.submit]
         gr.on(starts, draw_from_picture, inputs, results, api_name="draw_from_picture", **options)
-    return page.queue(max_size=limits.waiting)
+    return page.queue(max_size=limits.max_waiting)
 
 
 def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, block: bool = True) -> None:
@@ -205,7 +198,7 @@ def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, bl
             server_name=host,
             server_port=port,
             share=False,
-            max_file_size=int(limits.upload_mb * 1e6),
+            max_file_size=int(limits.max_upload_mb * 1e6),
             show_error=True,
             footer_links=["api"],
             theme=THEME,
@@ -226,11 +219,11 @@ def _request(
 ) -> Request:
     """Checked here, whatever the browser allowed: a script may send anything."""
     caption = (caption or "").strip()
-    if len(caption) > limits.caption:
-        raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.caption}")
+    if len(caption) > limits.max_caption:
+        raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.max_caption}")
     settings = from_options(SampleSettings, values)
-    if settings.n > limits.n:
-        raise ConfigError(f"{settings.n} pictures, expected at most {limits.n}")
+    if settings.n > limits.max_n:
+        raise ConfigError(f"{settings.n} pictures, expected at most {limits.max_n}")
     given = give_picture(sampler.export, Path(file).read_bytes(), rows) if file else None
     request = Request((caption,), settings, given)
     sampler.check(request)

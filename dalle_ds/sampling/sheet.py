@@ -6,8 +6,9 @@ from torch import Tensor
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.sampling.decode import decode_pictures, partial_pictures
 from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Candidate
+from dalle_ds.sampling.settings import SampleSettings
 
 MAX_CAPTIONS, MAX_PICTURES = 64, 32
 """What the sheet shows at most: it is there to look at."""

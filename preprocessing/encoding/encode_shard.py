@@ -27,7 +27,8 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.names import DVAE_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
-from preprocessing.encoding.encoder import Encode, Precision, encoder_of
+from preprocessing.configs import Precision
+from preprocessing.encoding.encoder import Encode, encoder_of
 
 # B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
 

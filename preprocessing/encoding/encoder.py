@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE, Conv2d
 from dalle_ds.ops import exactness
 from dalle_ds.ops.kernel_compiler import kernel_problem
+from preprocessing.configs import Precision
 
 # B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 pictures (B, H, W, C) -> tokens (B, N)
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}

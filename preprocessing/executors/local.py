@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dalle_ds.console import progress, setup_logging
 from dalle_ds.errors import UserError
-from preprocessing.executors.engine import Engine
+from preprocessing.configs import Engine
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.ray_cluster import settle_on_ray
 

@@ -6,38 +6,8 @@ from typing import Final
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-# Fewer candidates make fewer mistakes on captions: the languages that most of the web is written in.
-LANGUAGES: Final = (
-    "ar",
-    "cs",
-    "da",
-    "de",
-    "el",
-    "en",
-    "es",
-    "fa",
-    "fi",
-    "fr",
-    "he",
-    "hi",
-    "hu",
-    "id",
-    "it",
-    "ja",
-    "ko",
-    "nl",
-    "no",
-    "pl",
-    "pt",
-    "ro",
-    "ru",
-    "sv",
-    "th",
-    "tr",
-    "uk",
-    "vi",
-    "zh",
-)
+from preprocessing.configs import LANGUAGES
+
 MIN_WORDS: Final = 4  # shorter captions are names as often as sentences, and names belong to no language
 # Scripts without spaces: there each sign counts as a word.
 _WORDS: Final = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\\W\\d_]+")

@@ -8,35 +8,13 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from PIL import Image
-from pydantic import Field, field_validator
 
-from dalle_ds.data.images import MAX_PIXELS, ImageProblem, decode_image
+from dalle_ds.data.images import ImageProblem, decode_image
 from dalle_ds.data.raw import RawSample
-from dalle_ds.recipes import Config
-from preprocessing.filters.language import LANGUAGES, language_of
+from preprocessing.configs import FilterConfig
+from preprocessing.filters.language import language_of
 
 FILTER_RULES: Final = 2  # part of the fingerprint of raw shards: change it when a filter judges otherwise
-
-
-class FilterConfig(Config):
-    """Thresholds. They are part of the fingerprint of the raw shards."""
-
-    min_letters: int = 3
-    max_characters: int = 2000
-    max_boilerplate: float = 0.7  # share of a caption's letters and digits
-    language: str | None = "en"  # the captions' own; null keeps all languages
-    max_other_language: float = Field(0.8, ge=0, le=1)  # probability of another language above which a caption is dropped
-    min_side: int = 32  # pixels
-    max_pixels: int = Field(64 * 2**20, ge=1, le=MAX_PIXELS)  # told by the header; 64 Mi take up to 1.3 GiB to decode
-    min_aspect: float = 0.5  # width / height; the paper's [1/2, 2]
-    max_aspect: float = 2.0
-
-    @field_validator("language")
-    @classmethod
-    def _is_known(cls, language: str | None) -> str | None:
-        if language is not None and language not in LANGUAGES:
-            raise ValueError(f"{language!r}: expected one of {', '.join(LANGUAGES)}, or null to keep all languages")
-        return language
 
 
 class CaptionFilter(Protocol):

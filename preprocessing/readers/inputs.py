@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from dalle_ds.data.raw import IMAGE_EXTENSIONS, Dropped, RawSample, RawShard, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from preprocessing.configs import Columns
 from preprocessing.readers.folder import Entry
-from preprocessing.readers.parquet import Columns, read_parquet
+from preprocessing.readers.parquet import read_parquet
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,11 @@ import pyarrow.parquet as pq
 from dalle_ds.data.images import extension_of
 from dalle_ds.data.raw import MAX_MEMBER_BYTES, Dropped, RawSample
 from dalle_ds.errors import DataError
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
+from preprocessing.configs import Columns
 
 BATCH_ROWS: Final = 32  # with their pictures in memory at once
 MAX_ROWS: Final = 10**8  # a footer that tells of more lies
-
-
-class Columns(Config):
-    """The names of a parquet file's columns. A picture is its file's bytes, or a struct whose field `bytes` holds them."""
-
-    image: tuple[str, ...] = ("image", "jpg", "image_bytes")  # the first of these that is there
-    caption: tuple[str, ...] = ("caption", "text")
 
 
 def read_parquet(url: str, name: str, columns: Columns) -> Iterator[RawSample | Dropped]:

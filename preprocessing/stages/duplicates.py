@@ -13,8 +13,8 @@ from typing import Final
 import imagehash
 import numpy as np
 from PIL import Image, ImageDraw
-from pydantic import Field
 
+from dalle_ds.console import Outcome
 from dalle_ds.data.images import ImageProblem, decode_image
 from dalle_ds.data.raw import (
     DROP_LISTS,
@@ -27,10 +27,9 @@ from dalle_ds.data.raw import (
     without_drop_list,
 )
 from dalle_ds.errors import DataError
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
+from preprocessing.configs import DuplicatesConfig
 from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.outcome import Outcome
 
 # N pictures, the evaluation sets' first; U different hashes among them
 
@@ -40,19 +39,6 @@ NOT_COMPARED: Final = 0
 NEAR_DUPLICATE, IN_EVALUATION = LISTED_REASONS
 N_EXAMPLES: Final = 24
 TILE: Final = 128  # pixels
-
-
-class DuplicatesConfig(Config):
-    """What `python -m preprocessing duplicates` does."""
-
-    raw: str  # root of the raw shards
-    against: tuple[str, ...] = ()  # roots of raw shards of evaluation sets, which training must not see
-    max_distance: int = Field(2, ge=0, le=7)  # differing bits of 64 up to which two pictures are the same; colours are not seen
-    workers: int | None = Field(None, ge=1)  # processes; all cores if not set
-
-
-class Recipe(Config):
-    duplicates: DuplicatesConfig
 
 
 @dataclass(frozen=True)

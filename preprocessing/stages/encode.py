@@ -4,11 +4,12 @@ import json
 import logging
 import time
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
+from dalle_ds.console import Outcome
 from dalle_ds.data.images import CROP_RULE
 from dalle_ds.data.manifest import (
     DatasetInfo,
@@ -21,54 +22,25 @@ from dalle_ds.data.manifest import (
     merge,
 )
 from dalle_ds.data.raw import RawShard, list_raw_shards
-from dalle_ds.data.shards import BLOCK_SAMPLES
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.ops.devices import gpus_are_wanted
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.names import DATASET_FILE, DVAE_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
+from preprocessing.configs import EncodeConfig, Engine
 from preprocessing.encoding.encode_shard import EncodeJob, code_usage, crop_of, load_dvae
-from preprocessing.encoding.encoder import Precision, agreement, encoder_of
-from preprocessing.executors.engine import Engine
+from preprocessing.encoding.encoder import agreement, encoder_of
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.outcome import Outcome
 from preprocessing.executors.ray_cluster import n_of
 
 log = logging.getLogger(__name__)
 
 MAX_CODES = 2**16  # codes are stored in 16 bits
 TYPICAL_SAMPLES_PER_MB = 20  # only for the progress bar, where nothing tells a shard's samples
-
-
-class EncodeConfig(Config):
-    """What `python -m preprocessing encode` does."""
-
-    raw: str  # root of the raw shards, or a folder of WebDataset tars
-    dvae: str  # dvae.safetensors
-    tokenizer: str  # tokenizer.model
-    out: str  # root of the token data set
-    validation_fraction: float = Field(0.05, ge=0, lt=1)  # of the groups; the paper holds out 606 thousand of 250 million
-    max_failure_rate: float = Field(0.1, ge=0, le=1)  # a shard with more failed samples stays open
-    min_codes_used: float = Field(0.25, ge=0, le=1)  # share of the codebook that the dVAE used on its held-out pictures
-    engine: Engine = "local"  # processes on this machine, or actors of a Ray cluster
-    workers: int | None = Field(None, ge=1)  # not set: all cores, or one on a GPU; with ray all CPUs or GPUs of the cluster
-    machine: int = Field(0, ge=0)  # of several that encode into one output: each begins at another shard and goes on until all
-    machines: int = Field(1, ge=1)  # are done
-    batch_size: int = Field(32, ge=1)  # pictures at a time: at 256 pixels in fp32 8.4 GiB of a GPU, a quarter GiB each
-    precision: Precision = "fp32"  # of the encoder's residual branches; bf16 on CPU or CUDA, fp16 on CUDA alone
-    tf32: bool = False  # fp32 convolutions in TF32, on CUDA: faster, and no longer the tokens of a CPU
-    min_agreement: float = Field(0.995, ge=0, le=1)  # share of tokens that are those of fp32, on the first pictures
-    block_samples: int = Field(BLOCK_SAMPLES, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-class Recipe(Config):
-    encode: EncodeConfig
 
 
 def run(config: EncodeConfig) -> Outcome:

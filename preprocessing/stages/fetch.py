@@ -6,29 +6,14 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from dalle_ds.console import progress
+from dalle_ds.console import Outcome, progress
 from dalle_ds.errors import DataError
-from dalle_ds.recipes import Config
+from preprocessing.configs import FetchConfig
 from preprocessing.demo.sources import SOURCES, Source, SourceUnavailable, source_named, write_source
-from preprocessing.executors.outcome import Outcome
 
 log = logging.getLogger(__name__)
-
-
-class FetchConfig(Config):
-    """What `python -m preprocessing fetch` does."""
-
-    out: str  # a local folder
-    source: Literal["auto", "fluent", "tuxpaint", "openclipart", "drawn"] = "auto"  # auto: the first of these that works
-    limit: int | None = Field(None, ge=1)  # pictures
-
-
-class Recipe(Config):
-    fetch: FetchConfig
 
 
 def run(config: FetchConfig) -> Outcome:

@@ -13,45 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import Field
-
+from dalle_ds.console import Outcome
 from dalle_ds.data.commit import commit_shard, new_attempt
 from dalle_ds.data.manifest import RawShardManifest, Record, done_shards, load_shard_manifests, parse
 from dalle_ds.data.raw import Dropped, RawSample
-from dalle_ds.recipes import Config, canonical_json
+from dalle_ds.recipes import canonical_json
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.hashing import sha256_of_file
-from preprocessing.executors.engine import Engine
+from preprocessing.configs import FilterConfig, IngestConfig
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.outcome import Outcome
 from preprocessing.executors.ray_cluster import n_of
 from preprocessing.filters.language import language_of
-from preprocessing.filters.rules import FILTER_RULES, FilterConfig, caption_filters, judge_caption, sample_judge
+from preprocessing.filters.rules import FILTER_RULES, caption_filters, judge_caption, sample_judge
 from preprocessing.readers.folder import Entry, read_folder
 from preprocessing.readers.inputs import FolderPart, Part, list_parts, read_entry
-from preprocessing.readers.parquet import Columns
 
 log = logging.getLogger(__name__)
 
 RAW_INFO = "raw.json"
-
-
-class IngestConfig(Config):
-    """What `python -m preprocessing ingest` does."""
-
-    pictures: str  # folder of pictures with captions, or of WebDataset tars (img2dataset's too), or of parquet files
-    out: str  # root of the raw shards
-    samples_per_shard: int = Field(256, ge=1)  # of a folder of pictures; each tar or parquet file becomes one shard
-    columns: Columns = Columns()  # of parquet files
-    engine: Engine = "local"  # processes on this machine, or actors of a Ray cluster
-    workers: int | None = Field(None, ge=1)  # all cores if not set; with ray all CPUs of the cluster
-    filters: FilterConfig = FilterConfig()
-
-
-class Recipe(Config):
-    ingest: IngestConfig
 
 
 @dataclass(frozen=True)

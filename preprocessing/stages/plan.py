@@ -1,39 +1,26 @@
 """Plan: what so many pairs become and need, from a finished encode or from figures that are given."""
 
+from dalle_ds.console import Outcome
 from dalle_ds.data.manifest import load_manifest
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE
-from preprocessing.executors.outcome import Outcome
+from preprocessing.configs import DataPlanConfig
 
 TOKENS, CODE_BYTES = 1024, 2
 OTHER_BYTES = 90  # of a sample: key, caption and group, tar headers, its share of the manifest
 
 
-def run(
-    pairs: float,
-    *,
-    measured: str | None,
-    rate: float | None,
-    gpu_rate: float | None,
-    raw_bytes: float | None,
-    accepted: float | None,
-    shard_samples: int,
-    workers: int,
-    price: float | None,
-) -> Outcome:
-    """Shards, bytes and hours for `pairs` raw pairs.
-
-    Args:
-        measured: root of a token data set whose shards tell pictures/s, accepted share and bytes; given figures go first.
-        rate: pictures/s of one worker. gpu_rate: of one GPU. raw_bytes: of a raw pair. accepted: share that becomes samples.
-        price: of an hour of a GPU, or of a worker where no gpu_rate is given.
+def run(config: DataPlanConfig) -> Outcome:
+    """Shards, bytes and hours of `config.pairs` raw pairs; figures that are given go before measured ones.
 
     Raises:
-        ConfigError: a figure out of range, or no rate at all; DataError: nothing is finished under `measured`.
+        ConfigError: a figure out of range, or no rate at all; DataError: nothing is finished under `config.measured`.
     """
+    pairs, measured, gpu_rate, price = config.pairs, config.measured, config.gpu_rate, config.price
+    shard_samples, workers = config.shard_samples, config.workers
     found = _measured(measured) if measured else {}
-    given = {"rate": rate, "raw_bytes": raw_bytes, "accepted": accepted}
+    given = {"rate": config.rate, "raw_bytes": config.raw_bytes, "accepted": config.accepted}
     figures = {name: found.get(name) if value is None else value for name, value in given.items()}
     if figures["rate"] is None and gpu_rate is None:
         raise ConfigError("no rate: give --measured OUT (a finished encode), --rate or --gpu-rate")
@@ -82,7 +69,7 @@ def run(
 
 def _measured(root: str) -> dict[str, float]:
     if not objects.exists(objects.join(root, DATASET_FILE)):
-        raise DataError(f"{root}: no token data set; --measured expects the output of `python -m preprocessing encode`")
+        raise DataError(f"{root}: no token data set; --measured expects the output of `dalle-ds data encode`")
     manifest = load_manifest(root)
     n_input = sum(shard.n_input for shard in manifest.shards)
     n_samples = sum(manifest.n_samples.values())

@@ -4,34 +4,18 @@ import logging
 import time
 from collections import Counter
 
-from pydantic import Field
-
+from dalle_ds.console import Outcome
 from dalle_ds.data.manifest import DatasetManifest, RawShardManifest, load_dataset_info, load_manifest, load_shard_manifests
 from dalle_ds.errors import DataError
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE
+from preprocessing.configs import StatsConfig
 from preprocessing.encoding.encode_shard import code_usage
-from preprocessing.executors.outcome import Outcome
 from preprocessing.stages.stats_page import decoded_examples, page_of_raw, page_of_tokens, raw_examples
 
 log = logging.getLogger(__name__)
 
 PAGE = "stats.html"
-PAPER_SAMPLES = 250_000_000
-
-
-class StatsConfig(Config):
-    """What `python -m preprocessing stats` does."""
-
-    root: str  # of raw shards or of a token data set
-    project_to: int = PAPER_SAMPLES  # samples
-    page: str | None = None  # HTML file, a path or s3://; unset: stats.html below the root, where it may be written
-    pictures: int = Field(24, ge=0)  # examples on the page
-
-
-class Recipe(Config):
-    stats: StatsConfig
 
 
 def run(config: StatsConfig) -> Outcome:

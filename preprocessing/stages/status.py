@@ -3,25 +3,15 @@
 import time
 from collections import Counter
 
+from dalle_ds.console import Outcome
 from dalle_ds.data.manifest import RawShardManifest, ShardManifest, load_shard_manifests
 from dalle_ds.errors import DataError
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE
+from preprocessing.configs import StatusConfig
 from preprocessing.executors.journal import load_failures, load_plan
-from preprocessing.executors.outcome import Outcome
 
 RATE_SECONDS = 600  # before the last finished shard: the rate is that of these minutes
-
-
-class StatusConfig(Config):
-    """What `python -m preprocessing status` does."""
-
-    root: str  # output of ingest or encode
-
-
-class Recipe(Config):
-    status: StatusConfig
 
 
 def run(config: StatusConfig) -> Outcome:

@@ -3,32 +3,16 @@
 import logging
 import time
 
-from pydantic import Field
-
-from dalle_ds.console import progress
+from dalle_ds.console import Outcome, progress
 from dalle_ds.data.manifest import Record, parse
 from dalle_ds.data.raw import RawSample, RawShard, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import DataError
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
-from preprocessing.executors.outcome import Outcome
+from preprocessing.configs import TokenizerConfig
 
 log = logging.getLogger(__name__)
-
-
-class TokenizerConfig(Config):
-    """What `python -m preprocessing tokenizer` does."""
-
-    raw: str  # root of the raw shards
-    out: str  # tokenizer.model, a file
-    vocab_size: int = Field(16384, ge=2)  # the paper's; at most what the captions support
-    validation_fraction: float = Field(0.05, ge=0, lt=1)  # the same as in the other stages
-
-
-class Recipe(Config):
-    tokenizer: TokenizerConfig
 
 
 class Made(Record):

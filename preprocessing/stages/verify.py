@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from pydantic import Field
 
+from dalle_ds.console import Outcome
 from dalle_ds.data.images import seed_of
 from dalle_ds.data.manifest import (
     DatasetInfo,
@@ -29,33 +29,19 @@ from dalle_ds.data.shards import parse_record
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.models.dvae import DVAE
-from dalle_ds.recipes import Config
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE, DVAE_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from dalle_ds.storage.weights import read_weights
+from preprocessing.configs import VerifyConfig
 from preprocessing.encoding.encode_shard import load_dvae
 from preprocessing.encoding.reconstruct import MIN_SAME_TOKENS, Pair, draw, pairs_of
 from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.outcome import Outcome
 from preprocessing.stages.ingest import RAW_INFO, RawInfo
 
 log = logging.getLogger(__name__)
 
 MAX_TOLD = 100
 PICTURE = "verify/pictures.png"
-
-
-class VerifyConfig(Config):
-    """What `python -m preprocessing verify` does."""
-
-    root: str  # of raw shards or of a token data set
-    workers: int | None = Field(None, ge=1)
-    pictures_per_shard: int = Field(1, ge=0)  # of each split, decoded and held against their source, which is read; 0: none
-    delete_orphans: bool = False  # objects that no manifest names: leftovers of killed workers. Not while an encode run goes on
-
-
-class Recipe(Config):
-    verify: VerifyConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dalle_ds.pretrained.clip import Clip
 from dalle_ds.sampling.captions import SampleSource
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.held_out import read_held_out
-from dalle_ds.sampling.request import SampleSettings
+from dalle_ds.sampling.settings import SampleSettings
 from dalle_ds.storage.weights import read_weights, write_weights
 from dalle_ds.tracking.mlflow_sink import read_run
 from dalle_ds.tracking.tracker import Tracker

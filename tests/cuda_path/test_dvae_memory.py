@@ -9,7 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.training.dvae.metrics import BATCH, measured_tensors
-from preprocessing.stages.encode import EncodeConfig
+from preprocessing.configs import EncodeConfig
 
 GIB = 2**30
 

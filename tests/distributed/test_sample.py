@@ -8,7 +8,7 @@ import pytest
 
 from dalle_ds.commands.sample import sample_export
 from dalle_ds.sampling.captions import SampleSource
-from dalle_ds.sampling.request import SampleSettings
+from dalle_ds.sampling.settings import SampleSettings
 from tests.sampling.exports import make_export
 from tests.support import launching
 from tests.support.pictures import draw_folder

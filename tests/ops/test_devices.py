@@ -11,7 +11,8 @@ import torch
 from dalle_ds.bench.harness.machine import machine_for
 from dalle_ds.bench.harness.settings import OneMachine
 from dalle_ds.ops.devices import default_device, resolve_device
-from preprocessing.stages.encode import EncodeConfig, _device
+from preprocessing.configs import EncodeConfig
+from preprocessing.stages.encode import _device
 from tests.support import launching
 
 

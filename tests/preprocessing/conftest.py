@@ -10,11 +10,9 @@ import torch
 from dalle_ds.data.manifest import ShardManifest, load_shard_manifests
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage.weights import write_weights
+from preprocessing.configs import EncodeConfig, IngestConfig, TokenizerConfig
 from preprocessing.executors import local
 from preprocessing.stages import ingest, tokenizer
-from preprocessing.stages.encode import EncodeConfig
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.tokenizer import TokenizerConfig
 from tests.support.pictures import draw_folder
 
 N_PICTURES = 60

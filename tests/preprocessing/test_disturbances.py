@@ -17,12 +17,9 @@ import pytest
 
 from dalle_ds.data.manifest import done_shards, load_manifest
 from dalle_ds.storage import objects
+from preprocessing.configs import IngestConfig, StatsConfig, TokenizerConfig, VerifyConfig
 from preprocessing.executors import local
 from preprocessing.stages import encode, ingest, stats, tokenizer, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.stats import StatsConfig
-from preprocessing.stages.tokenizer import TokenizerConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.conftest import S3
 from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
 

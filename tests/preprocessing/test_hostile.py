@@ -11,9 +11,8 @@ from PIL import Image
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
 from dalle_ds.data.raw import list_raw_shards, read_raw_shard
 from dalle_ds.storage import objects
+from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.stages import ingest, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.support.pictures import encoded
 
 KEPT = None

@@ -11,9 +11,8 @@ import pytest
 from dalle_ds.data.manifest import RawShardManifest, done_shards, load_shard_manifests
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.stages import encode, ingest, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.conftest import S3
 from tests.preprocessing.conftest import N_SHARDS, World
 from tests.support.fault_proxy import FAULTS, FaultProxy

@@ -13,7 +13,8 @@ from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.export_record import ExportRecord
 from dalle_ds.sampling.folder import SampleFolder
 from dalle_ds.sampling.given import GivenPicture
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.request import Request
+from dalle_ds.sampling.settings import SampleSettings
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.data.token_sets import make_token_set

@@ -15,9 +15,10 @@ from dalle_ds.sampling.decode import BLANK, decode_pictures, partial_pictures
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.folder import SampleFolder
 from dalle_ds.sampling.given import give_picture
-from dalle_ds.sampling.request import Request, SampleIndex, SampleSettings
+from dalle_ds.sampling.request import Request, SampleIndex
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.settings import SampleSettings
 from preprocessing.demo.drawn import draw
 from tests.sampling.exports import draw_samples, make_export, repeat_samples
 from tests.support.clip_models import make_clip

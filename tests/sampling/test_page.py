@@ -14,16 +14,17 @@ from playwright.sync_api import Page
 from dalle_ds.commands.serve import run_link
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.page import PageLimits, build_page, draw_rows, launch_page
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.page import build_page, draw_rows, launch_page
+from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.settings import PageLimits, SampleSettings
 from tests.sampling.exports import make_export
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
 from tests.support.clip_models import make_clip
 from tests.support.launching import free_port
 
-LIMITS = PageLimits(n=12, caption=40, upload_mb=0.1, waiting=30)
+LIMITS = PageLimits(max_n=12, max_caption=40, max_upload_mb=0.1, max_waiting=30)
 
 
 class Slow(Sampler):

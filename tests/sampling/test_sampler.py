@@ -15,7 +15,7 @@ from dalle_ds.sampling.captions import read_captions
 from dalle_ds.sampling.decode import decode_pictures
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.held_out import choose_held_out, read_held_out
-from dalle_ds.sampling.request import SampleSettings
+from dalle_ds.sampling.settings import SampleSettings
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.sampling.exports import draw_samples, edit_config, make_export, repeat_samples
 

@@ -1,6 +1,6 @@
 """What can be chosen in each benchmark: the one home of its options and their defaults."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -49,6 +49,7 @@ class Geometry(Common):
 class AttentionSettings(Geometry):
     """Attention alone."""
 
+    module: ClassVar = "dalle_ds.bench.attention"
     batch: int = Field(2, ge=1, description="Sequences at once.")
     heads: int = Field(8, ge=1, description="Heads.")
     dtype: Dtype = Field("fp32", description="Of queries, keys and values: fp32, bf16, fp16.")
@@ -59,6 +60,7 @@ class AttentionSettings(Geometry):
 class ResblockSettings(Geometry):
     """One layer: attention and MLP."""
 
+    module: ClassVar = "dalle_ds.bench.resblock"
     batch: int = Field(2, ge=1, description="Sequences at once.")
     heads: int = Field(8, ge=1, description="Heads; the model is heads * d_head wide.")
     dtype: Dtype = Field("fp32", description=PRECISION)
@@ -84,6 +86,7 @@ class TrainingSettings(PriorSettings):
 class StepSettings(TrainingSettings):
     """The step with two kinds of attention."""
 
+    module: ClassVar = "dalle_ds.bench.step"
     dtype: Dtype = Field("fp32", description=PRECISION)
     peak_tflops: float | None = Field(None, gt=0, description="Peak of the device in this precision, for MFU.")
 
@@ -91,12 +94,14 @@ class StepSettings(TrainingSettings):
 class ScalingSettings(TrainingSettings):
     """The fp16 step with two kinds of gradient scaling."""
 
+    module: ClassVar = "dalle_ds.bench.scaling"
     rounds: int = Field(9, ge=1, description="Turns of each side.")
 
 
 class UnderflowSettings(OneMachine):
     """A small prior whose layers have gradients of very different size."""
 
+    module: ClassVar = "dalle_ds.bench.underflow"
     layers: int = Field(16, ge=2, description="Layers.")
     powers: int = Field(4, ge=0, description="Each layer's gradients are 2^-powers of the layer's before; 0: a plain prior.")
     heads: int = Field(2, ge=1, description="Heads, 32 wide.")
@@ -130,6 +135,7 @@ class SamplingSettings(PriorSettings):
 class SampleSettings(SamplingSettings):
     """Sampling with ours, with a dense cache, with none."""
 
+    module: ClassVar = "dalle_ds.bench.sample"
     layers: int = Field(12, ge=1, description="Layers.")
     batch: int = Field(16, ge=1, description="Pictures at once: candidates of one caption, then one each of many captions.")
     rounds: int = Field(3, ge=1, description="Turns of each side.")
@@ -139,6 +145,7 @@ class SampleSettings(SamplingSettings):
 class PeersSettings(SamplingSettings):
     """Another project's training step and sampling."""
 
+    module: ClassVar = "dalle_ds.bench.peers"
     layers: int = Field(4, ge=1, description="Layers.")
     batch: int = Field(2, ge=1, description="Samples of a training step.")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Of the training step: fp32, or bf16 (autocast, both sides).")
@@ -152,6 +159,7 @@ class PeersSettings(SamplingSettings):
 class EncodeSettings(Common):
     """The encode stage of preprocessing."""
 
+    module: ClassVar = "preprocessing.bench"
     threads: int = Field(1, ge=1, description="CPU threads of the encoder; pictures are decoded on the other cores.")
     raw: str | None = Field(None, description="Root of raw shards, of which the first is taken; unset: JPEGs are made.")
     dvae: str | None = Field(None, description="dvae.safetensors; unset: random weights, full size or --small.")
@@ -165,6 +173,7 @@ class EncodeSettings(Common):
 class LoaderSettings(Common):
     """Reading token shards."""
 
+    module: ClassVar = "dalle_ds.bench.loader"
     dataset: str | None = Field(None, description="Root of a token data set on this machine; unset: a random one is made.")
     samples: int = Field(8192, ge=256, description="Samples of the random one, 1024 codes each; a turn reads all.")
     text_len: int = Field(256, ge=2, description="Text slots.")
@@ -176,6 +185,7 @@ class LoaderSettings(Common):
 class CudaPathSettings(Config):
     """What a GPU would be given to do, and what the host does for it; no GPU and no tensor of that size is needed."""
 
+    module: ClassVar = "dalle_ds.bench.cuda_path"
     heads: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
         (32, 62), min_length=1, description="Heads of 64 of each model, with commas: presets 1.2b and 12b."
     )

@@ -1,10 +1,10 @@
 """What a training run of a small CLIP is: the tree behind a recipe file."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dalle_ds.recipes import Config
+from dalle_ds.recipes import VALIDATION_FRACTION, Config
 from dalle_ds.tracking.config import TrackingConfig
 
 
@@ -12,7 +12,9 @@ class ClipPictures(Config):
     """Raw shards, in memory as a whole."""
 
     raw: str = Field(description="root of raw shards: a path or s3:// url")
-    validation_fraction: float = Field(0.0024, gt=0, lt=1, description="the same as the dVAE's and the encoder's: one split")
+    validation_fraction: float = Field(
+        VALIDATION_FRACTION, gt=0, lt=1, description="share of the groups that no stage trains on"
+    )
     fold: int = Field(0, ge=0, description="of `folds` parts of the training pictures, by hash of the group, the one to learn")
     folds: int = Field(1, ge=1, description="several models that have no picture in common can judge each other's choices")
 
@@ -62,6 +64,7 @@ class ClipTracking(TrackingConfig):
 class ClipRun(Config):
     """One training job of a CLIP over all its restarts."""
 
+    section: ClassVar = "clip"
     folder: str = Field(description="checkpoint, model, report and the merged recipe go here")
     data: ClipPictures
     model: ClipTowers = ClipTowers()

@@ -1,6 +1,6 @@
 """What a dVAE training run is: the tree behind a recipe file. The defaults are the paper's (section 2.1 and appendix A)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,7 +8,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.optim.ema import AverageConfig
 from dalle_ds.optim.schedules import HalfCosine
-from dalle_ds.recipes import Config
+from dalle_ds.recipes import VALIDATION_FRACTION, Config
 from dalle_ds.tracking.config import TrackingConfig
 
 
@@ -16,7 +16,9 @@ class PictureSection(Config):
     """Raw shards, and how much of them is held in memory."""
 
     raw: str = Field(description="root of raw shards: a path or s3:// url")
-    validation_fraction: float = Field(0.0024, gt=0, lt=1, description="the paper holds out 606,000 of 250 million")
+    validation_fraction: float = Field(
+        VALIDATION_FRACTION, gt=0, lt=1, description="share of the groups that no stage trains on"
+    )
     validation_pictures: int = Field(4096, ge=1, description="held-out pictures at most that are measured")
     window_mb: int = Field(
         2048, ge=1, description="encoded pictures in memory of each rank; within such a window the order is shuffled"
@@ -80,6 +82,7 @@ class DVAEFailure(Config):
 class DVAERun(Config):
     """One training job of the dVAE over all its restarts."""
 
+    section: ClassVar = "dvae"
     folder: str = Field(description="checkpoint, weights, report and the merged recipe go here")
     data: PictureSection
     model: DVAEConfig = DVAEConfig()

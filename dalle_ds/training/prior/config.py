@@ -1,7 +1,7 @@
 """What a prior training run is: the tree behind a recipe file."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ import dalle_ds
 from dalle_ds.data.manifest import DatasetInfo, Split
 from dalle_ds.data.token_dataset import CACHE_BYTES, TokenDataset
 from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.attention.backends import BackendName
@@ -19,6 +19,7 @@ from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas.groups import ReplicasConfig
 from dalle_ds.recipes import Config
 from dalle_ds.storage.disk_cache import DiskCache
+from dalle_ds.storage.names import DATASET_FILE
 from dalle_ds.tracking.config import TrackingConfig
 
 
@@ -168,6 +169,7 @@ class FailureSection(Config):
 class PriorRun(Config):
     """One training job of the prior over all its nodes and restarts; the defaults are the paper's."""
 
+    section: ClassVar = "prior"
     folder: str = Field(description="checkpoints, logs and the merged recipe go here")
     deepspeed_config: str = Field(
         "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, looked for here and then in the project's own folder"
@@ -198,6 +200,14 @@ class PriorRun(Config):
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
+
+    def require_default_inputs(self, recipe: Path) -> None:
+        """Of the project's own recipe, read where none was named. Raises DataError where the demo has not made its data yet."""
+        dataset = self.data.dataset
+        if dataset and "://" not in dataset and not Path(dataset, DATASET_FILE).exists():
+            raise DataError(
+                f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
+            )
 
     @property
     def deepspeed_path(self) -> Path:

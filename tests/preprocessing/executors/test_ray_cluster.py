@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.errors import UserError
+from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.executors import local
 from preprocessing.stages import encode, ingest, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
 from tests.preprocessing.test_disturbances import killing_progress
 

@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from preprocessing.filters.rules import FilterConfig, caption_filters, judge_caption, judge_picture, picture_filters
+from preprocessing.configs import FilterConfig
+from preprocessing.filters.rules import caption_filters, judge_caption, judge_picture, picture_filters
 from tests.support.pictures import encoded
 
 CONFIG = FilterConfig(min_letters=3, min_side=16)

@@ -13,10 +13,9 @@ from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
+from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.demo.drawn import draw
 from preprocessing.stages import ingest, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.data.test_raw import write_tar
 from tests.support.pictures import encoded
 

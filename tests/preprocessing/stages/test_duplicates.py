@@ -9,12 +9,11 @@ from PIL import Image, ImageEnhance
 
 from dalle_ds.data.raw import Dropped, RawShard, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError
+from preprocessing.configs import DuplicatesConfig, IngestConfig, VerifyConfig
 from preprocessing.demo.drawn import draw
 from preprocessing.encoding.encode_shard import _require_health, identity_of
 from preprocessing.stages import duplicates, ingest, verify
-from preprocessing.stages.duplicates import NOT_COMPARED, DuplicatesConfig, find_duplicates, perceptual_hash
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.verify import VerifyConfig
+from preprocessing.stages.duplicates import NOT_COMPARED, find_duplicates, perceptual_hash
 
 
 def plain_twin(hashes: list[int], n_against: int, max_distance: int) -> list[int]:

@@ -21,14 +21,11 @@ from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights, write_weights
+from preprocessing.configs import IngestConfig, StatsConfig, TokenizerConfig, VerifyConfig
 from preprocessing.encoding import encode_shard, reconstruct
 from preprocessing.encoding.encode_shard import EncodeJob
 from preprocessing.executors import local
 from preprocessing.stages import encode, ingest, stats, tokenizer, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.stats import StatsConfig
-from preprocessing.stages.tokenizer import TokenizerConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World, part_checksums, write_dvae
 from tests.support.pictures import draw_folder, encoded
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.errors import DataError
+from preprocessing.configs import FetchConfig
 from preprocessing.demo import sources
 from preprocessing.demo.drawn import draw
 from preprocessing.readers.folder import read_folder
 from preprocessing.stages import fetch
-from preprocessing.stages.fetch import FetchConfig
 
 
 @pytest.fixture(autouse=True)

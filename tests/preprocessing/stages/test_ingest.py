@@ -11,10 +11,8 @@ from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.storage import objects
-from preprocessing.filters.rules import FilterConfig
+from preprocessing.configs import FilterConfig, IngestConfig, VerifyConfig
 from preprocessing.stages import ingest, verify
-from preprocessing.stages.ingest import IngestConfig
-from preprocessing.stages.verify import VerifyConfig
 from tests.support.pictures import draw_folder, encoded
 
 

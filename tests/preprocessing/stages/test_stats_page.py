@@ -7,8 +7,8 @@ from PIL import Image
 
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from preprocessing.configs import StatsConfig
 from preprocessing.stages import encode, stats
-from preprocessing.stages.stats import StatsConfig
 from preprocessing.stages.stats_page import page_of_raw
 from tests.conftest import S3
 from tests.preprocessing.conftest import N_PICTURES, World

@@ -8,8 +8,8 @@ import pytest
 from dalle_ds.data.manifest import manifest_url
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from preprocessing.configs import StatusConfig
 from preprocessing.stages import encode, status
-from preprocessing.stages.status import StatusConfig
 from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
 
 

@@ -7,8 +7,8 @@ import pytest
 from dalle_ds.data.raw import iterate_pictures
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import ConfigError, DataError
+from preprocessing.configs import TokenizerConfig
 from preprocessing.stages import tokenizer
-from preprocessing.stages.tokenizer import TokenizerConfig
 from tests.preprocessing.conftest import World
 
 

@@ -1,0 +1,12 @@
+"""`dalle-ds export`: a checkpoint as one folder that samples without deepspeed."""
+
+from typing import Any
+
+from dalle_ds.commands.settings import ExportConfig
+from dalle_ds.training.prior.export import export_checkpoint
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    return export_checkpoint(
+        config.run, config.out, tag=config.checkpoint, averaged=config.averaged, max_file_bytes=int(config.max_file_gb * 10**9)
+    )

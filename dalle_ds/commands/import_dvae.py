@@ -1,0 +1,10 @@
+"""`dalle-ds import-dvae`: the dVAE that OpenAI released, as a weights file of ours."""
+
+from typing import Any
+
+from dalle_ds.commands.settings import ImportDVAEConfig
+from dalle_ds.pretrained.openai_dvae import import_openai
+
+
+def run(config: ImportDVAEConfig) -> dict[str, Any]:
+    return import_openai(config.encoder, config.decoder, config.out, config.image_size)

@@ -1,0 +1,274 @@
+"""A verb of the command line, made from a config class: its fields are the options, a section of a recipe file, and KEY=VALUE.
+
+Precedence: defaults < the verb's section of the recipe < KEY=VALUE words and --set < inputs by position and options.
+"""
+
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_process
+from dalle_ds.console import Outcome, print_error, print_summary
+from dalle_ds.errors import ConfigError, UserError
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
+RECIPE_SUFFIXES = (".yaml", ".yml")
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What `dalle-ds NAME` is told, and what it does."""
+
+    name: str
+    """One or more words: "sample", "data encode"."""
+    summary: str
+    """One line, for the list of verbs."""
+    config: str
+    """ "module:Class", whose fields are the options."""
+    work: str
+    """ "module:function": takes the config, and the ranks where it may run on several; returns its summary or an `Outcome`."""
+    examples: tuple[str, ...]
+    """What may stand after `dalle-ds NAME`."""
+    text: str = ""
+    """More for --help."""
+    inputs: tuple[str, ...] = ()
+    """Fields that are given by position, in this order; a last one that is a list takes all that are left."""
+    ranks: Literal["never", "maybe", "always"] = "never"
+    """Whether a launcher may start it on several ranks: "always" joins a process group even when it is alone."""
+    has_options: bool = True
+    """Whether the fields are options; a tree of settings is given by a recipe and KEY=VALUE alone."""
+    default_recipe: str | None = None
+    """A recipe of the project that is read where none is named."""
+    ends: bool = True
+    """Whether it comes to an end, with a summary."""
+
+    @property
+    def last_word(self) -> str:
+        return self.name.rpartition(" ")[2]
+
+
+def imported(name: str) -> Any:
+    """ "module:thing" -> the thing."""
+    module, _, thing = name.partition(":")
+    return getattr(import_module(module), thing)
+
+
+class VerbCommand(click.Command):
+    """The config is imported when the command is used: it needs pydantic, and `dalle-ds --help` should be quick."""
+
+    def __init__(self, verb: Verb) -> None:
+        super().__init__(verb.last_word, context_settings=CONTEXT, short_help=verb.summary, no_args_is_help=False)
+        self.verb = verb
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*self._words(), *self._options(), *_common(self.verb), *super().get_params(ctx)]
+
+    def _words(self) -> list[click.Parameter]:
+        return [click.Argument(["words"], nargs=-1, metavar=self._usage())]
+
+    def _usage(self) -> str:
+        inputs = [f"[{name.upper()}]" for name in self.verb.inputs]
+        return " ".join([*inputs, "[RECIPE.yaml]", "[KEY=VALUE]..."])
+
+    def _options(self) -> list[click.Parameter]:
+        if not self.verb.has_options:
+            return []
+        from pydantic import BaseModel
+
+        fields = imported(self.verb.config).model_fields
+        return [
+            _option(name, field)
+            for name, field in fields.items()
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        ]
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        verb = self.verb
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(f"{verb.summary}\n\n{verb.text}".strip())
+        with formatter.section("Examples"):
+            for example in verb.examples:
+                formatter.write(f"{'':>{formatter.current_indent}}{_typed(verb, example)}\n")
+
+    def invoke(self, ctx: click.Context) -> None:
+        verb, given = self.verb, dict(ctx.params)
+        as_json, as_config = given.pop("json", False), given.pop("show_config")
+        rank = os.environ.get("RANK", "0")
+        try:
+            if verb.ranks != "never":
+                given.pop("local_rank")
+                try:
+                    prepare_process(given.pop("environment"))
+                except ConfigError as error:  # perhaps on this host alone
+                    print_error(f"error: {error}")
+                    sys.exit(2)
+                rank = os.environ.get("RANK", "0")
+            config = self._config(given)
+            if as_config:
+                from dalle_ds.recipes import dump_recipe
+
+                click.echo(dump_recipe(config), nl=False)
+                return
+            self._run(config, as_json)
+        except UserError as error:
+            if os.environ.get("DALLE_DS_TRACEBACK") == "1":
+                raise
+            if rank == "0":  # the same on every rank
+                print_error(f"error: {error}")
+            sys.exit(error.exit_code)
+
+    def _config(self, given: dict[str, Any]) -> Any:
+        verb, words = self.verb, given.pop("words")
+        overrides = [*given.pop("set"), *(word for word in words if OVERRIDE.match(word))]
+        recipe, inputs = given.pop("recipe"), []
+        for word in words:
+            if OVERRIDE.match(word):
+                continue
+            if word.endswith(RECIPE_SUFFIXES) and recipe is None:
+                recipe = word
+            else:
+                inputs.append(word)
+        if (deepspeed_config := given.pop("deepspeed_config", None)) is not None:
+            overrides.append(f"deepspeed_config={deepspeed_config}")
+        config_class = imported(verb.config)
+        by_position, values = _by_position(verb, inputs, config_class)
+        overrides += by_position
+        overrides += [f"{name}={value}" for name, value in given.items() if isinstance(value, str)]
+        values |= {name: list(value) for name, value in given.items() if isinstance(value, tuple) and value}
+        values |= {name: value for name, value in given.items() if isinstance(value, bool)}
+        is_default = recipe is None and verb.default_recipe is not None
+        path = _project_recipe(str(verb.default_recipe)) if is_default else recipe
+        if hasattr(config_class, "from_command_line"):
+            return config_class.from_command_line(path, overrides, values)
+        from dalle_ds.recipes import load_recipe
+
+        config = load_recipe(config_class, path, overrides, values)
+        if is_default and hasattr(config, "require_default_inputs"):
+            config.require_default_inputs(path)
+        return config
+
+    def _run(self, config: Any, as_json: bool) -> None:
+        verb = self.verb
+        work = partial(imported(verb.work), config)
+        if verb.ranks == "always":
+            on_all_ranks(work, as_json)
+        elif verb.ranks == "maybe":
+            alone_or_on_all_ranks(work, as_json)
+        else:
+            finish(work(), as_json)
+
+
+def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
+    """Print what a verb came to. Raises SystemExit with 1 where not all of its work is done."""
+    if result is None:
+        return
+    outcome = result if isinstance(result, Outcome) else Outcome(dict(result))
+    for problem in outcome.problems:
+        print_error(f"problem: {problem}")
+    if outcome.text is not None:
+        print(outcome.text, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if outcome.text is None or as_json:
+        print_summary(outcome.summary, as_json)
+    sys.exit(0 if outcome.is_complete else 1)
+
+
+def _common(verb: Verb) -> list[click.Parameter]:
+    options: list[click.Parameter] = [
+        click.Option(["--recipe"], metavar="FILE", help="YAML file; the same as its name among the words."),
+        click.Option(["--set"], multiple=True, metavar="KEY=VALUE", help="The same as KEY=VALUE among the words."),
+        click.Option(["--show-config"], is_flag=True, help="Print what the command would be told, as a recipe, and leave."),
+    ]
+    if verb.ends:
+        options.append(click.Option(["--json"], is_flag=True, help="Print the summary as one JSON object on the last line."))
+    if verb.ranks != "never":
+        environment = "For ranks that ssh starts: file of variables, NAME=VALUE a line."
+        options += [
+            click.Option(["--environment"], type=click.Path(path_type=Path), metavar="FILE", help=environment),
+            click.Option(["--local_rank"], hidden=True),  # the deepspeed launcher adds it; LOCAL_RANK says the same
+        ]
+    if verb.name == "train prior":
+        options.append(click.Option(["--deepspeed_config"], metavar="JSON", help="The same as deepspeed_config=JSON."))
+    return options
+
+
+def _option(name: str, field: Any) -> click.Option:
+    flag = f"--{name.replace('_', '-')}"
+    default, description = field.default, field.description or ""
+    if field.annotation is bool:
+        help_text = f"{description} [default: {'yes' if default else 'no'}]"
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=help_text)
+    if field.is_required():
+        description += " [required]"
+    elif default is not None and default != ():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        description += f" [default: {shown}]"
+    is_list_of_texts = field.annotation in (tuple[str, ...], list[str])
+    return click.Option([flag, name], multiple=is_list_of_texts, metavar=_metavar(field.annotation), help=description.strip())
+
+
+def _metavar(annotation: Any) -> str:
+    arms = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    for arm in arms:
+        if typing.get_origin(arm) is typing.Literal:
+            return "|".join(map(str, typing.get_args(arm)))
+    kinds = {int: "N", float: "X", Path: "PATH"}
+    return next((kinds[arm] for arm in arms if arm in kinds), "TEXT")
+
+
+def _by_position(verb: Verb, inputs: Sequence[str], config_class: Any) -> tuple[list[str], dict[str, Any]]:
+    names, overrides, left = list(verb.inputs), [], list(inputs)
+    while left and names:
+        name = names.pop(0)
+        if not names and config_class.model_fields[name].annotation in (tuple[str, ...], tuple[Path, ...]):
+            return overrides, {name: left}
+        overrides.append(f"{name}={left.pop(0)}")
+    if left:
+        wanted = f"expected {' '.join(verb.inputs)}" if verb.inputs else "expected none"
+        raise ConfigError(f"{left[0]!r} is no RECIPE.yaml, no KEY=VALUE, and one input too many: {wanted}")
+    return overrides, {}
+
+
+def _project_recipe(name: str) -> Path:
+    import dalle_ds
+
+    return Path(dalle_ds.__file__).resolve().parents[1] / "launchers" / "recipes" / name
+
+
+def _typed(verb: Verb, example: str) -> str:
+    """An example, as it is typed; one that begins with another program's name stands as it is."""
+    is_whole = example.split(" ")[0] in ("deepspeed", "torchrun", "RAY_ADDRESS=head:6379")
+    return example if is_whole else f"dalle-ds {verb.name} {example}".rstrip()
+
+
+class VerbGroup(click.Group):
+    """Verbs below a word. A command is made when it is asked for."""
+
+    def __init__(self, name: str | None, verbs: Sequence[Verb], help: str, helps: Mapping[str, str]) -> None:
+        super().__init__(name, help=help, context_settings=CONTEXT, no_args_is_help=True)
+        self._path = "" if name in (None, "dalle-ds") else f"{name} "
+        self._verbs, self._helps = verbs, helps
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        words = [verb.name.removeprefix(self._path).split()[0] for verb in self._verbs if verb.name.startswith(self._path)]
+        return list(dict.fromkeys(words))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        path = f"{self._path}{cmd_name}"
+        for verb in self._verbs:
+            if verb.name == path:
+                return VerbCommand(verb)
+            if verb.name.startswith(f"{path} "):
+                return VerbGroup(path, self._verbs, self._helps[path], self._helps)
+        return None
