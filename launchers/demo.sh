@@ -18,10 +18,10 @@ while [ $# -gt 0 ]; do
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --quick)
-      dvae_quick=(--set updates=10 --set schedules.tau.updates=8 --set schedules.lr.updates=10)
-      encode_quick=(--set encode.min_codes_used=0)
-      prior_quick=(--set updates=10 --set checkpoint.every=5 --set validation.every=10)
-      clip_quick=(--set updates=5 --set batch_size=32)
+      dvae_quick=(updates=10 schedules.tau.updates=8 schedules.lr.updates=10)
+      encode_quick=(min_codes_used=0)
+      prior_quick=(updates=10 checkpoint.every=5 validation.every=10)
+      clip_quick=(updates=5 batch_size=32)
       shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
@@ -71,40 +71,35 @@ stage() { # stage NUMBER COMMAND...
   printf '%s\t%d\n' "${names[i]}" $((SECONDS - start)) >>"$out/seconds.tsv"
 }
 
-recipes=launchers/recipes
+recipe=launchers/recipes/tiny.yaml # a section for each stage
 # convolutions in bf16 take five times as long as in fp32 on CPUs that have no instructions for it
 has_bf16=$(python -c 'import torch; from dalle_ds.ops.devices import use_cuda
 print(use_cuda() or torch.ops.mkldnn._is_mkldnn_bf16_supported())')
 dvae_format=()
-[ "$has_bf16" = True ] || dvae_format=(--set precision=fp32)
+[ "$has_bf16" = True ] || dvae_format=(precision=fp32)
 if [ -z "$pictures" ]; then
   pictures=$out/pictures
-  stage 1 python -m preprocessing fetch --set fetch.out="$pictures"
+  stage 1 dalle-ds data fetch $recipe out="$pictures"
 fi
-stage 2 python -m preprocessing ingest --recipe $recipes/tiny_ingest.yaml --set ingest.pictures="$pictures" --set ingest.out="$out/raw"
-stage 3 python -m preprocessing tokenizer --recipe $recipes/tiny_tokenizer.yaml \
-  --set tokenizer.raw="$out/raw" --set tokenizer.out="$out/tokenizer.model"
-stage 4 dalle-ds train-dvae --recipe $recipes/tiny_dvae.yaml --set data.raw="$out/raw" --set folder="$out/dvae" \
-  "${dvae_format[@]}" "${dvae_quick[@]}"
-stage 5 python -m preprocessing encode --recipe $recipes/tiny_encode.yaml --set encode.raw="$out/raw" \
-  --set encode.dvae="$out/dvae/dvae.safetensors" --set encode.tokenizer="$out/tokenizer.model" --set encode.out="$out/tokens" \
-  "${encode_quick[@]}"
+stage 2 dalle-ds data ingest $recipe pictures="$pictures" out="$out/raw"
+stage 3 dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
+stage 4 dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${dvae_format[@]}" "${dvae_quick[@]}"
+stage 5 dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
+  out="$out/tokens" "${encode_quick[@]}"
 stage 6 deepspeed --num_gpus "$(bash launchers/ranks.sh 2)" --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
-  launchers/train_prior.sh --recipe $recipes/tiny.yaml --set data.dataset="$out/tokens" --set folder="$out/prior" "${prior_quick[@]}"
+  launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${prior_quick[@]}"
 # a finished demo started again should do nothing: each of these results is newer than what it was made of
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 newer "$out/export/config.json" "$out/prior/summary.json" ||
-  stage 7 dalle-ds export --run "$out/prior" --out "$out/export"
+  stage 7 dalle-ds export "$out/prior" "$out/export"
 newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
-  stage 8 dalle-ds train-clip --recipe $recipes/tiny_clip.yaml --set data.raw="$out/raw" --set folder="$out/clip" \
-    "${clip_quick[@]}"
+  stage 8 dalle-ds train clip $recipe data.raw="$out/raw" folder="$out/clip" "${clip_quick[@]}"
 newer "$out/samples/samples.json" "$out/export/config.json" || {
   rm -rf "$out/samples" # of an export before this one
-  stage 9 dalle-ds sample --export "$out/export" --held-out 8 --n 16 --keep 6 --clip "$out/clip/model" --temperature 0.8 \
-    --out "$out/samples"
+  stage 9 dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples"
 }
 newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
-  stage 10 dalle-ds evaluate --export "$out/export" --data "$out/tokens" --out "$out/evaluation"
+  stage 10 dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"
 
 told=$(python - "$out/evaluation/evaluate.json" <<'END'
 import json, sys
@@ -124,5 +119,5 @@ Done in $((SECONDS - began)) s. Everything is in $out:
 The whole run as a dashboard:
   $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000
 Pictures for a caption of yours:
-  $(dirname "$(command -v dalle-ds)")/dalle-ds sample --export $out/export --caption "a red heart" --n 64 --keep 8 --clip $out/clip/model --out $out/mine
+  $(dirname "$(command -v dalle-ds)")/dalle-ds sample $out/export --caption "a red heart" --n 64 --keep 8 --clip $out/clip/model --out $out/mine
 END

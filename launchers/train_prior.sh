@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 ''':' # Train the prior. Valid shell AND valid Python: to Python, all down to the closing quotes is one string.
 #   deepspeed launchers/train_prior.sh [ARGS]                 the launcher runs "python -u THIS_FILE --local_rank=N ARGS" per rank
-#   deepspeed --num_gpus 1 launchers/train_prior.sh --recipe launchers/recipes/tiny.yaml
-#   deepspeed --hostfile HOSTS launchers/train_prior.sh --recipe R       several hosts: launchers/README.md
+#   deepspeed --num_gpus 1 launchers/train_prior.sh launchers/recipes/tiny.yaml
+#   deepspeed --hostfile HOSTS launchers/train_prior.sh R.yaml       several hosts: launchers/README.md
 #   bash launchers/train_prior.sh [ARGS]                      starts the deepspeed launcher on this very file
 #   srun bash launchers/train_prior.sh [ARGS]                 one task a GPU: Slurm is the launcher; see launchers/slurm
 # DS_LAUNCH_ARGS="--num_gpus 8" adds launcher options to the bash form, which passes the environment on to the hosts of a

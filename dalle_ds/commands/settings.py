@@ -135,8 +135,8 @@ class HumanTallyConfig(Config):
 class PlanConfig(PlanSettings):
     section: ClassVar = "plan"
     preset: str | None = Field(None, description="tiny, 0.3b, 1.2b, 2.8b, 5.6b, 12b; unset: the recipe's, or 12b")
-    recipe: Path | None = None
-    recipe_overrides: tuple[str, ...] = ()
+    recipe: Path | None = Field(None, exclude=True)
+    recipe_overrides: tuple[str, ...] = Field((), exclude=True)
 
     @classmethod
     def from_command_line(cls, path: Path | None, overrides: list[str], values: dict[str, Any]) -> "PlanConfig":
@@ -145,7 +145,7 @@ class PlanConfig(PlanSettings):
         others = [override for override in overrides if override not in own]
         if path is None and others:
             raise ConfigError(f"{others[0]}: no option of a plan; it would change a recipe, and none is named")
-        return load_recipe(cls, None, own, {**values, "recipe": path, "recipe_overrides": tuple(others)})
+        return load_recipe(cls, path, own, {**values, "recipe": path, "recipe_overrides": tuple(others)})
 
     def given(self) -> dict[str, Any]:
         """The settings that were given, rather than left at their defaults."""
@@ -177,15 +177,15 @@ class MlflowSyncConfig(Config):
 class DiagnoseConfig(Config):
     section: ClassVar = "diagnose"
     diagnosis: str = Field(description="folder of a diagnosis, a path or s3:// url")
-    recipe: Path | None = None
-    recipe_overrides: tuple[str, ...] = ()
+    recipe: Path | None = Field(None, exclude=True)
+    recipe_overrides: tuple[str, ...] = Field((), exclude=True)
 
     @classmethod
     def from_command_line(cls, path: Path | None, overrides: list[str], values: dict[str, Any]) -> "DiagnoseConfig":
         """Keys but `diagnosis` change the recipe, which is the diagnosis' own where none is named."""
         own = [override for override in overrides if override.startswith("diagnosis=")]
         others = tuple(override for override in overrides if override not in own)
-        return load_recipe(cls, None, own, {**values, "recipe": path, "recipe_overrides": others})
+        return load_recipe(cls, path, own, {**values, "recipe": path, "recipe_overrides": others})
 
 
 class ConfigConfig(Config):

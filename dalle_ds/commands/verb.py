@@ -5,15 +5,19 @@ Precedence: defaults < the verb's section of the recipe < KEY=VALUE words and --
 
 import os
 import re
+import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -23,7 +27,9 @@ from dalle_ds.errors import ConfigError, UserError
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 RECIPE_SUFFIXES = (".yaml", ".yml")
-CONTEXT = {"help_option_names": ["-h", "--help"]}
+TEXTS = (tuple[str, ...], tuple[Path, ...])
+"""Lists whose items may hold commas."""
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class VerbCommand(click.Command):
         return [
             _option(name, field)
             for name, field in fields.items()
-            if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+            if not field.exclude and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
         ]
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -115,12 +121,14 @@ class VerbCommand(click.Command):
                     print_error(f"error: {error}")
                     sys.exit(2)
                 rank = os.environ.get("RANK", "0")
-            config = self._config(given)
+            config, default_recipe = self._config(given)
             if as_config:
                 from dalle_ds.recipes import dump_recipe
 
                 click.echo(dump_recipe(config), nl=False)
                 return
+            if default_recipe is not None and hasattr(config, "require_default_inputs"):
+                config.require_default_inputs(default_recipe)
             self._run(config, as_json)
         except UserError as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":
@@ -129,7 +137,8 @@ class VerbCommand(click.Command):
                 print_error(f"error: {error}")
             sys.exit(error.exit_code)
 
-    def _config(self, given: dict[str, Any]) -> Any:
+    def _config(self, given: dict[str, Any]) -> tuple[Any, Path | None]:
+        """What the verb is told, and the project's own recipe where it was read because none was named."""
         verb, words = self.verb, given.pop("words")
         overrides = [*given.pop("set"), *(word for word in words if OVERRIDE.match(word))]
         recipe, inputs = given.pop("recipe"), []
@@ -146,18 +155,20 @@ class VerbCommand(click.Command):
         by_position, values = _by_position(verb, inputs, config_class)
         overrides += by_position
         overrides += [f"{name}={value}" for name, value in given.items() if isinstance(value, str)]
-        values |= {name: list(value) for name, value in given.items() if isinstance(value, tuple) and value}
+        for name, value in given.items():
+            if isinstance(value, str) and value.startswith("--"):
+                raise ConfigError(f"--{name.replace('_', '-')} expects a value, found {value!r}")
+            if isinstance(value, tuple) and value:
+                is_text = config_class.model_fields[name].annotation in TEXTS
+                values[name] = list(value) if is_text else [part for one in value for part in one.split(",")]
         values |= {name: value for name, value in given.items() if isinstance(value, bool)}
         is_default = recipe is None and verb.default_recipe is not None
         path = _project_recipe(str(verb.default_recipe)) if is_default else recipe
         if hasattr(config_class, "from_command_line"):
-            return config_class.from_command_line(path, overrides, values)
+            return config_class.from_command_line(path, overrides, values), None
         from dalle_ds.recipes import load_recipe
 
-        config = load_recipe(config_class, path, overrides, values)
-        if is_default and hasattr(config, "require_default_inputs"):
-            config.require_default_inputs(path)
-        return config
+        return load_recipe(config_class, path, overrides, values), path if is_default else None
 
     def _run(self, config: Any, as_json: bool) -> None:
         verb = self.verb
@@ -167,7 +178,26 @@ class VerbCommand(click.Command):
         elif verb.ranks == "maybe":
             alone_or_on_all_ranks(work, as_json)
         else:
-            finish(work(), as_json)
+            with _sigterm_unwinds():
+                result = work()
+            finish(result, as_json)
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Within, SIGTERM ends the process with 143 by an exception, so that temporary files go; what is committed stays."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
@@ -214,8 +244,8 @@ def _option(name: str, field: Any) -> click.Option:
     elif default is not None and default != ():
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         description += f" [default: {shown}]"
-    is_list_of_texts = field.annotation in (tuple[str, ...], list[str])
-    return click.Option([flag, name], multiple=is_list_of_texts, metavar=_metavar(field.annotation), help=description.strip())
+    is_list = typing.get_origin(field.annotation) in (tuple, list)
+    return click.Option([flag, name], multiple=is_list, metavar=_metavar(field.annotation), help=description.strip())
 
 
 def _metavar(annotation: Any) -> str:
@@ -231,7 +261,7 @@ def _by_position(verb: Verb, inputs: Sequence[str], config_class: Any) -> tuple[
     names, overrides, left = list(verb.inputs), [], list(inputs)
     while left and names:
         name = names.pop(0)
-        if not names and config_class.model_fields[name].annotation in (tuple[str, ...], tuple[Path, ...]):
+        if not names and config_class.model_fields[name].annotation in TEXTS:
             return overrides, {name: left}
         overrides.append(f"{name}={left.pop(0)}")
     if left:

@@ -16,7 +16,7 @@ VERBS = (
     Verb(
         "data ingest",
         "Turn captioned images into raw shards.",
-        text="Reads folders, WebDataset tars or parquet files; filters; accounts for every sample. It can be killed and repeated.",
+        text="It reads folders, WebDataset tars or parquet files. Every sample is kept, or dropped with a reason.",
         config="preprocessing.configs:IngestConfig",
         work="preprocessing.stages.ingest:run",
         inputs=("pictures", "out"),
@@ -103,7 +103,7 @@ VERBS = (
     Verb(
         "train prior",
         "Train the prior under DeepSpeed, or continue it from its newest checkpoint.",
-        text="Exit code 0: finished; 2: a mistake in the input, or a run that can't go on; 75: another rank was lost, to be started "
+        text="Exit code 0: finished; 2: a mistake in the input, or a run that can't go on; 75: another rank was lost, start it "
         "again; 143: asked to stop, state saved. launchers/train_prior.sh is this verb under the deepspeed launcher.",
         config="dalle_ds.training.prior.config:PriorRun",
         work="dalle_ds.training.prior.trainer:train_prior",
@@ -167,8 +167,8 @@ VERBS = (
     Verb(
         "sample",
         "Draw images for captions.",
-        text="A stopped run goes on with the same command. With --clip the best samples come first; the paper keeps the best of 512. "
-        "With --image, samples begin with the image's top rows. It needs no deepspeed when it runs alone.",
+        text="A stopped run goes on with the same command. With --clip the best samples come first; the paper keeps the best "
+        "of 512. With --image, samples begin with the image's top rows. It needs no deepspeed when it runs alone.",
         config=f"{SETTINGS}:SampleConfig",
         work="dalle_ds.commands.sample:run",
         inputs=("export",),
@@ -310,9 +310,9 @@ VERBS = (
     Verb(
         "plan",
         "Estimate memory, communication, time and cost of training a prior, on paper.",
-        text="A micro-step takes the longest of compute, links inside nodes, links between nodes and Python; `binds` says which. "
-        "dalle_ds/planning/README.md compares the estimate with published runs. Options go before what a recipe says, and a key "
-        "that is no option changes the recipe.",
+        text="A micro-step takes the longest of compute, links inside nodes, links between nodes and Python; `binds` says "
+        "which. dalle_ds/planning/README.md compares the estimate with published runs. Options go before what a recipe says, "
+        "and a key that is no option changes the recipe.",
         config=f"{SETTINGS}:PlanConfig",
         work="dalle_ds.commands.plan:run",
         examples=(
@@ -332,9 +332,9 @@ VERBS = (
     Verb(
         "accept",
         "Accept a GPU node in ten minutes: numbers, speed and memory, measured against what is expected.",
-        text="The first thing to run on a new GPU node. Each step is a process with a limit; the others run where one fails, crashes "
-        "or hangs. The same command goes on after a stop. Exit code 1 where something is wrong; what is only slower or larger than "
-        "expected is said, and passes.",
+        text="The first thing to run on a new GPU node. Each step is a process with a limit; where one fails, crashes or "
+        "hangs, the others run. The same command goes on after a stop. Exit code 1 where something is wrong; what is only "
+        "slower or larger than expected is said, and passes.",
         config=f"{SETTINGS}:AcceptConfig",
         work="dalle_ds.commands.accept:run",
         examples=("--json", "--steps environment,attention --again attention", "--rehearse --out runs/rehearsal --minutes 20"),

@@ -6,29 +6,21 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
+import yaml
 
 from dalle_ds import cli
+from dalle_ds.commands.verb import VerbCommand, imported
+from dalle_ds.commands.verbs import VERBS
+from dalle_ds.recipes import SECTIONS, section_of
 from tests.sampling.exports import make_export
 from tests.support.launching import ROOT
 
-VERBS = (
-    "train-dvae",
-    "train-clip",
-    "export",
-    "register",
-    "import-openai",
-    "sample",
-    "judge",
-    "serve",
-    "evaluate",
-    "evaluate-images",
-    "plan",
-    "doctor",
-    "accept",
-    "replay",
-)
+FROZEN = Path(__file__).with_name("verbs.txt")
+BENCHMARKS = [verb for verb in VERBS if verb.name.startswith("bench ")]
 
 
 @pytest.fixture
@@ -59,31 +51,61 @@ def export(tmp_path_factory):
     return make_export(tmp_path_factory.mktemp("cli"))
 
 
-def test_verbs_are_these():
-    assert [command.name or command.callback.__name__ for command in cli.app.registered_commands] == list(VERBS)
+def surface():
+    """Every verb with its inputs and options, a line each."""
+    for verb in VERBS:
+        options = [
+            option
+            for parameter in VerbCommand(verb).get_params(click.Context(VerbCommand(verb)))
+            if isinstance(parameter, click.Option) and not parameter.hidden
+            for option in parameter.opts
+        ]
+        yield " ".join([verb.name, *(f"[{name.upper()}]" for name in verb.inputs), *sorted(options)])
 
 
-@pytest.mark.parametrize("arguments", [["train-dvae"], ["sample", "--export", "e", "--caption", "c"]])
+def test_verbs_and_options_are_these():
+    """What people type: a change of it is a change of this file, which everybody sees."""
+    assert "\n".join(surface()) + "\n" == FROZEN.read_text()
+
+
+def test_each_verb_has_its_section():
+    sections = [section_of(imported(verb.config)) for verb in VERBS if verb not in BENCHMARKS]
+    assert sorted(filter(None, sections)) == sorted(SECTIONS)
+
+
+@pytest.mark.parametrize("arguments", [["train", "dvae"], ["sample", "e", "--caption", "c"]])
 def test_ranks_on_other_hosts_take_their_environment_from_a_file(arguments, dalle_ds, tmp_path):
     code, _, err = dalle_ds(*arguments, "--environment", tmp_path / "gone")
     assert code == 2 and "--environment expects a file that all hosts of the job share" in err
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_has_examples_that_name_the_verb_and_only_known_options(verb, dalle_ds, monkeypatch):
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_help_has_examples_of_known_options(verb, dalle_ds, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = dalle_ds(verb, "--help")
-    assert code == 0
-    examples = [line.strip() for line in out.splitlines() if line.strip().startswith("dalle-ds ")]
-    assert len(examples) >= 2 and all(line.startswith(f"dalle-ds {verb}") for line in examples)
+    code, out, _ = dalle_ds(*verb.name.split(), "--help")
+    assert code == 0 and verb.summary in out
+    examples = [line for line in out.splitlines() if f"dalle-ds {verb.name} " in line]
+    assert len(examples) >= 2 - (verb.name == "train prior")
     options = out.partition("Options:")[2]
-    assert "--json" in options or verb == "serve", "which has no end to sum up"
     for option in re.findall(r"--[a-z-]+", " ".join(examples)):
-        assert option in options or option.replace("--no-", "--") in options
+        assert option in options
+
+
+def test_examples_are_read_as_they_stand(dalle_ds, monkeypatch):
+    """Each one is typed, up to the point where the verb would begin to work."""
+    monkeypatch.chdir(ROOT)
+    for verb in VERBS:
+        for example in verb.examples:
+            words = shlex.split(example.partition("<")[0])
+            if words[0] in ("deepspeed", "torchrun", "RAY_ADDRESS=head:6379"):
+                last = verb.name.split()[-1]
+                words = words[words.index(last if last in words else "launchers/train_prior.sh") + 1 :]
+            code, out, err = dalle_ds(*verb.name.split(), *words, "--show-config")
+            assert code == 0, (verb.name, example, err)
 
 
 def test_help_imports_nothing_heavy():
-    program = "import sys; from dalle_ds.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    program = "import sys; from dalle_ds.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     program += "print(sorted({'torch', 'mlflow', 'numpy', 'matplotlib', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -92,10 +114,10 @@ def test_help_imports_nothing_heavy():
 def test_sample_and_repeat(export, tmp_path, dalle_ds):
     """In processes of their own: the same pictures, and the summary is all there is on stdout."""
     caption, out = "A red square at the top.", tmp_path / "one"
-    done = in_process("sample", "--export", export, "--caption", caption, "--n", 2, "--seed", 3, "--out", out, "--json")
+    done = in_process("sample", export, "--caption", caption, "--n", 2, "--seed", 3, "--out", out, "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["pictures"] == 2
-    code, text, _ = dalle_ds("sample", "--export", export, "--repeat", out / "samples.json", "--out", tmp_path / "two")
+    code, text, _ = dalle_ds("sample", export, "--repeat", out / "samples.json", "--out", tmp_path / "two")
     assert code == 0 and "pictures" in text
     names = sorted(path.name for path in out.glob("*.png"))
     assert len(names) == 3
@@ -104,7 +126,7 @@ def test_sample_and_repeat(export, tmp_path, dalle_ds):
 
 
 def test_evaluate(export, tmp_path, dalle_ds):
-    code, out, _ = dalle_ds("evaluate", "--export", export, "--limit", 20, "--out", tmp_path, "--json")
+    code, out, _ = dalle_ds("eval", "loss", export, "--limit", 20, "--out", tmp_path, "--json")
     summary = json.loads(out.splitlines()[-1])
     assert code == 0 and summary["n_samples"] == 20
     assert summary["image_nll_shuffled"] - summary["image_nll"] == pytest.approx(summary["gap"])
@@ -150,15 +172,15 @@ def test_plans_of_recipes_and_pages_fit_and_say_what_is_written_there(page, argu
 
 def test_plan_takes_a_recipe_and_options_go_before_it(dalle_ds, monkeypatch):
     monkeypatch.chdir(ROOT)
-    recipe = ("plan", "--recipe", "launchers/recipes/1.2b.yaml", "--gpus", 8, "--json")
+    recipe = ("plan", "launchers/recipes/1.2b.yaml", "--gpus", 8, "--json")
     summary = json.loads(dalle_ds(*recipe)[1])
     assert (summary["preset"], summary["micro_batch"], summary["activation_checkpointing"]) == ("1.2b", 16, False)
-    summary = json.loads(dalle_ds(*recipe, "--micro-batch", 4, "--set", "replicas.count=2", "--machine", "V100", "--pcie")[1])
+    summary = json.loads(dalle_ds(*recipe, "--micro-batch", 4, "replicas.count=2", "--machine", "V100", "--pcie")[1])
     assert (summary["micro_batch"], summary["shard_gpus"], summary["machine"], summary["gpu_memory_gib"]) == (4, 4, "V100", 16)
 
 
 def test_doctor(tmp_path, dalle_ds, monkeypatch):
-    code, out, _ = dalle_ds("doctor", "--url", tmp_path, "--min-free-gib", 0.001, "--json")
+    code, out, _ = dalle_ds("doctor", tmp_path, "--min-free-gib", 0.001, "--json")
     outcome = json.loads(out.splitlines()[-1])
     assert code == 0 and outcome["ok"] and outcome["failed"] == []
     names = {finding["name"] for finding in outcome["findings"]}
@@ -166,7 +188,7 @@ def test_doctor(tmp_path, dalle_ds, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # the probe is gone
     blocker = tmp_path / "file"
     blocker.write_text("")
-    options = ("--url", blocker / "below", "--min-free-gib", 1e9, "--mlflow-uri", "http://127.0.0.1:9", "--json")
+    options = (blocker / "below", "--min-free-gib", 1e9, "--mlflow-uri", "http://127.0.0.1:9", "--json")
     code, out, _ = dalle_ds("doctor", *options)
     outcome = json.loads(out.splitlines()[-1])
     assert code == 1 and outcome["failed"] == ["disk", f"write {blocker / 'below'}"]
@@ -191,14 +213,17 @@ def test_accept(tmp_path, dalle_ds):
     "arguments, message",
     [
         (("accept", "--steps", "coffee"), "no step 'coffee'; there are environment"),
-        (("sample", "--export", "nowhere", "--caption", "x"), "nowhere is not an export folder"),
-        (("sample", "--export", "nowhere"), "exactly one of --caption, --captions and --held-out"),
-        (("sample", "--export", "nowhere", "--caption", "x", "--n", "0"), "n = 0"),
-        (("sample", "--export", "nowhere", "--caption", "x", "--temperature", "-1"), "temperature = -1"),
+        (("sample", "nowhere", "--caption", "x"), "nowhere is not an export folder"),
+        (("sample", "nowhere"), "exactly one of --caption, --captions and --validation"),
+        (("sample", "nowhere", "--caption", "x", "--n", "0"), "n = 0"),
+        (("sample", "nowhere", "--caption", "x", "--temperature", "-1"), "temperature = -1"),
         (("plan", "--preset", "13b"), "preset '13b': expected one of tiny, 0.3b"),
         (("plan", "--mfu", "1.5"), "mfu = 1.5"),
         (("plan", "--machine", "B300"), "machine 'B300': expected one of V100, A100-40"),
-        (("plan", "--set", "micro_batch=2"), "--set micro_batch=2: it changes a recipe, and --recipe names none"),
+        (("plan", "replicas.count=2"), "replicas.count=2: no option of a plan; it would change a recipe, and none is named"),
+        (("plan", "old.yaml"), "unknown section 'folder'; settings stand below the name of their section, such as 'prior'"),
+        (("config", "coffee"), "no settings of 'coffee'"),
+        (("data", "encode", "a", "b", "c"), "'c' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected raw out"),
         (("plan", "--master", "none"), "master none needs moments low_bit"),
         (("plan", "--gpus", "8", "--shard-gpus", "64"), "shard_gpus is 64, expected at most the 8 gpus"),
         (("plan", "--pcie", "--nvlink-gbps", "100"), "pcie and nvlink_gbps 100"),
@@ -206,14 +231,41 @@ def test_accept(tmp_path, dalle_ds):
             ("plan", "--recipe", str(ROOT / "launchers" / "recipes" / "12b.yaml"), "--gpus", "8"),
             "replicas.count 16, expected at most one for each of 8",
         ),
-        (("replay", "nowhere"), "no run was tracked"),
-        (("train-dvae", "--recipe", "nowhere.yaml"), "nowhere.yaml cannot be read"),
-        (("export", "--run", "nowhere", "--out", "out"), "nowhere/checkpoints has no committed checkpoint"),
+        (("mlflow-sync", "nowhere"), "no run was tracked"),
+        (("train", "dvae", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (("export", "nowhere", "out"), "nowhere/checkpoints has no committed checkpoint"),
     ],
 )
 def test_mistakes_get_a_message_and_exit_code_2(arguments, message, tmp_path, dalle_ds, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yaml").write_text("folder: runs/prior\n")
     code, _, err = dalle_ds(*arguments)
     assert code == 2
     assert message in err and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["old.yaml"]
+
+
+def test_config_lists_every_key(dalle_ds):
+    code, out, _ = dalle_ds("config", "train.prior")
+    assert code == 0 and re.search(r"^optimizer\.beta2 +float +0\.96", out, re.M)
+    code, out, _ = dalle_ds("config", "data.encode", "--json")
+    keys = {row["key"]: row for row in json.loads(out)["keys"]}
+    assert keys["validation_fraction"]["default"] == "0.0024" and keys["raw"]["default"] == "required"
+    assert "train.prior" in dalle_ds("config")[1].splitlines()
+
+
+def test_what_goes_before_what(dalle_ds, tmp_path):
+    """Defaults, then the recipe, then KEY=VALUE, then options."""
+    (tmp_path / "r.yaml").write_text("sample: {export: e, n: 2, keep: 2, seed: 5, batch: 7}\n")
+    code, out, _ = dalle_ds("sample", tmp_path / "r.yaml", "n=3", "keep=1", "--n", "4", "--show-config")
+    shown = yaml.safe_load(out)["sample"]
+    assert code == 0 and (shown["n"], shown["keep"], shown["seed"], shown["batch"], shown["top_k"]) == (4, 1, 5, 7, 0)
+    (tmp_path / "again.yaml").write_text(out)
+    assert dalle_ds("sample", tmp_path / "again.yaml", "--show-config")[1] == out
+
+
+@pytest.mark.parametrize("text", ["2024_05", "1e5", "no", "2024-05-01", "a # b", "[x]", "null-ish"])
+def test_a_string_is_taken_as_it_is_typed(dalle_ds, text):
+    code, out, _ = dalle_ds("sample", "e", f"data={text}", "--clip", text, "--show-config")
+    shown = yaml.safe_load(out)["sample"]
+    assert code == 0 and shown["data"] == shown["clip"] == text

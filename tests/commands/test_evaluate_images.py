@@ -12,8 +12,8 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
-from typer.testing import CliRunner
 
 from dalle_ds.cli import app
 from dalle_ds.commands.evaluate_images import METRICS, Extractor, clip_score, evaluate_images, load_extractor
@@ -99,7 +99,7 @@ def fidelity_metrics(monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["evaluate-images", *map(str, arguments)], catch_exceptions=False)
+    return CliRunner().invoke(app, ["eval", "images", *map(str, arguments)], catch_exceptions=False)
 
 
 @NEEDS_FIDELITY
@@ -124,7 +124,7 @@ def test_inception_from_a_weights_file_by_the_command(inception_weights, tmp_pat
     seen, plain = [], inception.Inception.features
     monkeypatch.setattr(inception.Inception, "features", lambda self, images: seen.append(plain(self, images)) or seen[-1])
     done = run(
-        "--pictures",
+        "--images",
         samples,
         "--reference",
         real,
@@ -168,7 +168,7 @@ def test_clip_features_and_clip_score_by_the_command(clip_folder, tmp_path):
     samples, real = save_pictures(tmp_path / "samples", 12), save_pictures(tmp_path / "real", 16, seed=1)
     extractor = f"clip:{clip_folder}"
     done = run(
-        "--pictures",
+        "--images",
         samples / "samples.json",
         "--reference",
         real,

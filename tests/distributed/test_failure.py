@@ -187,7 +187,7 @@ def test_a_run_without_finite_losses_stops_and_names_the_block(
     assert done.returncode == 2
     assert "no finite loss in 3 updates in a row (failure.nonfinite_losses). First not finite: layers.1.mlp" in done.stderr
     assert done.stderr.count("First not finite") == 1, "once, not from each rank"
-    assert f"--replay {folder.relative_to(home)}" in done.stderr
+    assert f"dalle-ds diagnose {folder.relative_to(home)}" in done.stderr
     about = json.loads((folder / "diagnosis.json").read_text())
     assert about["event"] == "layers.1.mlp, forward pass" and about["image_loss"] == "NaN"
     blocks = {block["name"]: block for block in about["blocks"]}
@@ -212,8 +212,8 @@ def test_a_diagnosis_is_replayed_on_another_number_of_ranks_and_in_another_forma
     shutil.rmtree(home / "runs")
     before = {path: path.stat().st_mtime_ns for path in [*home.rglob("*"), *moved.rglob("*")]}
     replays = [
-        launching.run([sys.executable, launching.TRAIN_PRIOR, "--replay", str(moved), "--json", *more], home, env(home))
-        for more in ([], ["--deepspeed_config", "ds_configs/zero3_fp32.json"])
+        launching.run([sys.executable, "-m", "dalle_ds.cli", "diagnose", str(moved), "--json", *more], home, env(home))
+        for more in ([], ["deepspeed_config=ds_configs/zero3_fp32.json"])
     ]
     assert [replay.returncode for replay in replays] == [0, 0], replays[0].stderr + replays[1].stderr
     in_fp16, in_fp32 = (launching.last_json(replay.stdout) for replay in replays)

@@ -22,8 +22,8 @@ def test_killed_alone_and_gone_on_with_on_two_ranks_is_one_run(tmp_path: Path) -
     export, parts = make_export(tmp_path), tmp_path / "out" / ".parts"
     picture = draw_folder(tmp_path / "pictures", 1) / "p0000.png"
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
-    options = ["--captions", "captions.txt", "-n", "6", "--batch", "2", "--image", str(picture), "--rows", "1", "--out", "out"]
-    command = ["dalle_ds.cli", "sample", "--export", str(export), *options, "--json"]
+    options = ["--captions", "captions.txt", "n=6", "--batch", "2", "--image", str(picture), "--rows", "1", "--out", "out"]
+    command = ["dalle_ds.cli", "sample", str(export), *options, "--json"]
     with launching.started([sys.executable, "-m", *command], tmp_path) as process:
         launching.wait_for(lambda: len(list(parts.glob("*.npz"))) >= 3, "some batches", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)

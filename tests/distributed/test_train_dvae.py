@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("dvae")
     make_raw(home / "raw")
     (home / "recipe.yaml").write_text(dump_recipe(recipe(home, "killed")))
-    verb = ["dalle_ds.cli", "train-dvae", "--recipe", str(home / "recipe.yaml")]
+    verb = ["dalle_ds.cli", "train", "dvae", str(home / "recipe.yaml")]
 
     def saved() -> set[Path]:
         return set(home.glob("killed/checkpoints/update_*/checkpoint.json"))

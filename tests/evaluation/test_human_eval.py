@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
-from typer.testing import CliRunner
 
 from dalle_ds.cli import app
 from dalle_ds.errors import DataError
@@ -46,13 +46,13 @@ def sets(tmp_path):
 
 
 def command(*arguments):
-    return CliRunner().invoke(app, ["human-eval", *map(str, arguments)], catch_exceptions=False)
+    return CliRunner().invoke(app, ["eval", "human", *map(str, arguments)], catch_exceptions=False)
 
 
 @NEEDS_CHROMIUM
 def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
     """All five find our pictures more realistic; captions go by the caption's text, so that each answer is met."""
-    done = command("build", "--ours", sets[0], "--theirs", sets[1], "--out", tmp_path / "pages", "--json")
+    done = command("build", *sets, tmp_path / "pages", "--json")
     assert done.exit_code == 0
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["tasks"], summary["pages"], summary["only_ours"], summary["only_theirs"]) == (5, 1, 1, 0)

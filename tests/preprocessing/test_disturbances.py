@@ -40,11 +40,11 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
         "batch_size": 4,
         "device": "cpu",
     }
-    sets = [part for name, value in values.items() for part in ("--set", f"encode.{name}={value}")]
+    words = [f"{name}={value}" for name, value in values.items()]
     # What a SIGKILL leaves in TMPDIR goes with the test's own folder.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.pictures.parent)}
     return subprocess.Popen(
-        [sys.executable, "-m", "preprocessing", "encode", "--json", *sets],
+        [sys.executable, "-m", "preprocessing", "encode", "--json", *words],
         text=True,
         env=environment,
         stdout=subprocess.PIPE,

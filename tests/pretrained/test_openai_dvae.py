@@ -76,8 +76,6 @@ def test_mistakes(released, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         ("list.pkl", "list without weights"),
         ("none.pkl", "none.pkl: no such file"),
     ):
-        command = ["dalle-ds", "import-openai", "--encoder", str(tmp_path / "encoder.pkl"), "--decoder"]
-        monkeypatch.setattr("sys.argv", [*command, str(tmp_path / decoder), "--out", str(tmp_path / "dvae.safetensors")])
         with pytest.raises(SystemExit) as ended:
-            main()
+            main(["import-dvae", *(str(tmp_path / name) for name in ("encoder.pkl", decoder, "dvae.safetensors"))])
         assert ended.value.code == 2 and message in capsys.readouterr().err

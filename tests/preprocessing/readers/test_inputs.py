@@ -202,9 +202,9 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
     assert shards == {"00000": 12, "00001": 1, "00002": 1, "00003": 1}
 
 
-@pytest.mark.parametrize("name", ["ingest", "tiny_ingest"])
+@pytest.mark.parametrize("name", ["12b", "tiny"])
 def test_recipes_fit(name: str) -> None:
-    filters = load_recipe(ingest.Recipe, Path(__file__).parents[3] / "launchers" / "recipes" / f"{name}.yaml").ingest.filters
+    filters = load_recipe(IngestConfig, Path(__file__).parents[3] / "launchers" / "recipes" / f"{name}.yaml").filters
     assert (filters.min_aspect, filters.max_aspect, filters.language) == (0.5, 2, "en")  # the paper's
 
 

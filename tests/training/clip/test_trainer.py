@@ -19,6 +19,7 @@ from dalle_ds.training.clip.config import ClipPictures, ClipRun
 from dalle_ds.training.clip.data import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip.tokenizer import train_clip_tokenizer
 from dalle_ds.training.clip.trainer import retrieval, train_clip
+from dalle_ds.training.dvae.config import DVAERun
 from preprocessing.demo.drawn import draw
 from tests.support.launching import ROOT
 from tests.support.pictures import encoded
@@ -189,7 +190,7 @@ def test_retrieval_counts_both_ways():
 
 
 def test_the_demo_recipe_fits_its_dvae():
-    recipes = ROOT / "launchers" / "recipes"
-    run = load_recipe(ClipRun, recipes / "tiny_clip.yaml")
-    dvae = (recipes / "tiny_dvae.yaml").read_text()
-    assert f"image_size: {run.model.image_size}\n" in dvae and f"validation_fraction: {run.data.validation_fraction}\n" in dvae
+    recipe = ROOT / "launchers" / "recipes" / "tiny.yaml"
+    clip, dvae = load_recipe(ClipRun, recipe), load_recipe(DVAERun, recipe)
+    assert clip.model.image_size == dvae.model.image_size
+    assert clip.data.validation_fraction == dvae.data.validation_fraction == 0.05

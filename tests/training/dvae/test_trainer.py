@@ -333,7 +333,7 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
         raw, tmp_path / "run", updates=100_000, checkpoint_every=100_000, tracking={"uri": "http://127.0.0.1:9", "every": 1}
     )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(run))
-    verb = ["dalle_ds.cli", "train-dvae", "--recipe", str(tmp_path / "recipe.yaml"), "--json"]
+    verb = ["dalle_ds.cli", "train", "dvae", str(tmp_path / "recipe.yaml"), "--json"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", *verb], stderr=subprocess.PIPE, text=True, env=env)
     try:
@@ -356,11 +356,11 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
 
 
 def test_recipes_fit_and_the_full_size_is_the_papers() -> None:
-    full = load_recipe(DVAERun, RECIPES / "dvae.yaml")
+    full = load_recipe(DVAERun, RECIPES / "12b.yaml")
     assert full == DVAERun(folder=full.folder, data={"raw": full.data.raw}, micro_batch=8)
     assert full.model == DVAEConfig()
     assert full.schedules.tau == HalfCosine(start=1.0, end=1 / 16, updates=150_000)
     assert (full.batch_size, full.updates, full.average.decay, full.average.start) == (512, 3_000_000, 0.999, "plain")
     assert (full.loss.ln_b_min, full.loss.usage_weight) == (None, 0.0)
-    tiny = load_recipe(DVAERun, RECIPES / "tiny_dvae.yaml")
+    tiny = load_recipe(DVAERun, RECIPES / "tiny.yaml")
     assert (tiny.model.grid, tiny.model.vocab_size) == (8, 512)

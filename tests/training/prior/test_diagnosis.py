@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_ds.commands.train_prior import main
+from dalle_ds.cli import main
 from dalle_ds.data.tokens import TokenBatch
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.ranks import Ranks
@@ -98,6 +98,6 @@ def test_a_kept_batch_is_dealt_to_any_number_of_ranks(any_root: str, world_size:
 
 def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(Path("default.yaml"), ["--recipe", "default.yaml", "--replay", str(tmp_path)])
+        main(["diagnose", str(tmp_path)])
     assert ended.value.code == 2
     assert f"{tmp_path}/recipe.yaml cannot be read" in capsys.readouterr().err
