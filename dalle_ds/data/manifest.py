@@ -254,7 +254,7 @@ def load_dataset_info(root_url: str | Path) -> DatasetInfo:
         info = parse(DatasetInfo, objects.read_bytes(url), url)
     except FileNotFoundError:
         raise DataError(
-            f"{root_url}: no token data set: dataset.json is missing. `python -m preprocessing encode` makes one"
+            f"{root_url}: no token data set: dataset.json is missing. `dalle-ds data encode` makes one"
         ) from None
     if info.schema_version != SCHEMA:
         raise DataError(f"{url}: schema {info.schema_version}, this version reads schema {SCHEMA}")
@@ -305,6 +305,6 @@ def load_manifest(root_url: str | Path) -> DatasetManifest:
         shards = load_shard_manifests(root_url, ShardManifest)
     if not shards:
         raise DataError(
-            f"{root_url}: a token data set without any finished shard; run `python -m preprocessing encode` to its end"
+            f"{root_url}: a token data set without any finished shard; run `dalle-ds data encode` to its end"
         )
     return merge(info, shards, complete=False)

@@ -31,7 +31,7 @@ class SampleSource:
         """Raises ConfigError."""
         n_sources = sum((bool(self.captions), self.captions_file is not None, self.n_held_out > 0))
         if n_sources > 1 or (n_sources == 0 and self.image is None):
-            raise ConfigError("captions come from exactly one of --caption, --captions and --held-out")
+            raise ConfigError("captions come from exactly one of --caption, --captions and --validation")
         if self.rows is not None and self.image is None:
             raise ConfigError(f"--rows {self.rows} says how much of a picture is kept: give it by --image")
 

@@ -245,7 +245,7 @@ def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
 
 
 def _command(sampler: Sampler, request: Request, file: str | None) -> str:
-    words = ["dalle-ds", "sample", "--export", sampler.export.url]
+    words = ["dalle-ds", "sample", sampler.export.url]
     words += ["--caption", request.captions[0]] if request.captions[0] else []
     words += ["--clip", sampler.scorer.name] if sampler.scorer else []
     words += ["--image", Path(file).name, "--rows", str(request.given.rows)] if file and request.given else []

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -136,11 +135,11 @@ def diagnose(
             chart.save(folder / PICTURE_FILE)
             tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
     ranks.barrier()  # a launcher ends the others as soon as one is gone
-    recipe = f"--recipe {run.folder}/recipe.yaml " if objects.is_s3(url) else ""
+    recipe = f" {run.folder}/recipe.yaml" if objects.is_s3(url) else ""
     state = (
         f"The batch could not be saved ({problems[0]})."
         if problems
-        else (f"The batch again, on any number of ranks:\n  deepspeed --num_gpus 1 {sys.argv[0]} {recipe}--replay {url}")
+        else f"The batch again, alone or on the ranks of a launcher:\n  dalle-ds diagnose {url}{recipe}"
     )
     return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {url}/{DIAGNOSIS_FILE}. {state}"
 
