@@ -56,7 +56,7 @@ class RawShard:
 
 
 class DropLists(Record):
-    """duplicates.json under a root of raw shards: which samples `preprocessing duplicates` leaves out."""
+    """duplicates.json under a root of raw shards: which samples `dalle-ds data dedup` leaves out."""
 
     max_distance: int
     lists: dict[str, str]  # shard -> path below the root; the path holds a hash of the list
