@@ -1,4 +1,4 @@
-"""Recipes: a run is a tree of frozen configs, merged as defaults < recipe file < `--set a.b=c`."""
+"""Recipes: a run is a tree of frozen configs, merged as defaults < recipe file < `a.b=c`."""
 
 import json
 import types
@@ -83,7 +83,7 @@ def load_recipe(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {override!r}: expected KEY=VALUE, for example --set optimizer.lr=1e-3")
+            raise ConfigError(f"{override!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
         _put(tree, key, _parsed(text, _annotation_of(config_class, key.split("."))), override)
     for key, value in (values or {}).items():
         _put(tree, key, value, f"{key}={value}")
@@ -117,7 +117,7 @@ def canonical_json(tree: Any) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}: the spelling of `--set` and of tracked parameters."""
+    """{"a": {"b": 1}} -> {"a.b": 1}: the spelling of KEY=VALUE words and of tracked parameters."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -167,7 +167,7 @@ def _put(tree: dict[str, Any], key: str, value: Any, told: str, replacing: bool 
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {told!r}: {parent!r} is the value {child!r}, not a section")
+            raise ConfigError(f"{told!r}: {parent!r} is the value {child!r}, not a section")
         node = child
     if replacing or leaf not in node:
         node[leaf] = value

@@ -1,4 +1,4 @@
-"""`dalle-ds evaluate`: the validation loss of an export with the right captions and with shuffled ones."""
+"""`dalle-ds eval loss`: the validation loss of an export with the right captions and with shuffled ones."""
 
 import json
 from pathlib import Path

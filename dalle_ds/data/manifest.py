@@ -253,9 +253,7 @@ def load_dataset_info(root_url: str | Path) -> DatasetInfo:
     try:
         info = parse(DatasetInfo, objects.read_bytes(url), url)
     except FileNotFoundError:
-        raise DataError(
-            f"{root_url}: no token data set: dataset.json is missing. `python -m preprocessing encode` makes one"
-        ) from None
+        raise DataError(f"{root_url}: no token data set: dataset.json is missing. `dalle-ds data encode` makes one") from None
     if info.schema_version != SCHEMA:
         raise DataError(f"{url}: schema {info.schema_version}, this version reads schema {SCHEMA}")
     require_same(f"{url} (its content)", info.fingerprint, info.sealed().fingerprint, "The file was changed by hand.")
@@ -304,7 +302,5 @@ def load_manifest(root_url: str | Path) -> DatasetManifest:
     except FileNotFoundError:
         shards = load_shard_manifests(root_url, ShardManifest)
     if not shards:
-        raise DataError(
-            f"{root_url}: a token data set without any finished shard; run `python -m preprocessing encode` to its end"
-        )
+        raise DataError(f"{root_url}: a token data set without any finished shard; run `dalle-ds data encode` to its end")
     return merge(info, shards, complete=False)

@@ -56,7 +56,7 @@ class RawShard:
 
 
 class DropLists(Record):
-    """duplicates.json under a root of raw shards: which samples `preprocessing duplicates` leaves out."""
+    """duplicates.json under a root of raw shards: which samples `dalle-ds data dedup` leaves out."""
 
     max_distance: int
     lists: dict[str, str]  # shard -> path below the root; the path holds a hash of the list
@@ -82,7 +82,7 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
     if not tars:
         raise DataError(
             f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
-            "`python -m preprocessing ingest` makes them from a folder of pictures with captions"
+            "`dalle-ds data ingest` makes them from a folder of pictures with captions"
         )
     names = {url: _shard_name(root_url, url) for url in tars}
     return sorted((RawShard(names[url], url, size) for url, size in tars.items()), key=lambda shard: shard.name)
@@ -161,9 +161,9 @@ def _read_drop_list(url: str) -> dict[str, str]:
         records = [json.loads(line) for line in objects.read_bytes(url).decode().splitlines()]
         return {record["key"]: record["reason"] for record in records}
     except FileNotFoundError:
-        raise DataError(f"{url}: the drop list is gone; `python -m preprocessing duplicates` writes it again") from None
+        raise DataError(f"{url}: the drop list is gone; `dalle-ds data dedup` writes it again") from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{url}: the drop list is damaged; `python -m preprocessing duplicates` writes it again") from None
+        raise DataError(f"{url}: the drop list is damaged; `dalle-ds data dedup` writes it again") from None
 
 
 def _shard_name(root_url: str | Path, url: str) -> str:

@@ -123,7 +123,7 @@ def _read_key(file: Path) -> dict[str, Any]:
             raise ValueError("no tasks with sides")
         return {"study": key["study"], "tasks": key["tasks"], "lefts": lefts}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no key of a study ({error}); `dalle-ds human-eval build` writes key.json") from None
+        raise DataError(f"{file} is no key of a study ({error}); `dalle-ds eval human build` writes key.json") from None
 
 
 def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Path) -> Iterable[Answer]:

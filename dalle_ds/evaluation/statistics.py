@@ -52,7 +52,7 @@ class Statistics:
                 Measure(**about["measure"]), about["source"], about["pictures"], Moments(int(about["n"]), mean_D, factor_RD)
             )
         except Exception as error:  # zip files and JSON meet damage with every kind of exception
-            hint = "`dalle-ds evaluate-images --cache` writes such files"
+            hint = "`dalle-ds eval images --cache` writes such files"
             raise DataError(f"{path}: no statistics of pictures ({error}); {hint}") from None
         if factor_RD.ndim != 2 or factor_RD.shape[1:] != mean_D.shape:
             raise DataError(f"{path}: mean {mean_D.shape} and factor {factor_RD.shape} don't belong together")

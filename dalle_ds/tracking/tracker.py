@@ -190,7 +190,7 @@ class Tracker(NullTracker):
         if n_left:
             log.warning(
                 "%d tracking records could not be delivered to %s yet and stay in %s; the next start of this run sends "
-                "them, or: dalle-ds replay %s",
+                "them, or: dalle-ds mlflow-sync %s",
                 n_left,
                 without_password(self._sink.uri),
                 self.folder / SPOOL,

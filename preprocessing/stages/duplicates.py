@@ -68,7 +68,7 @@ def run(config: DuplicatesConfig) -> Outcome:
     shards_of = {root: [without_drop_list(shard) for shard in list_raw_shards(root)] for root in roots}
     for root, found in shards_of.items():
         if any(shard.checksum is None for shard in found):
-            raise DataError(f"{root}: has tars without manifests; `python -m preprocessing ingest` makes raw shards of them")
+            raise DataError(f"{root}: has tars without manifests; `dalle-ds data ingest` makes raw shards of them")
     shards = [shard for root in roots for shard in shards_of[root]]
     todo = [shard for shard in shards if not objects.exists(hashes_url(config.raw, shard))]
     _, failures = run_shards(

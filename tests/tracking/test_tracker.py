@@ -286,7 +286,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     early.metrics({"loss": 1.0}, step=1)
     early.picture("grid", Image.new("RGB", (4, 4)))
     assert not early.close()
-    assert f"dalle-ds replay {tmp_path / 'early'}" in caplog.text
+    assert f"dalle-ds mlflow-sync {tmp_path / 'early'}" in caplog.text
     server.start()
     assert replay(tmp_path / "early")
     run = client(server.uri).get_run(read_run(tmp_path / "early").run_id)

@@ -206,7 +206,7 @@ class PriorRun(Config):
         dataset = self.data.dataset
         if dataset and "://" not in dataset and not Path(dataset, DATASET_FILE).exists():
             raise DataError(
-                f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name yours by --recipe"
+                f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name your recipe"
             )
 
     @property

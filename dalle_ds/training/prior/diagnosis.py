@@ -136,9 +136,11 @@ def diagnose(
             tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
     ranks.barrier()  # a launcher ends the others as soon as one is gone
     recipe = f" {run.folder}/recipe.yaml" if objects.is_s3(url) else ""
-    state = f"The batch could not be saved ({problems[0]})." if problems else ""
-    if not problems:
-        state = f"The batch again, on any number of ranks:\n  dalle-ds diagnose {url}{recipe}"
+    state = (
+        f"The batch could not be saved ({problems[0]})."
+        if problems
+        else f"The batch again, alone or on the ranks of a launcher:\n  dalle-ds diagnose {url}{recipe}"
+    )
     return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {url}/{DIAGNOSIS_FILE}. {state}"
 
 
