@@ -29,7 +29,7 @@ CARRIED = (
     "sentencepiece",
     "tenacity",
     "tqdm",
-    "typer",
+    "click",
 )
 """What the steps import, of pyproject.toml's dependencies but torch; a test imports the steps with nothing else at hand."""
 

@@ -221,7 +221,7 @@ def test_accept(tmp_path, dalle_ds):
         (("plan", "--mfu", "1.5"), "mfu = 1.5"),
         (("plan", "--machine", "B300"), "machine 'B300': expected one of V100, A100-40"),
         (("plan", "replicas.count=2"), "replicas.count=2: no option of a plan; it would change a recipe, and none is named"),
-        (("plan", "old.yaml"), "unknown section 'folder'; settings stand below the name of their section, such as 'prior'"),
+        (("plan", "old.yaml"), "unknown section 'folder'; settings stand below the name of their section, such as 'plan'"),
         (("config", "coffee"), "no settings of 'coffee'"),
         (("data", "encode", "a", "b", "c"), "'c' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected raw out"),
         (("plan", "--master", "none"), "master none needs moments low_bit"),

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from PIL import Image
-from typer.testing import CliRunner
 
 from dalle_ds.cli import app
 from dalle_ds.models.prior import PriorConfig
@@ -123,7 +123,7 @@ def test_page_tells_the_story(server, run, tmp_path):
 
 def test_registered_model_draws_in_a_fresh_process(server, run, tmp_path, monkeypatch):
     export = make_export(tmp_path / "made", mlflow={"uri": server.uri, "run_id": run.run_id})
-    done = CliRunner().invoke(app, ["register", "--export", str(export), "--name", "drawn", "--json"])
+    done = CliRunner().invoke(app, ["register", str(export), "drawn", "--json"])
     assert done.exit_code == 0, (done.output, done.exception)
     program = textwrap.dedent("""
         import sys
@@ -140,7 +140,6 @@ def test_registered_model_draws_in_a_fresh_process(server, run, tmp_path, monkey
 
     sample = [
         "sample",
-        "--export",
         str(export),
         "--caption",
         "A red bar.",

@@ -13,7 +13,7 @@ from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
-from preprocessing.configs import IngestConfig, VerifyConfig
+from preprocessing.configs import Columns, IngestConfig, VerifyConfig
 from preprocessing.demo.drawn import draw
 from preprocessing.stages import ingest, verify
 from tests.data.test_raw import write_tar
@@ -161,7 +161,7 @@ def test_spellings_of_a_picture_column(tmp_path: Path, name: str, column: pa.Arr
     file = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"pixels": column, "title": pa.array(["first one", "second one", "third one"])}), file)
     with pytest.raises(DataError, match=r"has the columns \['pixels', 'title'\]; expected one of \['image', "):
-        list(ingest.list_parts(str(file), ingest.Columns())[0].samples())
+        list(ingest.list_parts(str(file), Columns())[0].samples())
     columns = {"image": ["pixels"], "caption": ["title"]}
     run(file, tmp_path / "out", columns=columns)
     assert {key: s.image for key, s in samples(str(tmp_path / "out")).items()} == {
@@ -169,7 +169,7 @@ def test_spellings_of_a_picture_column(tmp_path: Path, name: str, column: pa.Arr
     }
     with pytest.raises(DataError, match="column 'n' holds int64; expected bytes or text"):
         pq.write_table(pa.table({"n": [1], "caption": ["x"]}), tmp_path / "n.parquet")
-        list(ingest.list_parts(str(tmp_path / "n.parquet"), ingest.Columns(image=("n",)))[0].samples())
+        list(ingest.list_parts(str(tmp_path / "n.parquet"), Columns(image=("n",)))[0].samples())
 
 
 def test_rows_of_a_parquet_file_that_cannot_be_samples(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from dalle_ds.cli import main
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.parallel.ranks import ALONE
-from dalle_ds.recipes import load_recipe
+from dalle_ds.recipes import dump_recipe, load_recipe
 from dalle_ds.training.prior import trainer
 from dalle_ds.training.prior.config import PriorRun
 from dalle_ds.training.prior.job import check_job
@@ -59,7 +59,8 @@ def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRun:
 
 def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
     run = mix(token_set, tmp_path, "0.7 0.3")
-    assert load_recipe(PriorRun, overrides=[f"{k}={json.dumps(v)}" for k, v in run.model_dump(mode="json").items()]) == run
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(run))
+    assert load_recipe(PriorRun, tmp_path / "recipe.yaml") == run
     job, text = check_job(run, ALONE), f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
     assert run.data.sources == text and job.train_set.root_url == text
     with pytest.raises(ConfigError, match=r"data: checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
@@ -107,7 +108,7 @@ def test_deepspeed_json_that_sets_what_the_recipe_sets(token_set: str, tmp_path:
 def test_shards_of_another_dvae_or_tokenizer(token_set: str, tmp_path: Path, key: str) -> None:
     found = json.loads((Path(token_set) / "dataset.json").read_text())[key]
     with pytest.raises(FingerprintMismatch, match=f"expected fingerprint 0123456789abcdef, found {found}"):
-        train_prior(recipe(token_set, tmp_path, f"data.{key}='0123456789abcdef'"), ALONE)
+        train_prior(recipe(token_set, tmp_path, f"data.{key}=0123456789abcdef"), ALONE)
 
 
 def test_one_foreign_shard_among_the_others(tmp_path: Path) -> None:
