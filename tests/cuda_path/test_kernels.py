@@ -46,7 +46,7 @@ def child(module: str, folder: Path, *, interpret: bool) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of kernels written for both cards."""
     folder = tmp_path_factory.mktemp("kernels")
-    child("kernel_cases", folder, interpret=True)
+    child("cases.kernels", folder, interpret=True)
     return folder
 
 
