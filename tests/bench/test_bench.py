@@ -33,11 +33,11 @@ needs_peer = pytest.mark.skipif(find_spec("dalle_pytorch") is None, reason="dall
 def type_in(monkeypatch, capsys):
     """A command line in this process -> exit code, stdout, stderr."""
 
-    def run(line, main=cli.main):
-        monkeypatch.setattr(sys.modules[main.__wrapped__.__module__], "setup_logging", lambda: None)
+    def run(line):
+        monkeypatch.setattr(cli, "setup_logging", lambda: None)
         monkeypatch.setattr(sys, "argv", line.split())
         with pytest.raises(SystemExit) as left:
-            main()
+            cli.main()
         return left.value.code or 0, *capsys.readouterr()
 
     return run
@@ -119,7 +119,7 @@ def test_table_without_json(type_in):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (f"sample {SHAPE} --positions 4,2", "positions = '4,2'"),
+        (f"sample {SHAPE} --positions 4,2", "positions = ['4', '2']"),
         (f"sample {SHAPE} --positions 1,10", "from 0 to 9"),
         (f"sample {SHAPE} --positions 1,x", "positions.1 = 'x'"),
         (f"attention {SHAPE} --backend fast", "attention backend 'fast'"),

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
+from dalle_ds.cli import app
 from dalle_ds.data.manifest import ShardManifest, load_shard_manifests
-from preprocessing.__main__ import app
+from preprocessing.configs import DataPlanConfig
 from preprocessing.stages import encode, plan
 from tests.preprocessing.conftest import N_PICTURES, World
 
@@ -14,7 +15,21 @@ from tests.preprocessing.conftest import N_PICTURES, World
 def test_given_figures() -> None:
     result = CliRunner().invoke(
         app,
-        ["plan", "--pairs", "250e6", "--gpu-rate", "500", "--raw-bytes", "40e3", "--price", "2", "--accepted", "0.8", "--json"],
+        [
+            "data",
+            "plan",
+            "--pairs",
+            "250e6",
+            "--gpu-rate",
+            "500",
+            "--raw-bytes",
+            "40e3",
+            "--price",
+            "2",
+            "--accepted",
+            "0.8",
+            "--json",
+        ],
     )
     assert result.exit_code == 0, result.output
     for part in ('"shards": 25000', '"samples": 200000000', '"raw_terabytes": 10.0', '"gpu_hours": 138.8', '"cost": 277.7'):
@@ -25,8 +40,7 @@ def test_measured_figures_are_those_of_the_manifests(world: World, tmp_path: Pat
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
     manifests = load_shard_manifests(out, ShardManifest)
-    figures = dict.fromkeys(("rate", "gpu_rate", "raw_bytes", "accepted", "price"))
-    summary = plan.run(1e6, measured=out, shard_samples=1000, workers=2, **figures).summary
+    summary = plan.run(DataPlanConfig(pairs=1e6, measured=out, shard_samples=1000, workers=2)).summary
     seconds = sum(manifest.seconds for manifest in manifests)
     assert summary["worker_hours"] == pytest.approx(1e6 * seconds / N_PICTURES / 3600)
     assert summary["token_gigabytes"] == pytest.approx(
@@ -45,6 +59,6 @@ def test_measured_figures_are_those_of_the_manifests(world: World, tmp_path: Pat
     ],
 )
 def test_bad_figures_are_refused(options: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
-    result = CliRunner().invoke(app, ["plan", *options])
+    result = CliRunner().invoke(app, ["data", "plan", *options])
     assert result.exit_code != 0
     assert told in result.output + capfd.readouterr().err
