@@ -85,7 +85,7 @@ class Sampler:
             )
         if settings.n_kept < settings.n and self.scorer is None:
             raise ConfigError(
-                f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, and there is none (--clip; in Python scorer=)"
+                f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, and there is none (--clip or scorer=)"
             )
 
     def draw(self, request: Request, on_rows: Callable[[RowsDecoded], None] | None = None) -> list[list[Candidate]]:
