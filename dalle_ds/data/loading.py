@@ -71,13 +71,16 @@ class TrainBatches(IterableDataset[TokenBatch]):
 
     def state_dict(self) -> Position:
         """Where this rank stands: after the last batch that was given. Read it in the process that loops."""
-        n_left = len(self._rest)
-        return Position(
-            update=self._stream.next_update - (n_left > 0),
-            given=(self.batches_per_update - n_left) if n_left else 0,
-            data=self._mix.content_fingerprint,
-            **{name: self._settings[name] for name in ("seed", "global_batch", "micro_batch", "world_size")},
-        )
+        n_left, settings = len(self._rest), self._settings
+        return {
+            "update": self._stream.next_update - (n_left > 0),
+            "given": (self.batches_per_update - n_left) if n_left else 0,
+            "seed": settings["seed"],
+            "global_batch": settings["global_batch"],
+            "micro_batch": settings["micro_batch"],
+            "world_size": settings["world_size"],
+            "data": self._mix.content_fingerprint,
+        }
 
     def load_state_dict(self, state: Position) -> None:
         """Go on where a `state_dict` was read: by any rank, and where an update had ended, on any number of ranks.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TypedDict, Unpack, overload
+from typing import TypedDict, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -231,7 +231,7 @@ class Model:
             UserError: not one caption for each image; what `encode` or `decode` refuse.
         """
         captions = [captions] if isinstance(captions, str) else list(captions)
-        codes_BN = self._codes_of(images) if _are_codes(images) else self.encode(images)
+        codes_BN = self._codes_of(cast(Codes, images)) if _are_codes(images) else self.encode(cast(Images, images))
         if len(captions) != len(codes_BN):
             raise DataError(f"{len(captions)} captions for {len(codes_BN)} images: expected one for each")
         if batch < 1:
