@@ -87,12 +87,16 @@ def load_recipe(
         _put(tree, key, _parsed(text, _annotation_of(config_class, key.split("."))), override)
     for key, value in (values or {}).items():
         _put(tree, key, value, f"{key}={value}")
+    return from_values(config_class, tree, f"recipe {path or 'the command line'}")
+
+
+def from_values(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
+    """A config of values as they are. Raises ConfigError as `load_recipe`; it names `source`."""
     try:
-        return config_class.model_validate(tree)
+        return config_class.model_validate(values)
     except ValidationError as error:
-        source = path or "the command line"
         lines = [f"  {_explain(config_class, problem)}" for problem in error.errors()]
-        raise ConfigError(f"recipe {source} does not fit {config_class.__name__}:\n" + "\n".join(lines)) from None
+        raise ConfigError(f"{source} does not fit {config_class.__name__}:\n" + "\n".join(lines)) from None
 
 
 def from_options(config_class: type[C], options: Mapping[str, Any]) -> C:

@@ -54,6 +54,18 @@ def decode_image(
         raise ImageProblem("unreadable") from None
 
 
+def upright_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """An image that is open already, in the RGB that `decode_image` gives for its file; `image` stays as it is.
+
+    Raises:
+        ImageProblem: "unreadable", where its file is damaged.
+    """
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image), background)
+    except (OSError, SyntaxError, ValueError):  # Pillow decodes at the first use
+        raise ImageProblem("unreadable") from None
+
+
 def extension_of(data: bytes) -> str:
     """The extension of a picture's format, told by its first bytes ("jpg" if unknown); nothing is decoded."""
     try:

@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
+from dalle_ds.data.manifest import Split
+from dalle_ds.data.token_dataset import CACHE_BYTES, DecodedBlock, TokenDataset
 from dalle_ds.errors import ConfigError, FingerprintMismatch
 from dalle_ds.storage import objects
+from dalle_ds.storage.disk_cache import DiskCache
 
 
 class TokenMix:
@@ -45,6 +47,13 @@ class TokenMix:
         self.root_url = self._name([dataset.root_url for dataset in sets])
         self.fingerprint = self._name([dataset.fingerprint for dataset in sets])
         self.content_fingerprint = self._name([dataset.content_fingerprint for dataset in sets])
+
+    @classmethod
+    def open(cls, shares: Sequence[tuple[str, float]], split: Split, disk: DiskCache | None = None) -> "TokenMix":
+        """Data sets by their roots, each with its weight; together they cache as much in memory as one alone."""
+        memory = CACHE_BYTES // max(1, len(shares))
+        sets = [TokenDataset(root, split, cache_bytes=memory, disk=disk) for root, _ in shares]
+        return cls(sets, [weight for _, weight in shares])
 
     def _name(self, names: list[str]) -> str:
         if len(names) == 1:

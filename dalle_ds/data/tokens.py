@@ -21,6 +21,7 @@ from dalle_ds.padding import PAD
 
 log = logging.getLogger(__name__)
 
+BPE_DROPOUT = 0.1  # the paper's
 _DROPOUT, _CAPTION = 2, 3  # uses of the seed, beside the two of `order`
 
 

@@ -84,7 +84,9 @@ class Sampler:
                 "was trained with data.caption_dropout 0, expected above 0; sample with guidance 1"
             )
         if settings.n_kept < settings.n and self.scorer is None:
-            raise ConfigError(f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, and there is none (--clip)")
+            raise ConfigError(
+                f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, and there is none (--clip or scorer=)"
+            )
 
     def draw(self, request: Request, on_rows: Callable[[RowsDecoded], None] | None = None) -> list[list[Candidate]]:
         """The best candidates of each caption, best first. Pictures of the others are gone once they are scored."""

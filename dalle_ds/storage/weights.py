@@ -169,6 +169,29 @@ def read_weights(url: str | Path, kind: Kind, device: str | torch.device = "cpu"
     return Weights(opened.config, state, opened.fingerprint, opened.extra)
 
 
+def fetch_weights(name: str, fetch: Callable[[str], Path]) -> None:
+    """Copy the one file of weights, or its index and all parts that the index names.
+
+    Args:
+        name: of the single file.
+        fetch: copies a file of that name and returns the copy; raises FileNotFoundError where there is none.
+
+    Raises:
+        FileNotFoundError: neither is there. DataError: the index is damaged.
+    """
+    try:
+        fetch(name)
+        return
+    except FileNotFoundError:
+        index = fetch(_index_url(name))
+    try:
+        files = {_name(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{_index_url(name)}: not an index of weights files ({error!r})") from None
+    for file in sorted(files):
+        fetch(file)
+
+
 def verified_fingerprint(url: str | Path, kind: Kind) -> str:
     """The fingerprint of weights, checked like `read_weights` without keeping them. Raises DataError as that does."""
     opened = open_weights(url, kind)

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from tests.support import launching
+from tests.support.pages import run_python_page
 from tests.support.pictures import draw_folder
 
 pytestmark = [pytest.mark.launch, pytest.mark.e2e]
@@ -90,6 +91,11 @@ def test_what_a_page_says_works(home: Path, env: dict[str, str], page: str) -> N
         else:
             done = launching.run(command, home, env)
             assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def test_the_page_for_programs_works(home: Path, env: dict[str, str]) -> None:
+    page = launching.ROOT / "launchers" / "PYTHON.md"
+    run_python_page(page, home, {**env, "MLFLOW_TRACKING_URI": f"sqlite:///{home}/runs/demo/mlflow.db"})
 
 
 def _answers(port: int) -> bool:

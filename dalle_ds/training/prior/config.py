@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 import dalle_ds
 from dalle_ds.data.manifest import DatasetInfo, Split
-from dalle_ds.data.token_dataset import CACHE_BYTES, TokenDataset
 from dalle_ds.data.token_mix import TokenMix
+from dalle_ds.data.tokens import BPE_DROPOUT
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
@@ -72,7 +72,7 @@ class DataSection(Config):
     mix: list[DataShare] = Field([], description="several, each by its weight")
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
-    bpe_dropout: float = Field(0.1, ge=0, lt=1)
+    bpe_dropout: float = Field(BPE_DROPOUT, ge=0, lt=1)
     caption_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of training captions left out, for classifier-free guidance; the paper has none"
     )
@@ -98,9 +98,7 @@ class DataSection(Config):
     def open(self, split: Split) -> TokenMix:
         """The data sets, checked against each other."""
         disk = DiskCache(self.cache.folder, int(self.cache.gib * 2**30)) if self.cache else None
-        memory = CACHE_BYTES // len(self.shares)
-        sets = [TokenDataset(share.dataset, split, cache_bytes=memory, disk=disk) for share in self.shares]
-        return TokenMix(sets, [share.weight for share in self.shares])
+        return TokenMix.open([(share.dataset, share.weight) for share in self.shares], split, disk)
 
 
 class OptimizerSection(Config):

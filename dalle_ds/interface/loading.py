@@ -1,0 +1,62 @@
+"""Open a trained model, or a scorer, from wherever it lies."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from dalle_ds.interface.model import Model, open_scorer
+from dalle_ds.ops.devices import resolve_device
+from dalle_ds.sampling import scorer as scorers
+from dalle_ds.sampling.export import Export, load_export
+from dalle_ds.sampling.foreign_export import load_foreign_export
+from dalle_ds.sampling.scorer import ClipScorer, Scorer
+from dalle_ds.storage import objects
+from dalle_ds.tracking.registered import SCHEME, fetch_registered
+
+
+def load(source: str | Path, device: str = "auto", *, scorer: str | Path | Scorer | None = None) -> Model:
+    """Open a trained model.
+
+    Args:
+        source: what `dalle-ds export` wrote: a folder, an s3:// url, any other url that fsspec reads (the files are copied to
+            a temporary folder first); or models:/NAME/VERSION, what `dalle-ds register` registered with the MLflow store of
+            MLFLOW_TRACKING_URI.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
+        scorer: what `Model.sample` chooses with: a CLIP's folder or hub name, or an object with the methods of
+            `dalle_ds.Scorer`. None: the CLIP that was registered with the model, else none.
+
+    Raises:
+        UserError: nothing there, damaged, parts that don't belong together, no such device.
+    """
+    url, place = str(source), str(resolve_device(device))
+    own: Scorer | None = None
+    if url.startswith(SCHEME):
+        export, own = _load_registered(url, place)
+    elif "://" in url and not url.startswith(("s3://", "file://")):
+        export = load_foreign_export(url, place)
+    else:
+        export = load_export(url, place)
+    return Model(export, own if scorer is None else open_scorer(scorer, place))
+
+
+def load_scorer(source: str | Path, device: str = "auto") -> ClipScorer:
+    """Open a CLIP that chooses among samples; several models can share it.
+
+    Args:
+        source: a folder that `dalle-ds train-clip` or `transformers` wrote, or a hub name.
+        device: as in `load`.
+
+    Raises:
+        UserError: nothing there, no CLIP, or `transformers` is not installed.
+    """
+    return scorers.load_scorer(source, resolve_device(device))
+
+
+def _load_registered(uri: str, device: str) -> tuple[Export, Scorer | None]:
+    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
+        artifacts = fetch_registered(uri, Path(folder))
+        export = load_export(artifacts["export"], device)
+        scorer = scorers.load_scorer(artifacts["clip"], device) if "clip" in artifacts else None
+    if scorer is not None:
+        scorer.name = objects.join(uri, "clip")
+    return replace(export, url=uri), scorer

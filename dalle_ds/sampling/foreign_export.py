@@ -1,0 +1,33 @@
+"""Open an export on storage that only fsspec reads: its files are copied to a temporary folder first."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from dalle_ds.errors import DataError
+from dalle_ds.sampling.export import Export, load_export
+from dalle_ds.sampling.export_record import RECORD_FILE
+from dalle_ds.storage.foreign import ForeignFolder
+from dalle_ds.storage.names import DVAE_FILE, PRIOR_FILE, TOKENIZER_FILE
+from dalle_ds.storage.weights import fetch_weights
+
+
+def load_foreign_export(url: str, device: str) -> Export:
+    """`load_export` for any url that fsspec reads. The disk for temporary files must have room for the export.
+
+    Raises:
+        ConfigError: no url that fsspec reads. DataError, FingerprintMismatch: as `load_export`.
+    """
+    folder = ForeignFolder(url)
+    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as local:
+
+        def fetch(name: str) -> Path:
+            return folder.copy(name, Path(local) / name)
+
+        try:
+            for name in (RECORD_FILE, TOKENIZER_FILE, DVAE_FILE):
+                fetch(name)
+            fetch_weights(PRIOR_FILE, fetch)
+        except FileNotFoundError as error:
+            raise DataError(f"{error}; it is not an export folder: `dalle-ds export` writes one") from None
+        return replace(load_export(local, device), url=url)

@@ -1,0 +1,36 @@
+"""Fetch what `dalle-ds register` put into the MLflow registry."""
+
+from pathlib import Path
+
+from dalle_ds.errors import DataError
+from dalle_ds.tracking.mlflow_sink import make_client
+
+SCHEME = "models:/"
+
+
+def fetch_registered(uri: str, folder: Path) -> dict[str, Path]:
+    """Download a registered model into `folder` -> its artifacts by name: "export", and "clip" where there is one.
+
+    Args:
+        uri: models:/NAME/VERSION or models:/NAME@ALIAS, in the store of MLFLOW_TRACKING_URI or `mlflow.set_tracking_uri`.
+
+    Raises:
+        DataError: no such model, one that `dalle-ds register` did not make, or MLflow is away.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    store = mlflow.get_tracking_uri()
+    make_client(store)  # sets how long MLflow may take, and what it may print
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+        entries = Model.load(str(local)).flavors.get("python_function", {}).get("artifacts") or {}
+    except (MlflowException, OSError) as error:
+        raise DataError(f"{uri} cannot be fetched from MLflow at {store}: {error}") from None
+    if "export" not in entries:
+        raise DataError(
+            f"{uri} at {store} holds {', '.join(entries) or 'no artifacts'}, expected an export; "
+            "`dalle-ds register` makes such a model"
+        )
+    return {name: local / entry["path"] for name, entry in entries.items()}

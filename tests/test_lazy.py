@@ -1,0 +1,47 @@
+"""The public names: quick to import, the same for people, programs and type checkers."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dalle_ds
+
+PACKAGE = Path(dalle_ds.__file__).parent
+
+
+def test_import_brings_in_no_large_package():
+    program = """
+import sys
+import dalle_ds
+dalle_ds.data, dalle_ds.UserError, dir(dalle_ds), dir(dalle_ds.data)
+print([name for name in ("torch", "numpy", "pydantic", "fsspec", "mlflow", "PIL") if name in sys.modules])
+import dalle_ds.interface.loading, dalle_ds.data.loading
+print([name for name in ("deepspeed", "mlflow", "pandas") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+@pytest.mark.parametrize("name", ["dalle_ds", "dalle_ds.data"])
+def test_stub_package_and_list_of_names_agree(name):
+    package = importlib.import_module(name)
+    stub = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text())
+    homes = {alias.asname: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    public = set(package.__all__) - {"__version__"}
+    assert homes.keys() == public == set(dir(package))
+    for public_name, home in homes.items():
+        assert getattr(package, public_name) is getattr(importlib.import_module(home), public_name)
+
+
+def test_type_checkers_find_types():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_another_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'dalle_ds' has no attribute 'lode'; it has .*load"):
+        dalle_ds.lode  # noqa: B018
+    assert not hasattr(dalle_ds.data, "opened")
