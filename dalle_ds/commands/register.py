@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import uuid
 from contextlib import ExitStack
 from importlib.metadata import requires
 from pathlib import Path
@@ -48,8 +49,9 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
             artifacts["clip"] = _on_disk(clip, folder / "clip")
         _save(folder / FOLDER, artifacts, record)
         try:
-            source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
-            client.log_artifacts(run_id, str(folder / FOLDER), FOLDER)
+            place = f"{FOLDER}/{uuid.uuid4().hex[:12]}"  # versions keep what they were registered with
+            source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+            client.log_artifacts(run_id, str(folder / FOLDER), place)
             try:
                 client.create_registered_model(name)
             except MlflowException as error:
