@@ -101,6 +101,8 @@ def test_a_registered_model_brings_its_scorer(empty_store, tmp_path, monkeypatch
     found, expected = model.sample(CAPTION, n=5, keep=2), dalle_ds.load(export, "cpu").sample(CAPTION, n=5, keep=2, scorer=clip)
     assert [(sample.seed, sample.score) for sample in found] == [(sample.seed, sample.score) for sample in expected]
     assert [sample.codes.tolist() for sample in found] == [sample.codes.tolist() for sample in expected]
+    with pytest.raises(dalle_ds.UserError, match="choosing needs a scorer"):  # version 1 is what it was
+        dalle_ds.load("models:/drawn/1", "cpu").sample(CAPTION, n=5, keep=2)
     with pytest.raises(dalle_ds.UserError, match="models:/drawn/3 cannot be fetched from MLflow at sqlite:///"):
         dalle_ds.load("models:/drawn/3")
 
