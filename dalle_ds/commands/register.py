@@ -85,7 +85,7 @@ def _save(folder: Path, artifacts: dict[str, str], record: ExportRecord) -> None
     package = Path(dalle_ds.__file__).parent
     save_model(
         str(folder),
-        python_model=str(package / "sampling" / "mlflow_model.py"),
+        python_model=str(package / "sampling" / "serving" / "mlflow_model.py"),
         artifacts=artifacts,
         code_paths=[str(package)],
         signature=signature,

@@ -3,9 +3,9 @@
 from dalle_ds.commands.settings import ServeConfig
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.sampling.export import Export, load_export
-from dalle_ds.sampling.page import build_page, launch_page
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.serving.page import build_page, launch_page
 from dalle_ds.sampling.settings import PageLimits
 from dalle_ds.tracking.export_run import run_of_export
 

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from dalle_ds.commands.evaluate import evaluate_export
-from dalle_ds.commands.evaluate_images import evaluate_images, load_extractor
+from dalle_ds.commands.eval.images import evaluate_images, load_extractor
+from dalle_ds.commands.eval.loss import evaluate_export
 from dalle_ds.commands.sample import sample_export
 from dalle_ds.errors import ConfigError
 from dalle_ds.ops.devices import resolve_device

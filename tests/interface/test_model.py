@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import dalle_ds
 from dalle_ds.cli import app
-from dalle_ds.commands.evaluate import evaluate_export
+from dalle_ds.commands.eval.loss import evaluate_export
 from dalle_ds.data.raw import RawSample
 from dalle_ds.interface.model import Model, SampleOptions
 from dalle_ds.sampling.export import load_export

@@ -14,10 +14,10 @@ from playwright.sync_api import Page
 from dalle_ds.commands.serve import run_link
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.page import build_page, draw_rows, launch_page
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
+from dalle_ds.sampling.serving.page import build_page, draw_rows, launch_page
 from dalle_ds.sampling.settings import PageLimits, SampleSettings
 from tests.sampling.exports import make_export
 from tests.support.browser import NEEDS_CHROMIUM, browser_page

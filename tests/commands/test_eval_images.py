@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dalle_ds.cli import app
-from dalle_ds.commands.evaluate_images import METRICS, Extractor, clip_score, evaluate_images, load_extractor
+from dalle_ds.commands.eval.images import METRICS, Extractor, clip_score, evaluate_images, load_extractor
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.fid import frechet_distance, moments
 from dalle_ds.evaluation.inception_score import inception_score
