@@ -84,10 +84,11 @@ def load_recipe(
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
+        key = key.removeprefix(f"{section_of(config_class)}.")  # as messages name keys
         _put(tree, key, _parsed(text, _annotation_of(config_class, key.split("."))), override)
     for key, value in (values or {}).items():
         _put(tree, key, value, f"{key}={value}")
-    return from_values(config_class, tree, f"recipe {path or 'the command line'}")
+    return from_values(config_class, tree, "the command line" if path is None else f"recipe {path} with the command line")
 
 
 def from_values(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
@@ -187,7 +188,7 @@ def _annotation_of(config_class: type[BaseModel] | None, keys: Sequence[str]) ->
 
 def _parsed(text: str, annotation: Any) -> Any:
     arms = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
-    if type(None) in arms and text in ("null", "~", ""):
+    if type(None) in arms and text in ("null", "~"):
         return None
     if any(arm is str or arm is Path or _is_choice_of_strings(arm) for arm in arms) and not any(
         arm in (int, float, bool) for arm in arms
@@ -224,6 +225,8 @@ def _explain(config_class: type[BaseModel], problem: Any) -> str:
         return f"unknown key {location!r} = {problem['input']!r}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{location}: required, but not set"
+    if not problem["loc"]:  # of several fields together
+        return problem["msg"]
     return f"{location} = {problem['input']!r}: {problem['msg']}"
 
 

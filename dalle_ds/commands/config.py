@@ -32,13 +32,20 @@ def run(config: ConfigConfig) -> Outcome:
     return Outcome({"verb": verb.name, "keys": rows}, text="\n".join(line.rstrip() for line in lines))
 
 
-def _rows(config_class: type[BaseModel], prefix: str = "") -> Iterator[dict[str, str]]:
+def _rows(config_class: type[BaseModel], prefix: str = "", section: Any = None) -> Iterator[dict[str, str]]:
+    """`section`: the config that stands here by default; None: the class says."""
     for name, field in config_class.model_fields.items():
-        inner = next((arm for arm in _arms(field.annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)), None)
-        if inner is not None:
-            yield from _rows(inner, f"{prefix}{name}.")
+        if field.exclude:
             continue
-        default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
+        inner = next((arm for arm in _arms(field.annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)), None)
+        by_class = None if field.is_required() else field.get_default(call_default_factory=True)
+        value = by_class if section is None else getattr(section, name)
+        if inner is not None:
+            if value is None and not field.is_required():
+                yield {"key": f"{prefix}{name}", "type": "section", "default": "null", "description": inner.__doc__ or ""}
+            yield from _rows(inner, f"{prefix}{name}.", value)
+            continue
+        default = "required" if field.is_required() and section is None else _shown(value)
         yield {
             "key": f"{prefix}{name}",
             "type": _type_name(field.annotation),
@@ -56,6 +63,8 @@ def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
     if origin is typing.Literal:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):

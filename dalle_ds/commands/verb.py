@@ -3,6 +3,7 @@
 Precedence: defaults < the verb's section of the recipe < KEY=VALUE words and --set < inputs by position and options.
 """
 
+import logging
 import os
 import re
 import signal
@@ -25,10 +26,14 @@ from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_p
 from dalle_ds.console import Outcome, print_error, print_summary
 from dalle_ds.errors import ConfigError, UserError
 
+log = logging.getLogger(__name__)
+
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 RECIPE_SUFFIXES = (".yaml", ".yml")
 TEXTS = (tuple[str, ...], tuple[Path, ...])
 """Lists whose items may hold commas."""
+MISTAKEN_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""A file where a folder belongs, or the reverse: no fault of the program, and the message names the path."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -127,15 +132,18 @@ class VerbCommand(click.Command):
 
                 click.echo(dump_recipe(config), nl=False)
                 return
-            if default_recipe is not None and hasattr(config, "require_default_inputs"):
-                config.require_default_inputs(default_recipe)
+            if default_recipe is not None:
+                if rank == "0":
+                    log.info("no recipe is named: %s", default_recipe)
+                if hasattr(config, "require_default_inputs"):
+                    config.require_default_inputs(default_recipe)
             self._run(config, as_json)
-        except UserError as error:
+        except (UserError, *MISTAKEN_PATHS) as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":
                 raise
             if rank == "0":  # the same on every rank
                 print_error(f"error: {error}")
-            sys.exit(error.exit_code)
+            sys.exit(getattr(error, "exit_code", 2))
 
     def _config(self, given: dict[str, Any]) -> tuple[Any, Path | None]:
         """What the verb is told, and the project's own recipe where it was read because none was named."""
@@ -145,7 +153,9 @@ class VerbCommand(click.Command):
         for word in words:
             if OVERRIDE.match(word):
                 continue
-            if word.endswith(RECIPE_SUFFIXES) and recipe is None:
+            if word.endswith(RECIPE_SUFFIXES):
+                if recipe is not None:
+                    raise ConfigError(f"two recipes, {recipe} and {word}: expected one")
                 recipe = word
             else:
                 inputs.append(word)

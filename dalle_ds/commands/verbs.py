@@ -103,8 +103,9 @@ VERBS = (
     Verb(
         "train prior",
         "Train the prior under DeepSpeed, or continue it from its newest checkpoint.",
-        text="Exit code 0: finished; 2: a mistake in the input, or a run that can't go on; 75: another rank was lost, start it "
-        "again; 143: asked to stop, state saved. launchers/train_prior.sh is this verb under the deepspeed launcher.",
+        text="Without a recipe it takes launchers/recipes/tiny.yaml, the demo's. Exit code 0: finished; 2: a mistake in the "
+        "input, or a run that can't go on; 75: another rank was lost, start it again; 143: asked to stop, state saved. "
+        "launchers/train_prior.sh is this verb under the deepspeed launcher.",
         config="dalle_ds.training.prior.config:PriorRun",
         work="dalle_ds.training.prior.trainer:train_prior",
         ranks="always",

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -150,13 +151,19 @@ def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[
     return tokens_nN, record
 
 
+_ONE_PARSER = threading.Lock()
+"""numpy parses the header as Python. CPython 3.11 counts the depth of that for all threads together, and two at once may end in
+a SystemError ("AST constructor recursion depth mismatch")."""
+
+
 def decode_members(tokens: bytes | memoryview, captions: bytes | memoryview) -> tuple[np.ndarray, dict[str, list[str]]]:
     """The two members of a block, decoded: tokens (n, N), read-only, and {"keys", "captions", "groups"}."""
     header = io.BytesIO(tokens[:NPY_HEADER_BYTES])
     version = np.lib.format.read_magic(header)
     if version != (1, 0):
         raise ValueError(f"npy version {version}, expected (1, 0)")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    with _ONE_PARSER:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     # a view: np.load would copy half a megabyte
     return np.frombuffer(tokens, dtype, offset=header.tell()).reshape(shape), json.loads(bytes(captions))
 

@@ -24,6 +24,10 @@ class Record(BaseModel):
         return self.model_dump_json(exclude_none=True, indent=1).encode()
 
 
+class OtherFormat(DataError):
+    """A record whose format this version does not read."""
+
+
 R = TypeVar("R", bound=Record)
 
 
@@ -34,6 +38,8 @@ def read_record(record_class: type[R], url: str | Path) -> R:
     except OSError as error:
         raise DataError(f"{url} cannot be read: {error}") from None
     except ValidationError as error:
+        if any(problem["loc"] == ("format",) and problem["type"] != "missing" for problem in error.errors()):
+            raise OtherFormat(f"{url} was written by another version of dalle_ds: {_explain(error)}") from None
         raise DataError(f"{url} is not what this version writes: {_explain(error)}") from None
 
 

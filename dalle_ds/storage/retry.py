@@ -49,7 +49,11 @@ def retrying(action: Callable[[], T], url: str | Path, verb: str) -> T:
         raise FileNotFoundError(f"{url}: no such object") from None
     except PermissionError as error:
         raise PermissionError(f"not allowed to {verb} {url} ({error}); AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY?") from None
-    except tenacity.RetryError as error:
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):  # botocore's
+            raise DataError(f"cannot {verb} {url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        if not isinstance(error, tenacity.RetryError):
+            raise
         last = error.last_attempt.exception()
         raise DataError(f"cannot {verb} {url}: tried for {limit:.0f} s, last answer: {_brief(last)}") from last
 

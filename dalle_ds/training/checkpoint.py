@@ -21,7 +21,7 @@ from typing import Generic, Literal, TypeVar
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.storage import objects
-from dalle_ds.storage.record import Record, read_record
+from dalle_ds.storage.record import OtherFormat, Record, read_record
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ class CheckpointStore(Generic[About]):
         self.url, self.keep = str(url), keep
         self._record_class = CheckpointRecord[about]  # type: ignore[valid-type]
         self._open: _Save[About] | None = None
+        self._passed_over: set[str] = set()
+        """Names of checkpoints that `newest` found damaged."""
 
     def committed(self) -> list[str]:
         """Names of committed checkpoints, oldest first."""
@@ -163,8 +165,10 @@ class CheckpointStore(Generic[About]):
         # of the same update saved again, e.g. after a fall-back, the new one counts
         objects.write_bytes(objects.join(self.url, name, COMMIT_FILE), record.to_json())
         log.info("saved %s", objects.join(self.url, name))
-        # later ones are damaged and were passed over: they must not push out what this one would fall back to
-        for old in [found for found in self.committed() if found <= name][: -self.keep]:
+        # damaged ones that were passed over must not push out what this one would fall back to
+        self._passed_over.discard(name)
+        sound = [found for found in self.committed() if found <= name and found not in self._passed_over]
+        for old in sound[: -self.keep]:
             objects.delete(objects.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not look like one
         self._sweep()
 
@@ -202,6 +206,7 @@ class CheckpointStore(Generic[About]):
             problem = next(filter(None, _of_all(ranks, partial(self._damage, name, ranks))), None)
             if problem is None:
                 return self._read(name)
+            self._passed_over.add(name)
             if ranks.is_main:
                 log.error("checkpoint %s is DAMAGED and passed over: %s", url, problem)
         if candidates:
@@ -226,6 +231,8 @@ class CheckpointStore(Generic[About]):
         """What is wrong with this rank's share of the files."""
         try:
             checkpoint = self._read(name)
+        except OtherFormat:  # not damaged: whoever goes on from an older one would lose what it holds
+            raise
         except DataError as error:
             return str(error)
         files = checkpoint.record.files

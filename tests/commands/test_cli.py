@@ -222,6 +222,10 @@ def test_accept(tmp_path, dalle_ds):
         (("plan", "--machine", "B300"), "machine 'B300': expected one of V100, A100-40"),
         (("plan", "replicas.count=2"), "replicas.count=2: no option of a plan; it would change a recipe, and none is named"),
         (("plan", "old.yaml"), "unknown section 'folder'; settings stand below the name of their section, such as 'plan'"),
+        (("train", "prior", "a.yaml", "b.yaml"), "two recipes, a.yaml and b.yaml: expected one"),
+        (("sample", "x", "--caption", "c", "limit="), "unknown key 'limit'"),
+        (("eval", "loss", "x", "limit="), "limit = ''"),
+        (("train", "dvae", "folder=old.yaml/run", "data.raw=r"), "Not a directory"),
         (("config", "coffee"), "no settings of 'coffee'"),
         (("data", "encode", "a", "b", "c"), "'c' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected raw out"),
         (("plan", "--master", "none"), "master none needs moments low_bit"),
@@ -251,6 +255,7 @@ def test_config_lists_every_key(dalle_ds):
     code, out, _ = dalle_ds("config", "data.encode", "--json")
     keys = {row["key"]: row for row in json.loads(out)["keys"]}
     assert keys["validation_fraction"]["default"] == "0.0024" and keys["raw"]["default"] == "required"
+    assert re.search(r"^schedules\.tau\.end +float +0\.0625", dalle_ds("config", "train.dvae")[1], re.M)
     assert "train.prior" in dalle_ds("config")[1].splitlines()
 
 

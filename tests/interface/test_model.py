@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
-from typer.testing import CliRunner
 
 import dalle_ds
 from dalle_ds.cli import app
@@ -41,7 +41,7 @@ def model(export) -> Model:
 
 
 def drawn_by_command(export, out, *options: str) -> tuple[dict, list[np.ndarray]]:
-    command = ["sample", "--export", str(export), "--out", str(out), "--device", "cpu", *options]
+    command = ["sample", str(export), "--out", str(out), "--device", "cpu", *options]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, (done.output, done.exception)
     record = json.loads((out / "samples.json").read_text())

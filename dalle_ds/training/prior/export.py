@@ -107,6 +107,8 @@ def _checkpoint_folder(run_folder: str) -> str:
         return run_folder
     with suppress(FileNotFoundError):  # the merged recipe that the run left there
         recipe = yaml.safe_load(Path(run_folder, "recipe.yaml").read_text(encoding="utf-8"))
+        if "prior" not in recipe:
+            raise DataError(f"{run_folder} is no run of a prior: its recipe.yaml has the sections {', '.join(recipe)}")
         if folder := recipe["prior"]["checkpoint"]["folder"]:
             return folder
     return objects.join(run_folder, "checkpoints")
