@@ -194,6 +194,8 @@ def _parsed(text: str, annotation: Any) -> Any:
         arm in (int, float, bool) for arm in arms
     ):
         return text
+    if not text:  # an unset variable of a shell, say: YAML would take it for null
+        return text
     value = _number_or_yaml(text)
     lists = [typing.get_args(arm) for arm in arms if typing.get_origin(arm) in (tuple, list)]
     if lists and not isinstance(value, list):
