@@ -2,7 +2,7 @@
 
 Design: parameters are fp32 in ZeRO-3 partitions (each is its own master copy), gathered as fp16, branches compute in fp16, and
 gradients are reduced in fp32 and un-scaled once an update, on this rank's shards. Norm and clipping therefore see true
-gradients, and nothing in DeepSpeed is patched.
+gradients, and no class or module of DeepSpeed is patched (`fp16_gather` sets a method on each parameter).
 """
 
 import json

@@ -274,3 +274,25 @@ def test_a_string_is_taken_as_it_is_typed(dalle_ds, text):
     code, out, _ = dalle_ds("sample", "e", f"data={text}", "--clip", text, "--show-config")
     shown = yaml.safe_load(out)["sample"]
     assert code == 0 and shown["data"] == shown["clip"] == text
+
+
+def test_keys_may_carry_their_sections_name(dalle_ds):
+    """As messages and recipes name them."""
+    words = ("raw=r", "out=o", "dvae=d", "tokenizer=t", "encode.min_codes_used=0")
+    code, out, _ = dalle_ds("data", "encode", *words, "--show-config")
+    assert code == 0 and yaml.safe_load(out)["encode"]["min_codes_used"] == 0
+
+
+def test_a_run_of_another_kind_is_not_exported(dalle_ds, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dvae: {folder: runs/dvae}\n")
+    code, _, err = dalle_ds("export", tmp_path, tmp_path / "out")
+    assert code == 2 and "is no run of a prior: its recipe.yaml has the sections dvae" in err
+
+
+def test_a_store_without_credentials_is_one_message():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    env = {**kept, "AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nowhere"}
+    command = [sys.executable, "-m", "dalle_ds.cli", "data", "status", "s3://bucket/tokens"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in done.stderr
