@@ -187,6 +187,23 @@ class DiagnoseConfig(Config):
         others = tuple(override for override in overrides if override not in own)
         return load_recipe(cls, path, own, {**values, "recipe": path, "recipe_overrides": others})
 
+    def check(self) -> None:
+        """Raises ConfigError as `recipe_of_run`."""
+        self.recipe_of_run()
+
+    def recipe_of_run(self) -> Any:
+        """The `PriorRun` to repeat the update by: the diagnosis' own, where no recipe is named. Raises ConfigError."""
+        from dalle_ds.training.prior.config import PriorRun
+        from dalle_ds.training.prior.diagnosis import DEEPSPEED_FILE, RECIPE_FILE
+
+        recipe, overrides = self.recipe, list(self.recipe_overrides)
+        if recipe is None:
+            if "://" in self.diagnosis:
+                raise ConfigError(f"{self.diagnosis}: name the recipe as well, such as recipe.yaml in the run's folder")
+            recipe = Path(self.diagnosis, RECIPE_FILE)
+            overrides.insert(0, f"deepspeed_config={Path(self.diagnosis, DEEPSPEED_FILE)}")
+        return load_recipe(PriorRun, recipe, overrides)
+
 
 class ConfigConfig(Config):
     section: ClassVar = None

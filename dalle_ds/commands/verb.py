@@ -137,6 +137,8 @@ class VerbCommand(click.Command):
                     log.info("no recipe is named: %s", default_recipe)
                 if hasattr(config, "require_default_inputs"):
                     config.require_default_inputs(default_recipe)
+            if hasattr(config, "check"):  # before ranks join: a mistake should not have to wait for it
+                config.check()
             self._run(config, as_json)
         except (UserError, *MISTAKEN_PATHS) as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":

@@ -101,3 +101,4 @@ def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.C
         main(["diagnose", str(tmp_path)])
     assert ended.value.code == 2
     assert f"{tmp_path}/recipe.yaml cannot be read" in capsys.readouterr().err
+    assert not torch.distributed.is_initialized(), "said before ranks join"
