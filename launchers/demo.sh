@@ -18,10 +18,10 @@ while [ $# -gt 0 ]; do
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --quick)
-      dvae_quick=(updates=10 schedules.tau.updates=8 schedules.lr.updates=10)
+      dvae_quick=(updates=10 schedules.tau.updates=8 learning_rate.decay_updates=10)
       encode_quick=(min_codes_used=0)
       prior_quick=(updates=10 checkpoint.every=5 validation.every=10)
-      clip_quick=(updates=5 batch_size=32)
+      clip_quick=(updates=5 global_batch=32)
       shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
@@ -104,8 +104,8 @@ newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
 told=$(python - "$out/evaluation/evaluate.json" <<'END'
 import json, sys
 e = json.load(open(sys.argv[1]))
-print(f"Held-out image loss, nats a token: {e['image_nll']:.3f} with the right captions, {e['image_nll_shuffled']:.3f} with shuffled ones:")
-print(f"the captions are worth {e['gap']:.3f} ({e['confidence']:.0%} interval {e['gap_low']:.3f} to {e['gap_high']:.3f}).")
+print(f"Validation image loss, nats a token: {e['loss/validation/image']:.3f} with the right captions, {e['loss/validation/image_shuffled']:.3f} with shuffled ones:")
+print(f"the captions are worth {e['caption_gap']:.3f} ({e['confidence']:.0%} interval {e['caption_gap_low']:.3f} to {e['caption_gap_high']:.3f}).")
 END
 )
 cat >&2 <<END
@@ -114,7 +114,7 @@ $told
 Done in $((SECONDS - began)) s. Everything is in $out:
   $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by a CLIP of its own
   $out/dvae/                             the codebook's reconstructions and its report
-  $out/evaluation/evaluate.json          held-out loss with the right captions and with shuffled ones
+  $out/evaluation/evaluate.json          validation loss with the right captions and with shuffled ones
   $out/export/                           prior, dVAE and tokenizer: all that sampling needs
 The whole run as a dashboard:
   $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000

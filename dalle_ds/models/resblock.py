@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Numerics:
+class BranchPrecision:
     """The edges of a residual branch. This base keeps everything in the input's dtype: fp32 truth.
 
     `dalle_ds.precision` puts its own in their place (paper section 2.4, figure 4); the model knows nothing of it.
@@ -56,7 +56,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.branch = branch
-        self.numerics = Numerics()
+        self.numerics = BranchPrecision()
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_BLD, h_BLD = self.enter(x_BLD)
