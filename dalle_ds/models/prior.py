@@ -175,15 +175,15 @@ class Layer(nn.Module):
 
     def prefill(self, x_BLD: Tensor) -> tuple[Tensor, LayerCache]:
         """The first slots of a sequence, and what later ones need of them."""
-        x_BLD, h_BLD = self.attention.enter(x_BLD)
+        x_BLD, h_BLD = self.attention.to_branch(x_BLD)
         y_BLD, cache = self.attention.branch.prefill(h_BLD)
-        return self.mlp(self.attention.leave(x_BLD, y_BLD)), cache
+        return self.mlp(self.attention.from_branch(x_BLD, y_BLD)), cache
 
     def decode(self, x_B1D: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
         """Image slot `slot` after those in the cache."""
-        x_B1D, h_B1D = self.attention.enter(x_B1D)
+        x_B1D, h_B1D = self.attention.to_branch(x_B1D)
         y_B1D = self.attention.branch.decode(h_B1D, cache, slot_1)
-        return self.mlp(self.attention.leave(x_B1D, y_B1D))
+        return self.mlp(self.attention.from_branch(x_B1D, y_B1D))
 
 
 @dataclass

@@ -130,10 +130,10 @@ class ScaledBranchPrecision(FP16BranchPrecision):
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
 
-    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def to_branch(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         return _Enter.apply(x_BLD, norm.weight, norm.bias, norm.eps, self.scale)
 
-    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         return _Leave.apply(x_BLD, y_BLD, self.scale)
 
 
@@ -171,7 +171,7 @@ class ResblockGradScaler:
         self.since_backoff = torch.full((n,), config.backoff_window, dtype=torch.int64, device=device)
         self.found_nonfinite = torch.zeros(n, device=device)
         for i, block in enumerate(self.blocks):
-            block.numerics = ScaledBranchPrecision(self.in_use[i])
+            block.precision = ScaledBranchPrecision(self.in_use[i])
 
     def begin(self) -> None:
         """Take the scales as they are into use. After writing to `scale`, and never between a forward pass and `unscale`."""

@@ -76,9 +76,9 @@ class ImageCheckpoints:
     def url(self) -> str:
         return self._store.url
 
-    def require_room(self, n_parameters: int) -> None:
+    def check_disk_space(self, n_parameters: int) -> None:
         """Raises UserError where the folder can't be written to, or checkpoints would fill the disk."""
-        self._store.require_room(n_parameters * BYTES_PER_PARAMETER, self._ranks)
+        self._store.check_disk_space(n_parameters * BYTES_PER_PARAMETER, self._ranks)
 
     def newest(self) -> dict[str, Any] | None:
         """The state that the run goes on from; None where it is new.

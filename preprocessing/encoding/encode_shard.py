@@ -53,8 +53,8 @@ class EncodeJob:
     def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
         """Load the models, once a process."""
         torch.set_num_threads(n_threads)
-        dvae, mark = load_dvae(objects.join(self.out, DVAE_FILE))
-        require_same(f"dVAE of data set {self.out}", self.info.dvae, mark)
+        dvae, fingerprint = load_dvae(objects.join(self.out, DVAE_FILE))
+        require_same(f"dVAE of data set {self.out}", self.info.dvae, fingerprint)
         tokenizer = CaptionTokenizer(objects.join(self.out, TOKENIZER_FILE))
         require_same(f"tokenizer of data set {self.out}", self.info.tokenizer, tokenizer.fingerprint)
         encode = encoder_of(dvae, self.precision, self.device, bool(self.info.tf32))

@@ -64,13 +64,13 @@ def run(config: IngestConfig) -> Outcome:
     """
     started = time.monotonic()
     plans, listing = _plan(config)
-    mark = _claim(config, len(listing), canonical_json(listing).encode())
+    raw_fingerprint = _claim(config, len(listing), canonical_json(listing).encode())
     done = done_shards(config.out)
     todo = [plan for plan in plans if plan.name not in done]
     objects.check_disk_space(config.out, sum(plan.part.bytes for plan in todo), "the raw shards")
     if not todo:
         log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
-    job = IngestJob(config.out, config.filters, mark)
+    job = IngestJob(config.out, config.filters, raw_fingerprint)
     n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
     _, failures = run_shards(
         job,
@@ -96,7 +96,7 @@ def run(config: IngestConfig) -> Outcome:
         "dropped": dict(sorted(dropped.items())),
         "bytes": sum(manifest.bytes for manifest in manifests),
         "failed_shards": failures,
-        "fingerprint": mark,
+        "fingerprint": raw_fingerprint,
         "seconds": time.monotonic() - started,
     }
     return Outcome(summary, is_complete=not failures)
@@ -197,19 +197,21 @@ class RawInfo(Record):
 def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
     # Which samples go into which shard must not change between a run and its restart.
     rules = {"filters": config.filters.model_dump(), "version": FILTER_RULES, "samples_per_shard": config.samples_per_shard}
-    mark = fingerprint(rules, {"listing": listing})
-    info = RawInfo(fingerprint=mark, images=config.images, n_input=n_input, samples_per_shard=config.samples_per_shard)
+    raw_fingerprint = fingerprint(rules, {"listing": listing})
+    info = RawInfo(
+        fingerprint=raw_fingerprint, images=config.images, n_input=n_input, samples_per_shard=config.samples_per_shard
+    )
     url = objects.join(config.out, RAW_INFO)
     if not objects.create_exclusive(url, info.to_json()):
         there = parse(RawInfo, objects.read_bytes(url), url)
         require_same(
             f"raw shards at {config.out}",
             there.fingerprint,
-            mark,
+            raw_fingerprint,
             f"They were made of {there.n_input} inputs of {there.images}; images, captions or filters "
             "have changed since. Choose another `ingest.out`, or remove that one.",
         )
-    return mark
+    return raw_fingerprint
 
 
 def _digest(entry: Entry) -> str:

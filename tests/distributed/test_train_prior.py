@@ -95,10 +95,10 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation_image")]
     assert steps == [0, 4, 8]
     info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
-    assert {key: run.data.tags[f"lineage.{key}"] for key in ("dvae", "tokenizer")} == {
+    assert {key: run.data.tags[f"provenance.{key}"] for key in ("dvae", "tokenizer")} == {
         k: info[k] for k in ("dvae", "tokenizer")
     }
-    assert run.data.tags["lineage.data"] == info["fingerprint"]
+    assert run.data.tags["provenance.data"] == info["fingerprint"]
     inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
     assert inputs == {"token_shards": info["fingerprint"], "dvae": info["dvae"], "tokenizer": info["tokenizer"]}
     assert run.data.params["learning_rate.peak"] == "0.002"

@@ -63,7 +63,7 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     runs = MlflowClient(f"sqlite:///{out}/mlflow.db").search_runs(["1"])
     prior = next(run for run in runs if run.data.tags["stage"] == "train_prior")
     dvae = next(run for run in runs if run.data.tags["stage"] == "dvae")
-    assert prior.data.tags["lineage.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
+    assert prior.data.tags["provenance.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
     assert "validation/caption_gap" in prior.data.metrics
     pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}

@@ -72,7 +72,7 @@ class ClipTrainer(ImageTrainer):
         parameters = list(self.model.parameters())
         self.checkpoints = ImageCheckpoints(self.folder, identity, recipe.checkpoint.keep, run.ranks)
         saved = self.checkpoints.newest()
-        self.checkpoints.require_room(sum(p.numel() for p in parameters))
+        self.checkpoints.check_disk_space(sum(p.numel() for p in parameters))
         decayed = [p for p in parameters if p.ndim > 1]
         groups = [
             {"params": decayed, "weight_decay": recipe.optimizer.weight_decay},

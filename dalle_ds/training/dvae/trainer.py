@@ -87,7 +87,7 @@ class DVAETrainer(ImageTrainer):
         self.parameters = list(self.model.parameters())
         self.checkpoints = ImageCheckpoints(run.folder, identity, recipe.checkpoint.keep, ranks)
         saved = self.checkpoints.newest()
-        self.checkpoints.require_room(sum(p.numel() for p in self.parameters))
+        self.checkpoints.check_disk_space(sum(p.numel() for p in self.parameters))
         settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -242,7 +242,7 @@ class DVAETrainer(ImageTrainer):
         model = self.recipe.model
         with self.ema.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-            mark = write_weights(
+            fingerprint = write_weights(
                 self.folder / DVAE_FILE,
                 kind="dvae",
                 config=model.model_dump(),
@@ -254,7 +254,7 @@ class DVAETrainer(ImageTrainer):
                 },
             )
         report = {
-            "dvae": mark,
+            "dvae": fingerprint,
             "run": self.identity,
             "weights": str(self.folder / DVAE_FILE),
             "image_size": model.image_size,
@@ -266,7 +266,7 @@ class DVAETrainer(ImageTrainer):
             "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }
         self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
-        self.run.tracker.tags({"dvae": mark})
+        self.run.tracker.tags({"dvae": fingerprint})
         for name in (DVAE_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
             self.run.tracker.artifact(self.folder / name)
         return report
@@ -312,8 +312,8 @@ def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
     report = finished_report(folder / REPORT_FILE, identity)
     if report is None or not (folder / DVAE_FILE).exists():
         return None  # the last checkpoint is complete: the weights are written again from it
-    mark = read_weights(folder / DVAE_FILE, "dvae").fingerprint
-    require_same(f"weights {folder / DVAE_FILE}", report.get("dvae", "none"), mark)
+    fingerprint = read_weights(folder / DVAE_FILE, "dvae").fingerprint
+    require_same(f"weights {folder / DVAE_FILE}", report.get("dvae", "none"), fingerprint)
     return report
 
 

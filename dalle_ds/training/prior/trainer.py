@@ -76,7 +76,7 @@ class PriorTrainer:
         recipe, ranks, config = job.recipe, run.ranks, job.model_config
         self.run, self.job, self.recipe, self.ranks, self.checkpoints = run, job, recipe, ranks, job.checkpoints
         per_parameter = CHECKPOINT_BYTES + state_bytes(config, recipe.optimizer.moments).moments
-        self.checkpoints.require_room(job.n_parameters * (per_parameter + recipe.replicas.checkpoint_bytes), ranks)
+        self.checkpoints.check_disk_space(job.n_parameters * (per_parameter + recipe.replicas.checkpoint_bytes), ranks)
         self.validation, self.parity_batch = self._validation_batches()
         self.stream = TokenStream(
             job.train_set,
@@ -281,11 +281,11 @@ class PriorTrainer:
             recipe.tracking,
             tags={
                 "stage": "train_prior",
-                "lineage.data": about.data,
-                "lineage.dataset": job.train_set.root_url,
-                "lineage.data_content": about.content,
-                "lineage.dvae": about.dvae,
-                "lineage.tokenizer": about.tokenizer,
+                "provenance.data": about.data,
+                "provenance.dataset": job.train_set.root_url,
+                "provenance.data_content": about.content,
+                "provenance.dvae": about.dvae,
+                "provenance.tokenizer": about.tokenizer,
                 "world_size": world_size,
                 "n_parameters": job.n_parameters,
                 "effective_parameters": effective_parameters(job.model_config),

@@ -115,9 +115,9 @@ def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
         "full": full,
         "found": ranks.gather_objects([each.name for each in found]),
         "files": sorted(Path(name).name for name in found[0].record.files),
-        "not shared": said(lambda: CheckpointStore(own, Said, keep=2).require_room(1, ranks)),
-        "not writable": said(lambda: CheckpointStore(readonly, Said, keep=2).require_room(1, ranks)),
-        "writable": said(lambda: checkpoints.require_room(1, ranks)),
+        "not shared": said(lambda: CheckpointStore(own, Said, keep=2).check_disk_space(1, ranks)),
+        "not writable": said(lambda: CheckpointStore(readonly, Said, keep=2).check_disk_space(1, ranks)),
+        "writable": said(lambda: checkpoints.check_disk_space(1, ranks)),
     }
 
 
