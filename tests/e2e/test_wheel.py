@@ -112,7 +112,7 @@ def test_source_distribution_makes_the_same_wheel(tree: Path, wheel: Path, tmp_p
 
 def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path, empty_store: Path) -> None:
     home = tmp_path / "home"
-    draw_folder(home / "runs" / "demo" / "pictures", 64)
+    draw_folder(home / "runs" / "demo" / "pictures", 160)
     shutil.copy(empty_store, home / "mlflow.db")
     git(home, "init", "--quiet")  # somebody's own project, whose commit is not ours
     env = {
