@@ -139,8 +139,8 @@ def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path
     typed("python -m preprocessing tokenizer tiny.yaml vocab_size=400")
     typed("dalle-ds train dvae tiny.yaml updates=3 batch_size=12 precision=fp32")
     typed("dalle-ds data encode tiny.yaml min_codes_used=0")
-    launcher, small = shlex.join(launching.deepspeed(2)), "model.n_layers=2 model.n_heads=1 updates=3 tracking.samples_every=null"
-    typed(f"{launcher} $(dalle-ds path train_prior.sh) tiny.yaml {small} checkpoint.every=3 validation.every=3")
+    small = "model.n_layers=2 model.n_heads=1 updates=3 checkpoint.every=3 validation.every=3 tracking.samples_every=null"
+    typed(f"{shlex.join(launching.deepspeed(2))} $(dalle-ds path train_prior.sh) tiny.yaml {small}")
     typed("dalle-ds export tiny.yaml")
     typed('dalle-ds sample runs/demo/export --caption "a red circle" --n 1 --out drawn')
     record = json.loads((home / "drawn" / "samples.json").read_text())
