@@ -10,11 +10,10 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import dalle_ds
+from dalle_ds import project_files
 
 CARRIED = (
     "deepspeed",
@@ -70,9 +69,7 @@ def collect(folder: Path, python: str) -> None:
 
 def requirements() -> dict[str, str]:
     """Name -> requirement, in pyproject.toml's words."""
-    project = Path(dalle_ds.__file__).resolve().parents[1] / "pyproject.toml"
-    lines = tomllib.loads(project.read_text())["project"]["dependencies"]
-    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: line for line in lines}
+    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: line for line in project_files.requirements()}
     return {name: named[name] for name in CARRIED}
 
 

@@ -7,7 +7,6 @@ CUDA device for what a GPU gets, and at a tiny width on the CPU for the host's t
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dalle_ds.bench.fake_world.one_rank import in_fake_world
 from dalle_ds.bench.harness.memory import in_fresh_process
 from dalle_ds.bench.harness.settings import CudaPathBenchConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.project_files import here_or_shipped
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run(settings: CudaPathBenchConfig) -> CudaPath:
         ConfigError: fake CUDA can't be had on this machine, or the DeepSpeed JSON can't be read.
     """
     try:
-        deepspeed_json = json.loads(Path(settings.deepspeed_config).read_text(encoding="utf-8"))
+        deepspeed_json = json.loads(here_or_shipped(settings.deepspeed_config).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--deepspeed-config {settings.deepspeed_config}: {error}") from None
     widths = [in_fresh_process(count_engine, n, deepspeed_json, settings.world_size) for n in settings.heads]

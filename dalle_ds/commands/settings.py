@@ -205,6 +205,11 @@ class DiagnoseConfig(Config):
         return load_recipe(PriorRunConfig, recipe, overrides)
 
 
+class PathConfig(Config):
+    section: ClassVar = None
+    name: str | None = Field(None, description="a file's name, such as train_prior.sh or zero3_fp16.json; unset: list them")
+
+
 class ConfigConfig(Config):
     section: ClassVar = None
     name: str | None = Field(None, description="a verb, such as sample or train.prior; unset: list them")

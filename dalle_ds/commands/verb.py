@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 
 import click
 
+from dalle_ds import project_files
 from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_process
 from dalle_ds.console import Outcome, print_error, print_summary
 from dalle_ds.errors import ConfigError, UserError
@@ -61,6 +62,8 @@ class Verb:
     """Whether the fields are options; a tree of settings is given by a recipe and KEY=VALUE alone."""
     default_recipe: str | None = None
     """A recipe of the project that is read where none is named."""
+    takes_recipe: bool = True
+    """Whether a word that ends in .yaml is a recipe, rather than an input."""
     ends: bool = True
     """Whether it comes to an end, with a summary."""
 
@@ -90,7 +93,7 @@ class VerbCommand(click.Command):
 
     def _usage(self) -> str:
         inputs = [f"[{name.upper()}]" for name in self.verb.inputs]
-        return " ".join([*inputs, "[RECIPE.yaml]", "[KEY=VALUE]..."])
+        return " ".join([*inputs, *(["[RECIPE.yaml]"] if self.verb.takes_recipe else []), "[KEY=VALUE]..."])
 
     def _options(self) -> list[click.Parameter]:
         if not self.verb.has_options:
@@ -151,11 +154,11 @@ class VerbCommand(click.Command):
         """What the verb is told, and the project's own recipe where it was read because none was named."""
         verb, words = self.verb, given.pop("words")
         overrides = [*given.pop("set"), *(word for word in words if OVERRIDE.match(word))]
-        recipe, inputs = given.pop("recipe"), []
+        recipe, inputs = given.pop("recipe", None), []
         for word in words:
             if OVERRIDE.match(word):
                 continue
-            if word.endswith(RECIPE_SUFFIXES):
+            if verb.takes_recipe and word.endswith(RECIPE_SUFFIXES):
                 if recipe is not None:
                     raise ConfigError(f"two recipes, {recipe} and {word}: expected one")
                 recipe = word
@@ -175,7 +178,7 @@ class VerbCommand(click.Command):
                 values[name] = list(value) if is_text else [part for one in value for part in one.split(",")]
         values |= {name: value for name, value in given.items() if isinstance(value, bool)}
         is_default = recipe is None and verb.default_recipe is not None
-        path = _project_recipe(str(verb.default_recipe)) if is_default else recipe
+        path = project_files.find(str(verb.default_recipe)) if is_default else _recipe(recipe)
         if hasattr(config_class, "from_command_line"):
             return config_class.from_command_line(path, overrides, values), None
         from dalle_ds.recipes import load_recipe
@@ -227,8 +230,9 @@ def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
 
 
 def _common(verb: Verb) -> list[click.Parameter]:
+    recipe = click.Option(["--recipe"], metavar="FILE", help="YAML file; the same as its name among the words.")
     options: list[click.Parameter] = [
-        click.Option(["--recipe"], metavar="FILE", help="YAML file; the same as its name among the words."),
+        *([recipe] if verb.takes_recipe else []),
         click.Option(["--set"], multiple=True, metavar="KEY=VALUE", help="The same as KEY=VALUE among the words."),
         click.Option(["--show-config"], is_flag=True, help="Print what the command would be told, as a recipe, and leave."),
     ]
@@ -282,10 +286,14 @@ def _by_position(verb: Verb, inputs: Sequence[str], config_class: Any) -> tuple[
     return overrides, {}
 
 
-def _project_recipe(name: str) -> Path:
-    import dalle_ds
-
-    return Path(dalle_ds.__file__).resolve().parents[1] / "launchers" / "recipes" / name
+def _recipe(name: str | None) -> Path | None:
+    """The file in the working folder, else the shipped one of that name, so that recipes need no checkout."""
+    if name is None:
+        return None
+    path = project_files.here_or_shipped(name)
+    if path != Path(name):
+        log.info("no %s in this folder: the recipe is %s", name, path)
+    return path
 
 
 def _typed(verb: Verb, example: str) -> str:

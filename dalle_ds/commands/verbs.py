@@ -349,6 +349,17 @@ VERBS = (
         examples=("runs/prior", "runs/prior --uri http://127.0.0.1:5000 --json"),
     ),
     Verb(
+        "path",
+        "Print where a shipped file is: a launcher, a recipe, a DeepSpeed JSON.",
+        text="An installed wheel has them inside of the package: `deepspeed $(dalle-ds path train_prior.sh) tiny.yaml` trains "
+        "without a checkout. Where a command expects a recipe or a DeepSpeed JSON, the name of a shipped one is enough.",
+        config=f"{SETTINGS}:PathConfig",
+        work="dalle_ds.commands.path:run",
+        inputs=("name",),
+        takes_recipe=False,
+        examples=("train_prior.sh", "tiny.yaml", "--json"),
+    ),
+    Verb(
         "config",
         "List the settings of a verb: key, type, default, description.",
         config=f"{SETTINGS}:ConfigConfig",

@@ -1,25 +1,16 @@
 """What a run was made from, as tags: the code's commit and the fingerprints of its inputs."""
 
 import platform
-import subprocess
-from pathlib import Path
 
 import torch
 
 import dalle_ds
+from dalle_ds import project_files
 
 
 def code_tags() -> dict[str, str]:
-    """Version, git commit (with "+changes" if the tree differs from it) and machine; without git only what is known."""
+    """Version, git commit (with "+changes" if the tree differs from it) and machine; without a commit what is known."""
     tags = {"dalle_ds.version": dalle_ds.__version__, "torch.version": torch.__version__, "host": platform.node()}
-    here = Path(__file__).resolve().parent
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        tags["git.commit"] = commit + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        pass
+    if (commit := project_files.commit()) is not None:
+        tags["git.commit"] = commit
     return tags
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -156,7 +156,7 @@ def test_plans_of_recipes_and_pages_fit_and_say_what_is_written_there(page, argu
     assert code == 0 and summary["fits_estimate"] and "warnings" not in summary
     if page.endswith(".yaml"):
         text = (ROOT / "launchers" / "recipes" / page).read_text()
-        gib, days, mfu = re.search(r"On paper: (\d+) GiB, ([\d.]+) days .* at (\d+)% MFU", text).groups()
+        gib, days, mfu = re.search(r"Computed by `plan`: (\d+) GiB, ([\d.]+) days .* at (\d+)% MFU", text).groups()
         assert float(gib) == pytest.approx(summary["memory_gib_per_gpu_estimate"], rel=0.1)
         assert float(days) == pytest.approx(summary["days_estimate"], rel=0.1)
         assert float(mfu) == pytest.approx(100 * summary["mfu_estimate"], rel=0.1)

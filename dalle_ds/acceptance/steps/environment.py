@@ -5,14 +5,12 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
 from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
-import dalle_ds
+from dalle_ds import project_files
 from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.ops.exactness import has_tf32
@@ -50,9 +48,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
 def _version(record: Record, package: str) -> None:
     from packaging.requirements import Requirement
 
-    project = Path(dalle_ds.__file__).resolve().parents[1] / "pyproject.toml"
-    lines = tomllib.loads(project.read_text())["project"]["dependencies"] if project.exists() else []
-    wanted = next((r.specifier for r in map(Requirement, lines) if r.name == package), None)
+    wanted = next((r.specifier for r in map(Requirement, project_files.requirements()) if r.name == package), None)
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-import dalle_ds
+from dalle_ds import project_files
 from dalle_ds.data.manifest import DatasetInfo, Split
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import BPE_DROPOUT
@@ -170,7 +170,7 @@ class PriorRunConfig(Config):
     section: ClassVar = "prior"
     folder: str = Field(description="checkpoints, logs and the merged recipe go here")
     deepspeed_config: str = Field(
-        "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, looked for here and then in the project's own folder"
+        "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, or the name of a shipped file"
     )
     updates: int = Field(430_000, ge=1)
     global_batch: int = Field(1024, ge=1)
@@ -210,9 +210,7 @@ class PriorRunConfig(Config):
     @property
     def deepspeed_path(self) -> Path:
         """Where the DeepSpeed JSON is, so that recipes of the project work from any folder."""
-        here = Path(self.deepspeed_config)
-        ours = Path(dalle_ds.__file__).resolve().parents[1] / here
-        return ours if not here.exists() and ours.exists() else here
+        return project_files.here_or_shipped(self.deepspeed_config)
 
     @property
     def checkpoint_folder(self) -> str:
