@@ -49,7 +49,7 @@ def test_saved_is_found_with_what_was_said_of_it(store: CheckpointStore[Said]) -
     assert (commit["update"], commit["world_size"]) == (7, 1)
     assert sorted(name.partition("/")[2] for name in commit["files"]) == ["a.bin", "b.bin"]
     assert store.find("update_00000007") == store.find(None) == found
-    with pytest.raises(DataError, match="no checkpoint 'update_8'; there are update_00000007"):
+    with pytest.raises(DataError, match="no checkpoint 'update_8', expected one of update_00000007"):
         store.find("update_8")
 
 

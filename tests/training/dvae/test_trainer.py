@@ -208,7 +208,7 @@ def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -
 
 def test_ranks_that_do_not_see_the_same_folder_are_told_so(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "gather_objects", lambda _, mine: [mine, (5, "test")] if mine == (0, "test") else [mine])
-    with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: they must see"):
+    with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: all ranks"):
         trainer_of(dvae_run(raw, tmp_path))
 
 
@@ -353,7 +353,7 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143, errors
-    assert "asked to stop (SIGTERM) at update" in errors and "the same command goes on from" in errors
+    assert "asked to stop (SIGTERM) at update" in errors and "repeat the command to resume from" in errors
     assert "torch.nn" in imported and "deepspeed" not in imported, "alone, it needs none"
     (file,) = tmp_path.glob("run/checkpoints/update_*/*/state.pt")
     state = torch.load(file, weights_only=True)

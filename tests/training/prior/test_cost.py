@@ -112,7 +112,7 @@ def test_warnings():
     assert "ZeRO-3 over 256 GPUs" in warnings(gpus=256) and not warnings(gpus=64)
     assert "global_batch 1024 is not a multiple of 96 GPUs x micro_batch 1" in warnings(gpus=96, shard_gpus=8)
     assert "shard_gpus 24 does not divide the 64 GPUs" in warnings(gpus=64, shard_gpus=24)
-    assert "but a GPU has 14.5 (1.5 are reserved)" in warnings(gpus=8, gpu_memory=16)
+    assert "but a GPU has 14.5 GiB (1.5 GiB are reserved)" in warnings(gpus=8, gpu_memory=16)
 
 
 def test_a_recipe_says_what_a_plan_needs(tmp_path):

@@ -34,21 +34,21 @@ def test_losses_that_are_not_finite_in_a_row(loss: float) -> None:
     bad, good = report(loss, took_step=False), report()
     assert not any(reasons(DivergenceMonitor(LIMITS), [bad, bad, good, bad, bad, good]))
     *before, last = reasons(DivergenceMonitor(LIMITS), [bad, bad, bad])
-    assert not any(before) and last == "no finite loss in 3 updates in a row (failure.nonfinite_losses)"
+    assert not any(before) and last == "no finite loss in 3 consecutive updates (failure.nonfinite_losses)"
 
 
 def test_updates_without_step_in_a_row() -> None:
     bad, good = report(took_step=False), report()
     assert not any(reasons(DivergenceMonitor(LIMITS), [bad] * 4 + [good] + [bad] * 4))
     *before, last = reasons(DivergenceMonitor(LIMITS), [bad] * 5)
-    assert not any(before) and last == "no step in 5 updates in a row (failure.updates_without_step)"
+    assert not any(before) and last == "no optimizer step in 5 consecutive updates (failure.updates_without_step)"
 
 
 def test_a_block_that_is_left_out_again_and_again() -> None:
     a, both = report(blocks=("a",)), report(blocks=("a", "b"))
     assert not any(reasons(DivergenceMonitor(LIMITS), [a] * 4 + [report()] + [both] * 4))
     *before, last = reasons(DivergenceMonitor(LIMITS), [both, a, both, a, a])
-    assert not any(before) and last == "no step of a in 5 updates in a row (failure.updates_without_step)"
+    assert not any(before) and last == "no optimizer step of a in 5 consecutive updates (failure.updates_without_step)"
 
 
 def test_the_default_lets_the_papers_policy_reach_its_floor() -> None:
