@@ -1,4 +1,4 @@
-"""What a run was made from, as tags: the code's commit and the fingerprints of its inputs."""
+"""Provenance tags of a run: version and git commit of the code, torch version, host."""
 
 import platform
 import subprocess
@@ -10,7 +10,10 @@ import dalle_ds
 
 
 def code_tags() -> dict[str, str]:
-    """Version, git commit (with "+changes" if the tree differs from it) and machine; without git only what is known."""
+    """Tags with the versions of dalle_ds and torch, the host, and the git commit ("+changes" if tracked files differ from it).
+
+    Without git the commit is omitted.
+    """
     tags = {"dalle_ds.version": dalle_ds.__version__, "torch.version": torch.__version__, "host": platform.node()}
     here = Path(__file__).resolve().parent
     try:

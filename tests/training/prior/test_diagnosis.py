@@ -1,4 +1,4 @@
-"""When a run gives up, and what counts as the first block that is not finite."""
+"""When a run gives up, and which block counts as the first with non-finite values."""
 
 import math
 from pathlib import Path
@@ -101,4 +101,4 @@ def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.C
         main(["diagnose", str(tmp_path)])
     assert ended.value.code == 2
     assert f"{tmp_path}/recipe.yaml cannot be read" in capsys.readouterr().err
-    assert not torch.distributed.is_initialized(), "said before ranks join"
+    assert not torch.distributed.is_initialized(), "the error is raised before the ranks join"

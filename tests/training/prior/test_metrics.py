@@ -1,4 +1,4 @@
-"""What a run tells of its updates."""
+"""Metrics and log lines of updates."""
 
 import logging
 import re
@@ -50,7 +50,7 @@ def test_a_long_runs_scales_take_no_more_memory_than_a_chart_shows(monkeypatch: 
     scaler = SimpleNamespace(names=["b"], scale=torch.ones(1), at_limits=dict, log2_scales=lambda: {"b": 0.0})
     tracker = SimpleNamespace(tags=lambda _: None, metrics=lambda *_: None, image=lambda *_: None)
     report = metrics_at(0, tracker, scaler)
-    for update in range(10, 2001, 10):  # where metrics are due
+    for update in range(10, 2001, 10):  # the updates whose metrics are logged
         report._state.update = update
         report.log(UpdateReport(text_loss=2.0, image_loss=3.0, **QUIET), lr=0.1)
         assert len(report._scale_history) <= 10
