@@ -33,7 +33,7 @@ class PriorJob:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the newest checkpoint is of the last update."""
+        """Whether the newest checkpoint already has all updates of the recipe."""
         return self.newest is not None and self.newest.update >= self.recipe.updates
 
 
