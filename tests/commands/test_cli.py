@@ -233,7 +233,7 @@ def test_accept(tmp_path, dalle_ds):
         (("plan", "--pcie", "--nvlink-gbps", "100"), "pcie and nvlink_gbps 100"),
         (
             ("plan", "--recipe", str(ROOT / "launchers" / "recipes" / "12b.yaml"), "--gpus", "8"),
-            "replicas.count 16, expected at most one for each of 8",
+            "replicas.count is 16, expected at most the number of GPUs, 8",
         ),
         (("mlflow-sync", "nowhere"), "no run was tracked"),
         (("train", "dvae", "nowhere.yaml"), "nowhere.yaml cannot be read"),
@@ -286,7 +286,7 @@ def test_keys_may_carry_their_sections_name(dalle_ds):
 def test_a_run_of_another_kind_is_not_exported(dalle_ds, tmp_path):
     (tmp_path / "recipe.yaml").write_text("dvae: {folder: runs/dvae}\n")
     code, _, err = dalle_ds("export", tmp_path, tmp_path / "out")
-    assert code == 2 and "is no run of a prior: its recipe.yaml has the sections dvae" in err
+    assert code == 2 and "is not the folder of a prior run: its recipe.yaml has the sections dvae" in err
 
 
 def test_a_store_without_credentials_is_one_message():

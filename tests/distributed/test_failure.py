@@ -185,8 +185,9 @@ def test_a_run_without_finite_losses_stops_and_names_the_block(
 ) -> None:
     done, folder = diverged
     assert done.returncode == 2
-    assert "no finite loss in 3 updates in a row (failure.nonfinite_losses). First not finite: layers.1.mlp" in done.stderr
-    assert done.stderr.count("First not finite") == 1, "once, not from each rank"
+    assert "no finite loss in 3 consecutive updates (failure.nonfinite_losses)." in done.stderr
+    assert "(failure.nonfinite_losses). First non-finite value: layers.1.mlp" in done.stderr
+    assert done.stderr.count("First non-finite value") == 1, "once, not from each rank"
     assert f"dalle-ds diagnose {folder.relative_to(home)}" in done.stderr
     about = json.loads((folder / "diagnosis.json").read_text())
     assert about["event"] == "layers.1.mlp, forward pass" and about["image_loss"] == "NaN"

@@ -223,7 +223,7 @@ def test_a_rank_stops_when_its_ssh_session_is_gone(hosts: Hosts, tmp_path: Path,
         launching.wait_for((tmp_path / "watching").exists, "rank", process=process)
         launching.kill_tree(process.pid)
         wait_until_all_ended(hosts)
-    assert "is gone" in (tmp_path / "reason").read_text()
+    assert "has died" in (tmp_path / "reason").read_text()
 
 
 @pytest.mark.skipif(

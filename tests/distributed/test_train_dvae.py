@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         launching.wait_for(lambda: saved() - at_the_stop, "another checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=900)
-    assert "going on from update" in errors
+    assert "resuming at update" in errors
     assert not (home / "killed" / "dvae_report.json").exists(), "it was faster than the kill"
     shutil.copytree(home / "killed", home / "fewer")
     return home
