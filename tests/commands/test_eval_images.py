@@ -242,7 +242,7 @@ def test_extractors_that_cannot_be(tmp_path, clip_folder):
         load_extractor("resnet")
     with pytest.raises(ConfigError, match="--inception-weights"):
         load_extractor("inception")
-    with pytest.raises(ConfigError, match="nothing to measure with"):
+    with pytest.raises(ConfigError, match="no score to compute"):
         evaluate_images(str(tmp_path), tmp_path)
     with pytest.raises(ConfigError, match="a reference without an extractor"):
         evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))

@@ -215,7 +215,7 @@ def test_images_of_another_kind_are_refused(model, images, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.sample("a", n=2, keep=5), "keep 5 of n 2: expected at most as many as are drawn"),
+        (lambda model: model.sample("a", n=2, keep=5), "keep 5 of n 2: expected keep to be at most n"),
         (lambda model: model.sample("a", n=4, keep=2), "keep 2 of n 4: choosing needs a scorer"),
         (lambda model: model.sample("a", temprature=0.5), "unknown key 'temprature' = 0.5; known here: batch, guidance"),
         (lambda model: model.sample("a", n=0), "n = 0: Input should be greater than or equal to 1"),

@@ -129,7 +129,7 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
         call(client, "x" * 100)
     with pytest.raises(AppError, match="Value 13 is greater than maximum value 12"):
         call(client, "a red circle", n=13)
-    with pytest.raises(AppError, match="keep 5 of n 4: expected at most as many"):
+    with pytest.raises(AppError, match="keep 5 of n 4: expected keep to be at most n"):
         call(client, "a red circle", keep=5)
     (tmp_path / "words.png").write_text("no image")
     with pytest.raises(AppError, match="the image prompt is unreadable: expected an image file"):
