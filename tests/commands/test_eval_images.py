@@ -244,7 +244,7 @@ def test_extractors_that_cannot_be(tmp_path, clip_folder):
         load_extractor("inception")
     with pytest.raises(ConfigError, match="no score to compute"):
         evaluate_images(str(tmp_path), tmp_path)
-    with pytest.raises(ConfigError, match="a reference without an extractor"):
+    with pytest.raises(ConfigError, match="--reference needs --extractor"):
         evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))
     (tmp_path / "damaged.png").write_bytes(b"none")
     with pytest.raises(DataError, match="image damaged.png is unreadable"):

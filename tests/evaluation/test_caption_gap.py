@@ -32,7 +32,7 @@ def test_seeds_give_different_derangements():
 
 @pytest.mark.parametrize("sizes", [[1], [3, 2], []])
 def test_impossible_derangements_are_refused(sizes):
-    with pytest.raises(DataError, match="at most half of them alike"):
+    with pytest.raises(DataError, match="at most half of them in one class"):
         derangement(np.repeat(np.arange(len(sizes)), sizes).astype(np.int64))
 
 
@@ -76,7 +76,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 def test_map_by_position_is_in_raster_order():
     nll = np.tile(np.arange(9.0), (5, 1))
     assert (position_map(nll) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]).all()
-    with pytest.raises(ValueError, match="8 tokens a sample are no square grid"):
+    with pytest.raises(ValueError, match="8 tokens per sample: expected a square"):
         position_map(nll[:, :8])
 
 

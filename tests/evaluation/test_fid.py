@@ -84,7 +84,7 @@ def test_interval_about_a_score_is_normal():
 
 @pytest.mark.parametrize("features", [np.zeros((1, 4)), np.array([[0.0], [np.nan]])])
 def test_what_has_no_covariance_is_refused(features):
-    with pytest.raises(ValueError, match="expected two or more, all finite"):
+    with pytest.raises(ValueError, match="expected two or more images, all features finite"):
         moments(features)
 
 

@@ -131,7 +131,7 @@ def test_sides_and_order_are_drawn_by_the_seed(tmp_path):
 
 def test_sets_without_a_common_caption_are_refused(tmp_path):
     ours, theirs = make_set(tmp_path / "ours", OURS, ["a"]), make_set(tmp_path / "theirs", THEIRS, ["b"])
-    with pytest.raises(DataError, match="no caption with an image in both"):
+    with pytest.raises(DataError, match="share no caption"):
         build_pages(ours, theirs, tmp_path / "pages")
     (theirs / "samples.json").unlink()
     with pytest.raises(DataError, match="image 0-0.png has no caption"):
@@ -212,13 +212,13 @@ def test_votes_that_do_not_belong_are_refused(tmp_path):
         study.tally()
     study.files.pop()
     study.vote("b", "oo", study="other")
-    with pytest.raises(DataError, match="votes on study other, but .*key.json is of study s"):
+    with pytest.raises(DataError, match="votes on study other, but .*key.json is the key of study s"):
         study.tally()
     study.files.pop()
     vote = {"task": "t0", "realism": 3, "caption": 1, "seconds": 1}  # there is no third image
     for text in ("{", json.dumps({"study": "s", "page": "p", "worker": "w", "votes": [vote]})):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(DataError, match="bad.json is no file of votes"):
+        with pytest.raises(DataError, match="bad.json is not a file of votes"):
             tally([tmp_path / "bad.json"], study.key)
-    with pytest.raises(DataError, match="is no key of a study"):
+    with pytest.raises(DataError, match="is not the key of a study"):
         tally(study.files, study.files[0])

@@ -80,15 +80,15 @@ def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         open_images(tmp_path / "empty")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="expected a folder or samples.json"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no raw shards"):
+    with pytest.raises(DataError, match="has no raw shards"):
         open_images(draw_folder(tmp_path / "folder", 2), validation_fraction=0.5)
     (tmp_path / "samples.json").write_text('{"images": [{"file": "gone.png", "caption": "c"}]}')
-    with pytest.raises(DataError, match="1 of them are not there: gone.png"):
+    with pytest.raises(DataError, match="of which 1 are missing: gone.png"):
         open_images(tmp_path / "samples.json")
     (tmp_path / "samples.json").write_text("{}")
-    with pytest.raises(DataError, match="no record of samples"):
+    with pytest.raises(DataError, match="not a record of samples"):
         open_images(tmp_path)
 
 

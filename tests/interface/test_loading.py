@@ -112,7 +112,7 @@ def test_what_is_not_there_is_an_error(export, tmp_path):
         dalle_ds.load(tmp_path / "nothing")
     with pytest.raises(dalle_ds.UserError, match="device is 'tpu', expected auto, or cpu"):
         dalle_ds.load(export, "tpu")
-    with pytest.raises(dalle_ds.UserError, match="memory://nothing: no file config.json; it is not an export folder"):
+    with pytest.raises(dalle_ds.UserError, match="memory://nothing: no file config.json; this is not an export folder"):
         dalle_ds.load("memory://nothing")
     with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another url that fsspec reads"):
         dalle_ds.load("nosuch://a/b")

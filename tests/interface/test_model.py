@@ -203,7 +203,7 @@ def test_the_loss_of_images_is_that_of_their_codes(model):
         ([], "no images: expected"),
         (
             [Image.new("RGB", (8, 8)), Image.new("RGB", (40, 7))],
-            "image 1 is too small, 40x7 pixels: expected at least 8 a side",
+            "image 1 is too small, 40x7 pixels: expected at least 8 per side",
         ),
     ],
 )
@@ -231,9 +231,9 @@ def test_images_of_another_kind_are_refused(model, images, message):
             r"\(1, 9\): expected integers \(B, 16\) from 0 to 31",
         ),
         (lambda model: model.decode(torch.zeros(1, 16)), r"torch.float32 \(1, 16\): expected"),
-        (lambda model: model.decode(torch.full((1, 16), 32)), "codes run from 32 to 32: expected"),
-        (lambda model: model.decode([torch.zeros(16), torch.zeros(9)]), "codes are no tensor of one shape"),
-        (lambda model: model.loss(["a"], random_images(2, 8, 8)), "1 captions for 2 images: expected one for each"),
+        (lambda model: model.decode(torch.full((1, 16), 32)), "codes range from 32 to 32: expected"),
+        (lambda model: model.decode([torch.zeros(16), torch.zeros(9)]), "codes do not form one tensor"),
+        (lambda model: model.loss(["a"], random_images(2, 8, 8)), "1 captions for 2 images: expected one caption per image"),
         (lambda model: model.loss(["a"], random_images(1, 8, 8), batch=0), "batch 0: expected at least 1"),
         (lambda model: model.encode(random_images(2, 8, 8), keys=["a"]), "1 keys for 2 images"),
     ],

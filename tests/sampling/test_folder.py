@@ -159,7 +159,7 @@ def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
         def scores(self, captions, images):
             return [float("nan")] * len(images)
 
-    with pytest.raises(DataError, match="scorer red gives nan"):
+    with pytest.raises(DataError, match="scorer red gave nan"):
         draw_samples(export, CAPTIONS, SamplingConfig(n=2, keep=1), tmp_path, scorer=Broken())
 
 
@@ -213,7 +213,7 @@ def test_variations_need_no_caption(export, photo):
 
 
 def test_images_that_cannot_be_given(export, photo):
-    with pytest.raises(DataError, match="is unreadable: expected an image file of at least 8 pixels"):
+    with pytest.raises(DataError, match="is unreadable: expected an image file of 8 pixels"):
         make_image_prompt(export, b"no image")
     with pytest.raises(DataError, match="is too small"):
         make_image_prompt(export, encoded(Image.new("RGB", (7, 400))))

@@ -194,7 +194,7 @@ def test_impossible_settings_are_refused(prior, options, message):
 
 def test_every_caption_needs_equally_many_seeds(prior):
     for seeds in ([[1], [2]], [[1], [2], [3, 4]], [[], [], []]):
-        with pytest.raises(ValueError, match="expected as many for each"):
+        with pytest.raises(ValueError, match="expected equally many for each"):
             generate(prior, TEXT, seeds)
 
 

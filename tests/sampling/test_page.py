@@ -118,7 +118,7 @@ def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slo
     outcomes = [job.result(timeout=900) for job in jobs]
     assert slowly.began == captions
     assert (slowly.most_at_once, slowly.ended) == (1, 20)
-    assert all("drawn in" in status and len(images) == 1 for status, images, _ in outcomes)
+    assert all("sampled in" in status and len(images) == 1 for status, images, _ in outcomes)
 
 
 def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
         call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "large.png"), 2))
     with (tmp_path / "large.png").open("rb") as file:  # whatever the client thinks of it
         assert requests.post(f"{url}/gradio_api/upload", files={"files": file}, timeout=10).status_code == 413
-    assert "4 drawn in" in call(client, "a red circle")[0], "still there"
+    assert "4 sampled in" in call(client, "a red circle")[0], "still there"
 
 
 def wait_for_status(page: Page, text: str) -> None:
@@ -157,7 +157,7 @@ def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
         page.click("#draw")
         wait_for_status(page, "row ")
         page.wait_for_selector("#images img")
-        wait_for_status(page, "drawn in")
+        wait_for_status(page, "sampled in")
         page.wait_for_function("document.querySelectorAll('#images .grid-container img').length == 4")
         assert "score" in page.inner_text("#images")
         assert "--keep 4" in page.input_value("#command textarea")
@@ -168,7 +168,7 @@ def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
         page.wait_for_selector("#image img")
         page.click("#draw-2")
         wait_for_status(page, "row ")
-        wait_for_status(page, "drawn in")
+        wait_for_status(page, "sampled in")
         assert "--image-prompt noise.png --prompt-rows" in page.input_value("#command textarea")
         page.screenshot(path=tmp_path / "image.png")
     assert slowly.began == ["a red circle", ""]

@@ -108,7 +108,7 @@ def test_no_captions(export, tmp_path):
     (tmp_path / "captions.txt").write_text("\n one \n\ntwo\n")
     assert read_captions(tmp_path / "captions.txt") == ["one", "two"]
     (tmp_path / "captions.txt").write_text("\n")
-    with pytest.raises(DataError, match="holds no caption"):
+    with pytest.raises(DataError, match="contains no caption"):
         read_captions(tmp_path / "captions.txt")
     with pytest.raises(DataError, match="missing.txt"):
         read_captions(tmp_path / "missing.txt")
@@ -177,7 +177,7 @@ def test_held_out_captions_are_of_different_groups(export):
     assert all(key.startswith("validation-") for key in validation.keys)
     assert validation.keys == choose_validation(export, 8, seed=3).keys != choose_validation(export, 8, seed=4).keys
     assert torch.equal(validation.text_ST, export.text(validation.captions))
-    with pytest.raises(DataError, match="1000 validation captions wanted, but the validation split has"):
+    with pytest.raises(DataError, match="1000 validation captions requested, but the validation split has"):
         choose_validation(export, 1000)
 
 
