@@ -78,7 +78,7 @@ def test_what_is_no_whole_clip_is_refused(folder, tmp_path):
 
     for file, key, value, message in (
         ("config.json", "model_type", "bert", "model_type 'bert', expected 'clip'"),
-        ("preprocessor_config.json", "crop_size", {"height": 16, "width": 16}, "the model expects 32 a side"),
+        ("preprocessor_config.json", "crop_size", {"height": 16, "width": 16}, "the model expects 32 pixels per side"),
     ):
         other = shutil.copytree(folder, tmp_path / key)
         (other / file).write_text(json.dumps({**json.loads((other / file).read_text()), key: value}))
