@@ -1,4 +1,4 @@
-"""The judge: knows a good choice, a blind one and a wrong one; refuses what cannot be compared."""
+"""The test of reranking tells good, random and bad choices apart, and rejects records that cannot be compared."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The Python interface gives what the commands give: images, codes, losses; errors name value and expectation."""
+"""The Python interface gives the same images, codes and losses as the commands; errors name value and expectation."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def test_image_to_image_is_that_of_the_command(export, model, tmp_path):
 
 
 def test_options_have_the_names_and_types_of_the_settings():
-    """`SampleOptions` is there for editors: defaults and bounds are those of `SamplingConfig` alone."""
+    """`SampleOptions` only helps editors: `SamplingConfig` defines names, types, defaults and bounds."""
     assert {name: field.annotation for name, field in SamplingConfig.model_fields.items()} == SampleOptions.__annotations__
 
 
@@ -118,7 +118,7 @@ def test_a_scorer_of_ones_own(model):
 
 
 def test_codes_are_those_of_the_encode_stage(export, model):
-    """Sizes that need a crop, modes that need a conversion, a rotation: as preprocessing decodes, crops and encodes them."""
+    """Images that need a crop, a conversion or a rotation give the same codes as in preprocessing."""
     dvae, _ = load_dvae(str(export / "dvae.safetensors"))
     encode = encoder_of(dvae, "fp32", "cpu")
     wide, tall = (Image.fromarray(random_images(1, *size, seed=3)[0]) for size in ((23, 41), (64, 30)))
@@ -143,7 +143,7 @@ def test_codes_are_those_of_the_encode_stage(export, model):
 
 
 def test_one_image_has_the_same_codes_in_every_form(model):
-    images_BHWC = random_images(40, 19, 14)  # more than are encoded at once
+    images_BHWC = random_images(40, 19, 14)  # more than one batch of the encoder
     codes_BN = model.encode(images_BHWC)
     assert torch.equal(model.encode(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)), codes_BN)
     assert torch.equal(model.encode([Image.fromarray(image) for image in images_BHWC]), codes_BN)
@@ -186,7 +186,7 @@ def test_the_loss_of_images_is_that_of_their_codes(model):
     assert not torch.equal(loss.per_token, model.loss(CAPTIONS[::-1], images_BHWC).per_token)
 
 
-# What does not fit is refused ---------------------------------------------------------------------------------------------
+# Invalid input is rejected ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

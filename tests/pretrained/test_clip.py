@@ -1,4 +1,4 @@
-"""CLIP: a folder written by transformers, opened by our code."""
+"""CLIP: a folder written by transformers, opened by `Clip.load`."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def clip(folder) -> Clip:
 
 def test_features_are_those_of_the_plain_model_on_pixels_prepared_by_hand(clip):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 75, 3), dtype=np.uint8))
-    resized = image.resize((48, 32), Image.Resampling.BICUBIC)  # the shortest side to 32, then the middle
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC)  # short side to 32, then a centre crop
     pixels_HWC = np.asarray(resized.crop((8, 0, 40, 32)), dtype=np.float64) / 255
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of the released CLIP
     pixels_HWC = (pixels_HWC - mean) / std

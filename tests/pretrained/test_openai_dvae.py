@@ -1,4 +1,4 @@
-"""The released files' form: whole pickled modules of the reference package, read without it and without running their code."""
+"""Files in the form of OpenAI's release (pickled modules of its package), read without the package and without running code."""
 
 import os
 from pathlib import Path

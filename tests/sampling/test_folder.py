@@ -1,4 +1,4 @@
-"""Folders of samples: the best are kept, a stopped run goes on, given rows stay, and records repeat it all."""
+"""Folders of samples: the best are kept, a stopped run resumes, rows of an image prompt stay, records reproduce images."""
 
 import gc
 import hashlib
@@ -38,7 +38,7 @@ def clip(tmp_path_factory):
 
 
 class RedScorer:
-    """How red an image is."""
+    """A scorer that returns the redness of an image."""
 
     name, fingerprint = "red", "0123"
 
@@ -96,7 +96,7 @@ def test_images_are_gone_once_they_are_scored(export):
 
 
 def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
-    """The scorer waits for the next batch's first row: were they in turns, it would wait for ever."""
+    """The scorer waits for the first row of the next batch. If scoring and sampling did not overlap, it would hang."""
     second_is_drawn = threading.Event()
 
     class Waiting(RedScorer):
@@ -163,7 +163,7 @@ def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
         draw_samples(export, CAPTIONS, SamplingConfig(n=2, keep=1), tmp_path, scorer=Broken())
 
 
-# ---- given images ----
+# ---- image prompts ----
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""From an export folder to images that repeat bit for bit."""
+"""Loading an export, and sampling images that are reproducible bit for bit."""
 
 import hashlib
 import json
@@ -183,7 +183,7 @@ def test_held_out_captions_are_of_different_groups(export):
 
 def test_held_out_samples_carry_their_groups(export):
     validation = read_validation(export)
-    assert len(validation) == 32 and validation.groups == validation.captions  # the drawn set groups by caption
+    assert len(validation) == 32 and validation.groups == validation.captions  # the synthetic set groups by caption
 
 
 def test_a_data_set_of_another_dvae_is_refused(copy, tmp_path):
