@@ -71,7 +71,7 @@ def test_a_web_server(export, codes, tmp_path):
         url = f"http://127.0.0.1:{server.server_port}"
         assert [sample.codes.tolist() for sample in dalle_ds.load(url, "cpu").sample(CAPTION, n=2)] == codes
         (parts / "dvae.safetensors").unlink()
-        with pytest.raises(dalle_ds.UserError, match=r"no file dvae.safetensors; it is not an export"):
+        with pytest.raises(dalle_ds.UserError, match=r"no file dvae.safetensors; this is not an export"):
             dalle_ds.load(url, "cpu")
         server.shutdown()
 

@@ -60,7 +60,7 @@ def test_files_and_record(export, tmp_path):
 
 
 def test_guidance_is_for_priors_that_know_images_without_captions(export, copy, tmp_path):
-    with pytest.raises(ConfigError, match="guidance 3 needs a prior .* was trained with data.caption_dropout 0"):
+    with pytest.raises(ConfigError, match="guidance 3 requires a prior .* was trained with data.caption_dropout 0"):
         draw_samples(export, CAPTIONS, SamplingConfig(guidance=3.0), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     edit_config(copy, caption_dropout=0.1)
