@@ -1,6 +1,6 @@
-"""Where the project's launchers, recipes and DeepSpeed JSON are: at the root of a checkout, inside of the package of a wheel.
+"""Paths of launchers, recipes and DeepSpeed JSON: at the root of a checkout, or inside the package of an installed wheel.
 
-Standard library alone, for `dalle_ds/wheel.py` reads this file where nothing else is installed.
+This module imports the standard library only, because `dalle_ds/wheel.py` runs it before dependencies are installed.
 """
 
 import subprocess
@@ -15,44 +15,44 @@ SHIPPED = (
     "launchers/recipes/*.yaml",
     "ds_configs/*.json",
 )
-"""What a wheel carries, as patterns from the root of a checkout. The demo and the tests are left to a checkout."""
+"""Patterns of the files in a wheel, relative to the root of a checkout. The demo and the tests need a checkout."""
 IN_WHEEL = "shipped"
-"""Folder of the package that a wheel has them in, by the same names."""
+"""Folder of the package that holds these files in a wheel, under the same names."""
 COMMIT_FILE = "commit.txt"
-"""File of the package that says, in wheels and source distributions, which commit they were built from."""
+"""File of the package with the commit that a wheel or source distribution was built from."""
 
 
 def checkout() -> Path | None:
-    """Root of the checkout, or unpacked source distribution, that this package is imported from; None in a wheel."""
+    """Return the root of the checkout or unpacked source distribution that holds this package, or None in a wheel."""
     root = PACKAGE.parent
     return root if (root / "pyproject.toml").exists() and (root / "launchers" / "train_prior.sh").exists() else None
 
 
 def root() -> Path:
-    """What names of shipped files, such as "ds_configs/zero3_fp16.json", are relative to."""
+    """Return the folder that names of shipped files, such as "ds_configs/zero3_fp16.json", are relative to."""
     return checkout() or PACKAGE / IN_WHEEL
 
 
 def names() -> list[str]:
-    """Every shipped file, in the order of `SHIPPED`, relative to `root`."""
+    """Return the names of all shipped files, relative to `root`, in the order of `SHIPPED`."""
     base = root()
     return [path.relative_to(base).as_posix() for pattern in SHIPPED for path in sorted(base.glob(pattern))]
 
 
 def find(name: str) -> Path | None:
-    """The shipped file of that name, "tiny.yaml" as well as "launchers/recipes/tiny.yaml"; None where there is none."""
+    """Return the shipped file with this name ("tiny.yaml" or "launchers/recipes/tiny.yaml"), or None if there is none."""
     return next((root() / known for known in names() if f"/{known}".endswith(f"/{name}")), None)
 
 
 def here_or_shipped(name: str | Path) -> Path:
-    """`name` as a path, where such a file exists; else the shipped file of that name; else the path all the same."""
+    """Return `name` as a path if that file exists, else the shipped file with this name, else `name` as a path."""
     here = Path(name)
     return here if here.exists() else find(str(name)) or here
 
 
 def requirements() -> list[str]:
-    """The project's dependencies, without those of its extras; none where the package is neither a checkout nor installed."""
-    import tomllib  # here, for every command imports this module
+    """Return the project's requirements without those of its extras. Empty if the package is neither a checkout nor installed."""
+    import tomllib  # imported here, because every command imports this module
     from importlib import metadata
 
     tree = checkout()
@@ -65,9 +65,9 @@ def requirements() -> list[str]:
 
 
 def commit() -> str | None:
-    """The git commit of this code, with "+changes" where the tree differs from it; None where nothing tells."""
+    """Return the git commit of this code, with "+changes" if tracked files differ from it, or None if it is unknown."""
     tree = checkout()
-    if tree is not None:  # elsewhere git would name the commit of whatever repository the environment lies in
+    if tree is not None:  # outside a checkout, git would report the commit of an unrelated repository around it
         try:
             changes = _git(tree, "status", "--porcelain", "--untracked-files=no")
             return _git(tree, "rev-parse", "HEAD") + ("+changes" if changes else "")

@@ -1,6 +1,6 @@
-"""Commands of setuptools that put launchers, recipes and DeepSpeed JSON into the package of a wheel.
+"""Build commands of setuptools that copy launchers, recipes and DeepSpeed JSON into the package of a wheel.
 
-These lie beside the package, where setuptools' own `package-data` does not reach. pyproject.toml names the classes.
+The files lie outside the package, where setuptools' `package-data` does not reach. pyproject.toml names these classes.
 """
 
 from importlib.util import module_from_spec, spec_from_file_location
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def _project_files() -> Any:
-    """`dalle_ds.project_files` of the tree that is built: an import may find another one that is installed."""
+    """Load `dalle_ds.project_files` of the tree being built: an import might find an installed version instead."""
     spec = spec_from_file_location("project_files_of_this_tree", PACKAGE / "project_files.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -29,11 +29,11 @@ def _write_commit(package: Path) -> None:
 
 
 class BuildPy(build_py):
-    """Also copies what a wheel carries of `launchers/` and `ds_configs/`."""
+    """Build the package, with the shipped files of `launchers/` and `ds_configs/`."""
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode:  # there they are used where they are
+        if self.editable_mode:  # an editable install uses the files of the checkout
             return
         for target, source in self._shipped().items():
             self.mkpath(str(Path(target).parent))

@@ -9,7 +9,7 @@ from dalle_ds.console import Outcome
 
 
 def run(settings: OneMachine) -> Outcome:
-    """The benchmark whose settings these are."""
+    """Run the benchmark that `settings` belongs to. The outcome holds its summary and its table."""
     report = import_module(settings.module).run(settings)
     with redirect_stdout(StringIO()) as table:
         report.print_table(to_stderr=False)

@@ -1,4 +1,4 @@
-"""`dalle-ds path NAME`: where a shipped file is, for commands such as `deepspeed $(dalle-ds path train_prior.sh)`."""
+"""`dalle-ds path NAME`: print the path of a shipped file, as in `deepspeed $(dalle-ds path train_prior.sh)`."""
 
 from dalle_ds import project_files
 from dalle_ds.commands.settings import PathConfig

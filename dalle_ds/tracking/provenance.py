@@ -9,14 +9,10 @@ from dalle_ds import project_files
 
 
 def code_tags() -> dict[str, str]:
-<<<<<<< HEAD
-    """Version, git commit (with "+changes" if the tree differs from it) and machine; without a commit what is known."""
-=======
     """Tags with the versions of dalle_ds and torch, the host, and the git commit ("+changes" if tracked files differ from it).
 
-    Without git the commit is omitted.
+    If no commit is known, its tag is omitted.
     """
->>>>>>> en-a
     tags = {"dalle_ds.version": dalle_ds.__version__, "torch.version": torch.__version__, "host": platform.node()}
     if (commit := project_files.commit()) is not None:
         tags["git.commit"] = commit

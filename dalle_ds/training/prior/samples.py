@@ -54,5 +54,5 @@ class SampleSheets:
         codes_CKN = generate(prior, self._validation.text_ST, seeds_CK, temperature=TEMPERATURE)
         real_codes_C1N = self._validation.image_SN[:, None].to(codes_CKN)
         rows = [decode_images(self._dvae, codes_KN) for codes_KN in torch.cat([real_codes_C1N, codes_CKN], 1)]
-        titles = ["real, from its codes", *(f"sample {k + 1}" for k in range(CANDIDATES))]
+        titles = ["real image, decoded", *(f"sample {k + 1}" for k in range(CANDIDATES))]
         return image_grid(rows, captions, title=f"Update {update}, temperature {TEMPERATURE:g}", column_titles=titles)
