@@ -51,7 +51,7 @@ def here_or_shipped(name: str | Path) -> Path:
 
 
 def requirements() -> list[str]:
-    """Return the project's requirements without those of its extras. Empty if the package is neither a checkout nor installed."""
+    """Return the project's requirements without extras; an empty list if the package is neither a checkout nor installed."""
     import tomllib  # imported here, because every command imports this module
     from importlib import metadata
 

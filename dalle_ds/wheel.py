@@ -50,13 +50,13 @@ class BuildPy(build_py):
         return {**super().get_output_mapping(), **self._shipped()}
 
     def _shipped(self) -> dict[str, str]:
-        """Path in the built tree -> path in the source tree."""
+        """Return path in the built tree -> path in the source tree."""
         files = _project_files()
         return {str(Path(self.build_lib, PACKAGE.name, files.IN_WHEEL, name)): name for name in files.names()}
 
 
 class Sdist(sdist):
-    """Also tells the commit, for the wheels that are built without git."""
+    """Add the commit to a source distribution, so that wheels built from it without git have it."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         super().make_release_tree(base_dir, files)
