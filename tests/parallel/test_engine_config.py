@@ -66,7 +66,7 @@ def test_other_fp16_sections_are_deepspeeds(tmp_path: Path, section: dict[str, A
         ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "skip": "half"}}, "skip.*'update' or 'block'"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 needs .*stage 1, 2 or 3, found 0"),
         ({"fp16": {"enabled": True}}, "fp16 needs .*stage 1, 2 or 3, found 0"),
-        ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "min_scale_power": 20}}, "not in this order"),
+        ({**ZERO3, "fp16": {"enabled": True, "loss_scale": "per_resblock", "min_scale_power": 20}}, "min <= initial <= max"),
     ],
 )
 def test_wrong_sections_say_what_is_wrong(tmp_path: Path, tree: dict[str, Any], message: str) -> None:

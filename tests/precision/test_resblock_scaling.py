@@ -248,10 +248,10 @@ def test_state_round_trip_and_refusal() -> None:
     a.update(bad)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.scale, b.scale) and torch.equal(a.since_backoff, b.since_backoff)
-    with pytest.raises(ValueError, match="scales are of blocks"):
+    with pytest.raises(ValueError, match="saved scales are for blocks"):
         ResblockGradScaler(Damped(), ResblockScalingConfig()).load_state_dict(a.state_dict())
 
 
 def test_limits_out_of_order_are_refused() -> None:
-    with pytest.raises(ValueError, match="not in this order"):
+    with pytest.raises(ValueError, match="min <= initial <= max"):
         ResblockScalingConfig(initial_scale_power=5)
