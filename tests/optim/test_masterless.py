@@ -91,6 +91,6 @@ def test_variance_is_the_formats_too() -> None:
 
 
 def test_fp32_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"float32: expected fp16 weights"):
+    with pytest.raises(ValueError, match=r"float32, expected fp16 weights"):
         stretch = Stretch(NAME, torch.zeros(3), partial(torch.zeros, 3, dtype=torch.int16))
         MasterlessAdamW(**SETTINGS, seed=0).step([stretch], torch.tensor(1.0))

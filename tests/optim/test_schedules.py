@@ -18,7 +18,7 @@ def test_half_cosine_starts_ends_and_holds() -> None:
 
 def test_no_updates_means_constant() -> None:
     assert HalfCosineConfig(start=3.0, end=2.0, updates=0).at(0) == 2.0
-    with pytest.raises(ValueError, match="-1 updates"):
+    with pytest.raises(ValueError, match="updates is -1, expected 0"):
         HalfCosineConfig(start=3.0, end=2.0, updates=-1)
 
 
