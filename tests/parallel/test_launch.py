@@ -73,7 +73,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_one_that_it_alone_sees(told: dict
 def test_more_ranks_than_gpus_are_refused_by_the_rank_that_has_none(told: dict[str, str], given: dict[str, str]) -> None:
     """The deepspeed launcher and torchrun show all GPUs to every rank, inside a Slurm job too."""
     told |= {**given, "RANK": "1", "LOCAL_RANK": "1"}
-    with pytest.raises(ConfigError, match=r"rank 1 is number 1 on .* sees 1 GPUs: .* \(--num_gpus 1\)"):
+    with pytest.raises(ConfigError, match=r"rank 1 has LOCAL_RANK 1 on .* sees 1 GPUs: .* \(--num_gpus 1\)"):
         take_gpu(1)
 
 

@@ -283,7 +283,7 @@ def test_errors_change_their_format_and_forget_padding() -> None:
 
 def test_factors_of_another_rank_are_refused() -> None:
     shards = {"w": whole(12, 20)}
-    with pytest.raises(ConfigError, match="factors are of rank 3, the recipe makes them 2"):
+    with pytest.raises(ConfigError, match="factors have rank 3, but the recipe sets rank 2"):
         power_sgd(shards, rank=2, warm_start=True).set_starts(power_sgd(shards, rank=3).starts)
 
 
@@ -301,7 +301,7 @@ def test_rank_follows_from_the_share_that_is_sent() -> None:
     [
         ({"count": 2, "rank": 4}, "rank would be ignored: compression is none"),
         ({"count": 1, "compression": "power_sgd"}, "with count 1 no gradients go between replicas"),
-        ({"count": 2, "compression": "power_sgd", "rank": 4, "sent_fraction": 0.2}, "set one of them"),
+        ({"count": 2, "compression": "power_sgd", "rank": 4, "sent_fraction": 0.2}, "set only one of them"),
         ({"count": 0}, "greater than or equal to 1"),
     ],
 )
