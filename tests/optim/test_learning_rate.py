@@ -1,4 +1,4 @@
-"""Warm-up, halvings, cosine."""
+"""Learning rate of the prior: warm-up, halvings, cosine."""
 
 import pytest
 from pydantic import ValidationError

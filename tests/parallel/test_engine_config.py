@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: one home for every key."""
+"""DeepSpeed's JSON: every key belongs either to the JSON or to the recipe."""
 
 import json
 from pathlib import Path
