@@ -34,8 +34,8 @@ class LayerCache:
 
 
 class _SplitHeads(torch.autograd.Function):
-    """(B, L, 3 C) -> q, k, v as views (B, H, L, D). The backward pass writes the three gradients straight into one tensor;
-    autograd's own views would take two steps for that."""
+    """(B, L, 3 C) -> q, k, v as views (B, H, L, D). The backward pass writes the three
+    gradients straight into one tensor; autograd's own views would take two steps for that."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BLC: Tensor, n_heads: int) -> tuple[Tensor, ...]:

@@ -16,8 +16,8 @@ from dalle_ds.recipes import Config
 
 
 class DVAEConfig(Config):
-    """Size of the dVAE. Defaults are the paper's: 256 px, 32x32 cells, 8192 codes; the encoder has 53,786,240 parameters, the
-    decoder 43,829,766."""
+    """Size of the dVAE. Defaults are the paper's: 256 px, 32x32 cells, 8192
+    codes; the encoder has 53,786,240 parameters, the decoder 43,829,766."""
 
     image_size: int = 256
     n_groups: int = 4  # every group but the last ends in a pool, so a grid cell is 2 ** (n_groups - 1) pixels wide
@@ -156,8 +156,8 @@ class Decoder(nn.Module):
         return self.blocks(codes_BKhw)
 
     def from_codes(self, codes_Bhw: Tensor) -> Tensor:
-        """Decode code indices (B, h, w). Equal to `forward` on one-hot codes, but the first convolution is an embedding
-        look-up."""
+        """Decode code indices (B, h, w). Equal to `forward` on one-hot
+        codes, but the first convolution is an embedding look-up."""
         first = self.blocks.input
         vectors_BhwI = F.embedding(codes_Bhw, first.w.flatten(1).t().contiguous()) + first.b
         return self.blocks[1:](vectors_BhwI.permute(0, 3, 1, 2).contiguous())

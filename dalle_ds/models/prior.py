@@ -192,8 +192,8 @@ class Layer(nn.Module):
 
 @dataclass
 class DecodingCache:
-    """State of token-by-token decoding. Its tensors are updated in place and keep their shapes, so that one CUDA graph can
-    replay every step."""
+    """State of token-by-token decoding. Its tensors are updated in place
+    and keep their shapes, so that one CUDA graph can replay every step."""
 
     layers: list[LayerCache]
     slot_1: Tensor

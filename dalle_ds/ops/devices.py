@@ -39,8 +39,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def ranks_here(at_most: int) -> int:
-    """Number of ranks for this machine. With GPUs it is one per GPU, but at most `at_most`. Without GPUs it is `at_most`, and
-    the ranks share the cores."""
+    """Number of ranks for this machine. With GPUs it is one per GPU, but at most `at_most`.
+    Without GPUs it is `at_most`, and the ranks share the cores."""
     return min(at_most, torch.cuda.device_count()) if use_cuda() else at_most
 
 

@@ -44,8 +44,8 @@ FORMAT_1_6_9 = LowBitFormat("1-6-9", mantissa=9, bias=60)
 """Largest value 15.984, smallest normal 2^-59, smallest subnormal 2^-68."""
 
 FORMAT_0_6_10 = LowBitFormat("0-6-10", mantissa=10, bias=61)
-"""Largest value 7.996, smallest normal 2^-60, smallest subnormal 2^-70. The bias is the largest one whose range holds 5, the
-value at which the paper clips the second moment."""
+"""Largest value 7.996, smallest normal 2^-60, smallest subnormal 2^-70.
+The bias is the largest one whose range holds 5, the value at which the paper clips the second moment."""
 
 
 def encode(values: Tensor, fmt: LowBitFormat) -> Tensor:
@@ -54,8 +54,8 @@ def encode(values: Tensor, fmt: LowBitFormat) -> Tensor:
 
 
 def encode_wide(values: Tensor, fmt: LowBitFormat) -> Tensor:
-    """Like `encode`, but returns int32 with the code in the lower 16 bits. The upper bits are arbitrary; casting to int16 drops
-    them."""
+    """Like `encode`, but returns int32 with the code in the lower 16 bits.
+    The upper bits are arbitrary; casting to int16 drops them."""
     shift = _FP32_MANTISSA - fmt.mantissa
     lowest = _FP32_BIAS + 1 - fmt.bias  # fp32 exponent field of the format's smallest normal
     largest = ((lowest + 2**_EXPONENT_BITS - 1) << _FP32_MANTISSA) - (1 << shift)  # as an fp32 bit pattern; NaN's is above it

@@ -16,8 +16,8 @@ from dalle_ds.ops.fp16 import matmul_to_fp32
 from dalle_ds.ops.fused import fused
 
 SHIFT = 2.0**11
-"""Factor with which the low part is stored. It brings the low part of a number in fp16's range into fp16's range, down to
-2^-35."""
+"""Factor with which the low part is stored. It brings the low part
+of a number in fp16's range into fp16's range, down to 2^-35."""
 
 
 @fused(kernels=1)

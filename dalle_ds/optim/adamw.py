@@ -23,8 +23,8 @@ VARIANCE_CLIP = 5.0
 """Upper limit of the running variance (paper, appendix B.2)."""
 
 COMPILE_FROM = 1 << 22
-"""Parameters with at least this many values are updated by one compiled loop. Compiling takes some seconds; the loop is then
-four times as fast on CPUs."""
+"""Parameters with at least this many values are updated by one compiled loop.
+Compiling takes some seconds; the loop is then four times as fast on CPUs."""
 
 _DTYPES = {"fp32": torch.float32, "low_bit": torch.int16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -145,8 +145,8 @@ def moment_bytes(optimizer: HasState) -> int:
 
 
 def scalars_of(step: float, group: dict[str, Any]) -> Tensor:
-    """The scalars of an update, for `moved_by_adamw`. They are one tensor, so that new values don't recompile a compiled
-    loop."""
+    """The scalars of an update, for `moved_by_adamw`. They are one
+    tensor, so that new values don't recompile a compiled loop."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     decay, step_size = 1 - lr * group["weight_decay"], lr / (1 - beta1**step)
     correction = math.sqrt(1 - beta2**step)
@@ -154,8 +154,8 @@ def scalars_of(step: float, group: dict[str, Any]) -> Tensor:
 
 
 def _update_chunk(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor, low_bit: bool) -> None:
-    """Update a chunk of parameters and moments in place. Uncompiled and with fp32 moments, it is bit-identical to torch's own
-    loop."""
+    """Update a chunk of parameters and moments in place. Uncompiled
+    and with fp32 moments, it is bit-identical to torch's own loop."""
     mean = decode(stored_mean, FORMAT_1_6_9) if low_bit else stored_mean
     variance = decode(stored_variance, FORMAT_0_6_10) if low_bit else stored_variance
     moved, mean, variance = moved_by_adamw(p, g, mean, variance, scalars)

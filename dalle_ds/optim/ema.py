@@ -14,8 +14,8 @@ from dalle_ds.recipes import Config
 
 
 class EMAConfig(Config):
-    """Decay and start of the EMA. In the paper, the dVAE's decay is 0.999 at every update. The prior's is 0.99 every 25
-    updates, on the CPU."""
+    """Decay and start of the EMA. In the paper, the dVAE's decay is 0.999 at every update.
+    The prior's is 0.99 every 25 updates, on the CPU."""
 
     decay: float = Field(0.999, ge=0, lt=1, description="decay of the EMA at each update")
     start: Literal["plain", "warm"] = Field(
@@ -44,9 +44,11 @@ class EMA:
         device: torch.device | str | None = None,
         background: bool = False,
     ) -> None:
-        """Args:
-        device: device of the fp32 averages. None is the device of the weights.
-        background: `update` only copies the weights, and a thread averages them.
+        """Start the averages from `weights`.
+
+        Args:
+            device: device of the fp32 averages. None is the device of the weights.
+            background: `update` only copies the weights, and a thread averages them.
         """
         self.config = config
         self.n_updates = 0

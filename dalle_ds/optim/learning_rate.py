@@ -10,8 +10,8 @@ from dalle_ds.recipes import Config
 
 
 class LearningRateConfig(Config):
-    """Learning rate schedule. The paper's rate rose to 4.5e-4 over 5,000 updates. It was then halved five times, each time when
-    the training loss stopped falling."""
+    """Learning rate schedule. The paper's rate rose to 4.5e-4 over 5,000 updates.
+    It was then halved five times, each time when the training loss stopped falling."""
 
     peak: float = Field(4.5e-4, gt=0)
     warmup_updates: int = Field(5000, ge=0)
@@ -29,8 +29,8 @@ class LearningRateConfig(Config):
         return self
 
     def at(self, update: int, n_updates: int) -> float:
-        """Learning rate for update number `update`, counted from 0, in a run of `n_updates`. Halvings by `plateau` are not
-        included."""
+        """Learning rate for update number `update`, counted from 0, in a run of `n_updates`.
+        Halvings by `plateau` are not included."""
         if update < self.warmup_updates:
             return self.peak * linear_warmup(update, self.warmup_updates)
         if self.shape == "constant":

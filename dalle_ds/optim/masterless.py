@@ -27,8 +27,8 @@ class Stretch(NamedTuple):
     weights: Tensor
     """(n,) fp16, updated in place."""
     gradients: Callable[[], Tensor]
-    """Returns the gradients, (n,) fp32 or int16 codes of 1-6-9. It is called when they are needed, so that not all gradients
-    need to exist at once."""
+    """Returns the gradients, (n,) fp32 or int16 codes of 1-6-9.
+    It is called when they are needed, so that not all gradients need to exist at once."""
     start: int = 0
     """Index in the flat parameter at which this part begins."""
 

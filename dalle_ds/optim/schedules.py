@@ -34,6 +34,6 @@ def half_cosine(update: int, start: float, end: float, updates: int) -> float:
 
 
 def linear_warmup(update: int, updates: int) -> float:
-    """Factor of the learning rate: 1/updates at update 0, and 1 from update `updates` - 1 on. It is never 0, which would waste
-    an update."""
+    """Factor of the learning rate: 1/updates at update 0, and 1 from update `updates` - 1 on.
+    It is never 0, which would waste an update."""
     return min(1.0, (update + 1) / updates) if updates > 0 else 1.0

@@ -42,8 +42,8 @@ class StateParts:
     """The optimizer's step count, by parameter."""
 
     def add(self, kind: str, name: str, start: int, values: Tensor) -> None:
-        """Add flat values that begin at index `start` of the parameter. ZeRO's padding beyond the parameter's end is dropped,
-        and so are empty parts."""
+        """Add flat values that begin at index `start` of the parameter.
+        ZeRO's padding beyond the parameter's end is dropped, and so are empty parts."""
         values = values.detach().flatten()[: max(0, self.shapes[name].numel() - start)]
         if values.numel():
             self.tensors[kind, name], self.starts[kind, name] = values, start

@@ -55,8 +55,8 @@ class UpdateReport:
     took_step: bool
     grad_norm: float
     nonfinite_blocks: tuple[str, ...]
-    """Residual blocks with a non-finite gradient. If `took_step`, only these blocks kept their weights and moments; otherwise
-    the whole update was skipped."""
+    """Residual blocks with a non-finite gradient. If `took_step`, only these blocks
+    kept their weights and moments; otherwise the whole update was skipped."""
     loss_scale: float | None
     """DeepSpeed's loss scale for this update. None unless DeepSpeed's built-in fp16 is on."""
     stop_requested: bool
@@ -264,8 +264,8 @@ class PriorEngine:
                 self._gradients.write(parameter, shard)
 
     def _leave_out(self, blocks: Sequence[str]) -> set[str]:
-        """Zero the gradients of these blocks, so that norm and clipping see only the other blocks. Returns the names of the
-        blocks' parameters."""
+        """Zero the gradients of these blocks, so that norm and clipping see only the other blocks.
+        Returns the names of the blocks' parameters."""
         names = {f"{block}.{name}" for block in blocks for name, _ in self.module.get_submodule(block).named_parameters()}
         for name in names:
             if self.masterless and name in self.masterless:
@@ -307,8 +307,7 @@ class PriorEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean (text, image) losses over the batches of all ranks, in nats per token. All ranks must pass equally many
-        batches."""
+        """Mean (text, image) losses over the batches of all ranks, in nats per token. All ranks pass equally many batches."""
         totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         with _evaluating(self._engine):
             for text, image in batches:
@@ -345,8 +344,7 @@ class PriorEngine:
         return {name: getattr(p, "ds_tensor", p.data) for name, p in self.module.named_parameters()}
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All parameters by name, whole, in fp32 on the CPU. Returns None on all ranks but the main one. All ranks must call it
-        together."""
+        """All parameters by name, whole, in fp32 on the CPU; None on other ranks than the main one. All ranks must call it."""
         weights = {}
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -427,9 +425,7 @@ class PriorEngine:
         self.refresh_gathered_parameters()
         state = json.loads(objects.read_bytes(objects.join(url, ENGINE_FILE)))
         self._set_counters(state["counters"])
-        loss_scaler = getattr(
-            self._engine.optimizer, "loss_scaler", None
-        )  # without ZeRO, the optimizer is torch's and has none
+        loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # without ZeRO, torch's optimizer has none
         for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():
             setattr(loss_scaler, name, value)
         if self.scaler and state["block_scaler"]:

@@ -74,8 +74,8 @@ class EngineConfig:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of weights outside the residual branches in forward passes. It is 16-bit only in DeepSpeed's built-in fp16
-        and bf16 modes, which convert all weights."""
+        """The dtype of weights outside the residual branches in forward passes.
+        It is 16-bit only in DeepSpeed's built-in fp16 and bf16 modes, which convert all weights."""
         return torch.float32 if self.block_scaling is not None else self.branch_dtype
 
     @property

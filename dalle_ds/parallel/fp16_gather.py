@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from dalle_ds.models.resblock import BranchLinear
 
 LARGE = 1 << 22
-"""Parameters with at least this many values get a message of their own: embeddings and unembeddings of all but the smallest
-models."""
+"""Parameters with at least this many values get a message of their
+own: embeddings and unembeddings of all but the smallest models."""
 
 
 def gather_in_half(model: nn.Module) -> None:
-    """Make ZeRO-3 gather the weights of `model`'s branches in fp16. Call it after `zero.Init` and before
-    `deepspeed.initialize`."""
+    """Make ZeRO-3 gather the weights of `model`'s branches in fp16.
+    Call it after `zero.Init` and before `deepspeed.initialize`."""
     halves = {id(module.weight) for module in model.modules() if isinstance(module, BranchLinear)}
     for parameter in model.parameters():
         if id(parameter) in halves:
@@ -84,8 +84,8 @@ class _Handle:
 
 
 def _receive(parameter: nn.Parameter, in_half: bool) -> tuple[Tensor, Any]:
-    """Start to gather a parameter. Returns its flat values, and the collective that fills them, or None without a
-    collective."""
+    """Start to gather a parameter. Returns its flat values and the collective that fills them.
+    If there is only one rank to gather from, the values are complete and the collective is None."""
     parameter.ds_status = ZeroParamStatus.INFLIGHT
     shard, n_ranks = parameter.ds_tensor, parameter.ds_zero_partition_world_size
     device = get_accelerator().current_device_name()

@@ -11,8 +11,8 @@ from pathlib import Path
 from dalle_ds.errors import ConfigError
 
 LOADERS = ("LD_LIBRARY_PATH", "LD_PRELOAD")
-"""The dynamic loader reads these variables when a process starts. Setting them later is too late for the plugins of NCCL and
-libfabric."""
+"""The dynamic loader reads these variables when a process starts.
+Setting them later is too late for the plugins of NCCL and libfabric."""
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 ALLOCATORS_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"

@@ -62,8 +62,8 @@ class MasterlessMatrices:
         self._power_sgd, self._gradients = power_sgd, power_sgd.errors
 
     def begin(self) -> None:
-        """Call before the forward passes of an update. Its first gradients then replace those of the previous update, or with
-        PowerSGD are added to the carried errors."""
+        """Call before the forward passes of an update. Its first gradients then replace
+        those of the previous update, or with PowerSGD are added to the carried errors."""
         self._is_first = dict.fromkeys(self.parameters, self._power_sgd is None)
         self.factors = {}
 
@@ -80,8 +80,8 @@ class MasterlessMatrices:
             self._under_way = None
 
     def gradient(self, name: str) -> Tensor:
-        """This rank's shard of a gradient: fp32, un-scaled, averaged over the ranks that shard the parameter, and over replicas
-        once `factors` is set."""
+        """This rank's shard of a gradient: fp32, un-scaled, averaged over the
+        ranks that shard the parameter, and over replicas once `factors` is set."""
         if name in self.factors:
             assert self._power_sgd is not None
             return self._power_sgd.average_of(name, self.factors[name])

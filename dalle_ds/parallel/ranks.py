@@ -113,8 +113,7 @@ def leave() -> None:
 
 
 def _store_of_this_start() -> dist.Store:
-    """A store for this start of the job. torchrun reuses its store across restarts, so ranks would find stale addresses in
-    it."""
+    """A store for this start of the job: torchrun reuses its own across restarts, so it would hold stale addresses."""
     if os.environ["GROUP_WORLD_SIZE"] != "1":  # each machine counts its own restarts, so the counts can't name the store
         raise ConfigError(
             "restarts by torchrun on several machines need --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"

@@ -87,8 +87,8 @@ def collect(engine: DeepSpeedEngine, shapes: dict[str, torch.Size], others: Sequ
 
 @torch.no_grad()
 def restore(engine: DeepSpeedEngine, saved: SavedState, others: Sequence[Fragment] = ()) -> None:
-    """Load saved weights and optimizer state into this rank's fragments. Any number of ranks, at any ZeRO stage, may have
-    written them."""
+    """Load saved weights and optimizer state into this rank's fragments.
+    Any number of ranks, at any ZeRO stage, may have written them."""
     for fragment in fragments(engine, others):
         entries, size = fragment.states.setdefault(fragment.flat, {}), fragment.values.numel()
         if fragment.name in saved.steps:
@@ -127,8 +127,8 @@ def unchanged(engine: DeepSpeedEngine, names: Set[str], others: Sequence[Fragmen
 
 
 def _copy_to_working_weights(engine: DeepSpeedEngine, saved: SavedState, others: Sequence[Fragment]) -> None:
-    """Update the weights that forward passes use. Without ZeRO they are the fragments themselves. With ZeRO they are copies in
-    the engine's dtype."""
+    """Update the weights that forward passes use. Without ZeRO they are the fragments themselves.
+    With ZeRO they are copies in the engine's dtype."""
     stage, parameters = engine.zero_optimization_stage(), dict(engine.module.named_parameters())
     if stage == 3:
         for fragment in fragments(engine, others):

@@ -50,8 +50,8 @@ class _UnreadFP16(_LinearFP16):
 
 @contextmanager
 def unread_product(linear: BranchLinear) -> Iterator[None]:
-    """Within this context, calling an fp16 `linear` only builds the autograd graph and skips the product. Layers in other
-    formats are not changed."""
+    """Within this context, calling an fp16 `linear` only builds the autograd graph and skips the product.
+    Layers in other formats are not changed."""
     is_fp16 = linear.matmul == _LinearFP16.apply
     if is_fp16:
         linear.use_matmul(_UnreadFP16.apply)

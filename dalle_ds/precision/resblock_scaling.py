@@ -109,8 +109,8 @@ def scale_to_half(grad_BLD: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Enter(torch.autograd.Function):
-    """Start of a branch. Forward: returns x, and norm(x) in fp16. Backward: the branch's gradient is filtered and un-scaled in
-    fp32 before it is added to the identity path's."""
+    """Start of a branch. Forward: returns x, and norm(x) in fp16.
+    Backward: the branch's gradient is filtered and un-scaled in fp32 before it is added to the identity path's."""
 
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,8 +263,8 @@ class ResblockGradScaler:
         self.begin()
 
     def at_limits(self) -> dict[str, str]:
-        """Blocks whose scale is at a limit of the policy, by name: "floor" or "ceiling". The policy can't keep their gradients
-        in fp16's range."""
+        """Blocks whose scale is at a limit of the policy, by name: "floor" or "ceiling".
+        The policy can't keep their gradients in fp16's range."""
         powers, low, high = self.log2_scales(), self.config.min_scale_power + 1e-4, self.config.max_scale_power - 1e-4
         return {name: "floor" if power < low else "ceiling" for name, power in powers.items() if not low <= power <= high}
 

@@ -1,5 +1,5 @@
-"""The engine on two real ranks, compared with one plain process. All tests share one launch, since launching takes longer than
-the tests."""
+"""The engine on two real ranks, compared with one plain process.
+All tests share one launch, since launching takes longer than the tests."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Numbers of ranks that do not divide the parameters: ZeRO's padding must never affect results. One launch per number of
-ranks."""
+"""Numbers of ranks that don't divide the parameters: ZeRO's padding must not affect results. One launch per number of ranks."""
 
 import json
 import math

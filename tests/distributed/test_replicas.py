@@ -1,5 +1,5 @@
-"""Two replicas of two ranks, compared with one plain process, and PowerSGD compared with the plain average. All tests share one
-launch."""
+"""Two replicas of two ranks equal one plain process; PowerSGD is compared with the plain average.
+All tests share one launch."""
 
 import json
 import math

@@ -225,8 +225,8 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
 def test_matrices_without_masters_are_trained_saved_and_exported(
     uninterrupted: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the recipe switches masters off. The initial weights are equal up to rounding to fp16, and losses fall as with
-    masters."""
+    """Only the recipe switches masters off. The initial weights are
+    equal up to rounding to fp16, and losses fall as with masters."""
     monkeypatch.chdir(home)
     done = train(home, env, "masterless", "optimizer.master=none", "optimizer.moments=low_bit")
     assert done["updates"] == 8 and done["skipped_updates"] == 0

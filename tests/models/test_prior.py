@@ -63,8 +63,8 @@ def test_the_largest_model_is_initialised_without_memory() -> None:
 
 
 class _GeneratorsElsewhere(TorchDispatchMode):
-    """Fail if an operation draws with a generator into a parameter of `model`. torch fails like this if the parameter is on a
-    GPU and the generator on the CPU."""
+    """Fail if an operation draws with a generator into a parameter of `model`. torch
+    fails like this if the parameter is on a GPU and the generator on the CPU."""
 
     def __init__(self, model: Prior) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class _GeneratorsElsewhere(TorchDispatchMode):
 
 @pytest.mark.parametrize("drawn_at_once", [16, 1 << 20])
 def test_weights_are_drawn_where_the_generator_is(drawn_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU generator works for parameters on any device. Drawing in pieces gives the same numbers as one call per
-    parameter."""
+    """A CPU generator works for parameters on any device. Drawing
+    in pieces gives the same numbers as one call per parameter."""
     monkeypatch.setattr("dalle_ds.models.prior._DRAWN_AT_ONCE", drawn_at_once)
     prior, generator = Prior(CONFIG), torch.Generator().manual_seed(7)
     with _GeneratorsElsewhere(prior):
@@ -116,8 +116,8 @@ def test_twelve_billion_is_1280_slots() -> None:
 
 
 def test_no_slot_sees_its_future(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Changing one image token must not change the logits up to and including its own prediction, but must change later
-    ones."""
+    """Changing one image token must not change the logits up to and
+    including its own prediction, but must change later ones."""
     text, image = batch
     before = prior.image_logits(text, image)
     for position in range(16):
@@ -198,8 +198,8 @@ def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[tor
 
 @pytest.mark.parametrize("numerics", ["fp32", "fp16"])
 def test_all_1024_steps_of_the_papers_sequence(numerics: str) -> None:
-    """Row, column and conv layers at 256 + 1024 slots, for two candidates of one caption. Decoding agrees with the full forward
-    pass to 1e-5 in fp32."""
+    """Row, column and conv layers at 256 + 1024 slots, for two candidates of one caption.
+    Decoding agrees with the full forward pass to 1e-5 in fp32."""
     config = PriorConfig(n_layers=3, n_heads=2, d_head=16, vocab_size=50, n_codes=40)
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))

@@ -1,5 +1,4 @@
-"""torch's TF32 and accumulation flags, which exist without a GPU too. tests/cuda_path/test_exact_fp32.py tests who sets
-them."""
+"""torch's TF32 and accumulation flags, which exist without a GPU too. tests/cuda_path/test_exact_fp32.py: who sets them."""
 
 from collections.abc import Iterator
 

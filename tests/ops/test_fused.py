@@ -48,8 +48,8 @@ def test_where_nothing_can_compile_it_runs_plainly_and_says_so_once(
 
 
 def test_a_compiled_function_takes_many_variants(double: Fused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run needs more variants than Dynamo's default of 8: dtypes, sizes, with and without gradients. It would reach the limit
-    in the middle of training."""
+    """A run needs more variants than Dynamo's default of 8: dtypes, sizes, with and without gradients.
+    It would reach the limit in the middle of training."""
     monkeypatch.setattr(fused_module, "compile_problem", lambda: None)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))

@@ -106,8 +106,8 @@ print(json.dumps({"pid": os.getpid(), "arguments": sys.argv, "threads": torch._i
 
 
 def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This includes LD_LIBRARY_PATH, by which NCCL's network plugins are found. A process reads it only once, when it
-    starts."""
+    """This includes LD_LIBRARY_PATH, by which NCCL's network plugins are found.
+    A process reads it only once, when it starts."""
     for name in (COMPILE_THREADS, *ALLOCATORS_NAMES):  # runs within this process may have set them
         monkeypatch.delenv(name, raising=False)
     rank = [sys.executable, "-u", "-c", SETTINGS_OF_A_RANK]

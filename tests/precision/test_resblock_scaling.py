@@ -65,8 +65,8 @@ class _Damp(torch.autograd.Function):
 
 
 class Damped(nn.Module):
-    """Four residual blocks. Gradients shrink by 2^-13 from each block to the previous one, so by 2^-39 from the last to the
-    first."""
+    """Four residual blocks. Gradients shrink by 2^-13 from each block
+    to the previous one, so by 2^-39 from the last to the first."""
 
     def __init__(self) -> None:
         super().__init__()

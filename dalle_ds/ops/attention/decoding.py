@@ -23,13 +23,13 @@ class Reach:
     """
 
     ring: int
-    """S: the distance to the furthest visible key, plus 1 for the query's own slot. Image slot j is stored at j % S until slot
-    j + S replaces it."""
+    """S: the distance to the furthest visible key, plus 1 for the query's own slot.
+    Image slot j is stored at j % S until slot j + S replaces it."""
     read_NW: Tensor | None
     """Ring slots that query j reads, int64. None means the whole ring, W = S."""
     hidden_NW: Tensor
-    """Mask added to the scores of query j, fp32: 0 for visible keys, -inf for others. The first queries see fewer than W
-    keys."""
+    """Mask added to the scores of query j, fp32: 0 for visible keys, -inf for others.
+    The first queries see fewer than W keys."""
 
 
 @cache

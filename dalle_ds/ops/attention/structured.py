@@ -79,8 +79,8 @@ class _Windows:
         return x_HLD[:, first:].unfold(1, (self.rows_back + 1) * self.grid, self.grid).transpose(2, 3)
 
     def collect(self, grad_HnWD: Tensor) -> Tensor:
-        """Gradients of windows (H, n, W, D) -> gradients of blocks (H, n, Q, D). For each key, sum over all windows that hold
-        it, in place."""
+        """Gradients of windows (H, n, W, D) -> gradients of blocks (H, n, Q, D).
+        For each key, sum over all windows that hold it, in place."""
         own_HnQD = grad_HnWD[:, :, self.rows_back * self.grid :]
         for back in range(1, self.rows_back + 1):
             start = (self.rows_back - back) * self.grid

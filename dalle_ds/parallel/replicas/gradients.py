@@ -97,8 +97,7 @@ class ReplicaGradients:
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def collect(self, parts: StateParts) -> dict[str, dict[str, Tensor]]:
-        """Add the carried errors to `parts`. Returns the start factors of a warm start, by file name. All ranks must call
-        it."""
+        """Add the carried errors to `parts`. Returns a warm start's factors, by file name. All ranks must call it together."""
         if self.power_sgd is None:
             return {}
         is_first, kind = self._replicas.index == 0, f"{ERROR}.{self._replicas.index}"

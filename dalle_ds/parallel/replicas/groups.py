@@ -1,5 +1,4 @@
-"""Replicas: ZeRO-3 shards the model over the ranks of a replica. Ranks at the same position in each replica hold the same
-shard.
+"""Replicas: ZeRO-3 shards the model over the ranks of each replica. Ranks at the same position hold the same shard.
 
 Consecutive ranks form a replica. So with one replica per node, all-gathers and reduce-scatters of ZeRO-3 stay inside nodes, and
 only gradient shards are sent between nodes (paper section 2.5 and appendix E.1).
@@ -18,8 +17,7 @@ from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
 from dalle_ds.recipes import Config
 
 PAPER_RATE = 0.141
-"""Size of the paper's factors as a fraction of the gradient's: 5 r / (8 d) with r = 896 and d = 3968 (appendix E.1, table
-1)."""
+"""Size of the paper's factors relative to the gradient: 5 r / (8 d) with r = 896 and d = 3968 (appendix E.1, table 1)."""
 
 
 BUCKET_VALUES = 2**25
@@ -75,8 +73,7 @@ class ReplicasConfig(Config):
 
 
 class Replicas:
-    """Process groups of this rank: `shard_group`, the ranks of its replica, and `peers`, which hold the same shard in each
-    replica.
+    """Process groups of this rank: `shard_group` are the ranks of its replica; `peers` hold the same shard in all replicas.
 
     It is also a model parallel unit for DeepSpeed (the `get_...` methods), so that ZeRO-3 only sees the ranks of one replica.
     """
@@ -122,8 +119,8 @@ class Replicas:
 
 
 Wire = Callable[[Sequence[Tensor], Any], list[Tensor]]
-"""A function (fp32 tensors, group) -> the tensors' means over the group, bit-identical on every rank. It sends all tensors in
-one message."""
+"""A function (fp32 tensors, group) -> the tensors' means over the group, bit-identical on every rank.
+It sends all tensors in one message."""
 
 
 def mean_in_fp32(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:

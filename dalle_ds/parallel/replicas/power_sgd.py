@@ -31,8 +31,8 @@ from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
 from dalle_ds.parallel.replicas.groups import ReplicasConfig, Wire, mean_in_1_6_9, mean_in_fp32
 
 SHIFT = 1e-12
-"""Added to the diagonal of P^T P, whose trace is 1. Directions of P below a millionth of its norm are replaced by others. The
-paper's epsilon on P's diagonal is as large."""
+"""Added to the diagonal of P^T P, whose trace is 1. Directions of P below a millionth of its norm are replaced by others.
+The paper's epsilon on P's diagonal is as large."""
 TINY = 1e-100
 """Smaller than the norm of any nonzero fp32 matrix."""
 
@@ -41,13 +41,15 @@ class MatrixShard:
     """Maps a range of a flat row-major matrix to one or more matrices (K, M, N) and back."""
 
     def __init__(self, shape: tuple[int, int], start: int, numel: int, n_pieces: int = 1) -> None:
-        """Args:
-        shape: shape of the whole matrix.
-        start: index in the flat matrix at which the range begins. If it is inside a row, the row is filled up with zeros,
-            so that columns stay columns; likewise at the end.
-        numel: number of values in the range. Values beyond the matrix's end are ZeRO's padding.
-        n_pieces: number of equal parts of the range's rows that are factored separately. It is 3 for `qkv`, one parameter
-            that holds the matrices of queries, keys and values.
+        """Describe a range of a flat matrix.
+
+        Args:
+            shape: shape of the whole matrix.
+            start: index in the flat matrix at which the range begins. If it is inside a row, the row is filled up with zeros,
+                so that columns stay columns; likewise at the end.
+            numel: number of values in the range. Values beyond the matrix's end are ZeRO's padding.
+            n_pieces: number of equal parts of the range's rows that are factored separately. It is 3 for `qkv`, one parameter
+                that holds the matrices of queries, keys and values.
         """
         self.numel, columns = numel, shape[1]
         self._held = min(numel, max(0, shape[0] * columns - start))
@@ -97,11 +99,13 @@ class PowerSGD:
         position: int = 0,
         keep_starts: bool = True,
     ) -> None:
-        """Args:
-        position: position of the rank in its replica. It seeds the start factors, so the shards of one matrix start from
-            different random factors.
-        keep_starts: keep the start factors, which take a fifth of the shards' size. Otherwise they are drawn again on the
-            device in each update, with the same values. A warm start always keeps them.
+        """Create zero errors and, if they are kept, the start factors.
+
+        Args:
+            position: position of the rank in its replica. It seeds the start factors, so the shards of one matrix start from
+                different random factors.
+            keep_starts: keep the start factors, which take a fifth of the shards' size. Otherwise they are drawn again on the
+                device in each update, with the same values. A warm start always keeps them.
         """
         self.shards = dict(shards)
         self.rank = config.rank or largest_rank(self.shards, config.sent_fraction)
@@ -177,8 +181,8 @@ class PowerSGD:
         return {name: mean_in_fp32([as_fp32(self.errors[name])], self._group)[0] for name in self.errors}
 
     def set_error(self, name: str, value: Tensor) -> None:
-        """Set an error to `value`, flat, fp32 or codes. If `value` is shorter than the shard, the rest is ZeRO's padding and is
-        set to zero."""
+        """Set an error to `value`, flat, fp32 or codes. If `value` is shorter
+        than the shard, the rest is ZeRO's padding and is set to zero."""
         error = self.errors[name].zero_()[: value.numel()]
         if value.dtype != error.dtype:
             value = encode(value, FORMAT_1_6_9) if self._is_low_bit else as_fp32(value)
@@ -244,8 +248,8 @@ def _by_shape(work: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> li
 
 
 def largest_rank(shards: Mapping[str, MatrixShard], fraction: float) -> int:
-    """The largest rank, at least 1, whose factors hold at most `fraction` of the values. All shards use one rank, as in the
-    paper."""
+    """The largest rank, at least 1, whose factors hold at most `fraction` of the values.
+    All shards use one rank, as in the paper."""
     budget = fraction * sum(shard.numel for shard in shards.values())
     rank, highest = 1, max(shard.shape[1] for shard in shards.values())
     while rank < highest and sum(shard.n_sent(rank + 1) for shard in shards.values()) <= budget:

@@ -16,8 +16,8 @@ from tests.training.dvae.runs import dvae_run
 
 
 def recipe(home: Path, name: str) -> DVAERunConfig:
-    """A run with four micro-batches per update. eps is large, since Adam would turn gradients that are only rounding errors
-    into full steps."""
+    """A run with four micro-batches per update. eps is large, since Adam
+    would turn gradients that are only rounding errors into full steps."""
     return dvae_run(
         home / "raw",
         home / name,

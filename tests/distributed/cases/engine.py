@@ -116,8 +116,8 @@ def make_engine(
     shipped: str | None = None,
     **more: Any,
 ) -> PriorEngine:
-    """Make an engine. `offload` lists "optimizer", "param" or both. `shipped` names a file of ds_configs that is used instead
-    of the other arguments."""
+    """Make an engine. `offload` lists "optimizer", "param" or both.
+    `shipped` names a file of ds_configs that is used instead of the other arguments."""
     path = folder / f"ds-{ranks.rank}.json"
     zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": threshold}
     zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in offload}

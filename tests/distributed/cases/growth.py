@@ -1,5 +1,4 @@
-"""Run updates of the real engine on one rank, and write the process's memory use after every hundred updates as JSON to the
-given folder."""
+"""Updates of the real engine on one rank. The memory use after every hundred updates is written as JSON to the given folder."""
 
 import ctypes
 import gc

@@ -194,8 +194,8 @@ def replicas(folder: Path, ranks: Ranks, optimizer: OptimizerSettings = MASTERLE
 
 
 def compressed(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Train with PowerSGD between replicas, at full rank and at a low rank, with and without masters. Then write a
-    checkpoint."""
+    """Train with PowerSGD between replicas, at full rank and at a low rank, with and without masters.
+    Then write a checkpoint."""
     full = run(replicas(folder, ranks, compression="power_sgd", rank=CONFIG.d_model), ranks, range(UPDATES))
     low = {"compression": "power_sgd", "rank": 4}
     masters = run(replicas(folder, ranks, LOW_BIT, **low), ranks, range(UPDATES))

@@ -27,8 +27,8 @@ HOWS: dict[str, tuple[int, Sequence[str]]] = {
     "4": (2, ()),
     "4, offloaded": (2, ["optimizer"]),
 }
-"""(width of each of two heads, what is offloaded) by d_model. With d_model 4, the last of 3 or of 5 ranks holds no value of a
-norm's 4 values."""
+"""(width of each of two heads, what is offloaded) by d_model.
+With d_model 4, a norm has 4 values, and the last of 3 or of 5 ranks holds none of them."""
 
 
 def micro_batches(update: int, ranks: Ranks, accumulation: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -98,8 +98,8 @@ def inf_in_one_block(folder: Path, ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def nan_without_scaling(folder: Path, ranks: Ranks) -> list[dict[str, Any]]:
-    """At update 1, the gradient of one embedding is NaN on rank 2. The engine has no per-resblock scaling, so no block's flag
-    shows it."""
+    """At update 1, the gradient of one embedding is NaN on rank 2.
+    The engine has no per-resblock scaling, so no block's flag shows it."""
     engine = make_engine(folder, ranks, replicas(rank=2))
     results, errors = [], engine.replica_gradients.power_sgd.errors
     for update in range(3):

@@ -141,8 +141,8 @@ class Host:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[dict[str, Host]]:
-    """Two running hosts by name, which can reach each other by ssh. When the context ends, the hosts and all their processes
-    end."""
+    """Two running hosts by name, which can reach each other by ssh.
+    When the context ends, the hosts and all their processes end."""
     ssh = folder / "ssh"
     ssh.mkdir()
     (ssh / "sshd_config").write_text(SSHD_CONFIG)

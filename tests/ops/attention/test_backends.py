@@ -138,8 +138,8 @@ def test_no_gradient_is_made_where_none_is_wanted(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", list(Pattern))
 @pytest.mark.parametrize("geometry", [(6, 4, 3), (128, 16, 11), (256, 32, 11)])
 def test_flex_masks_are_the_mask_in_the_order_of_the_layer(pattern: Pattern, geometry: tuple[int, int, int]) -> None:
-    """Checks FlexAttention's mask function for every pair and its block mask, on any device. FlexAttention itself has no
-    backward pass on CPUs."""
+    """Checks FlexAttention's mask function for every pair and its block mask, on any device.
+    FlexAttention itself has no backward pass on CPUs."""
     from torch.nn.attention.flex_attention import create_mask
 
     from dalle_ds.ops.attention.flex import BLOCK, FlexAttention
@@ -162,8 +162,8 @@ def test_flex_masks_are_the_mask_in_the_order_of_the_layer(pattern: Pattern, geo
 
 
 def test_transposed_columns_and_rows_leave_blocks_out() -> None:
-    """Number of 128 x 128 blocks that are computed at the paper's size. Causal attention has 55, and so would column layers in
-    raster order."""
+    """Number of 128 x 128 blocks that are computed at the paper's size.
+    Causal attention has 55, and so would column layers in raster order."""
     from dalle_ds.ops.attention.flex import FlexAttention
 
     live = {p: int(FlexAttention(SparseMask(p, 256, 32, 11), CPU).block_mask.to_dense().sum()) for p in Pattern}

@@ -201,8 +201,8 @@ def test_what_was_applied_and_the_error_add_up_to_the_truth(number_format: str, 
 
 
 def error_over_updates(noise: float, warm_start: bool) -> tuple[float, float]:
-    """Norm of the error, relative to that of a gradient, after 50 and after 400 updates. Gradients are noise around a fixed
-    mean."""
+    """Norm of the error, relative to that of a gradient, after 50 and after 400 updates.
+    Gradients are noise around a fixed mean."""
     generator = torch.Generator().manual_seed(1)
     mean = torch.randn(12, 20, generator=generator)
     sgd = power_sgd({"w": whole(12, 20)}, rank=2, warm_start=warm_start)
@@ -221,8 +221,8 @@ def test_error_of_noisy_gradients_stays_bounded(warm_start: bool) -> None:
 
 
 def test_without_noise_only_a_warm_start_keeps_the_error_bounded() -> None:
-    """This is a known cost of the paper's fixed start. The accumulated errors are zero along the start, so they are only sent
-    again if new gradients bring in other directions."""
+    """This is a known cost of the paper's fixed start. The accumulated errors are zero along
+    the start, so they are only sent again if new gradients bring in other directions."""
     early, late = error_over_updates(noise=0.0, warm_start=True)
     assert late < 1.5 * early < 15
     early, late = error_over_updates(noise=0.0, warm_start=False)
