@@ -1,4 +1,4 @@
-"""Training from a real S3 server and with a real MLflow server, both killed in the middle and brought back after a minute."""
+"""Training with a real S3 server and a real MLflow server. Both are killed during the run and restarted after a minute."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tests.support.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.launch, pytest.mark.s3, pytest.mark.mlflow]
 
-# Few batch slots and small blocks: every 32 updates each slot needs blocks that it has not read before.
+# Few batch slots and small shard blocks: every 32 updates, each slot needs blocks that it has not read yet.
 SMALL = [
     "model.n_layers=2",
     "model.n_heads=1",
