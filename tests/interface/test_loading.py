@@ -114,7 +114,7 @@ def test_what_is_not_there_is_an_error(export, tmp_path):
         dalle_ds.load(export, "tpu")
     with pytest.raises(dalle_ds.UserError, match="memory://nothing: no file config.json; this is not an export folder"):
         dalle_ds.load("memory://nothing")
-    with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another url that fsspec reads"):
+    with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another URL that fsspec supports"):
         dalle_ds.load("nosuch://a/b")
     with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing"):
         dalle_ds.load(export, "cpu", scorer=tmp_path / "nothing")

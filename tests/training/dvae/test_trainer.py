@@ -326,7 +326,7 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
-    with pytest.raises(UserError, match="checkpoints cannot be written to .*/run/checkpoints: no room"):
+    with pytest.raises(UserError, match="checkpoints cannot be written to .*/run/checkpoints: no space"):
         train_dvae(dvae_run(raw, tmp_path / "run"))
 
 

@@ -127,7 +127,7 @@ def test_missing_data(tmp_path: Path) -> None:
 
 def test_no_room_for_a_checkpoint(token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    with pytest.raises(UserError, match="checkpoints cannot be written to .*: no room in .*: 1.0 MiB free"):
+    with pytest.raises(UserError, match="checkpoints cannot be written to .*: no space in .*: 1.0 MiB free"):
         train_prior(recipe(token_set, tmp_path), ALONE)
 
 
