@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_ds.bench.harness.machine import machine_for
-from dalle_ds.bench.harness.settings import OneMachine
+from dalle_ds.bench.harness.settings import MachineBenchConfig
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.ops.exactness import exact_fp32, has_tf32
 from dalle_ds.pretrained.clip import Clip
@@ -41,7 +41,7 @@ def test_training_runs(tmp_path: Path) -> None:
 
 
 def test_benchmarks() -> None:
-    with machine_for(OneMachine()):
+    with machine_for(MachineBenchConfig()):
         require_exact()
 
 

@@ -108,7 +108,7 @@ def newest(home: Path, folder: str = "run") -> int:
 
 def has_trained(home: Path) -> bool:
     """Whether the run has made an update. Its metrics are in the spool, since there is no MLflow server."""
-    return any('"loss/train"' in path.read_text() for path in (home / "run" / "mlflow_spool").glob("values/*.jsonl"))
+    return any('"loss/train/total"' in path.read_text() for path in (home / "run" / "mlflow_spool").glob("values/*.jsonl"))
 
 
 @contextmanager

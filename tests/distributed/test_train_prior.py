@@ -82,9 +82,9 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     scales = [name for name in run.data.metrics if name.startswith("scale_log2/")]
     assert sorted(scales) == [f"scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
     for name in (
-        "loss/train",
-        "loss/train_text",
-        "loss/train_image",
+        "loss/train/total",
+        "loss/train/text",
+        "loss/train/image",
         "optimizer/gradient_norm",
         "optimizer/skipped_updates",
         "optimizer/learning_rate",
@@ -92,7 +92,7 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
         "memory/cpu_peak_gigabytes",
     ):
         assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == list(range(1, 9)), name
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation_image")]
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation/image")]
     assert steps == [0, 4, 8]
     info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
     assert {key: run.data.tags[f"provenance.{key}"] for key in ("dvae", "tokenizer")} == {
@@ -211,7 +211,7 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
     uninterrupted: dict[str, Any], dropped: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    for name, is_same in (("loss/validation_text", True), ("loss/validation_image", True), ("loss/train_text", False)):
+    for name, is_same in (("loss/validation/text", True), ("loss/validation/image", True), ("loss/train/text", False)):
         first, of_whole = (
             losses(home, env, "dropped", name)[0],
             losses(home, env, "whole", name)[0],
@@ -230,7 +230,7 @@ def test_matrices_without_masters_are_trained_saved_and_exported(
     monkeypatch.chdir(home)
     done = train(home, env, "masterless", "optimizer.master=none", "optimizer.moments=low_bit")
     assert done["updates"] == 8 and done["skipped_updates"] == 0
-    ours, whole = (losses(home, env, folder, "loss/train") for folder in ("masterless", "whole"))
+    ours, whole = (losses(home, env, folder, "loss/train/total") for folder in ("masterless", "whole"))
     assert ours == pytest.approx(whole, rel=0.01) and ours[-1] < ours[0]
     export_checkpoint("masterless", home / "export_masterless")  # the export checks that it gives the run's losses
     assert load_export(home / "export_masterless").record.caption_dropout == 0.0

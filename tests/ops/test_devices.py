@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_ds.bench.harness.machine import machine_for
-from dalle_ds.bench.harness.settings import OneMachine
+from dalle_ds.bench.harness.settings import MachineBenchConfig
 from dalle_ds.ops.devices import default_device, resolve_device
 from preprocessing.configs import EncodeConfig
 from preprocessing.stages.encode import _device
@@ -25,7 +25,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deepspeeds_accelerator_decides_where_auto_is(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     encode = EncodeConfig(raw="raw", dvae="d", tokenizer="t", out="o")
-    with machine_for(OneMachine()) as machine:
+    with machine_for(MachineBenchConfig()) as machine:
         assert {default_device(), _device(encode)} == {"cpu"}
         assert {resolve_device("auto"), machine.device} == {torch.device("cpu")}
     for value in ("cuda", None):
