@@ -139,7 +139,7 @@ def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):
 def test_without_the_peer_the_message_says_what_to_install(type_in, monkeypatch):
     monkeypatch.setattr(peer_package, "find_spec", lambda name: None)
     code, _, err = type_in(f"dalle-ds bench peers {SHAPE} --positions 1")
-    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "environment of its own" in err
+    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "separate environment" in err
 
 
 @pytest.mark.parametrize("pattern", Pattern)

@@ -149,7 +149,7 @@ def test_refuses_what_cuda_refuses(call):
     said = call(mistakes)
     assert set(said) == {"generator", "devices", "dtypes", "recording"}
     assert "'cuda'" in said["generator"] and "'cpu'" in said["generator"] and "two devices" in said["devices"]
-    assert "torch.float16" in said["dtypes"] and "not permitted while a CUDA graph is recorded" in said["recording"]
+    assert "torch.float16" in said["dtypes"] and "not permitted while a CUDA graph is captured" in said["recording"]
 
 
 def values() -> dict[str, Any]:
@@ -223,7 +223,7 @@ def too_late() -> str:
 
 
 def test_says_that_it_came_too_late(call):
-    assert "before the first backward pass of the process" in in_fresh_process(too_late)
+    assert "before the process's first backward pass" in in_fresh_process(too_late)
 
 
 def test_says_that_there_is_no_compiler(monkeypatch, tmp_path):

@@ -63,7 +63,7 @@ def test_two_variants_are_compared_round_by_round():
 
 @pytest.mark.parametrize("names, baseline, rounds", [("a", "a", 1), ("ab", "c", 1), ("ab", "a", 0)])
 def test_nothing_to_compare(names, baseline, rounds):
-    with pytest.raises(ValueError, match="expected it among others"):
+    with pytest.raises(ValueError, match="expected the baseline and others"):
         take_turns(dict.fromkeys(names, print), baseline, rounds, time.monotonic)
 
 
