@@ -64,7 +64,7 @@ def test_steps_for_which_there_is_no_time(tmp_path, monkeypatch):
     found = by_name(accept(tmp_path, steps=steps, minutes=1.5 / 60))
     assert [step["outcome"] for step in found.values()] == ["out of time", "out of time"]
     assert "last words of hangs" in found["hangs"]["tail"], "begun, and ended with the whole"
-    assert found["fine"]["tail"].startswith("not begun") and found["fine"]["rows"] == []
+    assert found["fine"]["tail"].startswith("not started") and found["fine"]["rows"] == []
     again = by_name(accept(tmp_path, steps=steps, names=["fine"]))
     assert again["fine"]["outcome"] == "ended" and again["hangs"]["outcome"] == "out of time"
 
@@ -117,7 +117,7 @@ def test_progress_names_the_step_and_the_latest_end(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no step 'coffee'; there are fine, last"):
+    with pytest.raises(ConfigError, match="no step 'coffee'; the steps are fine, last"):
         accept(tmp_path, steps=planted("fine", "last"), names=["coffee"])
     accept(tmp_path, steps=planted("fine"))
     with pytest.raises(ConfigError, match="'rehearsal': False.*'rehearsal': True"):
