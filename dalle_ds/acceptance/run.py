@@ -31,7 +31,7 @@ WORTH_STARTING = 8.0
 """If fewer seconds of the whole run are left, no further step starts: Python and torch alone take most of this time."""
 
 Outcome = Literal["ended", "failed", "crashed", "hung", "out of time"]
-"""Outcome of a step's process. ended: it exited normally, whatever its rows are. failed: it raised. crashed: a signal ended it.
+"""Outcome of a process. ended: it exited normally, also if rows are WRONG. failed: it raised. crashed: a signal killed it.
 hung: it exceeded its own limit. out of time: the time of the whole run was over before the step started or while it ran."""
 
 

@@ -25,8 +25,7 @@ NORM_TOLERANCE = 1e-2
 KEPT_BYTES = 1 << 20
 """ZeRO-3 may keep a different small parameter gathered than before. Leaked activations or gradients are far larger."""
 NATS_BETWEEN_BATCH_SIZES = 2e-3
-"""Difference between a sample's loss in a batch of one and in a larger batch: other sizes use other kernels, which sum in
-another order."""
+"""Between a sample's loss in a batch of one and in a larger batch: other sizes use kernels that sum in another order."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -49,8 +48,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
 
 
 def plain_updates(config: PriorConfig, device: torch.device, batches: list[Batch]) -> Iterator[tuple[float, float, float]]:
-    """Take the engine's updates without DeepSpeed, fp16 and sparse kernels. Yields each update's (text loss, image loss,
-    gradient norm)."""
+    """Take the engine's updates without DeepSpeed, fp16 and sparse kernels. Yields (text loss, image loss, gradient norm)."""
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))
     prior.to(device)

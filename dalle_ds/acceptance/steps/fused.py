@@ -33,8 +33,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
 
 
 def arguments(place: Place) -> dict[Fused, tuple[Any, ...]]:
-    """Returns the arguments of each fused function: 8 samples of a layer of width 2048. Some gradient entries are Inf or
-    NaN."""
+    """Returns the arguments of each fused function: 8 samples, width 2048. Some entries of gradients are Inf or NaN."""
     generator = torch.Generator().manual_seed(0)
     shape = place.pick((8, 1280, 2048), (2, 5, 64))
 

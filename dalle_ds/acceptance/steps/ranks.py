@@ -76,8 +76,7 @@ def _rows(record: Record, n: int, found: dict[str, Any]) -> None:
 
 
 def one_rank(is_rehearsal: bool, global_batch: int, folder: Path) -> None:
-    """Take updates, write or read a checkpoint, and overflow on the last rank. The first job writes the checkpoint, the second
-    reads it."""
+    """Take updates, save or load a checkpoint, overflow on the last rank. The first job saves, the second loads."""
     place, ranks = Place(is_rehearsal), join()
     config = small_prior(place)
     engine = make_engine(place, ranks, config, micro_batch=global_batch // ranks.world_size)
