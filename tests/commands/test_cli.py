@@ -206,13 +206,13 @@ def test_accept(tmp_path, dalle_ds):
     code, out, _ = dalle_ds(*options, "--json")
     assert code == 0 and json.loads(out)["steps"][0]["name"] == "products"
     code, out, _ = dalle_ds("accept", "--rehearse", "--out", tmp_path, "--steps", "engine", "--minutes", "0.01")
-    assert code == 1 and "not begun" in out and "NOT ACCEPTED" in out.splitlines()[-1]
+    assert code == 1 and "not started" in out and "NOT ACCEPTED" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("accept", "--steps", "coffee"), "no step 'coffee'; there are environment"),
+        (("accept", "--steps", "coffee"), "no step 'coffee'; the steps are environment"),
         (("sample", "nowhere", "--caption", "x"), "nowhere is not an export folder"),
         (("sample", "nowhere"), "exactly one of --caption, --captions and --validation"),
         (("sample", "nowhere", "--caption", "x", "--n", "0"), "n = 0"),

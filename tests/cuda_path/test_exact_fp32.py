@@ -1,5 +1,7 @@
-"""Every way to a GPU switches TF32 and 16-bit sums off first; on a CPU the switches are there too. Joining a job does it in
-tests/distributed/cases/replicas.py."""
+"""Every code path to a GPU switches TF32 and 16-bit sums off first. The switches also exist on a CPU.
+
+tests/distributed/cases/replicas.py tests the code path of joining a job.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
