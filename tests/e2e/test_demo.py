@@ -41,7 +41,7 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     out = home / "runs" / "demo"
     images = draw_folder(out / "images", 160)
     (images / "p0007.png").write_bytes(b"not an image")
-    command = ["bash", DEMO, "--quick", "--images", "runs/demo/images", "--out", "runs/demo"]  # relative to the caller
+    command = ["bash", DEMO, "--quick", "--pictures", "runs/demo/images", "--out", "runs/demo"]  # relative to the caller
     with launching.started(command, home, env) as process:
         launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=900, process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
