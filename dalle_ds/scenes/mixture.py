@@ -28,10 +28,10 @@ _TRIES: Final = 4000  # meanings that are drawn at most for one caption of an ev
 
 @dataclass(frozen=True)
 class CaptionedScene:
-    """A scene and a caption that is true of it. Scenes of one `group` mean the same, whatever the words."""
+    """A scene and a caption that is true of it; `meaning` has the objects in the order of the scene's."""
 
     caption: str
-    group: str
+    meaning: Meaning
     scene: Scene
 
 
@@ -42,7 +42,7 @@ def training_scene(seed: int, index: int, *, textured: float = 0.25) -> Captione
     meaning = _draw(rng, category, "training")
     captions = wordings(meaning)
     caption = captions[0 if rng.random() < PLAIN_WORDING else int(rng.integers(len(captions)))]
-    return CaptionedScene(caption, meaning.key, scene_of(meaning, rng, textured=textured))
+    return CaptionedScene(caption, meaning, scene_of(meaning, rng, textured=textured))
 
 
 def evaluation_captions(n: int, seed: int = 0) -> list[str]:
