@@ -15,7 +15,7 @@ _RELATION_WORDS: Final = {
     "right of": ("right of", "to the right of"),
 }
 _PLACES: Final = ("first", "second")
-_ONE: Final = ("{0}", "an image of {0}")
+_ONE: Final = ("{0}", "an image of {0}", "an image with {0}")
 _BOTH: Final = ("{0} and {1}", "{0} with {1}", "an image of {0} and {1}")
 _PLACED: Final = ("{0} {relation} {1}", "an image of {0} {relation} {1}", "{relation} {1}, {0}")
 

@@ -57,8 +57,8 @@ def _lay_on(pixels_SSC: np.ndarray, one: SceneObject) -> None:
     rows, mask_rows = _overlap(top - half, len(mask_hw), side)
     columns, mask_columns = _overlap(left - half, len(mask_hw), side)
     under_hwC = pixels_SSC[rows, columns]
-    cover_hw1 = mask_hw[mask_rows, mask_columns, None].astype(np.uint32)
-    colour_C = np.array(COLOURS[one.colour], np.uint32)
+    cover_hw1 = mask_hw[mask_rows, mask_columns, None].astype(np.uint16)  # 255 * 255 + 127 fits
+    colour_C = np.array(COLOURS[one.colour], np.uint16)
     under_hwC[...] = (under_hwC * (255 - cover_hw1) + colour_C * cover_hw1 + 127) // 255
 
 

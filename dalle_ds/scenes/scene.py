@@ -6,8 +6,8 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from dalle_ds.scenes.meaning import Meaning, Wanted, is_zero_shot
-from dalle_ds.scenes.vocabulary import COLOURS, GROUNDS, RELATIONS, SIZES, TEXTURES
+from dalle_ds.scenes.meaning import Meaning, Wanted
+from dalle_ds.scenes.vocabulary import COLOURS, GROUNDS, RELATIONS, SHAPES, SIZES, TEXTURES, ZERO_SHOT_COLOURS
 
 # Lengths and places are shares of the image's side; x goes right and y down.
 
@@ -69,13 +69,15 @@ def scene_of(meaning: Meaning, rng: np.random.Generator, *, textured: float = 0.
 
 
 def _colours(meaning: Meaning, wanted: list[Wanted], rng: np.random.Generator) -> list[str]:
-    colours: list[str] = []
-    for one in wanted:
-        choices = [colour for colour in COLOURS if not is_zero_shot([(colour, one.shape)])]
-        if meaning.wanted[0].count > 1 and colours:
-            choices = colours[:1]  # objects that are counted are alike
-        colours.append(one.colour or _pick(rng, choices))
-    return colours
+    first = meaning.wanted[0]
+    if first.count > 1:  # objects that are counted are alike
+        return [first.colour or _pick(rng, _TRAINING_COLOURS[first.shape])] * first.count
+    return [one.colour or _pick(rng, _TRAINING_COLOURS[one.shape]) for one in wanted]
+
+
+_TRAINING_COLOURS: Final = {
+    shape: tuple(colour for colour in COLOURS if (colour, shape) not in ZERO_SHOT_COLOURS) for shape in SHAPES
+}
 
 
 def _places(meaning: Meaning, sizes: list[str], rng: np.random.Generator) -> list[tuple[float, float]]:

@@ -8,9 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
-
 from dalle_ds.scenes.mixture import evaluation_captions, training_scene
+from dalle_ds.scenes.png import png_of
 from dalle_ds.scenes.render import render
 from preprocessing.configs import ScenesConfig
 
@@ -46,10 +45,9 @@ def write_scenes(
 
 def _add(tar: tarfile.TarFile, index: int, config: ScenesConfig) -> None:
     drawn = training_scene(config.seed, index, textured=config.textured)
-    image = io.BytesIO()
-    Image.fromarray(render(drawn.scene, config.image_size)).save(image, "PNG", compress_level=1)
+    image = png_of(render(drawn.scene, config.image_size))
     record = json.dumps({"caption": drawn.caption, "group": drawn.meaning.key}).encode()
-    for extension, data in (("png", image.getvalue()), ("json", record)):
+    for extension, data in (("png", image), ("json", record)):
         member = tarfile.TarInfo(f"scene{index:08d}.{extension}")  # time and owner stay 0: equal scenes give equal bytes
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
