@@ -1,4 +1,4 @@
-"""dalle_ds: train the original DALL-E (Ramesh et al. 2021) from raw pictures to samples.
+"""dalle_ds: train the original DALL-E (Ramesh et al. 2021) from raw images to samples.
 
 `dalle_ds.load` opens a trained model, `dalle_ds.data.open` a token data set; launchers/PYTHON.md shows every call.
 What is not in `__all__` is private.

@@ -26,7 +26,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def drawn(figure: "Figure", dpi: int = DPI) -> Image.Image:
-    """The figure as a picture in RGB."""
+    """The figure as an image in RGB."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return Image.open(buffer).convert("RGB")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole way on real pictures, on this machine: from raw pictures to generated ones, about ten minutes on two cores.
 #   bash launchers/demo.sh [--out runs/demo] [--pictures DIR] [--quick]
-#     --pictures DIR   your own: NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
+#     --pictures DIR   your own pictures: NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
 #     --quick          a few updates only: shows that everything works, not what it can draw
-# Stop it whenever you like, also with kill -9, and start it again: finished stages are not repeated, training goes on from its
-# last checkpoint.
+# You may stop it at any moment, also with kill -9. The same command then skips finished stages and resumes training from its last
+# checkpoint.
 set -euo pipefail
 
 caller=$PWD
@@ -18,10 +18,10 @@ while [ $# -gt 0 ]; do
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --quick)
-      dvae_quick=(updates=10 schedules.tau.updates=8 schedules.lr.updates=10)
+      dvae_quick=(updates=10 schedules.tau.updates=8 learning_rate.decay_updates=10)
       encode_quick=(min_codes_used=0)
       prior_quick=(updates=10 checkpoint.every=5 validation.every=10)
-      clip_quick=(updates=5 batch_size=32)
+      clip_quick=(updates=5 global_batch=32)
       shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
@@ -35,10 +35,10 @@ fi
 source launchers/setup.sh demo
 
 mkdir -p "$out"
-# Stages end when this shell does, however it ends; else a killed demo would go on beside its successor.
+# Stages end when this shell ends, even by kill -9; otherwise a killed demo would run beside its successor.
 export DALLE_DS_LAUNCHER_PID=$$
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$(cd "$out" && pwd)/mlflow.db}
-DALLE_DS_PIPELINE=$(cd "$out" && pwd) # one MLflow run that holds those of the stages
+DALLE_DS_PIPELINE=$(cd "$out" && pwd) # the MLflow run that is the parent of the stages' runs
 export DALLE_DS_PIPELINE
 child=""
 forward() { [ -z "$child" ] || kill -"$1" "$child" 2>/dev/null || true; }
@@ -57,7 +57,7 @@ stage() { # stage NUMBER COMMAND...
   local start=$SECONDS status=0
   "$@" &
   child=$!
-  # a trapped signal ends `wait` early: wait again for the stage's own end
+  # a trapped signal interrupts `wait`: wait again until the stage has ended
   while :; do
     status=0
     wait "$child" || status=$?
@@ -65,7 +65,7 @@ stage() { # stage NUMBER COMMAND...
   done
   child=""
   if [ "$status" -ne 0 ]; then
-    echo "stage '${names[i]}' ended with exit code $status; the same command goes on from here" >&2
+    echo "stage '${names[i]}' ended with exit code $status; the same command resumes here" >&2
     exit "$status"
   fi
   printf '%s\t%d\n' "${names[i]}" $((SECONDS - start)) >>"$out/seconds.tsv"
@@ -78,46 +78,46 @@ print(use_cuda() or torch.ops.mkldnn._is_mkldnn_bf16_supported())')
 dvae_format=()
 [ "$has_bf16" = True ] || dvae_format=(precision=fp32)
 if [ -z "$pictures" ]; then
-  pictures=$out/pictures
+  pictures=$out/images
   stage 1 dalle-ds data fetch $recipe out="$pictures"
 fi
-stage 2 dalle-ds data ingest $recipe pictures="$pictures" out="$out/raw"
+stage 2 dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
 stage 3 dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
 stage 4 dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${dvae_format[@]}" "${dvae_quick[@]}"
 stage 5 dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
   out="$out/tokens" "${encode_quick[@]}"
 stage 6 deepspeed --num_gpus "$(bash launchers/ranks.sh 2)" --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
   launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${prior_quick[@]}"
-# a finished demo started again should do nothing: each of these results is newer than what it was made of
+# if the demo is finished, do nothing: each of these results is newer than its input
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage 7 dalle-ds export "$out/prior" "$out/export"
 newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
   stage 8 dalle-ds train clip $recipe data.raw="$out/raw" folder="$out/clip" "${clip_quick[@]}"
 newer "$out/samples/samples.json" "$out/export/config.json" || {
-  rm -rf "$out/samples" # of an export before this one
+  rm -rf "$out/samples" # drawn from an earlier export
   stage 9 dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples"
 }
 newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
   stage 10 dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"
 
-told=$(python - "$out/evaluation/evaluate.json" <<'END'
+summary=$(python - "$out/evaluation/evaluate.json" <<'END'
 import json, sys
 e = json.load(open(sys.argv[1]))
-print(f"Held-out image loss, nats a token: {e['image_nll']:.3f} with the right captions, {e['image_nll_shuffled']:.3f} with shuffled ones:")
-print(f"the captions are worth {e['gap']:.3f} ({e['confidence']:.0%} interval {e['gap_low']:.3f} to {e['gap_high']:.3f}).")
+print(f"Validation image loss, nats a token: {e['loss/validation/image']:.3f} with the right captions, {e['loss/validation/image_shuffled']:.3f} with shuffled ones:")
+print(f"the caption gap is {e['caption_gap']:.3f} ({e['confidence']:.0%} interval {e['caption_gap_low']:.3f} to {e['caption_gap_high']:.3f}).")
 END
 )
 cat >&2 <<END
 
-$told
+$summary
 Done in $((SECONDS - began)) s. Everything is in $out:
-  $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by a CLIP of its own
-  $out/dvae/                             the codebook's reconstructions and its report
-  $out/evaluation/evaluate.json          held-out loss with the right captions and with shuffled ones
-  $out/export/                           prior, dVAE and tokenizer: all that sampling needs
-The whole run as a dashboard:
+  $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by the demo's CLIP
+  $out/dvae/                             reconstructions and report of the codebook
+  $out/evaluation/evaluate.json          validation loss with the right captions and with shuffled ones
+  $out/export/                           prior, dVAE and tokenizer for sampling
+All runs in MLflow:
   $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000
-Pictures for a caption of yours:
+Pictures for your own caption:
   $(dirname "$(command -v dalle-ds)")/dalle-ds sample $out/export --caption "a red heart" --n 64 --keep 8 --clip $out/clip/model --out $out/mine
 END

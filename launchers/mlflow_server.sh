@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A real MLflow server. Runs point at it by MLFLOW_TRACKING_URI=http://HOST:PORT.
+# Start an MLflow server. Runs log to it if MLFLOW_TRACKING_URI=http://HOST:PORT is set.
 #   launchers/mlflow_server.sh                                   # 127.0.0.1:5000, SQLite and artifacts in ./mlflow
 #   launchers/mlflow_server.sh --port 5001 --folder /data/mlflow
 #   launchers/mlflow_server.sh --backend postgresql://user@host/mlflow --artifacts s3://bucket/mlflow
-# The last one needs `pip install '.[server]'`, and takes endpoint and keys of the store from the usual AWS_* variables.
-# Whatever follows `--` goes to `mlflow server`. It has no password of its own: keep it on 127.0.0.1 or behind a proxy that asks for one.
+# The last form needs `pip install '.[server]'`; endpoint and keys of the store come from the usual AWS_* variables.
+# Arguments after `--` go to `mlflow server`. The server has no password: keep it on 127.0.0.1 or behind a proxy that authenticates.
 set -euo pipefail
 
 host=127.0.0.1 port=5000 folder=mlflow backend="" artifacts=""
@@ -28,7 +28,7 @@ if [ -z "$python" ]; then
   [ -x "$python" ] || python=python3
 fi
 export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
-# runners for jobs that training never submits: processes and seconds of start-up
+# job runners cost processes and seconds at the start, and training submits no jobs
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=${MLFLOW_SERVER_ENABLE_JOB_EXECUTION:-false}
 
 needs() { # needs MODULE WHAT
@@ -37,17 +37,17 @@ needs() { # needs MODULE WHAT
 case $artifacts in s3://*) needs boto3 "--artifacts $artifacts" ;; esac
 case $backend in postgresql://*)
   needs psycopg "--backend postgresql://"
-  backend=postgresql+psycopg://${backend#postgresql://} ;; # versions of SQLAlchemy differ in the driver that they take for it
+  backend=postgresql+psycopg://${backend#postgresql://} ;; # the default driver differs between versions of SQLAlchemy
 esac
 
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 if [ -z "$backend" ]; then
   backend=sqlite:///$folder/mlflow.db
-  # the same kill-proof creation that runs use when they write to a file without a server
+  # created atomically, as by runs that log to a file without a server
   "$python" -c 'import sys; from pathlib import Path; from dalle_ds.tracking.mlflow_sink import create_sqlite_store as make
 make(Path(sys.argv[1]))' "$folder/mlflow.db"
 fi
-# clients send pictures through the server (proxied artifacts), so that only the server needs rights on the artifact store
+# artifacts go through the server (proxied), so that only the server needs credentials of the artifact store
 exec "$python" -m mlflow server --host "$host" --port "$port" --backend-store-uri "$backend" \
   --artifacts-destination "${artifacts:-$folder/artifacts}" --serve-artifacts --workers "${MLFLOW_SERVER_WORKERS:-1}" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How many ranks to start on this machine, at most N (2): one for each GPU that torch may use; N where it has none.
+# Print how many ranks to start on this machine: the number of GPUs that torch may use, at most N (default 2); without GPUs N.
 #   deepspeed --num_gpus "$(bash launchers/ranks.sh 2)" launchers/train_prior.sh ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,31 +1,30 @@
 #!/usr/bin/env bash
-''':' # Train the prior. Valid shell AND valid Python: to Python, all down to the closing quotes is one string.
+''':' # Train the prior. This file is valid shell and valid Python: Python reads the shell part as one string.
 #   deepspeed launchers/train_prior.sh [ARGS]                 the launcher runs "python -u THIS_FILE --local_rank=N ARGS" per rank
 #   deepspeed --num_gpus 1 launchers/train_prior.sh launchers/recipes/tiny.yaml
 #   deepspeed --hostfile HOSTS launchers/train_prior.sh R.yaml       several hosts: launchers/README.md
-#   bash launchers/train_prior.sh [ARGS]                      starts the deepspeed launcher on this very file
+#   bash launchers/train_prior.sh [ARGS]                      starts the deepspeed launcher on this file
 #   srun bash launchers/train_prior.sh [ARGS]                 one task a GPU: Slurm is the launcher; see launchers/slurm
-# DS_LAUNCH_ARGS="--num_gpus 8" adds launcher options to the bash form, which passes the environment on to the hosts of a
-# "--hostfile HOSTS". ARGS: --help. Defaults live on the Python side.
-# No backslash and no triple quote up here.
+# DS_LAUNCH_ARGS="--num_gpus 8" adds launcher options to the bash form. With "--hostfile HOSTS" there, the bash form also passes
+# the environment to the hosts. ARGS: see --help. The shell part must hold no backslash and no triple quote.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 if [ -x "$here/../.venv/bin/deepspeed" ] && ! command -v deepspeed >/dev/null 2>&1; then
   PATH="$here/../.venv/bin:$PATH"
   export PATH
 fi
-# a task of a Slurm step, not a batch script, which also has a SLURM_PROCID
+# a task of a Slurm step; a batch script has a SLURM_PROCID too
 if [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ] || { [ -n "${RANK:-}" ] && [ -n "${LOCAL_RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; }; then
   exec "${PYTHON:-python}" -u "$0" "$@"
 fi
 case " ${DS_LAUNCH_ARGS:-}" in
   *" --hostfile"* | *" -H"*)
-    # ssh carries no variables over, and DeepSpeed shows those that it adds, keys too, in its log and in the list of processes
+    # ssh forwards no variables, and DeepSpeed shows those that it forwards, secrets too, in its log and in the process list
     names="PATH|LD_LIBRARY_PATH|LD_PRELOAD|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
     ours="AWS|MLFLOW|DALLE_DS|DS|HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|FSSPEC|HTTP|HTTPS|ALL|NO"
     torchs="TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUDA|CUBLAS|CUBLASLT|CUDNN|NVIDIA|OMP|KMP|GOMP|MKL|OPENBLAS"
     networks="NCCL|OFI|FI|EFA|RDMAV|IBV|MLX5|UCX|UCC|GLOO"
-    # which GPUs a process sees is each host's own, and so is the number of a process
+    # visible GPUs and process ids differ from host to host
     (umask 077 && env | grep -iE "^(($names)=|($ours|$torchs|$networks)_)" |
       grep -vE "^(DALLE_DS_LAUNCHER_PID|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES)=" >.environment.$$)
     mv .environment.$$ .environment

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dalle_ds.bench.harness.machine import machine_for
 from dalle_ds.bench.harness.report import Report
-from dalle_ds.bench.harness.settings import EncodeSettings
+from dalle_ds.bench.harness.settings import EncodeBenchConfig
 from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.data.images import CROP_RULE, ImageProblem
@@ -29,16 +29,16 @@ from preprocessing.encoding.encode_shard import EncodeJob, crop_of, encode_shard
 from preprocessing.encoding.encoder import Encode, encoder_of
 from preprocessing.executors.local import n_cores
 
-SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "vocab_size": 512}  # the demo's
+SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "n_codes": 512}  # the demo's
 
 
-def run(options: EncodeSettings) -> Report:
-    """The stage on one shard, models loaded, against the encoder alone on the same pictures; images/s of decode and resize."""
+def run(options: EncodeBenchConfig) -> Report:
+    """The stage on one shard, models loaded, against the encoder alone on the same images; images/s of decode and resize."""
     with machine_for(options) as machine:
         return _measure(options, machine.device.type, Report("encode", machine.name))
 
 
-def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
+def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
     torch.manual_seed(0)
     dvae = load_dvae(options.dvae)[0] if options.dvae else DVAE(DVAEConfig(**(SMALL if options.small else {})))
     size = dvae.config.image_size
@@ -47,7 +47,7 @@ def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
         raw = options.raw
         if raw is None:
             raw = f"{folder}/raw"
-            write_pictures(raw, options.pictures or (4096 if options.small else 8), options.side or size * 3 // 2)
+            write_images(raw, options.images or (4096 if options.small else 8), options.side or size * 3 // 2)
         shard = list_raw_shards(raw)[0]
         samples, crops = [], []
         for sample in read_raw_shard(shard):
@@ -62,7 +62,7 @@ def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
         info = DatasetInfo(
             image_size=size,
             grid=dvae.config.grid,
-            n_codes=dvae.config.vocab_size,
+            n_codes=dvae.config.n_codes,
             dvae="",
             tokenizer="",
             crop=CROP_RULE,
@@ -86,7 +86,7 @@ def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
             return np.zeros((len(batch), info.n_tokens), dtype=np.int64)
 
         n_runs = 3 + 2 * options.rounds
-        with progress(total=n_runs * len(crops), what="bench encode", unit="picture") as bar:
+        with progress(total=n_runs * len(crops), what="bench encode", unit="image") as bar:
             sides = {name: _counted(side, len(crops), bar) for name, side in (("bare", bare), ("ours", stage))}
             turns = take_turns(sides, "bare", options.rounds, time.perf_counter)
         _add(report, "stage", "bare", turns)
@@ -97,14 +97,14 @@ def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
         on_cores = rest + (encoder * options.threads if device == "cpu" else 0.0)
         resize = _resize_turns(samples, size, options.rounds)
         notes = {
-            "pictures": len(crops),
+            "images": len(crops),
             "source_kilobytes": sum(len(s.image) for s in samples) / len(samples) / 1e3,
             "encoder_threads": options.threads,
             "decode_threads": n_threads,
             "cores": n_cores(),
             "precision": options.precision,
-            "encoder_ms_per_picture": 1e3 * encoder / len(crops),
-            "other_cpu_ms_per_picture": 1e3 * rest / len(crops),
+            "encoder_ms_per_image": 1e3 * encoder / len(crops),
+            "other_cpu_ms_per_image": 1e3 * rest / len(crops),
             "best_possible_ratio": encoder / max(encoder, on_cores / n_cores()),
             "images_per_second_ours": len(crops) / turns.seconds("ours"),
             "images_per_second_bare": len(crops) / turns.seconds("bare"),
@@ -116,12 +116,12 @@ def _measure(options: EncodeSettings, device: str, report: Report) -> Report:
     return report.note(**notes)
 
 
-def write_pictures(root: str, n_pictures: int, side: int) -> None:
+def write_images(root: str, n_images: int, side: int) -> None:
     """A tar of JPEGs with about the detail of photographs: noise of several scales."""
     Path(root).mkdir(parents=True)
     rng = np.random.default_rng(0)
     with tarfile.open(f"{root}/00000.tar", "w") as tar:
-        for number in range(n_pictures):
+        for number in range(n_images):
             layers = [
                 Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side))
                 for cells in (3, 9, 27, 81)
@@ -135,10 +135,10 @@ def write_pictures(root: str, n_pictures: int, side: int) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def _counted(side: Callable[[], None], n_pictures: int, bar: Any) -> Callable[[], None]:
+def _counted(side: Callable[[], None], n_images: int, bar: Any) -> Callable[[], None]:
     def run() -> None:
         side()
-        bar.update(n_pictures)
+        bar.update(n_images)
 
     return run
 

@@ -44,8 +44,8 @@ class FetchConfig(Config):
         return self
 
 
-class Columns(Config):
-    """The names of a parquet file's columns. A picture is its file's bytes, or a struct whose field `bytes` holds them."""
+class ColumnsConfig(Config):
+    """The names of a parquet file's columns. An image is its file's bytes, or a struct whose field `bytes` holds them."""
 
     image: tuple[str, ...] = Field(("image", "jpg", "image_bytes"), description="the first of these columns that is there")
     caption: tuple[str, ...] = Field(("caption", "text"), description="the first of these columns that is there")
@@ -87,10 +87,10 @@ class IngestConfig(Config):
     """Captioned images to raw shards."""
 
     section: ClassVar = "ingest"
-    pictures: str = Field(description="folder of images with captions, of WebDataset tars, or of parquet files")
+    images: str = Field(description="folder of images with captions, of WebDataset tars, or of parquet files")
     out: str = Field(description="root of the raw shards")
     samples_per_shard: int = Field(256, ge=1, description="of a folder of images; each tar or parquet file becomes one shard")
-    columns: Columns = Columns()
+    columns: ColumnsConfig = ColumnsConfig()
     engine: Engine = Field("local", description=ENGINE)
     workers: int | None = Field(None, ge=1, description="processes; unset: all cores, with ray all CPUs of the cluster")
     filters: FilterConfig = FilterConfig()
@@ -154,7 +154,7 @@ class VerifyConfig(Config):
     section: ClassVar = "verify"
     root: str = Field(description="root of raw shards or of a token data set")
     workers: int | None = Field(None, ge=1, description="processes; unset: all cores")
-    pictures_per_shard: int = Field(
+    images_per_shard: int = Field(
         1, ge=0, description="images of each split that are decoded and compared with their source; 0: none"
     )
     delete_orphans: bool = Field(
@@ -169,7 +169,7 @@ class StatsConfig(Config):
     root: str = Field(description="root of raw shards or of a token data set")
     project_to: int = Field(PAPER_SAMPLES, description="samples to project sizes to")
     page: str | None = Field(None, description="HTML file; unset: stats.html below the root, where that can be written")
-    pictures: int = Field(24, ge=0, description="example images on the page")
+    images: int = Field(24, ge=0, description="example images on the page")
 
 
 class DataPlanConfig(Config):

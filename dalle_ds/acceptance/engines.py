@@ -12,7 +12,7 @@ from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.training.prior.build import build_engine, read_engine_config
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 
 LEARNING_RATE = 1e-4
 
@@ -29,7 +29,7 @@ def make_engine(
     master: str = "fp32",
 ) -> PriorEngine:
     """The default DeepSpeed configuration: ZeRO-3, fp16 branches, a gradient scale for every residual block."""
-    recipe = PriorRun.model_validate(
+    recipe = PriorRunConfig.model_validate(
         {
             "folder": "none",
             "data": {"dataset": "none"},

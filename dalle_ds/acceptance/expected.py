@@ -8,7 +8,7 @@ import torch
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.planning.arithmetic import forward_flops
 from dalle_ds.planning.machines import MACHINES, Machine
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.planning.timing import LINK_SHARE, MEMORY_SHARE, Product
 from dalle_ds.training.prior.cost import plan
 from dalle_ds.training.prior.throughput import known_peak_tflops
@@ -57,7 +57,7 @@ def micro_step(
     name = _name(device)
     if name is None:
         return Expected()
-    settings = PlanSettings.model_validate(
+    settings = PlanInputsConfig.model_validate(
         {
             "machine": name,
             "tflops": known_peak_tflops(device),

@@ -32,5 +32,5 @@ STEPS = (
     Step("sample", f"{_ROOM}.sample", 60, "drawn tokens equal to the CPU's; tokens a second"),
     Step("parity", f"{_ROOM}.parity", 60, "an export gives the engine's losses on a CPU"),
     Step("dvae", f"{_ROOM}.dvae", 60, "training step, memory of a validation, tokens equal to the CPU's"),
-    Step("encoder", f"{_ROOM}.encoder", 100, "pictures a second of the encode stage"),
+    Step("encoder", f"{_ROOM}.encoder", 100, "images a second of the encode stage"),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle_ds.bench.harness.machine import DTYPES, Machine, machine_for
 from dalle_ds.bench.harness.report import Report, mixed
-from dalle_ds.bench.harness.settings import AttentionSettings
+from dalle_ds.bench.harness.settings import AttentionBenchConfig
 from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.ops.attention.backends import attention_backend, choose_backend
@@ -21,7 +21,7 @@ from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns, tr
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def run(settings: AttentionSettings) -> Report:
+def run(settings: AttentionBenchConfig) -> Report:
     """Forward alone, and forward with backward ("training")."""
     counts = Counter(layer_patterns(settings.mix_layers))
     with machine_for(settings) as machine, progress(total=2 * len(counts), what="attention", unit="pattern") as bar:
@@ -39,7 +39,7 @@ def run(settings: AttentionSettings) -> Report:
     return report
 
 
-def compare(settings: AttentionSettings, machine: Machine, pattern: Pattern, *, with_backward: bool) -> Comparison:
+def compare(settings: AttentionBenchConfig, machine: Machine, pattern: Pattern, *, with_backward: bool) -> Comparison:
     """Ours, masked dense and causal dense attention in turns on views of one projection output, as in the model."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.n_slots, 3, settings.heads, settings.d_head)
@@ -66,7 +66,7 @@ def compare(settings: AttentionSettings, machine: Machine, pattern: Pattern, *, 
     return take_turns(variants, "dense", settings.rounds, machine.clock)
 
 
-def on_fused(attend: Attend, settings: AttentionSettings) -> Callable[[Tensor], Tensor]:
+def on_fused(attend: Attend, settings: AttentionBenchConfig) -> Callable[[Tensor], Tensor]:
     """Attention as a function of fused (B, L, F, H, D) -> (B, H, L, D), raster order in and out.
 
     A backend that wants image slots column by column pays for the two permutations here; in a model they are cheaper, on

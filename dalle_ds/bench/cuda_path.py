@@ -16,7 +16,7 @@ from dalle_ds.bench.fake_cuda.engine import DEPTHS, RANK, EngineCounts, count_en
 from dalle_ds.bench.fake_world.host_time import HostTime, host_time
 from dalle_ds.bench.fake_world.one_rank import in_fake_world
 from dalle_ds.bench.harness.memory import in_fresh_process
-from dalle_ds.bench.harness.settings import CudaPathSettings
+from dalle_ds.bench.harness.settings import CudaPathBenchConfig
 from dalle_ds.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ from dalle_ds.errors import ConfigError
 class CudaPath:
     """Counts of each width, and the host's work (None: not asked for)."""
 
-    settings: CudaPathSettings
+    settings: CudaPathBenchConfig
     widths: list[EngineCounts]
     host: HostTime | None
 
@@ -69,7 +69,7 @@ class CudaPath:
         out.flush()
 
 
-def run(settings: CudaPathSettings) -> CudaPath:
+def run(settings: CudaPathBenchConfig) -> CudaPath:
     """Each width in a process of its own.
 
     Raises:

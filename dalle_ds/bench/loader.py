@@ -14,7 +14,7 @@ import webdataset
 from dalle_ds.bench.harness.machine import machine_for
 from dalle_ds.bench.harness.readers import Sample, open_readers
 from dalle_ds.bench.harness.report import Report
-from dalle_ds.bench.harness.settings import LoaderSettings
+from dalle_ds.bench.harness.settings import LoaderBenchConfig
 from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.data.manifest import (
     DatasetInfo,
@@ -42,7 +42,7 @@ WORDS, VOCABULARY = 2000, 1024
 RESUME_SHARDS, SHARD_SAMPLES, RESUME_UPDATE = 10_000, 25_000, 100_000
 
 
-def run(settings: LoaderSettings) -> Report:
+def run(settings: LoaderBenchConfig) -> Report:
     """Batches of the training stream against the same shards, tokenizer and batch size through plain webdataset, and against
     the same samples in the formats of other readers where they are installed."""
     made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.dataset is None else None
@@ -81,13 +81,13 @@ def run(settings: LoaderSettings) -> Report:
     return report.note(consumed_per_second=settings.pace, data_wait_share=share, resume_seconds_10k_shards=resume)
 
 
-def epoch(root: str, settings: LoaderSettings, bpe_dropout: float) -> None:
+def epoch(root: str, settings: LoaderBenchConfig, bpe_dropout: float) -> None:
     """Open the data set and read all of it once, with nothing left in memory from before."""
     with stream(TokenDataset(root), settings, bpe_dropout) as source:
-        take(source, source.steps_per_epoch)
+        take(source, source.updates_per_epoch)
 
 
-def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) -> TokenStream:
+def stream(dataset: TokenDataset, settings: LoaderBenchConfig, bpe_dropout: float) -> TokenStream:
     """As the trainer makes it, for one rank with one micro-batch."""
     return TokenStream(
         TokenMix([dataset]),
@@ -102,7 +102,7 @@ def stream(dataset: TokenDataset, settings: LoaderSettings, bpe_dropout: float) 
     )
 
 
-def webdataset_batches(dataset: TokenDataset, settings: LoaderSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def webdataset_batches(dataset: TokenDataset, settings: LoaderBenchConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Shards one after another in random order, a shuffle buffer, the same tokenizer: the (text, image) batches of an epoch."""
     paths = sorted(set(dataset.shards_of(np.arange(dataset.n_blocks))))
     urls = [objects.join(dataset.root_url, path) for path in paths]
@@ -112,7 +112,7 @@ def webdataset_batches(dataset: TokenDataset, settings: LoaderSettings) -> Itera
     return iter(source.map(encoder(dataset, settings)).batched(settings.batch, partial=False))
 
 
-def encoder(dataset: TokenDataset, settings: LoaderSettings) -> Callable[[Sample], tuple[torch.Tensor, torch.Tensor]]:
+def encoder(dataset: TokenDataset, settings: LoaderBenchConfig) -> Callable[[Sample], tuple[torch.Tensor, torch.Tensor]]:
     """What turns a sample of the other readers into (text, image) of the model."""
     n_text = settings.text_len - 1
 
@@ -131,12 +131,12 @@ def take(source: Iterator[object], n: int) -> None:
         pass
 
 
-def wait_share(dataset: TokenDataset, settings: LoaderSettings) -> float:
+def wait_share(dataset: TokenDataset, settings: LoaderBenchConfig) -> float:
     """Share of its time that a loop which takes `pace` samples a second waits for the stream, in one epoch."""
     with stream(dataset, settings, settings.bpe_dropout) as source:
         take(source, 2)  # the first batch is always waited for
         before, began = source.wait_seconds, time.perf_counter()
-        for _ in range(source.steps_per_epoch):
+        for _ in range(source.updates_per_epoch):
             next(source)
             time.sleep(settings.batch / settings.pace)
         return (source.wait_seconds - before) / (time.perf_counter() - began)

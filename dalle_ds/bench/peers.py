@@ -17,7 +17,7 @@ from dalle_ds.bench.harness.memory import in_fresh_process, peak_bytes
 from dalle_ds.bench.harness.model import build_prior, prior_step
 from dalle_ds.bench.harness.peer_package import PeerSampler, build_peer, import_peer, peer_step
 from dalle_ds.bench.harness.report import Report, mixed
-from dalle_ds.bench.harness.settings import PeersSettings
+from dalle_ds.bench.harness.settings import PeersBenchConfig
 from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.attention import use_attention
@@ -26,7 +26,7 @@ PEER = "dalle-pytorch 1.6.6"
 FORMS = ("peer_axial", "peer_conv")
 
 
-def run(settings: PeersSettings) -> Report:
+def run(settings: PeersBenchConfig) -> Report:
     """A training step (forward, loss, backward, AdamW) and its peak memory, then sampling with either's cache.
 
     Raises:
@@ -43,14 +43,14 @@ def run(settings: PeersSettings) -> Report:
     return report
 
 
-def step_peak_bytes(settings: PeersSettings, side: str) -> int:
+def step_peak_bytes(settings: PeersBenchConfig, side: str) -> int:
     """Peak of the first training step above the model's own memory: activations, gradients and moments."""
     with machine_for(settings) as machine:
         step, _ = _training(settings, machine, side)
         return peak_bytes(step, machine.device)
 
 
-def _training(settings: PeersSettings, machine: Machine, side: str) -> tuple[Callable[[], None], int]:
+def _training(settings: PeersBenchConfig, machine: Machine, side: str) -> tuple[Callable[[], None], int]:
     """A training step of one side; and the parameters of its layers."""
     if side == "ours":
         model = build_prior(settings, machine, settings.layers, settings.heads)
@@ -64,7 +64,7 @@ def _training(settings: PeersSettings, machine: Machine, side: str) -> tuple[Cal
     return step, sum(parameter.numel() for parameter in layers.parameters() if parameter.requires_grad)
 
 
-def _compare_steps(settings: PeersSettings, machine: Machine, report: Report) -> None:
+def _compare_steps(settings: PeersBenchConfig, machine: Machine, report: Report) -> None:
     steps = {}
     for side in ("ours", *FORMS):
         steps[side], n_parameters = _training(settings, machine, side)
@@ -75,12 +75,12 @@ def _compare_steps(settings: PeersSettings, machine: Machine, report: Report) ->
 
 
 @torch.inference_mode()
-def _compare_sampling(settings: PeersSettings, machine: Machine, report: Report) -> None:
+def _compare_sampling(settings: PeersBenchConfig, machine: Machine, report: Report) -> None:
     prior = build_prior(settings, machine, settings.layers, settings.heads)
-    samplers: dict[str, Sampler] = {"ours": OurSampler(prior, 1, settings.pictures)}
+    samplers: dict[str, Sampler] = {"ours": OurSampler(prior, 1, settings.images)}
     for form in FORMS:
         peer = build_peer(settings, machine, conv=form == "peer_conv", cached=True)
-        samplers[form] = PeerSampler(peer, settings.pictures)
+        samplers[form] = PeerSampler(peer, settings.images)
     seen = {}
     for position in progress(settings.positions, what="sampling", unit="position"):
         for sampler in samplers.values():
@@ -91,5 +91,5 @@ def _compare_sampling(settings: PeersSettings, machine: Machine, report: Report)
     for form in FORMS:
         ours_seconds, peer_seconds, ratio = mixed(weights, seen, form)
         report.add("token", form, ours_seconds, peer_seconds, ratio)
-        report.note(**{f"tokens_per_second_{form}": settings.pictures / peer_seconds})
-        report.note(tokens_per_second_ours=settings.pictures / ours_seconds)
+        report.note(**{f"tokens_per_second_{form}": settings.images / peer_seconds})
+        report.note(tokens_per_second_ours=settings.images / ours_seconds)

@@ -11,7 +11,7 @@ import torch
 
 from dalle_ds.bench.harness.machine import Machine, in_precision, machine_for
 from dalle_ds.bench.harness.report import Report, mixed
-from dalle_ds.bench.harness.settings import ResblockSettings
+from dalle_ds.bench.harness.settings import ResblockBenchConfig
 from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.attention import SelfAttention, use_attention
@@ -19,7 +19,7 @@ from dalle_ds.models.prior import Layer, PriorConfig
 from dalle_ds.ops.attention.masks import Pattern, layer_patterns
 
 
-def run(settings: ResblockSettings) -> Report:
+def run(settings: ResblockBenchConfig) -> Report:
     """Each pattern, and the mix of a deep model."""
     counts = Counter(layer_patterns(settings.mix_layers))
     seen = {}
@@ -33,7 +33,7 @@ def run(settings: ResblockSettings) -> Report:
     return report
 
 
-def compare(settings: ResblockSettings, machine: Machine, pattern: Pattern) -> tuple[Comparison, str]:
+def compare(settings: ResblockBenchConfig, machine: Machine, pattern: Pattern) -> tuple[Comparison, str]:
     """The same layer with the chosen attention and with the dense one, in turns; and the chosen one's name."""
     torch.manual_seed(0)
     config = PriorConfig(

@@ -6,7 +6,7 @@ from dalle_ds.bench.harness.decoding import DenseSampler, OurSampler, UncachedSa
 from dalle_ds.bench.harness.machine import Machine, machine_for
 from dalle_ds.bench.harness.model import build_prior
 from dalle_ds.bench.harness.report import Report, mixed
-from dalle_ds.bench.harness.settings import SampleSettings
+from dalle_ds.bench.harness.settings import SampleBenchConfig
 from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.models.prior import Prior
@@ -15,8 +15,8 @@ Seen = dict[str, dict[int, Comparison]]
 """By the other side and the position."""
 
 
-def run(settings: SampleSettings) -> Report:
-    """Once as candidates of one caption, once as one picture of each of many captions."""
+def run(settings: SampleBenchConfig) -> Report:
+    """Once as candidates of one caption, once as one image of each of many captions."""
     weights = position_weights(settings.positions, settings.grid**2)
     forms = {f"1x{settings.batch}": (1, settings.batch), f"{settings.batch}x1": (settings.batch, 1)}
     with machine_for(settings) as machine, torch.inference_mode():
@@ -33,7 +33,7 @@ def run(settings: SampleSettings) -> Report:
     return report
 
 
-def compare(settings: SampleSettings, machine: Machine, prior: Prior, captions: int, candidates: int) -> Seen:
+def compare(settings: SampleBenchConfig, machine: Machine, prior: Prior, captions: int, candidates: int) -> Seen:
     """The dense cache and ours in turns, at each position; and a round of all three, as the way without a cache is slow."""
     samplers = {"dense_cache": DenseSampler(prior, captions, candidates), "ours": OurSampler(prior, captions, candidates)}
     uncached = UncachedSampler(prior, captions, candidates)

@@ -7,17 +7,17 @@ from dalle_ds.bench.harness.loss_scaling import OneScale, ScalePerBlock
 from dalle_ds.bench.harness.machine import machine_for
 from dalle_ds.bench.harness.model import WEIGHT_DECAY, adamw, prior_to_train, random_loss
 from dalle_ds.bench.harness.report import Report
-from dalle_ds.bench.harness.settings import ScalingSettings
+from dalle_ds.bench.harness.settings import ScalingBenchConfig
 from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior
 from dalle_ds.optim.groups import decay_groups
-from dalle_ds.precision.resblock_scaling import BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
 
 
-def run(settings: ScalingSettings) -> Report:
+def run(settings: ScalingBenchConfig) -> Report:
     """Forward, loss, backward and AdamW of the same prior with fp16 branches, scaled in the two ways."""
-    config = BlockScalingConfig()
+    config = ResblockScalingConfig()
     with machine_for(settings) as machine:
         steps = {}
         for side in ("global", "ours"):

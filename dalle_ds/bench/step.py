@@ -3,13 +3,13 @@
 from dalle_ds.bench.harness.machine import in_precision, machine_for
 from dalle_ds.bench.harness.model import prior_step, prior_to_train
 from dalle_ds.bench.harness.report import Report
-from dalle_ds.bench.harness.settings import StepSettings
+from dalle_ds.bench.harness.settings import StepBenchConfig
 from dalle_ds.bench.harness.timing import take_turns
 from dalle_ds.models.attention import use_attention
 from dalle_ds.planning.arithmetic import forward_flops
 
 
-def run(settings: StepSettings) -> Report:
+def run(settings: StepBenchConfig) -> Report:
     """Forward, loss, backward and AdamW of the same prior, with the chosen attention and with the dense one."""
     with machine_for(settings) as machine:
         steps, names = {}, {}

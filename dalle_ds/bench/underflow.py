@@ -20,14 +20,14 @@ from torch import Tensor
 from dalle_ds.bench.harness.loss_scaling import OneScale, ScalePerBlock
 from dalle_ds.bench.harness.machine import Machine, machine_for
 from dalle_ds.bench.harness.model import WEIGHT_DECAY
-from dalle_ds.bench.harness.settings import UnderflowSettings
+from dalle_ds.bench.harness.settings import UnderflowBenchConfig
 from dalle_ds.console import progress
 from dalle_ds.figures import new_figure
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.precision.fp16_branches import resblocks_of, use_fp16_branches
-from dalle_ds.precision.resblock_scaling import CALIBRATION_MARGIN, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import CALIBRATION_MARGIN, ResblockScalingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ class _Resized(torch.autograd.Function):
 class Outcome:
     """What the three runs and the comparison of gradients gave. Lists by block go from the first to the last."""
 
-    settings: UnderflowSettings
+    settings: UnderflowBenchConfig
     device: str
     losses: dict[str, list[float]]
     skipped: dict[str, int]
@@ -80,7 +80,7 @@ class Outcome:
             **{f"largest_loss_of_a_block_{name}": max(shares) for name, shares in self.lost.items()},
             **{f"training_loss_{name}": sum(losses[-tail:]) / tail for name, losses in self.losses.items()},
             **{f"skipped_updates_{name}": n for name, n in self.skipped.items()},
-            "picture": self.settings.picture,
+            "chart": self.settings.chart,
         }
 
     def print_table(self, to_stderr: bool) -> None:
@@ -95,7 +95,7 @@ class Outcome:
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}", file=out, flush=True)
 
 
-def run(settings: UnderflowSettings) -> Outcome:
+def run(settings: UnderflowBenchConfig) -> Outcome:
     """Train in the three ways from the same start, compare the gradients where the fp16 run with a scale per block ended."""
     with machine_for(settings) as machine:
         data = random_samples(settings.samples, machine.device)
@@ -110,11 +110,11 @@ def run(settings: UnderflowSettings) -> Outcome:
         bar.close()
         sizes, lost = compare(prior, settings, machine, data)
         outcome = Outcome(settings, machine.name, losses, skipped, sizes, lost)
-    draw(outcome).savefig(_writable(settings.picture), dpi=90)
+    draw(outcome).savefig(_writable(settings.chart), dpi=90)
     return outcome
 
 
-def build(settings: UnderflowSettings, machine: Machine, powers: int) -> Prior:
+def build(settings: UnderflowBenchConfig, machine: Machine, powers: int) -> Prior:
     """The same weights at every call. Each layer's gradients are 2^-powers of the layer's before; the middle ones stay."""
     prior = Prior(
         PriorConfig(
@@ -124,8 +124,8 @@ def build(settings: UnderflowSettings, machine: Machine, powers: int) -> Prior:
             text_len=9,
             grid=4,
             conv_kernel=3,
-            text_vocab=VOCABULARY,
-            image_vocab=VOCABULARY,
+            vocab_size=VOCABULARY,
+            n_codes=VOCABULARY,
         )
     ).to(machine.device)
     initialise(prior, torch.Generator(machine.device).manual_seed(0))
@@ -136,7 +136,7 @@ def build(settings: UnderflowSettings, machine: Machine, powers: int) -> Prior:
 
 
 def train(
-    prior: Prior, step: Step, settings: UnderflowSettings, data: Batch, tell: Callable[[], object]
+    prior: Prior, step: Step, settings: UnderflowBenchConfig, data: Batch, tell: Callable[[], object]
 ) -> tuple[list[float], int]:
     """-> the training loss before every update, and how many updates were skipped."""
     groups = decay_groups(prior.named_parameters(), WEIGHT_DECAY)
@@ -158,7 +158,7 @@ def train(
 
 
 def compare(
-    trained: Prior, settings: UnderflowSettings, machine: Machine, data: Batch
+    trained: Prior, settings: UnderflowBenchConfig, machine: Machine, data: Batch
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Gradients of `trained`, which has a scale per block, against fp32 and the highest loss scale that overflows nowhere
     -> `sizes` and `lost` of an `Outcome`.
@@ -190,7 +190,7 @@ def _lost(rounded: Tensor, exact: Tensor) -> float:
     return float(((rounded == 0) & (exact != 0)).sum() / (exact != 0).sum())
 
 
-def highest_finite_power(half: Prior, settings: UnderflowSettings, batch: Batch) -> int:
+def highest_finite_power(half: Prior, settings: UnderflowBenchConfig, batch: Batch) -> int:
     """Of the loss scale of a prior with fp16 branches."""
 
     def overflows(power: int) -> bool:
@@ -243,15 +243,15 @@ def unscaled(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 # thousand finite updates, and an overflow anywhere skips the update.
 
 
-def _one_scale(prior: Prior, settings: UnderflowSettings, batch: Batch) -> Step:
+def _one_scale(prior: Prior, settings: UnderflowBenchConfig, batch: Batch) -> Step:
     use_fp16_branches(prior)
     return OneScale(prior, highest_finite_power(prior, settings, batch) - HEADROOM).step
 
 
-def _scale_per_block(prior: Prior, settings: UnderflowSettings, batch: Batch) -> Step:
+def _scale_per_block(prior: Prior, settings: UnderflowBenchConfig, batch: Batch) -> Step:
     reach = _reach(settings)
     policy = {"growth_interval": 1000, "backoff": 0.5, "backoff_window": 0}
-    config = BlockScalingConfig(min_scale_power=-reach, max_scale_power=reach, calibration_trials=9, **policy)
+    config = ResblockScalingConfig(min_scale_power=-reach, max_scale_power=reach, calibration_trials=9, **policy)
     scaling = ScalePerBlock(prior, config)
 
     def attempt() -> Tensor:
@@ -270,7 +270,7 @@ def _scale_per_block(prior: Prior, settings: UnderflowSettings, batch: Batch) ->
 SCALED = {"one_scale": _one_scale, "scale_per_block": _scale_per_block}
 
 
-def _reach(settings: UnderflowSettings) -> int:
+def _reach(settings: UnderflowBenchConfig) -> int:
     """Powers of two, up and down, between which scales are sought."""
     return settings.powers * settings.layers // 2 + 40
 
@@ -286,7 +286,7 @@ def random_samples(n: int, device: torch.device) -> Batch:
     return text_BT.to(device), image_BN.to(device)
 
 
-def _writable(picture: str) -> Path:
-    path = Path(picture)
+def _writable(chart: str) -> Path:
+    path = Path(chart)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

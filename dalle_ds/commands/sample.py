@@ -1,4 +1,4 @@
-"""`dalle-ds sample`: draw pictures for captions, on one process or on all ranks of a launcher."""
+"""`dalle-ds sample`: draw images for captions, on one process or on all ranks of a launcher."""
 
 import logging
 from contextlib import nullcontext
@@ -14,11 +14,11 @@ from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.sampling.captions import SampleSource
 from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.folder import GRID, SampleFolder
-from dalle_ds.sampling.given import read_picture
+from dalle_ds.sampling.image_prompt import read_image_prompt
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import RowsDecoded
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.settings import SamplingConfig
 from dalle_ds.storage.names import SAMPLES_FILE
 from dalle_ds.tracking.export_run import track
 from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
@@ -31,16 +31,16 @@ WAIT_SECONDS = 86_400.0  # of ranks for the others: their shares are equal, but 
 def sample_export(
     url: str,
     out: Path,
-    settings: SampleSettings,
+    settings: SamplingConfig,
     source: SampleSource,
     *,
     clip: str | None = None,
     device: str = "auto",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Draw pictures into `out`, or go on with it; files as `SampleFolder.run`. Returns the summary, on every rank.
+    """Draw images into `out`, or go on with it; files as `SampleFolder.run`. Returns the summary, on every rank.
 
-    Ranks share the batches out and meet in `out`: their pictures are those of one rank. Each holds the whole model.
+    Ranks share the batches out and meet in `out`: their images are those of one rank. Each holds the whole model.
 
     Args:
         clip: folder or hub name of the CLIP that scores.
@@ -54,8 +54,8 @@ def sample_export(
         export = load_export(url, device)
         scorer = None if clip is None else load_scorer(clip, device)
         captions, real_codes_CN, about = ranks.from_main(source.read(export, settings.seed) if ranks.is_main else None)
-        given = None if source.image is None else read_picture(export, source.image, source.rows)
-        request = Request(tuple(captions), settings, given)
+        prompt = read_image_prompt(export, source.image_prompt, source.prompt_rows) if source.image_prompt else None
+        request = Request(tuple(captions), settings, prompt)
         folder = SampleFolder(export, request, out, scorer, real_codes_CN=real_codes_CN, about=about)
 
         def end_if_asked(_: RowsDecoded) -> None:
@@ -71,7 +71,7 @@ def sample_export(
 
 
 def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto") -> dict[str, Any]:
-    """Draw the pictures of a samples.json again. Returns the summary."""
+    """Draw the images of a samples.json again. Returns the summary."""
     export = load_export(url, str(resolve_device(device)))
     return _sample_summary(export, SampleFolder.repeating(export, record_file, out).run(), out, is_tracked=False)
 
@@ -79,13 +79,13 @@ def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto
 def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tracked: bool = True) -> dict[str, Any]:
     if is_tracked:
         with Image.open(out / GRID) as grid:
-            pictures, files = {"samples": grid.convert("RGB")}, [out / SAMPLES_FILE]
-            is_tracked = track(export.url, export.record, out, {}, pictures, files, "samples")
+            images, files = {"samples": grid.convert("RGB")}, [out / SAMPLES_FILE]
+            is_tracked = track(export.url, export.record, out, {}, images, files, "samples")
     return {
         "out": str(out),
         "grid": str(out / GRID),
         "record": str(out / SAMPLES_FILE),
-        "pictures": len(record["images"]),
+        "images": len(record["images"]),
         "captions": len(record["captions"]),
         "export_fingerprint": record["export_fingerprint"],
         "tracked": is_tracked,
@@ -95,6 +95,8 @@ def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tra
 def run(config: SampleConfig, ranks: Ranks) -> dict[str, Any]:
     if config.repeat is not None:
         return repeat_export(config.export, config.repeat, config.out, device=config.device)
-    source = SampleSource(config.caption, config.captions, config.validation, config.data, config.image, config.rows)
+    source = SampleSource(
+        config.caption, config.captions, config.validation, config.data, config.image_prompt, config.prompt_rows
+    )
     settings = config.settings()
     return sample_export(config.export, config.out, settings, source, clip=config.clip, device=config.device, ranks=ranks)

@@ -6,12 +6,12 @@ from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.sampling.serving.page import build_page, launch_page
-from dalle_ds.sampling.settings import PageLimits
+from dalle_ds.sampling.settings import PageLimitsConfig
 from dalle_ds.tracking.export_run import run_of_export
 
 
 def serve_export(
-    url: str, limits: PageLimits, *, clip: str | None, host: str, port: int, mlflow_url: str | None, device: str
+    url: str, limits: PageLimitsConfig, *, clip: str | None, host: str, port: int, mlflow_url: str | None, device: str
 ) -> None:
     """Serve the page of an export until the process is stopped.
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.recipes import Config, load_recipe
-from dalle_ds.sampling.settings import PageLimits, SampleSettings
+from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
 
 EXPORT = "export folder: a path or s3:// url"
 CLIP = "CLIP that scores: a folder, or a hub name of `transformers`"
@@ -22,7 +22,7 @@ class ExportConfig(Config):
     run: str = Field(description="folder of a prior's training run, or the s3:// url of its checkpoints")
     out: str = Field(description="folder for the export: a path or s3:// url")
     checkpoint: str | None = Field(None, description="checkpoint to take, e.g. update_00000500; unset: the newest")
-    averaged: bool = Field(True, description="take the averaged weights, or with --no-averaged the last ones")
+    ema: bool = Field(True, description="take the EMA of the weights, or with --no-ema the weights themselves")
     max_file_gb: float = Field(5.0, gt=0, description="a larger model becomes several files with an index")
 
 
@@ -42,26 +42,26 @@ class RegisterConfig(Config):
     mlflow_uri: str | None = Field(None, description="MLflow store; unset: the one that the export names")
 
 
-class SampleConfig(SampleSettings):
+class SampleConfig(SamplingConfig):
     section: ClassVar = "sample"
     export: str = Field(description=EXPORT)
     caption: tuple[str, ...] = Field((), description="a caption; may be repeated")
     captions: Path | None = Field(None, description="file with one caption a line; - reads standard input")
     validation: int = Field(0, ge=0, description="take N captions of the validation split, each of another group")
     data: str | None = Field(None, description=DATA)
-    image: Path | None = Field(None, description="image whose top rows every sample begins with")
-    rows: int | None = Field(None, description="rows of the image's grid that are kept; unset: 15 of 32, as the paper")
+    image_prompt: Path | None = Field(None, description="image whose top rows every sample begins with")
+    prompt_rows: int | None = Field(None, description="rows of its grid that are kept; unset: 15 of 32, as the paper")
     repeat: Path | None = Field(None, description="samples.json whose samples are drawn again, bit for bit")
     clip: str | None = Field(None, description=CLIP)
     out: Path = Field(Path("samples"), description="folder for images, grid.png and samples.json")
     device: str = Field("auto", description=DEVICE)
 
-    def settings(self) -> SampleSettings:
+    def settings(self) -> SamplingConfig:
         """What decides which samples come out."""
-        return SampleSettings(**{name: getattr(self, name) for name in SampleSettings.model_fields})
+        return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
-class ServeConfig(PageLimits):
+class ServeConfig(PageLimitsConfig):
     section: ClassVar = "serve"
     export: str = Field(description=EXPORT)
     clip: str | None = Field(None, description=CLIP)
@@ -70,9 +70,9 @@ class ServeConfig(PageLimits):
     mlflow_url: str | None = Field(None, description="MLflow server, for the link to the training run")
     device: str = Field("auto", description=DEVICE)
 
-    def limits(self) -> PageLimits:
+    def limits(self) -> PageLimitsConfig:
         """What one request may ask for."""
-        return PageLimits(**{name: getattr(self, name) for name in PageLimits.model_fields})
+        return PageLimitsConfig(**{name: getattr(self, name) for name in PageLimitsConfig.model_fields})
 
 
 class LossConfig(Config):
@@ -132,7 +132,7 @@ class HumanTallyConfig(Config):
     disagreement: float = Field(0.4, ge=0, le=1, description="if also this share of answers is against the others' majority")
 
 
-class PlanConfig(PlanSettings):
+class PlanConfig(PlanInputsConfig):
     section: ClassVar = "plan"
     preset: str | None = Field(None, description="tiny, 0.3b, 1.2b, 2.8b, 5.6b, 12b; unset: the recipe's, or 12b")
     recipe: Path | None = Field(None, exclude=True)
@@ -149,7 +149,7 @@ class PlanConfig(PlanSettings):
 
     def given(self) -> dict[str, Any]:
         """The settings that were given, rather than left at their defaults."""
-        return {name: getattr(self, name) for name in PlanSettings.model_fields if name in self.model_fields_set}
+        return {name: getattr(self, name) for name in PlanInputsConfig.model_fields if name in self.model_fields_set}
 
 
 class DoctorConfig(Config):
@@ -192,8 +192,8 @@ class DiagnoseConfig(Config):
         self.recipe_of_run()
 
     def recipe_of_run(self) -> Any:
-        """The `PriorRun` to repeat the update by: the diagnosis' own, where no recipe is named. Raises ConfigError."""
-        from dalle_ds.training.prior.config import PriorRun
+        """The `PriorRunConfig` to repeat the update by: the diagnosis' own, where no recipe is named. Raises ConfigError."""
+        from dalle_ds.training.prior.config import PriorRunConfig
         from dalle_ds.training.prior.diagnosis import DEEPSPEED_FILE, RECIPE_FILE
 
         recipe, overrides = self.recipe, list(self.recipe_overrides)
@@ -202,7 +202,7 @@ class DiagnoseConfig(Config):
                 raise ConfigError(f"{self.diagnosis}: name the recipe as well, such as recipe.yaml in the run's folder")
             recipe = Path(self.diagnosis, RECIPE_FILE)
             overrides.insert(0, f"deepspeed_config={Path(self.diagnosis, DEEPSPEED_FILE)}")
-        return load_recipe(PriorRun, recipe, overrides)
+        return load_recipe(PriorRunConfig, recipe, overrides)
 
 
 class ConfigConfig(Config):

@@ -1,4 +1,4 @@
-"""Pictures in: bytes to RGB, and the paper's crops (listings 1 and 2 of the appendix, and the release notebook's)."""
+"""Images in: bytes to RGB, and the paper's crops (listings 1 and 2 of the appendix, and the release notebook's)."""
 
 import io
 import warnings
@@ -15,14 +15,14 @@ from dalle_ds.storage.hashing import hash_to_integer
 MAX_PIXELS: Final = 128 * 2**20  # 134 megapixels; a decompression bomb names more in its header
 CROP_RULE: Final = "paper-listing-2/area/v1"  # part of a data set's fingerprint: change it when `prior_crop` changes
 
-# Pillow knows more, and some of those start other programs (Ghostscript for EPS): a lying picture must not choose.
+# Pillow knows more, and some of those start other programs (Ghostscript for EPS): a lying image must not choose.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
-Picture = Image.Image | np.ndarray
+AnyImage = Image.Image | np.ndarray
 
 
 class ImageProblem(Exception):
-    """A picture that cannot be used; `reason` is the word it is counted under. Never a reason to stop a run."""
+    """An image that cannot be used; `reason` is the word it is counted under. Never a reason to stop a run."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -67,7 +67,7 @@ def upright_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255
 
 
 def extension_of(data: bytes) -> str:
-    """The extension of a picture's format, told by its first bytes ("jpg" if unknown); nothing is decoded."""
+    """The extension of an image's format, told by its first bytes ("jpg" if unknown); nothing is decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,7 +79,7 @@ def extension_of(data: bytes) -> str:
 
 
 def dvae_augment(
-    image: Picture, target: int, rng: np.random.Generator, *, min_zoom: float = 9 / 8, max_zoom: float = 12 / 8
+    image: AnyImage, target: int, rng: np.random.Generator, *, min_zoom: float = 9 / 8, max_zoom: float = 12 / 8
 ) -> np.ndarray:
     """Random crop, resize and flip for dVAE training (listing 1, whose zooms are the defaults): uint8 (target, target, 3).
 
@@ -96,10 +96,10 @@ def dvae_augment(
     return np.ascontiguousarray(crop_HWC[:, ::-1]) if rng.integers(2) else crop_HWC
 
 
-def prior_crop(image: Picture, target: int, seed: int) -> np.ndarray:
-    """Near-centre crop for the prior's data (listing 2): uint8 (target, target, 3); no flip, since pictures may hold text.
+def prior_crop(image: AnyImage, target: int, seed: int) -> np.ndarray:
+    """Near-centre crop for the prior's data (listing 2): uint8 (target, target, 3); no flip, since images may hold text.
 
-    The same picture and seed give the same crop, on any machine; `seed_of(key)` gives each sample its own.
+    The same image and seed give the same crop, on any machine; `seed_of(key)` gives each sample its own.
 
     Raises:
         ImageProblem: "too small", if the short side is under `target`.
@@ -115,18 +115,18 @@ def prior_crop(image: Picture, target: int, seed: int) -> np.ndarray:
     return _resize_and_crop(pixels_HWC[top : top + side, left : left + side], resized, target, rng)
 
 
-def center_crop(image: Picture, target: int) -> np.ndarray:
+def center_crop(image: AnyImage, target: int) -> np.ndarray:
     """The release notebook's rule: short side to `target` by Lanczos, then the middle: uint8 (target, target, 3).
 
     Raises:
         ImageProblem: "too small", if the short side is under `target`.
     """
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    side = _short_side(picture.height, picture.width, target)
-    width, height = (round(target * length / side) for length in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    side = _short_side(image.height, image.width, target)
+    width, height = (round(target * length / side) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - target) // 2, (height - target) // 2
-    return np.asarray(picture.crop((left, top, left + target, top + target)))
+    return np.asarray(image.crop((left, top, left + target, top + target)))
 
 
 def seed_of(key: str) -> int:
@@ -157,7 +157,7 @@ def area_resize(pixels_SSC: np.ndarray, size: int, top: int = 0, left: int = 0, 
     return np.clip(np.rint(cells_WWC), 0, 255).astype(np.uint8)
 
 
-@lru_cache(1024)  # pictures of one size are many
+@lru_cache(1024)  # images of one size are many
 def _area_taps(side: int, size: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     # Source index and weight of each tap of output cells start .. start + count - 1: two (count, taps) arrays.
     scale = (side - 1) / (size - 1) if size > 1 else side / size
@@ -174,7 +174,7 @@ def _resize_and_crop(pixels_SSC: np.ndarray, size: int, target: int, rng: np.ran
     return area_resize(pixels_SSC, size, top, left, target)
 
 
-def _pixels(image: Picture) -> np.ndarray:
+def _pixels(image: AnyImage) -> np.ndarray:
     return image if isinstance(image, np.ndarray) else np.asarray(image)
 
 

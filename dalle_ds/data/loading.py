@@ -47,7 +47,7 @@ class TrainBatches(IterableDataset[TokenBatch]):
     def __init__(self, mix: TokenMix, *, start_update: int, **settings: Any) -> None:
         self._mix, self._settings = mix, settings
         self._start(start_update)
-        self.updates_per_epoch = self._stream.steps_per_epoch
+        self.updates_per_epoch = self._stream.updates_per_epoch
         """Of a mix: updates that give as many samples as its sets have together."""
 
     def _start(self, update: int) -> None:

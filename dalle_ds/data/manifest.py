@@ -184,7 +184,7 @@ class DatasetInfo(Record):
     validation_fraction: float
     precision: str | None = None  # of the encoder, where it is not fp32
     tf32: bool | None = None  # True: its fp32 convolutions were computed in TF32; else there is no such field
-    agreement: float | None = None  # share of tokens that were those of fp32 on the first pictures: a figure, no identity
+    agreement: float | None = None  # share of tokens that were those of fp32 on the first images: a figure, no identity
     fingerprint: str = ""
 
     @property

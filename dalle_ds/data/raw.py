@@ -1,4 +1,4 @@
-"""Raw shards: WebDataset tars of pictures with captions, read sample by sample, where nothing damaged goes uncounted."""
+"""Raw shards: WebDataset tars of images with captions, read sample by sample, where nothing damaged goes uncounted."""
 
 import json
 import tarfile
@@ -23,7 +23,7 @@ MAX_LIST_BYTES: Final = 8 * 2**30
 
 @dataclass(frozen=True)
 class RawSample:
-    """A picture, still encoded, with its caption. Samples that share a `group` (skin tones of one emoji) share a split."""
+    """An image, still encoded, with its caption. Samples that share a `group` (skin tones of one emoji) share a split."""
 
     key: str
     group: str
@@ -82,7 +82,7 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
     if not tars:
         raise DataError(
             f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
-            "`dalle-ds data ingest` makes them from a folder of pictures with captions"
+            "`dalle-ds data ingest` makes them from a folder of images with captions"
         )
     names = {url: _shard_name(root_url, url) for url in tars}
     return sorted((RawShard(names[url], url, size) for url, size in tars.items()), key=lambda shard: shard.name)
@@ -105,7 +105,7 @@ def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:
         raise DataError(f"{shard.url}: the shard is gone") from None
 
 
-def iterate_pictures(root_url: str | Path, split: str, validation_fraction: float) -> Iterator[RawSample]:
+def iterate_images(root_url: str | Path, split: str, validation_fraction: float) -> Iterator[RawSample]:
     """All samples of a split, shard by shard."""
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}: expected 'train' or 'validation'")
@@ -115,8 +115,8 @@ def iterate_pictures(root_url: str | Path, split: str, validation_fraction: floa
                 yield sample
 
 
-def load_pictures(root_url: str | Path, split: str, validation_fraction: float) -> list[RawSample]:
-    """All samples of a split in memory, for small sets; `iterate_pictures` streams larger ones.
+def load_images(root_url: str | Path, split: str, validation_fraction: float) -> list[RawSample]:
+    """All samples of a split in memory, for small sets; `iterate_images` streams larger ones.
 
     Raises:
         DataError: the shards hold more than 8 GiB, or the split has no sample.
@@ -127,7 +127,7 @@ def load_pictures(root_url: str | Path, split: str, validation_fraction: float) 
             f"{root_url}: {total / 2**30:.1f} GiB of raw shards, expected at most {MAX_LIST_BYTES / 2**30:.0f} GiB "
             "to be held in memory"
         )
-    samples = list(iterate_pictures(root_url, split, validation_fraction))
+    samples = list(iterate_images(root_url, split, validation_fraction))
     if not samples:
         raise DataError(f"{root_url}: no sample in the {split} split at validation_fraction {validation_fraction}")
     return samples
@@ -241,13 +241,13 @@ def _is_safe(key: str) -> bool:
 def _assemble(key: str, parts: dict[str, bytes], dropped: str) -> RawSample | Dropped:
     if dropped:
         return Dropped(ascii(key[:MAX_KEY_CHARACTERS])[1:-1] if dropped == "unsafe name" else key, dropped)
-    pictures = [extension for extension in parts if extension in IMAGE_EXTENSIONS]
-    if not pictures:
-        return Dropped(key, "no picture")
+    images = [extension for extension in parts if extension in IMAGE_EXTENSIONS]
+    if not images:
+        return Dropped(key, "no image")
     try:
         record = json.loads(parts["json"]) if "json" in parts else {}
         caption, group = record.get("caption"), record.get("group", key)
-        if caption is None:  # img2dataset's json may be all about the picture, with the caption in the txt
+        if caption is None:  # img2dataset's json may be all about the image, with the caption in the txt
             caption = parts["txt"].decode()
         f"{caption}{group}".encode()  # json may hold half a surrogate pair, which no file can
     except KeyError:
@@ -256,4 +256,4 @@ def _assemble(key: str, parts: dict[str, bytes], dropped: str) -> RawSample | Dr
         return Dropped(key, "unreadable caption")
     if not isinstance(caption, str) or not isinstance(group, str):
         return Dropped(key, "unreadable caption")
-    return RawSample(key, group, caption, parts[pictures[0]], pictures[0])
+    return RawSample(key, group, caption, parts[images[0]], images[0])

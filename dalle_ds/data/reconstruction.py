@@ -6,10 +6,10 @@ import numpy as np
 
 
 def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each picture in dB (B,), infinite where both are equal.
+    """Peak signal-to-noise ratio of each image in dB (B,), infinite where both are equal.
 
     Raises:
-        ValueError: pictures are not uint8 of equal shapes.
+        ValueError: images are not uint8 of equal shapes.
     """
     _require_pairs(real_BCHW, reconstructed_BCHW)
     difference = real_BCHW.astype(np.float64) - reconstructed_BCHW
@@ -19,11 +19,11 @@ def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
 
 
 def ssim(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
-    """Structural similarity of each picture (B,), 1 where both are equal: the settings of Wang et al. 2004 (Gaussian window of
+    """Structural similarity of each image (B,), 1 where both are equal: the settings of Wang et al. 2004 (Gaussian window of
     sigma 1.5), mean over channels.
 
     Raises:
-        ValueError: pictures are not uint8 of equal shapes, at least 11 pixels a side.
+        ValueError: images are not uint8 of equal shapes, at least 11 pixels a side.
     """
     from skimage.metrics import structural_similarity  # brings SciPy along
 
@@ -54,6 +54,6 @@ def codebook_usage(histogram_K: np.ndarray) -> CodebookUsage:
 def _require_pairs(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> None:
     if real_BCHW.shape != reconstructed_BCHW.shape or real_BCHW.dtype != np.uint8 or reconstructed_BCHW.dtype != np.uint8:
         raise ValueError(
-            f"pictures {real_BCHW.dtype} {real_BCHW.shape} and {reconstructed_BCHW.dtype} {reconstructed_BCHW.shape}: "
+            f"images {real_BCHW.dtype} {real_BCHW.shape} and {reconstructed_BCHW.dtype} {reconstructed_BCHW.shape}: "
             "expected uint8 of equal shapes"
         )

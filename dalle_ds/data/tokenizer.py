@@ -66,7 +66,7 @@ class CaptionTokenizer:
                 f"{source}: expected a sentencepiece .model file, found {len(self.model_bytes)} bytes of "
                 f"something else ({error})"
             ) from None
-        self.n_vocab: int = self._processor.vocab_size()
+        self.vocab_size: int = self._processor.vocab_size()
         self._index_pieces(source)
         rule = {"kind": "caption tokenizer", "normalization": NORMALIZATION, "split": SPLITTING_RULE}
         self.fingerprint: str = fingerprint(rule, {"model": self.model_bytes})
@@ -81,7 +81,7 @@ class CaptionTokenizer:
         self._id_of_piece = {}
         self._rank_of_piece = {}
         self._id_of_byte = {}
-        for i in range(self.n_vocab):
+        for i in range(self.vocab_size):
             piece = model.id_to_piece(i)
             if model.is_byte(i):
                 self._id_of_byte[int(piece[3:5], 16)] = i
@@ -97,12 +97,12 @@ class CaptionTokenizer:
                 self._rank_of_piece[piece] = -model.get_score(i)
             self._id_of_piece[piece] = i
         if SPACE not in self._id_of_piece:
-            raise DataError(f"{source}: no piece for a space, expected {SPACE!r} among its {self.n_vocab} pieces")
+            raise DataError(f"{source}: no piece for a space, expected {SPACE!r} among its {self.vocab_size} pieces")
         if len(self._id_of_byte) != 256:
             raise DataError(f"{source}: {len(self._id_of_byte)} byte pieces, expected 256 (a model trained with byte_fallback)")
 
     def encode(self, caption: str) -> list[int]:
-        """Token ids in [0, n_vocab), without any start or end mark; empty for a caption of spaces alone."""
+        """Token ids in [0, vocab_size), without any start or end mark; empty for a caption of spaces alone."""
         return np.frombuffer(self.pack(caption), dtype=np.int32).tolist()
 
     def pack(self, caption: str) -> bytes:
@@ -161,7 +161,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) 
 
     Captions are streamed: memory grows with the distinct words, not with the captions. The same captions in any order give
     the same bytes. Where the captions have too few distinct letter pairs for `vocab_size`, the vocabulary is as large as they
-    support (`n_vocab` of the result), and that is logged.
+    support (`vocab_size` of the result), and that is logged.
 
     Raises:
         ConfigError: `vocab_size` is below the bytes and single characters that every model needs.
@@ -180,11 +180,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) 
     tokenizer = CaptionTokenizer(_train(words, required, vocab_size))
     lost = [c for c in required + string.ascii_lowercase if c not in tokenizer._id_of_piece]
     assert not lost, f"sentencepiece left out required characters {lost}"
-    if tokenizer.n_vocab < vocab_size:
+    if tokenizer.vocab_size < vocab_size:
         log.info(
             "tokenizer: %d tokens asked for, %d made: %d captions of %d distinct words have no more merges to learn",
             vocab_size,
-            tokenizer.n_vocab,
+            tokenizer.vocab_size,
             n_captions,
             len(words),
         )

@@ -51,7 +51,7 @@ class TokenStream:
         mix: the data sets with their weights.
         text_len: the model's text slots; captions are cut to text_len - 1 tokens (slot 0 is start-of-text).
         bpe_dropout: chance to drop a merge candidate; the paper has 0.1.
-        caption_dropout: chance that a sample's text is all PAD, so that the prior learns pictures without a caption too and can
+        caption_dropout: chance that a sample's text is all PAD, so that the prior learns images without a caption too and can
             be sampled with classifier-free guidance; the paper has none. Kept captions stay as they would be without it.
         start_update: number of the first update to give.
         prefetch: updates made ahead on a background thread.
@@ -88,7 +88,7 @@ class TokenStream:
             [dataset.block_sizes for dataset in mix.sets], mix.weights, seed=seed, global_batch=global_batch
         )
         # of several sets: updates that give as many samples as they have together
-        self.steps_per_epoch = mix.n_samples // global_batch
+        self.updates_per_epoch = mix.n_samples // global_batch
         self.next_update = start_update
         self.n_truncated = 0
         for dataset, n_windows in zip(mix.sets, self._order.n_windows(slots), strict=True):
@@ -135,7 +135,7 @@ def validation_batches(
     mix: TokenMix, *, text_len: int, batch: int, rank: int, world_size: int, limit: int | None = None
 ) -> list[TokenBatch]:
     """The same samples at every call, without dropout, equally many batches on all ranks. Those of all sets together: each
-    counts by its held-out samples, not by its weight.
+    counts by its validation samples, not by its weight.
 
     Args:
         limit: samples over all ranks at most; they come from blocks all over the split. None: all of them.

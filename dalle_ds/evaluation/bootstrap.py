@@ -27,7 +27,7 @@ def mean_interval(
 def interval_about(value: float, resampled_R: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """`value` give or take normal quantiles of the resamples' spread.
 
-    For scores with a bias that depends on the number of distinct pictures (FID, Inception Score): a resample has fewer of
+    For scores with a bias that depends on the number of distinct images (FID, Inception Score): a resample has fewer of
     them, so that resamples lie to one side of the score and their own percentiles would miss it.
     """
     half = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(resampled_R, ddof=1))

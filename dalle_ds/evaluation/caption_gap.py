@@ -1,11 +1,11 @@
-"""The caption gap: how much worse the prior predicts pictures from wrong captions, in nats an image token.
+"""The caption gap: how much worse the prior predicts images from wrong captions, in nats an image token.
 
 The cheapest score of conditioning: it needs no weights but the model's own. Zero means that captions are ignored.
 S samples, N image tokens a sample, G cells a side of the grid.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from dalle_ds.evaluation.bootstrap import mean_interval
 class CaptionGap:
     """Means over samples, nats an image token; the interval is for the gap."""
 
-    image_nll: float
-    image_nll_shuffled: float
+    image_loss: float
+    image_loss_shuffled: float
     gap: float
     gap_low: float
     gap_high: float
@@ -29,7 +29,18 @@ class CaptionGap:
     n_classes: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As `evaluate.json` and the summary of `dalle-ds eval loss` name it."""
+        return {**self.metrics(), "confidence": self.confidence, "n_samples": self.n_samples, "n_classes": self.n_classes}
+
+    def metrics(self) -> dict[str, float]:
+        """As named in the tracker too."""
+        return {
+            "loss/validation/image": self.image_loss,
+            "loss/validation/image_shuffled": self.image_loss_shuffled,
+            "caption_gap": self.gap,
+            "caption_gap_low": self.gap_low,
+            "caption_gap_high": self.gap_high,
+        }
 
 
 def caption_classes(captions: Sequence[str], groups: Sequence[str]) -> np.ndarray:
@@ -60,7 +71,7 @@ def derangement(classes_S: np.ndarray, seed: int = 0) -> np.ndarray:
     largest = int(np.bincount(classes_S).max()) if n else 0
     if n < 2 or 2 * largest > n:
         raise DataError(
-            f"captions can't be shuffled: {largest} of {n} held-out samples have captions that are alike; "
+            f"captions can't be shuffled: {largest} of {n} validation samples have captions that are alike; "
             "expected at least two samples and at most half of them alike"
         )
     rng = np.random.default_rng(seed)
@@ -92,7 +103,7 @@ def measure_gap(
             f"losses {nll_SN.shape}, shuffled {nll_shuffled_SN.shape}, classes {classes_S.shape}: expected equal lengths"
         )
     if not (np.isfinite(nll_SN).all() and np.isfinite(nll_shuffled_SN).all()):
-        raise DataError("held-out losses are not finite: the model's weights are damaged or it diverged")
+        raise DataError("validation losses are not finite: the model's weights are damaged or it diverged")
     right, wrong = nll_SN.mean(1, dtype=np.float64), nll_shuffled_SN.mean(1, dtype=np.float64)
     low, high = mean_interval(wrong - right, classes_S, confidence=confidence, n_resamples=n_resamples, seed=seed)
     return CaptionGap(
@@ -108,7 +119,7 @@ def measure_gap(
 
 
 def position_map(nll_SN: np.ndarray) -> np.ndarray:
-    """Mean loss by place in the picture (G, G), nats. Raises ValueError where N is no square."""
+    """Mean loss by place in the image (G, G), nats. Raises ValueError where N is no square."""
     side = round(nll_SN.shape[1] ** 0.5)
     if side * side != nll_SN.shape[1]:
         raise ValueError(f"{nll_SN.shape[1]} tokens a sample are no square grid")

@@ -1,6 +1,6 @@
-"""Fréchet distance between two sets of pictures, as Gaussians over an extractor's features (Heusel et al. 2017), in fp64.
+"""Fréchet distance between two sets of images, as Gaussians over an extractor's features (Heusel et al. 2017), in fp64.
 
-N pictures, D features, R rows of a factor: at most D.
+N images, D features, R rows of a factor: at most D.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class Moments:
 
 
 def moments(features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> Moments:
-    """Moments in fp64; `weights_N` says how often each picture counts (whole numbers).
+    """Moments in fp64; `weights_N` says how often each image counts (whole numbers).
 
     Raises:
-        ValueError: fewer than two pictures, or features that are not finite.
+        ValueError: fewer than two images, or features that are not finite.
     """
     n_features = features_ND.shape[1]
     weights = np.ones(len(features_ND)) if weights_N is None else weights_N.astype(np.float64)
     n = int(weights.sum())
     if n < 2 or not np.isfinite(features_ND).all():
-        raise ValueError(f"{n} pictures with features of {n_features} numbers: expected two or more, all finite")
+        raise ValueError(f"{n} images with features of {n_features} numbers: expected two or more, all finite")
     rows = np.flatnonzero(weights)
     step = CHUNK * n_features
     chunks = [rows[start : start + step] for start in range(0, len(rows), step)]
@@ -49,13 +49,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean difference|^2 + tr(A + B - 2 sqrt(A B)), of covariances A and B.
 
     The trace of the root is the sum of the singular values of factor_a @ factor_b.T, whose squares are the eigenvalues of A B:
-    no square root of a covariance is taken, so that singular ones (fewer pictures than features) need no special care.
+    no square root of a covariance is taken, so that singular ones (fewer images than features) need no special care.
 
     Raises:
         ValueError: features of different lengths.
     """
     if a.mean_D.shape != b.mean_D.shape:
-        raise ValueError(f"{a.mean_D.size} and {b.mean_D.size} features a picture: expected equal numbers")
+        raise ValueError(f"{a.mean_D.size} and {b.mean_D.size} features an image: expected equal numbers")
     root = np.linalg.svd(a.factor_RD @ b.factor_RD.T, compute_uv=False).sum()
     means = np.square(a.mean_D - b.mean_D).sum()
     return float(means + np.square(a.factor_RD).sum() + np.square(b.factor_RD).sum() - 2 * root)
@@ -64,9 +64,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def fid_interval(
     features_ND: np.ndarray, reference: Moments, fid: float, *, n_resamples: int = 20, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of `fid` under other draws of the pictures, with the reference as it is.
+    """95 % interval of `fid` under other draws of the images, with the reference as it is.
 
-    It says nothing of FID's bias: with fewer pictures FID is higher, so compare at equal N only. A resample costs a
+    It says nothing of FID's bias: with fewer images FID is higher, so compare at equal N only. A resample costs a
     factorisation of N x D and the singular values of D x D: 12 s on one core at 30,000 x 2048.
     """
     rng, n = np.random.default_rng(seed), len(features_ND)

@@ -1,4 +1,4 @@
-"""The page of the paper's human evaluation (figure 7, appendix F): two pictures of one caption, two questions."""
+"""The page of the paper's human evaluation (figure 7, appendix F): two images of one caption, two questions."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.picture_sets import Entry, decode, open_pictures
+from dalle_ds.evaluation.image_sets import Entry, decode, open_images
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
 
@@ -22,26 +22,26 @@ SIDES = ("ours", "theirs")
 def build_pages(
     ours: str | Path, theirs: str | Path, out: Path, *, limit: int = 1000, per_page: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """Pages to vote on, one HTML file each that needs no network, and key.json, which tells whose picture is where.
+    """Pages to vote on, one HTML file each that needs no network, and key.json, which tells whose image is where.
 
-    A task is a caption with the first picture of either set, which is the best where samples were reranked. The order of tasks
+    A task is a caption with the first image of either set, which is the best where samples were reranked. The order of tasks
     and the sides are drawn by `seed`. Each page is for as many people as votes are wanted, five in the paper; the key stays
     with whoever tallies.
 
     Args:
-        ours, theirs: pictures with captions, as `picture_sets.open_pictures` takes them.
+        ours, theirs: images with captions, as `image_sets.open_images` takes them.
         limit: tasks in all; the paper has 1000. per_page: on one page.
 
     Returns:
         The summary: tasks, pages, captions that only one side has.
 
     Raises:
-        DataError: no caption is in both sets, or a picture can't be read.
+        DataError: no caption is in both sets, or an image can't be read.
     """
     sets = [_by_caption(source) for source in (ours, theirs)]
     shared = [caption for caption in sets[0] if caption in sets[1]]
     if not shared:
-        raise DataError(f"{ours} and {theirs}: no caption with a picture in both, of {len(sets[0])} and {len(sets[1])}")
+        raise DataError(f"{ours} and {theirs}: no caption with an image in both, of {len(sets[0])} and {len(sets[1])}")
     rng = np.random.default_rng(seed)
     captions = [shared[i] for i in rng.permutation(len(shared))[:limit]]
     lefts = [SIDES[i] for i in rng.integers(2, size=len(captions))]
@@ -50,8 +50,8 @@ def build_pages(
         for number, (caption, left) in enumerate(zip(captions, lefts, strict=True))
     ]
     marks = {
-        f"{side}/{task['task']}": pictures[task["caption"]].data
-        for side, pictures in zip(SIDES, sets, strict=True)
+        f"{side}/{task['task']}": images[task["caption"]].data
+        for side, images in zip(SIDES, sets, strict=True)
         for task in tasks
     }
     study = fingerprint({"tasks": tasks}, marks)
@@ -62,17 +62,17 @@ def build_pages(
         objects.write_bytes(out / f"{page[0]['page']}.html", _html(content).encode())
     key = {"schema": 1, "study": study, "seed": seed, "ours": str(ours), "theirs": str(theirs), "tasks": tasks}
     objects.write_bytes(out / KEY, json.dumps(key, indent=1, ensure_ascii=False).encode())
-    unshared = [len(pictures) - len(shared) for pictures in sets]
+    unshared = [len(images) - len(shared) for images in sets]
     summary = {"out": str(out), "study": study, "tasks": len(tasks), "pages": len(list(_pages(tasks)))}
     return {**summary, "only_ours": unshared[0], "only_theirs": unshared[1]}
 
 
 def _by_caption(source: str | Path) -> dict[str, Entry]:
-    """The first picture of each caption. A DataError where a picture has none."""
+    """The first image of each caption. A DataError where an image has none."""
     found: dict[str, Entry] = {}
-    for entry in open_pictures(source):
+    for entry in open_images(source):
         if not entry.caption:
-            raise DataError(f"{source}: picture {entry.key} has no caption; people are asked which picture matches it")
+            raise DataError(f"{source}: image {entry.key} has no caption; people are asked which image matches it")
         found.setdefault(entry.caption, entry)
     return found
 
@@ -84,8 +84,8 @@ def _pages(tasks: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
 
 def _shown(task: dict[str, str], sets: list[dict[str, Entry]]) -> dict[str, Any]:
     order = sets if task["left"] == SIDES[0] else sets[::-1]
-    pictures = [_data_url(pictures[task["caption"]]) for pictures in order]
-    return {"task": task["task"], "caption": task["caption"], "pictures": pictures}
+    images = [_data_url(images[task["caption"]]) for images in order]
+    return {"task": task["task"], "caption": task["caption"], "images": images}
 
 
 def _data_url(entry: Entry) -> str:

@@ -17,7 +17,7 @@ QUESTIONS: Final = ("realism", "caption")
 OTHER: Final = {"ours": "theirs", "theirs": "ours"}
 
 
-class Rule(Config):
+class TallyConfig(Config):
     """When a worker's votes are left out: both shares are exceeded.
 
     Appendix F left out one worker for disagreement together with many answers within four seconds, without further numbers.
@@ -54,7 +54,7 @@ class Answer:
     choice: dict[str, str]
 
 
-def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule: Rule | None = None) -> dict[str, Any]:
+def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule: TallyConfig | None = None) -> dict[str, Any]:
     """Shares of the tasks that either side wins, of each question, with 95 % (Wilson) intervals.
 
     A task goes to the answer with most votes; where two share the lead it is a tie and counts for nobody, but stays in the
@@ -63,7 +63,7 @@ def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule:
     Raises:
         DataError: a file that is none, of another study, or two votes of one worker on one task.
     """
-    rule = rule or Rule()
+    rule = rule or TallyConfig()
     key = _read_key(key_file)
     answers = list(_read_answers(vote_files, key, key_file))
     workers = _judge_workers(answers, rule)
@@ -92,7 +92,7 @@ def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule:
     return {**outcome, "rule": rule.model_dump(), "workers": workers}
 
 
-def _judge_workers(answers: Sequence[Answer], rule: Rule) -> dict[str, dict[str, Any]]:
+def _judge_workers(answers: Sequence[Answer], rule: TallyConfig) -> dict[str, dict[str, Any]]:
     """How each worker's answers on realism compare with the majority of the others', and how fast they came."""
     by_task: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:

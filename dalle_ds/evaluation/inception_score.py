@@ -1,6 +1,6 @@
-"""Inception Score (Salimans et al. 2016): pictures should each be of a clear class, and of many classes together.
+"""Inception Score (Salimans et al. 2016): images should each be of a clear class, and of many classes together.
 
-N pictures, K classes.
+N images, K classes.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class InceptionScore:
 
 
 def inception_score(logits_NK: np.ndarray, *, n_splits: int = 10, n_resamples: int = 200, seed: int = 0) -> InceptionScore:
-    """exp of the mean KL divergence of a picture's classes from all pictures' classes, over random splits of the pictures.
+    """exp of the mean KL divergence of an image's classes from all images' classes, over random splits of the images.
 
-    The interval resamples pictures within each split.
+    The interval resamples images within each split.
 
     Raises:
-        ValueError: fewer pictures than two a split, or logits that are not finite.
+        ValueError: fewer images than two a split, or logits that are not finite.
     """
     n = len(logits_NK)
     if n < 2 * n_splits or not np.isfinite(logits_NK).all():
-        raise ValueError(f"{n} pictures in {n_splits} splits: expected two or more a split, with finite logits")
+        raise ValueError(f"{n} images in {n_splits} splits: expected two or more a split, with finite logits")
     rng = np.random.default_rng(seed)
     scores_S, resampled_RS = np.empty(n_splits), np.empty((n_resamples, n_splits))
     for split, rows in enumerate(np.array_split(rng.permutation(n), n_splits)):

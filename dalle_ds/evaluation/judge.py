@@ -13,7 +13,7 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.bootstrap import mean_interval
 
 RESAMPLES = 10_000
-SAME = ("export_fingerprint", "captions", "settings", "picture")
+SAME = ("export_fingerprint", "captions", "settings", "image_prompt")
 """Of two records of the same candidates."""
 
 

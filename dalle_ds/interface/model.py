@@ -18,11 +18,11 @@ from torch import Tensor
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.interface.images import Images, crops_of
 from dalle_ds.recipes import from_values
-from dalle_ds.sampling.decode import decode_pictures
+from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.export import Export
-from dalle_ds.sampling.given import GivenPicture, give_picture, read_picture
+from dalle_ds.sampling.image_prompt import ImagePrompt, make_image_prompt, read_image_prompt
 from dalle_ds.sampling.likelihood import image_losses
-from dalle_ds.sampling.request import Request, SampleSettings
+from dalle_ds.sampling.request import Request, SamplingConfig
 from dalle_ds.sampling.sampler import Candidate, Sampler
 from dalle_ds.sampling.scorer import Scorer, load_scorer
 
@@ -33,7 +33,7 @@ Codes = Tensor | np.ndarray | Sequence[Tensor]
 
 
 class SampleOptions(TypedDict, total=False):
-    """The options of `Model.sample`: fields of `SampleSettings`, which has their defaults and bounds."""
+    """The options of `Model.sample`: fields of `SamplingConfig`, which has their defaults and bounds."""
 
     n: int
     keep: int | None
@@ -104,7 +104,7 @@ class Model:
     @property
     def n_codes(self) -> int:
         """Size of the codebook: codes are 0 to n_codes - 1."""
-        return self._export.dvae.config.vocab_size
+        return self._export.dvae.config.n_codes
 
     @property
     def text_len(self) -> int:
@@ -127,8 +127,8 @@ class Model:
         captions: str,
         *,
         scorer: str | Path | Scorer | None = None,
-        image: str | Path | bytes | Image.Image | None = None,
-        rows: int | None = None,
+        image_prompt: str | Path | bytes | Image.Image | None = None,
+        prompt_rows: int | None = None,
         **options: Unpack[SampleOptions],
     ) -> list[Sample]: ...
 
@@ -138,8 +138,8 @@ class Model:
         captions: list[str] | tuple[str, ...],
         *,
         scorer: str | Path | Scorer | None = None,
-        image: str | Path | bytes | Image.Image | None = None,
-        rows: int | None = None,
+        image_prompt: str | Path | bytes | Image.Image | None = None,
+        prompt_rows: int | None = None,
         **options: Unpack[SampleOptions],
     ) -> list[list[Sample]]: ...
 
@@ -148,8 +148,8 @@ class Model:
         captions: str | Sequence[str],
         *,
         scorer: str | Path | Scorer | None = None,
-        image: str | Path | bytes | Image.Image | None = None,
-        rows: int | None = None,
+        image_prompt: str | Path | bytes | Image.Image | None = None,
+        prompt_rows: int | None = None,
         **options: Unpack[SampleOptions],
     ) -> list[Sample] | list[list[Sample]]:
         """Draw images for captions: pixel for pixel those of `dalle-ds sample` with the same options.
@@ -158,9 +158,9 @@ class Model:
             captions: one, or several.
             scorer: what chooses among candidates: a CLIP's folder or hub name, or an object with the methods of
                 `dalle_ds.Scorer`. None: the scorer that the model was loaded with.
-            image: image-to-image: the top `rows` rows of its codes are kept, the rest is drawn. A file, a file's bytes, or a
-                PIL image, which counts as its PNG file. Captions may then be empty: "" draws variations.
-            rows: 0 to grid - 1; None: the paper's share, 15 of 32.
+            image_prompt: image-to-image: the top `prompt_rows` rows of its codes are kept, the rest is drawn. A file, a file's
+                bytes, or a PIL image, which counts as its PNG file. Captions may then be empty: "" draws variations.
+            prompt_rows: 0 to grid - 1; None: the paper's share, 15 of 32.
             n: candidates for each caption.
             keep: the best of them by the scorer; None: all.
             temperature: the paper's is 1; 0 takes the likeliest token.
@@ -176,10 +176,11 @@ class Model:
         Raises:
             UserError: what cannot be drawn, as the command says it; a scorer or an image that cannot be read.
         """
-        settings = from_values(SampleSettings, options, "Model.sample")
-        if rows is not None and image is None:
-            raise ConfigError(f"rows {rows} says how much of an image is kept, and there is none: expected image=")
-        request = Request((captions,) if isinstance(captions, str) else tuple(captions), settings, self._given(image, rows))
+        settings = from_values(SamplingConfig, options, "Model.sample")
+        if prompt_rows is not None and image_prompt is None:
+            raise ConfigError(f"prompt_rows {prompt_rows} without an image: expected an image_prompt")
+        prompt = self._image_prompt(image_prompt, prompt_rows)
+        request = Request((captions,) if isinstance(captions, str) else tuple(captions), settings, prompt)
         sampler = Sampler(self._export, self._scorer_of(scorer))
         with self._one_at_a_time:
             chosen = sampler.draw(request)
@@ -217,7 +218,7 @@ class Model:
         Raises:
             UserError: another shape or type, or codes that the codebook does not have.
         """
-        return decode_pictures(self._export.dvae, self._codes_of(codes))
+        return decode_images(self._export.dvae, self._codes_of(codes))
 
     def loss(self, captions: Sequence[str], images: Images | Codes, *, batch: int = 16) -> Loss:
         """How unlikely the prior finds images given their captions, as `dalle-ds evaluate` computes it.
@@ -251,19 +252,19 @@ class Model:
             self._loaded[name] = open_scorer(name, self.device)
         return self._loaded[name]
 
-    def _given(self, image: str | Path | bytes | Image.Image | None, rows: int | None) -> GivenPicture | None:
+    def _image_prompt(self, image: str | Path | bytes | Image.Image | None, rows: int | None) -> ImagePrompt | None:
         if image is None:
             return None
         if isinstance(image, str | Path):
-            return read_picture(self._export, Path(image), rows)
+            return read_image_prompt(self._export, Path(image), rows)
         if isinstance(image, Image.Image):
             file = io.BytesIO()
             image.save(file, "png")
             image = file.getvalue()
-        return give_picture(self._export, image, rows)
+        return make_image_prompt(self._export, image, rows)
 
     def _samples(self, sampler: Sampler, request: Request, candidates: list[Candidate]) -> list[Sample]:
-        images = sampler.pictures(candidates)
+        images = sampler.images(candidates)
         return [
             Sample(image, request.captions[found.index.caption], found.score, found.seed, found.codes_N.long())
             for found, image in zip(candidates, images, strict=True)

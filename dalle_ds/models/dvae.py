@@ -1,4 +1,4 @@
-"""The discrete VAE: pictures to a grid of codes, as released by the authors, for all sizes."""
+"""The discrete VAE: images to a grid of codes, as released by the authors, for all sizes."""
 
 # B batch, C channels, H and W pixels, K codes, h and w grid cells, N = h*w
 
@@ -23,7 +23,7 @@ class DVAEConfig(Config):
     n_blk_per_group: int = 2
     n_hid: int = 256
     n_init: int = 128  # width of a code's vector in the decoder
-    vocab_size: int = 8192
+    n_codes: int = 8192
     in_channels: int = 3
     pixel_eps: float = 0.1
 
@@ -34,7 +34,7 @@ class DVAEConfig(Config):
 
     @property
     def n_tokens(self) -> int:
-        """Codes of one picture."""
+        """Codes of one image."""
         return self.grid**2
 
     @property
@@ -47,8 +47,8 @@ class DVAEConfig(Config):
         for name in ("image_size", "n_groups", "n_blk_per_group", "n_hid", "n_init", "in_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size is {self.vocab_size}, expected at least 2 codes")
+        if self.n_codes < 2:
+            raise ValueError(f"n_codes is {self.n_codes}, expected at least 2 codes")
         cell = 2 ** (self.n_groups - 1)
         if self.image_size % cell:
             raise ValueError(f"image_size {self.image_size} is not a multiple of the cell width {cell}")
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
             resize = {"pool": nn.MaxPool2d(2)} if g < config.n_groups - 1 else {}
             self.blocks.add_module(f"group_{g + 1}", _group(n_in, n_out, config, (3, 3, 3, 1), resize))
             n_in = n_out
-        output = OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_in, config.vocab_size, 1, force_fp32=True))
+        output = OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_in, config.n_codes, 1, force_fp32=True))
         self.blocks.add_module("output", nn.Sequential(output))
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
         self.blocks = nn.Sequential()
-        self.blocks.add_module("input", Conv2d(config.vocab_size, config.n_init, 1, force_fp32=True))
+        self.blocks.add_module("input", Conv2d(config.n_codes, config.n_init, 1, force_fp32=True))
         n_in = config.n_init
         for g in range(config.n_groups):
             n_out = config.n_hid * 2 ** (config.n_groups - 1 - g)
@@ -166,12 +166,12 @@ class DVAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def map_images(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 pictures -> mapped pixels; refuses pictures of another size, which would give another grid in silence."""
+        """uint8 images -> mapped pixels; refuses images of another size, which would give another grid in silence."""
         size, channels = self.config.image_size, self.config.in_channels
         if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != (channels, size, size):
-            raise ValueError(f"pictures have shape {tuple(images_BCHW.shape)}, expected (batch, {channels}, {size}, {size})")
+            raise ValueError(f"images have shape {tuple(images_BCHW.shape)}, expected (batch, {channels}, {size}, {size})")
         if images_BCHW.dtype != torch.uint8:
-            raise ValueError(f"pictures are {images_BCHW.dtype}, expected uint8 in 0..255 (mapping is done here, once)")
+            raise ValueError(f"images are {images_BCHW.dtype}, expected uint8 in 0..255 (mapping is done here, once)")
         return map_pixels(images_BCHW, self.config.pixel_eps)
 
     def encode_logits(self, pixels_BCHW: Tensor) -> Tensor:
@@ -180,19 +180,19 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 pictures -> codes (B, N) int64 in raster order: the argmax, without noise (paper, section 2.2)."""
+        """uint8 images -> codes (B, N) int64 in raster order: the argmax, without noise (paper, section 2.2)."""
         return self.encode_logits(self.map_images(images_BCHW)).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
     def decode_tokens(self, codes_BN: Tensor) -> Tensor:
-        """Codes (B, N) -> uint8 pictures (B, C, H, W)."""
+        """Codes (B, N) -> uint8 images (B, C, H, W)."""
         config = self.config
         if codes_BN.ndim != 2 or codes_BN.shape[1] != config.n_tokens:
             raise ValueError(f"codes have shape {tuple(codes_BN.shape)}, expected (batch, {config.n_tokens})")
         if codes_BN.numel():
             low, high = int(codes_BN.min()), int(codes_BN.max())
-            if low < 0 or high >= config.vocab_size:
-                raise ValueError(f"codes run from {low} to {high}, expected 0..{config.vocab_size - 1}")
+            if low < 0 or high >= config.n_codes:
+                raise ValueError(f"codes run from {low} to {high}, expected 0..{config.n_codes - 1}")
         mu, _ = split_output(self.decoder.from_codes(codes_BN.unflatten(1, (config.grid, config.grid))))
         return location_pixels(mu, config.pixel_eps)
 

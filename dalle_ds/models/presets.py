@@ -4,7 +4,7 @@ from dalle_ds.models.prior import PriorConfig
 
 PRESETS: dict[str, PriorConfig] = {
     # CPU minutes: text, grid and vocabularies come from the demo's data
-    "tiny": PriorConfig(n_layers=4, n_heads=3, text_len=32, grid=8, text_vocab=1024, image_vocab=512, conv_kernel=5),
+    "tiny": PriorConfig(n_layers=4, n_heads=3, text_len=32, grid=8, vocab_size=1024, n_codes=512, conv_kernel=5),
     # what one GPU trains in days; ours, its heads of 64 like the others'
     "0.3b": PriorConfig(n_layers=24, n_heads=16),
     # the paper explored "up to 1.2 billion" on Conceptual Captions; the shape is ours

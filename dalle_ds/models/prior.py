@@ -35,8 +35,8 @@ class PriorConfig(Config):
     d_head: int = Field(64, ge=1)
     text_len: int = Field(256, ge=2, description="text slots, start-of-text included")
     grid: int = Field(32, ge=1, description="image tokens a side")
-    text_vocab: int = Field(16384, ge=1)
-    image_vocab: int = Field(8192, ge=2)
+    vocab_size: int = Field(16384, ge=1)
+    n_codes: int = Field(8192, ge=2)
     conv_kernel: int = Field(11, ge=1, description="side of the last layer's window, odd")
 
     @model_validator(mode="after")
@@ -79,8 +79,8 @@ class SlotEmbedding(nn.Module):
         d = config.d_model
         self.config = config
         # empty as the others are: `initialise` draws all, and a model on "meta" is made without torch's compiler
-        self.text = nn.Embedding.from_pretrained(torch.empty(config.text_vocab, d), freeze=False)
-        self.image = nn.Embedding.from_pretrained(torch.empty(config.image_vocab, d), freeze=False)
+        self.text = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, d), freeze=False)
+        self.image = nn.Embedding.from_pretrained(torch.empty(config.n_codes, d), freeze=False)
         self.start_of_text = nn.Parameter(torch.empty(d))
         self.start_of_image = nn.Parameter(torch.empty(d))
         self.text_position = nn.Parameter(torch.empty(config.text_len, d))
@@ -148,8 +148,8 @@ class Heads(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.d_model)
-        self.text = Unembedding(config.d_model, config.text_vocab, ignore_index=PAD)
-        self.image = Unembedding(config.d_model, config.image_vocab)
+        self.text = Unembedding(config.d_model, config.vocab_size, ignore_index=PAD)
+        self.image = Unembedding(config.d_model, config.n_codes)
 
     def forward(self, x_BLD: Tensor, modality: str, targets_BL: Tensor | None = None, **options: Any) -> Tensor:
         """What the unembedding of `modality`, "text" or "image", gives: logits (B, L, V) fp32, or losses given targets."""
@@ -175,15 +175,15 @@ class Layer(nn.Module):
 
     def prefill(self, x_BLD: Tensor) -> tuple[Tensor, LayerCache]:
         """The first slots of a sequence, and what later ones need of them."""
-        x_BLD, h_BLD = self.attention.enter(x_BLD)
+        x_BLD, h_BLD = self.attention.to_branch(x_BLD)
         y_BLD, cache = self.attention.branch.prefill(h_BLD)
-        return self.mlp(self.attention.leave(x_BLD, y_BLD)), cache
+        return self.mlp(self.attention.from_branch(x_BLD, y_BLD)), cache
 
     def decode(self, x_B1D: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
         """Image slot `slot` after those in the cache."""
-        x_B1D, h_B1D = self.attention.enter(x_B1D)
+        x_B1D, h_B1D = self.attention.to_branch(x_B1D)
         y_B1D = self.attention.branch.decode(h_B1D, cache, slot_1)
-        return self.mlp(self.attention.leave(x_B1D, y_B1D))
+        return self.mlp(self.attention.from_branch(x_B1D, y_B1D))
 
 
 @dataclass

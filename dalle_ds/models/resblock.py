@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Numerics:
+class BranchPrecision:
     """The edges of a residual branch. This base keeps everything in the input's dtype: fp32 truth.
 
     `dalle_ds.precision` puts its own in their place (paper section 2.4, figure 4); the model knows nothing of it.
     """
 
-    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def to_branch(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Identity path -> identity path, and normed in the format that the branch computes in."""
         return x_BLD, norm(x_BLD)
 
-    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         """Identity path and what the branch made -> identity path."""
         return x_BLD + y_BLD
 
@@ -56,19 +56,19 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.branch = branch
-        self.numerics = Numerics()
+        self.precision = BranchPrecision()
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD, h_BLD = self.enter(x_BLD)
-        return self.leave(x_BLD, self.branch(h_BLD))
+        x_BLD, h_BLD = self.to_branch(x_BLD)
+        return self.from_branch(x_BLD, self.branch(h_BLD))
 
-    def enter(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def to_branch(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Identity path -> identity path and the branch's input."""
-        return self.numerics.enter(self.norm, x_BLD)
+        return self.precision.to_branch(self.norm, x_BLD)
 
-    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         """Identity path and the branch's output -> identity path."""
-        return self.numerics.leave(x_BLD, y_BLD)
+        return self.precision.from_branch(x_BLD, y_BLD)
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from dalle_ds.ops.split import Split, split_matmul
 
 MAX_LOGITS = 2**23
-"""Logits that exist at a time: 32 MiB in fp32, one picture of 1024 tokens over 8192 codes. Rows enough to keep the matrix
+"""Logits that exist at a time: 32 MiB in fp32, one image of 1024 tokens over 8192 codes. Rows enough to keep the matrix
 products at full speed; the paper's text and image logits of one sample alone would be 48 MiB, and as much again each for
 their softmax and their gradient."""
 
@@ -63,8 +63,8 @@ def linear_nll(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tenso
     return torch.cat(chunks)
 
 
-def _chunks(n_rows: int, n_vocab: int) -> Iterator[slice]:
-    step = max(1, MAX_LOGITS // n_vocab)
+def _chunks(n_rows: int, vocab_size: int) -> Iterator[slice]:
+    step = max(1, MAX_LOGITS // vocab_size)
     for start in range(0, max(n_rows, 1), step):  # without rows one empty chunk, so that gradients are zero, not absent
         yield slice(start, min(start + step, n_rows))
 
@@ -116,14 +116,14 @@ def _products_on(device: torch.device) -> type[_PlainProducts] | type[_SplitProd
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tensor, with_gradients: bool) -> Tensor:
-        n_rows, n_vocab = len(x_RD), len(weight_VD)
+        n_rows, vocab_size = len(x_RD), len(weight_VD)
         needed = [with_gradients and need for need in ctx.needs_input_grad[:3]]
         grad_x = torch.empty_like(x_RD) if needed[0] else None
         grad_weight = torch.zeros_like(weight_VD) if needed[1] else None
         grad_bias = torch.zeros_like(bias_V) if needed[2] else None
         nll_R = x_RD.new_empty(n_rows)
         products = _products_on(x_RD.device)(x_RD, weight_VD)
-        for rows in _chunks(n_rows, n_vocab):
+        for rows in _chunks(n_rows, vocab_size):
             target_C1 = targets_R[rows, None]
             # one tensor, in turn logits, shifted logits, their exponentials and the gradient
             logits_CV = products.logits(rows, bias_V)

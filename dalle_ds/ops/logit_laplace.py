@@ -43,5 +43,5 @@ def log_density(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
 
 
 def location_pixels(mu: Tensor, eps: float = PIXEL_EPS) -> Tensor:
-    """The picture to look at: sigmoid(mu) un-mapped to uint8; the scale is ignored, as the paper does."""
+    """The image to look at: sigmoid(mu) un-mapped to uint8; the scale is ignored, as the paper does."""
     return unmap_pixels(torch.sigmoid(mu.float()), eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle_ds.recipes import Config
 
 
-class AverageConfig(Config):
+class EMAConfig(Config):
     """How an average moves. The paper: dVAE 0.999 at every update; prior 0.99 at a copy every 25 updates, on the CPU."""
 
     decay: float = Field(0.999, ge=0, lt=1, description="weight of the past each time")
@@ -22,14 +22,14 @@ class AverageConfig(Config):
     )
 
 
-class PriorAverageConfig(AverageConfig):
+class PriorEMAConfig(EMAConfig):
     """The paper's for the prior: a horizon of about 2,500 updates (appendix B.2)."""
 
     every: int = Field(25, ge=1, description="updates between copies")
     decay: float = Field(0.99, ge=0, lt=1, description="weight of the past at each copy")
 
 
-class WeightAverage:
+class EMA:
     """average <- d * average + (1 - d) * weights, for a model's parameters or one rank's shards of them.
 
     With start "warm" the n-th time uses d = min(decay, n / (n + 9)): early weights, still near the initial ones, fade quickly.
@@ -38,7 +38,7 @@ class WeightAverage:
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        config: AverageConfig,
+        config: EMAConfig,
         device: torch.device | str | None = None,
         background: bool = False,
     ) -> None:

@@ -7,7 +7,7 @@ from pydantic import field_validator
 from dalle_ds.recipes import Config
 
 
-class HalfCosine(Config):
+class HalfCosineConfig(Config):
     """From `start` to `end` along half a cosine over `updates`; after that `end` holds (paper, appendix A: no restarts)."""
 
     start: float

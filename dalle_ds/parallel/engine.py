@@ -40,7 +40,7 @@ from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
 from dalle_ds.parallel.sharded_model import build_model
 from dalle_ds.parallel.step_timer import PhaseTimer
 from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
-from dalle_ds.precision.resblock_scaling import BlockScaler
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler
 from dalle_ds.storage import objects
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -94,10 +94,10 @@ class PriorEngine:
         model = build_model(model_config, engine_config, seed, ranks, self.replicas)
         if optimizer.master == "none":
             engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
-        self.scaler: BlockScaler | None = None
+        self.scaler: ResblockGradScaler | None = None
         self.masterless: MasterlessMatrices | None = None
         if engine_config.block_scaling is not None:
-            self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
+            self.scaler = ResblockGradScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
             gather_in_half(model)
             if optimizer.master == "none":
                 own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
@@ -175,8 +175,10 @@ class PriorEngine:
         )
 
     def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Find the blocks' first gradient scales on one global batch, as `BlockScaler.calibrate` does: before the first update,
-        and only where the configuration has `calibration_trials` -> whether it has. All ranks call it together.
+        """Find the residual blocks' first gradient scales on one global batch, as `ResblockGradScaler.calibrate`.
+
+        Before the first update, and only where the configuration has `calibration_trials`. Returns whether it has. All ranks
+        call it together.
 
         Nothing but the scales changes: a trial is an update without its step.
         """

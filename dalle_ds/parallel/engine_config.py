@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.precision.resblock_scaling import BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
 
 RECIPE_OWNS = {
     "train_batch_size": "global_batch",
@@ -25,7 +25,7 @@ RECIPE_OWNS = {
 }
 """DeepSpeed key -> the recipe key that sets it."""
 
-_OURS = set(BlockScalingConfig.model_fields)
+_OURS = set(ResblockScalingConfig.model_fields)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EngineConfig:
     """A DeepSpeed configuration ready for `deepspeed.initialize`, and our part of its fp16 section."""
 
     json: dict[str, Any]
-    block_scaling: BlockScalingConfig | None
+    block_scaling: ResblockScalingConfig | None
     """Set when the JSON says `"fp16": {"enabled": true, "loss_scale": "per_resblock"}`."""
 
     @property
@@ -125,7 +125,7 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
     return config
 
 
-def _take_block_scaling(tree: dict[str, Any], path: Path) -> BlockScalingConfig | None:
+def _take_block_scaling(tree: dict[str, Any], path: Path) -> ResblockScalingConfig | None:
     """Our reading of the fp16 section. Per-resblock scaling keeps parameters fp32, so DeepSpeed's own fp16 must stay off."""
     section = tree.get("fp16", {})
     if not section.get("enabled") or section.get("loss_scale") != "per_resblock":
@@ -138,6 +138,6 @@ def _take_block_scaling(tree: dict[str, Any], path: Path) -> BlockScalingConfig 
         )
     tree["fp16"] = {"enabled": False}
     try:
-        return BlockScalingConfig(**settings)
+        return ResblockScalingConfig(**settings)
     except ValidationError as error:
         raise ConfigError(f"{path}: fp16 section: {error.errors()[0]['loc']} {error.errors()[0]['msg']}") from None

@@ -20,13 +20,13 @@ from dalle_ds.ops.low_bit import FORMAT_1_6_9, added_to_codes, decode, encode, e
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 from dalle_ds.parallel.replicas.power_sgd import Factors, PowerSGD
 from dalle_ds.parallel.zero_shards import Fragment, shard_start
-from dalle_ds.precision.resblock_scaling import BlockScaler
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler
 
 
 class MasterlessMatrices:
     """One rank's shards of the matrices, by name of the parameter: weights, gradients, and their optimizer."""
 
-    def __init__(self, module: nn.Module, scaler: BlockScaler, optimizer: MasterlessAdamW) -> None:
+    def __init__(self, module: nn.Module, scaler: ResblockGradScaler, optimizer: MasterlessAdamW) -> None:
         """Call after `zero.Init` and before `deepspeed.initialize`, whose optimizer must not be given these parameters."""
         self.optimizer, self._scaler = optimizer, scaler
         self.parameters = {

@@ -24,7 +24,7 @@ def forward_flops(config: PriorConfig) -> float:
     """Multiply-adds count two, for one sample: matrices, attention over the keys that each pattern reaches, unembeddings."""
     d, n = config.d_model, config.n_slots
     matrices = 2.0 * effective_parameters(config) * n
-    heads = 2.0 * d * ((config.text_len - 1) * config.text_vocab + config.n_image * config.image_vocab)
+    heads = 2.0 * d * ((config.text_len - 1) * config.vocab_size + config.n_image * config.n_codes)
     return matrices + attention_flops(config) + heads
 
 

@@ -16,7 +16,7 @@ from dalle_ds.parallel.replicas.groups import BUCKET_VALUES, PAPER_RATE
 from dalle_ds.parallel.replicas.power_sgd import MatrixShard, largest_rank
 from dalle_ds.planning.arithmetic import count_parameters
 from dalle_ds.planning.counts import HEAD_MEMORY_BYTES, HEAD_ROW_BYTES, INPUT_BYTES, NOW, Counts
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 
 RESERVED_GIB = 1.5
 """Of a GPU: the driver's context, communication buffers, what fragments."""
@@ -109,7 +109,7 @@ class Memory:
         return self.state + self.compression + self.buffers + max(self.gathered + self.activations, self.step)
 
 
-def memory(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> Memory:
+def memory(config: PriorConfig, settings: PlanInputsConfig, counts: Counts = NOW) -> Memory:
     """Of a GPU that trains `config` under `settings`."""
     shard = sum(count_parameters(config)) / settings.shards
     state = state_bytes(config, settings.moments, settings.master)
@@ -128,7 +128,7 @@ def memory(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) ->
     )
 
 
-def step_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+def step_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     """What the end of an update works on. DeepSpeed copies the gradients of a sub-group, at least as many as that, into one
     tensor before its step; without masters it owns the rest alone, and the factors of all matrices wait for the norm."""
     n_matrices, *others = count_parameters(config)
@@ -139,7 +139,7 @@ def step_bytes(config: PriorConfig, settings: PlanSettings) -> float:
     return max(4.0 * min(owned, settings.sub_group), averaging)
 
 
-def compression_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+def compression_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     """PowerSGD's errors in codes of 16 bits, and its fp32 factors to start from. Without masters there is neither: gradients
     gather in the errors, and the factors are drawn anew each time."""
     if not settings.is_compressed or settings.master == "none":
@@ -158,8 +158,8 @@ def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, 
 def losses_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
     """Estimate: what the layers keep, chunks of fp32 logits, a head's weight, rows of its gradient, and the gradients."""
     *_, (kept, _) = _kept(config, recompute, counts)
-    n_logits = micro_batch * max(config.text_len * config.text_vocab, config.n_image * config.image_vocab)
-    head = HEAD_MEMORY_BYTES * max(config.text_vocab, config.image_vocab) + HEAD_ROW_BYTES * MAX_WEIGHT_ROWS
+    n_logits = micro_batch * max(config.text_len * config.vocab_size, config.n_image * config.n_codes)
+    head = HEAD_MEMORY_BYTES * max(config.vocab_size, config.n_codes) + HEAD_ROW_BYTES * MAX_WEIGHT_ROWS
     losses = 3 * 4.0 * min(MAX_LOGITS, n_logits) + head * config.d_model
     return kept * micro_batch * config.n_slots * config.d_model + losses + _unembeddings(config)
 
@@ -174,7 +174,7 @@ def _kept(config: PriorConfig, recompute: int, counts: Counts) -> Iterator[tuple
 
 
 def _unembeddings(config: PriorConfig) -> float:
-    return 4.0 * config.d_model * (config.text_vocab + config.image_vocab)
+    return 4.0 * config.d_model * (config.vocab_size + config.n_codes)
 
 
 def bucket_bytes(bucket: int) -> float:
@@ -182,13 +182,13 @@ def bucket_bytes(bucket: int) -> float:
     return 2 * 4.0 * bucket
 
 
-def gathered_bytes(config: PriorConfig, settings: PlanSettings, counts: Counts = NOW) -> float:
+def gathered_bytes(config: PriorConfig, settings: PlanInputsConfig, counts: Counts = NOW) -> float:
     """Estimate of the weights that ZeRO-3 holds whole at a time: up to the limit that it is given, or of one layer and what is
     prefetched of the next. It frees only what it will not need again soon, and around the last layer that is a lot."""
     layers = effective_parameters(config)
     return counts.gathered_bytes * min(layers, max(settings.live, layers / config.n_layers + settings.prefetch))
 
 
-def layer_gradient_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+def layer_gradient_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     """Of one layer in fp32; without masters those of its two largest matrices, as each is taken when it is made."""
     return 4.0 * (2 * 4 if settings.master == "none" else 12) * config.d_model**2

@@ -15,7 +15,7 @@ from dalle_ds.planning.counts import (
 )
 from dalle_ds.planning.machines import Machine
 from dalle_ds.planning.memory import power_sgd_factors, state_bytes
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.planning.timing import Collective, Group, Product, Work, Workload
 
 FLEX_SHARE = 0.13
@@ -32,7 +32,7 @@ COMPRESSION_BYTES = 60.0
 """Memory traffic of PowerSGD for a parameter of the shard: gradient and error in, three products, error and average out."""
 
 
-def prior_workload(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts = NOW) -> Workload:
+def prior_workload(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, counts: Counts = NOW) -> Workload:
     """One update of `config` under `settings`."""
     return Workload(
         micro_step=_micro_step(config, settings, machine, counts),
@@ -47,7 +47,7 @@ def recomputed_share(config: PriorConfig, every: int) -> float:
     return len(range(0, config.n_layers, every)) / config.n_layers if every else 0.0
 
 
-def _micro_step(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts) -> Work:
+def _micro_step(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, counts: Counts) -> Work:
     batch, shards, layers = settings.micro_batch, settings.shards, config.n_layers
     share = recomputed_share(config, settings.recompute)
     n_parameters = sum(count_parameters(config))
@@ -88,7 +88,7 @@ def _layer_products(config: PriorConfig, batch: int, recomputed: float) -> tuple
 def _logits(config: PriorConfig, batch: int) -> tuple[tuple[int, int], ...]:
     """(rows, vocabulary) of text and image that losses are taken of."""
     n_text = min(config.text_len - 1, MEAN_TEXT_TOKENS)
-    return (batch * n_text, config.text_vocab), (batch * config.n_image, config.image_vocab)
+    return (batch * n_text, config.vocab_size), (batch * config.n_image, config.n_codes)
 
 
 def _chunk(rows: int, vocab: int) -> int:
@@ -116,7 +116,7 @@ def _head_bytes(config: PriorConfig, batch: int) -> float:
     )
 
 
-def _closing(config: PriorConfig, settings: PlanSettings, machine: Machine, counts: Counts) -> Work:
+def _closing(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, counts: Counts) -> Work:
     """Replicas exchange their gradients, then every GPU steps its shard."""
     shard = sum(count_parameters(config)) / settings.shards
     memory_bytes = shard * (STEP_BYTES + 2 * state_bytes(config, settings.moments).moments)
@@ -141,7 +141,7 @@ def _closing(config: PriorConfig, settings: PlanSettings, machine: Machine, coun
     )
 
 
-def exchanged_bytes(config: PriorConfig, settings: PlanSettings) -> float:
+def exchanged_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     """What a GPU averages with its peers in other replicas once an update: the fp32 gradients of its shard; with PowerSGD the
     factors of its matrices in codes of 16 bits, and the rest in fp32."""
     n_matrices, n_embedding, n_other = count_parameters(config)

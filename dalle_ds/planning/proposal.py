@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.planning.memory import RESERVED_GIB, memory
 from dalle_ds.planning.prior_work import prior_workload
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 
 RECOMPUTED = (0, 8, 6, 4, 3, 2, 1)
 """Every how many layers one is recomputed; 0: none."""
@@ -20,7 +20,7 @@ HEADROOM = 0.9
 """Of the memory that is not reserved: estimates of activations are that good."""
 
 
-def propose(config: PriorConfig, settings: PlanSettings) -> PlanSettings | None:
+def propose(config: PriorConfig, settings: PlanInputsConfig) -> PlanInputsConfig | None:
     """`settings` with the fastest micro-batch, recomputation and shards that fit and that the batch divides into; of equally
     fast ones that with the smallest shard group, then the least memory. None: none fits."""
     machine = settings.build_machine()
@@ -35,7 +35,7 @@ def propose(config: PriorConfig, settings: PlanSettings) -> PlanSettings | None:
     return min(equal, key=lambda option: option[:2])[2] if equal else None
 
 
-def _candidates(settings: PlanSettings, per_node: int) -> Iterator[PlanSettings]:
+def _candidates(settings: PlanInputsConfig, per_node: int) -> Iterator[PlanInputsConfig]:
     a_gpu, rest = divmod(settings.global_batch, settings.gpus)
     if rest:
         return

@@ -10,7 +10,7 @@ from dalle_ds.recipes import Config
 PAPER_UPDATES, PAPER_BATCH = 430_000, 1024
 
 
-class PlanSettings(Config):
+class PlanInputsConfig(Config):
     """Options of `dalle-ds plan`; the defaults are the paper's run on A100s."""
 
     machine: str = Field("A100-80", description=f"one of {', '.join(MACHINES)}")
@@ -38,7 +38,7 @@ class PlanSettings(Config):
     price: float | None = Field(None, ge=0, description="a GPU hour, any currency")
 
     @model_validator(mode="after")
-    def _check(self) -> "PlanSettings":
+    def _check(self) -> "PlanInputsConfig":
         if self.shards > self.gpus:
             raise ValueError(f"shard_gpus is {self.shards}, expected at most the {self.gpus} gpus")
         if self.master == "none" and self.moments != "low_bit":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.models.resblock import BranchLinear, Numerics, ResBlock
+from dalle_ds.models.resblock import BranchLinear, BranchPrecision, ResBlock
 from dalle_ds.ops.fp16 import linear_fp16, matmul_to_fp32
 
 
@@ -58,13 +58,13 @@ def unread_product(linear: BranchLinear) -> Iterator[None]:
             linear.use_matmul(_LinearFP16.apply)
 
 
-class HalfNumerics(Numerics):
+class FP16BranchPrecision(BranchPrecision):
     """Branch in fp16, identity path fp32, gradients not scaled: for evaluation, and as the plain twin in tests."""
 
-    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def to_branch(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         return x_BLD, norm(x_BLD).to(torch.float16)
 
-    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         return x_BLD + y_BLD.float()
 
 
@@ -76,7 +76,7 @@ def resblocks_of(model: nn.Module) -> list[tuple[str, ResBlock]]:
 def use_fp16_branches(model: nn.Module) -> None:
     """Make every residual branch of `model` compute in fp16."""
     for _, block in resblocks_of(model):
-        block.numerics = HalfNumerics()
+        block.precision = FP16BranchPrecision()
         for module in block.branch.modules():
             if isinstance(module, BranchLinear):
                 module.use_matmul(_LinearFP16.apply)

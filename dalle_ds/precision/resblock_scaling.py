@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dalle_ds.models.resblock import ResBlock
 from dalle_ds.ops.fused import fused
-from dalle_ds.precision.fp16_branches import HalfNumerics, resblocks_of, use_fp16_branches
+from dalle_ds.precision.fp16_branches import FP16BranchPrecision, resblocks_of, use_fp16_branches
 from dalle_ds.recipes import Config
 
 CALIBRATION_MARGIN = 1.0
@@ -33,7 +33,7 @@ CALIBRATION_MARGIN = 1.0
 of room."""
 
 
-class BlockScalingConfig(Config):
+class ResblockScalingConfig(Config):
     """The scale policy; the defaults are the paper's (appendix D item 1), as exponents of two."""
 
     initial_scale_power: float = 13.0
@@ -46,7 +46,7 @@ class BlockScalingConfig(Config):
     calibration_trials: int = Field(0, ge=0, description="halvings of the range in which the first scales are sought; 0: none")
 
     @model_validator(mode="after")
-    def _check(self) -> "BlockScalingConfig":
+    def _check(self) -> "ResblockScalingConfig":
         low, start, high = self.min_scale_power, self.initial_scale_power, self.max_scale_power
         if not low <= start <= high:
             raise ValueError(f"scale powers min {low}, initial {start}, max {high} are not in this order")
@@ -124,16 +124,16 @@ class _Leave(torch.autograd.Function):
         return grad_BLD, scale_to_half(grad_BLD, *ctx.saved_tensors), None
 
 
-class ScaledNumerics(HalfNumerics):
+class ScaledBranchPrecision(FP16BranchPrecision):
     """The edges of one block under gradient scaling. `scale` is a 0-d view into the scaler's vector of scales in use."""
 
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
 
-    def enter(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def to_branch(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         return _Enter.apply(x_BLD, norm.weight, norm.bias, norm.eps, self.scale)
 
-    def leave(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+    def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         return _Leave.apply(x_BLD, y_BLD, self.scale)
 
 
@@ -142,7 +142,7 @@ def own_gradients(block: ResBlock) -> AbstractContextManager[list[Tensor]]:
     return nullcontext([parameter.grad for parameter in block.parameters() if parameter.grad is not None])
 
 
-class BlockScaler:
+class ResblockGradScaler:
     """The scales of a model's residual blocks and their policy. Knows nothing of ranks: the caller agrees the flags.
 
     `scale` (n_blocks,) fp32 is the policy's, per micro-batch of the same size; the edges multiply by `in_use`, which is `scale`
@@ -151,7 +151,7 @@ class BlockScaler:
     """
 
     def __init__(
-        self, model: nn.Module, config: BlockScalingConfig, device: torch.device | str = "cpu", n_micro_batches: int = 1
+        self, model: nn.Module, config: ResblockScalingConfig, device: torch.device | str = "cpu", n_micro_batches: int = 1
     ) -> None:
         """Apply fp16 branches with scaled edges to every residual block of `model`.
 
@@ -171,7 +171,7 @@ class BlockScaler:
         self.since_backoff = torch.full((n,), config.backoff_window, dtype=torch.int64, device=device)
         self.found_nonfinite = torch.zeros(n, device=device)
         for i, block in enumerate(self.blocks):
-            block.numerics = ScaledNumerics(self.in_use[i])
+            block.precision = ScaledBranchPrecision(self.in_use[i])
 
     def begin(self) -> None:
         """Take the scales as they are into use. After writing to `scale`, and never between a forward pass and `unscale`."""

@@ -1,6 +1,6 @@
-"""CLIP from a `transformers` folder or hub name: pictures and captions to unit vectors that can be compared.
+"""CLIP from a `transformers` folder or hub name: images and captions to unit vectors that can be compared.
 
-B pictures or captions, H and W pixels, C channels, D features.
+B images or captions, H and W pixels, C channels, D features.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.storage.fingerprint import fingerprint
 
-Picture = Image.Image | np.ndarray
+AnyImage = Image.Image | np.ndarray
 
 
 class Clip:
-    """A contrastive model in fp32 with its own tokenizer and picture preprocessing; `Clip.load` opens one.
+    """A contrastive model in fp32 with its own tokenizer and image preprocessing; `Clip.load` opens one.
 
     `fingerprint` covers all that decides a score: weights, shape of the towers, tokenizer, preprocessing.
     """
@@ -61,17 +61,17 @@ class Clip:
         return cls(model.to(device).eval().requires_grad_(False), tokenizer, processor)
 
     @torch.inference_mode()
-    def image_features(self, images_BHWC: np.ndarray | Sequence[Picture]) -> Tensor:
-        """RGB pictures, uint8 (B, H, W, 3) or a sequence of any sizes -> (B, D) unit vectors, fp32, on the model's device.
+    def image_features(self, images_BHWC: np.ndarray | Sequence[AnyImage]) -> Tensor:
+        """RGB images, uint8 (B, H, W, 3) or a sequence of any sizes -> (B, D) unit vectors, fp32, on the model's device.
 
         Raises:
             ValueError: arrays that are not uint8 (H, W, 3).
         """
         for image in images_BHWC:
             if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
-                raise ValueError(f"picture {image.dtype} {image.shape}: expected uint8 (H, W, 3)")
-        pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images_BHWC]
-        pixels_BCHW = self._processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.model.device)
+                raise ValueError(f"image {image.dtype} {image.shape}: expected uint8 (H, W, 3)")
+        images = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images_BHWC]
+        pixels_BCHW = self._processor(images=images, return_tensors="pt")["pixel_values"].to(self.model.device)
         return F.normalize(self.model.get_image_features(pixel_values=pixels_BCHW).pooler_output, dim=-1)
 
     @torch.inference_mode()
@@ -99,7 +99,7 @@ class Clip:
 def _check_parts(path: str | Path, model: Any, tokenizer: Any, processor: Any) -> None:
     size, crop = model.config.vision_config.image_size, dict(processor.crop_size)
     if crop != {"height": size, "width": size}:
-        raise DataError(f"CLIP {path}: its preprocessing gives pictures of {crop}, but the model expects {size} a side")
+        raise DataError(f"CLIP {path}: its preprocessing gives images of {crop}, but the model expects {size} a side")
     vocab = model.config.text_config.vocab_size
     if len(tokenizer) > vocab:
         raise DataError(f"CLIP {path}: its tokenizer has {len(tokenizer)} tokens, the model knows {vocab}")

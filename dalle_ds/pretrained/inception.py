@@ -1,6 +1,6 @@
 """Inception v3 of FID and Inception Score: torch-fidelity's network with its weights from a file; nothing is downloaded.
 
-B pictures, H and W pixels, D features, K classes.
+B images, H and W pixels, D features, K classes.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ FEATURES, LOGITS = "2048", "logits_unbiased"  # torch-fidelity's names, and its 
 
 
 class Inception:
-    """The network in fp32, which resizes pictures to 299 pixels as TensorFlow 1 did. `fingerprint`: of the weights file."""
+    """The network in fp32, which resizes images to 299 pixels as TensorFlow 1 did. `fingerprint`: of the weights file."""
 
     def __init__(self, weights: Path, device: str | torch.device = "cpu") -> None:
         """Open the weights file that torch-fidelity publishes (weights-inception-2015-12-05-6726825d.pth).

@@ -45,7 +45,7 @@ def import_openai(encoder: str, decoder: str, out: str, image_size: int = 256) -
 
     Args:
         encoder, decoder: pickled modules, or state dicts of them; paths, file:// or s3:// urls.
-        image_size: pixels a side of the pictures it will encode; the released model was trained on 256.
+        image_size: pixels a side of the images it will encode; the released model was trained on 256.
 
     Raises:
         DataError: a file is missing, holds something else, or the two don't fit together.
@@ -95,13 +95,13 @@ def _config(state: Mapping[str, Tensor], image_size: int) -> DVAEConfig:
         return max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
 
     n_hid, in_channels = state["encoder.blocks.input.w"].shape[:2]
-    n_init, vocab_size = state["decoder.blocks.input.w"].shape[:2]
+    n_init, n_codes = state["decoder.blocks.input.w"].shape[:2]
     return DVAEConfig(
         image_size=image_size,
         n_groups=highest(r"encoder\.blocks\.group_(\d+)\."),
         n_blk_per_group=highest(r"encoder\.blocks\.group_1\.block_(\d+)\."),
         n_hid=n_hid,
         n_init=n_init,
-        vocab_size=vocab_size,
+        n_codes=n_codes,
         in_channels=in_channels,
     )

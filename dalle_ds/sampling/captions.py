@@ -10,36 +10,36 @@ from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.export import Export
-from dalle_ds.sampling.held_out import choose_held_out
+from dalle_ds.sampling.validation_samples import choose_validation
 
 STDIN = Path("-")
 
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Where captions come from, exactly one of the first three (none will do for a given picture); and the given picture."""
+    """Where captions come from, exactly one of the first three, or none beside an image prompt."""
 
     captions: Sequence[str] = ()
     captions_file: Path | None = None
     """`STDIN` reads standard input."""
-    n_held_out: int = 0
+    n_validation: int = 0
     data_url: str | None = None
-    image: Path | None = None
-    rows: int | None = None
+    image_prompt: Path | None = None
+    prompt_rows: int | None = None
 
     def check(self) -> None:
         """Raises ConfigError."""
-        n_sources = sum((bool(self.captions), self.captions_file is not None, self.n_held_out > 0))
-        if n_sources > 1 or (n_sources == 0 and self.image is None):
+        n_sources = sum((bool(self.captions), self.captions_file is not None, self.n_validation > 0))
+        if n_sources > 1 or (n_sources == 0 and self.image_prompt is None):
             raise ConfigError("captions come from exactly one of --caption, --captions and --validation")
-        if self.rows is not None and self.image is None:
-            raise ConfigError(f"--rows {self.rows} says how much of a picture is kept: give it by --image")
+        if self.prompt_rows is not None and self.image_prompt is None:
+            raise ConfigError(f"--prompt-rows {self.prompt_rows} without --image-prompt: expected both")
 
     def read(self, export: Export, seed: int) -> tuple[list[str], Tensor | None, dict[str, Any]]:
-        """Captions, codes of their real pictures where there are some, and what the record says about them."""
-        if self.n_held_out:
-            held_out = choose_held_out(export, self.n_held_out, data_url=self.data_url, seed=seed)
-            return held_out.captions, held_out.image_SN, {"held_out_keys": held_out.keys}
+        """Captions, codes of their real images where there are some, and what the record says about them."""
+        if self.n_validation:
+            validation = choose_validation(export, self.n_validation, data_url=self.data_url, seed=seed)
+            return validation.captions, validation.image_SN, {"validation_keys": validation.keys}
         if self.captions_file == STDIN:
             return captions_of(sys.stdin.read(), "standard input"), None, {}
         if self.captions_file is not None:

@@ -68,8 +68,8 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     config, dvae_config = PriorConfig(**weights.config), DVAEConfig(**dvae_weights.config)
     for what, expected, found in (
         ("grid of the prior and of the dVAE", config.grid, dvae_config.grid),
-        ("image vocabulary of the prior and of the dVAE", config.image_vocab, dvae_config.vocab_size),
-        ("text vocabulary of the prior and of the tokenizer", config.text_vocab, tokenizer.n_vocab),
+        ("image vocabulary of the prior and of the dVAE", config.n_codes, dvae_config.n_codes),
+        ("text vocabulary of the prior and of the tokenizer", config.vocab_size, tokenizer.vocab_size),
     ):
         if expected != found:
             raise DataError(f"export {url}: {what} differ: {expected} and {found}")

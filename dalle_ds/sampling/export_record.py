@@ -27,7 +27,7 @@ class ExportRecord(Record):
     dvae: str
     tokenizer: str
     update: int
-    averaged: bool
+    ema: bool
     caption_dropout: float
     """Share of captions left out in training; above 0 the prior knows images without a caption."""
     data_fingerprint: str

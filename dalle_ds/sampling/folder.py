@@ -1,4 +1,4 @@
-"""A folder of samples: drawn batch by batch, so that a stopped run goes on, with a record that repeats each picture."""
+"""A folder of samples: drawn batch by batch, so that a stopped run goes on, with a record that repeats each image."""
 
 import io
 import json
@@ -21,11 +21,11 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import flatten
 from dalle_ds.sampling.export import Export
-from dalle_ds.sampling.given import GivenPicture
+from dalle_ds.sampling.image_prompt import ImagePrompt
 from dalle_ds.sampling.request import Request, SampleIndex, WorkItem
 from dalle_ds.sampling.sampler import Batch, Candidate, RowsDecoded, Sampler, best, candidates_of
 from dalle_ds.sampling.scorer import Scorer
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.settings import SamplingConfig
 from dalle_ds.sampling.sheet import SampleSheet
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
@@ -33,14 +33,14 @@ from dalle_ds.storage.names import SAMPLES_FILE
 
 log = logging.getLogger(__name__)
 
-CODES, GRID, GIVEN = "codes.npy", "grid.png", "given.png"
+CODES, GRID, IMAGE_PROMPT = "codes.npy", "grid.png", "image_prompt.png"
 PARTS, REQUEST = ".parts", "request.json"
 
 
 class SampleFolder:
-    """Pictures for a request, on their way into a folder.
+    """Images for a request, on their way into a folder.
 
-    Every batch is committed by one file below .parts: the codes of those of its pictures that may be kept, and all scores. Any
+    Every batch is committed by one file below .parts: the codes of those of its images that may be kept, and all scores. Any
     process may draw any batch; where all are there, one process decodes what is kept, and writes the record last.
     """
 
@@ -57,10 +57,10 @@ class SampleFolder:
     ) -> None:
         """
         Args:
-            scorer: what chooses the kept pictures.
-            real_codes_CN: codes of the captions' real pictures; decoded as the first column of the grid.
+            scorer: what chooses the kept images.
+            real_codes_CN: codes of the captions' real images; decoded as the first column of the grid.
             about: further entries for samples.json (where captions came from).
-            repeated: a record whose pictures are drawn again, without a scorer: see `repeating`.
+            repeated: a record whose images are drawn again, without a scorer: see `repeating`.
 
         Raises:
             ConfigError: settings that this export or scorer cannot follow.
@@ -79,16 +79,16 @@ class SampleFolder:
 
     @classmethod
     def repeating(cls, export: Export, record_file: Path, out: Path) -> "SampleFolder":
-        """The pictures of a samples.json again, into `out`; the scorer is not needed for that.
+        """The images of a samples.json again, into `out`; the scorer is not needed for that.
 
         Raises:
             DataError: not such a file. FingerprintMismatch: `export` is another model.
         """
         try:
             record = json.loads(record_file.read_text(encoding="utf-8"))
-            settings, captions = SampleSettings(**record["settings"]), tuple(record["captions"])
+            settings, captions = SamplingConfig(**record["settings"]), tuple(record["captions"])
             expected, dvae, _ = record["export_fingerprint"], record["dvae"], record["images"]
-            given = _given_again(record["picture"], record_file) if record.get("picture") else None
+            image_prompt = _image_prompt_again(record["image_prompt"], record_file) if record.get("image_prompt") else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{record_file} is not a record of samples ({error}); `dalle-ds sample` writes {SAMPLES_FILE}"
@@ -96,15 +96,15 @@ class SampleFolder:
         require_same(f"prior of export {export.url}", expected, export.fingerprint, f"{record_file} is another one's.")
         require_same(f"dVAE of export {export.url}", dvae, export.record.dvae)
         about = {"repeats": str(record_file)}
-        return cls(export, Request(captions, settings, given), out, about=about, repeated=record)
+        return cls(export, Request(captions, settings, image_prompt), out, about=about, repeated=record)
 
     def run(self, ranks: Ranks = ALONE, *, on_rows: Callable[[RowsDecoded], None] | None = None) -> dict[str, Any]:
-        """Draw the pictures, or go on with them; write PNGs of the kept ones, codes.npy, grid.png and samples.json into `out`.
+        """Draw the images, or go on with them; write PNGs of the kept ones, codes.npy, grid.png and samples.json into `out`.
 
-        A finished folder is left alone. Ranks share the batches out and meet in `out`: their pictures are those of one rank.
+        A finished folder is left alone. Ranks share the batches out and meet in `out`: their images are those of one rank.
 
         Args:
-            on_rows: called as the pictures appear. It may raise to end it: what is committed by then stays.
+            on_rows: called as the images appear. It may raise to end it: what is committed by then stays.
 
         Returns:
             The content of samples.json, on every rank.
@@ -128,7 +128,7 @@ class SampleFolder:
         """The batches that nobody has drawn yet.
 
         Raises:
-            ConfigError: the folder holds other pictures, or a part of them; the message says what differs.
+            ConfigError: the folder holds other images, or a part of them; the message says what differs.
         """
         file = self.out / PARTS / REQUEST
         for found in (self._read(self.out / SAMPLES_FILE), self._read(file)):
@@ -143,7 +143,7 @@ class SampleFolder:
         if record is not None:
             self._require_same(record)
             shutil.rmtree(self.out / PARTS, ignore_errors=True)
-            log.info("%s is finished: %d pictures; nothing to do", self.out / SAMPLES_FILE, len(record["images"]))
+            log.info("%s is finished: %d images; nothing to do", self.out / SAMPLES_FILE, len(record["images"]))
         return record
 
     def draw(
@@ -151,7 +151,7 @@ class SampleFolder:
     ) -> None:
         """Draw and commit some batches, a process's share of a `run`."""
         grid = self.export.prior.config.grid
-        first_row = 0 if self.request.given is None else self.request.given.rows
+        first_row = 0 if self.request.image_prompt is None else self.request.image_prompt.rows
         total = sum(item.n_samples for item in items) * (grid - first_row) * grid
         request = self.request
         if self._to_repeat is not None:  # the record brings its scores, and its choice
@@ -171,15 +171,15 @@ class SampleFolder:
         for c, (caption, row) in enumerate(zip(self.request.captions, rows, strict=True)):
             for candidate in row:
                 k = candidate.index.candidate
-                (picture,) = self._sampler.pictures([candidate])
+                (image,) = self._sampler.images([candidate])
                 name = f"{c:03d}-{_slug(caption)}-{k:03d}.png"
-                picture.save(self.out / name)
-                image = {"file": name, "caption": caption, "row": c, "candidate": k, "seed": candidate.seed}
-                images.append(image if candidate.score is None else {**image, "score": candidate.score})
-                sheet.add(candidate, picture)
+                image.save(self.out / name)
+                entry = {"file": name, "caption": caption, "row": c, "candidate": k, "seed": candidate.seed}
+                images.append(entry if candidate.score is None else {**entry, "score": candidate.score})
+                sheet.add(candidate, image)
         sheet.draw(self.export.dvae, self._real_codes_CN).save(self.out / GRID)
-        if self.request.given is not None:
-            self.request.given.picture.save(self.out / GIVEN)
+        if self.request.image_prompt is not None:
+            self.request.image_prompt.image.save(self.out / IMAGE_PROMPT)
         np.save(self.out / CODES, np.stack([[candidate.codes_N.numpy() for candidate in row] for row in rows]))
         record = {
             "schema": 1,
@@ -201,7 +201,7 @@ class SampleFolder:
     # ---- what a folder is of ---------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        given, repeated = self.request.given, self._repeated
+        image_prompt, repeated = self.request.image_prompt, self._repeated
         scorer = self.scorer.fingerprint if self.scorer else None
         return {
             "export_fingerprint": self.export.fingerprint,
@@ -211,7 +211,8 @@ class SampleFolder:
             "settings": self.request.settings.model_dump(),
             "captions": list(self.request.captions),
             "scorer": scorer if repeated is None else repeated.get("scorer"),
-            "picture": given and {"sha256": given.sha256, "rows": given.rows, "codes": given.codes_N.tolist()},
+            "image_prompt": image_prompt
+            and {"sha256": image_prompt.sha256, "rows": image_prompt.rows, "codes": image_prompt.codes_N.tolist()},
             "is_repeat": repeated is not None,
         }
 
@@ -237,7 +238,7 @@ class SampleFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise DataError(f"{file} is damaged; remove {file.parent} to draw its pictures again")
+            raise DataError(f"{file} is damaged; remove {file.parent} to draw its images again")
         return found
 
     # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -291,9 +292,9 @@ class SampleFolder:
         return rows, None if self.scorer is None else scores_CK.tolist()
 
 
-def _given_again(entry: dict[str, Any], record_file: Path) -> GivenPicture:
-    with Image.open(record_file.with_name(GIVEN)) as picture:
-        return GivenPicture(picture.convert("RGB"), torch.tensor(entry["codes"]), entry["rows"], entry["sha256"])
+def _image_prompt_again(entry: dict[str, Any], record_file: Path) -> ImagePrompt:
+    with Image.open(record_file.with_name(IMAGE_PROMPT)) as image:
+        return ImagePrompt(image.convert("RGB"), torch.tensor(entry["codes"]), entry["rows"], entry["sha256"])
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""Draw image tokens from the prior, one after another, each picture by a random generator of its own.
+"""Draw image tokens from the prior, one after another, each image by a random generator of its own.
 
-C captions, K candidates a caption, B = C * K pictures, T text slots, N image tokens, P given (prime) tokens, V vocabulary.
+C captions, K candidates a caption, B = C * K images, T text slots, N image tokens, P given (prime) tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,20 +28,20 @@ def generate(
     prime_codes_CP: Tensor | None = None,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Sample K pictures for each caption -> codes (C, K, N) int64, on the CPU.
+    """Sample K images for each caption -> codes (C, K, N) int64, on the CPU.
 
-    A caption and its given tokens are read once for its K candidates. A picture depends on its caption, its seed and the
+    A caption and its given tokens are read once for its K candidates. An image depends on its caption, its seed and the
     settings, not on what else is sampled beside it (but for rounding: other batch sizes may take other matrix kernels).
 
     Args:
         text_CT: captions (C, T-1) int64, padded as the prior expects.
-        seeds_CK: a seed for every picture; every caption has the same number of them.
+        seeds_CK: a seed for every image; every caption has the same number of them.
         temperature: divides the logits; 0 takes the likeliest token. The paper samples at 1.
         top_k: keep the k likeliest tokens; 0 keeps all (the paper's way).
         top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
         guidance: classifier-free guidance (Ho and Salimans 2022): logits move from those without a caption towards and past
             those with it; 1 leaves it out. Only for a prior that was trained with dropped captions. Doubles the work.
-        prime_codes_CP: the first P tokens of every picture of a caption, given instead of sampled: the paper's image-to-image
+        prime_codes_CP: the first P tokens of every image of a caption, given instead of sampled: the paper's image-to-image
             gives the top 15 rows of 32.
         on_token: called after each sampled token with its index and all codes so far (B, N), on the prior's device.
 
@@ -59,7 +59,7 @@ def generate(
     codes_BN[:, :n_given] = prime_CP.repeat_interleave(n_candidates, 0)
     if n_given < n_image:
         # All random numbers in advance, one for each place: a given token takes its number along, so that keeping fewer rows of
-        # a picture changes nothing but those rows; drawn on the CPU, so that a GPU samples the same picture.
+        # an image changes nothing but those rows; drawn on the CPU, so that a GPU samples the same image.
         draws_BN = torch.stack([_draws(seed, n_image) for seeds in seeds_CK for seed in seeds]).to(device)
         text_CT, prime_CP = text_CT.to(device), prime_CP.to(device)
         guided = guidance != 1
@@ -86,7 +86,7 @@ def _guide(logits_BV: Tensor, guidance: float) -> Tensor:
 
 @contextmanager
 def decoder(prior: Prior, cache: DecodingCache, batch: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """`prior.decode` on `cache`, quick for many tokens of `batch` pictures: on CUDA a recorded graph, on CPUs packed weights
+    """`prior.decode` on `cache`, quick for many tokens of `batch` images: on CUDA a recorded graph, on CPUs packed weights
     (a second copy of them, while the context lasts). Logits may be the same tensor each time, overwritten by the next call.
     """
     if cache.slot_1.device.type == "cuda":

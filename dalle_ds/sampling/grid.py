@@ -1,15 +1,15 @@
-"""A sheet of pictures with their captions, to look at."""
+"""A sheet of images with their captions, to look at."""
 
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, GAP = 24, 8
-# Grey paper: a picture on white, as most of the demo's are, must show where it ends.
+# Grey paper: an image on white, as most of the demo's are, must show where it ends.
 PAPER, INK, FAINT = (240, 241, 243), (32, 33, 36), (96, 101, 106)
 
 
-def picture_grid(
+def image_grid(
     rows: Sequence[Sequence[Image.Image]],
     captions: Sequence[str],
     *,
@@ -18,21 +18,21 @@ def picture_grid(
     labels: Sequence[Sequence[str]] = (),
     smallest: int = 128,
 ) -> Image.Image:
-    """Rows of pictures, each row's caption under it; rows of one picture are laid side by side, captions under the pictures.
+    """Rows of images, each row's caption under it; rows of one image are laid side by side, captions under the images.
 
     Args:
-        rows: pictures of one size, as many in each row.
+        rows: images of one size, as many in each row.
         captions: one for each row.
         column_titles: written over the columns, where there is more than one.
-        labels: a few letters under each picture, such as its score; "" for none.
-        smallest: pictures with a shorter side are enlarged to it.
+        labels: a few letters under each image, such as its score; "" for none.
+        smallest: images with a shorter side are enlarged to it.
 
     Raises:
-        ValueError: no pictures, rows of unequal length, or captions that don't fit the rows.
+        ValueError: no images, rows of unequal length, or captions that don't fit the rows.
     """
     if not rows or len({len(row) for row in rows}) != 1 or len(rows) != len(captions):
-        raise ValueError(f"rows of {[len(row) for row in rows]} pictures with {len(captions)} captions: expected equal rows")
-    rows = [[_enlarged(picture, smallest) for picture in row] for row in rows]
+        raise ValueError(f"rows of {[len(row) for row in rows]} images with {len(captions)} captions: expected equal rows")
+    rows = [[_enlarged(image, smallest) for image in row] for row in rows]
     side = rows[0][0].width
     font = ImageFont.load_default(max(15, side // 10))
     labels = labels or [()] * len(rows)
@@ -48,17 +48,17 @@ def picture_grid(
 
 
 def _captioned(
-    pictures: Sequence[Image.Image], caption: str, labels: Sequence[str], font: ImageFont.FreeTypeFont, width: int
+    images: Sequence[Image.Image], caption: str, labels: Sequence[str], font: ImageFont.FreeTypeFont, width: int
 ) -> Image.Image:
     lines, small = _wrapped(caption, font, width), _small(font)
     line_height, labels_height = round(font.size * 1.3), round(small.size * 1.4) if any(labels) else 0
-    top = pictures[0].height + 6 + labels_height
+    top = images[0].height + 6 + labels_height
     cell = Image.new("RGB", (width, top + line_height * len(lines)), PAPER)
     draw = ImageDraw.Draw(cell)
-    for column, picture in enumerate(pictures):
-        cell.paste(picture, (column * (picture.width + GAP), 0))
+    for column, image in enumerate(images):
+        cell.paste(image, (column * (image.width + GAP), 0))
     for column, label in enumerate(labels):
-        draw.text((column * (pictures[0].width + GAP), pictures[0].height + 4), label, fill=FAINT, font=small)
+        draw.text((column * (images[0].width + GAP), images[0].height + 4), label, fill=FAINT, font=small)
     for number, line in enumerate(lines):
         draw.text((0, top + number * line_height), line, fill=INK, font=font)
     return cell
@@ -128,12 +128,12 @@ def _stacked(header: Image.Image | None, lines: Sequence[Sequence[Image.Image]])
     return sheet
 
 
-def _enlarged(picture: Image.Image, smallest: int) -> Image.Image:
-    short = min(picture.size)
+def _enlarged(image: Image.Image, smallest: int) -> Image.Image:
+    short = min(image.size)
     if short >= smallest:
-        return picture
+        return image
     factor = smallest / short
-    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
 
 
 def _columns_for(n: int) -> int:

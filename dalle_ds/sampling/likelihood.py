@@ -1,4 +1,4 @@
-"""Losses of given pictures under the prior, sample by sample: the model's part of every evaluation by likelihood.
+"""Losses of given images under the prior, sample by sample: the model's part of every evaluation by likelihood.
 
 S samples, T text slots, N image tokens.
 """

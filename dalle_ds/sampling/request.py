@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dalle_ds.errors import DataError
-from dalle_ds.sampling.given import GivenPicture
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.image_prompt import ImagePrompt
+from dalle_ds.sampling.settings import SamplingConfig
 from dalle_ds.storage.hashing import hash_to_integer
 
 
@@ -34,24 +34,24 @@ class WorkItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures that somebody wants.
+    """Images that somebody wants.
 
     Raises:
-        DataError: no captions, or empty ones. A given picture needs none: "" draws variations of it.
+        DataError: no captions, or empty ones. An image prompt needs none: "" draws variations of it.
     """
 
     captions: tuple[str, ...]
-    settings: SampleSettings
-    given: GivenPicture | None = None
+    settings: SamplingConfig
+    image_prompt: ImagePrompt | None = None
 
     def __post_init__(self) -> None:
         n_empty = sum(not caption.strip() for caption in self.captions)
-        if not self.captions or (n_empty and self.given is None):
+        if not self.captions or (n_empty and self.image_prompt is None):
             raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected some")
 
     def work_items(self) -> list[WorkItem]:
-        """The batches that the pictures are drawn in: several captions, or a part of one's candidates. They are the same
-        whoever draws them, since what a batch holds may change the rounding of its pictures."""
+        """The batches that the images are drawn in: several captions, or a part of one's candidates. They are the same
+        whoever draws them, since what a batch holds may change the rounding of its images."""
         n, batch = self.settings.n, self.settings.batch
         captions_at_once, candidates_at_once = max(1, batch // n), min(n, batch)
         parts = [
@@ -67,5 +67,5 @@ class Request:
 
 
 def seed_of(seed: int, caption: str, candidate: int) -> int:
-    """The seed of one picture: it depends neither on the other captions nor on how many candidates are drawn."""
+    """The seed of one image: it depends neither on the other captions nor on how many candidates are drawn."""
     return hash_to_integer(f"{seed}\0{candidate}\0{caption}") >> 1

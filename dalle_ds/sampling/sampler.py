@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.sampling.decode import decode_pictures
+from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.generate import generate
 from dalle_ds.sampling.request import Request, SampleIndex, WorkItem
@@ -23,7 +23,7 @@ from dalle_ds.sampling.scorer import Scorer
 
 
 class RowsDecoded(NamedTuple):
-    """Part of a batch while it is drawn: the first `n_rows` rows of the grid, which `decode.partial_pictures` shows."""
+    """Part of a batch while it is drawn: the first `n_rows` rows of the grid, which `decode.partial_images` shows."""
 
     item: WorkItem
     n_rows: int
@@ -68,8 +68,8 @@ def candidates_of(batch: Batch, request: Request) -> list[list[Candidate]]:
 class Sampler:
     """An export, ready to draw, with a scorer or without. One drawing at a time: the prior holds what it decodes with.
 
-    A page would do: `Sampler(export, scorer).draw(Request(("a red heart",), SampleSettings(n=16, keep=4)), show)`, where
-    `show(rows)` puts `partial_pictures(export.dvae, rows.codes_BN, rows.n_rows)` on the screen, or raises to end the drawing.
+    A page would do: `Sampler(export, scorer).draw(Request(("a red heart",), SamplingConfig(n=16, keep=4)), show)`, where
+    `show(rows)` puts `partial_images(export.dvae, rows.codes_BN, rows.n_rows)` on the screen, or raises to end the drawing.
     """
 
     def __init__(self, export: Export, scorer: Scorer | None = None) -> None:
@@ -80,7 +80,7 @@ class Sampler:
         settings = request.settings
         if settings.guidance != 1 and self.export.record.caption_dropout == 0:
             raise ConfigError(
-                f"guidance {settings.guidance:g} needs a prior that knows pictures without a caption, but {self.export.url} "
+                f"guidance {settings.guidance:g} needs a prior that knows images without a caption, but {self.export.url} "
                 "was trained with data.caption_dropout 0, expected above 0; sample with guidance 1"
             )
         if settings.n_kept < settings.n and self.scorer is None:
@@ -89,7 +89,7 @@ class Sampler:
             )
 
     def draw(self, request: Request, on_rows: Callable[[RowsDecoded], None] | None = None) -> list[list[Candidate]]:
-        """The best candidates of each caption, best first. Pictures of the others are gone once they are scored."""
+        """The best candidates of each caption, best first. Images of the others are gone once they are scored."""
         chosen: list[list[Candidate]] = [[] for _ in request.captions]
 
         def take(batch: Batch) -> None:
@@ -99,9 +99,9 @@ class Sampler:
         self.run(request, request.work_items(), take, on_rows)
         return chosen
 
-    def pictures(self, candidates: Sequence[Candidate]) -> list[Image.Image]:
-        """The candidates' codes as pictures."""
-        return decode_pictures(self.export.dvae, [candidate.codes_N.long() for candidate in candidates])
+    def images(self, candidates: Sequence[Candidate]) -> list[Image.Image]:
+        """The candidates' codes as images."""
+        return decode_images(self.export.dvae, [candidate.codes_N.long() for candidate in candidates])
 
     def run(
         self,
@@ -129,7 +129,7 @@ class Sampler:
     def _draw(self, request: Request, item: WorkItem, on_rows: Callable[[RowsDecoded], None] | None) -> Tensor:
         settings, grid = request.settings, self.export.prior.config.grid
         captions = [request.captions[c] for c in item.captions]
-        prime_codes_CP = None if request.given is None else request.given.prime_codes_P.expand(len(captions), -1)
+        prime_codes_CP = None if request.image_prompt is None else request.image_prompt.prime_codes_P.expand(len(captions), -1)
 
         def on_token(j: int, codes_BN: Tensor) -> None:
             if on_rows is not None and (j + 1) % grid == 0:
@@ -155,8 +155,8 @@ class Sampler:
         # a stream of its own, so that a GPU need not finish what is being drawn first; the codes are on the CPU
         device = self.export.device
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-            pictures = decode_pictures(self.export.dvae, codes_CKN.flatten(0, 1))
-            scores_B = np.asarray(self.scorer.scores(captions, pictures), dtype=np.float32)
+            images = decode_images(self.export.dvae, codes_CKN.flatten(0, 1))
+            scores_B = np.asarray(self.scorer.scores(captions, images), dtype=np.float32)
         if not np.isfinite(scores_B).all():
             raise DataError(f"scorer {self.scorer.name} gives {scores_B[~np.isfinite(scores_B)][0]}, expected a finite number")
         take(Batch(item, codes_CKN, scores_B.reshape(codes_CKN.shape[:2])))

@@ -1,4 +1,4 @@
-"""Pictures for the dashboards: curves, all gradient scales over time, loss by place in the picture."""
+"""Images for the dashboards: curves, all gradient scales over time, loss by place in the image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -69,7 +69,7 @@ def gradient_scales(
 
 def position_heatmap(
     values_GG: np.ndarray,
-    title: str = "Held-out image loss by position",
+    title: str = "Validation image loss by position",
     label: str = "nats an image token",
     *,
     diverging: bool = False,

@@ -42,7 +42,7 @@ def track(
     record: ExportRecord,
     out: Path,
     metrics: dict[str, float],
-    pictures: dict[str, Image.Image],
+    images: dict[str, Image.Image],
     files: Sequence[Path],
     folder: str,
 ) -> bool:
@@ -50,8 +50,8 @@ def track(
     tracker, step = tracker_of(url, record, out), record.update
     if metrics:
         tracker.metrics(metrics, step)
-    for name, picture in pictures.items():
-        tracker.picture(name, picture, step)
+    for name, image in images.items():
+        tracker.image(name, image, step)
     for file in files:
         tracker.artifact(file, folder)
     return tracker.close() and isinstance(tracker, Tracker)

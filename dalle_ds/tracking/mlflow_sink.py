@@ -147,8 +147,8 @@ class MlflowSink:
                     self._or_drop(self._send_description, record["text"])
                 case "dataset":
                     self._or_drop(self._send_dataset, record)
-                case "picture":
-                    self._or_drop(self._send_picture, record)
+                case "image":
+                    self._or_drop(self._send_image, record)
                 case "artifact":
                     self._or_drop(self._send_artifact, record)
                 case "status" if not self.attach_only and session in (None, record["session"]):
@@ -208,22 +208,22 @@ class MlflowSink:
         )
         self._client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
 
-    def _send_picture(self, record: dict[str, Any]) -> None:
+    def _send_image(self, record: dict[str, Any]) -> None:
         from PIL import Image, UnidentifiedImageError
 
         path = self.folder / record["file"]
         if not path.is_file():
             raise Refused(f"{path} has vanished")
         if record["step"] is None:
-            self._client.log_artifact(self._run_id, str(path), "pictures")
-        else:  # with a step, MLflow's page shows the pictures of one name on a time slider
+            self._client.log_artifact(self._run_id, str(path), "images")
+        else:  # with a step, MLflow's page shows the images of one name on a time slider
             try:
                 with Image.open(path) as file:
-                    picture = file.convert("RGB")
+                    image = file.convert("RGB")
             except (UnidentifiedImageError, SyntaxError) as error:
                 raise Refused(f"{path} is damaged: {error}") from error
             self._client.log_image(
-                self._run_id, picture, key=record["name"], step=record["step"], timestamp=record["time"], synchronous=True
+                self._run_id, image, key=record["name"], step=record["step"], timestamp=record["time"], synchronous=True
             )
         path.unlink(missing_ok=True)
 

@@ -37,8 +37,8 @@ class NullTracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of one step; values are anything that float() takes."""
 
-    def picture(self, name: str, picture: Image.Image, step: int | None = None) -> None:
-        """A picture; those with a step appear on a time slider of that name."""
+    def image(self, name: str, image: Image.Image, step: int | None = None) -> None:
+        """An image; those with a step appear on a time slider of that name."""
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """A file or a folder for `folder` of the run's artifacts. Files up to 64 MiB are copied now, others must stay."""
@@ -136,17 +136,17 @@ class Tracker(NullTracker):
             {"kind": "metrics", "step": int(step), "values": {_name(key): float(value) for key, value in values.items()}},
         )
 
-    def picture(self, name: str, picture: Image.Image, step: int | None = None) -> None:
+    def image(self, name: str, image: Image.Image, step: int | None = None) -> None:
         name = _name(name)
         stem = name.replace("/", "_") if step is None else f"{name.replace('/', '_')}-{step:08d}"
-        folder = Path(SPOOL) / "pictures" / uuid.uuid4().hex[:8]
+        folder = Path(SPOOL) / "images" / uuid.uuid4().hex[:8]
         try:
             (self.folder / folder).mkdir(parents=True)
-            picture.save(self.folder / folder / f"{stem}.png")
+            image.save(self.folder / folder / f"{stem}.png")
         except OSError as error:
             self._say_disk_is_full(error)
             return
-        self._append("files", {"kind": "picture", "name": name, "step": step, "file": str(folder / f"{stem}.png")})
+        self._append("files", {"kind": "image", "name": name, "step": step, "file": str(folder / f"{stem}.png")})
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         path = Path(path).resolve()

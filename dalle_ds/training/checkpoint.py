@@ -248,7 +248,7 @@ class CheckpointStore(Generic[About]):
                 return f"{file} is missing"
         return None
 
-    def require_room(self, n_bytes: float, ranks: Ranks) -> None:
+    def check_disk_space(self, n_bytes: float, ranks: Ranks) -> None:
         """Before training starts: raises UserError on all ranks where one can't write, or checkpoints of this size don't fit.
 
         What killed saves left behind is removed.

@@ -1,29 +1,34 @@
-"""Runs on raw shards, of a dVAE or a CLIP: which run it is, whether it is finished, its checkpoints."""
+"""Runs on raw shards, of a dVAE or a CLIP: which run it is, whether it is finished, its checkpoints, its loop."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from dalle_ds.console import progress
 from dalle_ds.data.raw import list_raw_shards
 from dalle_ds.errors import DataError
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.recipes import Config
+from dalle_ds.recipes import Config, flatten
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.record import Record
 from dalle_ds.training.checkpoint import CheckpointStore
+from dalle_ds.training.run import Stopwatch, TrainingRun
 
-KEPT_CHECKPOINTS = 2
 STATE_FILE = "state.pt"
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint: fp32 weights, two moments and the average."""
 
 # What may differ between a run and its restart without making it another run.
-_NOT_IDENTITY = {"folder", "tracking", "checkpoint_every", "report_every", "threads", "workers", "device", "failure"}
-_OTHER_RUN = "It is of another recipe or other pictures: choose another folder, or move it away."
+_NOT_IDENTITY = {
+    **dict.fromkeys(("folder", "tracking", "checkpoint", "threads", "workers", "device", "failure"), True),
+    "validation": {"every"},
+}
+_OTHER_RUN = "It is of another recipe or other images: choose another folder, or move it away."
 
 
 class ImageRunAbout(Record):
@@ -63,17 +68,17 @@ class ImageCheckpoints:
     All ranks call every method together.
     """
 
-    def __init__(self, folder: Path, identity: str, ranks: Ranks) -> None:
-        self._store = CheckpointStore(folder / "checkpoints", ImageRunAbout, KEPT_CHECKPOINTS)
+    def __init__(self, folder: Path, identity: str, n_kept: int, ranks: Ranks) -> None:
+        self._store = CheckpointStore(folder / "checkpoints", ImageRunAbout, n_kept)
         self._about, self._ranks = ImageRunAbout(run=identity), ranks
 
     @property
     def url(self) -> str:
         return self._store.url
 
-    def require_room(self, n_parameters: int) -> None:
+    def check_disk_space(self, n_parameters: int) -> None:
         """Raises UserError where the folder can't be written to, or checkpoints would fill the disk."""
-        self._store.require_room(n_parameters * BYTES_PER_PARAMETER, self._ranks)
+        self._store.check_disk_space(n_parameters * BYTES_PER_PARAMETER, self._ranks)
 
     def newest(self) -> dict[str, Any] | None:
         """The state that the run goes on from; None where it is new.
@@ -97,3 +102,69 @@ class ImageCheckpoints:
 
         self._store.begin(update, write, self._about, self._ranks)
         self._store.finish(self._ranks)
+
+
+class ImageTrainer(ABC):
+    """The loop over the updates of a dVAE or a CLIP, and when it measures, saves and stops.
+
+    A trainer sets `run`, `recipe`, `identity`, `shards`, `checkpoints`, `update` and `watch` before `train`.
+    """
+
+    stage: ClassVar[str]
+    title: ClassVar[str]
+    """What the progress bar says."""
+
+    run: TrainingRun
+    recipe: Any
+    identity: str
+    shards: str
+    checkpoints: ImageCheckpoints
+    update: int
+    watch: Stopwatch
+
+    def train(self) -> dict[str, Any]:
+        """Do the updates that are left. Returns the report, on every rank."""
+        recipe, run, resumed_at = self.recipe, self.run, self.update
+        run.start_tracking(
+            recipe,
+            recipe.tracking,
+            tags={"stage": self.stage, "run_fingerprint": self.identity},
+            params={**flatten(recipe.model_dump(mode="json")), "world_size": run.ranks.world_size},
+        )
+        run.tracker.input_dataset("raw", recipe.data.raw, self.shards)
+        bar = progress(total=recipe.updates, initial=self.update, what=self.title, unit="update", enabled=run.ranks.is_main)
+        with bar:
+            while self.update < recipe.updates:
+                metrics, stop_requested = self._step(run.stop_requested)
+                self.update += 1
+                bar.update(1)
+                if self.update % recipe.tracking.every == 0:
+                    rate = (self.update - resumed_at) * recipe.global_batch / self.watch.since_start
+                    values = {name: float(value) for name, value in metrics.items()} | {"speed/images_per_second": rate}
+                    run.tracker.metrics(values, self.update)
+                    bar.set_postfix_str(f"loss {values['loss/train/total']:.3f}", refresh=False)
+                is_last = self.update == recipe.updates
+                if self.update % recipe.validation.every == 0 and not is_last:
+                    self._validate()
+                if self.update % recipe.checkpoint.every == 0 or is_last or stop_requested:
+                    self._save()
+                if stop_requested and not is_last:
+                    run.leave_stopped(self.update, self.checkpoints.url)
+        return self._finish()
+
+    @abstractmethod
+    def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
+        """One update. Takes whether this rank was asked to stop. Returns metrics, some still on the device, and whether any
+        rank was asked to stop."""
+
+    @abstractmethod
+    def _validate(self) -> Any:
+        """Measure on the validation split, and tell the tracker."""
+
+    @abstractmethod
+    def _save(self) -> None:
+        """Commit a checkpoint."""
+
+    @abstractmethod
+    def _finish(self) -> dict[str, Any]:
+        """Measure and write the results. Returns the report."""

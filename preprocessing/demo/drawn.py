@@ -1,4 +1,4 @@
-"""Pictures drawn by the program: coloured shapes with true captions, for tests and for where nothing can be fetched."""
+"""Images drawn by the program: coloured shapes with true captions, for tests and for where nothing can be fetched."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ COLOURS: Final = {
     "grey": (140, 144, 150),
 }
 SHAPES: Final = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "bar")
-SIZES: Final = {"small": 0.11, "": 0.17, "large": 0.23}  # radius as a share of the picture's side
+SIZES: Final = {"small": 0.11, "": 0.17, "large": 0.23}  # radius as a share of the image's side
 # Where the second shape lies, seen from the first.
 PLACES: Final = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
 OVERSAMPLING: Final = 2  # edges are smoothed by drawing larger
@@ -28,14 +28,14 @@ OVERSAMPLING: Final = 2  # edges are smoothed by drawing larger
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture with its caption; drawings of equal captions differ only in small shifts, so the caption is their group."""
+    """An image with its caption; drawings of equal captions differ only in small shifts, so the caption is their group."""
 
     caption: str
     image: Image.Image
 
 
 def draw(seed: int, size: int = 256) -> Drawing:
-    """One or two shapes on a pale ground; the same seed gives the same picture."""
+    """One or two shapes on a pale ground; the same seed gives the same image."""
     rng = np.random.default_rng(seed)
     first, second = _pick_shape(rng), _pick_shape(rng)
     is_pair = rng.random() < 0.7 and first[:2] != second[:2]

@@ -1,4 +1,4 @@
-"""Where demo pictures come from: packages of public registries, pinned by version and checksum; or our own drawing."""
+"""Where demo images come from: packages of public registries, pinned by version and checksum; or our own drawing."""
 
 import base64
 import hashlib
@@ -32,7 +32,7 @@ class SourceUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Captioned:
-    """One picture of a source: `write` puts it into a file."""
+    """One image of a source: `write` puts it into a file."""
 
     file: str
     caption: str | None
@@ -42,11 +42,11 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of captioned pictures. `credit` goes into source.json: what it is, its version, licence and origin."""
+    """A set of captioned images. `credit` goes into source.json: what it is, its version, licence and origin."""
 
     name: str
     credit: dict[str, str]
-    pictures: Callable[[Path], Iterator[Captioned]]  # (folder for scratch files) -> pictures
+    images: Callable[[Path], Iterator[Captioned]]  # (folder for scratch files) -> images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,13 +121,13 @@ def _tuxpaint(scratch: Path) -> Iterator[Captioned]:
 
 
 def _openclipart(scratch: Path) -> Iterator[Captioned]:
-    # The pictures have no captions; the drawings they were made of do. Many pictures are links to others: copied, not moved.
-    pictures = _unpack_deb(CLIPART_PNG, scratch / "png") / "usr/share/openclipart/png"
+    # The images have no captions; the drawings they were made of do. Many images are links to others: copied, not moved.
+    images = _unpack_deb(CLIPART_PNG, scratch / "png") / "usr/share/openclipart/png"
     drawings = _unpack_deb(CLIPART_SVG, scratch / "svg") / "usr/share/openclipart/svg"
-    for file in sorted(pictures.rglob("*.png")):
-        drawing = drawings / file.relative_to(pictures).with_suffix(".svg")
+    for file in sorted(images.rglob("*.png")):
+        drawing = drawings / file.relative_to(images).with_suffix(".svg")
         caption = _svg_title(drawing) if drawing.exists() else None
-        yield Captioned(_flat_name(file, pictures), caption, _caption_group(caption), partial(shutil.copyfile, file))
+        yield Captioned(_flat_name(file, images), caption, _caption_group(caption), partial(shutil.copyfile, file))
 
 
 def _svg_title(file: Path) -> str | None:
@@ -137,7 +137,7 @@ def _svg_title(file: Path) -> str | None:
 
 
 def _caption_group(caption: str | None) -> str | None:
-    # Pictures of one caption are often one thing drawn twice: they must not meet on both sides of the split.
+    # Images of one caption are often one thing drawn twice: they must not meet on both sides of the split.
     return caption.lower() if caption else None
 
 
@@ -187,7 +187,7 @@ SOURCES: Final = (
         "tuxpaint",
         {
             "title": "Tux Paint stamps",
-            "licence": "GPL-2.0-or-later (collection; see its documentation for single pictures)",
+            "licence": "GPL-2.0-or-later (collection; see its documentation for single images)",
             "package": f"Debian {TUXPAINT[0]}={TUXPAINT[1]}",
             "checksum": f"sha256-{TUXPAINT[2]}",
             "captions": "of the package",
@@ -264,27 +264,27 @@ def _only_file(folder: Path, pattern: str) -> Path:
 
 
 def write_source(source: Source, folder: Path, limit: int | None, progress: Callable[..., object]) -> tuple[int, int]:
-    """Put a source's pictures, captions.jsonl and source.json into an empty folder; counts of pictures and of captions."""
-    n_pictures = n_captions = 0
+    """Put a source's images, captions.jsonl and source.json into an empty folder; counts of images and of captions."""
+    n_images = n_captions = 0
     with (
         tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder.parent) as scratch,
         (folder / "captions.jsonl").open("w", encoding="utf-8") as captions,
     ):
-        pictures = source.pictures(Path(scratch))
-        for picture in progress(pictures):  # type: ignore[attr-defined]
-            if limit is not None and n_pictures >= limit:
+        images = source.images(Path(scratch))
+        for image in progress(images):  # type: ignore[attr-defined]
+            if limit is not None and n_images >= limit:
                 break
-            picture.write(folder / picture.file)
-            n_pictures += 1
-            if picture.caption:
-                record = {"file": picture.file, "caption": picture.caption, "group": picture.group}
+            image.write(folder / image.file)
+            n_images += 1
+            if image.caption:
+                record = {"file": image.file, "caption": image.caption, "group": image.group}
                 captions.write(json.dumps(record, ensure_ascii=False) + "\n")
                 n_captions += 1
     if not n_captions:
-        raise SourceUnavailable("no captioned picture in it")
-    record = {"source": source.name, **source.credit, "n_pictures": n_pictures, "n_captions": n_captions, "limit": limit}
+        raise SourceUnavailable("no captioned image in it")
+    record = {"source": source.name, **source.credit, "n_images": n_images, "n_captions": n_captions, "limit": limit}
     (folder / "source.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return n_pictures, n_captions
+    return n_images, n_captions
 
 
 def source_named(name: str) -> Source:

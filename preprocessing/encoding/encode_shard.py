@@ -1,4 +1,4 @@
-"""One shard: raw pictures and captions to a committed token shard. It knows nothing of who schedules it."""
+"""One shard: raw images and captions to a committed token shard. It knows nothing of who schedules it."""
 
 import tempfile
 import time
@@ -30,7 +30,7 @@ from dalle_ds.storage.weights import read_weights
 from preprocessing.configs import Precision
 from preprocessing.encoding.encoder import Encode, encoder_of
 
-# B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
+# B images of a batch, H = W = image_size, C = 3, N tokens an image
 
 BATCHES_AHEAD = 2  # decoded while the encoder works
 CHUNK_SAMPLES, CHUNK_BYTES = 16, 1 << 20
@@ -53,8 +53,8 @@ class EncodeJob:
     def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
         """Load the models, once a process."""
         torch.set_num_threads(n_threads)
-        dvae, mark = load_dvae(objects.join(self.out, DVAE_FILE))
-        require_same(f"dVAE of data set {self.out}", self.info.dvae, mark)
+        dvae, fingerprint = load_dvae(objects.join(self.out, DVAE_FILE))
+        require_same(f"dVAE of data set {self.out}", self.info.dvae, fingerprint)
         tokenizer = CaptionTokenizer(objects.join(self.out, TOKENIZER_FILE))
         require_same(f"tokenizer of data set {self.out}", self.info.tokenizer, tokenizer.fingerprint)
         encode = encoder_of(dvae, self.precision, self.device, bool(self.info.tf32))
@@ -66,7 +66,7 @@ def encode_shard(
 ) -> ShardManifest | None:
     """Encode and commit one shard; harmless where another worker does the same shard.
 
-    Pictures are decoded on `n_threads` threads and samples written on another, while the encoder works.
+    Images are decoded on `n_threads` threads and samples written on another, while the encoder works.
 
     Returns:
         The manifest; None where the one of another worker stands.
@@ -89,7 +89,7 @@ def encode_shard(
             for split in SPLITS
         }
         writing = stack.enter_context(ThreadPoolExecutor(1))
-        batches = Prefetch(_batches(shard, job, n_threads), BATCHES_AHEAD, "decode", lambda: f"pictures of {shard.url}")
+        batches = Prefetch(_batches(shard, job, n_threads), BATCHES_AHEAD, "decode", lambda: f"images of {shard.url}")
         stack.callback(batches.close)
 
         def write(batch: Batch, tokens_BN: np.ndarray) -> None:
@@ -104,7 +104,7 @@ def encode_shard(
         written: Future[None] | None = None
         for batch, dropped_before in batches:
             dropped += dropped_before
-            tokens_BN = encode(np.stack([picture for _, picture in batch])) if batch else None
+            tokens_BN = encode(np.stack([image for _, image in batch])) if batch else None
             if written:
                 written.result()  # one batch at most waits to be written
             written = writing.submit(write, batch, tokens_BN) if tokens_BN is not None else None
@@ -150,12 +150,12 @@ def identity_of(shard: RawShard) -> InputIdentity:
 
 
 def crop_of(sample: RawSample, image_size: int) -> np.ndarray:
-    """The picture as the dVAE sees it, (H, W, C) uint8: decided by the sample alone. ImageProblem where there is none."""
+    """The image as the dVAE sees it, (H, W, C) uint8: decided by the sample alone. ImageProblem where there is none."""
     return prior_crop(decode_image(sample.image), image_size, seed_of(sample.key))
 
 
 def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
-    # Pictures, and what was dropped among them. In the stored order, so that a second attempt writes the same bytes.
+    # Images, and what was dropped among them. In the stored order, so that a second attempt writes the same bytes.
     batch: Batch = []
     dropped: list[tuple[str, str]] = []
     for sample, crop in _crops(shard, job.info.image_size, n_threads):
@@ -170,7 +170,7 @@ def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[
 
 
 def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[Any, np.ndarray | str]]:
-    # Each sample with its picture, or with the reason why it is dropped.
+    # Each sample with its image, or with the reason why it is dropped.
     samples = read_raw_shard(shard)
     if n_threads == 1:
         yield from ((sample, _crop_or_reason(sample, image_size)) for sample in samples)
@@ -187,7 +187,7 @@ def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[A
 
 
 def _chunks(samples: Iterator[RawSample | Dropped]) -> Iterator[Chunk]:
-    # What a thread takes at a time: handing over one small picture would take as long as decoding it.
+    # What a thread takes at a time: handing over one small image would take as long as decoding it.
     chunk: Chunk = []
     n_bytes = 0
     for sample in samples:

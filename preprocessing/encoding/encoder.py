@@ -15,19 +15,19 @@ from dalle_ds.ops import exactness
 from dalle_ds.ops.kernel_compiler import kernel_problem
 from preprocessing.configs import Precision
 
-# B pictures of a batch, H = W = image_size, C = 3, N tokens a picture
+# B images of a batch, H = W = image_size, C = 3, N tokens an image
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[np.ndarray], np.ndarray]  # uint8 pictures (B, H, W, C) -> tokens (B, N)
+Encode = Callable[[np.ndarray], np.ndarray]  # uint8 images (B, H, W, C) -> tokens (B, N)
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_TOKENS: Final = 2**14  # enough to tell 99.5% from 99.3%
-MAX_CHECKED_PICTURES: Final = 256
+MAX_CHECKED_IMAGES: Final = 256
 
 
 def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False) -> Encode:
-    """Pictures to tokens; `dvae` goes to the device, in channels-last order, and is not to be used in another way after.
+    """Images to tokens; `dvae` goes to the device, in channels-last order, and is not to be used in another way after.
 
     In 16 bits only the residual branches are: the stream that they add to and the logits stay in fp32, which keeps most
     tokens that plain autocast would change. With `tf32` a GPU takes the operands of fp32 convolutions with 10 bits of mantissa.
@@ -46,9 +46,9 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False
                 log.warning("the encoder runs uncompiled, slower: %s", problem)
 
     @torch.inference_mode()
-    def encode(pictures_BHWC: np.ndarray) -> np.ndarray:
-        # without .contiguous(): pictures come in channels-last order already
-        images_BCHW = torch.from_numpy(pictures_BHWC).to(device).permute(0, 3, 1, 2)
+    def encode(images_BHWC: np.ndarray) -> np.ndarray:
+        # without .contiguous(): images come in channels-last order already
+        images_BCHW = torch.from_numpy(images_BHWC).to(device).permute(0, 3, 1, 2)
         with exactness.tf32(tf32), torch.autocast(device, DTYPES.get(precision), enabled=precision != "fp32"):
             return dvae.tokens(images_BCHW).cpu().numpy()
 
@@ -58,21 +58,21 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False
 def agreement(
     shards: Iterable[RawShard], n_tokens: int, crop: Callable[[RawSample], np.ndarray], batch_size: int, sides: Sequence[Encode]
 ) -> float:
-    """Share of the tokens of the first usable pictures that both encoders give.
+    """Share of the tokens of the first usable images that both encoders give.
 
     Raises:
-        DataError: there is no usable picture.
+        DataError: there is no usable image.
     """
-    n_pictures = min(MAX_CHECKED_PICTURES, -(-CHECKED_TOKENS // n_tokens))
-    crops = _first_crops(shards, crop, n_pictures)
+    n_images = min(MAX_CHECKED_IMAGES, -(-CHECKED_TOKENS // n_tokens))
+    crops = _first_crops(shards, crop, n_images)
     if not crops:
-        raise DataError("no usable picture in the input to check encode.precision with; expected at least one")
+        raise DataError("no usable image in the input to check encode.precision with; expected at least one")
     batches = [np.stack(crops[start : start + batch_size]) for start in range(0, len(crops), batch_size)]
     ours, theirs = (np.concatenate([encode(batch) for batch in batches]) for encode in sides)
     return float((ours == theirs).mean())
 
 
-def _first_crops(shards: Iterable[RawShard], crop: Callable[[RawSample], np.ndarray], n_pictures: int) -> list[np.ndarray]:
+def _first_crops(shards: Iterable[RawShard], crop: Callable[[RawSample], np.ndarray], n_images: int) -> list[np.ndarray]:
     crops: list[np.ndarray] = []
     for shard in shards:
         for sample in read_raw_shard(shard):
@@ -81,6 +81,6 @@ def _first_crops(shards: Iterable[RawShard], crop: Callable[[RawSample], np.ndar
                     crops.append(crop(sample))
                 except ImageProblem:
                     continue
-            if len(crops) == n_pictures:
+            if len(crops) == n_images:
                 return crops
     return crops

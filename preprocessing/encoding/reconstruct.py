@@ -1,4 +1,4 @@
-"""A sample of each token shard against the pictures that it was made of: the same tokens again, PSNR, a picture for people."""
+"""A sample of each token shard against the images that it was made of: the same tokens again, PSNR, an image for people."""
 
 import io
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dalle_ds.models.dvae import DVAE
 from dalle_ds.storage import objects
 from preprocessing.encoding.encode_shard import crop_of
 
-MIN_SAME_TOKENS = 0.95  # another device, or 16 bits, may turn a close decision; another picture turns nearly all
+MIN_SAME_TOKENS = 0.95  # another device, or 16 bits, may turn a close decision; another image turns nearly all
 MAX_SHOWN = 64
 
 
@@ -31,14 +31,14 @@ class Pair:
 
     @property
     def psnr(self) -> float:
-        """Decibels; infinite for equal pictures."""
+        """Decibels; infinite for equal images."""
         return float(psnr(self.source_HWC[None], self.decoded_HWC[None])[0])
 
 
-def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_pictures: int, problems: list[str]) -> list[Pair]:
-    """`n_pictures` samples of each split of a shard, drawn by its name, with their sources; none where the raw shard is gone.
+def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_images: int, problems: list[str]) -> list[Pair]:
+    """`n_images` samples of each split of a shard, drawn by its name, with their sources; none where the raw shard is gone.
 
-    Adds to `problems` the samples that their source does not have, or not as a picture.
+    Adds to `problems` the samples that their source does not have, or not as an image.
 
     Raises:
         DataError: the raw shard is another than the manifest names, or damaged.
@@ -51,7 +51,7 @@ def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_pictures: int, pr
     for part in manifest.splits.values():
         block = part.blocks[int(rng.integers(len(part.blocks)))]
         tokens_nN, keys, _ = read_block(root, part, block)
-        rows = rng.choice(len(tokens_nN), min(n_pictures, len(tokens_nN)), replace=False)
+        rows = rng.choice(len(tokens_nN), min(n_images, len(tokens_nN)), replace=False)
         tokens |= {keys[row]: tokens_nN[row].astype(np.int64) for row in rows}
     pairs = []
     for sample in read_raw_shard(RawShard(manifest.shard, made_of.path, made_of.bytes, made_of.checksum)):

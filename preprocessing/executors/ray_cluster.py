@@ -1,6 +1,6 @@
 """Shards over a Ray cluster: an actor a worker or GPU, replaced when it or its node is lost.
 
-Ray carries the shards' names and their manifests; pictures go from storage to the actor that encodes them. Where the cluster's
+Ray carries the shards' names and their manifests; images go from storage to the actor that encodes them. Where the cluster's
 nodes were started (`ray start`), the project is installed, storage is in reach and AWS_* are set: the driver sends neither.
 """
 

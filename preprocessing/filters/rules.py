@@ -23,7 +23,7 @@ class CaptionFilter(Protocol):
     def __call__(self, caption: str) -> str | None: ...
 
 
-class PictureFilter(Protocol):
+class ImageFilter(Protocol):
     """The reason to drop a picture, or None."""
 
     def __call__(self, picture: Image.Image) -> str | None: ...
@@ -147,7 +147,7 @@ def caption_filters(config: FilterConfig) -> list[CaptionFilter]:
     return filters + ([OtherLanguage(config.language, config.max_other_language)] if config.language else [])
 
 
-def picture_filters(config: FilterConfig) -> list[PictureFilter]:
+def image_filters(config: FilterConfig) -> list[ImageFilter]:
     return [SmallPicture(config.min_side), AspectRatio(config.min_aspect, config.max_aspect)]
 
 
@@ -158,11 +158,11 @@ def judge_caption(caption: str, filters: list[CaptionFilter]) -> str | None:
 
 def sample_judge(config: FilterConfig) -> Callable[[RawSample], str | None]:
     """A function that gives the reason to drop a sample, or None; captions are judged first, since that needs no decoding."""
-    captions, pictures = caption_filters(config), picture_filters(config)
-    return lambda sample: judge_caption(sample.caption, captions) or judge_picture(sample.image, pictures, config.max_pixels)
+    captions, images = caption_filters(config), image_filters(config)
+    return lambda sample: judge_caption(sample.caption, captions) or judge_image(sample.image, images, config.max_pixels)
 
 
-def judge_picture(data: bytes, filters: list[PictureFilter], max_pixels: int) -> str | None:
+def judge_image(data: bytes, filters: list[ImageFilter], max_pixels: int) -> str | None:
     """The reason to drop an encoded picture ("unreadable", "too large" or the first filter's), or None. Decodes it."""
     try:
         picture = decode_image(data, max_pixels=max_pixels)

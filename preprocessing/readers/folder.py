@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: find both, and tell of every one that has no partner."""
+"""A folder of images with captions: find both, and tell of every one that has no partner."""
 
 import csv
 import io
@@ -34,25 +34,25 @@ def read_folder(folder_url: str) -> list[Entry]:
     """All samples of a folder, in the order of their paths.
 
     Captions come from captions.jsonl ({"file", "caption", "group"}), captions.tsv or captions.csv (the same columns), or from
-    NAME.txt beside NAME.jpg. Lines and pictures without a partner are entries with a reason.
+    NAME.txt beside NAME.jpg. Lines and images without a partner are entries with a reason.
 
     Raises:
-        DataError: no such folder, no pictures, or no captions.
+        DataError: no such folder, no images, or no captions.
     """
     files = {url.removeprefix(folder_url).lstrip("/"): (url, size) for url, size in objects.list_sizes(folder_url).items()}
     if not files:
-        raise DataError(f"{folder_url}: no such folder, or it is empty; expected pictures with captions")
-    pictures = {path: found for path, found in files.items() if _extension(path) in IMAGE_EXTENSIONS}
-    if not pictures:
-        raise DataError(f"{folder_url}: no pictures among its {len(files)} files; expected {', '.join(IMAGE_EXTENSIONS)}")
+        raise DataError(f"{folder_url}: no such folder, or it is empty; expected images with captions")
+    images = {path: found for path, found in files.items() if _extension(path) in IMAGE_EXTENSIONS}
+    if not images:
+        raise DataError(f"{folder_url}: no images among its {len(files)} files; expected {', '.join(IMAGE_EXTENSIONS)}")
     caption_file = next((name for name in CAPTION_FILES if name in files), None)
     if caption_file:
         lines = list(_read_captions(objects.join(folder_url, caption_file)))
     else:
-        lines = list(_read_text_files(pictures, files))
+        lines = list(_read_text_files(images, files))
     if not any(line.path for line in lines):
-        raise DataError(f"{folder_url}: no captions: expected {', '.join(CAPTION_FILES)}, or NAME.txt beside each picture")
-    return _pair(pictures, lines)
+        raise DataError(f"{folder_url}: no captions: expected {', '.join(CAPTION_FILES)}, or NAME.txt beside each image")
+    return _pair(images, lines)
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class _Line:
     reason: str | None = None
 
 
-def _pair(pictures: dict[str, tuple[str, int]], lines: list[_Line]) -> list[Entry]:
+def _pair(images: dict[str, tuple[str, int]], lines: list[_Line]) -> list[Entry]:
     entries: list[Entry] = []
     keys: dict[str, str] = {}
     taken: set[str] = set()
-    for path in sorted(pictures):
+    for path in sorted(images):
         key = base = re.sub(r"[^\w-]+", "_", str(PurePosixPath(path).with_suffix("")))  # WebDataset cuts a key at its first dot
         number = 2
         while key in taken:
@@ -77,16 +77,16 @@ def _pair(pictures: dict[str, tuple[str, int]], lines: list[_Line]) -> list[Entr
         taken.add(key)
     captioned: set[str] = set()
     for line in lines:
-        if line.reason or line.path not in pictures or line.path in captioned:
-            reason = line.reason or ("second caption" if line.path in captioned else "missing picture")
+        if line.reason or line.path not in images or line.path in captioned:
+            reason = line.reason or ("second caption" if line.path in captioned else "missing image")
             entries.append(Entry(line.source, line.source, line.caption, "", 0, reason))
             continue
         captioned.add(line.path)
-        url, size = pictures[line.path]
+        url, size = images[line.path]
         key = keys[line.path]
         entries.append(Entry(key, line.group or key, line.caption, url, size))
-    for path in pictures.keys() - captioned:
-        url, size = pictures[path]
+    for path in images.keys() - captioned:
+        url, size = images[path]
         entries.append(Entry(keys[path], keys[path], "", url, size, "no caption"))
     return sorted(entries, key=lambda entry: (entry.url, entry.key))
 
@@ -95,8 +95,8 @@ def _extension(path: str) -> str:
     return PurePosixPath(path).suffix.lower().lstrip(".")
 
 
-def _read_text_files(pictures: dict[str, tuple[str, int]], files: dict[str, tuple[str, int]]) -> Iterator[_Line]:
-    for path in sorted(pictures):
+def _read_text_files(images: dict[str, tuple[str, int]], files: dict[str, tuple[str, int]]) -> Iterator[_Line]:
+    for path in sorted(images):
         text_path = str(PurePosixPath(path).with_suffix(".txt"))
         if text_path in files:
             yield _Line(text_path, path, objects.read_bytes(files[text_path][0]).decode(errors="replace").strip())
@@ -147,5 +147,5 @@ def _line(source: str, record: object) -> _Line:
         return _Line(source, reason="bad caption line")
     if not _is_text(path + caption + group):
         return _Line(source, reason="damaged caption")
-    # A path that leaves the folder is not in the listing, so it ends as a missing picture and is never opened.
+    # A path that leaves the folder is not in the listing, so it ends as a missing image and is never opened.
     return _Line(source, str(PurePosixPath(path)), caption.strip(), group)

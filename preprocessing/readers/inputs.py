@@ -1,4 +1,4 @@
-"""What ingest reads: a folder of pictures, WebDataset tars (img2dataset's too) or parquet files, cut into shards."""
+"""What ingest reads: a folder of images, WebDataset tars (img2dataset's too) or parquet files, cut into shards."""
 
 import re
 from collections.abc import Iterator
@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from dalle_ds.data.raw import IMAGE_EXTENSIONS, Dropped, RawSample, RawShard, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
-from preprocessing.configs import Columns
+from preprocessing.configs import ColumnsConfig
 from preprocessing.readers.folder import Entry
 from preprocessing.readers.parquet import read_parquet
 
 
 @dataclass(frozen=True)
 class FolderPart:
-    """Some pictures of a folder."""
+    """Some images of a folder."""
 
     entries: tuple[Entry, ...]
 
     @property
     def bytes(self) -> int:
-        """Of the pictures that are not dropped already."""
+        """Of the images that are not dropped already."""
         return sum(entry.bytes for entry in self.entries if not entry.reason)
 
     def samples(self) -> Iterator[RawSample | Dropped]:
@@ -54,7 +54,7 @@ class ParquetPart:
     name: str
     url: str
     bytes: int
-    columns: Columns
+    columns: ColumnsConfig
 
     def samples(self) -> Iterator[RawSample | Dropped]:
         return read_parquet(self.url, self.name, self.columns)
@@ -63,14 +63,14 @@ class ParquetPart:
 Part = FolderPart | TarPart | ParquetPart
 
 
-def list_parts(url: str, columns: Columns) -> list[TarPart | ParquetPart]:
-    """The tars or parquet files at `url` (one such file, or a folder of them), by path; none where it is a folder of pictures.
+def list_parts(url: str, columns: ColumnsConfig) -> list[TarPart | ParquetPart]:
+    """The tars or parquet files at `url` (one such file, or a folder of them), by path; none where it is a folder of images.
 
-    img2dataset puts a parquet file and NNNNN_stats.json beside each tar, or beside folders of pictures: they are its log of
+    img2dataset puts a parquet file and NNNNN_stats.json beside each tar, or beside folders of images: they are its log of
     downloads, not samples.
 
     Raises:
-        DataError: a folder of both tars and pictures, where one of them would be left out unsaid.
+        DataError: a folder of both tars and images, where one of them would be left out unsaid.
     """
     if url.endswith((".tar", ".parquet")) and objects.exists(url):
         files = {url: objects.size(url)}
@@ -78,10 +78,10 @@ def list_parts(url: str, columns: Columns) -> list[TarPart | ParquetPart]:
         files = objects.list_sizes(url)
     names = {file: _name(file.removeprefix(url) or file.rsplit("/", 1)[-1]) for file in sorted(files)}
     tars = [TarPart(name, file, files[file]) for file, name in names.items() if file.endswith(".tar")]
-    has_pictures = any(file.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)) for file in files)
-    if tars and has_pictures:
-        raise DataError(f"{url}: holds both tars and loose pictures; give the one or the other as `ingest.pictures`")
-    if tars or has_pictures:
+    has_images = any(file.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)) for file in files)
+    if tars and has_images:
+        raise DataError(f"{url}: holds both tars and loose images; give the one or the other as `ingest.images`")
+    if tars or has_images:
         return list(tars)
     return [ParquetPart(name, file, files[file], columns) for file, name in names.items() if file.endswith(".parquet")]
 
@@ -91,10 +91,10 @@ def _name(path: str) -> str:
 
 
 def read_entry(entry: Entry) -> tuple[bytes, str | None]:
-    """(the picture's bytes, None) or (b"", the reason why there are none)."""
+    """(the image's bytes, None) or (b"", the reason why there are none)."""
     try:
         return objects.read_bytes(entry.url), None
     except FileNotFoundError:
-        return b"", "missing picture"
+        return b"", "missing image"
     except PermissionError:
         return b"", "not allowed to read"

@@ -1,4 +1,4 @@
-"""Parquet files of encoded pictures with captions, read batch by batch, where nothing damaged goes uncounted."""
+"""Parquet files of encoded images with captions, read batch by batch, where nothing damaged goes uncounted."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -10,16 +10,16 @@ from dalle_ds.data.images import extension_of
 from dalle_ds.data.raw import MAX_MEMBER_BYTES, Dropped, RawSample
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
-from preprocessing.configs import Columns
+from preprocessing.configs import ColumnsConfig
 
-BATCH_ROWS: Final = 32  # with their pictures in memory at once
+BATCH_ROWS: Final = 32  # with their images in memory at once
 MAX_ROWS: Final = 10**8  # a footer that tells of more lies
 
 
-def read_parquet(url: str, name: str, columns: Columns) -> Iterator[RawSample | Dropped]:
+def read_parquet(url: str, name: str, columns: ColumnsConfig) -> Iterator[RawSample | Dropped]:
     """The rows of a file in stored order; a row that cannot be a sample is a Dropped. Keys are NAME/ROW.
 
-    Memory: some pages of the file. A writer with default settings puts up to 1024 pictures into a page.
+    Memory: some pages of the file. A writer with default settings puts up to 1024 images into a page.
 
     Raises:
         DataError: the file is missing, or has not the columns.
@@ -27,7 +27,7 @@ def read_parquet(url: str, name: str, columns: Columns) -> Iterator[RawSample | 
     try:
         with objects.local_copy(url) as path:
             try:
-                # With a buffer of its own each column is read page by page, else a whole row group of pictures is held.
+                # With a buffer of its own each column is read page by page, else a whole row group of images is held.
                 file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
             except (pa.ArrowException, OSError):
                 yield Dropped(name, "damaged shard")
@@ -59,7 +59,7 @@ def _read_rows(file: pq.ParquetFile, name: str, image: str, caption: str) -> Ite
 
 def _sample(key: str, image: Any, caption: Any) -> RawSample | Dropped:
     if not image:
-        return Dropped(key, "no picture")
+        return Dropped(key, "no image")
     if len(image) > MAX_MEMBER_BYTES:
         return Dropped(key, "too large")
     if caption is None:

@@ -1,4 +1,4 @@
-"""Duplicates: pictures that look like another one, or like one of an evaluation set, go onto the raw shards' drop list."""
+"""Duplicates: images that look like another one, or like one of an evaluation set, go onto the raw shards' drop list."""
 
 import hashlib
 import io
@@ -31,10 +31,10 @@ from dalle_ds.storage import objects
 from preprocessing.configs import DuplicatesConfig
 from preprocessing.executors.local import n_cores, run_shards
 
-# N pictures, the evaluation sets' first; U different hashes among them
+# N images, the evaluation sets' first; U different hashes among them
 
 HASH_RULE: Final = "phash-64/v1"  # part of the names of stored hashes
-MIN_CONTRAST: Final = 2.0  # standard deviation of 32x32 grey levels; a plainer picture's hash says nothing
+MIN_CONTRAST: Final = 2.0  # standard deviation of 32x32 grey levels; a plainer image's hash says nothing
 NOT_COMPARED: Final = 0
 NEAR_DUPLICATE, IN_EVALUATION = LISTED_REASONS
 N_EXAMPLES: Final = 24
@@ -52,11 +52,11 @@ class HashJob:
 
 
 def run(config: DuplicatesConfig) -> Outcome:
-    """Hash all pictures, find those that are near to an earlier one, and publish the drop list.
+    """Hash all images, find those that are near to an earlier one, and publish the drop list.
 
-    Every reader of the raw shards leaves out what the list names. Memory: about 140 bytes a picture. Time: the decoding of
-    every picture, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a
-    distance of 3 grows with the square of the pictures: fine for 20 million, while 250 million want a distance of 2 or less.
+    Every reader of the raw shards leaves out what the list names. Memory: about 140 bytes an image. Time: the decoding of
+    every image, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a
+    distance of 3 grows with the square of the images: fine for 20 million, while 250 million want a distance of 2 or less.
 
     Raises:
         DataError: no raw shards that ingest made.
@@ -64,7 +64,7 @@ def run(config: DuplicatesConfig) -> Outcome:
     started = time.monotonic()
     roots = [*config.against, config.raw]
     if config.raw in config.against:
-        raise DataError(f"{config.raw}: is both the data and an evaluation set; every picture would be dropped")
+        raise DataError(f"{config.raw}: is both the data and an evaluation set; every image would be dropped")
     shards_of = {root: [without_drop_list(shard) for shard in list_raw_shards(root)] for root in roots}
     for root, found in shards_of.items():
         if any(shard.checksum is None for shard in found):
@@ -78,7 +78,7 @@ def run(config: DuplicatesConfig) -> Outcome:
         name=lambda shard: shard.url,
         size=lambda shard: shard.n_samples or 0,
         what="hash",
-        unit="picture",
+        unit="image",
     )
     if failures:  # half a comparison would be taken for a whole one
         return Outcome({"raw": config.raw, "failed_shards": failures}, is_complete=False)
@@ -111,8 +111,8 @@ def run(config: DuplicatesConfig) -> Outcome:
     return Outcome(
         {
             "raw": config.raw,
-            "pictures": len(hashes_N) - n_against,
-            "evaluation_pictures": n_against,
+            "images": len(hashes_N) - n_against,
+            "evaluation_images": n_against,
             "too_plain_to_compare": int((hashes_N == NOT_COMPARED).sum()),
             "groups": len(np.unique(earlier_N[dropped_N])),
             "dropped": dict(sorted(reasons.items())),
@@ -123,19 +123,19 @@ def run(config: DuplicatesConfig) -> Outcome:
     )
 
 
-def perceptual_hash(picture: Image.Image) -> int:
+def perceptual_hash(image: Image.Image) -> int:
     """64 bits that stay the same, or nearly, where size, format, colours or sharpness change; NOT_COMPARED if it is plain."""
-    grey = picture.convert("L")
+    grey = image.convert("L")
     if np.asarray(grey.resize((32, 32), Image.Resampling.BOX)).std() < MIN_CONTRAST:
         return NOT_COMPARED
     return int(str(imagehash.phash(grey)), 16)
 
 
 def find_duplicates(hashes_N: np.ndarray, n_against: int, max_distance: int) -> np.ndarray:
-    """For each picture the index of the earlier, kept one that it is near to, or -1 if it is kept itself, (N,) int64.
+    """For each image the index of the earlier, kept one that it is near to, or -1 if it is kept itself, (N,) int64.
 
-    The first `n_against` pictures are always kept. Near is at most `max_distance` bits, measured to a picture that is kept:
-    chains of small steps don't join pictures that are far apart.
+    The first `n_against` images are always kept. Near is at most `max_distance` bits, measured to an image that is kept:
+    chains of small steps don't join images that are far apart.
     """
     earlier_N = np.full(len(hashes_N), -1, np.int64)
     compared = np.flatnonzero(hashes_N != NOT_COMPARED)

@@ -74,7 +74,7 @@ def run(config: EncodeConfig) -> Outcome:
         name=lambda shard: shard.name,
         size=_samples,
         what="encode",
-        unit="picture",
+        unit="image",
         journal=Journal(config.out, len(shards)),
         engine=config.engine,
         gpus_each=int(device == "cuda"),
@@ -113,7 +113,7 @@ def _summary(
         "agreement": info.agreement,
         "fingerprint": manifest.fingerprint,
         "seconds": seconds,
-        "pictures_per_second": sum(shard.n_input for shard in made) / seconds,
+        "images_per_second": sum(shard.n_input for shard in made) / seconds,
     }
 
 
@@ -125,14 +125,14 @@ def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> Dataset
     except ValidationError as error:
         raise DataError(f"{config.dvae}: its config does not fit this version's DVAEConfig: {error}") from None
     _require_live_codebook(config, weights.extra)
-    if dvae.vocab_size > MAX_CODES:
-        raise DataError(f"{config.dvae}: {dvae.vocab_size} codes, expected at most {MAX_CODES}")
+    if dvae.n_codes > MAX_CODES:
+        raise DataError(f"{config.dvae}: {dvae.n_codes} codes, expected at most {MAX_CODES}")
     tokenizer = CaptionTokenizer(config.tokenizer)
     precision = _checked_precision(config, shards, device)
     info = DatasetInfo(
         image_size=dvae.image_size,
         grid=dvae.grid,
-        n_codes=dvae.vocab_size,
+        n_codes=dvae.n_codes,
         dvae=weights.fingerprint,
         tokenizer=tokenizer.fingerprint,
         crop=CROP_RULE,
@@ -160,10 +160,10 @@ def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str
     size = dvaes[0].config
     share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch_size, sides)
     what = config.precision + " with TF32" * config.tf32
-    log.info("%s: %.2f%% of the tokens of the first pictures are those of fp32", what, 100 * share)
+    log.info("%s: %.2f%% of the tokens of the first images are those of fp32", what, 100 * share)
     if share < config.min_agreement:
         raise DataError(
-            f"encode.precision {what}: {share:.2%} of the tokens of the first pictures are those of "
+            f"encode.precision {what}: {share:.2%} of the tokens of the first images are those of "
             f"fp32, encode.min_agreement expects {config.min_agreement:.2%}; use fp32"
         )
     # what is usual goes without saying: data sets from before these fields keep their fingerprints
@@ -179,19 +179,19 @@ def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
     if trained is not None and float(trained) < config.validation_fraction:
         log.warning(
             "%s was trained with validation_fraction %s, encode.validation_fraction is %g: it has seen some of the "
-            "pictures that are held out here",
+            "images that are validation here",
             config.dvae,
             trained,
             config.validation_fraction,
         )
-    if "held_out" not in extra:
-        log.info("%s carries no held-out report: how much of its codebook it uses is not known", config.dvae)
+    if "validation" not in extra:
+        log.info("%s carries no validation report: how much of its codebook it uses is not known", config.dvae)
         return
-    held_out = json.loads(extra["held_out"])
-    used, n_codes = held_out["codes_used"], held_out["n_codes"]
+    validation = json.loads(extra["validation"])
+    used, n_codes = validation["codes_used"], validation["n_codes"]
     if used < config.min_codes_used * n_codes:
         raise DataError(
-            f"{config.dvae} used {used} of its {n_codes} codes on held-out pictures, expected at least "
+            f"{config.dvae} used {used} of its {n_codes} codes on validation images, expected at least "
             f"{config.min_codes_used:.0%}: a prior would learn little from its tokens. Train it better, or lower "
             "encode.min_codes_used"
         )

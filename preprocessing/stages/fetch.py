@@ -1,4 +1,4 @@
-"""Fetch: a folder of real captioned pictures for the demo, from the first source that can be had here."""
+"""Fetch: a folder of real captioned images for the demo, from the first source that can be had here."""
 
 import json
 import logging
@@ -41,15 +41,15 @@ def run(config: FetchConfig) -> Outcome:
         except SourceUnavailable as error:
             failures.append(f"{source.name}: {error}")
             log.warning("source %s cannot be had: %s", source.name, error)
-    raise DataError("no pictures could be fetched:\n  " + "\n  ".join(failures))
+    raise DataError("no images could be fetched:\n  " + "\n  ".join(failures))
 
 
 def _fetch(source: Source, out: Path, limit: int | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.part-", dir=out.parent) as scratch:
-        folder = Path(scratch) / "pictures"
+        folder = Path(scratch) / "images"
         folder.mkdir()
-        write_source(source, folder, limit, partial(progress, what=f"fetch {source.name}", unit="picture"))
+        write_source(source, folder, limit, partial(progress, what=f"fetch {source.name}", unit="image"))
         folder.rename(out)  # onto nothing or an empty folder; fails if another process has filled it meanwhile
 
 
@@ -72,11 +72,11 @@ def _already_there(out: Path, config: FetchConfig) -> dict[str, Any] | None:
     except (OSError, ValueError):
         raise DataError(
             f"{out}: not empty, and not made by fetch (no source.json); choose another `fetch.out`. "
-            "A folder of your own goes to `ingest.pictures` directly"
+            "A folder of your own goes to `ingest.images` directly"
         ) from None
     if config.source not in ("auto", record["source"]) or config.limit != record["limit"]:
         raise DataError(
-            f"{out}: holds {record['source']} pictures (limit {record['limit']}), asked for {config.source} "
+            f"{out}: holds {record['source']} images (limit {record['limit']}), asked for {config.source} "
             f"(limit {config.limit}); choose another `fetch.out`"
         )
     if config.source == "scenes" and record["scenes"] != config.scenes.model_dump():

@@ -1,4 +1,4 @@
-"""Ingest: captioned pictures in folders, tars or parquet become raw shards, filtered, with every sample accounted for."""
+"""Ingest: captioned images in folders, tars or parquet become raw shards, filtered, with every sample accounted for."""
 
 import hashlib
 import io
@@ -60,17 +60,17 @@ def run(config: IngestConfig) -> Outcome:
     """Make all raw shards that are not there yet.
 
     Raises:
-        DataError: no pictures or captions, or no room; FingerprintMismatch: `out` holds shards of other inputs or filters.
+        DataError: no images or captions, or no room; FingerprintMismatch: `out` holds shards of other inputs or filters.
     """
     started = time.monotonic()
     plans, listing = _plan(config)
-    mark = _claim(config, len(listing), canonical_json(listing).encode())
+    raw_fingerprint = _claim(config, len(listing), canonical_json(listing).encode())
     done = done_shards(config.out)
     todo = [plan for plan in plans if plan.name not in done]
     objects.check_disk_space(config.out, sum(plan.part.bytes for plan in todo), "the raw shards")
     if not todo:
         log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
-    job = IngestJob(config.out, config.filters, mark)
+    job = IngestJob(config.out, config.filters, raw_fingerprint)
     n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
     _, failures = run_shards(
         job,
@@ -96,7 +96,7 @@ def run(config: IngestConfig) -> Outcome:
         "dropped": dict(sorted(dropped.items())),
         "bytes": sum(manifest.bytes for manifest in manifests),
         "failed_shards": failures,
-        "fingerprint": mark,
+        "fingerprint": raw_fingerprint,
         "seconds": time.monotonic() - started,
     }
     return Outcome(summary, is_complete=not failures)
@@ -104,7 +104,7 @@ def run(config: IngestConfig) -> Outcome:
 
 def _plan(config: IngestConfig) -> tuple[list[ShardPlan], list[list[object]]]:
     # The shards, and what tells these inputs from others.
-    url = config.pictures.rstrip("/")
+    url = config.images.rstrip("/")
     parts = list_parts(url, config.columns)
     if parts:
         plans = [ShardPlan(f"{number:05d}", part) for number, part in enumerate(parts)]
@@ -128,7 +128,7 @@ def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
     kept: list[Entry] = []
     for entry in judged:
         digest = digests.get(entry.url, "") if not entry.reason else ""
-        kept.append(replace(entry, reason="duplicate picture") if digest and digest in seen else entry)
+        kept.append(replace(entry, reason="duplicate image") if digest and digest in seen else entry)
         seen.add(digest)
     return kept
 
@@ -189,7 +189,7 @@ class RawInfo(Record):
     """raw.json: what the shards under a root were made of."""
 
     fingerprint: str
-    pictures: str
+    images: str
     n_input: int  # samples of a folder; tars or parquet files
     samples_per_shard: int
 
@@ -197,19 +197,21 @@ class RawInfo(Record):
 def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
     # Which samples go into which shard must not change between a run and its restart.
     rules = {"filters": config.filters.model_dump(), "version": FILTER_RULES, "samples_per_shard": config.samples_per_shard}
-    mark = fingerprint(rules, {"listing": listing})
-    info = RawInfo(fingerprint=mark, pictures=config.pictures, n_input=n_input, samples_per_shard=config.samples_per_shard)
+    raw_fingerprint = fingerprint(rules, {"listing": listing})
+    info = RawInfo(
+        fingerprint=raw_fingerprint, images=config.images, n_input=n_input, samples_per_shard=config.samples_per_shard
+    )
     url = objects.join(config.out, RAW_INFO)
     if not objects.create_exclusive(url, info.to_json()):
         there = parse(RawInfo, objects.read_bytes(url), url)
         require_same(
             f"raw shards at {config.out}",
             there.fingerprint,
-            mark,
-            f"They were made of {there.n_input} inputs of {there.pictures}; pictures, captions or filters "
+            raw_fingerprint,
+            f"They were made of {there.n_input} inputs of {there.images}; images, captions or filters "
             "have changed since. Choose another `ingest.out`, or remove that one.",
         )
-    return mark
+    return raw_fingerprint
 
 
 def _digest(entry: Entry) -> str:

@@ -53,7 +53,7 @@ def run(config: DataPlanConfig) -> Outcome:
             "raw_terabytes": pairs * figures["raw_bytes"] / 1e12 if figures["raw_bytes"] else None,
             "token_gigabytes": samples * sample_bytes / 1e9,
             "bytes_per_sample": sample_bytes,
-            "pictures_per_second_worker": figures["rate"],
+            "images_per_second_worker": figures["rate"],
             "worker_hours": worker_hours,
             "days_with_workers": worker_hours / workers / 24 if worker_hours else None,
             "workers": workers,

@@ -61,7 +61,7 @@ def _tokens(config: StatsConfig) -> tuple[dict[str, object], str]:
         **_projection(n_bytes, n_samples, work_seconds, config.project_to),
         "fingerprint": manifest.fingerprint,
     }
-    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, manifest, config.pictures))
+    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, manifest, config.images))
 
 
 def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
@@ -87,7 +87,7 @@ def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
         ),
         "fingerprint": manifests[0].fingerprint,
     }
-    return summary, page_of_raw(summary, dropped, raw_examples(config.root, config.pictures))
+    return summary, page_of_raw(summary, dropped, raw_examples(config.root, config.images))
 
 
 def _projection(n_bytes: int, n_samples: int, work_seconds: float, project_to: int) -> dict[str, object]:

@@ -65,7 +65,7 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
     try:
         dvae = load_dvae(objects.join(root, DVAE_FILE))[0].eval()
     except DataError as error:
-        log.warning("no pictures on the page: %s", error)
+        log.warning("no images on the page: %s", error)
         return []
     blocks = (read_block(root, part, block) for part in manifest.parts("train") for block in part.blocks)
     samples = (sample for tokens_nN, _, captions in blocks for sample in zip(tokens_nN, captions, strict=True))
@@ -79,7 +79,7 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
 
 
 def raw_examples(root: str, n: int) -> list[Example]:
-    """The first pictures of raw shards."""
+    """The first images of raw shards."""
     found = (sample for shard in list_raw_shards(root) for sample in read_raw_shard(shard))
     examples = []
     for sample in islice((sample for sample in found if isinstance(sample, RawSample)), n):
@@ -94,11 +94,11 @@ def _page(summary: Mapping[str, object], charts: Sequence[str], examples: Sequen
     rows = "".join(
         f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(text)}</td></tr>" for name, text in _flat(summary)
     )
-    pictures = "".join(
+    images = "".join(
         f'<figure><img src="{_data_uri(_small(image))}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
         for image, caption in examples
     )
-    shown = f'<h2>Examples, {what}</h2><div class="examples">{pictures}</div>' if pictures else ""
+    shown = f'<h2>Examples, {what}</h2><div class="examples">{images}</div>' if images else ""
     drawn = f'<h2>Charts</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
     title = html.escape(str(summary["root"]))
     head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style>'

@@ -55,12 +55,12 @@ def _pace(manifests: list[ShardManifest] | list[RawShardManifest], n_left: int |
     # From when the first of the last minutes' shards was begun to when the last was finished, over all machines.
     finished = [(manifest.finished, manifest) for manifest in manifests if manifest.finished is not None]
     if not finished:
-        return {"pictures_per_second": None, "eta_seconds": None, "last_shard_seconds_ago": None}
+        return {"images_per_second": None, "eta_seconds": None, "last_shard_seconds_ago": None}
     last = max(at for at, _ in finished)
     recent = [(at, manifest) for at, manifest in finished if at > last - RATE_SECONDS]
     span = max(last - min(at - manifest.seconds for at, manifest in recent), 1e-3)
     return {
-        "pictures_per_second": sum(manifest.n_input for _, manifest in recent) / span,
+        "images_per_second": sum(manifest.n_input for _, manifest in recent) / span,
         "eta_seconds": None if n_left is None else n_left * span / len(recent),
         "last_shard_seconds_ago": time.time() - last,
     }

@@ -44,7 +44,7 @@ def run(config: TokenizerConfig) -> Outcome:
             "out": config.out,
             "trained_now": is_new,
             "captions": made.n_captions,
-            "vocab_size": model.n_vocab,
+            "vocab_size": model.vocab_size,
             "fingerprint": model.fingerprint,
             "seconds": time.monotonic() - started,
         }

@@ -41,7 +41,7 @@ from preprocessing.stages.ingest import RAW_INFO, RawInfo
 log = logging.getLogger(__name__)
 
 MAX_TOLD = 100
-PICTURE = "verify/pictures.png"
+IMAGE = "verify/images.png"
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class VerifyJob:
     root: str
     info: DatasetInfo | None
     fingerprint: str
-    pictures_per_shard: int = 0
+    images_per_shard: int = 0
 
     def start(self, n_threads: int) -> Callable[[ShardManifest | RawShardManifest], ShardReport]:
-        if self.info is None or not self.pictures_per_shard:
+        if self.info is None or not self.images_per_shard:
             return lambda manifest: check_shard(self, manifest)
         torch.set_num_threads(n_threads)
         try:
@@ -93,7 +93,7 @@ def run(config: VerifyConfig) -> Outcome:
         manifests = load_shard_manifests(config.root, RawShardManifest)
     if not manifests:
         problems.append(f"{config.root}: no shard is finished")
-    job = VerifyJob(config.root, info, mark, config.pictures_per_shard)
+    job = VerifyJob(config.root, info, mark, config.images_per_shard)
     reports, failures = run_shards(
         job,
         manifests,
@@ -112,16 +112,16 @@ def run(config: VerifyConfig) -> Outcome:
             objects.delete(url)
     pairs = [pair for report in reports for pair in report.pairs]
     if pairs:
-        objects.write_bytes(objects.join(config.root, PICTURE), draw(pairs))
+        objects.write_bytes(objects.join(config.root, IMAGE), draw(pairs))
     summary = {
         "root": config.root,
         "kind": "tokens" if is_tokens else "raw",
         "shards": len(manifests),
         "samples": sum(report.n_samples for report in reports),
-        "pictures_compared": len(pairs),
+        "images_compared": len(pairs),
         "psnr_mean": float(np.mean([pair.psnr for pair in pairs])) if pairs else None,
         "psnr_min": min((pair.psnr for pair in pairs), default=None),
-        "picture": objects.join(config.root, PICTURE) if pairs else None,
+        "image": objects.join(config.root, IMAGE) if pairs else None,
         "n_problems": len(problems),
         "problems": problems[:MAX_TOLD],
         "orphans": len(orphans),
@@ -149,7 +149,7 @@ def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest, dvae
             assert job.info is not None
             keys = _check_tokens(job.root, job.info, manifest, problems)
             if dvae is not None:
-                pairs = pairs_of(job.root, manifest, dvae, job.pictures_per_shard, problems)
+                pairs = pairs_of(job.root, manifest, dvae, job.images_per_shard, problems)
                 problems += [
                     f"shard {manifest.shard}, sample {pair.key}: {pair.same_tokens:.1%} of its tokens are those of "
                     f"its source, expected {MIN_SAME_TOKENS:.0%}"

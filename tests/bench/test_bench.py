@@ -12,17 +12,17 @@ from PIL import Image
 from dalle_ds import cli
 from dalle_ds.bench import attention, loader, scaling, underflow
 from dalle_ds.bench.harness import decoding, loss_scaling, memory, peer_package, readers
-from dalle_ds.bench.harness.settings import AttentionSettings, LoaderSettings, PeersSettings, UnderflowSettings
+from dalle_ds.bench.harness.settings import AttentionBenchConfig, LoaderBenchConfig, PeersBenchConfig, UnderflowBenchConfig
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.ops.attention.backends import attention_backend
 from dalle_ds.ops.attention.masks import Pattern, SparseMask
-from dalle_ds.precision.resblock_scaling import BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
 
 SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
-PRIOR = "--layers 2 --text-vocab 50 --image-vocab 40"
-TINY = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=4, grid=4, text_vocab=20, image_vocab=30, conv_kernel=3)
+PRIOR = "--layers 2 --vocab-size 50 --n-codes 40"
+TINY = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=4, grid=4, vocab_size=20, n_codes=30, conv_kernel=3)
 PATTERNS = ("row", "column", "conv", "mix")
 MODES = ("forward", "training")
 SAMPLED = [f"token_{form}_vs_{other}" for form in ("1x3", "3x1") for other in ("dense_cache", "no_cache")]
@@ -55,7 +55,7 @@ def type_in(monkeypatch, capsys):
         (f"sample {PRIOR} --positions 0,4,9 --batch 3", SAMPLED),
         (f"sample {PRIOR} --positions 7 --batch 3 --no-uncached", [name for name in SAMPLED if "dense" in name]),
         pytest.param(
-            f"peers {PRIOR} --d-head 64 --positions 2,6 --pictures 3",
+            f"peers {PRIOR} --d-head 64 --positions 2,6 --images 3",
             [f"{what}_vs_{form}" for what in ("step", "token") for form in ("peer_axial", "peer_conv")],
             marks=needs_peer,
         ),
@@ -92,19 +92,19 @@ def test_loader(type_in, tmp_path, monkeypatch):
 
 
 def test_encode(type_in):
-    code, out, _ = type_in("dalle-ds bench encode --small --pictures 4 --batch 2 --rounds 1 --device cpu --json")
+    code, out, _ = type_in("dalle-ds bench encode --small --images 4 --batch 2 --rounds 1 --device cpu --json")
     summary = json.loads(out.splitlines()[-1])
-    assert code == 0 and summary["pictures"] == 4
+    assert code == 0 and summary["images"] == 4
     assert summary["ratios"]["stage_vs_bare"] > 0 and summary["images_per_second_core_decode_resize"] > 0
 
 
 def test_loader_sides_read_the_same_samples(tmp_path):
-    settings = LoaderSettings(batch=32)
+    settings = LoaderBenchConfig(batch=32)
     dataset = TokenDataset(loader.write_random_set(str(tmp_path), 256))
     others = readers.open_readers(dataset, str(tmp_path / "others"), 32, loader.encoder(dataset, settings))
     theirs = [loader.webdataset_batches(dataset, settings), *others.values()]
     with loader.stream(dataset, settings, bpe_dropout=0.0) as ours:
-        ours = [(batch.text_BT, batch.image_BN) for _ in range(ours.steps_per_epoch) for batch in next(ours)]
+        ours = [(batch.text_BT, batch.image_BN) for _ in range(ours.updates_per_epoch) for batch in next(ours)]
     rows = [sorted(torch.cat([torch.cat(pair, 1) for pair in side]).tolist()) for side in (ours, *theirs)]
     assert len(rows[0]) == 256 and all(of_side == rows[0] for of_side in rows)
 
@@ -145,7 +145,7 @@ def test_without_the_peer_the_message_says_what_to_install(type_in, monkeypatch)
 @pytest.mark.parametrize("pattern", Pattern)
 def test_attention_sides_agree_on_the_fused_projection(pattern):
     """What is timed is right: outputs and gradients in raster order, whichever order the backend wants."""
-    settings, cpu = AttentionSettings(text_len=4, grid=4, conv_kernel=3, heads=2), torch.device("cpu")
+    settings, cpu = AttentionBenchConfig(text_len=4, grid=4, conv_kernel=3, heads=2), torch.device("cpu")
     fused = torch.randn(2, settings.n_slots, 3, 2, 64)
     results = []
     for name in ("dense", "structured"):
@@ -162,7 +162,7 @@ def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
     steps = []
     for side in (
         lambda prior: loss_scaling.OneScale(prior, 13),
-        lambda prior: loss_scaling.ScalePerBlock(prior, BlockScalingConfig()),
+        lambda prior: loss_scaling.ScalePerBlock(prior, ResblockScalingConfig()),
     ):
         prior = Prior(TINY)
         initialise(prior, torch.Generator().manual_seed(1))
@@ -174,11 +174,11 @@ def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
 
 
 def test_underflow_is_of_the_last_blocks_under_one_scale_and_of_none_with_a_scale_each(type_in, tmp_path):
-    picture = tmp_path / "made" / "picture.png"
-    options = f"--layers 8 --powers 8 --heads 1 --updates 20 --samples 16 --learning-rate 2e-3 --picture {picture}"
+    chart = tmp_path / "made" / "chart.png"
+    options = f"--layers 8 --powers 8 --heads 1 --updates 20 --samples 16 --learning-rate 2e-3 --chart {chart}"
     code, out, err = type_in(f"dalle-ds bench underflow {options} --json")
     summary = json.loads(out)
-    assert code == 0 and Image.open(picture).width > 500
+    assert code == 0 and Image.open(chart).width > 500
     assert summary["powers_of_two_plain"] < 8 and summary["powers_of_two_constructed"] > 50
     assert summary["lost_blocks_one_scale"] >= 5 and summary["largest_loss_of_a_block_scale_per_block"] < 0.01
     rows = [line.split() for line in err.splitlines() if line.lstrip()[:1].isdigit()]
@@ -188,7 +188,7 @@ def test_underflow_is_of_the_last_blocks_under_one_scale_and_of_none_with_a_scal
 
 
 def test_in_fp32_sizes_of_gradients_change_nothing():
-    settings = UnderflowSettings(layers=4, updates=10, samples=16)
+    settings = UnderflowBenchConfig(layers=4, updates=10, samples=16)
     machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
     data = underflow.random_samples(settings.samples, machine.device)
     runs = []
@@ -242,8 +242,8 @@ def test_peak_memory_of_a_fresh_process():
 @pytest.mark.parametrize("conv", [False, True])
 def test_the_peers_cache_gives_its_own_logits(conv):
     """Else its time would be that of something that nobody can use."""
-    settings = PeersSettings(
-        text_len=4, grid=4, conv_kernel=3, heads=2, layers=3, text_vocab=20, image_vocab=30, positions="1", rounds=1
+    settings = PeersBenchConfig(
+        text_len=4, grid=4, conv_kernel=3, heads=2, layers=3, vocab_size=20, n_codes=30, positions="1", rounds=1
     )
     machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
     model = peer_package.build_peer(settings, machine, conv=conv, cached=True)

@@ -112,13 +112,13 @@ def test_help_imports_nothing_heavy():
 
 
 def test_sample_and_repeat(export, tmp_path, dalle_ds):
-    """In processes of their own: the same pictures, and the summary is all there is on stdout."""
+    """In processes of their own: the same images, and the summary is all there is on stdout."""
     caption, out = "A red square at the top.", tmp_path / "one"
     done = in_process("sample", export, "--caption", caption, "--n", 2, "--seed", 3, "--out", out, "--json")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["pictures"] == 2
+    assert json.loads(done.stdout)["images"] == 2
     code, text, _ = dalle_ds("sample", export, "--repeat", out / "samples.json", "--out", tmp_path / "two")
-    assert code == 0 and "pictures" in text
+    assert code == 0 and "images" in text
     names = sorted(path.name for path in out.glob("*.png"))
     assert len(names) == 3
     for name in names:
@@ -129,7 +129,7 @@ def test_evaluate(export, tmp_path, dalle_ds):
     code, out, _ = dalle_ds("eval", "loss", export, "--limit", 20, "--out", tmp_path, "--json")
     summary = json.loads(out.splitlines()[-1])
     assert code == 0 and summary["n_samples"] == 20
-    assert summary["image_nll_shuffled"] - summary["image_nll"] == pytest.approx(summary["gap"])
+    assert summary["loss/validation/image_shuffled"] - summary["loss/validation/image"] == pytest.approx(summary["caption_gap"])
 
 
 def test_plan(dalle_ds):

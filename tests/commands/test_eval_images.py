@@ -1,4 +1,4 @@
-"""From pictures to scores: the real Inception network with weights drawn here, a small CLIP, the command, the cache."""
+"""From images to scores: the real Inception network with weights drawn here, a small CLIP, the command, the cache."""
 
 import hashlib
 import importlib.util
@@ -19,8 +19,8 @@ from dalle_ds.cli import app
 from dalle_ds.commands.eval.images import METRICS, Extractor, clip_score, evaluate_images, load_extractor
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.fid import frechet_distance, moments
+from dalle_ds.evaluation.image_sets import open_images, prepare
 from dalle_ds.evaluation.inception_score import inception_score
-from dalle_ds.evaluation.picture_sets import open_pictures, prepare
 from dalle_ds.pretrained import inception
 from dalle_ds.pretrained.clip import Clip
 from tests.evaluation.test_fid import draw, plain_fid
@@ -30,8 +30,8 @@ FIDELITY = importlib.util.find_spec("torch_fidelity")
 NEEDS_FIDELITY = pytest.mark.skipif(FIDELITY is None, reason="no torch-fidelity (pip install --no-deps torch-fidelity)")
 
 
-def save_pictures(folder, n, *, seed=0, noise=0.0, side=32):
-    """Smooth random pictures, the same for equal seeds but for the noise, with a samples.json; two pictures a caption."""
+def save_images(folder, n, *, seed=0, noise=0.0, side=32):
+    """Smooth random images, the same for equal seeds but for the noise, with a samples.json; two images a caption."""
     folder.mkdir(parents=True)
     rng, noise_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     images = []
@@ -46,7 +46,7 @@ def save_pictures(folder, n, *, seed=0, noise=0.0, side=32):
 
 
 def pixel_extractor(mark="v1", calls=None):
-    """Features for these tests: the picture in eight by eight blocks, each as its pixels' mean and spread."""
+    """Features for these tests: the image in eight by eight blocks, each as its pixels' mean and spread."""
 
     def features(images_BHWC):
         if calls is not None:
@@ -64,7 +64,7 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """A weights file as torch-fidelity's: its network with other weights, large enough that features differ by picture."""
+    """A weights file as torch-fidelity's: its network with other weights, large enough that features differ by image."""
     network_class = inception._network_class()
     module = sys.modules[network_class.__module__]
 
@@ -120,7 +120,7 @@ def test_scores_are_those_of_torch_fidelity_on_the_same_features(fidelity_metric
 
 @NEEDS_FIDELITY
 def test_inception_from_a_weights_file_by_the_command(inception_weights, tmp_path, monkeypatch):
-    samples, real = save_pictures(tmp_path / "samples", 20), save_pictures(tmp_path / "real", 4, seed=1, side=40)
+    samples, real = save_images(tmp_path / "samples", 20), save_images(tmp_path / "real", 4, seed=1, side=40)
     seen, plain = [], inception.Inception.features
     monkeypatch.setattr(inception.Inception, "features", lambda self, images: seen.append(plain(self, images)) or seen[-1])
     done = run(
@@ -150,14 +150,14 @@ def test_inception_from_a_weights_file_by_the_command(inception_weights, tmp_pat
 
     (ours, logits), (theirs, _) = seen
     network = inception._network_class()("plain", ["2048", "logits_unbiased"], str(inception_weights))
-    entries = [next(iter(open_pictures(folder))) for folder in (samples, real)]
+    entries = [next(iter(open_images(folder))) for folder in (samples, real)]
     images_BHWC = np.stack([prepare(entry, 32, 1.0) for entry in entries])
     features_BD, logits_BK = network(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
     torch.testing.assert_close(torch.stack([ours[0], theirs[0]]), features_BD, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits[0], logits_BK[0], rtol=1e-3, atol=1e-3)
 
     ours, theirs = ours.double().numpy(), theirs.double().numpy()
-    basis = np.linalg.qr(np.concatenate([ours, theirs]).T)[0]  # a rotation into the few directions that 24 pictures span
+    basis = np.linalg.qr(np.concatenate([ours, theirs]).T)[0]  # a rotation into the few directions that 24 images span
     assert result["fid"] == pytest.approx(plain_fid(ours @ basis, theirs @ basis), rel=1e-3)
     assert result["inception_score"] == pytest.approx(inception_score(logits.numpy()).score, rel=1e-6)
     assert result["fid"] > 0.05 and result["inception_score"] > 1.01  # neither is a difference of nothing
@@ -165,7 +165,7 @@ def test_inception_from_a_weights_file_by_the_command(inception_weights, tmp_pat
 
 
 def test_clip_features_and_clip_score_by_the_command(clip_folder, tmp_path):
-    samples, real = save_pictures(tmp_path / "samples", 12), save_pictures(tmp_path / "real", 16, seed=1)
+    samples, real = save_images(tmp_path / "samples", 12), save_images(tmp_path / "real", 16, seed=1)
     extractor = f"clip:{clip_folder}"
     done = run(
         "--images",
@@ -195,13 +195,13 @@ def test_clip_features_and_clip_score_by_the_command(clip_folder, tmp_path):
     assert result["clip_score_low"] < result["clip_score"] < result["clip_score_high"]
     assert result["clip_fingerprint"] == result["extractor_fingerprint"] == clip.fingerprint
     (real / "samples.json").unlink()
-    with pytest.raises(DataError, match="picture 000.png has no caption"):
-        clip_score(clip, open_pictures(real))
+    with pytest.raises(DataError, match="image 000.png has no caption"):
+        clip_score(clip, open_images(real))
 
 
 def test_blur_hides_what_only_high_frequencies_tell(tmp_path):
     """The paper's reading of figure 9: samples that are right but for fine detail come close when both sides are blurred."""
-    samples, real = save_pictures(tmp_path / "samples", 80, noise=40), save_pictures(tmp_path / "real", 80)
+    samples, real = save_images(tmp_path / "samples", 80, noise=40), save_images(tmp_path / "real", 80)
     result = evaluate_images(str(samples), tmp_path / "out", reference=[str(real)], extractor=pixel_extractor())
     fids = [row["fid"] for row in result["by_blur"]]
     assert fids[0] > 4 * fids[1] and fids[1] > 2 * fids[2] > 2 * fids[3], fids
@@ -209,7 +209,7 @@ def test_blur_hides_what_only_high_frequencies_tell(tmp_path):
 
 
 def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path):
-    samples, real = str(save_pictures(tmp_path / "samples", 6)), str(save_pictures(tmp_path / "real", 10, seed=1))
+    samples, real = str(save_images(tmp_path / "samples", 6)), str(save_images(tmp_path / "real", 10, seed=1))
     cache = tmp_path / "cache"
 
     def measure(calls, **changes):
@@ -233,7 +233,7 @@ def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "real" / "000.png")  # another reference now
     fourth = []
     assert measure(fourth) != fids and len(fourth) == 10
-    with pytest.raises(ConfigError, match="expected one set of pictures"):
+    with pytest.raises(ConfigError, match="expected one set of images"):
         measure([], reference=[real, files[0]])
 
 
@@ -247,7 +247,7 @@ def test_extractors_that_cannot_be(tmp_path, clip_folder):
     with pytest.raises(ConfigError, match="a reference without an extractor"):
         evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))
     (tmp_path / "damaged.png").write_bytes(b"none")
-    with pytest.raises(DataError, match="picture damaged.png is unreadable"):
+    with pytest.raises(DataError, match="image damaged.png is unreadable"):
         evaluate_images(str(tmp_path), tmp_path, extractor=pixel_extractor())
 
 
@@ -266,7 +266,7 @@ def test_weights_files_that_are_none_are_refused_and_run_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_warns_of_fewer_pictures_than_features(tmp_path, caplog):
-    folder = str(save_pictures(tmp_path / "pictures", 4))
+def test_warns_of_fewer_images_than_features(tmp_path, caplog):
+    folder = str(save_images(tmp_path / "images", 4))
     evaluate_images(folder, tmp_path / "out", reference=[folder], extractor=pixel_extractor(), radii=[0])
-    assert "4 pictures for 32 features" in caplog.text
+    assert "4 images for 32 features" in caplog.text

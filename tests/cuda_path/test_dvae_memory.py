@@ -23,7 +23,7 @@ def peak(model: nn.Module, work: Callable[[], object]) -> int:
 
 
 def test_validation_at_256_pixels_fits_a_gpu_of_16_gib() -> None:
-    """It was 25.5 GiB at 64 pictures a batch. Beside it lie moments, the average and its swapped copy: 1.5 GiB."""
+    """It was 25.5 GiB at 64 images a batch. Beside it lie moments, the average and its swapped copy: 1.5 GiB."""
     config = DVAEConfig()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = DVAE(config)
@@ -35,9 +35,9 @@ def test_validation_at_256_pixels_fits_a_gpu_of_16_gib() -> None:
 
 def test_encoding_at_256_pixels_fits_a_gpu_of_16_gib() -> None:
     config = DVAEConfig()
-    n_pictures = EncodeConfig.model_fields["batch_size"].default
+    n_images = EncodeConfig.model_fields["batch_size"].default
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = DVAE(config)
-        images_BCHW = torch.empty(n_pictures, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        images_BCHW = torch.empty(n_images, 3, config.image_size, config.image_size, dtype=torch.uint8)
         taken = peak(model, lambda: model.tokens(images_BCHW))
     assert 8 * GIB < taken < 12 * GIB

@@ -18,7 +18,7 @@ from preprocessing.encoding.encoder import encoder_of
 from tests.sampling.exports import make_export
 from tests.support.clip_models import make_clip
 
-SMALL = DVAEConfig(image_size=16, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, vocab_size=16)
+SMALL = DVAEConfig(image_size=16, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, n_codes=16)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from tests.support.launching import ROOT
 SHIPPED = json.loads((ROOT / "ds_configs" / "zero3_fp16.json").read_text())
 N_LAYERS, D = 2, 40
 """40 is divisible by 8 ranks, and neither by 256 nor by 1,024."""
-CONFIG = PriorConfig(n_layers=N_LAYERS, n_heads=5, d_head=8, text_len=8, grid=4, text_vocab=64, image_vocab=32, conv_kernel=3)
+CONFIG = PriorConfig(n_layers=N_LAYERS, n_heads=5, d_head=8, text_len=8, grid=4, vocab_size=64, n_codes=32, conv_kernel=3)
 LIMITS_OF_WIDTH = 8192
 """Of which 1.2 layers are live at a time: in two layers there is one that is gathered twice."""
 

@@ -12,7 +12,7 @@ from dalle_ds.bench import cuda_path
 from dalle_ds.bench.cuda_path import CudaPath
 from dalle_ds.bench.fake_cuda.engine import EngineCounts
 from dalle_ds.bench.fake_cuda.stub import stub_problem
-from dalle_ds.bench.harness.settings import CudaPathSettings
+from dalle_ds.bench.harness.settings import CudaPathBenchConfig
 from tests.cuda_path.cases import lint as lint_cases
 from tests.support.fake_cuda import fake_cuda_process
 from tests.support.launching import ROOT
@@ -31,7 +31,9 @@ def bench() -> CudaPath:
     """Rank 1 of 8 of the shipped configuration, at the width of 12b: a few updates."""
     if problem := stub_problem():
         pytest.skip(f"fake CUDA: {problem}")
-    return cuda_path.run(CudaPathSettings(heads=(62,), rounds=0, deepspeed_config=str(ROOT / "ds_configs" / "zero3_fp16.json")))
+    return cuda_path.run(
+        CudaPathBenchConfig(heads=(62,), rounds=0, deepspeed_config=str(ROOT / "ds_configs" / "zero3_fp16.json"))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tests.planning.test_memory import without_masters
 from tests.support.launching import ROOT
 
 SMALL_MEMORY = json.loads((ROOT / "ds_configs" / "zero3_fp16_16gb.json").read_text())
-CONFIG = {"n_heads": 4, "d_head": 32, "text_len": 8, "grid": 4, "text_vocab": 64, "image_vocab": 32, "conv_kernel": 3}
+CONFIG = {"n_heads": 4, "d_head": 32, "text_len": 8, "grid": 4, "vocab_size": 64, "n_codes": 32, "conv_kernel": 3}
 D, N_RANKS, N_SLOTS = 128, 8, 24
 MATRICES, VECTORS = 12 * D**2, 13 * D
 """Values of a layer."""
@@ -64,7 +64,7 @@ def test_an_update_works_on_two_layers_at_a_time_however_many_there_are(fewer_an
     assert fewer < two_layers + 3 * largest + 4 * 4 * N_SLOTS * D + UNEMBEDDINGS
 
 
-UNEMBEDDINGS = 3 * 4 * D * (CONFIG["text_vocab"] + CONFIG["image_vocab"])
+UNEMBEDDINGS = 3 * 4 * D * (CONFIG["vocab_size"] + CONFIG["n_codes"])
 
 
 def test_the_papers_replica_of_8_as_it_is_planned() -> None:

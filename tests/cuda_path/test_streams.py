@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dalle_ds.bench.fake_world.one_rank import in_fake_world, make_engine, miniature, random_batches
-from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.parallel.ranks import Ranks
 from tests.cuda_path import stream_sanitizer
 from tests.cuda_path.stream_sanitizer import StreamSanitizer
@@ -47,7 +47,7 @@ def watch(
         engine = make_engine(ranks, CONFIG, tree, accumulation=accumulation, **how)
         batches = random_batches(CONFIG, 1, accumulation)
         sanitizer.on_host(tensor for batch in batches for tensor in batch)
-        average = WeightAverage(engine.shards(), AverageConfig())
+        average = EMA(engine.shards(), EMAConfig())
         stream_sanitizer.without = set(without)
 
         def update() -> None:

@@ -1,4 +1,4 @@
-"""Pictures: the paper's crops against brute-force twins, and hostile bytes."""
+"""Images: the paper's crops against brute-force twins, and hostile bytes."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dalle_ds.data.images import ImageProblem, area_resize, center_crop, decode_image, dvae_augment, prior_crop, seed_of
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 
 
 def tf1_area_resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -46,7 +46,7 @@ def test_same_size_is_the_identity() -> None:
     assert np.array_equal(area_resize(image, 20), image)
 
 
-def test_prior_crop_is_a_function_of_picture_and_seed() -> None:
+def test_prior_crop_is_a_function_of_image_and_seed() -> None:
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     crops = [prior_crop(image, 32, seed) for seed in range(20)]
     assert all(crop.shape == (32, 32, 3) and crop.dtype == np.uint8 for crop in crops)
@@ -94,7 +94,7 @@ def test_center_crop() -> None:
     assert (crop[:, 3:-3] == (255, 0, 0)).all()
 
 
-def test_small_pictures_are_never_enlarged() -> None:
+def test_small_images_are_never_enlarged() -> None:
     image = Image.new("RGB", (31, 200))
     for crop in (
         lambda: prior_crop(image, 32, 0),
@@ -161,20 +161,20 @@ def test_bombs_are_judged_by_their_header(side: int) -> None:
 
 
 def test_hostile_bytes_are_unreadable() -> None:
-    picture = encoded(Image.effect_noise((64, 64), 50), "JPEG")
+    image = encoded(Image.effect_noise((64, 64), 50), "JPEG")
     rng = np.random.default_rng(0)
     hostile = [
         b"",
-        b"not a picture",
-        picture[:200],
-        picture[: len(picture) // 2],
+        b"not an image",
+        image[:200],
+        image[: len(image) // 2],
         bomb(64, 64),
         encoded(Image.effect_noise((64, 64), 50))[:-500],
     ]
     for data in hostile:
         with pytest.raises(ImageProblem, match="unreadable"):
             decode_image(data)
-    for _ in range(200):  # flipped bytes: a picture or a problem, never another exception
+    for _ in range(200):  # flipped bytes: an image or a problem, never another exception
         data = bytearray(encoded(Image.effect_noise((16, 16), 50), ["PNG", "GIF", "WEBP", "TIFF", "BMP"][rng.integers(5)]))
         for position in rng.integers(0, len(data), 8):
             data[position] = rng.integers(256)

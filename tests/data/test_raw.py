@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw import Dropped, RawSample, iterate_pictures, list_raw_shards, load_pictures, read_raw_shard, split_of
+from dalle_ds.data.raw import Dropped, RawSample, iterate_images, list_raw_shards, load_images, read_raw_shard, split_of
 from dalle_ds.errors import DataError
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 
-PICTURE = encoded(Image.new("RGB", (8, 8), "red"))
+IMAGE = encoded(Image.new("RGB", (8, 8), "red"))
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -39,20 +39,20 @@ def test_samples_of_every_spelling(tmp_path: Path) -> None:
         write_tar(
             tmp_path / "0.tar",
             [
-                ("a.png", PICTURE),
+                ("a.png", IMAGE),
                 ("a.json", record("first", group="g")),
                 ("b.json", record("second")),
-                ("b.PNG", PICTURE),
-                ("dir/c.jpg", PICTURE),
+                ("b.PNG", IMAGE),
+                ("dir/c.jpg", IMAGE),
                 ("dir/c.txt", "dritte \u00fc".encode()),
                 ("dir/c.cls", b"ignored"),
             ],
         )
     )
     assert found == [
-        RawSample("a", "g", "first", PICTURE, "png"),
-        RawSample("b", "b", "second", PICTURE, "png"),
-        RawSample("dir/c", "dir/c", "dritte \u00fc", PICTURE, "jpg"),
+        RawSample("a", "g", "first", IMAGE, "png"),
+        RawSample("b", "b", "second", IMAGE, "png"),
+        RawSample("dir/c", "dir/c", "dritte \u00fc", IMAGE, "jpg"),
     ]
 
 
@@ -62,22 +62,22 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
             tmp_path / "0.tar",
             [
                 ("a.json", record()),
-                ("b.png", PICTURE),
-                ("c.png", PICTURE),
+                ("b.png", IMAGE),
+                ("c.png", IMAGE),
                 ("c.json", b"{"),
-                ("d.png", PICTURE),
+                ("d.png", IMAGE),
                 ("d.json", record(5)),
-                ("e.png", PICTURE),
+                ("e.png", IMAGE),
                 ("e.txt", b"\xff\xfe"),
-                ("f.png", PICTURE),
+                ("f.png", IMAGE),
                 ("f.json", b"[]"),
-                ("good.png", PICTURE),
+                ("good.png", IMAGE),
                 ("good.json", record()),
-                ("a.png", PICTURE),
-                ("h.png", PICTURE),
-                ("h.png", PICTURE),
+                ("a.png", IMAGE),
+                ("h.png", IMAGE),
+                ("h.png", IMAGE),
                 ("h.json", record()),
-                ("i.png", PICTURE),
+                ("i.png", IMAGE),
                 ("i.json", record(group=7)),
             ],
         )
@@ -92,7 +92,7 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
         "i": "unreadable caption",
     }
     # A key that comes back after others would be half a sample, twice.
-    assert [d.reason for d in found if isinstance(d, Dropped) and d.key == "a"] == ["no picture", "duplicate key"]
+    assert [d.reason for d in found if isinstance(d, Dropped) and d.key == "a"] == ["no image", "duplicate key"]
     assert [s.key for s in found if isinstance(s, RawSample)] == ["good"]
 
 
@@ -100,7 +100,7 @@ def test_hostile_member_names_are_only_keys(tmp_path: Path) -> None:
     found = read_one(
         write_tar(
             tmp_path / "x" / "0.tar",
-            [("../../evil.png", PICTURE), ("../../evil.json", record()), ("/abs.png", PICTURE), ("/abs.json", record())],
+            [("../../evil.png", IMAGE), ("../../evil.json", record()), ("/abs.png", IMAGE), ("/abs.json", record())],
         )
     )
     assert len(found) == 2
@@ -109,13 +109,13 @@ def test_hostile_member_names_are_only_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [512 * 9 + 100, 512 * 9 + 300, 512 * 8 + 20])
 def test_a_truncated_tar_gives_what_it_has_and_says_so(tmp_path: Path, cut: int) -> None:
-    members = [(f"{i}.{kind}", data) for i in range(5) for kind, data in (("png", PICTURE), ("json", record()))]
+    members = [(f"{i}.{kind}", data) for i in range(5) for kind, data in (("png", IMAGE), ("json", record()))]
     path = write_tar(tmp_path / "0.tar", members)
     path.write_bytes(path.read_bytes()[:cut])
     found = read_one(path)
     assert isinstance(found[-1], Dropped)
     assert found[-1].reason == "damaged shard"
-    assert found[:-1] == [RawSample(str(i), str(i), "a caption", PICTURE, "png") for i in range(len(found) - 1)]
+    assert found[:-1] == [RawSample(str(i), str(i), "a caption", IMAGE, "png") for i in range(len(found) - 1)]
     assert len(found) == 3
 
 
@@ -130,7 +130,7 @@ def test_no_shards_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_changed_is_refused(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "0.tar", [("a.png", PICTURE), ("a.json", record())])
+    path = write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.json", record())])
     (shard,) = list_raw_shards(tmp_path)
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     with pytest.raises(DataError, match="the shard changed or is cut short"):
@@ -142,7 +142,7 @@ def test_a_shard_that_changed_is_refused(tmp_path: Path) -> None:
 
 def test_sub_folders_are_part_of_the_name(tmp_path: Path) -> None:
     for name in ("b/0.tar", "a/0.tar"):
-        write_tar(tmp_path / name, [("k.png", PICTURE)])
+        write_tar(tmp_path / name, [("k.png", IMAGE)])
     assert [shard.name for shard in list_raw_shards(tmp_path)] == ["a_0", "b_0"]
 
 
@@ -151,23 +151,23 @@ def test_the_split_follows_the_group() -> None:
     assert 0.08 < drawn.count("validation") / len(drawn) < 0.12
     assert drawn == [split_of(f"group {i}", 0.1) for i in range(5000)]
     assert {split_of(f"g{i}", 0.0) for i in range(100)} == {"train"}
-    # A larger fraction only adds: held-out samples stay held out.
+    # A larger fraction only adds: validation samples stay validation.
     assert all(split_of(f"group {i}", 0.2) == "validation" for i, split in enumerate(drawn) if split == "validation")
 
 
-def test_load_pictures(tmp_path: Path) -> None:
+def test_load_images(tmp_path: Path) -> None:
     members = [
         (f"{i}.{kind}", data)
         for i in range(40)
-        for kind, data in (("png", PICTURE), ("json", record(f"caption {i}", group=str(i // 2))))
+        for kind, data in (("png", IMAGE), ("json", record(f"caption {i}", group=str(i // 2))))
     ]
     write_tar(tmp_path / "0.tar", members[:30])
     write_tar(tmp_path / "1.tar", members[30:])
-    train, held_out = (load_pictures(tmp_path, split, 0.3) for split in ("train", "validation"))
-    assert len(train) + len(held_out) == 40
-    assert not {sample.group for sample in train} & {sample.group for sample in held_out}
-    assert list(iterate_pictures(tmp_path, "train", 0.3)) == train
+    train, validation = (load_images(tmp_path, split, 0.3) for split in ("train", "validation"))
+    assert len(train) + len(validation) == 40
+    assert not {sample.group for sample in train} & {sample.group for sample in validation}
+    assert list(iterate_images(tmp_path, "train", 0.3)) == train
     with pytest.raises(DataError, match="no sample in the validation split"):
-        load_pictures(tmp_path, "validation", 0.0)
+        load_images(tmp_path, "validation", 0.0)
     with pytest.raises(ValueError, match="expected 'train' or 'validation'"):
-        next(iterate_pictures(tmp_path, "test", 0.3))
+        next(iterate_images(tmp_path, "test", 0.3))

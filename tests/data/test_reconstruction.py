@@ -26,7 +26,7 @@ def test_what_would_be_misread_is_refused(measure):
         measure(real, real[:, :1])
 
 
-def test_ssim_of_flat_and_of_unrelated_pictures():
+def test_ssim_of_flat_and_of_unrelated_images():
     flat = np.full((1, 3, 16, 16), 100, dtype=np.uint8)
     # without structure the luminance term alone is left: (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2
     c = (0.01 * 255) ** 2

@@ -85,7 +85,7 @@ def encode_with_dropout(tokenizer: CaptionTokenizer, caption: str, p: float, rng
 
 
 def test_every_merged_piece_is_letters_alone(tokenizer):
-    pieces = [piece(tokenizer, i) for i in range(257, tokenizer.n_vocab)]
+    pieces = [piece(tokenizer, i) for i in range(257, tokenizer.vocab_size)]
     assert piece(tokenizer, 0) == "<unk>" and piece(tokenizer, 1) == "<0x00>" and piece(tokenizer, 256) == "<0xFF>"
     merged = [piece for piece in pieces if len(piece) > 1]
     assert len(merged) > 100
@@ -93,7 +93,7 @@ def test_every_merged_piece_is_letters_alone(tokenizer):
 
 
 def test_all_ascii_singles_and_frequent_others_have_a_piece(tokenizer):
-    pieces = {piece(tokenizer, i) for i in range(tokenizer.n_vocab)}
+    pieces = {piece(tokenizer, i) for i in range(tokenizer.vocab_size)}
     assert set(string.ascii_lowercase + string.digits + string.punctuation + SPACE) <= pieces  # q, z and 7 are in no caption
     assert {"é", "ñ"} <= pieces
 
@@ -200,14 +200,14 @@ def test_order_of_captions_does_not_matter(tmp_path):
     first = train_tokenizer(CAPTIONS, 450, tmp_path / "a.model")
     second = train_tokenizer(iter(shuffled), 450, tmp_path / "b.model")
     assert first.model_bytes == second.model_bytes == (tmp_path / "b.model").read_bytes()
-    assert first.n_vocab == 450 and first.fingerprint == second.fingerprint
+    assert first.vocab_size == 450 and first.fingerprint == second.fingerprint
 
 
 def test_too_large_vocabulary_becomes_as_large_as_the_captions_support(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="dalle_ds.data.tokenizer"):
         tokenizer = train_tokenizer(["a red cat", "a red hat"], 16384, tmp_path / "t.model")
-    assert 300 < tokenizer.n_vocab < 500
-    assert "16384" in caplog.text and str(tokenizer.n_vocab) in caplog.text
+    assert 300 < tokenizer.vocab_size < 500
+    assert "16384" in caplog.text and str(tokenizer.vocab_size) in caplog.text
     assert len(tokenizer.encode("red")) == 1
 
 

@@ -115,12 +115,12 @@ def test_a_resumed_stream_continues_exactly(root):
 
 def test_the_stream_knows_where_it_is(root):
     with TokenStream(TokenMix([TokenDataset(root)]), start_update=7, **SETTINGS) as stream:
-        assert stream.steps_per_epoch == 12 and stream.n_drawn == [84] and stream.next_update == 7
+        assert stream.updates_per_epoch == 12 and stream.n_drawn == [84] and stream.next_update == 7
         next(stream)
         assert stream.next_update == 8
 
 
-def test_dropout_changes_from_epoch_to_epoch_but_not_the_pictures(root):
+def test_dropout_changes_from_epoch_to_epoch_but_not_the_images(root):
     dataset = TokenDataset(root)
     of_key: dict[str, list[tuple]] = {}
     for update in read(dataset, 48, bpe_dropout=0.3):
@@ -136,7 +136,7 @@ def test_dropout_changes_from_epoch_to_epoch_but_not_the_pictures(root):
 def test_long_captions_are_cut_and_counted(root):
     dataset = TokenDataset(root)
     with TokenStream(TokenMix([dataset]), **(SETTINGS | {"text_len": 9, "bpe_dropout": 0.0})) as stream:
-        updates = [next(stream) for _ in range(stream.steps_per_epoch)]
+        updates = [next(stream) for _ in range(stream.updates_per_epoch)]
         captions = [caption for update in updates for batch in update for caption in batch.captions]
         n_long = sum(len(dataset.tokenizer.encode(caption)) > 8 for caption in captions)
         assert stream.n_truncated == n_long > 0
@@ -186,10 +186,10 @@ def test_a_closed_stream_leaves_no_thread(root):
 # Captions dropped ---------------------------------------------------------------------------------------------------------
 
 
-def texts_by_sample(updates: list[list[TokenBatch]], steps_per_epoch: int = 12) -> dict[tuple[int, str], list[int]]:
+def texts_by_sample(updates: list[list[TokenBatch]], updates_per_epoch: int = 12) -> dict[tuple[int, str], list[int]]:
     """(epoch, key) -> text row."""
     return {
-        (number // steps_per_epoch, key): row
+        (number // updates_per_epoch, key): row
         for number, update in enumerate(updates)
         for batch in update
         for key, row in zip(batch.keys, batch.text_BT.tolist(), strict=True)

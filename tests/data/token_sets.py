@@ -1,4 +1,4 @@
-"""Small token data sets for tests: captions of a small grammar, and codes that picture them, so that a prior can learn them."""
+"""Small token data sets for tests: captions of a small grammar, and codes that image them, so that a prior can learn them."""
 
 import json
 import tempfile
@@ -76,7 +76,7 @@ def make_token_set(
     return root
 
 
-def picture(color: str, shape: str, place: str, grid: int, n_codes: int) -> np.ndarray:
+def image(color: str, shape: str, place: str, grid: int, n_codes: int) -> np.ndarray:
     """The codes (grid*grid,) that a caption names, without noise."""
     cy, cx = (fraction * grid for fraction in PLACES[place])
     y, x = np.mgrid[:grid, :grid] + 0.5
@@ -96,13 +96,13 @@ def _grammar() -> list[str]:
 
 def _sample(rng: np.random.Generator, grid: int, n_codes: int, noise: float) -> tuple[str, np.ndarray]:
     color, shape, place = rng.choice(COLORS), rng.choice(SHAPES), rng.choice(list(PLACES))
-    codes = picture(color, shape, place, grid, n_codes)
+    codes = image(color, shape, place, grid, n_codes)
     codes = np.where(rng.random(codes.shape) < noise, rng.integers(n_codes, size=codes.shape), codes)
     return f"A {color} {shape} {place}.", codes
 
 
 def _write_dvae(root: str, grid: int, n_codes: int, seed: int) -> str:
-    config = DVAEConfig(image_size=2 * grid, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, vocab_size=n_codes)
+    config = DVAEConfig(image_size=2 * grid, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, n_codes=n_codes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DVAE(config)

@@ -43,7 +43,7 @@ def test_a_global_batch_may_have_few_captions_or_none(outcome: dict[str, Any], m
     found = outcome["rank0"]["captions_dropped"][mode]
     assert_close(found, outcome["plain_captions_dropped"], tolerance(mode))
     text_loss, image_loss, norm = found[2]
-    assert text_loss == 0.0 and image_loss > 1.0 and norm > 0.0, "no caption at all: the pictures alone are learned"
+    assert text_loss == 0.0 and image_loss > 1.0 and norm > 0.0, "no caption at all: the images alone are learned"
 
 
 def test_ranks_report_the_same(outcome: dict[str, Any]) -> None:

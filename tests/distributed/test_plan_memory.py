@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.training.prior.cost import PlanSettings, plan
+from dalle_ds.training.prior.cost import PlanInputsConfig, plan
 from tests.distributed.cases.memory import BUCKET, CONFIG, LIVE, MICRO_BATCH
 from tests.support import launching
 
@@ -18,7 +18,7 @@ RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "26214
 def test_memory_of_a_rank(tmp_path: Path) -> None:
     case = Path(__file__).parent / "cases" / "memory.py"
     launching.run_ranks(2, case, str(tmp_path), cwd=launching.ROOT, extra_env=RETURN_MEMORY)
-    settings = PlanSettings(gpus=2, micro_batch=MICRO_BATCH, global_batch=2 * MICRO_BATCH, bucket=BUCKET, live=LIVE)
+    settings = PlanInputsConfig(gpus=2, micro_batch=MICRO_BATCH, global_batch=2 * MICRO_BATCH, bucket=BUCKET, live=LIVE)
     planned = {name: gib * 2**30 for name, gib in plan(CONFIG, settings).items() if "gib" in name}
     for rank in (0, 1):
         real = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -129,13 +129,13 @@ def test_recipe_trains_replicas_and_goes_on_with_more_of_them(tmp_path: Path, mo
     """Two replicas of one rank, then four of one: weights of the first, errors of all, averages and the export."""
     make_token_set(tmp_path / "runs" / "demo" / "tokens", n_samples=96, n_validation=32)
     env = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    sgd, few = "replicas.compression=power_sgd", ["average.every=1", "validation.every=100"]
+    sgd, few = "replicas.compression=power_sgd", ["ema.every=1", "validation.every=100"]
     first = train(tmp_path, env, "run", sgd, "replicas.count=2", "updates=3", *few)
     files = {path.name for path in Path(tmp_path, first["checkpoint"]).rglob("state-*")}
     assert len(files) == 2
     second = train(tmp_path, env, "run", sgd, "replicas.count=4", "updates=5", *few, n_ranks=4)
     assert (second["resumed_at"], second["updates"], second["skipped_updates"]) == (3, 5, 0)
-    assert second["held_out_image_loss"] < first["held_out_image_loss"]
+    assert second["loss/validation/image"] < first["loss/validation/image"]
     monkeypatch.chdir(tmp_path)
     assert export_checkpoint("run", "export")["parity"]["max_difference_same_format"] < 1e-4
 

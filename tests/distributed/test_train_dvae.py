@@ -61,7 +61,7 @@ def on_two_ranks(home: Path) -> dict[str, Any]:
 
 def test_two_ranks_do_what_one_does(home: Path, on_two_ranks: dict[str, Any]) -> None:
     alone, whole = trained(recipe(home, "alone")), on_two_ranks["whole"]
-    assert len(whole["seen"]) == 40 and whole["seen"][-1][3] > 10, "unusable pictures were met"
+    assert len(whole["seen"]) == 40 and whole["seen"][-1][3] > 10, "unusable images were met"
     for (*found, unusable), (*expected, other_unusable) in zip(whole["seen"], alone["seen"], strict=True):
         # ranks sum in another order, and from some update on a hidden unit is switched on one side and not on the other: some
         # CPUs come to that within these 40

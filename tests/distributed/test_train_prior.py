@@ -69,7 +69,7 @@ def uninterrupted(home: Path, env: dict[str, str]) -> dict[str, Any]:
 
 def test_recipe_on_two_ranks(uninterrupted: dict[str, Any], home: Path) -> None:
     assert (uninterrupted["updates"], uninterrupted["resumed_at"]) == (8, 0)
-    assert uninterrupted["held_out_image_loss"] < 3.4, "ln 32 is 3.47: nothing was learned"
+    assert uninterrupted["loss/validation/image"] < 3.4, "ln 32 is 3.47: nothing was learned"
     assert Path(home, uninterrupted["checkpoint"]).name == "update_00000008"
     assert json.loads((home / "whole" / "summary.json").read_text()) == uninterrupted
     assert json.loads((home / "whole" / "deepspeed.json").read_text())["gradient_clipping"] == 4.0
@@ -95,10 +95,10 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation_image")]
     assert steps == [0, 4, 8]
     info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
-    assert {key: run.data.tags[f"lineage.{key}"] for key in ("dvae", "tokenizer")} == {
+    assert {key: run.data.tags[f"provenance.{key}"] for key in ("dvae", "tokenizer")} == {
         k: info[k] for k in ("dvae", "tokenizer")
     }
-    assert run.data.tags["lineage.data"] == info["fingerprint"]
+    assert run.data.tags["provenance.data"] == info["fingerprint"]
     inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
     assert inputs == {"token_shards": info["fingerprint"], "dvae": info["dvae"], "tokenizer": info["tokenizer"]}
     assert run.data.params["learning_rate.peak"] == "0.002"
@@ -129,7 +129,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(
     shutil.rmtree(home / "killed")
     resumed = train(home, env, "killed", f"checkpoint.folder={place}")
     assert resumed["resumed_at"] in (3, 6)
-    for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
+    for key in ("loss/validation/image", "loss/validation/text", "updates", "skipped_updates"):
         assert resumed[key] == uninterrupted[key], key
     monkeypatch.chdir(home)
     for run in ("killed", place):  # by the merged recipe in the run's folder, and by the place itself
@@ -151,7 +151,7 @@ def test_torchrun_starts_all_ranks_again_where_one_was_killed(
     assert "error on rank 1: rank 0 (process " in err
     restarted = launching.last_json(out)
     assert restarted["resumed_at"] in (3, 6)
-    for key in ("held_out_image_loss", "held_out_text_loss", "updates", "skipped_updates"):
+    for key in ("loss/validation/image", "loss/validation/text", "updates", "skipped_updates"):
         assert restarted[key] == uninterrupted[key], key
     (run,) = (run for run in client.search_runs(["1"]) if run.info.run_id not in others)
     assert run.info.status == "FINISHED"
@@ -164,7 +164,7 @@ def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Pa
     assert summary["parity"]["tokens"] == 4 * 16
     assert summary["parity"]["max_difference_same_format"] < 1e-4
     assert summary["parity"]["max_difference_fp32"] < 1e-2
-    plain = export_checkpoint("whole", "export_last", averaged=False)
+    plain = export_checkpoint("whole", "export_last", ema=False)
     assert plain["fingerprint"] != summary["fingerprint"]
 
 
@@ -174,7 +174,7 @@ def test_samples_while_training_are_those_of_the_export(
     monkeypatch.chdir(home)
     client = MlflowClient(env["MLFLOW_TRACKING_URI"])
     run_id = json.loads((home / "whole" / "mlflow_run.json").read_text())["run_id"]
-    drawn = np.asarray(Image.open(client.download_artifacts(run_id, "pictures/samples.png", str(tmp_path))))
+    drawn = np.asarray(Image.open(client.download_artifacts(run_id, "images/samples.png", str(tmp_path))))
     dataset = str(home / "runs" / "demo" / "tokens")
     export_checkpoint(home / "whole", tmp_path / "export")
     export = load_export(tmp_path / "export")

@@ -1,4 +1,4 @@
-"""The whole way by its one command, on drawn pictures and a few updates: killed in the middle, started again, then finished.
+"""The whole way by its one command, on drawn images and a few updates: killed in the middle, started again, then finished.
 And what the pages for each role tell to type after it."""
 
 import json
@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from tests.support import launching
+from tests.support.images import draw_folder
 from tests.support.pages import run_python_page
-from tests.support.pictures import draw_folder
 
 pytestmark = [pytest.mark.launch, pytest.mark.e2e]
 
@@ -37,11 +37,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, str]) -> None:
+def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str]) -> None:
     out = home / "runs" / "demo"
-    pictures = draw_folder(out / "pictures", 160)
-    (pictures / "p0007.png").write_bytes(b"not a picture")
-    command = ["bash", DEMO, "--quick", "--pictures", "runs/demo/pictures", "--out", "runs/demo"]  # relative to the caller
+    images = draw_folder(out / "images", 160)
+    (images / "p0007.png").write_bytes(b"not an image")
+    command = ["bash", DEMO, "--quick", "--images", "runs/demo/images", "--out", "runs/demo"]  # relative to the caller
     with launching.started(command, home, env) as process:
         launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=900, process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
@@ -50,7 +50,7 @@ def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, s
     done = launching.run(command, home, env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out / "dvae" / "dvae_report.json").read_text() == dvae_report, "a finished stage was repeated"
-    assert "Held-out image loss" in done.stderr
+    assert "Validation image loss" in done.stderr
     raw = [json.loads(path.read_text()) for path in (out / "raw" / "manifests").glob("*.json")]
     assert sum(shard["n_samples"] for shard in raw) == 159
     assert {reason for shard in raw for reason in shard["dropped"]} == {"unreadable"}
@@ -63,8 +63,8 @@ def test_killed_demo_goes_on_and_ends_with_pictures(home: Path, env: dict[str, s
     runs = MlflowClient(f"sqlite:///{out}/mlflow.db").search_runs(["1"])
     prior = next(run for run in runs if run.data.tags["stage"] == "train_prior")
     dvae = next(run for run in runs if run.data.tags["stage"] == "dvae")
-    assert prior.data.tags["lineage.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
-    assert "held_out/caption_gap" in prior.data.metrics
+    assert prior.data.tags["provenance.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
+    assert "validation/caption_gap" in prior.data.metrics
     pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
 

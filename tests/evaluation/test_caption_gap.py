@@ -43,7 +43,7 @@ def test_gap_and_interval_of_known_losses():
     wrong = right + rng.normal(true_gap, 0.3, (n, 1))
     gap = measure_gap(right, wrong, np.arange(n))
     difference = (wrong - right)[:, 0]
-    assert gap.gap == pytest.approx(difference.mean()) and gap.image_nll == pytest.approx(right.mean())
+    assert gap.gap == pytest.approx(difference.mean()) and gap.image_loss == pytest.approx(right.mean())
     # the bootstrap must agree with the normal interval of a mean
     half = 1.96 * difference.std(ddof=1) / n**0.5
     assert gap.gap_low == pytest.approx(gap.gap - half, abs=0.15 * half)

@@ -39,7 +39,7 @@ def test_fid_of_known_gaussians():
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-9)
 
 
-def test_fewer_pictures_than_features():
+def test_fewer_images_than_features():
     a, b = draw(20, 128, 1), draw(30, 128, 2)
     rank = moments(a).factor_RD
     assert rank.shape == (20, 128) and np.allclose(rank.T @ rank, np.cov(a.astype(np.float64), rowvar=False))
@@ -95,10 +95,10 @@ def test_features_of_different_lengths_are_refused():
 
 def test_inception_score_of_known_classes():
     sure = 60 * np.eye(5)[np.arange(1000) % 5]
-    # pictures of five classes beyond doubt score five, less what a random split's unequal counts cost
+    # images of five classes beyond doubt score five, less what a random split's unequal counts cost
     assert inception_score(sure).score == pytest.approx(5, rel=0.05)
     assert inception_score(sure, n_splits=1).score == pytest.approx(5)
-    assert inception_score(np.zeros((40, 7))).score == pytest.approx(1)  # no picture says anything
+    assert inception_score(np.zeros((40, 7))).score == pytest.approx(1)  # no image says anything
     assert inception_score(60 * np.eye(5)[np.zeros(40, dtype=int)]).score == pytest.approx(1)  # all of one class
 
 
@@ -110,6 +110,6 @@ def test_inception_score_interval_is_as_wide_as_the_score_varies_between_draws()
     assert found.high - found.low == pytest.approx(2 * 1.96 * np.std(scores), rel=0.35)
 
 
-def test_too_few_pictures_for_the_splits_are_refused():
-    with pytest.raises(ValueError, match="19 pictures in 10 splits"):
+def test_too_few_images_for_the_splits_are_refused():
+    with pytest.raises(ValueError, match="19 images in 10 splits"):
         inception_score(np.zeros((19, 3)))

@@ -1,4 +1,4 @@
-"""The human evaluation from pictures to the tally; the page is used in a real browser."""
+"""The human evaluation from images to the tally; the page is used in a real browser."""
 
 import json
 import re
@@ -12,10 +12,10 @@ from PIL import Image
 from dalle_ds.cli import app
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.human_page import build_pages
-from dalle_ds.evaluation.human_votes import Rule, tally
+from dalle_ds.evaluation.human_votes import TallyConfig, tally
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
 
-OURS, THEIRS = (200, 0, 0), (0, 0, 200)  # who made a picture shows in its colour
+OURS, THEIRS = (200, 0, 0), (0, 0, 200)  # who made an image shows in its colour
 CAPTIONS = ["a cat", 'a "quoted" <b>caption</b> </script><script>alert(1)</script>', "ein Bär, größer", "a house", "a tree"]
 
 FIRST_RED = """async () => {
@@ -28,7 +28,7 @@ FIRST_RED = """async () => {
 
 
 def make_set(folder: Path, colour: tuple[int, int, int], captions: list[str]) -> Path:
-    """Two plain pictures a caption, the second one green: only the first is to be shown."""
+    """Two plain images a caption, the second one green: only the first is to be shown."""
     folder.mkdir()
     images = []
     for i, caption in enumerate(captions):
@@ -51,7 +51,7 @@ def command(*arguments):
 
 @NEEDS_CHROMIUM
 def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
-    """All five find our pictures more realistic; captions go by the caption's text, so that each answer is met."""
+    """All five find our images more realistic; captions go by the caption's text, so that each answer is met."""
     done = command("build", *sets, tmp_path / "pages", "--json")
     assert done.exit_code == 0
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -78,7 +78,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
                 assert caption in CAPTIONS
                 first_red = page.evaluate(FIRST_RED)
                 assert first_red in (OURS[0], THEIRS[0])
-                ours, theirs = ("Picture 1", "Picture 2") if first_red == OURS[0] else ("Picture 2", "Picture 1")
+                ours, theirs = ("Image 1", "Image 2") if first_red == OURS[0] else ("Image 2", "Image 1")
                 sides_seen.add(ours)
                 realism, match = page.get_by_role("group").nth(0), page.get_by_role("group").nth(1)
                 if person == number == 0:
@@ -91,7 +91,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
             with page.expect_download() as download:
                 page.get_by_role("button", name="Save votes").click()
             download.value.save_as(tmp_path / "votes" / download.value.suggested_filename)
-    assert sides_seen == {"Picture 1", "Picture 2"}
+    assert sides_seen == {"Image 1", "Image 2"}
 
     files = sorted((tmp_path / "votes").iterdir())
     assert len(files) == 5
@@ -104,7 +104,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
     assert (found["caption_ours"], found["caption_theirs"], found["caption_neither"]) == (0.6, 0.2, 0.2)
 
 
-def test_a_page_does_not_tell_whose_picture_is_whose(sets, tmp_path):
+def test_a_page_does_not_tell_whose_image_is_whose(sets, tmp_path):
     for side in sets:  # another format, with the name of its maker
         for file in side.glob("*.png") if side == sets[1] else ():
             Image.open(file).save(file, "JPEG", comment=b"made by theirs")
@@ -131,15 +131,15 @@ def test_sides_and_order_are_drawn_by_the_seed(tmp_path):
 
 def test_sets_without_a_common_caption_are_refused(tmp_path):
     ours, theirs = make_set(tmp_path / "ours", OURS, ["a"]), make_set(tmp_path / "theirs", THEIRS, ["b"])
-    with pytest.raises(DataError, match="no caption with a picture in both"):
+    with pytest.raises(DataError, match="no caption with an image in both"):
         build_pages(ours, theirs, tmp_path / "pages")
     (theirs / "samples.json").unlink()
-    with pytest.raises(DataError, match="picture 0-0.png has no caption"):
+    with pytest.raises(DataError, match="image 0-0.png has no caption"):
         build_pages(ours, theirs, tmp_path / "pages")
 
 
 class Study:
-    """Vote files for a key of `n` tasks; our picture is on the left of the even ones."""
+    """Vote files for a key of `n` tasks; our image is on the left of the even ones."""
 
     def __init__(self, folder: Path, n: int) -> None:
         self.folder, self.files = folder, []
@@ -200,8 +200,8 @@ def test_a_worker_is_left_out_for_speed_and_disagreement_together(tmp_path):
     assert found["workers"]["careless"] == {"votes": 8, "disagreement": 0.75, "fast_share": 1.0, "dropped": True}
     assert found["workers"]["fast but agreeing"]["disagreement"] == 0.125
     assert found["votes"] == 40
-    assert study.tally(rule=Rule(fast_seconds=3.0))["dropped_workers"] == []
-    assert study.tally(rule=Rule(disagreement=0.8))["dropped_workers"] == []
+    assert study.tally(rule=TallyConfig(fast_seconds=3.0))["dropped_workers"] == []
+    assert study.tally(rule=TallyConfig(disagreement=0.8))["dropped_workers"] == []
 
 
 def test_votes_that_do_not_belong_are_refused(tmp_path):
@@ -215,7 +215,7 @@ def test_votes_that_do_not_belong_are_refused(tmp_path):
     with pytest.raises(DataError, match="votes on study other, but .*key.json is of study s"):
         study.tally()
     study.files.pop()
-    vote = {"task": "t0", "realism": 3, "caption": 1, "seconds": 1}  # there is no third picture
+    vote = {"task": "t0", "realism": 3, "caption": 1, "seconds": 1}  # there is no third image
     for text in ("{", json.dumps({"study": "s", "page": "p", "worker": "w", "votes": [vote]})):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(DataError, match="bad.json is no file of votes"):

@@ -10,7 +10,7 @@ from dalle_ds.evaluation.judge import judge
 
 
 def record(file, scores_CK, scorer, **changes):
-    about = {"export_fingerprint": "e", "captions": ["a"] * len(scores_CK), "settings": {"seed": 0}, "picture": None}
+    about = {"export_fingerprint": "e", "captions": ["a"] * len(scores_CK), "settings": {"seed": 0}, "image": None}
     scores = np.asarray(scores_CK).tolist()
     file.write_text(json.dumps({**about, "scorer": scorer, "scorer_name": scorer, "scores": scores, **changes}))
     return file

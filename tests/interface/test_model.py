@@ -15,8 +15,8 @@ from dalle_ds.commands.eval.loss import evaluate_export
 from dalle_ds.data.raw import RawSample
 from dalle_ds.interface.model import Model, SampleOptions
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.held_out import read_held_out
-from dalle_ds.sampling.request import SampleSettings
+from dalle_ds.sampling.request import SamplingConfig
+from dalle_ds.sampling.validation_samples import read_validation
 from preprocessing.encoding.encode_shard import crop_of, load_dvae
 from preprocessing.encoding.encoder import encoder_of
 from tests.sampling.exports import make_export
@@ -78,7 +78,7 @@ def test_samples_are_those_of_the_command(export, model, clip, tmp_path):
 def test_one_caption_gives_a_flat_list_by_the_defaults_of_the_command(export, model, tmp_path):
     record, images = drawn_by_command(export, tmp_path / "out", "--caption", CAPTIONS[0])
     samples = model.sample(CAPTIONS[0])
-    assert len(samples) == SampleSettings().n and samples[0].score is None
+    assert len(samples) == SamplingConfig().n and samples[0].score is None
     assert_same(samples, record, images)
     for sample in samples:
         assert sample.codes.shape == (16,) and sample.codes.dtype == torch.int64
@@ -90,24 +90,24 @@ def test_image_to_image_is_that_of_the_command(export, model, tmp_path):
     file = io.BytesIO()
     given.save(file, "png")
     (tmp_path / "given.png").write_bytes(file.getvalue())
-    options = ["--image", str(tmp_path / "given.png"), "--rows", "2", "--caption", CAPTIONS[0], "--n", "3"]
+    options = ["--image-prompt", str(tmp_path / "given.png"), "--prompt-rows", "2", "--caption", CAPTIONS[0], "--n", "3"]
     record, images = drawn_by_command(export, tmp_path / "out", *options)
     for image in (tmp_path / "given.png", file.getvalue(), given):
-        assert_same(model.sample(CAPTIONS[0], image=image, rows=2, n=3), record, images)
-    assert len(model.sample("", image=given, n=2)) == 2, "variations"
+        assert_same(model.sample(CAPTIONS[0], image_prompt=image, prompt_rows=2, n=3), record, images)
+    assert len(model.sample("", image_prompt=given, n=2)) == 2, "variations"
 
 
 def test_options_have_the_names_and_types_of_the_settings():
-    """`SampleOptions` is there for editors: defaults and bounds are those of `SampleSettings` alone."""
-    assert {name: field.annotation for name, field in SampleSettings.model_fields.items()} == SampleOptions.__annotations__
+    """`SampleOptions` is there for editors: defaults and bounds are those of `SamplingConfig` alone."""
+    assert {name: field.annotation for name, field in SamplingConfig.model_fields.items()} == SampleOptions.__annotations__
 
 
 def test_a_scorer_of_ones_own(model):
     class Darkest:
         name, fingerprint = "darkest", "1"
 
-        def scores(self, captions, pictures):
-            return np.array([-np.asarray(picture).mean() for picture in pictures], dtype=np.float32)
+        def scores(self, captions, images):
+            return np.array([-np.asarray(image).mean() for image in images], dtype=np.float32)
 
     everything = model.sample(CAPTIONS[0], n=6)
     (darkest,) = model.sample(CAPTIONS[0], n=6, keep=1, scorer=Darkest())
@@ -170,13 +170,13 @@ def test_decode_takes_codes_in_every_form(model):
 
 def test_losses_are_those_of_evaluate(export, model, tmp_path):
     summary = evaluate_export(str(export), tmp_path, device="cpu")
-    held_out = read_held_out(load_export(export))
-    loss = model.loss(held_out.captions, held_out.image_SN)
+    validation = read_validation(load_export(export))
+    loss = model.loss(validation.captions, validation.image_SN)
     with np.load(tmp_path / "losses.npz") as losses:
-        assert losses["keys"].tolist() == held_out.keys
+        assert losses["keys"].tolist() == validation.keys
         assert np.array_equal(loss.per_token.numpy(), losses["nll"])
     assert loss.per_sample.shape == (32,) and loss.per_sample.dtype == loss.per_token.dtype == torch.float32
-    assert float(loss.per_sample.mean()) == pytest.approx(summary["image_nll"], rel=1e-6)
+    assert float(loss.per_sample.mean()) == pytest.approx(summary["loss/validation/image"], rel=1e-6)
 
 
 def test_the_loss_of_images_is_that_of_their_codes(model):
@@ -221,9 +221,9 @@ def test_images_of_another_kind_are_refused(model, images, message):
         (lambda model: model.sample("a", n=0), "n = 0: Input should be greater than or equal to 1"),
         (lambda model: model.sample(["a", " "]), "2 captions, 1 of them empty"),
         (lambda model: model.sample("a", guidance=2.0), "guidance 2 needs a prior that knows"),
-        (lambda model: model.sample("a", rows=2), "rows 2 .*expected image="),
-        (lambda model: model.sample("a", image="nothing.png"), "picture nothing.png cannot be read"),
-        (lambda model: model.sample("a", image=Image.new("RGB", (8, 8)), rows=4), "rows 4: expected 0 to 3"),
+        (lambda model: model.sample("a", prompt_rows=2), "prompt_rows 2 .*expected an image_prompt"),
+        (lambda model: model.sample("a", image_prompt="nothing.png"), "image nothing.png cannot be read"),
+        (lambda model: model.sample("a", image_prompt=Image.new("RGB", (8, 8)), prompt_rows=4), "rows 4: expected 0 to 3"),
         (lambda model: model.sample("a", scorer=3), "scorer is a int: expected a CLIP's folder"),
         (lambda model: model.sample("a", scorer="runs/no_such_folder"), "CLIP runs/no_such_folder"),
         (

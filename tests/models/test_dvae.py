@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.ops.logit_laplace import map_pixels
 
-SMALL = DVAEConfig(image_size=32, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, vocab_size=32)
+SMALL = DVAEConfig(image_size=32, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, n_codes=32)
 
 
 def test_full_size_parameter_counts() -> None:
@@ -34,7 +34,7 @@ def released() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def test_outputs_equal_those_of_the_released_classes(released: tuple[torch.nn.Module, torch.nn.Module]) -> None:
     encoder, decoder = released
-    model = DVAE(DVAEConfig(image_size=32, n_hid=64, n_init=16, vocab_size=512))
+    model = DVAE(DVAEConfig(image_size=32, n_hid=64, n_init=16, n_codes=512))
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     state |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
     model.load_state_dict(state, strict=True)
@@ -49,7 +49,7 @@ def test_outputs_equal_those_of_the_released_classes(released: tuple[torch.nn.Mo
 
 def test_initialisation_is_the_released_one(released: tuple[torch.nn.Module, torch.nn.Module]) -> None:
     torch.manual_seed(1)
-    model = DVAE(DVAEConfig(image_size=32, n_hid=64, n_init=16, vocab_size=512))
+    model = DVAE(DVAEConfig(image_size=32, n_hid=64, n_init=16, n_codes=512))
     ours = dict(model.encoder.named_parameters()) | {f"d.{n}": p for n, p in model.decoder.named_parameters()}
     theirs = dict(released[0].named_parameters()) | {f"d.{n}": p for n, p in released[1].named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -93,7 +93,7 @@ def test_convolutions_beside_the_relaxation_stay_fp32_under_autocast() -> None:
     assert all(output.dtype == torch.float32 for output in outputs)
 
 
-def test_wrong_pictures_and_codes_are_named() -> None:
+def test_wrong_images_and_codes_are_named() -> None:
     model = DVAE(SMALL)
     with pytest.raises(ValueError, match=r"\(1, 3, 16, 16\), expected \(batch, 3, 32, 32\)"):
         model.tokens(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))

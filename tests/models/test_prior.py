@@ -14,7 +14,7 @@ from dalle_ds.ops.attention.structured import StructuredAttention
 from dalle_ds.padding import PAD
 from dalle_ds.precision.fp16_branches import use_fp16_branches
 
-CONFIG = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
+CONFIG = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=5, grid=4, vocab_size=11, n_codes=13, conv_kernel=3)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_sizes_of_the_papers_table(preset: str, billions: float) -> None:
     assert matrices == effective_parameters(config)
     assert round(matrices / 1e9, 2) == billions
     embeddings = sum(p.numel() for name, p in prior.named_parameters() if name.startswith(("embed.", "heads.")))
-    assert embeddings > 2 * config.d_model * (config.text_vocab + config.image_vocab)
+    assert embeddings > 2 * config.d_model * (config.vocab_size + config.n_codes)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -196,7 +196,7 @@ def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[tor
 @pytest.mark.parametrize("numerics", ["fp32", "fp16"])
 def test_all_1024_steps_of_the_papers_sequence(numerics: str) -> None:
     """Row, column and conv layers at 256 + 1024 slots, two candidates of one caption, to 1e-5 of the full forward pass."""
-    config = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_vocab=50, image_vocab=40)
+    config = PriorConfig(n_layers=3, n_heads=2, d_head=16, vocab_size=50, n_codes=40)
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.groups import decay_groups, describe_groups
 
-CONFIG = PriorConfig(n_layers=1, n_heads=1, d_head=8, text_len=4, grid=2, text_vocab=5, image_vocab=7)
+CONFIG = PriorConfig(n_layers=1, n_heads=1, d_head=8, text_len=4, grid=2, vocab_size=5, n_codes=7)
 
 
 def test_matrices_decay_and_nothing_else() -> None:

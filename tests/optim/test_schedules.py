@@ -2,11 +2,11 @@
 
 import pytest
 
-from dalle_ds.optim.schedules import HalfCosine, half_cosine, linear_warmup
+from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
 
 
 def test_half_cosine_starts_ends_and_holds() -> None:
-    tau = HalfCosine(start=1.0, end=1 / 16, updates=150_000)
+    tau = HalfCosineConfig(start=1.0, end=1 / 16, updates=150_000)
     assert tau.at(0) == 1.0
     assert tau.at(75_000) == pytest.approx((1 + 1 / 16) / 2)
     assert tau.at(150_000) == tau.at(3_000_000) == 1 / 16
@@ -17,9 +17,9 @@ def test_half_cosine_starts_ends_and_holds() -> None:
 
 
 def test_no_updates_means_constant() -> None:
-    assert HalfCosine(start=3.0, end=2.0, updates=0).at(0) == 2.0
+    assert HalfCosineConfig(start=3.0, end=2.0, updates=0).at(0) == 2.0
     with pytest.raises(ValueError, match="-1 updates"):
-        HalfCosine(start=3.0, end=2.0, updates=-1)
+        HalfCosineConfig(start=3.0, end=2.0, updates=-1)
 
 
 def test_warmup_is_a_line_that_never_is_zero() -> None:

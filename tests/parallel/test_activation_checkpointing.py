@@ -16,9 +16,9 @@ from dalle_ds.models.prior import Layer, Prior, PriorConfig, initialise
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.precision.fp16_branches import use_fp16_branches
 from dalle_ds.recipes import load_recipe
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 
-CONFIG = PriorConfig(n_layers=5, n_heads=2, d_head=16, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
+CONFIG = PriorConfig(n_layers=5, n_heads=2, d_head=16, text_len=5, grid=4, vocab_size=11, n_codes=13, conv_kernel=3)
 
 
 def results(set_up: Callable[[Prior], Any], fp16: bool = False) -> tuple[list[Tensor], list[int]]:
@@ -76,7 +76,7 @@ def test_every_zeroth_layer_is_refused() -> None:
 
 @pytest.mark.parametrize(("setting", "expected"), [("true", True), ("false", False), ("1", 1), ("3", 3)])
 def test_recipes_take_yes_no_or_a_number(setting: str, expected: bool | int) -> None:
-    run = load_recipe(PriorRun, overrides=["folder=f", "data.dataset=d", f"activation_checkpointing={setting}"])
+    run = load_recipe(PriorRunConfig, overrides=["folder=f", "data.dataset=d", f"activation_checkpointing={setting}"])
     assert run.activation_checkpointing == expected
     assert type(run.activation_checkpointing) is type(expected)
 
@@ -84,4 +84,4 @@ def test_recipes_take_yes_no_or_a_number(setting: str, expected: bool | int) -> 
 @pytest.mark.parametrize("setting", ["-1", "1.5", "often"])
 def test_recipes_refuse_others(setting: str) -> None:
     with pytest.raises(ConfigError, match="activation_checkpointing"):
-        load_recipe(PriorRun, overrides=["folder=f", "data.dataset=d", f"activation_checkpointing={setting}"])
+        load_recipe(PriorRunConfig, overrides=["folder=f", "data.dataset=d", f"activation_checkpointing={setting}"])

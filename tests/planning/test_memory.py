@@ -15,14 +15,14 @@ from dalle_ds.planning.counts import INPUT_BYTES, NOW
 from dalle_ds.planning.memory import RESERVED_GIB, activation_bytes, memory, power_sgd_factors
 from dalle_ds.planning.prior_work import prior_workload
 from dalle_ds.planning.proposal import HEADROOM, MAX_SHARDS, propose
-from dalle_ds.planning.settings import PlanSettings
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.planning.settings import PlanInputsConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.cost import settings_of
 from tests.support.launching import ROOT
 
 DS_CONFIGS = ROOT / "ds_configs"
-SMALL = PriorConfig(n_layers=3, n_heads=4, d_head=16, text_len=8, grid=4, text_vocab=32, image_vocab=32, conv_kernel=3)
+SMALL = PriorConfig(n_layers=3, n_heads=4, d_head=16, text_len=8, grid=4, vocab_size=32, n_codes=32, conv_kernel=3)
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -38,7 +38,7 @@ def test_power_sgd_keeps_what_is_planned(shards):
     assert planned.rank == real.rank and 2 * planned.sent == real.bytes_sent
     assert planned.errors == sum(error.numel() for error in real.errors.values())
     assert planned.starts == sum(start.numel() for start in real.starts.values())
-    settings = PlanSettings(gpus=2 * shards, shard_gpus=shards, compression="power_sgd")
+    settings = PlanInputsConfig(gpus=2 * shards, shard_gpus=shards, compression="power_sgd")
     tensors = [*real.errors.values(), *real.starts.values()]
     assert memory(SMALL, settings).compression == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert memory(SMALL, settings.model_copy(update={"compression": "none"})).compression == 0
@@ -67,9 +67,9 @@ class _Attend:
 
 def test_a_layer_keeps_as_many_bytes_as_counted():
     """What autograd holds between forward and backward pass of fp16 branches with scaled edges."""
-    config = PriorConfig(n_layers=2, n_heads=4, text_len=8, grid=8, text_vocab=32, image_vocab=32, conv_kernel=3)
+    config = PriorConfig(n_layers=2, n_heads=4, text_len=8, grid=8, vocab_size=32, n_codes=32, conv_kernel=3)
     prior = Prior(config)
-    BlockScaler(prior, BlockScalingConfig())
+    ResblockGradScaler(prior, ResblockScalingConfig())
     for module in prior.modules():
         if isinstance(module, SelfAttention):
             module.attend = _Attend()
@@ -90,7 +90,7 @@ def test_a_layer_keeps_as_many_bytes_as_counted():
 
 
 def test_activations_at_every_setting_of_recomputation():
-    config, elements = PRESETS["1.2b"].model_copy(update={"text_vocab": 64, "image_vocab": 64}), 8 * 1280 * 2048
+    config, elements = PRESETS["1.2b"].model_copy(update={"vocab_size": 64, "n_codes": 64}), 8 * 1280 * 2048
     rest = activation_bytes(config, 8, 1) - elements * (24 * INPUT_BYTES + NOW.kept_bytes + NOW.working_bytes)
     assert rest == 4 * 2048 * (64 + 64), "the unembeddings' gradients"
     of_layers = {every: (activation_bytes(config, 8, every) - rest) / elements for every in (0, 1, 2, 4)}
@@ -101,23 +101,23 @@ def test_activations_at_every_setting_of_recomputation():
 
 def test_the_step_takes_turns_with_the_passes():
     config = PRESETS["12b"]
-    one = memory(config, PlanSettings(gpus=8))
+    one = memory(config, PlanInputsConfig(gpus=8))
     assert one.step == 4e9 and one.total == one.state + one.buffers + max(one.step, one.gathered + one.activations)
-    small_groups = memory(config, PlanSettings(gpus=8, sub_group=10**8))
+    small_groups = memory(config, PlanInputsConfig(gpus=8, sub_group=10**8))
     assert small_groups.step == 4e8
-    shard = memory(config, PlanSettings(gpus=64)).parameters
-    assert memory(config, PlanSettings(gpus=64)).step == shard, "one sub-group holds it all"
+    shard = memory(config, PlanInputsConfig(gpus=64)).parameters
+    assert memory(config, PlanInputsConfig(gpus=64)).step == shard, "one sub-group holds it all"
 
 
 def test_the_papers_replica_of_8_takes_3_and_a_half_gib_more_for_power_sgd():
-    settings = PlanSettings(gpus=1024, shard_gpus=8, compression="power_sgd")
+    settings = PlanInputsConfig(gpus=1024, shard_gpus=8, compression="power_sgd")
     assert power_sgd_factors(PRESETS["12b"], 8).rank == 82
     assert memory(PRESETS["12b"], settings).compression / 2**30 == pytest.approx(3.5, abs=0.1)
 
 
 def without_masters(n_replicas):
     """The plan of a recipe with replicas of 8 as the paper has them."""
-    run = PriorRun.model_validate(
+    run = PriorRunConfig.model_validate(
         {
             "folder": "none",
             "data": {"dataset": "none"},
@@ -127,7 +127,7 @@ def without_masters(n_replicas):
             "replicas": {"count": n_replicas, "compression": "power_sgd"},
         }
     )
-    return PlanSettings(machine="V100", gpus=8 * n_replicas, **settings_of(run, 8 * n_replicas))
+    return PlanInputsConfig(machine="V100", gpus=8 * n_replicas, **settings_of(run, 8 * n_replicas))
 
 
 def test_without_masters_the_papers_replica_of_8_fits_into_16_gib():
@@ -150,7 +150,7 @@ def test_without_masters_the_papers_replica_of_8_fits_into_16_gib():
     ],
 )
 def test_proposals_fit_divide_and_are_no_slower(preset, settings):
-    config, asked = PRESETS[preset], PlanSettings(**settings)
+    config, asked = PRESETS[preset], PlanInputsConfig(**settings)
     best = propose(config, asked)
     machine = best.build_machine()
     assert memory(config, best).total / 2**30 <= HEADROOM * (machine.memory_gib - RESERVED_GIB)
@@ -159,5 +159,5 @@ def test_proposals_fit_divide_and_are_no_slower(preset, settings):
 
 
 def test_no_proposal_where_nothing_fits_or_divides():
-    assert propose(PRESETS["12b"], PlanSettings(machine="V100", gpus=8, global_batch=8)) is None
-    assert propose(PRESETS["12b"], PlanSettings(gpus=96)) is None, "1024 samples are not a multiple of 96 GPUs"
+    assert propose(PRESETS["12b"], PlanInputsConfig(machine="V100", gpus=8, global_batch=8)) is None
+    assert propose(PRESETS["12b"], PlanInputsConfig(gpus=96)) is None, "1024 samples are not a multiple of 96 GPUs"

@@ -8,7 +8,7 @@ from dalle_ds.models.presets import PRESETS
 from dalle_ds.planning.arithmetic import forward_flops
 from dalle_ds.planning.counts import NOW
 from dalle_ds.planning.prior_work import exchanged_bytes, prior_workload, recomputed_share
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.planning.timing import times
 
 BEFORE = replace(
@@ -29,7 +29,7 @@ BEFORE = replace(
 
 def on_h100(preset, batch, *, counts=NOW, **settings):
     """-> (workload, machine)"""
-    chosen = PlanSettings(machine="H100", global_batch=batch, **settings)
+    chosen = PlanInputsConfig(machine="H100", global_batch=batch, **settings)
     return prior_workload(PRESETS[preset], chosen, chosen.build_machine(), counts), chosen.build_machine()
 
 
@@ -65,14 +65,14 @@ def test_what_binds():
     large, _ = on_h100("0.3b", 256, gpus=1, micro_batch=32)
     assert times(large.micro_step, machine).binds == "compute"
     assert times(large.micro_step, machine).host == times(small.micro_step, machine).host
-    paper = PlanSettings(machine="V100", shard_gpus=32)
+    paper = PlanInputsConfig(machine="V100", shard_gpus=32)
     slow = prior_workload(PRESETS["12b"], paper, paper.build_machine())
     # 98 GB of which three quarters enter a node of four, at 100 Gb/s
     found = times(slow.micro_step, paper.build_machine())
     assert found.binds == "links between nodes" and found.between > 98e9 * 3 / 4 / 12.5e9
     inside = paper.model_copy(update={"shard_gpus": 8})
     assert times(prior_workload(PRESETS["12b"], inside, paper.build_machine()).micro_step, paper.build_machine()).between == 0
-    by_pcie = PlanSettings(machine="A100-40", gpus=8, global_batch=8, pcie=True)
+    by_pcie = PlanInputsConfig(machine="A100-40", gpus=8, global_batch=8, pcie=True)
     found = times(prior_workload(PRESETS["2.8b"], by_pcie, by_pcie.build_machine()).micro_step, by_pcie.build_machine())
     assert found.binds == "links inside nodes"
 
@@ -87,7 +87,7 @@ def test_sharding_over_many_gpus_costs_the_host():
 
 def test_exchange_between_replicas():
     """By hand: PowerSGD sends 14.1 % of the matrices' values, in 2 bytes instead of 4, and the rest as it is."""
-    config, plain = PRESETS["12b"], PlanSettings(gpus=64, shard_gpus=8)
+    config, plain = PRESETS["12b"], PlanInputsConfig(gpus=64, shard_gpus=8)
     power_sgd = plain.model_copy(update={"compression": "power_sgd"})
     matrices, rest = 12 * 3968**2 * 64, 197_361_152 + 3_301_376
     assert exchanged_bytes(config, plain) == pytest.approx(4 * (matrices + rest) / 8)

@@ -12,7 +12,7 @@ from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.precision import fp16_branches
 from dalle_ds.precision.fp16_branches import unread_product, use_fp16_branches
 
-CONFIG = PriorConfig(n_layers=2, n_heads=2, d_head=8, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
+CONFIG = PriorConfig(n_layers=2, n_heads=2, d_head=8, text_len=5, grid=4, vocab_size=11, n_codes=13, conv_kernel=3)
 
 
 def fp16_prior() -> Prior:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.models.resblock import MLP, ResBlock
 from dalle_ds.precision.fp16_branches import use_fp16_branches
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
 
-CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=5, grid=4, text_vocab=11, image_vocab=13, conv_kernel=3)
-WIDE = BlockScalingConfig(min_scale_power=-60, max_scale_power=100)
+CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=5, grid=4, vocab_size=11, n_codes=13, conv_kernel=3)
+WIDE = ResblockScalingConfig(min_scale_power=-60, max_scale_power=100)
 
 
 def make_prior() -> Prior:
@@ -21,7 +21,7 @@ def make_prior() -> Prior:
     return prior
 
 
-def backward(prior: Prior, scaler: BlockScaler | None = None) -> float:
+def backward(prior: Prior, scaler: ResblockGradScaler | None = None) -> float:
     generator = torch.Generator().manual_seed(1)
     text, image = torch.randint(0, 11, (8, 4), generator=generator), torch.randint(0, 13, (8, 16), generator=generator)
     nll = prior(text, image)
@@ -35,7 +35,7 @@ def backward(prior: Prior, scaler: BlockScaler | None = None) -> float:
 def test_scale_of_one_is_plain_fp16_to_the_bit() -> None:
     plain, scaled = make_prior(), make_prior()
     use_fp16_branches(plain)
-    scaler = BlockScaler(scaled, BlockScalingConfig(initial_scale_power=0, min_scale_power=0))
+    scaler = ResblockGradScaler(scaled, ResblockScalingConfig(initial_scale_power=0, min_scale_power=0))
     assert backward(plain) == backward(scaled, scaler)
     for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
@@ -44,7 +44,7 @@ def test_scale_of_one_is_plain_fp16_to_the_bit() -> None:
 @pytest.mark.parametrize("power", [0, 10])
 def test_gradients_equal_fp32_up_to_rounding(power: int) -> None:
     reference, scaled = make_prior(), make_prior()
-    scaler = BlockScaler(scaled, BlockScalingConfig(initial_scale_power=power, min_scale_power=0))
+    scaler = ResblockGradScaler(scaled, ResblockScalingConfig(initial_scale_power=power, min_scale_power=0))
     assert backward(scaled, scaler) == pytest.approx(backward(reference), rel=1e-4)
     for (name, a), b in zip(reference.named_parameters(), scaled.named_parameters(), strict=True):
         error, size = (a.grad - b[1].grad).norm(), a.grad.norm()
@@ -83,11 +83,11 @@ def lost_share(block: ResBlock) -> float:
     return grads.eq(0).double().mean().item()
 
 
-def run_damped(powers: list[float] | None) -> tuple[Damped, BlockScaler | None]:
+def run_damped(powers: list[float] | None) -> tuple[Damped, ResblockGradScaler | None]:
     model = Damped()
     scaler = None
     if powers is not None:
-        scaler = BlockScaler(model, WIDE)
+        scaler = ResblockGradScaler(model, WIDE)
         scaler.scale.copy_(torch.tensor([2.0**p for p in powers]))
         scaler.begin()
     x = torch.randn(16, 6, 32, generator=torch.Generator().manual_seed(2))
@@ -131,7 +131,7 @@ class _Poison(torch.autograd.Function):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_event_is_seen_in_its_block_and_filtered_for_the_others(value: float) -> None:
     prior = make_prior()
-    scaler = BlockScaler(prior, BlockScalingConfig())
+    scaler = ResblockGradScaler(prior, ResblockScalingConfig())
     victim = 3
     branch = scaler.blocks[victim].branch
     whole = branch.forward
@@ -145,7 +145,7 @@ def test_event_is_seen_in_its_block_and_filtered_for_the_others(value: float) ->
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_one_entry_raises_the_flag(value: float) -> None:
-    scaler = BlockScaler(make_prior(), BlockScalingConfig())
+    scaler = ResblockGradScaler(make_prior(), ResblockScalingConfig())
     weight = scaler.blocks[3].branch.project.weight
     grad = torch.ones_like(weight)
     (weight * 1).backward(grad)
@@ -159,7 +159,7 @@ def test_one_entry_raises_the_flag(value: float) -> None:
 
 def test_policy_follows_the_paper() -> None:
     prior = make_prior()
-    scaler = BlockScaler(prior, BlockScalingConfig())
+    scaler = ResblockGradScaler(prior, ResblockScalingConfig())
     fine, bad = torch.zeros(6), torch.zeros(6)
     bad[2] = 1
     scaler.update(bad)  # the first event counts: no back-off came before it
@@ -176,7 +176,7 @@ def test_policy_follows_the_paper() -> None:
     assert scaler.scale[2].item() == pytest.approx(2 * before, rel=1e-3), "a thousand finite updates double a scale"
 
 
-def backward_flags(prior: Prior, scaler: BlockScaler) -> Tensor:
+def backward_flags(prior: Prior, scaler: ResblockGradScaler) -> Tensor:
     prior.zero_grad()
     scaler.begin()
     backward(prior, scaler)
@@ -187,7 +187,7 @@ def backward_flags(prior: Prior, scaler: BlockScaler) -> Tensor:
 
 def test_calibrated_scales_are_the_highest_finite_ones_less_a_margin() -> None:
     prior = make_prior()
-    scaler = BlockScaler(prior, BlockScalingConfig(min_scale_power=-60, max_scale_power=60, calibration_trials=8))
+    scaler = ResblockGradScaler(prior, ResblockScalingConfig(min_scale_power=-60, max_scale_power=60, calibration_trials=8))
     scaler.calibrate(lambda: backward_flags(prior, scaler))
     found = scaler.scale.clone()
     assert not backward_flags(prior, scaler).any()
@@ -200,7 +200,7 @@ def test_calibrated_scales_are_the_highest_finite_ones_less_a_margin() -> None:
 
 @pytest.mark.parametrize("trials", [1, 4, 10])
 def test_calibration_is_not_deceived_by_overflows_that_hide_others(trials: int) -> None:
-    scaler = BlockScaler(make_prior(), BlockScalingConfig(calibration_trials=trials))
+    scaler = ResblockGradScaler(make_prior(), ResblockScalingConfig(calibration_trials=trials))
     limits = torch.tensor([9.0, 12, 15, 18, 21, 30])
 
     def attempt() -> Tensor:
@@ -215,7 +215,7 @@ def test_calibration_is_not_deceived_by_overflows_that_hide_others(trials: int) 
 
 
 def test_calibration_ends_where_a_block_never_is_finite() -> None:
-    scaler, attempts = BlockScaler(make_prior(), BlockScalingConfig(calibration_trials=5)), []
+    scaler, attempts = ResblockGradScaler(make_prior(), ResblockScalingConfig(calibration_trials=5)), []
 
     def attempt() -> Tensor:
         attempts.append(torch.tensor([0, 0, 1.0, 0, 0, 0]))
@@ -228,8 +228,8 @@ def test_calibration_ends_where_a_block_never_is_finite() -> None:
 
 
 def test_scales_stay_within_their_limits() -> None:
-    scaler = BlockScaler(
-        make_prior(), BlockScalingConfig(initial_scale_power=7, min_scale_power=7, max_scale_power=7.01, backoff_window=0)
+    scaler = ResblockGradScaler(
+        make_prior(), ResblockScalingConfig(initial_scale_power=7, min_scale_power=7, max_scale_power=7.01, backoff_window=0)
     )
     scaler.update(torch.ones(6))
     assert scaler.scale.log2().tolist() == [7.0] * 6
@@ -243,15 +243,15 @@ def test_scales_stay_within_their_limits() -> None:
 
 
 def test_state_round_trip_and_refusal() -> None:
-    a, b = (BlockScaler(make_prior(), BlockScalingConfig()) for _ in range(2))
+    a, b = (ResblockGradScaler(make_prior(), ResblockScalingConfig()) for _ in range(2))
     bad = torch.tensor([0, 1, 0, 0, 0, 0.0])
     a.update(bad)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.scale, b.scale) and torch.equal(a.since_backoff, b.since_backoff)
     with pytest.raises(ValueError, match="scales are of blocks"):
-        BlockScaler(Damped(), BlockScalingConfig()).load_state_dict(a.state_dict())
+        ResblockGradScaler(Damped(), ResblockScalingConfig()).load_state_dict(a.state_dict())
 
 
 def test_limits_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="not in this order"):
-        BlockScalingConfig(initial_scale_power=5)
+        ResblockScalingConfig(initial_scale_power=5)

@@ -1,4 +1,4 @@
-"""A small world for the later stages: raw shards of drawn pictures, a tiny dVAE with random weights, a tokenizer."""
+"""A small world for the later stages: raw shards of drawn images, a tiny dVAE with random weights, a tokenizer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from dalle_ds.storage.weights import write_weights
 from preprocessing.configs import EncodeConfig, IngestConfig, TokenizerConfig
 from preprocessing.executors import local
 from preprocessing.stages import ingest, tokenizer
-from tests.support.pictures import draw_folder
+from tests.support.images import draw_folder
 
-N_PICTURES = 60
+N_IMAGES = 60
 N_SHARDS = 15
 
 
 def write_dvae(path: Path, seed: int = 0, image_size: int = 32, extra: dict[str, str] | None = None) -> str:
     """A tiny dVAE of random weights (8x8 codes out of 32) and its fingerprint."""
     torch.manual_seed(seed)
-    config = DVAEConfig(image_size=image_size, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, vocab_size=32)
+    config = DVAEConfig(image_size=image_size, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, n_codes=32)
     dvae = DVAE(config)
     with torch.no_grad():  # spread the logits, so that random weights use many codes
         dvae.encoder.blocks.output.conv.w.mul_(20)
@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 class World:
     """Paths of the inputs; `config` makes an encode config that can be varied."""
 
-    pictures: Path
+    images: Path
     raw: str
     dvae: str
     tokenizer: str
@@ -66,11 +66,11 @@ class World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    pictures, raw = draw_folder(folder / "pictures", N_PICTURES), str(folder / "raw")
-    ingest.run(IngestConfig(pictures=str(pictures), out=raw, samples_per_shard=N_PICTURES // N_SHARDS, workers=1))
+    images, raw = draw_folder(folder / "images", N_IMAGES), str(folder / "raw")
+    ingest.run(IngestConfig(images=str(images), out=raw, samples_per_shard=N_IMAGES // N_SHARDS, workers=1))
     write_dvae(folder / "dvae.safetensors")
     tokenizer.run(TokenizerConfig(raw=raw, out=str(folder / "tokenizer.model"), vocab_size=400, validation_fraction=0.2))
-    return World(pictures, raw, str(folder / "dvae.safetensors"), str(folder / "tokenizer.model"))
+    return World(images, raw, str(folder / "dvae.safetensors"), str(folder / "tokenizer.model"))
 
 
 @pytest.fixture(scope="session")

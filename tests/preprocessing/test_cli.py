@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from dalle_ds.cli import app
 from dalle_ds.recipes import load_recipe
 from preprocessing.configs import EncodeConfig, FetchConfig, IngestConfig, TokenizerConfig
-from tests.support.pictures import draw_folder
+from tests.support.images import draw_folder
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 
@@ -29,10 +29,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_from_pictures_to_raw_shards(tmp_path: Path) -> None:
-    pictures = draw_folder(tmp_path / "pictures", 6)
+def test_from_images_to_raw_shards(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 6)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"ingest:\n  pictures: {pictures}\n  out: {tmp_path / 'raw'}\n  samples_per_shard: 4\n  workers: 1\n")
+    recipe.write_text(f"ingest:\n  images: {images}\n  out: {tmp_path / 'raw'}\n  samples_per_shard: 4\n  workers: 1\n")
     done = run("ingest", "--recipe", str(recipe), "--json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
@@ -50,10 +50,10 @@ def test_from_pictures_to_raw_shards(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("ingest", "picturs=x", "out=y"), "unknown key 'picturs'"),
-        (("ingest",), "pictures: required, but not set"),
+        (("ingest",), "images: required, but not set"),
         (("ingest", "missing.yaml"), "recipe missing.yaml cannot be read"),
         (("ingest", "/not/there", "y"), "/not/there: no such folder"),
-        (("ingest", "x", "y", "z"), "'z' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected pictures out"),
+        (("ingest", "x", "y", "z"), "'z' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected images out"),
         (("ingest", "x", "y", "--samples-per-shard", "0"), "samples_per_shard = 0"),
         (("stats", "/not/there"), "/not/there: neither"),
     ],

@@ -21,7 +21,7 @@ from preprocessing.configs import IngestConfig, StatsConfig, TokenizerConfig, Ve
 from preprocessing.executors import local
 from preprocessing.stages import encode, ingest, stats, tokenizer, verify
 from tests.conftest import S3
-from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
+from tests.preprocessing.conftest import N_IMAGES, N_SHARDS, World
 
 Check = Callable[[str], bool]
 N_KILLS = 4  # two of each run: without a shard done between them, three would end it
@@ -42,7 +42,7 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
     }
     words = [f"{name}={value}" for name, value in values.items()]
     # What a SIGKILL leaves in TMPDIR goes with the test's own folder.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.pictures.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.images.parent)}
     return subprocess.Popen(
         [sys.executable, "-m", "preprocessing", "encode", "--json", *words],
         text=True,
@@ -134,16 +134,16 @@ def test_two_runs_at_once_are_harmless(world: World, any_root: str, is_undisturb
     run_two(world, any_root)
     assert is_undisturbed(any_root)
     report = verify.run(VerifyConfig(root=any_root, workers=1)).summary
-    assert (report["n_problems"], report["orphans"], report["samples"]) == (0, 0, N_PICTURES)
+    assert (report["n_problems"], report["orphans"], report["samples"]) == (0, 0, N_IMAGES)
 
 
 @pytest.mark.s3
 def test_the_whole_pipeline_on_s3(world: World, s3: S3, is_undisturbed: Check) -> None:
     raw, model, out = f"{s3.url}/raw", f"{s3.url}/tokenizer.model", f"{s3.url}/tokens"
-    pictures = f"{s3.url}/pictures"
-    for file in sorted(world.pictures.iterdir()):
-        objects.put_file(file, objects.join(pictures, file.name))
-    ingest.run(IngestConfig(pictures=pictures, out=raw, samples_per_shard=N_PICTURES // N_SHARDS, workers=1))
+    images = f"{s3.url}/images"
+    for file in sorted(world.images.iterdir()):
+        objects.put_file(file, objects.join(images, file.name))
+    ingest.run(IngestConfig(images=images, out=raw, samples_per_shard=N_IMAGES // N_SHARDS, workers=1))
     tokenizer.run(TokenizerConfig(raw=raw, out=model, vocab_size=400, validation_fraction=0.2))
     objects.put_file(world.dvae, f"{s3.url}/dvae.safetensors")
     config = world.config(out, raw=raw, tokenizer=model, dvae=f"{s3.url}/dvae.safetensors")
@@ -151,7 +151,7 @@ def test_the_whole_pipeline_on_s3(world: World, s3: S3, is_undisturbed: Check) -
     assert outcome.is_complete
     assert is_undisturbed(out)
     assert problems(out) == 0
-    assert stats.run(StatsConfig(root=out)).summary["inputs"] == N_PICTURES
+    assert stats.run(StatsConfig(root=out)).summary["inputs"] == N_IMAGES
     assert encode.run(config).summary["shards_made_now"] == 0
 
 

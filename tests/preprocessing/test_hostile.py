@@ -13,7 +13,7 @@ from dalle_ds.data.raw import list_raw_shards, read_raw_shard
 from dalle_ds.storage import objects
 from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.stages import ingest, verify
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 
 KEPT = None
 
@@ -47,8 +47,8 @@ BOMB = png(20_000, 20_000, "1")
 CUT = jpeg()[:900]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EndProlog\nshowpage\n%%EOF\n"
 
-# name in the tar -> (picture, what stands beside it (json if bytes), reason)
-PICTURES = {
+# name in the tar -> (image, what stands beside it (json if bytes), reason)
+IMAGES = {
     "cmyk.jpg": (jpeg("CMYK"), KEPT),
     "grey.jpg": (jpeg("L"), KEPT),
     "alpha.png": (png(mode="RGBA"), KEPT),
@@ -112,11 +112,11 @@ def write_hostile_tar(path: Path) -> dict[str, str | None]:
             member.size, member.type, member.linkname = len(data), kind, target
             tar.addfile(member, io.BytesIO(data))
 
-        for name, (data, reason) in PICTURES.items():
+        for name, (data, reason) in IMAGES.items():
             key, _, extension = name.partition(".")
             key = f"{key}_{extension}"
             add(f"{key}.{extension}", data)
-            add(f"{key}.json", json.dumps({"caption": "a picture"}).encode())
+            add(f"{key}.json", json.dumps({"caption": "an image"}).encode())
             expected[key] = reason
         for name, (caption, reason) in CAPTIONS.items():
             key = name.partition(".")[0]
@@ -129,18 +129,18 @@ def write_hostile_tar(path: Path) -> dict[str, str | None]:
             expected[name.removeprefix("./").removeprefix("/") if reason is KEPT else ascii(name[:200])[1:-1]] = reason
         add("twice.png", png())
         add("twice.png", png())
-        add("twice.txt", b"two pictures")
+        add("twice.txt", b"two images")
         expected["twice"] = "duplicate key"
         add("link.png", b"", tarfile.SYMTYPE, "/etc/passwd")
         add("link.txt", b"a link to another file")
-        expected["link"] = "no picture"
+        expected["link"] = "no image"
         add("hard.png", b"", tarfile.LNKTYPE, "../../escape")
         add("fifo.png", b"", tarfile.FIFOTYPE)
         add("._mac.png", b"rubbish")  # these three are no samples
         add("alone.png", png())
         expected["alone"] = "no caption"
         add("unreal.xyz", b"?")
-        expected["unreal"] = "no picture"
+        expected["unreal"] = "no image"
     return expected
 
 
@@ -153,7 +153,7 @@ def test_every_hostile_input_is_kept_or_counted(tmp_path: Path) -> None:
     (tmp_path / "in" / "empty.tar").write_bytes(b"")
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     root = str(tmp_path / "out" / "raw")
-    outcome = ingest.run(IngestConfig(pictures=str(tmp_path / "in"), out=root, workers=1))
+    outcome = ingest.run(IngestConfig(images=str(tmp_path / "in"), out=root, workers=1))
     assert outcome.is_complete
     summary = outcome.summary
     assert summary["inputs"] == summary["samples"] + sum(summary["dropped"].values())
@@ -196,12 +196,12 @@ def test_hostile_lines_of_a_captions_file(tmp_path: Path) -> None:
             ]
         )
     )
-    outcome = ingest.run(IngestConfig(pictures=str(tmp_path), out=str(tmp_path / "out"), workers=1))
+    outcome = ingest.run(IngestConfig(images=str(tmp_path), out=str(tmp_path / "out"), workers=1))
     assert outcome.summary["samples"] == 1
     assert outcome.summary["dropped"] == {
         "damaged caption": 2,
         "bad caption line": 1,
-        "missing picture": 1,
+        "missing image": 1,
         "second caption": 1,
         "long caption": 1,
         "no caption": 2,
@@ -209,7 +209,7 @@ def test_hostile_lines_of_a_captions_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["script.png", "bomb.png"])
-def test_no_decoder_is_started_for_what_only_claims_to_be_a_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_decoder_is_started_for_what_only_claims_to_be_a_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Ghostscript would be run for the first, half a gigabyte taken for the second.
     from PIL import EpsImagePlugin, ImageFile
 
@@ -221,6 +221,6 @@ def test_no_decoder_is_started_for_what_only_claims_to_be_a_picture(name: str, m
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", refuse)
     monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
     with pytest.raises(ImageProblem) as problem:
-        decode_image(PICTURES[name][0])
-    assert problem.value.reason == PICTURES[name][1]
+        decode_image(IMAGES[name][0])
+    assert problem.value.reason == IMAGES[name][1]
     assert problem.value.__cause__ is None and not isinstance(problem.value.__context__, AssertionError)

@@ -16,7 +16,7 @@ from preprocessing.stages import encode, ingest, verify
 from tests.conftest import S3
 from tests.preprocessing.conftest import N_SHARDS, World
 from tests.support.fault_proxy import FAULTS, FaultProxy
-from tests.support.pictures import draw_folder
+from tests.support.images import draw_folder
 
 pytestmark = pytest.mark.s3
 
@@ -44,15 +44,15 @@ def test_encode_through_a_faulty_store_is_the_undisturbed_run(
 
 
 def test_ingest_through_a_faulty_store_is_the_undisturbed_run(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = draw_folder(tmp_path / "pictures", 48)
-    pictures, out = f"{s3.url}/pictures", f"{s3.url}/raw"
+    folder = draw_folder(tmp_path / "images", 48)
+    images, out = f"{s3.url}/images", f"{s3.url}/raw"
     for file in folder.iterdir():
-        objects.write_bytes(f"{pictures}/{file.name}", file.read_bytes())
-    undisturbed = ingest.run(IngestConfig(pictures=pictures, out=str(tmp_path / "raw"), samples_per_shard=8, workers=1))
+        objects.write_bytes(f"{images}/{file.name}", file.read_bytes())
+    undisturbed = ingest.run(IngestConfig(images=images, out=str(tmp_path / "raw"), samples_per_shard=8, workers=1))
     monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
     with FaultProxy(s3.server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        assert ingest.run(IngestConfig(pictures=pictures, out=out, samples_per_shard=8, workers=1)).is_complete
+        assert ingest.run(IngestConfig(images=images, out=out, samples_per_shard=8, workers=1)).is_complete
     assert min(proxy.suffered[fault] for fault in FAULTS) >= 3, proxy.suffered
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint)
     shards = load_shard_manifests(out, RawShardManifest)

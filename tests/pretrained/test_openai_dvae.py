@@ -35,7 +35,7 @@ def test_same_tokens_and_pixels_as_the_reference(released, tmp_path: Path, form:
         torch.save(content, tmp_path / f"{name}.pkl")
     paths = [str(tmp_path / name) for name in ("encoder.pkl", "decoder.pkl", "dvae.safetensors")]
     summary = import_openai(*paths, image_size=32)
-    assert (summary["n_blk_per_group"], summary["n_hid"], summary["vocab_size"]) == (1, 64, 512)
+    assert (summary["n_blk_per_group"], summary["n_hid"], summary["n_codes"]) == (1, 64, 512)
     weights = read_weights(paths[2], "dvae")
     assert weights.fingerprint == summary["fingerprint"]
     ours = DVAE(DVAEConfig(**weights.config))

@@ -12,9 +12,9 @@ from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.export_record import ExportRecord
 from dalle_ds.sampling.folder import SampleFolder
-from dalle_ds.sampling.given import GivenPicture
+from dalle_ds.sampling.image_prompt import ImagePrompt
 from dalle_ds.sampling.request import Request
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.settings import SamplingConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.data.token_sets import make_token_set
@@ -33,8 +33,8 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
         d_head=8,
         text_len=16,
         grid=grid,
-        text_vocab=tokenizer.n_vocab,
-        image_vocab=dvae.config["vocab_size"],
+        vocab_size=tokenizer.vocab_size,
+        n_codes=dvae.config["n_codes"],
         conv_kernel=3,
     )
     prior = Prior(config)
@@ -51,7 +51,7 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
         dvae=dvae.fingerprint,
         tokenizer=tokenizer.fingerprint,
         update=7,
-        averaged=True,
+        ema=True,
         caption_dropout=0.0,
         data_fingerprint="d",
         data_content="c",
@@ -66,18 +66,18 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
 def draw_samples(
     export: Export,
     captions: Sequence[str],
-    settings: SampleSettings,
+    settings: SamplingConfig,
     out: Path,
     *,
-    given: GivenPicture | None = None,
+    image_prompt: ImagePrompt | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Samples of these captions in `out`, as the command draws them. Returns the content of samples.json."""
-    return SampleFolder(export, Request(tuple(captions), settings, given), out, **options).run()
+    return SampleFolder(export, Request(tuple(captions), settings, image_prompt), out, **options).run()
 
 
 def repeat_samples(export: Export, record_file: Path, out: Path) -> dict[str, Any]:
-    """The pictures of a samples.json again."""
+    """The images of a samples.json again."""
     return SampleFolder.repeating(export, record_file, out).run()
 
 

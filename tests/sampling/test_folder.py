@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 
 from dalle_ds.errors import ConfigError, DataError
-from dalle_ds.sampling.decode import BLANK, decode_pictures, partial_pictures
+from dalle_ds.sampling.decode import BLANK, decode_images, partial_images
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.folder import SampleFolder
-from dalle_ds.sampling.given import give_picture
+from dalle_ds.sampling.image_prompt import make_image_prompt
 from dalle_ds.sampling.request import Request, SampleIndex
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.settings import SamplingConfig
 from preprocessing.demo.drawn import draw
 from tests.sampling.exports import draw_samples, make_export, repeat_samples
 from tests.support.clip_models import make_clip
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 
 CAPTIONS = ("A red square in the middle.", "A blue ring on the left.")
 
@@ -38,12 +38,12 @@ def clip(tmp_path_factory):
 
 
 class RedScorer:
-    """How red a picture is."""
+    """How red an image is."""
 
     name, fingerprint = "red", "0123"
 
-    def scores(self, captions, pictures):
-        return np.array([np.asarray(picture)[..., 0].mean() for picture in pictures])
+    def scores(self, captions, images):
+        return np.array([np.asarray(image)[..., 0].mean() for image in images])
 
 
 def files(out):
@@ -51,14 +51,14 @@ def files(out):
 
 
 def test_the_best_are_kept_as_clip_scores_them(export, clip, tmp_path):
-    settings = SampleSettings(n=7, seed=3, batch=3)
+    settings = SamplingConfig(n=7, seed=3, batch=3)
     everything = draw_samples(export, CAPTIONS, settings, tmp_path / "all")
     assert everything["scores"] is None and "score" not in everything["images"][0]
     chosen = draw_samples(export, CAPTIONS, settings.model_copy(update={"keep": 2}), tmp_path / "best", scorer=clip)
     assert np.load(tmp_path / "best" / "codes.npy").shape == (2, 2, 16) and chosen["scorer"] == clip.fingerprint
     for c, caption in enumerate(CAPTIONS):
-        pictures = [Image.open(tmp_path / "all" / image["file"]) for image in everything["images"] if image["row"] == c]
-        expected = clip.scores([caption] * 7, pictures)
+        images = [Image.open(tmp_path / "all" / image["file"]) for image in everything["images"] if image["row"] == c]
+        expected = clip.scores([caption] * 7, images)
         assert chosen["scores"][c] == pytest.approx(expected, abs=1e-5) and np.ptp(expected) > 1e-3
         row = [image for image in chosen["images"] if image["row"] == c]
         assert [image["candidate"] for image in row] == np.argsort(-expected)[:2].tolist()
@@ -70,29 +70,29 @@ def test_the_best_are_kept_as_clip_scores_them(export, clip, tmp_path):
     assert files(tmp_path / "again") == files(tmp_path / "best") and again["scores"] == chosen["scores"]
 
 
-def test_scores_belong_to_caption_and_picture(export, clip):
-    pictures = decode_pictures(export.dvae, torch.arange(48).view(3, 16) % 8)
-    scores = clip.scores([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]], pictures)
+def test_scores_belong_to_caption_and_image(export, clip):
+    images = decode_images(export.dvae, torch.arange(48).view(3, 16) % 8)
+    scores = clip.scores([CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]], images)
     assert scores.shape == (3,) and (abs(scores) <= 1.001).all()
     for i, caption in enumerate((CAPTIONS[0], CAPTIONS[1], CAPTIONS[0])):
-        assert clip.scores([caption], [pictures[i]])[0] == pytest.approx(scores[i], abs=1e-5)
-    assert abs(clip.scores([CAPTIONS[1]], [pictures[0]])[0] - scores[0]) > 1e-4
+        assert clip.scores([caption], [images[i]])[0] == pytest.approx(scores[i], abs=1e-5)
+    assert abs(clip.scores([CAPTIONS[1]], [images[0]])[0] - scores[0]) > 1e-4
 
 
-def test_pictures_are_gone_once_they_are_scored(export):
+def test_images_are_gone_once_they_are_scored(export):
     made, counts = [], []
 
     class Watching(RedScorer):
-        def scores(self, captions, pictures):
+        def scores(self, captions, images):
             gc.collect()
-            counts.append(sum(picture() is not None for picture in made))
-            made.extend(weakref.ref(picture) for picture in pictures)
-            return super().scores(captions, pictures)
+            counts.append(sum(image() is not None for image in made))
+            made.extend(weakref.ref(image) for image in images)
+            return super().scores(captions, images)
 
     sampler = Sampler(export, Watching())
-    (row,) = sampler.draw(Request(CAPTIONS[:1], SampleSettings(n=20, keep=2, batch=4)))
+    (row,) = sampler.draw(Request(CAPTIONS[:1], SamplingConfig(n=20, keep=2, batch=4)))
     assert counts == [0] * 5 and len(row) == 2 and row[0].score >= row[1].score
-    assert row[0].score == pytest.approx(np.asarray(sampler.pictures(row)[0])[..., 0].mean())
+    assert row[0].score == pytest.approx(np.asarray(sampler.images(row)[0])[..., 0].mean())
 
 
 def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
@@ -100,19 +100,19 @@ def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
     second_is_drawn = threading.Event()
 
     class Waiting(RedScorer):
-        def scores(self, captions, pictures):
+        def scores(self, captions, images):
             assert second_is_drawn.wait(60), "drawing waits for the scorer"
-            return super().scores(captions, pictures)
+            return super().scores(captions, images)
 
     def on_rows(rows):
         if rows.item.number == 1:
             second_is_drawn.set()
 
-    Sampler(export, Waiting()).draw(Request(CAPTIONS[:1], SampleSettings(n=4, keep=1, batch=2)), on_rows)
+    Sampler(export, Waiting()).draw(Request(CAPTIONS[:1], SamplingConfig(n=4, keep=1, batch=2)), on_rows)
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(export, tmp_path):
-    settings, drawn = SampleSettings(n=6, keep=2, batch=2), []
+    settings, drawn = SamplingConfig(n=6, keep=2, batch=2), []
 
     def stop(rows):
         drawn.append(rows.item.number)
@@ -135,35 +135,35 @@ def test_a_stopped_run_goes_on_where_it_stopped(export, tmp_path):
 
 
 def test_other_samples_are_refused_and_finished_ones_left_alone(export, tmp_path, monkeypatch):
-    started = SampleFolder(export, Request(CAPTIONS, SampleSettings(seed=4)), tmp_path)
+    started = SampleFolder(export, Request(CAPTIONS, SamplingConfig(seed=4)), tmp_path)
     started.draw(started.missing()[:1])
     with pytest.raises(ConfigError, match=r"other samples: settings.seed is 4 there, 5 here\. Choose another folder"):
-        draw_samples(export, CAPTIONS, SampleSettings(seed=5), tmp_path)
-    record = draw_samples(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
+        draw_samples(export, CAPTIONS, SamplingConfig(seed=5), tmp_path)
+    record = draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path)
     with pytest.raises(ConfigError, match="captions is .*there.*here; scorer is None there, 0123 here"):
-        draw_samples(export, CAPTIONS[:1], SampleSettings(seed=4), tmp_path, scorer=RedScorer())
+        draw_samples(export, CAPTIONS[:1], SamplingConfig(seed=4), tmp_path, scorer=RedScorer())
     monkeypatch.setattr(Sampler, "run", lambda *_: pytest.fail("it draws again"))
-    assert draw_samples(export, CAPTIONS, SampleSettings(seed=4), tmp_path) == record
+    assert draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path) == record
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(DataError, match="samples.json is damaged"):
-        draw_samples(export, CAPTIONS, SampleSettings(seed=4), tmp_path)
+        draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path)
 
 
 def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
     with pytest.raises(ConfigError, match="keep 1 of n 2: choosing needs a scorer"):
-        draw_samples(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path / "none")
+        draw_samples(export, CAPTIONS, SamplingConfig(n=2, keep=1), tmp_path / "none")
     with pytest.raises(ValueError, match="keep 3 of n 2"):
-        SampleSettings(n=2, keep=3)
+        SamplingConfig(n=2, keep=3)
 
     class Broken(RedScorer):
-        def scores(self, captions, pictures):
-            return [float("nan")] * len(pictures)
+        def scores(self, captions, images):
+            return [float("nan")] * len(images)
 
     with pytest.raises(DataError, match="scorer red gives nan"):
-        draw_samples(export, CAPTIONS, SampleSettings(n=2, keep=1), tmp_path, scorer=Broken())
+        draw_samples(export, CAPTIONS, SamplingConfig(n=2, keep=1), tmp_path, scorer=Broken())
 
 
-# ---- given pictures ----
+# ---- given images ----
 
 
 @pytest.fixture(scope="module")
@@ -172,62 +172,68 @@ def photo():
 
 
 def test_given_rows_are_kept_and_shown_and_repeated(export, photo, tmp_path):
-    given = give_picture(export, photo, rows=2)
-    record = draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=given)
-    codes = np.load(tmp_path / "given" / "codes.npy")
-    assert (codes[:, :, :8] == given.codes_N[:8].numpy()).all() and len(np.unique(codes[..., 8:].reshape(6, -1), axis=0)) > 1
-    assert record["picture"]["rows"] == 2 and record["picture"]["sha256"] == hashlib.sha256(photo).hexdigest()
-    draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "free")
-    with Image.open(tmp_path / "given" / "grid.png") as wide, Image.open(tmp_path / "free" / "grid.png") as narrow:
-        assert wide.width - narrow.width == 2 * (128 + 8), "the picture, and what is kept of it"
-    repeat_samples(export, tmp_path / "given" / "samples.json", tmp_path / "again")
-    assert files(tmp_path / "again") == files(tmp_path / "given")
-    with pytest.raises(ConfigError, match="picture.rows is 2 there, 1 here"):
+    image_prompt = make_image_prompt(export, photo, rows=2)
+    record = draw_samples(export, CAPTIONS, SamplingConfig(n=3, seed=1), tmp_path / "prompted", image_prompt=image_prompt)
+    codes = np.load(tmp_path / "prompted" / "codes.npy")
+    assert (codes[:, :, :8] == image_prompt.codes_N[:8].numpy()).all() and len(
+        np.unique(codes[..., 8:].reshape(6, -1), axis=0)
+    ) > 1
+    assert record["image_prompt"]["rows"] == 2 and record["image_prompt"]["sha256"] == hashlib.sha256(photo).hexdigest()
+    draw_samples(export, CAPTIONS, SamplingConfig(n=3, seed=1), tmp_path / "free")
+    with Image.open(tmp_path / "prompted" / "grid.png") as wide, Image.open(tmp_path / "free" / "grid.png") as narrow:
+        assert wide.width - narrow.width == 2 * (128 + 8), "the image, and what is kept of it"
+    repeat_samples(export, tmp_path / "prompted" / "samples.json", tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "prompted")
+    with pytest.raises(ConfigError, match="image_prompt.rows is 2 there, 1 here"):
         draw_samples(
-            export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "given", given=give_picture(export, photo, rows=1)
+            export,
+            CAPTIONS,
+            SamplingConfig(n=3, seed=1),
+            tmp_path / "prompted",
+            image_prompt=make_image_prompt(export, photo, rows=1),
         )
-    everything = give_picture(export, photo, rows=0)
-    draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=1), tmp_path / "none", given=everything)
+    everything = make_image_prompt(export, photo, rows=0)
+    draw_samples(export, CAPTIONS, SamplingConfig(n=3, seed=1), tmp_path / "none", image_prompt=everything)
     assert files(tmp_path / "none")["codes.npy"] == files(tmp_path / "free")["codes.npy"], "no row is kept"
 
 
-def test_a_picture_is_encoded_as_the_training_data(export, photo):
-    given = give_picture(export, photo)
-    assert given.rows == 2  # 15/32 of 4
-    pixels_BCHW = torch.from_numpy(np.asarray(given.picture).copy()).permute(2, 0, 1)[None]
-    assert given.picture.size == (8, 8) and torch.equal(export.dvae.tokens(pixels_BCHW)[0], given.codes_N)
+def test_a_image_is_encoded_as_the_training_data(export, photo):
+    image_prompt = make_image_prompt(export, photo)
+    assert image_prompt.rows == 2  # 15/32 of 4
+    pixels_BCHW = torch.from_numpy(np.asarray(image_prompt.image).copy()).permute(2, 0, 1)[None]
+    assert image_prompt.image.size == (8, 8) and torch.equal(export.dvae.tokens(pixels_BCHW)[0], image_prompt.codes_N)
 
 
 def test_variations_need_no_caption(export, photo):
-    given = give_picture(export, photo, rows=3)
-    (row,) = Sampler(export).draw(Request(("",), SampleSettings(n=2), given))
+    image_prompt = make_image_prompt(export, photo, rows=3)
+    (row,) = Sampler(export).draw(Request(("",), SamplingConfig(n=2), image_prompt))
     assert len(row) == 2 and row[0].index == SampleIndex(0, 0)
     with pytest.raises(DataError, match="1 captions, 1 of them empty"):
-        Request(("",), SampleSettings())
+        Request(("",), SamplingConfig())
 
 
-def test_pictures_that_cannot_be_given(export, photo):
-    with pytest.raises(DataError, match="is unreadable: expected a picture file of at least 8 pixels"):
-        give_picture(export, b"no picture")
+def test_images_that_cannot_be_given(export, photo):
+    with pytest.raises(DataError, match="is unreadable: expected an image file of at least 8 pixels"):
+        make_image_prompt(export, b"no image")
     with pytest.raises(DataError, match="is too small"):
-        give_picture(export, encoded(Image.new("RGB", (7, 400))))
+        make_image_prompt(export, encoded(Image.new("RGB", (7, 400))))
     for rows in (4, -1):
         with pytest.raises(ConfigError, match=f"rows {rows}: expected 0 to 3"):
-            give_picture(export, photo, rows)
+            make_image_prompt(export, photo, rows)
 
 
 def test_rows_appear_as_they_are_drawn(export, photo):
     seen = []
 
     def on_rows(rows):
-        (picture, *_) = partial_pictures(export.dvae, rows.codes_BN, rows.n_rows)
-        pixels = np.asarray(picture)
+        (image, *_) = partial_images(export.dvae, rows.codes_BN, rows.n_rows)
+        pixels = np.asarray(image)
         blank = (pixels == BLANK).all((-1, -2))
         side, top = len(pixels), len(pixels) * rows.n_rows // 4
         assert blank[top:].all() and not blank[:top].all() and pixels.shape[:2] == (side, side)
         seen.append((rows.item.number, rows.n_rows, rows.codes_BN[:, 4 * rows.n_rows - 4].tolist()))
 
-    request = Request(CAPTIONS[:1], SampleSettings(n=4, batch=2), give_picture(export, photo, rows=1))
+    request = Request(CAPTIONS[:1], SamplingConfig(n=4, batch=2), make_image_prompt(export, photo, rows=1))
     (row,) = Sampler(export).draw(request, on_rows)
     assert [(item, n_rows) for item, n_rows, _ in seen] == [(item, n_rows) for item in (0, 1) for n_rows in (2, 3, 4)]
     first_tokens = [code for _, n_rows, codes in seen for code in codes if n_rows == 4]

@@ -14,7 +14,7 @@ from dalle_ds.sampling.likelihood import image_losses
 
 @pytest.fixture(scope="module")
 def prior():
-    config = PriorConfig(n_layers=5, n_heads=2, d_head=8, text_len=6, grid=4, text_vocab=20, image_vocab=16, conv_kernel=3)
+    config = PriorConfig(n_layers=5, n_heads=2, d_head=8, text_len=6, grid=4, vocab_size=20, n_codes=16, conv_kernel=3)
     prior = Prior(config).eval()
     initialise(prior, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -28,7 +28,7 @@ SEEDS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
 def slow_twin(prior, text_T, seed, temperature):
-    """One picture by full forward passes and a draw of its own for every token."""
+    """One image by full forward passes and a draw of its own for every token."""
     n = prior.config.n_image
     draws = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     codes = torch.zeros(1, n, dtype=torch.int64)
@@ -54,7 +54,7 @@ def test_equals_full_forward_passes(prior):
     assert len({tuple(codes.tolist()) for codes in codes_CKN.flatten(0, 1)}) == 9
 
 
-def test_a_picture_does_not_depend_on_its_batch(prior):
+def test_a_image_does_not_depend_on_its_batch(prior):
     together = generate(prior, TEXT, SEEDS)
     for c in range(3):
         for k in range(3):

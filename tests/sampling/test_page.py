@@ -18,13 +18,13 @@ from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.sampling.serving.page import build_page, draw_rows, launch_page
-from dalle_ds.sampling.settings import PageLimits, SampleSettings
+from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
 from tests.sampling.exports import make_export
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
 from tests.support.clip_models import make_clip
 from tests.support.launching import free_port
 
-LIMITS = PageLimits(max_n=12, max_caption=40, max_upload_mb=0.1, max_waiting=30)
+LIMITS = PageLimitsConfig(max_n=12, max_caption=40, max_upload_mb=0.1, max_waiting=30)
 
 
 class Slow(Sampler):
@@ -80,26 +80,26 @@ def call(client: Client, caption: str, api: str = "/draw", given: tuple = (), **
 
 def test_rows_are_shown_while_they_are_drawn_and_the_best_at_last(slowly: Slow) -> None:
     slowly.pause = 0.4
-    request = Request(("a red circle",), SampleSettings(n=4, keep=2))
+    request = Request(("a red circle",), SamplingConfig(n=4, keep=2))
     seen = list(draw_rows(slowly, request))
     grid = slowly.export.dvae.config.grid
     assert [status for status, _ in seen[:-1]] == [f"row {row + 1} of {grid}" for row in range(grid)]
-    whole = slowly.pictures(Sampler(slowly.export).draw(Request(request.captions, SampleSettings(n=4)))[0])
+    whole = slowly.images(Sampler(slowly.export).draw(Request(request.captions, SamplingConfig(n=4)))[0])
     size = whole[0].width
     for row, (_, shown) in enumerate(seen[:-1]):
         assert len(shown) == 4
-        for (picture, _), full in zip(shown, whole, strict=True):
-            below = picture.crop((0, size * (row + 1) // grid, size, size)) if row + 1 < grid else None
+        for (image, _), full in zip(shown, whole, strict=True):
+            below = image.crop((0, size * (row + 1) // grid, size, size)) if row + 1 < grid else None
             assert below is None or len(set(below.getdata())) == 1, "nothing is drawn there yet"
             if row + 1 == grid:
-                assert picture.tobytes() == full.tobytes()
+                assert image.tobytes() == full.tobytes()
     best = slowly.draw(request, lambda _: None)[0]
-    assert [picture.tobytes() for picture, _ in seen[-1][1]] == [picture.tobytes() for picture in slowly.pictures(best)]
+    assert [image.tobytes() for image, _ in seen[-1][1]] == [image.tobytes() for image in slowly.images(best)]
     assert [label for _, label in seen[-1][1]] == [f"no. {b.index.candidate + 1}, score {b.score:.3f}" for b in best]
 
 
 def test_a_drawing_that_nobody_looks_at_any_more_ends(slowly: Slow) -> None:
-    watching = draw_rows(slowly, Request(("a red circle",), SampleSettings(n=2)))
+    watching = draw_rows(slowly, Request(("a red circle",), SamplingConfig(n=2)))
     next(watching)
     watching.close()
     assert slowly.began and not slowly.ended and not slowly.active
@@ -118,7 +118,7 @@ def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slo
     outcomes = [job.result(timeout=900) for job in jobs]
     assert slowly.began == captions
     assert (slowly.most_at_once, slowly.ended) == (1, 20)
-    assert all("drawn in" in status and len(pictures) == 1 for status, pictures, _ in outcomes)
+    assert all("drawn in" in status and len(images) == 1 for status, images, _ in outcomes)
 
 
 def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
         call(client, "a red circle", n=13)
     with pytest.raises(AppError, match="keep 5 of n 4: expected at most as many"):
         call(client, "a red circle", keep=5)
-    (tmp_path / "words.png").write_text("no picture")
-    with pytest.raises(AppError, match="the given picture is unreadable: expected a picture file"):
-        call(client, "a red circle", "/draw_from_picture", (handle_file(tmp_path / "words.png"), 2))
+    (tmp_path / "words.png").write_text("no image")
+    with pytest.raises(AppError, match="the image prompt is unreadable: expected an image file"):
+        call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "words.png"), 2))
     (tmp_path / "large.png").write_bytes(bytes(200_000))
     with pytest.raises(ValueError, match="exceeds the maximum file size of 100000 bytes"):
-        call(client, "a red circle", "/draw_from_picture", (handle_file(tmp_path / "large.png"), 2))
+        call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "large.png"), 2))
     with (tmp_path / "large.png").open("rb") as file:  # whatever the client thinks of it
         assert requests.post(f"{url}/gradio_api/upload", files={"files": file}, timeout=10).status_code == 413
     assert "4 drawn in" in call(client, "a red circle")[0], "still there"
@@ -156,21 +156,21 @@ def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
         page.fill("#caption input, #caption textarea", "a red circle")
         page.click("#draw")
         wait_for_status(page, "row ")
-        page.wait_for_selector("#pictures img")
+        page.wait_for_selector("#images img")
         wait_for_status(page, "drawn in")
-        page.wait_for_function("document.querySelectorAll('#pictures .grid-container img').length == 4")
-        assert "score" in page.inner_text("#pictures")
+        page.wait_for_function("document.querySelectorAll('#images .grid-container img').length == 4")
+        assert "score" in page.inner_text("#images")
         assert "--keep 4" in page.input_value("#command textarea")
         page.screenshot(path=tmp_path / "caption.png")
 
-        page.get_by_role("tab", name="From a picture").click()
-        page.set_input_files("#picture input[type=file]", tmp_path / "noise.png")
-        page.wait_for_selector("#picture img")
+        page.get_by_role("tab", name="From an image").click()
+        page.set_input_files("#image input[type=file]", tmp_path / "noise.png")
+        page.wait_for_selector("#image img")
         page.click("#draw-2")
         wait_for_status(page, "row ")
         wait_for_status(page, "drawn in")
-        assert "--image noise.png --rows" in page.input_value("#command textarea")
-        page.screenshot(path=tmp_path / "picture.png")
+        assert "--image-prompt noise.png --prompt-rows" in page.input_value("#command textarea")
+        page.screenshot(path=tmp_path / "image.png")
     assert slowly.began == ["a red circle", ""]
 
 

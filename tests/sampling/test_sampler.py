@@ -1,4 +1,4 @@
-"""From an export folder to pictures that repeat bit for bit."""
+"""From an export folder to images that repeat bit for bit."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from PIL import Image
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.sampling.captions import read_captions
-from dalle_ds.sampling.decode import decode_pictures
+from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.held_out import choose_held_out, read_held_out
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.settings import SamplingConfig
+from dalle_ds.sampling.validation_samples import choose_validation, read_validation
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.sampling.exports import draw_samples, edit_config, make_export, repeat_samples
 
@@ -37,7 +37,7 @@ def copy(made, tmp_path):
     return shutil.copytree(made, tmp_path / "copy")
 
 
-def pictures(record, out):
+def images(record, out):
     return {
         (image["caption"], image["candidate"]): hashlib.sha256((out / image["file"]).read_bytes()).hexdigest()
         for image in record["images"]
@@ -45,7 +45,7 @@ def pictures(record, out):
 
 
 def test_files_and_record(export, tmp_path):
-    record = draw_samples(export, CAPTIONS, SampleSettings(n=3, seed=5), tmp_path)
+    record = draw_samples(export, CAPTIONS, SamplingConfig(n=3, seed=5), tmp_path)
     assert record == json.loads((tmp_path / "samples.json").read_text())
     assert record["export_fingerprint"] == export.fingerprint and record["settings"]["seed"] == 5
     assert len(record["images"]) == len(list(tmp_path.glob("0*.png"))) == 6
@@ -53,45 +53,45 @@ def test_files_and_record(export, tmp_path):
     assert codes.shape == (2, 3, 16)
     image = record["images"][4]
     assert (image["row"], image["candidate"]) == (1, 1)
-    decoded = decode_pictures(export.dvae, torch.from_numpy(codes[1, 1].astype(np.int64))[None])[0]
+    decoded = decode_images(export.dvae, torch.from_numpy(codes[1, 1].astype(np.int64))[None])[0]
     assert (np.asarray(Image.open(tmp_path / image["file"])) == np.asarray(decoded)).all()
     assert Image.open(tmp_path / "grid.png").width > 3 * 128
-    assert len(set(pictures(record, tmp_path).values())) > 1
+    assert len(set(images(record, tmp_path).values())) > 1
 
 
-def test_guidance_is_for_priors_that_know_pictures_without_captions(export, copy, tmp_path):
+def test_guidance_is_for_priors_that_know_images_without_captions(export, copy, tmp_path):
     with pytest.raises(ConfigError, match="guidance 3 needs a prior .* was trained with data.caption_dropout 0"):
-        draw_samples(export, CAPTIONS, SampleSettings(guidance=3.0), tmp_path / "refused")
+        draw_samples(export, CAPTIONS, SamplingConfig(guidance=3.0), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     edit_config(copy, caption_dropout=0.1)
     trained = load_export(copy)
-    guided = draw_samples(trained, CAPTIONS, SampleSettings(guidance=3.0), tmp_path / "guided")
-    plain = draw_samples(trained, CAPTIONS, SampleSettings(), tmp_path / "plain")
-    assert pictures(guided, tmp_path / "guided") != pictures(plain, tmp_path / "plain")
+    guided = draw_samples(trained, CAPTIONS, SamplingConfig(guidance=3.0), tmp_path / "guided")
+    plain = draw_samples(trained, CAPTIONS, SamplingConfig(), tmp_path / "plain")
+    assert images(guided, tmp_path / "guided") != images(plain, tmp_path / "plain")
     again = repeat_samples(trained, tmp_path / "guided" / "samples.json", tmp_path / "again")
-    assert pictures(again, tmp_path / "again") == pictures(guided, tmp_path / "guided")
+    assert images(again, tmp_path / "again") == images(guided, tmp_path / "guided")
 
 
-def test_pictures_repeat_bit_for_bit_from_their_record(made, export, tmp_path):
-    first = draw_samples(export, CAPTIONS, SampleSettings(n=3, temperature=0.9, top_k=9, seed=1), tmp_path / "first")
+def test_images_repeat_bit_for_bit_from_their_record(made, export, tmp_path):
+    first = draw_samples(export, CAPTIONS, SamplingConfig(n=3, temperature=0.9, top_k=9, seed=1), tmp_path / "first")
     again = repeat_samples(load_export(made), tmp_path / "first" / "samples.json", tmp_path / "again")
-    assert pictures(first, tmp_path / "first") == pictures(again, tmp_path / "again")
+    assert images(first, tmp_path / "first") == images(again, tmp_path / "again")
     assert (tmp_path / "first" / "grid.png").read_bytes() == (tmp_path / "again" / "grid.png").read_bytes()
-    other = draw_samples(export, CAPTIONS, SampleSettings(n=3, temperature=0.9, top_k=9, seed=2), tmp_path / "other")
-    assert pictures(first, tmp_path / "first") != pictures(other, tmp_path / "other")
+    other = draw_samples(export, CAPTIONS, SamplingConfig(n=3, temperature=0.9, top_k=9, seed=2), tmp_path / "other")
+    assert images(first, tmp_path / "first") != images(other, tmp_path / "other")
 
 
-def test_a_picture_depends_neither_on_its_neighbours_nor_on_the_batch(export, tmp_path):
-    wide = pictures(draw_samples(export, CAPTIONS, SampleSettings(n=5), tmp_path / "wide"), tmp_path / "wide")
+def test_a_image_depends_neither_on_its_neighbours_nor_on_the_batch(export, tmp_path):
+    wide = images(draw_samples(export, CAPTIONS, SamplingConfig(n=5), tmp_path / "wide"), tmp_path / "wide")
     for batch in (1, 2, 7):
         out = tmp_path / str(batch)
-        settings = SampleSettings(n=3, batch=batch)
-        for key, digest in pictures(draw_samples(export, CAPTIONS[::-1], settings, out), out).items():
+        settings = SamplingConfig(n=3, batch=batch)
+        for key, digest in images(draw_samples(export, CAPTIONS[::-1], settings, out), out).items():
             assert digest == wide[key]
 
 
 def test_a_record_of_another_model_is_refused(export, tmp_path):
-    draw_samples(export, CAPTIONS, SampleSettings(n=1), tmp_path)
+    draw_samples(export, CAPTIONS, SamplingConfig(n=1), tmp_path)
     file = tmp_path / "samples.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "export_fingerprint": "0123"}))
     with pytest.raises(FingerprintMismatch, match=f"expected fingerprint 0123, found {export.fingerprint}"):
@@ -104,7 +104,7 @@ def test_a_record_of_another_model_is_refused(export, tmp_path):
 def test_no_captions(export, tmp_path):
     for captions in ([], ["a", " "]):
         with pytest.raises(DataError, match="captions"):
-            draw_samples(export, captions, SampleSettings(), tmp_path)
+            draw_samples(export, captions, SamplingConfig(), tmp_path)
     (tmp_path / "captions.txt").write_text("\n one \n\ntwo\n")
     assert read_captions(tmp_path / "captions.txt") == ["one", "two"]
     (tmp_path / "captions.txt").write_text("\n")
@@ -168,33 +168,33 @@ def test_a_damaged_file_and_missing_files_are_named(copy, tmp_path):
         load_export(tmp_path)
 
 
-# ---- held-out captions ----
+# ---- validation captions ----
 
 
 def test_held_out_captions_are_of_different_groups(export):
-    held_out = choose_held_out(export, 8, seed=3)
-    assert len(set(held_out.groups)) == len(set(held_out.captions)) == 8
-    assert all(key.startswith("validation-") for key in held_out.keys)
-    assert held_out.keys == choose_held_out(export, 8, seed=3).keys != choose_held_out(export, 8, seed=4).keys
-    assert torch.equal(held_out.text_ST, export.text(held_out.captions))
-    with pytest.raises(DataError, match="1000 held-out captions wanted, but the validation split has"):
-        choose_held_out(export, 1000)
+    validation = choose_validation(export, 8, seed=3)
+    assert len(set(validation.groups)) == len(set(validation.captions)) == 8
+    assert all(key.startswith("validation-") for key in validation.keys)
+    assert validation.keys == choose_validation(export, 8, seed=3).keys != choose_validation(export, 8, seed=4).keys
+    assert torch.equal(validation.text_ST, export.text(validation.captions))
+    with pytest.raises(DataError, match="1000 validation captions wanted, but the validation split has"):
+        choose_validation(export, 1000)
 
 
 def test_held_out_samples_carry_their_groups(export):
-    held_out = read_held_out(export)
-    assert len(held_out) == 32 and held_out.groups == held_out.captions  # the drawn set groups by caption
+    validation = read_validation(export)
+    assert len(validation) == 32 and validation.groups == validation.captions  # the drawn set groups by caption
 
 
 def test_a_data_set_of_another_dvae_is_refused(copy, tmp_path):
     other = make_export(tmp_path / "other", seed=1, n_codes=31)
     with pytest.raises(FingerprintMismatch, match="dVAE of data set"):
-        read_held_out(load_export(copy), str(other.parent / "tokens"))
+        read_validation(load_export(copy), str(other.parent / "tokens"))
 
 
-def test_real_pictures_come_first_in_the_grid(export, tmp_path):
-    held_out = choose_held_out(export, 2)
-    draw_samples(export, held_out.captions, SampleSettings(n=2), tmp_path / "with", real_codes_CN=held_out.image_SN)
-    draw_samples(export, held_out.captions, SampleSettings(n=2), tmp_path / "without")
+def test_real_images_come_first_in_the_grid(export, tmp_path):
+    validation = choose_validation(export, 2)
+    draw_samples(export, validation.captions, SamplingConfig(n=2), tmp_path / "with", real_codes_CN=validation.image_SN)
+    draw_samples(export, validation.captions, SamplingConfig(n=2), tmp_path / "without")
     with Image.open(tmp_path / "with" / "grid.png") as wide, Image.open(tmp_path / "without" / "grid.png") as narrow:
         assert wide.width - narrow.width == 128 + 8

@@ -7,18 +7,18 @@ from matplotlib import colormaps
 from dalle_ds.tracking.charts import curves, gradient_scales, position_heatmap
 
 
-def pixels(picture):
-    return np.asarray(picture).astype(int)
+def pixels(image):
+    return np.asarray(image).astype(int)
 
 
-def near(picture, colour):
-    """Where the picture has this colour (0 to 1), about."""
-    return np.abs(pixels(picture) - np.array(colour[:3]) * 255).sum(-1) < 40
+def near(image, colour):
+    """Where the image has this colour (0 to 1), about."""
+    return np.abs(pixels(image) - np.array(colour[:3]) * 255).sum(-1) < 40
 
 
 def test_curves_draw_each_series():
     one = pixels(curves("loss", {"train": ([0, 1], [1.0, 1.0])}))
-    two = pixels(curves("loss", {"train": ([0, 1], [1.0, 1.0]), "held-out": ([0, 1], [2.0, 1.5])}))
+    two = pixels(curves("loss", {"train": ([0, 1], [1.0, 1.0]), "validation": ([0, 1], [2.0, 1.5])}))
     assert one.shape == two.shape and (one != two).any()
     series = {"x": ([0, 1, 2], [1, 10, 100])}
     assert (pixels(curves("a", series, log_y=True)) != pixels(curves("a", series))).any()

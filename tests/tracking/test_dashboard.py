@@ -23,7 +23,7 @@ from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
 from dalle_ds.tracking.tracker import Tracker
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.metrics import PriorMetrics, describe
 from dalle_ds.training.prior.state import TrainState
 from tests.conftest import BUCKET
@@ -34,7 +34,7 @@ from tests.support.mlflow_server import REPOSITORY, MlflowServer
 pytestmark = [pytest.mark.s3, pytest.mark.mlflow]
 
 CHARTS = {
-    "held_out": "held_out/samples",
+    "samples": "samples/validation",
     "loss": "loss/by_position",
     "memory": "cpu_peak_gigabytes",
     "optimizer": "optimizer/gradient_scales",
@@ -42,7 +42,7 @@ CHARTS = {
     "speed": "tokens_per_second",
     "time_share": "other",
 }
-HAS_PICTURE = "[...document.images].some(image => image.src.includes('loss~by_position') && image.naturalWidth > 0)"
+HAS_IMAGE = "[...document.images].some(image => image.src.includes('loss~by_position') && image.naturalWidth > 0)"
 HAS_SAMPLES = "[...document.images].some(image => image.src.includes('get-artifact') && image.naturalWidth == 300)"
 # of MLflow's own page: it asks for the user of a server that knows none, and its charts resize themselves
 HARMLESS = ("404 (Not Found)", "ResizeObserver")
@@ -63,7 +63,7 @@ def server(tmp_path_factory, empty_store, s3_server):
 @pytest.fixture(scope="module")
 def run(server, tmp_path_factory):
     """Thirty updates, told as training tells them."""
-    recipe = load_recipe(PriorRun, REPOSITORY / "launchers" / "recipes" / "tiny.yaml", ["tracking.every=1"])
+    recipe = load_recipe(PriorRunConfig, REPOSITORY / "launchers" / "recipes" / "tiny.yaml", ["tracking.every=1"])
     text = describe(recipe, n_parameters=2_800_000, world_size=2)
     folder = tmp_path_factory.mktemp("run")
     tracker = Tracker.start(folder, uri=server.uri, experiment="dashboard", description=text)
@@ -77,7 +77,7 @@ def run(server, tmp_path_factory):
     engine = SimpleNamespace(
         ranks=ALONE, scaler=scaler, phases=SimpleNamespace(take=dict), optimizer_bytes_per_parameter=lambda: 8.0
     )
-    stream = SimpleNamespace(wait_seconds=0.1, steps_per_epoch=5, n_truncated=0, n_drawn=[1])
+    stream = SimpleNamespace(wait_seconds=0.1, updates_per_epoch=5, n_truncated=0, n_drawn=[1])
     report = PriorMetrics(recipe, PriorConfig(n_layers=1, grid=8), engine, stream, state, tracker)
     for state.update in range(31):
         loss = 6.0 - state.update / 10
@@ -90,12 +90,12 @@ def run(server, tmp_path_factory):
     return tracker.run
 
 
-def test_pictures_go_through_the_server_to_s3(server, run, s3, tmp_path, monkeypatch):
+def test_images_go_through_the_server_to_s3(server, run, s3, tmp_path, monkeypatch):
     stored = objects.list_files(f"s3://{BUCKET}/dashboard")
-    assert any(url.endswith("/pictures/samples.png") for url in stored)
+    assert any(url.endswith("/images/samples.png") for url in stored)
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    file = MlflowClient(server.uri).download_artifacts(run.run_id, "pictures/samples.png", str(tmp_path))
+    file = MlflowClient(server.uri).download_artifacts(run.run_id, "images/samples.png", str(tmp_path))
     assert np.asarray(Image.open(file)).mean() == 240, "the newest"
 
 
@@ -117,7 +117,7 @@ def test_page_tells_the_story(server, run, tmp_path):
             page.get_by_text(chart, exact=True).first.wait_for()
         search.fill("loss/")
         page.locator(".js-plotly-plot .scatterlayer path").first.wait_for(state="attached")
-        page.wait_for_function(HAS_PICTURE)
+        page.wait_for_function(HAS_IMAGE)
         page.screenshot(path=shots / "mlflow_charts.png")
 
 
@@ -130,8 +130,8 @@ def test_registered_model_draws_in_a_fresh_process(server, run, tmp_path, monkey
         import mlflow.pyfunc, pandas
         model = mlflow.pyfunc.load_model("models:/drawn/1")
         captions = pandas.DataFrame({"caption": ["A red bar.", "A blue disc."]})
-        pictures = model.predict(captions, params={"n": 3, "seed": 5, "temperature": 0.7})
-        sys.stdout.write("".join(f"{row.caption}|{row.candidate}|{row.png.hex()}\\n" for row in pictures.itertuples()))
+        images = model.predict(captions, params={"n": 3, "seed": 5, "temperature": 0.7})
+        sys.stdout.write("".join(f"{row.caption}|{row.candidate}|{row.png.hex()}\\n" for row in images.itertuples()))
     """)
     environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
     made = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

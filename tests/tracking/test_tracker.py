@@ -120,8 +120,8 @@ def test_all_kinds_of_records_arrive_in_sqlite(tmp_path, database):
     )
     tracker.metrics({"loss": 2.5, "scale/block 01": 2.0**13, "nan": float("nan")}, step=0)
     tracker.metrics({"loss": 1.5}, step=1)
-    tracker.picture("samples", Image.new("RGB", (8, 8), "red"), step=1)
-    tracker.picture("grid", Image.new("RGB", (8, 8), "blue"))
+    tracker.image("samples", Image.new("RGB", (8, 8), "red"), step=1)
+    tracker.image("grid", Image.new("RGB", (8, 8), "blue"))
     tracker.artifact(source, "config")
     source.unlink()  # it was copied
     tracker.artifact(tmp_path / "many")
@@ -138,10 +138,10 @@ def test_all_kinds_of_records_arrive_in_sqlite(tmp_path, database):
     assert math.isnan(history(uri, run_id, "nan")[0])
     files = {
         file.path
-        for folder in ("", "images", "pictures", "config", "many")
+        for folder in ("", "images", "images", "config", "many")
         for file in client(uri).list_artifacts(run_id, folder)
     }
-    assert {"pictures/grid.png", "config/recipe.yaml", "many/one.txt"} <= files
+    assert {"images/grid.png", "config/recipe.yaml", "many/one.txt"} <= files
     assert [name for name in files if name.startswith("images/samples") and name.endswith(".png")]
     assert (tmp_path / "mlartifacts").is_dir()  # beside the database
     dataset = run.inputs.dataset_inputs[0].dataset
@@ -150,7 +150,7 @@ def test_all_kinds_of_records_arrive_in_sqlite(tmp_path, database):
         "0123456789abcdef",
         {"uri": "s3://bucket/tokens"},
     )
-    assert not list((tmp_path / "run" / "mlflow_spool").rglob("*.png"))  # uploaded pictures leave the spool
+    assert not list((tmp_path / "run" / "mlflow_spool").rglob("*.png"))  # uploaded images leave the spool
 
 
 def test_a_restart_goes_on_in_the_same_run_and_changed_settings_become_tags(tmp_path, database):
@@ -247,12 +247,12 @@ def test_attach_adds_to_a_run_and_leaves_its_state(tmp_path, database):
     training = Tracker.start(tmp_path / "run")
     assert training.close()
     guest = Tracker.attach(tmp_path / "samples", uri=uri, run_id=training.run.run_id)
-    guest.metrics({"held_out/caption_gap": 0.25}, step=7)
-    guest.picture("samples/grid", Image.new("RGB", (4, 4)))
+    guest.metrics({"validation/caption_gap": 0.25}, step=7)
+    guest.image("samples/grid", Image.new("RGB", (4, 4)))
     assert guest.close("FAILED")
     run = client(uri).get_run(training.run.run_id)
-    assert run.info.status == "FINISHED" and run.data.metrics["held_out/caption_gap"] == 0.25
-    assert [file.path for file in client(uri).list_artifacts(training.run.run_id, "pictures")] == ["pictures/samples_grid.png"]
+    assert run.info.status == "FINISHED" and run.data.metrics["validation/caption_gap"] == 0.25
+    assert [file.path for file in client(uri).list_artifacts(training.run.run_id, "images")] == ["images/samples_grid.png"]
 
 
 def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
@@ -284,14 +284,14 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     # a run that ends before the server is there at all: the log says how to send it later
     early = Tracker.start(tmp_path / "early", uri=server.uri)
     early.metrics({"loss": 1.0}, step=1)
-    early.picture("grid", Image.new("RGB", (4, 4)))
+    early.image("grid", Image.new("RGB", (4, 4)))
     assert not early.close()
     assert f"dalle-ds mlflow-sync {tmp_path / 'early'}" in caplog.text
     server.start()
     assert replay(tmp_path / "early")
     run = client(server.uri).get_run(read_run(tmp_path / "early").run_id)
     assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
-    assert client(server.uri).list_artifacts(run.info.run_id, "pictures")[0].path == "pictures/grid.png"
+    assert client(server.uri).list_artifacts(run.info.run_id, "images")[0].path == "images/grid.png"
 
     # a server that goes away in the middle of a run and comes back
     caplog.clear()
@@ -301,14 +301,14 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     server.kill()
     for step in range(1, 40):
         tracker.metrics({"loss": float(step)}, step=step)
-    tracker.picture("samples", Image.new("RGB", (16, 16), "green"), step=39)
+    tracker.image("samples", Image.new("RGB", (16, 16), "green"), step=39)
     wait_for(lambda: "MLflow does not answer" in caplog.text)
     server.start()
     tracker.metrics({"loss": 40.0}, step=40)
     assert tracker.close(timeout=120)
     assert history(server.uri, tracker.run.run_id, "loss") == {step: float(step) for step in range(41)}
-    pictures = [file.path for file in client(server.uri).list_artifacts(tracker.run.run_id, "images")]
-    assert sum(path.endswith(".png") for path in pictures) == 1
+    images = [file.path for file in client(server.uri).list_artifacts(tracker.run.run_id, "images")]
+    assert sum(path.endswith(".png") for path in images) == 1
     assert client(server.uri).get_run(tracker.run.run_id).info.status == "FINISHED"
 
 
@@ -319,7 +319,7 @@ def test_calls_do_not_wait_for_a_server_that_is_not_there(tmp_path):
     tracker = Tracker.start(tmp_path / "run", uri=NOBODY)
     for step in range(100):
         tracker.metrics({"loss": 1.0}, step=step)
-    tracker.picture("x", Image.new("RGB", (4, 4)), step=1)
+    tracker.image("x", Image.new("RGB", (4, 4)), step=1)
     assert not tracker.close(timeout=30)
     assert tracker.run.run_id is None
     with pytest.raises(ValueError, match="expected one of FINISHED"):

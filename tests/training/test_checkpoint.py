@@ -78,7 +78,7 @@ def test_killed_before_the_commit_leaves_the_one_before(store: CheckpointStore[S
     killed = CheckpointStore(store.url, Said, keep=2)  # the process that comes after
     assert killed.committed() == ["update_00000001"]
     assert len(objects.list_files(store.url, "a.bin")) == 2
-    killed.require_room(1, ALONE)
+    killed.check_disk_space(1, ALONE)
     assert {url.split("/")[-3] for url in objects.list_files(store.url, ".bin")} == {"update_00000001"}, "leftovers are removed"
 
 
@@ -178,21 +178,21 @@ def test_what_could_not_be_written_is_said(store: CheckpointStore[Said], backgro
 
 def test_no_room_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, Said, keep=2)
-    store.require_room(1000, ALONE)
+    store.check_disk_space(1000, ALONE)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match="1.00 GiB free, 3.00 GiB needed for checkpoints of 1.00 GiB, 2 kept"):
-        store.require_room(2**30, ALONE)
-    store.require_room(2**28, ALONE)
+        store.check_disk_space(2**30, ALONE)
+    store.check_disk_space(2**28, ALONE)
 
 
 @pytest.mark.s3
 def test_place_that_takes_no_writes_is_said_before_training(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    CheckpointStore(f"{s3.url}/run", Said, keep=2).require_room(1, ALONE)
+    CheckpointStore(f"{s3.url}/run", Said, keep=2).check_disk_space(1, ALONE)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="checkpoints cannot be written to s3://.*AWS_SECRET_ACCESS_KEY"):
-        CheckpointStore(f"{s3.url}/run", Said, keep=2).require_room(1, ALONE)
+        CheckpointStore(f"{s3.url}/run", Said, keep=2).check_disk_space(1, ALONE)
     with pytest.raises(UserError, match="checkpoints in s3://.* cannot be listed: .*AWS_SECRET_ACCESS_KEY"):
         CheckpointStore(f"{s3.url}/run", Said, keep=2).newest(ALONE)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="checkpoints cannot be written to .*/file/run"):
-        CheckpointStore(tmp_path / "file" / "run", Said, keep=2).require_room(1, ALONE)
+        CheckpointStore(tmp_path / "file" / "run", Said, keep=2).check_disk_space(1, ALONE)

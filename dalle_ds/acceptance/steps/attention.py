@@ -9,7 +9,7 @@ from dalle_ds.acceptance.record import Record
 from dalle_ds.bench.attention import compare
 from dalle_ds.bench.harness.machine import Machine
 from dalle_ds.bench.harness.report import mixed
-from dalle_ds.bench.harness.settings import AttentionSettings
+from dalle_ds.bench.harness.settings import AttentionBenchConfig
 from dalle_ds.bench.harness.timing import clock_for
 from dalle_ds.ops.attention.backends import attention_backend, choose_backend, errors_against_dense
 from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns
@@ -18,7 +18,7 @@ from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns
 def run(record: Record, is_rehearsal: bool) -> None:
     place = Place(is_rehearsal)
     shape = place.pick({}, {"text_len": 32, "grid": 16, "conv_kernel": 5, "d_head": 16})
-    settings = AttentionSettings(
+    settings = AttentionBenchConfig(
         batch=place.pick(8, 1), heads=place.pick(32, 2), dtype=place.pick("fp16", "fp32"), rounds=place.pick(3, 1), **shape
     )
     name = choose_backend(place.device, settings.grid)
@@ -28,7 +28,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
     _speed(record, place, settings)
 
 
-def _exactness(record: Record, place: Place, settings: AttentionSettings, name: str) -> None:
+def _exactness(record: Record, place: Place, settings: AttentionBenchConfig, name: str) -> None:
     why = "relative error against dense attention in fp64, at most twice what dense attention in the same format has"
     for pattern in Pattern:
         mask = SparseMask(pattern, settings.text_len, settings.grid, settings.conv_kernel)
@@ -41,7 +41,7 @@ def _exactness(record: Record, place: Place, settings: AttentionSettings, name: 
                 record.at_most(label, ours, 2 * dense + 1e-6, why)
 
 
-def _speed(record: Record, place: Place, settings: AttentionSettings) -> None:
+def _speed(record: Record, place: Place, settings: AttentionBenchConfig) -> None:
     """As `dalle-ds bench attention` measures it, forward and backward."""
     machine = Machine(place.device, 1, clock_for(place.device, 1))
     seen = {pattern: compare(settings, machine, pattern, with_backward=True) for pattern in Pattern}

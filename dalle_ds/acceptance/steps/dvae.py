@@ -11,9 +11,9 @@ from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform
 from dalle_ds.parallel.ranks import Ranks
 
-SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "vocab_size": 512}
+SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "n_codes": 512}
 EQUAL_SHARE = 0.998
-"""Of the tokens of random pictures in fp32: convolutions add in another order. TF32, with 10 bits of 23, changes more."""
+"""Of the tokens of random images in fp32: convolutions add in another order. TF32, with 10 bits of 23, changes more."""
 ROOM_GIB = 22.0
 """REPRODUCE.md: any GPU of 24 GiB, less what driver and fragments take."""
 
@@ -45,7 +45,7 @@ def _step(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) 
         (kl_to_uniform(logits_BKhw).mean() / images_BCHW[0].numel() - density).backward()
 
     place.forget_peak()
-    record.tell(f"training step of {micro_batch}: pictures a second", micro_batch / place.seconds(step, 3))
+    record.tell(f"training step of {micro_batch}: images a second", micro_batch / place.seconds(step, 3))
     model.zero_grad(set_to_none=True)
     if not place.is_rehearsal:
         _fits(record, place, f"training step of {micro_batch}: peak GiB")
@@ -58,8 +58,8 @@ def _validation(record: Record, place: Place, model: DVAE, images_BCHW: torch.Te
     from dalle_ds.training.dvae.metrics import measure
 
     place.forget_peak()
-    held_out, _ = measure(model, images_BCHW, 0.5, None, Ranks(0, 1, place.device))
-    record.equal("pictures of a validation", held_out.n_pictures, len(images_BCHW), "every one is measured")
+    validation, _ = measure(model, images_BCHW, 0.5, None, Ranks(0, 1, place.device))
+    record.equal("images of a validation", validation.n_images, len(images_BCHW), "every one is measured")
     if not place.is_rehearsal:
         _fits(record, place, "validation: peak GiB")
 

@@ -11,8 +11,8 @@ from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.sampling.generate import generate
 
 PARTED = 1
-"""Pictures of six. Random numbers come from the CPU; one that falls within rounding of a step between two tokens draws the
-other, and what follows in that picture differs: one token in a million."""
+"""Images of six. Random numbers come from the CPU; one that falls within rounding of a step between two tokens draws the
+other, and what follows in that image differs: one token in a million."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -22,15 +22,15 @@ def run(record: Record, is_rehearsal: bool) -> None:
 
 
 def _equality(record: Record, place: Place) -> None:
-    config = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=6, grid=8, text_vocab=40, image_vocab=32, conv_kernel=3)
+    config = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=6, grid=8, vocab_size=40, n_codes=32, conv_kernel=3)
     prior = _prior(config, torch.device("cpu"))
     text_CT = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(1))
     seeds_CK = [[1, 2, 3], [4, 5, 6]]
     expected = generate(prior, text_CT, seeds_CK)
     found = generate(prior.to(place.device), text_CT, seeds_CK)
-    why = "a seed names a picture on every machine: `dalle-ds sample --repeat` relies on it"
+    why = "a seed names an image on every machine: `dalle-ds sample --repeat` relies on it"
     parted = int((expected != found).flatten(0, 1).any(1).sum())
-    record.at_most("pictures of 6 that are not the CPU's", parted, PARTED, why)
+    record.at_most("images of 6 that are not the CPU's", parted, PARTED, why)
 
 
 def _rates(record: Record, place: Place) -> None:
@@ -38,15 +38,15 @@ def _rates(record: Record, place: Place) -> None:
     prior = _prior(config, place.device)
     weights = sum(p.numel() for name, p in prior.named_parameters() if name.startswith(("layers.", "heads.image.")))
     bound = None if place.is_rehearsal else 1e9 * place.copied_gbps() / (4 * weights)
-    text_CT = torch.randint(config.text_vocab, (1, config.text_len - 1), generator=torch.Generator().manual_seed(1))
+    text_CT = torch.randint(config.vocab_size, (1, config.text_len - 1), generator=torch.Generator().manual_seed(1))
     place.forget_peak()
     for n in place.pick((1, 32), (2,)):
         began = time.perf_counter()
         generate(prior, text_CT, [list(range(n))])
         rate = config.n_image / (time.perf_counter() - began)
-        record.tell(f"{n} pictures at once: tokens a second", n * rate)
+        record.tell(f"{n} images at once: tokens a second", n * rate)
         why = "the fp32 weights are read once a step, at the rate of copying memory; the rest goes to keys and small kernels"
-        record.rate(f"{n} pictures at once: steps a second", rate, bound, 0.4, why)
+        record.rate(f"{n} images at once: steps a second", rate, bound, 0.4, why)
     if not place.is_rehearsal:
         record.tell("peak GiB", place.peak_gib())
 

@@ -15,7 +15,7 @@ from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
 
 WARM_UP = 3
 
@@ -55,7 +55,7 @@ def host_work(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
     return counted
 
 
-HOST_CONFIG = {"n_heads": 4, "d_head": 8, "text_len": 8, "grid": 4, "text_vocab": 64, "image_vocab": 32, "conv_kernel": 3}
+HOST_CONFIG = {"n_heads": 4, "d_head": 8, "text_len": 8, "grid": 4, "vocab_size": 64, "n_codes": 32, "conv_kernel": 3}
 """So small that the host's work hides all computation."""
 
 
@@ -104,7 +104,7 @@ def host_time(
 def _plain_micro_step(config: PriorConfig, recompute_every: int) -> Callable[[], None]:
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))
-    BlockScaler(prior, BlockScalingConfig())
+    ResblockGradScaler(prior, ResblockScalingConfig())
     use_attention(prior, "dense", torch.device("cpu"))
     if recompute_every:
         recompute_layers(prior, recompute_every)

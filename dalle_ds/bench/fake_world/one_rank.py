@@ -178,8 +178,8 @@ def random_batches(config: PriorConfig, micro_batch: int, accumulation: int = 1)
     """(text, image) micro-batches of one update."""
     return [
         (
-            torch.randint(config.text_vocab, (micro_batch, config.text_len - 1)),
-            torch.randint(config.image_vocab, (micro_batch, config.n_image)),
+            torch.randint(config.vocab_size, (micro_batch, config.text_len - 1)),
+            torch.randint(config.n_codes, (micro_batch, config.n_image)),
         )
         for _ in range(accumulation)
     ]

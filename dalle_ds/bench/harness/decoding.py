@@ -1,6 +1,6 @@
-"""A prior drawing pictures token by token, one timed step at a call: with our cache, a dense cache, none.
+"""A prior drawing images token by token, one timed step at a call: with our cache, a dense cache, none.
 
-C captions, K candidates of each, B = C * K pictures, P image tokens read before, V vocabulary.
+C captions, K candidates of each, B = C * K images, P image tokens read before, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ class PriorSampler:
         config, device = prior.config, prior.embed.row.device
         generator = torch.Generator().manual_seed(0)
         self.prior, self.candidates = prior, candidates
-        self.text_CT = torch.randint(config.text_vocab, (captions, config.text_len - 1), generator=generator).to(device)
-        self.image_CN = torch.randint(config.image_vocab, (captions, config.n_image), generator=generator).to(device)
+        self.text_CT = torch.randint(config.vocab_size, (captions, config.text_len - 1), generator=generator).to(device)
+        self.image_CN = torch.randint(config.n_codes, (captions, config.n_image), generator=generator).to(device)
         self.draws_B = torch.rand(captions * candidates, generator=generator, dtype=torch.float64).to(device)
         self.logits_BV = torch.empty(0)
 
     def draw(self) -> Tensor:
-        """-> (B,) one token a picture, from the last logits."""
+        """-> (B,) one token an image, from the last logits."""
         return pick(self.logits_BV, self.draws_B, 1.0)
 
 
@@ -83,7 +83,7 @@ class UncachedSampler(PriorSampler):
     def go_to(self, position: int) -> None:
         self.text_BT = self.text_CT.repeat_interleave(self.candidates, 0)
         self.image_BN = self.image_CN[:, :position].repeat_interleave(self.candidates, 0)
-        self.logits_BV = torch.zeros(len(self.text_BT), self.prior.config.image_vocab, device=self.draws_B.device)
+        self.logits_BV = torch.zeros(len(self.text_BT), self.prior.config.n_codes, device=self.draws_B.device)
 
     def step(self) -> None:
         self.image_BN = torch.cat([self.image_BN, self.draw()[:, None]], 1)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dalle_ds.models.prior import Prior
 from dalle_ds.precision.fp16_branches import use_fp16_branches
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
 
 
 class OneScale:
@@ -27,8 +27,8 @@ class OneScale:
 class ScalePerBlock:
     """Ours: scaled edges in every block, one pass over its gradients; a non-finite one in any block skips the update."""
 
-    def __init__(self, prior: Prior, config: BlockScalingConfig) -> None:
-        self.scaler = BlockScaler(prior, config, prior.embed.row.device)
+    def __init__(self, prior: Prior, config: ResblockScalingConfig) -> None:
+        self.scaler = ResblockGradScaler(prior, config, prior.embed.row.device)
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         """Backward and update; whether it was taken."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dalle_ds.bench.harness.settings import Dtype, OneMachine
+from dalle_ds.bench.harness.settings import Dtype, MachineBenchConfig
 from dalle_ds.bench.harness.timing import Clock, clock_for
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.ops.exactness import exact_fp32
@@ -36,7 +36,7 @@ class Machine:
 
 
 @contextmanager
-def machine_for(settings: OneMachine) -> Iterator[Machine]:
+def machine_for(settings: MachineBenchConfig) -> Iterator[Machine]:
     """The machine that the settings ask for, with its threads set while it is used."""
     device = resolve_device(settings.device)
     exact_fp32()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dalle_ds.bench.harness.machine import Machine
-from dalle_ds.bench.harness.settings import PriorSettings, TrainingSettings
+from dalle_ds.bench.harness.settings import PriorBenchConfig, TrainingBenchConfig
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, PriorConfig, initialise
 from dalle_ds.optim.groups import decay_groups
 
@@ -19,14 +19,14 @@ GPU_HEADS, CPU_HEADS = 32, 8
 WEIGHT_DECAY = 0.045  # the paper's
 
 
-def prior_to_train(settings: TrainingSettings, machine: Machine) -> Prior:
+def prior_to_train(settings: TrainingBenchConfig, machine: Machine) -> Prior:
     """Of the size asked for, else of one that a step on this device takes seconds for."""
     on_gpu = machine.device.type == "cuda"
     layers = settings.layers or (GPU_LAYERS if on_gpu else CPU_LAYERS)
     return build_prior(settings, machine, layers, settings.heads or (GPU_HEADS if on_gpu else CPU_HEADS))
 
 
-def build_prior(settings: PriorSettings, machine: Machine, layers: int, heads: int) -> Prior:
+def build_prior(settings: PriorBenchConfig, machine: Machine, layers: int, heads: int) -> Prior:
     """The same weights at every call."""
     config = PriorConfig(
         n_layers=layers,
@@ -35,8 +35,8 @@ def build_prior(settings: PriorSettings, machine: Machine, layers: int, heads: i
         text_len=settings.text_len,
         grid=settings.grid,
         conv_kernel=settings.conv_kernel,
-        text_vocab=settings.text_vocab,
-        image_vocab=settings.image_vocab,
+        vocab_size=settings.vocab_size,
+        n_codes=settings.n_codes,
     )
     prior = Prior(config).to(machine.device)
     initialise(prior, torch.Generator(machine.device).manual_seed(0))
@@ -51,8 +51,8 @@ def prior_step(prior: Prior, batch: int, precision: AbstractContextManager[None]
 def random_loss(prior: Prior, batch: int, precision: AbstractContextManager[None]) -> Callable[[], torch.Tensor]:
     """The training loss of random tokens, the same at every call."""
     config, device = prior.config, prior.embed.row.device
-    text_BT = torch.randint(config.text_vocab, (batch, config.text_len - 1), device=device)
-    image_BN = torch.randint(config.image_vocab, (batch, config.n_image), device=device)
+    text_BT = torch.randint(config.vocab_size, (batch, config.text_len - 1), device=device)
+    image_BN = torch.randint(config.n_codes, (batch, config.n_image), device=device)
 
     def loss() -> torch.Tensor:
         with precision:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from dalle_ds.bench.harness.machine import Machine
 from dalle_ds.bench.harness.model import training_step
-from dalle_ds.bench.harness.settings import PeersSettings
+from dalle_ds.bench.harness.settings import PeersBenchConfig
 from dalle_ds.errors import UserError
 from dalle_ds.ops.attention.masks import Pattern, layer_patterns
 
@@ -25,7 +25,7 @@ TYPES = {Pattern.ROW: "axial_row", Pattern.COLUMN: "axial_col", Pattern.CONV: "c
 
 @contextmanager
 def _placeholders() -> Iterator[None]:
-    """Stands in for what the package imports and the measured part of it never uses: loaders of pretrained picture codebooks
+    """Stands in for what the package imports and the measured part of it never uses: loaders of pretrained image codebooks
     (they want a pytorch-lightning below 1.8) and pkg_resources, which setuptools has dropped."""
     names = {
         "taming": (),
@@ -69,7 +69,7 @@ def _missing(what: str) -> str:
     )
 
 
-def build_peer(settings: PeersSettings, machine: Machine, *, conv: bool, cached: bool) -> nn.Module:
+def build_peer(settings: PeersBenchConfig, machine: Machine, *, conv: bool, cached: bool) -> nn.Module:
     """Its model with its sparse types in the paper's places; without `conv` the last layer is axial_row too.
 
     `cached`: its `optimize_for_inference`, the only form of its axial layers whose cache gives the right logits (in the other
@@ -79,14 +79,14 @@ def build_peer(settings: PeersSettings, machine: Machine, *, conv: bool, cached:
     torch.manual_seed(0)
     last = TYPES[Pattern.CONV if conv else Pattern.ROW]
     types = [*(TYPES[pattern] for pattern in layer_patterns(settings.layers)[:-1]), last]
-    # Its model wants a picture codebook for its sizes only: one layer of halving, one channel
+    # Its model wants an image codebook for its sizes only: one layer of halving, one channel
     vae = peer.DiscreteVAE(
-        image_size=2 * settings.grid, num_layers=1, num_tokens=settings.image_vocab, codebook_dim=1, hidden_dim=1
+        image_size=2 * settings.grid, num_layers=1, num_tokens=settings.n_codes, codebook_dim=1, hidden_dim=1
     )
     model = peer.DALLE(
         dim=settings.heads * settings.d_head,
         vae=vae,
-        num_text_tokens=settings.text_vocab,
+        num_text_tokens=settings.vocab_size,
         text_seq_len=settings.text_len,
         depth=settings.layers,
         heads=settings.heads,
@@ -117,8 +117,8 @@ class PeerSampler:
     tokens again for each new one.
     """
 
-    def __init__(self, model: Any, pictures: int) -> None:
-        self.model, self.pictures, self.peer = model.eval(), pictures, import_peer()
+    def __init__(self, model: Any, images: int) -> None:
+        self.model, self.images, self.peer = model.eval(), images, import_peer()
         device = model.logits_mask.device
         generator = torch.Generator().manual_seed(0)
         n_text_tokens = model.num_text_tokens - model.text_seq_len  # its own count includes pads
@@ -126,16 +126,16 @@ class PeerSampler:
         self.image_1N = torch.randint(model.num_image_tokens, (1, model.image_seq_len), generator=generator).to(device)
 
     def go_to(self, position: int) -> None:
-        """Have read the caption and `position` image tokens: once, then shared out to all pictures.
+        """Have read the caption and `position` image tokens: once, then shared out to all images.
 
         Read in one go, as here, its token shift remembers other values than token by token; time and shapes are the same.
         """
         cache: dict[Any, Any] = {}
         logits = self.model(self.text_1T, self.image_1N[:, :position], cache=cache)
-        self.cache = tree_map_only(Tensor, lambda t: t.repeat_interleave(self.pictures, 0), cache)
-        self.logits_BV = logits[:, -1].repeat_interleave(self.pictures, 0)
-        self.text_BT = self.text_1T.repeat_interleave(self.pictures, 0)
-        self.image_BP = self.image_1N[:, :position].repeat_interleave(self.pictures, 0)
+        self.cache = tree_map_only(Tensor, lambda t: t.repeat_interleave(self.images, 0), cache)
+        self.logits_BV = logits[:, -1].repeat_interleave(self.images, 0)
+        self.text_BT = self.text_1T.repeat_interleave(self.images, 0)
+        self.image_BP = self.image_1N[:, :position].repeat_interleave(self.images, 0)
 
     def step(self) -> None:
         """Draw a token its way (the better half of all, Gumbel noise) and read it."""

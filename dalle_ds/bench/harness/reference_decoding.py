@@ -29,9 +29,9 @@ class DenseDecoder:
         """The next slots, embedded -> logits (B, V) of the image token after the last of them."""
         end = self.length + x_BLC.shape[1]
         for layer, kv in zip(self.prior.layers, self.kv, strict=True):
-            x_BLC, h_BLC = layer.attention.enter(x_BLC)
+            x_BLC, h_BLC = layer.attention.to_branch(x_BLC)
             y_BLC = self._attend(layer.attention.branch, kv[:, :, :, :end], h_BLC)
-            x_BLC = layer.mlp(layer.attention.leave(x_BLC, y_BLC))
+            x_BLC = layer.mlp(layer.attention.from_branch(x_BLC, y_BLC))
         self.length = end
         return self.prior.heads(x_BLC[:, -1:], "image")[:, 0]
 

@@ -14,20 +14,20 @@ def _numbers(value: Any) -> Any:
     return str(value).split(",") if isinstance(value, str | int) else value
 
 
-class OneMachine(Config):
+class MachineBenchConfig(Config):
     """Where it runs."""
 
     threads: int = Field(1, ge=1, description="CPU threads. The clock is CPU time at 1, else the wall clock.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1.")
 
 
-class Common(OneMachine):
+class CommonBenchConfig(MachineBenchConfig):
     """Options of every benchmark that takes turns."""
 
     rounds: int = Field(5, ge=1, description="Turns of each side.")
 
 
-class Geometry(Common):
+class GeometryBenchConfig(CommonBenchConfig):
     """Options of every benchmark that has a sequence: the defaults are the paper's."""
 
     text_len: int = Field(256, ge=2, description="Text slots.")
@@ -36,7 +36,7 @@ class Geometry(Common):
     d_head: int = Field(64, ge=1, description="Width of a head.")
 
     @model_validator(mode="after")
-    def _check(self) -> "Geometry":
+    def _check(self) -> "GeometryBenchConfig":
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel is {self.conv_kernel}, expected an odd number: the window is centred")
         return self
@@ -46,7 +46,7 @@ class Geometry(Common):
         return self.text_len + self.grid**2
 
 
-class AttentionSettings(Geometry):
+class AttentionBenchConfig(GeometryBenchConfig):
     """Attention alone."""
 
     module: ClassVar = "dalle_ds.bench.attention"
@@ -57,7 +57,7 @@ class AttentionSettings(Geometry):
     mix_layers: int = Field(64, ge=1, description="Depth of the model whose mix of patterns is summed up.")
 
 
-class ResblockSettings(Geometry):
+class ResblockBenchConfig(GeometryBenchConfig):
     """One layer: attention and MLP."""
 
     module: ClassVar = "dalle_ds.bench.resblock"
@@ -67,14 +67,14 @@ class ResblockSettings(Geometry):
     mix_layers: int = Field(64, ge=1, description="Depth of the model whose mix of patterns is summed up.")
 
 
-class PriorSettings(Geometry):
+class PriorBenchConfig(GeometryBenchConfig):
     """A whole prior."""
 
-    text_vocab: int = Field(16384, ge=1, description="Text tokens.")
-    image_vocab: int = Field(8192, ge=2, description="Image tokens.")
+    vocab_size: int = Field(16384, ge=1, description="Text tokens.")
+    n_codes: int = Field(8192, ge=2, description="Image tokens.")
 
 
-class TrainingSettings(PriorSettings):
+class TrainingBenchConfig(PriorBenchConfig):
     """A training step of a whole prior."""
 
     layers: int | None = Field(None, ge=1, description="Layers; unset: 12, on a GPU 2.")
@@ -83,7 +83,7 @@ class TrainingSettings(PriorSettings):
     rounds: int = Field(3, ge=1, description="Turns of each side.")
 
 
-class StepSettings(TrainingSettings):
+class StepBenchConfig(TrainingBenchConfig):
     """The step with two kinds of attention."""
 
     module: ClassVar = "dalle_ds.bench.step"
@@ -91,14 +91,14 @@ class StepSettings(TrainingSettings):
     peak_tflops: float | None = Field(None, gt=0, description="Peak of the device in this precision, for MFU.")
 
 
-class ScalingSettings(TrainingSettings):
+class ScalingBenchConfig(TrainingBenchConfig):
     """The fp16 step with two kinds of gradient scaling."""
 
     module: ClassVar = "dalle_ds.bench.scaling"
     rounds: int = Field(9, ge=1, description="Turns of each side.")
 
 
-class UnderflowSettings(OneMachine):
+class UnderflowBenchConfig(MachineBenchConfig):
     """A small prior whose layers have gradients of very different size."""
 
     module: ClassVar = "dalle_ds.bench.underflow"
@@ -108,10 +108,10 @@ class UnderflowSettings(OneMachine):
     updates: int = Field(300, ge=1, description="Of each of the three runs.")
     learning_rate: float = Field(5e-4, gt=0, description="The highest; warm-up, then a half-cosine.")
     samples: int = Field(64, ge=16, description="Random samples to learn by heart, 16 of them an update.")
-    picture: str = Field("underflow.png", description="File for the picture.")
+    chart: str = Field("underflow.png", description="File for the chart.")
 
 
-class SamplingSettings(PriorSettings):
+class SamplingBenchConfig(PriorBenchConfig):
     """Drawing image tokens one by one."""
 
     heads: int = Field(8, ge=1, description="Heads.")
@@ -132,45 +132,45 @@ class SamplingSettings(PriorSettings):
         return positions
 
 
-class SampleSettings(SamplingSettings):
+class SampleBenchConfig(SamplingBenchConfig):
     """Sampling with ours, with a dense cache, with none."""
 
     module: ClassVar = "dalle_ds.bench.sample"
     layers: int = Field(12, ge=1, description="Layers.")
-    batch: int = Field(16, ge=1, description="Pictures at once: candidates of one caption, then one each of many captions.")
+    batch: int = Field(16, ge=1, description="Images at once: candidates of one caption, then one each of many captions.")
     rounds: int = Field(3, ge=1, description="Turns of each side.")
     uncached: bool = Field(True, description="Time also the way without any cache, one round (slow).")
 
 
-class PeersSettings(SamplingSettings):
+class PeersBenchConfig(SamplingBenchConfig):
     """Another project's training step and sampling."""
 
     module: ClassVar = "dalle_ds.bench.peers"
     layers: int = Field(4, ge=1, description="Layers.")
     batch: int = Field(2, ge=1, description="Samples of a training step.")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Of the training step: fp32, or bf16 (autocast, both sides).")
-    pictures: int = Field(16, ge=1, description="Pictures sampled at once, of one caption.")
+    images: int = Field(16, ge=1, description="Images sampled at once, of one caption.")
     rounds: int = Field(2, ge=1, description="Turns of each side.")
     positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
         (8, 512, 1000), description="Image tokens at which both sides are timed, rising, with commas."
     )
 
 
-class EncodeSettings(Common):
+class EncodeBenchConfig(CommonBenchConfig):
     """The encode stage of preprocessing."""
 
     module: ClassVar = "preprocessing.bench"
-    threads: int = Field(1, ge=1, description="CPU threads of the encoder; pictures are decoded on the other cores.")
+    threads: int = Field(1, ge=1, description="CPU threads of the encoder; images are decoded on the other cores.")
     raw: str | None = Field(None, description="Root of raw shards, of which the first is taken; unset: JPEGs are made.")
     dvae: str | None = Field(None, description="dvae.safetensors; unset: random weights, full size or --small.")
     small: bool = Field(False, description="The dVAE of the demo: 32 px, 64 codes of 512.")
-    pictures: int | None = Field(None, ge=2, description="Pictures a turn; unset: 8, with --small 4096.")
-    batch: int | None = Field(None, ge=1, description="Pictures of a batch; unset: 2, with --small 64.")
+    images: int | None = Field(None, ge=2, description="Images a turn; unset: 8, with --small 4096.")
+    batch: int | None = Field(None, ge=1, description="Images of a batch; unset: 2, with --small 64.")
     side: int | None = Field(None, ge=16, description="Width of the JPEGs made; unset: 1.5 times the dVAE's.")
     precision: Dtype = Field("fp32", description="fp32, bf16 or fp16, as encode.precision.")
 
 
-class LoaderSettings(Common):
+class LoaderBenchConfig(CommonBenchConfig):
     """Reading token shards."""
 
     module: ClassVar = "dalle_ds.bench.loader"
@@ -182,7 +182,7 @@ class LoaderSettings(Common):
     pace: float = Field(720.0, gt=0, description="Samples a second that a training loop consumes: ten times the demo's.")
 
 
-class CudaPathSettings(Config):
+class CudaPathBenchConfig(Config):
     """What a GPU would be given to do, and what the host does for it; no GPU and no tensor of that size is needed."""
 
     module: ClassVar = "dalle_ds.bench.cuda_path"

@@ -4,7 +4,7 @@ from typing import Any
 
 from dalle_ds.commands.settings import HumanBuildConfig, HumanTallyConfig
 from dalle_ds.evaluation.human_page import build_pages
-from dalle_ds.evaluation.human_votes import Rule, tally
+from dalle_ds.evaluation.human_votes import TallyConfig, tally
 
 
 def build(config: HumanBuildConfig) -> dict[str, Any]:
@@ -12,5 +12,5 @@ def build(config: HumanBuildConfig) -> dict[str, Any]:
 
 
 def count(config: HumanTallyConfig) -> dict[str, Any]:
-    rule = Rule(fast_seconds=config.fast_seconds, fast_share=config.fast_share, disagreement=config.disagreement)
+    rule = TallyConfig(fast_seconds=config.fast_seconds, fast_share=config.fast_share, disagreement=config.disagreement)
     return tally(config.votes, config.key, n_votes=config.n_votes, rule=rule)

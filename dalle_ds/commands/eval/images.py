@@ -1,6 +1,6 @@
-"""Pictures to scores: FID, Inception Score and CLIP score of samples against real pictures, over the paper's blur radii.
+"""Images to scores: FID, Inception Score and CLIP score of samples against real images, over the paper's blur radii.
 
-B pictures at once, N in all, H and W pixels, D features, K classes.
+B images at once, N in all, H and W pixels, D features, K classes.
 """
 
 import json
@@ -22,8 +22,8 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.bootstrap import mean_interval
 from dalle_ds.evaluation.caption_gap import caption_classes
 from dalle_ds.evaluation.fid import fid_interval, frechet_distance, moments
+from dalle_ds.evaluation.image_sets import Entry, ImageSet, decode, open_images, prepare
 from dalle_ds.evaluation.inception_score import inception_score
-from dalle_ds.evaluation.picture_sets import Entry, PictureSet, decode, open_pictures, prepare
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
 from dalle_ds.figures import new_figure
 from dalle_ds.ops.devices import resolve_device
@@ -43,7 +43,7 @@ WORKERS = 4  # threads that decode: the extractor is what takes the time
 
 @dataclass(frozen=True)
 class Extractor:
-    """Pictures uint8 (B, H, W, 3) -> features (B, D) and, of a classifier, logits (B, K)."""
+    """Images uint8 (B, H, W, 3) -> features (B, D) and, of a classifier, logits (B, K)."""
 
     name: str
     fingerprint: str
@@ -65,7 +65,7 @@ def load_extractor(name: str, *, inception_weights: Path | None = None, device: 
 
 
 def evaluate_images(
-    pictures: str,
+    images: str,
     out: Path,
     *,
     reference: Sequence[str] = (),
@@ -74,40 +74,40 @@ def evaluate_images(
     radii: Sequence[float] = PAPER_RADII,
     size: int | None = None,
     limit: int | None = None,
-    held_out: float | None = None,
+    validation_fraction: float | None = None,
     cache: Path | None = None,
     n_resamples: int = 20,
     batch: int = 32,
     seed: int = 0,
     export: str | None = None,
 ) -> dict[str, Any]:
-    """Score a set of pictures; writes image_metrics.json and a chart over blur radii to `out`, returns the former's content.
+    """Score a set of images; writes image_metrics.json and a chart over blur radii to `out`, returns the former's content.
 
     Args:
-        pictures: as `picture_sets.open_pictures`; `reference` likewise, or .npz files of statistics, one for each radius.
+        images: as `image_sets.open_images`; `reference` likewise, or .npz files of statistics, one for each radius.
         extractor: gives FID where there is a reference, and Inception Score where it has classes.
-        clip: gives the CLIP score of pictures whose captions are known.
+        clip: gives the CLIP score of images whose captions are known.
         radii: of the blur on both sides; the first scores alone are printed.
-        size: pixels a side that both sides are cut to; None: the short side of the first picture.
-        limit: pictures of each side at most. held_out: of a reference of raw shards.
+        size: pixels a side that both sides are cut to; None: the short side of the first image.
+        limit: images of each side at most. validation_fraction: of a reference of raw shards.
         cache: folder that keeps the reference's statistics.
-        export: where the pictures come from: its MLflow run gets scores and chart.
+        export: where the images come from: its MLflow run gets scores and chart.
 
     Raises:
-        ConfigError: nothing to measure with. DataError: pictures that can't be used, or statistics by another measure.
+        ConfigError: nothing to measure with. DataError: images that can't be used, or statistics by another measure.
     """
     if extractor is None and clip is None:
         raise ConfigError("nothing to measure with: give --extractor, --clip or both")
     if reference and extractor is None:
         raise ConfigError("a reference without an extractor tells nothing: give --extractor")
     record = None if export is None else read_export_record(export)
-    samples = open_pictures(pictures, limit=limit)
-    result: dict[str, Any] = {"pictures": pictures, "pictures_fingerprint": samples.fingerprint, "seed": seed}
+    samples = open_images(images, limit=limit)
+    result: dict[str, Any] = {"images": images, "images_fingerprint": samples.fingerprint, "seed": seed}
     if clip is not None:
         result |= clip_score(clip, samples, batch=batch, seed=seed)
     if extractor is not None:
         size = size or _first_side(samples)
-        target = _Reference(reference, extractor, size, radii, limit, held_out, cache, batch)
+        target = _Reference(reference, extractor, size, radii, limit, validation_fraction, cache, batch)
         rows = []
         for blur in radii:
             row = _scores(samples, target, extractor, size, blur, batch=batch, n_resamples=n_resamples, seed=seed)
@@ -125,7 +125,7 @@ def evaluate_images(
     out.mkdir(parents=True, exist_ok=True)
     objects.write_bytes(out / METRICS, json.dumps(result, indent=1).encode())
     if result.get("by_blur") and any(key in result for key in ("fid", "inception_score")):
-        _draw_chart(result["by_blur"], f"{result['n']} pictures, features of {result['extractor']}", out / CHART)
+        _draw_chart(result["by_blur"], f"{result['n']} images, features of {result['extractor']}", out / CHART)
     if export is not None:
         result["tracked"] = _track(export, record, out, result)
     return result
@@ -145,7 +145,7 @@ def run(config: ImagesConfig) -> dict[str, Any]:
         radii=config.blur,
         size=config.size,
         limit=config.limit,
-        held_out=config.validation_fraction,
+        validation_fraction=config.validation_fraction,
         cache=config.cache,
         n_resamples=config.resamples,
         batch=config.batch,
@@ -156,23 +156,23 @@ def run(config: ImagesConfig) -> dict[str, Any]:
 
 def _track(export: str, record: ExportRecord, out: Path, result: dict[str, Any]) -> bool:
     names = ("fid", "inception_score", "clip_score")
-    metrics = {f"pictures/{name}": result[name] for name in names if name in result}
+    metrics = {f"images/{name}": result[name] for name in names if name in result}
     for row in result.get("by_blur", ()):
-        metrics |= {f"pictures/{name}_blur_{row['blur']:g}": row[name] for name in names if name in row}
+        metrics |= {f"images/{name}_blur_{row['blur']:g}": row[name] for name in names if name in row}
     charts = {}
     if (out / CHART).exists():
         with Image.open(out / CHART) as chart:
-            charts["pictures/scores_by_blur"] = chart.convert("RGB")
-    return track(export, record, out, metrics, charts, [out / METRICS], "pictures")
+            charts["images/scores_by_blur"] = chart.convert("RGB")
+    return track(export, record, out, metrics, charts, [out / METRICS], "images")
 
 
 def extract(
-    extractor: Extractor, pictures: PictureSet, size: int, blur: float, *, batch: int = 32
+    extractor: Extractor, images: ImageSet, size: int, blur: float, *, batch: int = 32
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features (N, D) and logits (N, K) or None, fp32, of all pictures; at most two batches of pixels are in memory."""
+    """Features (N, D) and logits (N, K) or None, fp32, of all images; at most two batches of pixels are in memory."""
     features, logits = [], []
-    with ThreadPoolExecutor(WORKERS) as pool, progress(what=f"features, blur {blur:g}", unit="picture") as bar:
-        for entries in _batches(pictures, batch):
+    with ThreadPoolExecutor(WORKERS) as pool, progress(what=f"features, blur {blur:g}", unit="image") as bar:
+        for entries in _batches(images, batch):
             images_BHWC = np.stack(list(pool.map(lambda entry: prepare(entry, size, blur), entries)))
             features_BD, logits_BK = extractor.features(images_BHWC)
             features.append(features_BD.float().cpu().numpy())
@@ -181,22 +181,22 @@ def extract(
             bar.update(len(entries))
     features_ND = np.concatenate(features)
     if len(features_ND) < 2 or not np.isfinite(features_ND).all():
-        raise DataError(f"{pictures.source}: {len(features_ND)} pictures, expected two or more with finite features")
+        raise DataError(f"{images.source}: {len(features_ND)} images, expected two or more with finite features")
     return features_ND, np.concatenate(logits) if logits else None
 
 
-def clip_score(clip: Clip, pictures: PictureSet, *, batch: int = 32, seed: int = 0) -> dict[str, Any]:
-    """100 x cosine between picture and caption, mean and 95 % interval; pictures of one caption count as one witness.
+def clip_score(clip: Clip, images: ImageSet, *, batch: int = 32, seed: int = 0) -> dict[str, Any]:
+    """100 x cosine between image and caption, mean and 95 % interval; images of one caption count as one witness.
 
     Raises:
-        DataError: a picture's caption is not known.
+        DataError: an image's caption is not known.
     """
     scores, captions = [], []
-    with progress(what="CLIP score", unit="picture") as bar:
-        for entries in _batches(pictures, batch):
+    with progress(what="CLIP score", unit="image") as bar:
+        for entries in _batches(images, batch):
             for entry in entries:
                 if entry.caption is None:
-                    raise DataError(f"{pictures.source}: picture {entry.key} has no caption; a CLIP score needs one for each")
+                    raise DataError(f"{images.source}: image {entry.key} has no caption; a CLIP score needs one for each")
                 captions.append(entry.caption)
             images_BD = clip.image_features([decode(entry) for entry in entries])
             texts_BD = clip.text_features([str(entry.caption) for entry in entries])
@@ -209,7 +209,7 @@ def clip_score(clip: Clip, pictures: PictureSet, *, batch: int = 32, seed: int =
 
 
 class _Reference:
-    """Statistics of the real pictures at each radius: from .npz files, from the cache, or extracted."""
+    """Statistics of the real images at each radius: from .npz files, from the cache, or extracted."""
 
     def __init__(
         self,
@@ -218,15 +218,17 @@ class _Reference:
         size: int,
         radii: Sequence[float],
         limit: int | None,
-        held_out: float | None,
+        validation_fraction: float | None,
         cache: Path | None,
         batch: int,
     ) -> None:
         self.extractor, self.size, self.cache, self.batch = extractor, size, cache, batch
         self.files = [Statistics.load(Path(source)) for source in sources if source.endswith(".npz")]
         if len(sources) > 1 and len(self.files) < len(sources):
-            raise ConfigError(f"references {', '.join(sources)}: expected one set of pictures, or .npz files of statistics")
-        self.pictures = None if self.files or not sources else open_pictures(sources[0], limit=limit, held_out=held_out)
+            raise ConfigError(f"references {', '.join(sources)}: expected one set of images, or .npz files of statistics")
+        self.images = (
+            None if self.files or not sources else open_images(sources[0], limit=limit, validation_fraction=validation_fraction)
+        )
         for blur in radii if self.files else ():  # before hours of extraction
             self._of_files(self.measure(blur))
 
@@ -237,16 +239,16 @@ class _Reference:
         measure = self.measure(blur)
         if self.files:
             return self._of_files(measure)
-        if self.pictures is None:
+        if self.images is None:
             return None
-        kept = cache_path(self.cache, measure, self.pictures.fingerprint) if self.cache else None
+        kept = cache_path(self.cache, measure, self.images.fingerprint) if self.cache else None
         if kept is not None and kept.exists():
             found = Statistics.load(kept)
             require_comparable(measure, found.measure, kept)
-            log.info("statistics of %s from %s", self.pictures.source, kept)
+            log.info("statistics of %s from %s", self.images.source, kept)
             return found
-        features_ND, _ = extract(self.extractor, self.pictures, self.size, blur, batch=self.batch)
-        made = Statistics(measure, self.pictures.source, self.pictures.fingerprint, moments(features_ND))
+        features_ND, _ = extract(self.extractor, self.images, self.size, blur, batch=self.batch)
+        made = Statistics(measure, self.images.source, self.images.fingerprint, moments(features_ND))
         if kept is not None:
             made.save(kept)
         return made
@@ -258,7 +260,7 @@ class _Reference:
 
 
 def _scores(
-    samples: PictureSet,
+    samples: ImageSet,
     target: _Reference,
     extractor: Extractor,
     size: int,
@@ -275,13 +277,13 @@ def _scores(
     if reference is not None:
         fewest = min(n, reference.moments.n)
         if fewest < n_features:
-            log.warning("%d pictures for %d features: FID is far too high, compare at equal numbers only", fewest, n_features)
+            log.warning("%d images for %d features: FID is far too high, compare at equal numbers only", fewest, n_features)
         fid = frechet_distance(moments(features_ND), reference.moments)
         low, high = fid_interval(features_ND, reference.moments, fid, n_resamples=n_resamples, seed=seed)
-        row |= {"n_reference": reference.moments.n, "reference_fingerprint": reference.pictures}
+        row |= {"n_reference": reference.moments.n, "reference_fingerprint": reference.images}
         row |= {"fid": fid, "fid_low": low, "fid_high": high}
     if logits_NK is not None and n < 2 * IS_SPLITS:
-        log.warning("no Inception Score: %d pictures, expected %d or more", n, 2 * IS_SPLITS)
+        log.warning("no Inception Score: %d images, expected %d or more", n, 2 * IS_SPLITS)
     elif logits_NK is not None:
         score = inception_score(logits_NK, n_splits=IS_SPLITS, seed=seed)
         row |= {"inception_score": score.score, "inception_score_std": score.std}
@@ -289,11 +291,11 @@ def _scores(
     return row
 
 
-def _first_side(pictures: PictureSet) -> int:
-    return min(decode(next(iter(pictures))).size)
+def _first_side(images: ImageSet) -> int:
+    return min(decode(next(iter(images))).size)
 
 
-def _batches(entries: PictureSet, size: int) -> Iterator[list[Entry]]:
+def _batches(entries: ImageSet, size: int) -> Iterator[list[Entry]]:
     iterator = iter(entries)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -11,8 +11,8 @@ from dalle_ds.console import progress
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.held_out import read_held_out
 from dalle_ds.sampling.likelihood import image_losses
+from dalle_ds.sampling.validation_samples import read_validation
 from dalle_ds.storage import objects
 from dalle_ds.tracking.charts import position_heatmap
 from dalle_ds.tracking.export_run import track
@@ -30,16 +30,16 @@ def evaluate_export(
     batch: int = 16,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Held-out image loss with the right captions and with shuffled ones; writes losses, evaluate.json, charts to `out`."""
+    """Validation image loss with the right captions and with shuffled ones; writes losses, evaluate.json, charts to `out`."""
     export = load_export(url, str(resolve_device(device)))
-    held_out = read_held_out(export, data_url, limit)
-    order = derangement(caption_classes(held_out.captions, held_out.groups), seed)
-    with progress(total=2 * len(held_out), what="evaluate", unit="sample") as bar:
+    validation = read_validation(export, data_url, limit)
+    order = derangement(caption_classes(validation.captions, validation.groups), seed)
+    with progress(total=2 * len(validation), what="evaluate", unit="sample") as bar:
         options: dict[str, Any] = {"batch": batch, "progress": bar.update}
-        right_SN = image_losses(export.prior, held_out.text_ST, held_out.image_SN, **options)
-        wrong_SN = image_losses(export.prior, held_out.text_ST[torch.from_numpy(order)], held_out.image_SN, **options)
+        right_SN = image_losses(export.prior, validation.text_ST, validation.image_SN, **options)
+        wrong_SN = image_losses(export.prior, validation.text_ST[torch.from_numpy(order)], validation.image_SN, **options)
     out.mkdir(parents=True, exist_ok=True)
-    marks = {"keys": held_out.keys, "captions": held_out.captions, "groups": held_out.groups}
+    marks = {"keys": validation.keys, "captions": validation.captions, "groups": validation.groups}
     save_losses(out / LOSSES, nll_SN=right_SN, nll_shuffled_SN=wrong_SN, order_S=order, **marks)
 
     gap = gap_of_file(out / LOSSES, seed=seed)
@@ -50,24 +50,17 @@ def evaluate_export(
         "data": data_url or " + ".join(export.record.data_urls),
         "seed": seed,
         **gap.to_dict(),
-        "position_nll": loss_map.tolist(),
-        "position_gap": gap_map.tolist(),
+        "loss_by_position": loss_map.tolist(),
+        "caption_gap_by_position": gap_map.tolist(),
     }
     objects.write_bytes(out / EVALUATION, json.dumps(result, indent=1).encode())
     charts = {
-        "held_out/loss_by_position": position_heatmap(loss_map),
-        "held_out/gap_by_position": position_heatmap(gap_map, "What captions tell, by position", diverging=True),
+        "loss/by_position": position_heatmap(loss_map),
+        "caption_gap/by_position": position_heatmap(gap_map, "What captions tell, by position", diverging=True),
     }
     for name, chart in charts.items():
-        chart.save(out / f"{name.rpartition('/')[2]}.png")
-    metrics = {
-        "held_out/image_nll": gap.image_nll,
-        "held_out/image_nll_shuffled": gap.image_nll_shuffled,
-        "held_out/caption_gap": gap.gap,
-        "held_out/caption_gap_low": gap.gap_low,
-        "held_out/caption_gap_high": gap.gap_high,
-    }
-    is_tracked = track(export.url, export.record, out, metrics, charts, [out / EVALUATION], "evaluation")
+        chart.save(out / f"{name.replace('/', '_')}.png")
+    is_tracked = track(export.url, export.record, out, gap.metrics(), charts, [out / EVALUATION], "evaluation")
     return {"export": url, "out": str(out), **gap.to_dict(), "right_captions_win": gap.gap_low > 0, "tracked": is_tracked}
 
 

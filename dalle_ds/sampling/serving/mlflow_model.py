@@ -13,10 +13,10 @@ from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.settings import SampleSettings
+from dalle_ds.sampling.settings import SamplingConfig
 
 
-class CaptionsToPictures(PythonModel):
+class CaptionsToImages(PythonModel):
     """Draws what `dalle-ds sample` would for the same captions, settings and `batch`."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -29,29 +29,29 @@ class CaptionsToPictures(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """A row for each picture: caption, candidate, seed, score (without CLIP none) and png, a file's bytes.
+        """A row for each image: caption, candidate, seed, score (without CLIP none) and png, a file's bytes.
 
         Args:
             model_input: column "caption".
-            params: as in `SampleSettings`; keep 0 keeps all candidates.
+            params: as in `SamplingConfig`; keep 0 keeps all candidates.
         """
         given = dict(params or {})
-        settings = SampleSettings(**{**given, "keep": given.get("keep") or None})
+        settings = SamplingConfig(**{**given, "keep": given.get("keep") or None})
         with self._one_at_a_time:
             request = Request(tuple(model_input["caption"]), settings)
             chosen = [candidate for row in self._sampler.draw(request) for candidate in row]
-            pictures = self._sampler.pictures(chosen)
+            images = self._sampler.images(chosen)
         rows = [
-            (request.captions[it.index.caption], it.index.candidate, it.seed, it.score, _png(picture))
-            for it, picture in zip(chosen, pictures, strict=True)
+            (request.captions[it.index.caption], it.index.candidate, it.seed, it.score, _png(image))
+            for it, image in zip(chosen, images, strict=True)
         ]
         return pd.DataFrame(rows, columns=["caption", "candidate", "seed", "score", "png"])
 
 
-def _png(picture: Any) -> bytes:
+def _png(image: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format="png")
+    image.save(file, format="png")
     return file.getvalue()
 
 
-set_model(CaptionsToPictures())
+set_model(CaptionsToImages())

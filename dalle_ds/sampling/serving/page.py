@@ -1,4 +1,4 @@
-"""A page that draws: captions in, the best pictures out, row by row while they are drawn.
+"""A page that draws: captions in, the best images out, row by row while they are drawn.
 
 One drawing at a time; who asks meanwhile waits in a queue, first come, first served.
 """
@@ -15,11 +15,11 @@ from PIL import Image
 
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.recipes import from_options
-from dalle_ds.sampling.decode import partial_pictures
-from dalle_ds.sampling.given import PAPER_SHARE, give_picture
+from dalle_ds.sampling.decode import partial_images
+from dalle_ds.sampling.image_prompt import PAPER_SHARE, make_image_prompt
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Candidate, RowsDecoded, Sampler
-from dalle_ds.sampling.settings import PageLimits, SampleSettings
+from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
 
 try:
     import gradio as gr
@@ -29,17 +29,17 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 Shown = list[tuple[Image.Image, str]]
-"""Pictures with what stands below them."""
+"""Images with what stands below them."""
 
 SHORTEST_PAUSE_S, SHARE_FOR_SHOWING = 0.3, 0.2
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# one look everywhere: the fonts of the system, none from another server; small pictures with their own pixels
+# one look everywhere: the fonts of the system, none from another server; small images with their own pixels
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-STYLE = "#pictures img { image-rendering: pixelated; }"
+STYLE = "#images img { image-rendering: pixelated; }"
 
 
 def draw_rows(sampler: Sampler, request: Request) -> Iterator[tuple[str, Shown]]:
-    """What there is to see of a drawing, again and again, and at last the kept pictures. Closing it ends the drawing.
+    """What there is to see of a drawing, again and again, and at last the kept images. Closing it ends the drawing.
 
     Raises what the drawing raises.
     """
@@ -75,7 +75,7 @@ class _Drawing(threading.Thread):
         began = time.monotonic()
         try:
             chosen = [candidate for row in self._sampler.draw(self._request, self._show) for candidate in row]
-            self.shown = list(zip(self._sampler.pictures(chosen), map(_label, chosen), strict=True))
+            self.shown = list(zip(self._sampler.images(chosen), map(_label, chosen), strict=True))
             self.status = f"{self._request.settings.n} drawn in {time.monotonic() - began:.1f} s"
         except _Abandoned:
             log.info("a drawing was given up by who asked for it")
@@ -90,9 +90,9 @@ class _Drawing(threading.Thread):
         if began < self._next_at:
             return
         grid = self._sampler.export.dvae.config.grid
-        pictures = partial_pictures(self._sampler.export.dvae, rows.codes_BN, rows.n_rows)
+        images = partial_images(self._sampler.export.dvae, rows.codes_BN, rows.n_rows)
         batch = f", batch {rows.item.number + 1} of {self._n_batches}" if self._n_batches > 1 else ""
-        self.shown = [(picture, f"{k + 1}") for k, picture in zip(rows.item.candidates, pictures, strict=True)]
+        self.shown = [(image, f"{k + 1}") for k, image in zip(rows.item.candidates, images, strict=True)]
         self.status = f"row {rows.n_rows} of {grid}{batch}"
         self.changed.set()
         # decoding for the eye takes its time from drawing: a share of it at most
@@ -105,8 +105,8 @@ def _label(candidate: Candidate) -> str:
     return f"no. {candidate.index.candidate + 1}{score}"
 
 
-def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = None) -> gr.Blocks:
-    """The page for an export, with a tab for captions and one for pictures that are drawn on.
+def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | None = None) -> gr.Blocks:
+    """The page for an export, with a tab for captions and one for images that are drawn on.
 
     Args:
         mlflow_url: page of the training run, for the link at the top.
@@ -125,9 +125,9 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
     def draw_from_caption(caption: str, *values: Any) -> Iterator[tuple[str, Shown, str]]:
         yield from draw(caption, None, 0, *values)
 
-    def draw_from_picture(caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+    def draw_from_image(caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
         if file is None:
-            raise gr.Error("Choose a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
         yield from draw(caption, file, int(rows), *values)
 
     with gr.Blocks(title="dalle_ds", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -138,26 +138,24 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
                     with gr.Tab("From a caption"):
                         caption = gr.Textbox(label="Caption", max_length=limits.max_caption, elem_id="caption")
                         button = gr.Button("Draw", variant="primary", elem_id="draw")
-                    with gr.Tab("From a picture"):
-                        picture = gr.Image(
-                            label=f"Picture, at least {size} pixels a side",
+                    with gr.Tab("From an image"):
+                        image = gr.Image(
+                            label=f"Image, at least {size} pixels a side",
                             type="filepath",
                             sources=["upload", "clipboard"],
                             image_mode=None,
                             height=220,
-                            elem_id="picture",
+                            elem_id="image",
                         )
-                        # the file as it came: gradio would open it, with a message of its own where it is no picture
-                        picture.preprocess = lambda payload: payload and payload.path
+                        # the file as it came: gradio would open it, with a message of its own where it is no image
+                        image.preprocess = lambda payload: payload and payload.path
                         rows = gr.Slider(0, grid - 1, round(PAPER_SHARE * grid), step=1, label="Rows kept from its top")
                         second_caption = gr.Textbox(
-                            label="Caption (none: variations of the picture)",
-                            max_length=limits.max_caption,
-                            elem_id="caption-2",
+                            label="Caption (none: variations of the image)", max_length=limits.max_caption, elem_id="caption-2"
                         )
                         second_button = gr.Button("Draw", variant="primary", elem_id="draw-2")
-                defaults = SampleSettings(n=min(16, limits.max_n), keep=min(4, limits.max_n) if has_scorer else None)
-                settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Pictures drawn", elem_id="n")}
+                defaults = SamplingConfig(n=min(16, limits.max_n), keep=min(4, limits.max_n) if has_scorer else None)
+                settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Images drawn", elem_id="n")}
                 if has_scorer:
                     settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best ones kept")
                 settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
@@ -170,7 +168,7 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
             with gr.Column(scale=3, min_width=320):
                 status = gr.Textbox(label="Progress", interactive=False, lines=1, elem_id="status")
                 gallery = gr.Gallery(
-                    label="Pictures", columns=4, format="png", object_fit="contain", elem_id="pictures", buttons=["download"]
+                    label="Images", columns=4, format="png", object_fit="contain", elem_id="images", buttons=["download"]
                 )
                 command = gr.Textbox(
                     label="The same by command", interactive=False, lines=2, buttons=["copy"], elem_id="command"
@@ -179,13 +177,13 @@ def build_page(sampler: Sampler, limits: PageLimits, mlflow_url: str | None = No
         # one id for all: they share the one place in which something is drawn
         options: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress": "minimal"}
         gr.on([button.click, caption.submit], draw_from_caption, [caption, *controls], results, api_name="draw", **options)
-        inputs = [second_caption, picture, rows, *controls]
+        inputs = [second_caption, image, rows, *controls]
         starts = [second_button.click, second_caption.submit]
-        gr.on(starts, draw_from_picture, inputs, results, api_name="draw_from_picture", **options)
+        gr.on(starts, draw_from_image, inputs, results, api_name="draw_from_image", **options)
     return page.queue(max_size=limits.max_waiting)
 
 
-def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, block: bool = True) -> None:
+def launch_page(page: gr.Blocks, limits: PageLimitsConfig, host: str, port: int, *, block: bool = True) -> None:
     """Serve it; with `block` until the process is asked to stop.
 
     Raises:
@@ -215,17 +213,17 @@ def launch_page(page: gr.Blocks, limits: PageLimits, host: str, port: int, *, bl
 
 
 def _request(
-    sampler: Sampler, limits: PageLimits, caption: str, file: str | None, rows: int, values: dict[str, Any]
+    sampler: Sampler, limits: PageLimitsConfig, caption: str, file: str | None, rows: int, values: dict[str, Any]
 ) -> Request:
     """Checked here, whatever the browser allowed: a script may send anything."""
     caption = (caption or "").strip()
     if len(caption) > limits.max_caption:
         raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.max_caption}")
-    settings = from_options(SampleSettings, values)
+    settings = from_options(SamplingConfig, values)
     if settings.n > limits.max_n:
-        raise ConfigError(f"{settings.n} pictures, expected at most {limits.max_n}")
-    given = give_picture(sampler.export, Path(file).read_bytes(), rows) if file else None
-    request = Request((caption,), settings, given)
+        raise ConfigError(f"{settings.n} images, expected at most {limits.max_n}")
+    image_prompt = make_image_prompt(sampler.export, Path(file).read_bytes(), rows) if file else None
+    request = Request((caption,), settings, image_prompt)
     sampler.check(request)
     return request
 
@@ -235,7 +233,7 @@ def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
     config, n_parameters = export.prior.config, sum(parameter.numel() for parameter in export.prior.parameters())
     about = [
         f"prior of {n_parameters / 1e6:,.1f} million parameters",
-        f"{config.grid} x {config.grid} tokens of {config.image_vocab}",
+        f"{config.grid} x {config.grid} tokens of {config.n_codes}",
         f"{export.dvae.config.image_size} pixels",
         f"export `{export.fingerprint}`",
     ]
@@ -248,8 +246,12 @@ def _command(sampler: Sampler, request: Request, file: str | None) -> str:
     words = ["dalle-ds", "sample", sampler.export.url]
     words += ["--caption", request.captions[0]] if request.captions[0] else []
     words += ["--clip", sampler.scorer.name] if sampler.scorer else []
-    words += ["--image", Path(file).name, "--rows", str(request.given.rows)] if file and request.given else []
-    plain = SampleSettings()
+    words += (
+        ["--image-prompt", Path(file).name, "--prompt-rows", str(request.image_prompt.rows)]
+        if file and request.image_prompt
+        else []
+    )
+    plain = SamplingConfig()
     changed = {key: value for key, value in request.settings.model_dump().items() if value != getattr(plain, key)}
     for key, value in changed.items():
         words += [f"--{key.replace('_', '-')}", str(value)]

@@ -1,4 +1,4 @@
-"""Batches of pictures with captions for CLIP: a function of seed and update, so that a resumed run needs no position."""
+"""Batches of images with captions for CLIP: a function of seed and update, so that a resumed run needs no position."""
 
 # B batch, S samples, H and W pixels, C channels
 
@@ -11,17 +11,17 @@ import numpy as np
 from PIL import Image
 
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
-from dalle_ds.data.raw import RawSample, load_pictures
+from dalle_ds.data.raw import RawSample, load_images
 from dalle_ds.errors import DataError
 from dalle_ds.storage.hashing import hash_to_integer
-from dalle_ds.training.clip.config import ClipPictures
+from dalle_ds.training.clip.config import ClipDataConfig
 
 KEPT_SCALE = 2
-"""Pictures are held at this multiple of the model's size: what a crop takes of a larger one is not seen."""
+"""Images are held at this multiple of the model's size: what a crop takes of a larger one is not seen."""
 
 
 class Captioned(NamedTuple):
-    """A decoded picture, no larger than need be, and what is said of it."""
+    """A decoded image, no larger than need be, and what is said of it."""
 
     key: str
     group: str
@@ -34,13 +34,13 @@ class CaptionedBatch(NamedTuple):
     captions: list[str]
 
 
-def read_split(data: ClipPictures, split: str, image_size: int) -> list[Captioned]:
-    """All usable pictures of a split, of the training split those of the fold; in memory.
+def read_split(data: ClipDataConfig, split: str, image_size: int) -> list[Captioned]:
+    """All usable images of a split, of the training split those of the fold; in memory.
 
     Raises:
         DataError: there is none, or more than fits in memory.
     """
-    samples = load_pictures(data.raw, split, data.validation_fraction)
+    samples = load_images(data.raw, split, data.validation_fraction)
     if split == "train":
         samples = [sample for sample in samples if _fold_of(sample.group, data.folds) == data.fold]
     with ThreadPoolExecutor(os.cpu_count(), "clip-decode") as pool:  # Pillow lets other threads run
@@ -48,25 +48,27 @@ def read_split(data: ClipPictures, split: str, image_size: int) -> list[Captione
     usable = [sample for sample in found if sample is not None]
     if not usable:
         raise DataError(
-            f"{data.raw}: no usable picture in the {split} split (fold {data.fold} of {data.folds}, validation_fraction "
-            f"{data.validation_fraction}); pictures must be at least {image_size} pixels wide and high"
+            f"{data.raw}: no usable image in the {split} split (fold {data.fold} of {data.folds}, validation_fraction "
+            f"{data.validation_fraction}); images must be at least {image_size} pixels wide and high"
         )
     return usable
 
 
 def one_of_each_group(samples: Sequence[Captioned]) -> list[Captioned]:
-    """The first picture of every group, and of every caption: those of which each has one right answer."""
+    """The first image of every group, and of every caption: those of which each has one right answer."""
     first = {sample.group: sample for sample in reversed(samples)}
     return list({sample.caption.lower(): sample for sample in first.values()}.values())
 
 
 def crops(samples: Sequence[Captioned], image_size: int) -> np.ndarray:
-    """Each picture as it is encoded for the prior: uint8 (S, H, W, C)."""
+    """Each image as it is encoded for the prior: uint8 (S, H, W, C)."""
     return np.stack([prior_crop(sample.pixels_HWC, image_size, seed_of(sample.key)) for sample in samples])
 
 
-def batches(samples: Sequence[Captioned], batch_size: int, image_size: int, seed: int, start: int) -> Iterator[CaptionedBatch]:
-    """Batches of the updates from `start` on. An epoch takes one picture of every group, so that no batch holds two of one
+def batches(
+    samples: Sequence[Captioned], global_batch: int, image_size: int, seed: int, start: int
+) -> Iterator[CaptionedBatch]:
+    """Batches of the updates from `start` on. An epoch takes one image of every group, so that no batch holds two of one
     thing; each in a crop of its own.
 
     Raises:
@@ -76,16 +78,16 @@ def batches(samples: Sequence[Captioned], batch_size: int, image_size: int, seed
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
     members = list(groups.values())
-    per_epoch = len(members) // batch_size
+    per_epoch = len(members) // global_batch
     if per_epoch == 0:
-        raise DataError(f"{len(members)} groups of pictures, expected at least batch_size {batch_size}")
+        raise DataError(f"{len(members)} groups of images, expected at least global_batch {global_batch}")
     update = start
     while True:
         epoch, step = divmod(update, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(members))
         rng = np.random.default_rng((seed, epoch, step))
         chosen = []
-        for group in order[step * batch_size : (step + 1) * batch_size]:
+        for group in order[step * global_batch : (step + 1) * global_batch]:
             chosen.append(members[group][rng.integers(len(members[group]))])
         images = [prior_crop(sample.pixels_HWC, image_size, int(rng.integers(2**63))) for sample in chosen]
         yield CaptionedBatch(np.stack(images), [sample.caption for sample in chosen])
@@ -94,16 +96,16 @@ def batches(samples: Sequence[Captioned], batch_size: int, image_size: int, seed
 
 def _decoded(sample: RawSample, image_size: int) -> Captioned | None:
     try:
-        picture = decode_image(sample.image)
+        image = decode_image(sample.image)
     except ImageProblem:
         return None
-    if min(picture.size) < image_size:
+    if min(image.size) < image_size:
         return None
-    factor = KEPT_SCALE * image_size / min(picture.size)
+    factor = KEPT_SCALE * image_size / min(image.size)
     if factor < 1:
-        size = (round(picture.width * factor), round(picture.height * factor))
-        picture = picture.resize(size, Image.Resampling.BOX)
-    return Captioned(sample.key, sample.group, sample.caption, np.asarray(picture))
+        size = (round(image.width * factor), round(image.height * factor))
+        image = image.resize(size, Image.Resampling.BOX)
+    return Captioned(sample.key, sample.group, sample.caption, np.asarray(image))
 
 
 def _fold_of(group: str, folds: int) -> int:

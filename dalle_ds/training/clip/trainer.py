@@ -1,4 +1,4 @@
-"""Train a small CLIP on raw shards: what scores the candidates of a prior that was trained on the same pictures."""
+"""Train a small CLIP on raw shards: what scores the candidates of a prior that was trained on the same images."""
 
 import json
 import logging
@@ -13,27 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_ds.console import progress
 from dalle_ds.data.prefetch import Prefetch
 from dalle_ds.ops.devices import on_device, resolve_device
-from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.pretrained.clip import Clip
-from dalle_ds.recipes import flatten
 from dalle_ds.tracking.provenance import code_tags
-from dalle_ds.training.clip.config import ClipRun
+from dalle_ds.training.clip.config import ClipRunConfig
 from dalle_ds.training.clip.data import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip.tokenizer import train_clip_tokenizer
-from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest
+from dalle_ds.training.image_run import ImageCheckpoints, ImageTrainer, finished_report, identity_of, shards_digest
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
 
 MODEL_FOLDER, REPORT_FILE, PROVENANCE_FILE = "model", "clip_report.json", "provenance.json"
-HELD_OUT = 512  # pictures at most, each with one right caption among them
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
 
 
-def train_clip(recipe: ClipRun) -> dict[str, Any]:
+def train_clip(recipe: ClipRunConfig) -> dict[str, Any]:
     """Train, or go on with, the run in `recipe.folder`; a finished run is left alone. Returns the report.
 
     `recipe.folder`/model is what `Clip.load` and `transformers` open.
@@ -53,16 +49,19 @@ def train_clip(recipe: ClipRun) -> dict[str, Any]:
             return trainer.train()
 
 
-class ClipTrainer:
-    """Everything that an unfinished run needs, where its newest checkpoint left it, and the loop over its updates."""
+class ClipTrainer(ImageTrainer):
+    """Everything that an unfinished run needs, where its newest checkpoint left it."""
 
-    def __init__(self, run: TrainingRun, recipe: ClipRun, identity: str, shards: str) -> None:
+    stage, title = "clip", "CLIP"
+
+    def __init__(self, run: TrainingRun, recipe: ClipRunConfig, identity: str, shards: str) -> None:
         self.run, self.recipe, self.identity, self.shards, self.folder = run, recipe, identity, shards, run.folder
         self.device = resolve_device(recipe.device)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         samples = read_split(recipe.data, "train", recipe.model.image_size)
-        self.held_out = one_of_each_group(read_split(recipe.data, "validation", recipe.model.image_size))[:HELD_OUT]
+        validation = one_of_each_group(read_split(recipe.data, "validation", recipe.model.image_size))
+        self.validation = validation[: recipe.validation.samples]  # each with one right caption among them
         torch.manual_seed(recipe.seed)
         captions = [sample.caption for sample in samples]
         self.tokenizer = train_clip_tokenizer(captions, recipe.model.vocab_size, recipe.model.text_len)
@@ -71,57 +70,29 @@ class ClipTrainer:
         self._mean = torch.tensor(self.processor.image_mean, device=self.device)
         self._std = torch.tensor(self.processor.image_std, device=self.device)
         parameters = list(self.model.parameters())
-        self.checkpoints = ImageCheckpoints(self.folder, identity, run.ranks)
+        self.checkpoints = ImageCheckpoints(self.folder, identity, recipe.checkpoint.keep, run.ranks)
         saved = self.checkpoints.newest()
-        self.checkpoints.require_room(sum(p.numel() for p in parameters))
+        self.checkpoints.check_disk_space(sum(p.numel() for p in parameters))
         decayed = [p for p in parameters if p.ndim > 1]
         groups = [
             {"params": decayed, "weight_decay": recipe.optimizer.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, betas=(0.9, recipe.optimizer.beta2), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=recipe.learning_rate.peak, betas=(0.9, recipe.optimizer.beta2), fused=True
+        )
         self.update = 0
         self.watch = Stopwatch(self._restore(saved))
-        source = batches(samples, recipe.batch_size, recipe.model.image_size, recipe.seed, self.update)
-        self.batches = Prefetch(source, 4, "clip-pictures")
-
-    def train(self) -> dict[str, Any]:
-        """Do the updates that are left -> the report."""
-        recipe, run, resumed_at = self.recipe, self.run, self.update
-        run.start_tracking(
-            recipe,
-            recipe.tracking,
-            tags={"stage": "clip", "run_fingerprint": self.identity},
-            params=flatten(recipe.model_dump(mode="json")),
-        )
-        run.tracker.input_dataset("raw", recipe.data.raw, self.shards)
-        with progress(total=recipe.updates, initial=self.update, what="CLIP", unit="update") as bar:
-            while self.update < recipe.updates:
-                metrics = self._step()
-                self.update += 1
-                bar.update(1)
-                if self.update % recipe.tracking.every == 0:
-                    rate = (self.update - resumed_at) * recipe.batch_size / self.watch.since_start
-                    values = {f"train/{name}": float(value) for name, value in metrics.items()}
-                    run.tracker.metrics({**values, "train/images_per_second": rate}, self.update)
-                    bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-                if self.update % recipe.report_every == 0 and self.update < recipe.updates:
-                    self._validate()
-                stop_requested = run.stop_requested
-                if self.update % recipe.checkpoint_every == 0 or self.update == recipe.updates or stop_requested:
-                    self._save()
-                if stop_requested and self.update < recipe.updates:
-                    run.leave_stopped(self.update, self.checkpoints.url)
-        return self._finish()
+        source = batches(samples, recipe.global_batch, recipe.model.image_size, recipe.seed, self.update)
+        self.batches = Prefetch(source, 4, "clip-images")
 
     def close(self) -> None:
         """End the thread of the run."""
         self.batches.close()
 
-    def _step(self) -> dict[str, Any]:
+    def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         recipe = self.recipe
-        lr = half_cosine(self.update, recipe.optimizer.lr, 0.0, recipe.updates)
-        lr *= linear_warmup(self.update, recipe.optimizer.warmup)
+        lr = recipe.learning_rate.at(self.update, recipe.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = next(self.batches)
@@ -138,10 +109,16 @@ class ClipTrainer:
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         scale = self.model.logit_scale.detach().exp()
-        return {"loss": loss.detach(), "grad_norm": grad_norm, "learning_rate": lr, "logit_scale": scale}
+        metrics = {
+            "loss/train/total": loss.detach(),
+            "optimizer/gradient_norm": grad_norm,
+            "optimizer/learning_rate": lr,
+            "model/logit_scale": scale,
+        }
+        return metrics, stop_requested
 
     def _pixels(self, images_BHWC: np.ndarray) -> Tensor:
-        """As the picture preprocessing that is saved with the model does it, for pictures of the right size."""
+        """As the image preprocessing that is saved with the model does it, for images of the right size."""
         pixels_BHWC = (on_device(torch.from_numpy(images_BHWC), self.device).float() / 255 - self._mean) / self._std
         return pixels_BHWC.permute(0, 3, 1, 2)
 
@@ -149,13 +126,13 @@ class ClipTrainer:
 
     def _validate(self) -> dict[str, float]:
         clip = self._clip()
-        numbers = retrieval(clip, crops(self.held_out, clip.image_size), [sample.caption for sample in self.held_out])
+        numbers = retrieval(clip, crops(self.validation, clip.image_size), [sample.caption for sample in self.validation])
         self.model.train()
         self.run.tracker.metrics({f"validation/{name}": value for name, value in numbers.items()}, self.update)
         log.info(
-            "update %d, retrieval among %d held out: top-1 %.3f, top-5 %.3f",
+            "update %d, retrieval among %d validation images: top-1 %.3f, top-5 %.3f",
             self.update,
-            len(self.held_out),
+            len(self.validation),
             numbers["top1"],
             numbers["top5"],
         )
@@ -175,7 +152,7 @@ class ClipTrainer:
             "run": self.identity,
             "model": str(target),
             **numbers,
-            "held_out": len(self.held_out),
+            "validation_samples": len(self.validation),
             "updates": self.update,
             "seconds": round(self.watch.seconds, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -214,7 +191,7 @@ class ClipTrainer:
 
 
 def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
-    """How often a caption finds its picture among S, and a picture its caption (their mean): as the first, among the first 5.
+    """How often a caption finds its image among S, and an image its caption (their mean): as the first, among the first 5.
 
     `chance` is what top-1 would be by luck.
     """
@@ -226,16 +203,16 @@ def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> d
     return {f"top{n}": (ranks_2S < n).float().mean().item() for n in (1, 5)} | {"chance": 1 / len(captions)}
 
 
-def _new_model(run: ClipRun, tokenizer: Any) -> Any:
+def _new_model(run: ClipRunConfig, tokenizer: Any) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     sizes = run.model
     tower = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_attention_heads": sizes.heads}
     marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": sizes.text_len, "num_hidden_layers": sizes.text_layers}
-    picture = {"image_size": sizes.image_size, "patch_size": sizes.patch_size, "num_hidden_layers": sizes.image_layers}
+    image = {"image_size": sizes.image_size, "patch_size": sizes.patch_size, "num_hidden_layers": sizes.image_layers}
     config = CLIPConfig(
-        text_config={**tower, **text, **marks}, vision_config={**tower, **picture}, projection_dim=sizes.n_features
+        text_config={**tower, **text, **marks}, vision_config={**tower, **image}, projection_dim=sizes.n_features
     )
     return CLIPModel(config).train()
 

@@ -6,38 +6,37 @@ from pydantic import Field, model_validator
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DVAEConfig
-from dalle_ds.optim.ema import AverageConfig
-from dalle_ds.optim.schedules import HalfCosine
+from dalle_ds.optim.ema import EMAConfig
+from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
 from dalle_ds.recipes import VALIDATION_FRACTION, Config
 from dalle_ds.tracking.config import TrackingConfig
 
 
-class PictureSection(Config):
+class DVAEDataConfig(Config):
     """Raw shards, and how much of them is held in memory."""
 
     raw: str = Field(description="root of raw shards: a path or s3:// url")
     validation_fraction: float = Field(
         VALIDATION_FRACTION, gt=0, lt=1, description="share of the groups that no stage trains on"
     )
-    validation_pictures: int = Field(4096, ge=1, description="held-out pictures at most that are measured")
     window_mb: int = Field(
-        2048, ge=1, description="encoded pictures in memory of each rank; within such a window the order is shuffled"
+        2048, ge=1, description="encoded images in memory of each rank; within such a window the order is shuffled"
     )
     decoded_mb: int = Field(
-        2048, ge=0, description="decoded pictures in memory of each rank; used where all shards fit one window"
+        2048, ge=0, description="decoded images in memory of each rank; used where all shards fit one window"
     )
-    min_zoom: float = Field(9 / 8, ge=1, description="pictures are resized to this multiple of image_size, or a larger one")
+    min_zoom: float = Field(9 / 8, ge=1, description="images are resized to this multiple of image_size, or a larger one")
     max_zoom: float = Field(12 / 8, ge=1, description="and to this multiple at most")
     prefetch: int = Field(4, ge=1, description="batches made ahead")
 
     @model_validator(mode="after")
-    def _check(self) -> "PictureSection":
+    def _check(self) -> "DVAEDataConfig":
         if self.max_zoom < self.min_zoom:
             raise ValueError(f"max_zoom {self.max_zoom} is below min_zoom {self.min_zoom}")
         return self
 
 
-class AdamWSection(Config):
+class DVAEOptimizerConfig(Config):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -45,16 +44,27 @@ class AdamWSection(Config):
     clip: float | None = Field(None, gt=0, description="global gradient norm; the paper names none for the dVAE")
 
 
-class ScheduleSection(Config):
-    """All three are half cosines over updates; after them their end values hold."""
+class DVAEScheduleConfig(Config):
+    """Half cosines over updates; after them their end values hold."""
 
-    tau: HalfCosine = HalfCosine(start=1.0, end=1 / 16, updates=150_000)
-    kl_weight: HalfCosine = HalfCosine(start=0.0, end=6.6, updates=5_000)
-    lr: HalfCosine = HalfCosine(start=1e-4, end=1.25e-6, updates=1_200_000)
-    lr_warmup: int = Field(0, ge=0, description="updates of linear warm-up; the paper names none")
+    tau: HalfCosineConfig = HalfCosineConfig(start=1.0, end=1 / 16, updates=150_000)
+    kl_weight: HalfCosineConfig = HalfCosineConfig(start=0.0, end=6.6, updates=5_000)
 
 
-class LossSection(Config):
+class DVAELearningRateConfig(Config):
+    """A half cosine from `peak` to `final`, times a linear warm-up."""
+
+    peak: float = Field(1e-4, gt=0)
+    final: float = Field(1.25e-6, ge=0, description="rate that holds after the half cosine")
+    decay_updates: int = Field(1_200_000, ge=0, description="updates of the half cosine, warm-up included")
+    warmup_updates: int = Field(0, ge=0, description="updates of the linear warm-up; the paper names none")
+
+    def at(self, update: int) -> float:
+        """Rate for the update of that number, from 0."""
+        return half_cosine(update, self.peak, self.final, self.decay_updates) * linear_warmup(update, self.warmup_updates)
+
+
+class DVAELossConfig(Config):
     """What short runs add to the paper's loss; the defaults add nothing."""
 
     ln_b_min: float | None = Field(
@@ -65,70 +75,81 @@ class LossSection(Config):
     )
 
 
-class DVAETracking(TrackingConfig):
+class DVAECheckpointConfig(Config):
+    every: int = Field(2000, ge=1, description="updates between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+
+
+class DVAEValidationConfig(Config):
+    every: int = Field(5000, ge=1, description="updates between validations")
+    samples: int = Field(4096, ge=1, description="validation images at most")
+
+
+class DVAETrackingConfig(TrackingConfig):
     run_name: str = "dvae"
     every: int = Field(50, ge=1, description="updates between metrics")
 
 
-class DVAEFailure(Config):
+class DVAEFailureConfig(Config):
     collective_timeout: float = Field(
         1800,
         gt=0,
-        description="seconds that ranks wait for one of them, be it for its data, or for the main rank's held-out "
-        "pictures, which it takes from the raw shards at each start",
+        description="seconds that ranks wait for one of them, be it for its data, or for the main rank's validation "
+        "images, which it takes from the raw shards at each start",
     )
 
 
-class DVAERun(Config):
+class DVAERunConfig(Config):
     """One training job of the dVAE over all its restarts."""
 
     section: ClassVar = "dvae"
     folder: str = Field(description="checkpoint, weights, report and the merged recipe go here")
-    data: PictureSection
+    data: DVAEDataConfig
     model: DVAEConfig = DVAEConfig()
-    optimizer: AdamWSection = AdamWSection()
-    schedules: ScheduleSection = ScheduleSection()
-    loss: LossSection = LossSection()
-    average: AverageConfig = AverageConfig()
+    optimizer: DVAEOptimizerConfig = DVAEOptimizerConfig()
+    schedules: DVAEScheduleConfig = DVAEScheduleConfig()
+    learning_rate: DVAELearningRateConfig = DVAELearningRateConfig()
+    loss: DVAELossConfig = DVAELossConfig()
+    ema: EMAConfig = EMAConfig()
     updates: int = Field(3_000_000, ge=1)
-    batch_size: int = Field(512, ge=1)
+    global_batch: int = Field(512, ge=1)
     micro_batch: int | None = Field(
-        None, ge=1, description="pictures that go through at a time; unset: the whole batch. Several ranks share such parts out"
+        None, ge=1, description="images that go through at a time; unset: the whole batch. Several ranks share such parts out"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp16", description="fp16, on CUDA only: one loss scale, as the paper")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1; of several ranks each has its own CUDA device")
     workers: int = Field(1, ge=1, description="threads that each take a micro-batch of the update at the same time; for CPUs")
     threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: torch's choice")
     seed: int = 0
-    checkpoint_every: int = Field(2000, ge=1, description="updates between checkpoints")
-    report_every: int = Field(5000, ge=1, description="updates between validations")
-    tracking: DVAETracking = DVAETracking()
-    failure: DVAEFailure = DVAEFailure()
+    checkpoint: DVAECheckpointConfig = DVAECheckpointConfig()
+    validation: DVAEValidationConfig = DVAEValidationConfig()
+    tracking: DVAETrackingConfig = DVAETrackingConfig()
+    failure: DVAEFailureConfig = DVAEFailureConfig()
 
     @property
     def part_size(self) -> int:
-        """Pictures of a part, which go through the model together."""
-        return self.micro_batch or self.batch_size
+        """Images of a part, which go through the model together."""
+        return self.micro_batch or self.global_batch
 
     @property
     def n_parts(self) -> int:
         """Parts of each update's batch: their losses are averaged."""
-        return self.batch_size // self.part_size
+        return self.global_batch // self.part_size
 
     def parts_of(self, rank: int, world_size: int) -> range:
         """The parts that a rank takes of every batch. Raises ConfigError where they do not divide among the ranks."""
         n_of_each, left = divmod(self.n_parts, world_size)
         if left:
             raise ConfigError(
-                f"batch_size {self.batch_size} in parts of micro_batch {self.part_size} is {self.n_parts} parts, "
+                f"global_batch {self.global_batch} in parts of micro_batch {self.part_size} is {self.n_parts} parts, "
                 f"expected a multiple of the {world_size} ranks"
             )
         return range(rank * n_of_each, (rank + 1) * n_of_each)
 
     @model_validator(mode="after")
-    def _check(self) -> "DVAERun":
+    def _check(self) -> "DVAERunConfig":
         if self.model.image_size < 11:
             raise ValueError(f"model.image_size is {self.model.image_size}, expected at least 11: the window of SSIM")
-        if self.batch_size % self.part_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.global_batch % self.part_size:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

@@ -1,4 +1,4 @@
-"""What a dVAE is worth on held-out pictures: numbers, and pictures to look at."""
+"""What a dVAE is worth on validation images: numbers, and images to look at."""
 
 # B batch, C channels, K codes, h and w grid cells, N = h*w
 
@@ -19,7 +19,7 @@ from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_ds.parallel.ranks import Ranks
 
 BATCH = 16
-"""Pictures at a time, whatever the training's: the paper's model takes 6 GiB for them in fp32. Results don't depend on it."""
+"""Images at a time, whatever the training's: the paper's model takes 6 GiB for them in fp32. Results don't depend on it."""
 COLLAPSED_BELOW = 0.1
 """Share of the codes in use."""
 COLLAPSE_CAUSES = (
@@ -29,14 +29,14 @@ COLLAPSE_CAUSES = (
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Of held-out pictures. PSNR is with hard codes: argmax, no noise, as the prior's data are encoded.
+class DVAEValidation:
+    """Of validation images. PSNR is with hard codes: argmax, no noise, as the prior's data are encoded.
 
     The bounds are the true ones (KL weight 1), in nats a sub-pixel: with codes drawn from q, and with relaxed ones at `tau`.
     """
 
-    psnr: float  # dB, mean over pictures
-    ssim: float  # mean over pictures
+    psnr: float  # dB, mean over images
+    ssim: float  # mean over images
     codes_used: int
     n_codes: int
     perplexity: float
@@ -44,21 +44,21 @@ class HeldOut:
     elb_hard: float
     elb_relaxed: float
     tau: float
-    n_pictures: int
+    n_images: int
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether most codes are dead: the picture is carried by a few, and the prior would learn those."""
+        """Whether most codes are dead: the image is carried by a few, and the prior would learn those."""
         return self.codes_used < COLLAPSED_BELOW * self.n_codes
 
     def metrics(self) -> dict[str, float]:
         """As named in the tracker."""
-        values = {key: float(value) for key, value in asdict(self).items() if key not in ("tau", "n_pictures", "n_codes")}
+        values = {key: float(value) for key, value in asdict(self).items() if key not in ("tau", "n_images", "n_codes")}
         return {f"validation/{key}": value for key, value in values.items()}
 
 
 class _Measured(NamedTuple):
-    """Of a few pictures. Sums are over a picture's cells or sub-pixels."""
+    """Of a few images. Sums are over an image's cells or sub-pixels."""
 
     psnr_B: np.ndarray
     ssim_B: np.ndarray
@@ -69,30 +69,32 @@ class _Measured(NamedTuple):
 
 
 @torch.no_grad()
-def measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, ranks: Ranks) -> tuple[HeldOut, np.ndarray]:
-    """Measure on uint8 pictures, in fp32 -> (numbers, how often each code is chosen (K,)), on every rank.
+def measure(
+    model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, ranks: Ranks
+) -> tuple[DVAEValidation, np.ndarray]:
+    """Measure on uint8 images, in fp32 -> (numbers, how often each code is chosen (K,)), on every rank.
 
-    All ranks pass the same pictures and share them out. Each picture has its own noise, always the same.
+    All ranks pass the same images and share them out. Each image has its own noise, always the same.
     """
     starts = range(0, len(images_BCHW), BATCH)[ranks.rank :: ranks.world_size]
     measured = {start: _measure(model, images_BCHW[start : start + BATCH], tau, ln_b_min, start) for start in starts}
     measured = {start: batch for of_rank in ranks.gather_objects(measured) for start, batch in of_rank.items()}
     psnr_S, ssim_S, counts_SK, kl_S, hard_S, relaxed_S = zip(*(measured[start] for start in sorted(measured)), strict=True)
-    n_pictures, n_subpixels = len(images_BCHW), images_BCHW.numel()
+    n_images, n_subpixels = len(images_BCHW), images_BCHW.numel()
     kl, hard, relaxed = (float(np.concatenate(sums_S).sum()) for sums_S in (kl_S, hard_S, relaxed_S))
     counts_K = np.sum(counts_SK, axis=0)
     usage = codebook_usage(counts_K)
-    numbers = HeldOut(
+    numbers = DVAEValidation(
         psnr=float(np.concatenate(psnr_S).mean()),
         ssim=float(np.concatenate(ssim_S).mean()),
         codes_used=usage.n_used,
         n_codes=usage.n_codes,
         perplexity=usage.perplexity,
-        kl_per_cell=kl / (n_pictures * model.config.n_tokens),
+        kl_per_cell=kl / (n_images * model.config.n_tokens),
         elb_hard=(hard - kl) / n_subpixels,
         elb_relaxed=(relaxed - kl) / n_subpixels,
         tau=tau,
-        n_pictures=n_pictures,
+        n_images=n_images,
     )
     return numbers, counts_K
 
@@ -103,15 +105,15 @@ def _measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | Non
     noises = [torch.Generator(device).manual_seed(first_seed + i) for i in range(len(images_BCHW))]
     codes_Bhw, made_BCHW, *sums = measured_tensors(model, images_BCHW, tau, ln_b_min, noises)
     pair = images_BCHW.cpu().numpy(), made_BCHW.cpu().numpy()
-    counts_K = np.bincount(codes_Bhw.flatten().cpu().numpy(), minlength=model.config.vocab_size)
-    return _Measured(psnr(*pair), ssim(*pair), counts_K, *(of_pictures_B.cpu().numpy() for of_pictures_B in sums))
+    counts_K = np.bincount(codes_Bhw.flatten().cpu().numpy(), minlength=model.config.n_codes)
+    return _Measured(psnr(*pair), ssim(*pair), counts_K, *(of_images_B.cpu().numpy() for of_images_B in sums))
 
 
 @torch.no_grad()
 def measured_tensors(
     model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, noises: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What measuring takes from the device at once -> hard codes (B, h, w), pictures made of them (uint8), and for each picture
+    """What measuring takes from the device at once -> hard codes (B, h, w), images made of them (uint8), and for each image
     in nats the KL term and the log density under codes drawn from q and under relaxed ones, (B,) float64."""
     pixels_BCHW = model.map_images(images_BCHW)
     logits_BKhw = model.encode_logits(pixels_BCHW)
@@ -129,7 +131,7 @@ def measured_tensors(
 
 
 def _sums(values: Tensor) -> Tensor:
-    """Of each picture."""
+    """Of each image."""
     return values.flatten(1).sum(1, dtype=torch.float64)
 
 
@@ -140,7 +142,7 @@ def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pairs: int = 3, min_side: int = 64) -> Image.Image:
-    """Rows of held-out pictures, each above its reconstruction from hard codes; small ones are enlarged without smoothing."""
+    """Rows of validation images, each above its reconstruction from hard codes; small ones are enlarged without smoothing."""
     # Spread over the set: neighbours in it are often alike.
     spread = torch.linspace(0, len(images_BCHW) - 1, min(columns * pairs, len(images_BCHW))).long()
     chosen_BCHW = images_BCHW[spread].to(next(model.parameters()).device)

@@ -1,4 +1,4 @@
-"""Train the dVAE: the story of a run, from recipe to weights, report and pictures, on one rank or several."""
+"""Train the dVAE: the story of a run, from recipe to weights, report and images, on one rank or several."""
 
 import json
 import logging
@@ -13,23 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.console import progress
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.devices import on_device, resolve_device
 from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
-from dalle_ds.optim.ema import WeightAverage
-from dalle_ds.optim.schedules import linear_warmup
+from dalle_ds.optim.ema import EMA
 from dalle_ds.parallel.ranks import ALONE, Ranks
-from dalle_ds.recipes import flatten
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.storage.weights import read_weights, write_weights
-from dalle_ds.training.dvae.config import DVAERun
-from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
-from dalle_ds.training.dvae.metrics import COLLAPSE_CAUSES, HeldOut, floored, measure, reconstruction_grid, usage_chart
-from dalle_ds.training.image_run import ImageCheckpoints, finished_report, identity_of, shards_digest
+from dalle_ds.training.dvae.config import DVAERunConfig
+from dalle_ds.training.dvae.data import ImageStream, Position, validation_images
+from dalle_ds.training.dvae.metrics import COLLAPSE_CAUSES, DVAEValidation, floored, measure, reconstruction_grid, usage_chart
+from dalle_ds.training.image_run import ImageCheckpoints, ImageTrainer, finished_report, identity_of, shards_digest
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
 log = logging.getLogger(__name__)
@@ -38,10 +35,10 @@ REPORT_FILE = "dvae_report.json"
 RECONSTRUCTIONS_FILE = "reconstructions.png"
 
 
-def train_dvae(recipe: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
+def train_dvae(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Train, or go on with, the run in `recipe.folder`; a finished run is left alone. Returns the report, on every rank.
 
-    Ranks are replicas, each with its own parts of every batch: the same pictures and noise at any number of ranks, so that
+    Ranks are replicas, each with its own parts of every batch: the same images and noise at any number of ranks, so that
     losses differ by the order of sums alone, and a checkpoint goes on at any number of them. They share `recipe.folder`.
 
     Raises:
@@ -71,10 +68,12 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(flushed_before)
 
 
-class DVAETrainer:
-    """Everything that an unfinished run needs, where its newest checkpoint left it, and the loop over its updates."""
+class DVAETrainer(ImageTrainer):
+    """Everything that an unfinished run needs, where its newest checkpoint left it."""
 
-    def __init__(self, run: TrainingRun, recipe: DVAERun, identity: str, shards: str) -> None:
+    stage, title = "dvae", "dVAE"
+
+    def __init__(self, run: TrainingRun, recipe: DVAERunConfig, identity: str, shards: str) -> None:
         ranks = run.ranks
         self.run, self.ranks, self.folder = run, ranks, run.folder
         self.recipe, self.identity, self.shards = recipe, identity, shards
@@ -86,20 +85,20 @@ class DVAETrainer:
         # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
         self.model = DVAE(recipe.model).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
-        self.checkpoints = ImageCheckpoints(run.folder, identity, ranks)
+        self.checkpoints = ImageCheckpoints(run.folder, identity, recipe.checkpoint.keep, ranks)
         saved = self.checkpoints.newest()
-        self.checkpoints.require_room(sum(p.numel() for p in self.parameters))
+        self.checkpoints.check_disk_space(sum(p.numel() for p in self.parameters))
         settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=recipe.schedules.lr.start,
+            lr=recipe.learning_rate.peak,
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
-        self.average = WeightAverage(self._weights(), recipe.average)
+        self.ema = EMA(self._weights(), recipe.ema)
         # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
         # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
         # gradients are summed in order: the same losses in every run.
@@ -107,40 +106,11 @@ class DVAETrainer:
         self.update, self.position = 0, Position()
         self.watch = Stopwatch(self._restore(saved))
         image_size = recipe.model.image_size
-        self.validation = ranks.from_main(validation_pictures(recipe.data, image_size) if ranks.is_main else None)
-        places = range(self.parts.start * recipe.part_size, self.parts.stop * recipe.part_size)
-        self.stream = PictureStream(recipe.data, image_size, recipe.batch_size, recipe.seed, self.position, places)
-
-    # ---- the loop --------------------------------------------------------------------------------------------------------
-
-    def train(self) -> dict[str, Any]:
-        """Do the updates that are left -> the report."""
-        recipe, run, resumed_at = self.recipe, self.run, self.update
-        run.start_tracking(
-            recipe,
-            recipe.tracking,
-            tags={"stage": "dvae", "run_fingerprint": self.identity},
-            params={**flatten(recipe.model_dump(mode="json")), "world_size": self.ranks.world_size},
+        self.validation = ranks.from_main(
+            validation_images(recipe.data, recipe.validation.samples, image_size) if ranks.is_main else None
         )
-        run.tracker.input_dataset("raw", recipe.data.raw, self.shards)
-        bar = progress(total=recipe.updates, initial=self.update, what="dVAE", unit="update", enabled=self.ranks.is_main)
-        with bar:
-            while self.update < recipe.updates:
-                metrics, stop_requested = self._step(run.stop_requested)
-                self.update += 1
-                bar.update(1)
-                if self.update % recipe.tracking.every == 0:
-                    rate = (self.update - resumed_at) * recipe.batch_size / self.watch.since_start
-                    values = {name: float(value) for name, value in metrics.items()} | {"train/images_per_second": rate}
-                    run.tracker.metrics(values, self.update)
-                    bar.set_postfix_str(f"loss {values['train/loss']:.3f}", refresh=False)
-                if self.update % recipe.report_every == 0 and self.update < recipe.updates:
-                    self._validate()
-                if self.update % recipe.checkpoint_every == 0 or self.update == recipe.updates or stop_requested:
-                    self._save()
-                if stop_requested and self.update < recipe.updates:
-                    run.leave_stopped(self.update, self.checkpoints.url)
-        return self._finish()
+        places = range(self.parts.start * recipe.part_size, self.parts.stop * recipe.part_size)
+        self.stream = ImageStream(recipe.data, image_size, recipe.global_batch, recipe.seed, self.position, places)
 
     def close(self) -> None:
         """End the threads of the run."""
@@ -154,14 +124,14 @@ class DVAETrainer:
         """One update of the parameters and of their average -> metrics, some still on the device; any rank's wish to stop."""
         run, schedules = self.recipe, self.recipe.schedules
         tau, kl_weight = schedules.tau.at(self.update), schedules.kl_weight.at(self.update)
-        lr = schedules.lr.at(self.update) * linear_warmup(self.update, schedules.lr_warmup)
+        lr = run.learning_rate.at(self.update)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = next(self.stream)
         self.position = batch.next_position
         sums = self._accumulate(batch.images_BCHW, tau, kl_weight)
-        sums = self._over_ranks({**sums, "unusable_pictures": batch.n_unusable, "stop_requests": stop_requested})
-        stop_requested = bool(sums.pop("stop_requests"))
+        sums = self._over_ranks({**sums, "unusable_images": batch.n_unusable, "stop_requests": stop_requested})
+        stop_requested, n_unusable = bool(sums.pop("stop_requests")), sums.pop("unusable_images")
         self.scaler.unscale_(self.optimizer)
         clip = run.optimizer.clip if run.optimizer.clip is not None else float("inf")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
@@ -171,15 +141,16 @@ class DVAETrainer:
         self.optimizer.zero_grad(set_to_none=True)
         took_step = self.scaler.get_scale() >= scale  # a skipped step lowers the scale
         if took_step:
-            self.average.update(self._weights())
+            self.ema.update(self._weights())
         metrics = {
-            **{f"train/{name}": value for name, value in sums.items()},
-            "train/grad_norm": grad_norm,
-            "train/learning_rate": lr,
-            "train/tau": tau,
-            "train/kl_weight": kl_weight,
-            "train/loss_scale": scale,
-            "train/data_wait_seconds": self.stream.wait_seconds,
+            **{f"loss/train/{name}": value for name, value in sums.items()},
+            "optimizer/gradient_norm": grad_norm,
+            "optimizer/learning_rate": lr,
+            "optimizer/loss_scale": scale,
+            "schedule/tau": tau,
+            "schedule/kl_weight": kl_weight,
+            "speed/data_wait_seconds": self.stream.wait_seconds,
+            "speed/unusable_images": n_unusable,
         }
         return metrics, stop_requested
 
@@ -237,24 +208,24 @@ class DVAETrainer:
             usage_kl = mean_kl_to_uniform(logits_BKhw)
             loss = loss + run.loss.usage_weight * usage_kl * (run.model.n_tokens / n_subpixels)
             terms["usage_kl"] = usage_kl.detach()
-        return loss, {"loss": loss.detach(), **terms}
+        return loss, {"total": loss.detach(), **terms}
 
     # ---- measuring -------------------------------------------------------------------------------------------------------
 
-    def _validate(self) -> HeldOut:
-        """Measure the averaged weights on held-out pictures; numbers and pictures go to the tracker."""
+    def _validate(self) -> DVAEValidation:
+        """Measure the averaged weights on validation images; numbers and images go to the tracker."""
         tau = self.recipe.schedules.tau.at(self.update)
-        with self.average.in_place_of(self._weights()):
+        with self.ema.in_place_of(self._weights()):
             numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min, self.ranks)
             if not self.ranks.is_main:
                 return numbers
             grid = reconstruction_grid(self.model, self.validation)
         self.run.tracker.metrics(numbers.metrics(), self.update)
-        self.run.tracker.picture("reconstructions", grid, self.update)
+        self.run.tracker.image("reconstructions", grid, self.update)
         title = f"{numbers.codes_used} of {numbers.n_codes} codes in use, perplexity {numbers.perplexity:.0f}"
-        self.run.tracker.picture("codebook_usage", usage_chart(counts_K, title), self.update)
+        self.run.tracker.image("codebook_usage", usage_chart(counts_K, title), self.update)
         grid.save(self.folder / RECONSTRUCTIONS_FILE)
-        log.info("update %d, held out: PSNR %.2f dB, SSIM %.3f, %s", self.update, numbers.psnr, numbers.ssim, title)
+        log.info("update %d, validation: PSNR %.2f dB, SSIM %.3f, %s", self.update, numbers.psnr, numbers.ssim, title)
         if numbers.has_collapsed and self.update >= self.recipe.schedules.kl_weight.updates:
             log.warning("the codebook has COLLAPSED: %s; %s", title, COLLAPSE_CAUSES)
         return numbers
@@ -266,24 +237,24 @@ class DVAETrainer:
         self.run.finished()
         return report
 
-    def _write_results(self, numbers: HeldOut) -> dict[str, Any]:
+    def _write_results(self, numbers: DVAEValidation) -> dict[str, Any]:
         """Write the averaged weights, then the report: the report says that the run is finished."""
         model = self.recipe.model
-        with self.average.in_place_of(self._weights()):
+        with self.ema.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-            mark = write_weights(
+            fingerprint = write_weights(
                 self.folder / DVAE_FILE,
                 kind="dvae",
                 config=model.model_dump(),
                 state=state,
                 extra={
                     "run": self.identity,
-                    "held_out": json.dumps(asdict(numbers)),
+                    "validation": json.dumps(asdict(numbers)),
                     "validation_fraction": str(self.recipe.data.validation_fraction),
                 },
             )
         report = {
-            "dvae": mark,
+            "dvae": fingerprint,
             "run": self.identity,
             "weights": str(self.folder / DVAE_FILE),
             "image_size": model.image_size,
@@ -295,7 +266,7 @@ class DVAETrainer:
             "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }
         self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
-        self.run.tracker.tags({"dvae": mark})
+        self.run.tracker.tags({"dvae": fingerprint})
         for name in (DVAE_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
             self.run.tracker.artifact(self.folder / name)
         return report
@@ -309,7 +280,7 @@ class DVAETrainer:
             "position": list(self.position),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict(),
+            "ema": self.ema.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
         self.checkpoints.save(self.update, state)
@@ -319,7 +290,7 @@ class DVAETrainer:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.average.load_state_dict(state["average"])
+            self.ema.load_state_dict(state["ema"])
             self.scaler.load_state_dict(state["scaler"])
             self.update, self.position = state["update"], Position(*state["position"])
             log.info("going on from update %d", self.update)
@@ -341,12 +312,12 @@ def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
     report = finished_report(folder / REPORT_FILE, identity)
     if report is None or not (folder / DVAE_FILE).exists():
         return None  # the last checkpoint is complete: the weights are written again from it
-    mark = read_weights(folder / DVAE_FILE, "dvae").fingerprint
-    require_same(f"weights {folder / DVAE_FILE}", report.get("dvae", "none"), mark)
+    fingerprint = read_weights(folder / DVAE_FILE, "dvae").fingerprint
+    require_same(f"weights {folder / DVAE_FILE}", report.get("dvae", "none"), fingerprint)
     return report
 
 
-def _device(run: DVAERun, ranks: Ranks) -> torch.device:
+def _device(run: DVAERunConfig, ranks: Ranks) -> torch.device:
     device = resolve_device(run.device)
     if ranks.world_size > 1:
         if run.device not in ("auto", ranks.device.type):

@@ -7,10 +7,10 @@ from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import EngineConfig, load_engine_config
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 
 
-def read_engine_config(recipe: PriorRun, ranks: Ranks) -> EngineConfig:
+def read_engine_config(recipe: PriorRunConfig, ranks: Ranks) -> EngineConfig:
     """The recipe's DeepSpeed JSON, completed. Raises ConfigError."""
     accumulation = recipe.accumulation(ranks.world_size)
     return load_engine_config(
@@ -18,7 +18,7 @@ def read_engine_config(recipe: PriorRun, ranks: Ranks) -> EngineConfig:
     )
 
 
-def build_engine(recipe: PriorRun, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks) -> PriorEngine:
+def build_engine(recipe: PriorRunConfig, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks) -> PriorEngine:
     """Model, optimizer and formats under DeepSpeed; attention in a backend that this machine computes right.
 
     Raises:

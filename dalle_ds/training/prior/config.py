@@ -14,7 +14,7 @@ from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.attention.backends import BackendName
 from dalle_ds.optim.adamw import Master, Moments
-from dalle_ds.optim.ema import PriorAverageConfig
+from dalle_ds.optim.ema import PriorEMAConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas.groups import ReplicasConfig
 from dalle_ds.recipes import Config
@@ -23,7 +23,7 @@ from dalle_ds.storage.names import DATASET_FILE
 from dalle_ds.tracking.config import TrackingConfig
 
 
-class ModelSection(Config):
+class PriorModelConfig(Config):
     """A preset, and what differs from it. Grid and vocabularies follow from the data; set here, they must agree with it."""
 
     preset: Literal["tiny", "0.3b", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
@@ -33,12 +33,12 @@ class ModelSection(Config):
     text_len: int | None = Field(None, ge=1)
     conv_kernel: int | None = Field(None, ge=1)
     grid: int | None = Field(None, ge=1)
-    text_vocab: int | None = Field(None, ge=1)
-    image_vocab: int | None = Field(None, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+    n_codes: int | None = Field(None, ge=1)
 
-    def resolve(self, data: DatasetInfo, text_vocab: int, source: str) -> PriorConfig:
+    def resolve(self, data: DatasetInfo, vocab_size: int, source: str) -> PriorConfig:
         """The geometry for the data set at `source`. Raises ConfigError where recipe and data disagree."""
-        from_data = {"grid": data.grid, "image_vocab": data.n_codes, "text_vocab": text_vocab}
+        from_data = {"grid": data.grid, "n_codes": data.n_codes, "vocab_size": vocab_size}
         for key, found in from_data.items():
             wanted = getattr(self, key)
             if wanted is not None and wanted != found:
@@ -51,25 +51,25 @@ class ModelSection(Config):
         return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own})
 
 
-class DataShare(Config):
+class DataShareConfig(Config):
     """A data set of a mix."""
 
     dataset: str = Field(description="root of a token data set: a path or s3:// url")
     weight: float = Field(gt=0, description="its part of the samples, as against the other sets' weights")
 
 
-class CacheSection(Config):
+class CacheConfig(Config):
     """Blocks of s3:// data sets on a disk of each machine, shared by its ranks, those used least recently removed."""
 
     folder: str = Field(pattern="^[^:]+$", description="a path, no url; of each machine")
     gib: float = Field(gt=0, description="bound of its size")
 
 
-class DataSection(Config):
+class PriorDataConfig(Config):
     """One `dataset`, or several in a `mix`."""
 
     dataset: str | None = Field(None, description="root of a token data set: a path or s3:// url")
-    mix: list[DataShare] = Field([], description="several, each by its weight")
+    mix: list[DataShareConfig] = Field([], description="several, each by its weight")
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
     bpe_dropout: float = Field(BPE_DROPOUT, ge=0, lt=1)
@@ -77,18 +77,18 @@ class DataSection(Config):
         0.0, ge=0, lt=1, description="share of training captions left out, for classifier-free guidance; the paper has none"
     )
     prefetch: int = Field(2, ge=1, description="global batches read ahead")
-    cache: CacheSection | None = None
+    cache: CacheConfig | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> "DataSection":
+    def _check(self) -> "PriorDataConfig":
         if (self.dataset is None) == (not self.mix):
             raise ValueError("expected either `dataset`, or `mix` with a list of {dataset, weight}")
         return self
 
     @property
-    def shares(self) -> list[DataShare]:
+    def shares(self) -> list[DataShareConfig]:
         """The data sets, one or many."""
-        return self.mix or [DataShare(dataset=str(self.dataset), weight=1.0)]
+        return self.mix or [DataShareConfig(dataset=str(self.dataset), weight=1.0)]
 
     @property
     def sources(self) -> str:
@@ -101,7 +101,7 @@ class DataSection(Config):
         return TokenMix.open([(share.dataset, share.weight) for share in self.shares], split, disk)
 
 
-class OptimizerSection(Config):
+class PriorOptimizerConfig(Config):
     """AdamW; the defaults are the paper's (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -120,7 +120,7 @@ class OptimizerSection(Config):
     )
 
 
-class CheckpointSection(Config):
+class PriorCheckpointConfig(Config):
     folder: str | None = Field(
         None, description="a path that all ranks share, or s3://, and then they need share nothing else; unset: in the run's"
     )
@@ -129,18 +129,18 @@ class CheckpointSection(Config):
     background: bool = Field(True, description="write while training goes on; takes CPU memory for a copy of the state")
 
 
-class ValidationSection(Config):
+class PriorValidationConfig(Config):
     every: int = Field(1000, ge=1, description="updates between validations")
-    samples: int | None = Field(8192, ge=1, description="held-out samples at most; null: all")
+    samples: int | None = Field(8192, ge=1, description="validation samples at most; null: all")
 
 
-class PriorTracking(TrackingConfig):
+class PriorTrackingConfig(TrackingConfig):
     run_name: str = "prior"
     every: int = Field(10, ge=1, description="updates between metrics")
     samples_every: int | None = Field(
         None,
         ge=1,
-        description="updates between sheets of samples for held-out captions, drawn by the main rank from a whole "
+        description="updates between sheets of samples for validation captions, drawn by the main rank from a whole "
         "copy of the model while the others wait: for small ones; unset: none",
     )
     profile_every: int = Field(500, ge=1, description="updates between those in which the time of collectives is measured")
@@ -149,7 +149,7 @@ class PriorTracking(TrackingConfig):
     )
 
 
-class FailureSection(Config):
+class PriorFailureConfig(Config):
     """When a run ends rather than going on, or waiting, for nothing."""
 
     collective_timeout: float = Field(
@@ -164,7 +164,7 @@ class FailureSection(Config):
     )
 
 
-class PriorRun(Config):
+class PriorRunConfig(Config):
     """One training job of the prior over all its nodes and restarts; the defaults are the paper's."""
 
     section: ClassVar = "prior"
@@ -182,19 +182,19 @@ class PriorRun(Config):
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         True, description="recompute each layer in the backward pass, or with a number k every k-th one"
     )
-    data: DataSection
-    model: ModelSection = ModelSection()
-    optimizer: OptimizerSection = OptimizerSection()
+    data: PriorDataConfig
+    model: PriorModelConfig = PriorModelConfig()
+    optimizer: PriorOptimizerConfig = PriorOptimizerConfig()
     learning_rate: LearningRateConfig = LearningRateConfig()
-    average: PriorAverageConfig = PriorAverageConfig()
+    ema: PriorEMAConfig = PriorEMAConfig()
     replicas: ReplicasConfig = ReplicasConfig()
-    checkpoint: CheckpointSection = CheckpointSection()
-    validation: ValidationSection = ValidationSection()
-    tracking: PriorTracking = PriorTracking()
-    failure: FailureSection = FailureSection()
+    checkpoint: PriorCheckpointConfig = PriorCheckpointConfig()
+    validation: PriorValidationConfig = PriorValidationConfig()
+    tracking: PriorTrackingConfig = PriorTrackingConfig()
+    failure: PriorFailureConfig = PriorFailureConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> "PriorRun":
+    def _check(self) -> "PriorRunConfig":
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
@@ -218,7 +218,7 @@ class PriorRun(Config):
     def checkpoint_folder(self) -> str:
         return self.checkpoint.folder or f"{self.folder}/checkpoints"
 
-    def on_ranks(self, world_size: int) -> "PriorRun":
+    def on_ranks(self, world_size: int) -> "PriorRunConfig":
         """With a micro-batch no larger than a rank's share of the global batch: a recipe for one GPU starts on eight."""
         share, left = divmod(self.global_batch, world_size)
         return self if left or share >= self.micro_batch else self.model_copy(update={"micro_batch": share})

@@ -9,9 +9,9 @@ from dalle_ds.planning.arithmetic import count_parameters, forward_flops
 from dalle_ds.planning.memory import CHECKPOINT_BYTES, RESERVED_GIB, Memory, memory, state_bytes
 from dalle_ds.planning.prior_work import GATHERED, REDUCED, exchanged_bytes, prior_workload
 from dalle_ds.planning.proposal import propose
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.planning.timing import times
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 
 GIB = 2**30
 
@@ -19,7 +19,7 @@ TOO_MANY_SHARDS = 64
 """GPUs of a ZeRO group above which a plan warns."""
 
 
-def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
+def plan(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     """All numbers as one dict. Names that end in _estimate rest on assumptions beyond counting (named in planning/README.md).
 
     Raises:
@@ -47,7 +47,7 @@ def plan(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
     return summary
 
 
-def settings_of(run: PriorRun, gpus: int) -> dict[str, Any]:
+def settings_of(run: PriorRunConfig, gpus: int) -> dict[str, Any]:
     """What a recipe says of a plan's settings, by their names; its DeepSpeed JSON included.
 
     Raises:
@@ -77,7 +77,7 @@ def settings_of(run: PriorRun, gpus: int) -> dict[str, Any]:
     }
 
 
-def _model(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
+def _model(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     n_effective, n_embedding, n_other = count_parameters(config)
     n_parameters = n_effective + n_embedding + n_other
     forward = forward_flops(config)
@@ -101,7 +101,7 @@ def _model(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def _memory(config: PriorConfig, settings: PlanSettings, of_gpu: Memory) -> dict[str, Any]:
+def _memory(config: PriorConfig, settings: PlanInputsConfig, of_gpu: Memory) -> dict[str, Any]:
     gpu_memory = settings.build_machine().memory_gib
     return {
         "optimizer_bytes_per_parameter": state_bytes(config, settings.moments).moments,
@@ -120,7 +120,7 @@ def _memory(config: PriorConfig, settings: PlanSettings, of_gpu: Memory) -> dict
     }
 
 
-def _traffic(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
+def _traffic(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     shards, n_parameters = settings.shards, sum(count_parameters(config))
     # a micro-batch gathers all weights for the forward and again for the backward pass, and scatters fp32 gradients
     sent = settings.n_micro_steps * n_parameters * (2 * GATHERED + REDUCED) * (shards - 1) / shards
@@ -132,7 +132,7 @@ def _traffic(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def _time(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
+def _time(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     machine = settings.build_machine()
     workload = prior_workload(config, settings, machine)
     step = times(workload.micro_step, machine)
@@ -156,7 +156,7 @@ def _time(config: PriorConfig, settings: PlanSettings) -> dict[str, Any]:
     }
 
 
-def _warnings(config: PriorConfig, settings: PlanSettings, of_gpu: Memory) -> list[str]:
+def _warnings(config: PriorConfig, settings: PlanInputsConfig, of_gpu: Memory) -> list[str]:
     found = []
     if settings.gpus % settings.shards:
         found.append(f"shard_gpus {settings.shards} does not divide the {settings.gpus} GPUs: no run starts so")
@@ -176,7 +176,7 @@ def _warnings(config: PriorConfig, settings: PlanSettings, of_gpu: Memory) -> li
     return found
 
 
-def _proposal(config: PriorConfig, settings: PlanSettings) -> dict[str, Any] | None:
+def _proposal(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any] | None:
     """The fastest that fits; None: nothing does."""
     best = propose(config, settings)
     if best is None:

@@ -34,12 +34,12 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.record import Record, read_record
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training.prior.build import build_engine, read_engine_config
-from dalle_ds.training.prior.config import FailureSection, PriorRun
+from dalle_ds.training.prior.config import PriorFailureConfig, PriorRunConfig
 from dalle_ds.training.prior.magnitudes import look_into, magnitudes_chart
 
 log = logging.getLogger(__name__)
 
-FOLDER, DIAGNOSIS_FILE, PICTURE_FILE = "diagnosis", "diagnosis.json", "magnitudes.png"
+FOLDER, DIAGNOSIS_FILE, IMAGE_FILE = "diagnosis", "diagnosis.json", "magnitudes.png"
 BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.yaml", "deepspeed.json"
 
 
@@ -64,7 +64,7 @@ class DiagnosisRecord(Record):
 class DivergenceMonitor:
     """Counts updates in a row without a finite loss or without a step. The same on every rank, as reports are."""
 
-    def __init__(self, limits: FailureSection) -> None:
+    def __init__(self, limits: PriorFailureConfig) -> None:
         self._limits, self._n_losses, self._n_without_step = limits, 0, 0
         self._n_of_block: Counter[str] = Counter()
 
@@ -84,7 +84,7 @@ class DivergenceMonitor:
 
 
 def diagnose(
-    run: PriorRun,
+    run: PriorRunConfig,
     engine: PriorEngine,
     micro_batches: Sequence[TokenBatch],
     lr: float,
@@ -127,12 +127,12 @@ def diagnose(
         )
         log.error("update %d again:\n%s", update, finding.table())
         chart = magnitudes_chart(finding, f"Update {update}, first not finite: {finding.event}")
-        tracker.picture("diagnosis", chart, update)
+        tracker.image("diagnosis", chart, update)
         with _files_of(url) as folder:
             (folder / DIAGNOSIS_FILE).write_bytes(record.to_json())
             (folder / RECIPE_FILE).write_text(dump_recipe(run), encoding="utf-8")
             shutil.copyfile(run.deepspeed_path, folder / DEEPSPEED_FILE)
-            chart.save(folder / PICTURE_FILE)
+            chart.save(folder / IMAGE_FILE)
             tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
     ranks.barrier()  # a launcher ends the others as soon as one is gone
     recipe = f" {run.folder}/recipe.yaml" if objects.is_s3(url) else ""
@@ -144,7 +144,7 @@ def diagnose(
     return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {url}/{DIAGNOSIS_FILE}. {state}"
 
 
-def replay(run: PriorRun, url: str, ranks: Ranks) -> dict[str, Any]:
+def replay(run: PriorRunConfig, url: str, ranks: Ranks) -> dict[str, Any]:
     """Make the update of a diagnosis again, on any number of ranks and in whatever format the recipe says -> summary.
 
     Nothing of the run that it came from is read or changed. All ranks call it together.
@@ -196,7 +196,7 @@ def _save_batch(micro_batches: Sequence[TokenBatch], folder: Path, ranks: Ranks)
     save_file(tensors, folder / BATCHES / f"rank-{ranks.rank:05d}.safetensors", names)
 
 
-def _load_batch(url: str, run: PriorRun, ranks: Ranks) -> list[TokenBatch]:
+def _load_batch(url: str, run: PriorRunConfig, ranks: Ranks) -> list[TokenBatch]:
     """This rank's share of the samples of all files, in the recipe's micro-batches."""
     texts, images, names = [], [], {"keys": [], "captions": [], "shards": []}
     for file_url in sorted(objects.list_files(objects.join(url, BATCHES), ".safetensors")):

@@ -35,12 +35,7 @@ MAX_FILE_BYTES = 5 * 10**9
 
 
 def export_checkpoint(
-    run_folder: str | Path,
-    out: str | Path,
-    *,
-    tag: str | None = None,
-    averaged: bool = True,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    run_folder: str | Path, out: str | Path, *, tag: str | None = None, ema: bool = True, max_file_bytes: int = MAX_FILE_BYTES
 ) -> dict[str, Any]:
     """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the proof of parity.
 
@@ -48,7 +43,7 @@ def export_checkpoint(
         run_folder: folder of the training run, or the s3:// url that its checkpoints go to.
         out: the export's folder, a path or s3:// url.
         tag: name of the checkpoint, e.g. "update_00000500"; None: the newest.
-        averaged: the averaged weights (what the paper samples from), or the last ones.
+        ema: the averaged weights (what the paper samples from), or the last ones.
         max_file_bytes: a larger model becomes several files with an index.
 
     Raises:
@@ -63,7 +58,7 @@ def export_checkpoint(
     tokenizer, dvae = CaptionTokenizer(inputs[TOKENIZER_FILE]), verified_fingerprint(inputs[DVAE_FILE], "dvae")
     for name, expected, found in ((TOKENIZER_FILE, about.tokenizer, tokenizer.fingerprint), (DVAE_FILE, about.dvae, dvae)):
         require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the former.")
-    state = _weights(checkpoint, averaged)
+    state = _weights(checkpoint, ema)
     n_bytes = sum(tensor.nbytes for tensor in state.values())
 
     # first and last: a folder without config.json is not taken for an export, nor is one that was written in part
@@ -73,14 +68,14 @@ def export_checkpoint(
         fingerprint = write_weights(
             model, kind="prior", config=about.model.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
         )
-    parity = _parity(checkpoint, model) if averaged else None  # only of the average are losses
+    parity = _parity(checkpoint, model) if ema else None  # only of the average are losses
     record = ExportRecord(
         format=1,
         fingerprint=fingerprint,
         dvae=about.dvae,
         tokenizer=about.tokenizer,
         update=checkpoint.update,
-        averaged=averaged,
+        ema=ema,
         caption_dropout=about.caption_dropout,
         data_fingerprint=about.data,
         data_content=about.content,
@@ -95,7 +90,7 @@ def export_checkpoint(
     objects.write_bytes(objects.join(out, RECORD_FILE), record.to_json())
     return {
         "export": str(out),
-        **record.model_dump(include={"fingerprint", "update", "averaged", "checkpoint"}),
+        **record.model_dump(include={"fingerprint", "update", "ema", "checkpoint"}),
         "parity": parity,
         "gigabytes": round(n_bytes / 1e9, 3),
         "peak_memory_gigabytes": peak_gigabytes(torch.device("cpu")).get("memory/cpu_peak_gigabytes"),
@@ -118,11 +113,11 @@ def _absolute(url: str) -> str:
     return url if "://" in url else str(Path(url).resolve())
 
 
-def _weights(checkpoint: Checkpoint[PriorAbout], averaged: bool) -> dict[str, StoredTensor]:
+def _weights(checkpoint: Checkpoint[PriorAbout], ema: bool) -> dict[str, StoredTensor]:
     """Where the weights lie, once it is known that they are this model's."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Prior(checkpoint.about.model).named_parameters()}
-    tensors = SavedState(checkpoint.data).of_kind(AVERAGE if averaged else WEIGHTS)
+    tensors = SavedState(checkpoint.data).of_kind(AVERAGE if ema else WEIGHTS)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if found != shapes:
         different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))

@@ -11,13 +11,13 @@ from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.prior.build import read_engine_config
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.state import PriorAbout, TrainedOn
 
 
 @dataclass(frozen=True)
 class PriorJob:
-    recipe: PriorRun
+    recipe: PriorRunConfig
     engine_config: EngineConfig
     model_config: PriorConfig
     train_set: TokenMix
@@ -35,7 +35,7 @@ class PriorJob:
         return self.newest is not None and self.newest.update >= self.recipe.updates
 
 
-def check_job(recipe: PriorRun, ranks: Ranks) -> PriorJob:
+def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
     """Open the data sets, find the newest checkpoint. All ranks call it together.
 
     Raises:
@@ -49,7 +49,7 @@ def check_job(recipe: PriorRun, ranks: Ranks) -> PriorJob:
     for what, expected, found in (("dVAE", recipe.data.dvae, info.dvae), ("tokenizer", recipe.data.tokenizer, info.tokenizer)):
         if expected is not None:
             require_same(f"{what} of data set {train_set.root_url}", expected, found, "The recipe asks for the former.")
-    model_config = recipe.model.resolve(info, train_set.tokenizer.n_vocab, train_set.root_url)
+    model_config = recipe.model.resolve(info, train_set.tokenizer.vocab_size, train_set.root_url)
     about = PriorAbout(
         model=model_config,
         data=train_set.fingerprint,

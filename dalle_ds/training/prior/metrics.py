@@ -13,10 +13,10 @@ from dalle_ds.data.tokens import TokenStream
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.step_timer import collective_share
-from dalle_ds.precision.resblock_scaling import BlockScaler
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler
 from dalle_ds.tracking.charts import gradient_scales, position_heatmap
 from dalle_ds.tracking.tracker import NullTracker
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.state import TrainState
 from dalle_ds.training.prior.throughput import Throughput, known_peak_tflops, peak_gigabytes
 
@@ -28,26 +28,26 @@ CHART_POINTS = 1000
 """Updates that the chart of gradient scales shows at most: more than it has pixels."""
 
 
-def describe(run: PriorRun, n_parameters: int, world_size: int) -> str:
+def describe(run: PriorRunConfig, n_parameters: int, world_size: int) -> str:
     """What the run is and where to look first: Markdown for its page."""
     lines = [
         f"Prior `{run.model.preset}` of {n_parameters / 1e6:.1f} million parameters: {run.updates} updates of "
         f"{run.global_batch} samples of `{run.data.sources}` on {world_size} ranks.",
         "",
         "Where to look first, under *Model metrics*:",
-        "- `loss/validation_image`: nats an image token on held-out pictures, of the averaged weights. It falls to the end; "
-        "where it rises while `loss/train_image` falls, the prior learns its pictures by heart.",
-        "- `optimizer/skipped_updates`, and the picture `optimizer/gradient_scales`: a few skipped updates and slowly rising "
+        "- `loss/validation/image`: nats an image token of the EMA on the validation split. It falls to the end; "
+        "where it rises while `loss/train/image` falls, the prior learns its images by heart.",
+        "- `optimizer/skipped_updates`, and the image `optimizer/gradient_scales`: a few skipped updates and slowly rising "
         "scales are healthy; a block whose scale keeps falling is not.",
         "- `speed/tokens_per_second`, `speed/mfu` (where the peak of the device is known), `time_share/data_wait`: near 0, or "
         "training waits for its data.",
-        "- the pictures `held_out/samples` and `loss/by_position`, by update.",
+        "- the images `samples/validation` and `loss/by_position`, by update.",
         "",
         "Parameters are what differs from the paper's recipe and decides what is learned; all settings are in `recipe.yaml` "
         "and `deepspeed.json` under *Artifacts*.",
     ]
     if run.tracking.samples_every:
-        lines += ["", f"![Newest samples](get-artifact?path=pictures%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
+        lines += ["", f"![Newest samples](get-artifact?path=images%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
     return "\n".join(lines)
 
 
@@ -56,7 +56,7 @@ class PriorMetrics:
 
     def __init__(
         self,
-        recipe: PriorRun,
+        recipe: PriorRunConfig,
         model_config: PriorConfig,
         engine: PriorEngine,
         stream: TokenStream,
@@ -104,12 +104,12 @@ class PriorMetrics:
         if state.update % self._every and report.took_step:
             return
         values = {
-            "loss/train": report.loss,
-            "loss/train_text": report.text_loss,
-            "loss/train_image": report.image_loss,
+            "loss/train/total": report.loss,
+            "loss/train/text": report.text_loss,
+            "loss/train/image": report.image_loss,
             "optimizer/learning_rate": lr,
             "optimizer/skipped_updates": state.n_skipped,
-            "optimizer/epoch": state.update / self._stream.steps_per_epoch,
+            "optimizer/epoch": state.update / self._stream.updates_per_epoch,
             **self._throughput.metrics(self._engine.phases.take(), self._stream.wait_seconds),
             "speed/data_wait_seconds": self._stream.wait_seconds,
             "speed/captions_cut": self._stream.n_truncated,
@@ -131,25 +131,25 @@ class PriorMetrics:
         )
 
     def log_validation(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
-        """Held-out losses of the averaged weights; `nll_BN` of some samples makes a map of the image loss by grid position."""
+        """Log the EMA's validation losses; `nll_BN` of some samples makes a map of the image loss by grid position."""
         if not self._is_main:
             return
         update, grid, scaler = self._state.update, self._grid, self._engine.scaler
-        self._tracker.metrics({"loss/validation_text": text_loss, "loss/validation_image": image_loss}, update)
-        log.info("update %d: held-out image loss %.4f, text loss %.4f nats a token", update, image_loss, text_loss)
-        chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"held-out loss by position, update {update}")
-        self._tracker.picture("loss/by_position", chart, update)
+        self._tracker.metrics({"loss/validation/text": text_loss, "loss/validation/image": image_loss}, update)
+        log.info("update %d: validation image loss %.4f, text loss %.4f nats a token", update, image_loss, text_loss)
+        chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"validation loss by position, update {update}")
+        self._tracker.image("loss/by_position", chart, update)
         if scaler:
             self.log_scales("gradient scales")
             if len(self._scale_history) > 1:
                 updates, scales = zip(*self._scale_history, strict=True)
                 lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
-                self._tracker.picture("optimizer/gradient_scales", gradient_scales(updates, lines), update)
+                self._tracker.image("optimizer/gradient_scales", gradient_scales(updates, lines), update)
 
     def log_samples(self, sheet: Image.Image) -> None:
-        """Pictures for held-out captions: over time among the charts, the newest one in the run's description."""
-        self._tracker.picture("held_out/samples", sheet, self._state.update)
-        self._tracker.picture(SAMPLES, sheet)
+        """Images for validation captions: over time among the charts, the newest one in the run's description."""
+        self._tracker.image("samples/validation", sheet, self._state.update)
+        self._tracker.image(SAMPLES, sheet)
 
     def log_scales(self, what: str) -> None:
         """The range of the blocks' gradient scales, in the log."""
@@ -174,7 +174,7 @@ class PriorMetrics:
             del self._scale_history[::2]
             self._scale_stride *= 2
 
-    def _warn_of_limits(self, scaler: BlockScaler) -> None:
+    def _warn_of_limits(self, scaler: ResblockGradScaler) -> None:
         now, powers = scaler.at_limits(), scaler.log2_scales()
         for name, limit in now.items():
             if self._at_limits.get(name) != limit:

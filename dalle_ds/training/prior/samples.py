@@ -1,4 +1,4 @@
-"""Sheets of samples while a prior trains: a few held-out captions, always the same, with always the same noise."""
+"""Sheets of samples while a prior trains: a few validation captions, always the same, with always the same noise."""
 
 # C captions, K candidates a caption, N image tokens
 
@@ -10,11 +10,11 @@ from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.models.prior import Prior, PriorConfig
-from dalle_ds.sampling.decode import decode_pictures
+from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.generate import generate
-from dalle_ds.sampling.grid import picture_grid
-from dalle_ds.sampling.held_out import READ_AT_LEAST, held_out_of
+from dalle_ds.sampling.grid import image_grid
 from dalle_ds.sampling.request import seed_of
+from dalle_ds.sampling.validation_samples import READ_AT_LEAST, validation_of
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.storage.weights import read_weights
@@ -34,21 +34,21 @@ class SampleSheets:
             dvae = DVAE(DVAEConfig(**saved.config))
         dvae.load_state_dict(saved.state, assign=True)
         self._dvae = dvae.eval().requires_grad_(False)
-        held_out = held_out_of([TokenDataset(dataset.root_url, "validation")], config.text_len, READ_AT_LEAST)
-        one_of_each = list({group: row for row, group in enumerate(held_out.groups)}.values())
-        self._held_out = held_out.take(one_of_each[:: -(-len(one_of_each) // CAPTIONS)])
+        validation = validation_of([TokenDataset(dataset.root_url, "validation")], config.text_len, READ_AT_LEAST)
+        one_of_each = list({group: row for row, group in enumerate(validation.groups)}.values())
+        self._validation = validation.take(one_of_each[:: -(-len(one_of_each) // CAPTIONS)])
 
     def draw(self, weights: dict[str, Tensor], update: int) -> Image.Image:
-        """Real pictures (by their codes) and samples of the prior with these whole weights, a row for each caption."""
+        """Real images (by their codes) and samples of the prior with these whole weights, a row for each caption."""
         with torch.device("meta"):
             prior = Prior(self._config)
         prior.load_state_dict({name: weight.to(self._device) for name, weight in weights.items()}, assign=True)
         use_attention(prior, "auto", self._device)
-        captions = self._held_out.captions
+        captions = self._validation.captions
         seeds_CK = [[seed_of(0, caption, k) for k in range(CANDIDATES)] for caption in captions]
         prior = prior.eval().requires_grad_(False)
-        codes_CKN = generate(prior, self._held_out.text_ST, seeds_CK, temperature=TEMPERATURE)
-        real_codes_C1N = self._held_out.image_SN[:, None].to(codes_CKN)
-        rows = [decode_pictures(self._dvae, codes_KN) for codes_KN in torch.cat([real_codes_C1N, codes_CKN], 1)]
+        codes_CKN = generate(prior, self._validation.text_ST, seeds_CK, temperature=TEMPERATURE)
+        real_codes_C1N = self._validation.image_SN[:, None].to(codes_CKN)
+        rows = [decode_images(self._dvae, codes_KN) for codes_KN in torch.cat([real_codes_C1N, codes_CKN], 1)]
         titles = ["real, by its codes", *(f"sample {k + 1}" for k in range(CANDIDATES))]
-        return picture_grid(rows, captions, title=f"Update {update}, temperature {TEMPERATURE:g}", column_titles=titles)
+        return image_grid(rows, captions, title=f"Update {update}, temperature {TEMPERATURE:g}", column_titles=titles)

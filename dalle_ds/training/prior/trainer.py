@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import TrainingDiverged
 from dalle_ds.models.presets import effective_parameters
-from dalle_ds.optim.ema import WeightAverage
+from dalle_ds.optim.ema import EMA
 from dalle_ds.optim.plateau import Plateau
 from dalle_ds.parallel.engine import UpdateReport
 from dalle_ds.parallel.failure_detection import limit_waiting
@@ -26,7 +26,7 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.names import DVAE_FILE, TOKENIZER_FILE
 from dalle_ds.training.checkpoint import Checkpoint
 from dalle_ds.training.prior.build import build_engine
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.diagnosis import DivergenceMonitor, diagnose
 from dalle_ds.training.prior.job import PriorJob, check_job
 from dalle_ds.training.prior.metrics import PriorMetrics, describe
@@ -41,10 +41,10 @@ SUMMARY_FILE, DEEPSPEED_FILE = "summary.json", "deepspeed.json"
 PARITY_SAMPLES = 4
 COMPARED = ("updates", "global_batch", "seed", "model.", "optimizer.", "learning_rate.", "data.bpe_", "data.caption_")
 """Settings that are MLflow parameters where they differ from the paper's; others are in recipe.yaml alone. Its page lists all
-parameters above each picture, which a few leave in sight."""
+parameters above each image, which a few leave in sight."""
 
 
-def train_prior(recipe: PriorRun, ranks: Ranks) -> dict[str, Any]:
+def train_prior(recipe: PriorRunConfig, ranks: Ranks) -> dict[str, Any]:
     """Train, or go on with, the run in `recipe.folder`. All ranks call it; the summary is the same on each.
 
     Raises:
@@ -76,7 +76,7 @@ class PriorTrainer:
         recipe, ranks, config = job.recipe, run.ranks, job.model_config
         self.run, self.job, self.recipe, self.ranks, self.checkpoints = run, job, recipe, ranks, job.checkpoints
         per_parameter = CHECKPOINT_BYTES + state_bytes(config, recipe.optimizer.moments).moments
-        self.checkpoints.require_room(job.n_parameters * (per_parameter + recipe.replicas.checkpoint_bytes), ranks)
+        self.checkpoints.check_disk_space(job.n_parameters * (per_parameter + recipe.replicas.checkpoint_bytes), ranks)
         self.validation, self.parity_batch = self._validation_batches()
         self.stream = TokenStream(
             job.train_set,
@@ -93,7 +93,7 @@ class PriorTrainer:
         )
         self.engine = build_engine(recipe, config, job.engine_config, ranks)
         limit_waiting(recipe.failure.collective_timeout)  # of the groups that the engine made as well
-        self.average = WeightAverage(self.engine.shards(), recipe.average, device="cpu", background=True)
+        self.ema = EMA(self.engine.shards(), recipe.ema, device="cpu", background=True)
         self.plateau = Plateau(recipe.learning_rate.plateau) if recipe.learning_rate.plateau else None
         self.divergence = DivergenceMonitor(recipe.failure)
         self.state = TrainState() if job.newest is None else self._restore(job.newest)
@@ -168,8 +168,8 @@ class PriorTrainer:
 
     def average_weights(self) -> None:
         """After a step: take the weights into their average, where a copy is due."""
-        if self.state.update % self.recipe.average.every == 0:
-            self.average.update(self.engine.shards())
+        if self.state.update % self.recipe.ema.every == 0:
+            self.ema.update(self.engine.shards())
 
     def validate(self) -> None:
         """Losses of the averaged weights on the validation split."""
@@ -177,7 +177,7 @@ class PriorTrainer:
             text_loss, image_loss = self.engine.evaluate(_tensors(self.validation))
             first = self.validation[0]
             nll_BN = self.engine.image_nll(first.text_BT, first.image_BN)
-        self.last_validation = {"held_out_image_loss": image_loss, "held_out_text_loss": text_loss}
+        self.last_validation = {"loss/validation/image": image_loss, "loss/validation/text": text_loss}
         self.metrics.log_validation(text_loss, image_loss, nll_BN)
 
     def draw_samples(self) -> None:
@@ -221,7 +221,7 @@ class PriorTrainer:
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Within, the engine has the averaged weights."""
-        return self.average.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
+        return self.ema.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -232,11 +232,11 @@ class PriorTrainer:
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
         state = {
             "train_state": self.state.to_dict(),
-            "n_averaged": self.average.n_updates,
+            "n_averaged": self.ema.n_updates,
             "plateau": self.plateau.state_dict() if self.plateau else None,
         }
         background = self.recipe.checkpoint.background
-        snapshot = self.engine.snapshot(state, self.average.averages, copy=background)
+        snapshot = self.engine.snapshot(state, self.ema.averages, copy=background)
 
         def write(folder: Path) -> None:
             snapshot.write(folder)
@@ -249,8 +249,8 @@ class PriorTrainer:
         self.checkpoints.begin(self.state.update, write, about, self.ranks, background)
 
     def _restore(self, checkpoint: Checkpoint[PriorAbout]) -> TrainState:
-        saved = self.engine.load(checkpoint.data, self.average.averages)
-        self.average.n_updates = saved["n_averaged"]
+        saved = self.engine.load(checkpoint.data, self.ema.averages)
+        self.ema.n_updates = saved["n_averaged"]
         if self.plateau and saved["plateau"]:
             self.plateau.load_state_dict(saved["plateau"])
         if self.ranks.is_main:
@@ -281,11 +281,11 @@ class PriorTrainer:
             recipe.tracking,
             tags={
                 "stage": "train_prior",
-                "lineage.data": about.data,
-                "lineage.dataset": job.train_set.root_url,
-                "lineage.data_content": about.content,
-                "lineage.dvae": about.dvae,
-                "lineage.tokenizer": about.tokenizer,
+                "provenance.data": about.data,
+                "provenance.dataset": job.train_set.root_url,
+                "provenance.data_content": about.content,
+                "provenance.dvae": about.dvae,
+                "provenance.tokenizer": about.tokenizer,
                 "world_size": world_size,
                 "n_parameters": job.n_parameters,
                 "effective_parameters": effective_parameters(job.model_config),
@@ -308,7 +308,7 @@ class PriorTrainer:
             n_micro_batches,
             recipe.micro_batch,
         )
-        log.info("%d train samples, %d updates an epoch", job.train_set.n_samples, self.stream.steps_per_epoch)
+        log.info("%d train samples, %d updates an epoch", job.train_set.n_samples, self.stream.updates_per_epoch)
         log.info("parameter groups: %s", self.engine.groups_description)
         if self.engine.replica_gradients:
             log.info("%d replicas: %s", recipe.replicas.count, self.engine.replica_gradients.describe())

@@ -13,7 +13,7 @@ from dalle_ds.ops.attention import flex
 from dalle_ds.parallel.ranks import join, leave
 from dalle_ds.recipes import load_recipe
 from dalle_ds.training.prior import build as prior_engine
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.trainer import train_prior
 
 
@@ -30,7 +30,7 @@ def main(recipe: Path, overrides: list[str]) -> None:
 
     verify = prior_engine.verify_attention
     prior_engine.verify_attention = lambda *args, **how: (verify(*args, **how), count("verified"))
-    run = load_recipe(PriorRun, recipe, overrides)
+    run = load_recipe(PriorRunConfig, recipe, overrides)
     summary = train_prior(run, join())
     count("trained")
     Path(run.folder, "counts.json").write_text(json.dumps({**counts, "updates": summary["updates"]}))

@@ -18,17 +18,17 @@ from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.precision.fp16_branches import use_fp16_branches
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
 from dalle_ds.sampling.generate import generate
-from dalle_ds.training.clip.config import ClipRun
+from dalle_ds.training.clip.config import ClipRunConfig
 from dalle_ds.training.clip.trainer import ClipTrainer
-from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.metrics import BATCH, measure
 from dalle_ds.training.dvae.trainer import DVAETrainer
 from dalle_ds.training.preemption import StopFlag
 from dalle_ds.training.run import TrainingRun
 from preprocessing.demo.drawn import draw
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 
 Found = dict[str, Any]
 GIB = 2**30
@@ -65,7 +65,7 @@ def _step(
     before = gpu.live_bytes
     with gpu.device:
         prior = Prior(config)
-    scaler = BlockScaler(prior, BlockScalingConfig(), gpu.device)
+    scaler = ResblockGradScaler(prior, ResblockScalingConfig(), gpu.device)
     attention = use_attention(prior, "auto", gpu.device)
     if recomputed:
         recompute_layers(prior)
@@ -86,7 +86,7 @@ def _step(
 
 
 def sampling(n_heads: int, in_fp16: bool) -> Found:
-    """`generate`, the last few tokens of 16 pictures of one caption. A step is recorded as a CUDA graph after two to warm up;
+    """`generate`, the last few tokens of 16 images of one caption. A step is recorded as a CUDA graph after two to warm up;
     its replays launch nothing here, so that what remains of a token is what `generate` does beside."""
 
     def run(gpu: FakeGPU, n_layers: int, n_tokens: int) -> Counts:
@@ -95,8 +95,8 @@ def sampling(n_heads: int, in_fp16: bool) -> Found:
             prior = Prior(config)
         if in_fp16:
             use_fp16_branches(prior)
-        text_CT = torch.randint(config.text_vocab, (1, config.text_len - 1))
-        prime_CP = torch.randint(config.image_vocab, (1, config.n_image - n_tokens))
+        text_CT = torch.randint(config.vocab_size, (1, config.text_len - 1))
+        prime_CP = torch.randint(config.n_codes, (1, config.n_image - n_tokens))
         with gpu.counting() as counts:
             generate(prior, text_CT, [range(16)], prime_codes_CP=prime_CP)
         return counts
@@ -118,7 +118,7 @@ def sampling(n_heads: int, in_fp16: bool) -> Found:
 
 def dvae_update(folder: str) -> Found:
     """An update of the paper's dVAE at 256 pixels in fp16, a micro-batch of 8, and a validation."""
-    run = DVAERun(
+    run = DVAERunConfig(
         folder=str(Path(folder, "run")),
         data={"raw": _raw(Path(folder, "raw"), 300), "validation_fraction": 0.2},
         batch_size=8,
@@ -138,7 +138,7 @@ def dvae_update(folder: str) -> Found:
 
 def clip_update(folder: str) -> Found:
     """An update of a CLIP in bf16."""
-    run = ClipRun(
+    run = ClipRunConfig(
         folder=str(Path(folder, "run")),
         data={"raw": _raw(Path(folder, "raw"), 40), "validation_fraction": 0.2},
         batch_size=16,

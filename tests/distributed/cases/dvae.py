@@ -10,34 +10,34 @@ from dalle_ds.commands.job import on_all_ranks
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training import run as training_run
-from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.trainer import DVAETrainer, train_dvae
 from tests.training.dvae.runs import dvae_run
 
 
-def recipe(home: Path, name: str) -> DVAERun:
+def recipe(home: Path, name: str) -> DVAERunConfig:
     """Four parts an update; eps is large since Adam makes a whole step of a gradient that is nothing but rounding."""
     return dvae_run(
         home / "raw",
         home / name,
         micro_batch=2,
         updates=40,
-        checkpoint_every=4,
-        report_every=15,
+        checkpoint={"every": 4},
+        validation={"every": 15, "samples": 4096},
         optimizer={"clip": 1.0, "eps": 1e-3},
         tracking={"uri": "http://127.0.0.1:9", "every": 1},
     )
 
 
-def trained(run: DVAERun, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The report, and (update, loss, gradient norm, unusable pictures so far) of every update; without MLflow."""
+def trained(run: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The report, and (update, loss, gradient norm, unusable images so far) of every update; without MLflow."""
     seen: list[tuple[int, float, float, float]] = []
     step = DVAETrainer._step
 
     def recording(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         metrics, stop_requested = step(self, stop_requested)
-        names = ("loss", "grad_norm", "unusable_pictures")
-        seen.append((self.update, *(float(metrics[f"train/{name}"]) for name in names)))
+        names = ("loss/train/total", "optimizer/gradient_norm", "speed/unusable_images")
+        seen.append((self.update, *(float(metrics[name]) for name in names)))
         return metrics, stop_requested
 
     with MonkeyPatch.context() as patch:

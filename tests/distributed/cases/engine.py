@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Layer, Prior, PriorConfig, initialise
 from dalle_ds.optim.build import OptimizerSettings
-from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.checkpoint_tensors import WEIGHTS, SavedState
@@ -27,10 +27,10 @@ from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.parallel.zero_shards import fragments
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
 from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 
-CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, text_vocab=40, image_vocab=32, conv_kernel=3)
+CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, vocab_size=40, n_codes=32, conv_kernel=3)
 ADAMW = OptimizerSettings(lr=3e-3, betas=(0.9, 0.96), eps=1e-8, weight_decay=0.045)
 LOW_BIT = replace(ADAMW, moments="low_bit")
 UPDATES, GLOBAL_BATCH, CLIP = 5, 8, 0.5  # the norm starts near 1, so clipping is at work
@@ -259,7 +259,7 @@ def plain_calibration() -> list[float]:
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     settings = {key: value for key, value in WIDE.items() if key not in ("enabled", "loss_scale")}
-    scaler = BlockScaler(model, BlockScalingConfig(calibration_trials=TRIALS, **settings), n_micro_batches=4)
+    scaler = ResblockGradScaler(model, ResblockScalingConfig(calibration_trials=TRIALS, **settings), n_micro_batches=4)
     text, image = global_batch(0)
     n_text, n_image = (text >= 0).sum(), image.numel()
 
@@ -348,7 +348,7 @@ def low_bit_moments(folder: Path, ranks: Ranks, name: str, **how: Any) -> dict[s
 def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Evaluate with averaged weights; small parameters stay whole on every rank (threshold), as in real configurations."""
     engine = make_engine(folder, ranks, threshold=1000)
-    average = WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+    average = EMA(engine.shards(), EMAConfig(decay=0.5))
     for update in range(3):
         engine.update(micro_batches(update, ranks, 1), ADAMW.lr)
         average.update(engine.shards())

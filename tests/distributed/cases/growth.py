@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepspeed.runtime.zero import parameter_offload
 
-from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.ranks import join, leave
 from tests.distributed.cases import engine as engine_cases
@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     engine_cases.CONFIG = engine_cases.CONFIG.model_copy(update={"n_layers": 1})
     engine = make_engine(folder, ranks, PER_RESBLOCK, accumulation=2)
     recompute_layers(engine.module)
-    average = WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+    average = EMA(engine.shards(), EMAConfig(decay=0.5))
     batch, held = micro_batches(0, ranks, 2), []
     for update in range(UPDATES):
         report = engine.update(batch, ADAMW.lr)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle_ds.models.prior import IMAGE_WEIGHT, TEXT_WEIGHT, Prior, initialise
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
 from dalle_ds.optim.build import OptimizerSettings
-from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
@@ -24,7 +24,7 @@ from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.parallel.replicas.groups import ReplicasConfig
 from dalle_ds.parallel.zero_shards import fragments
-from dalle_ds.precision.resblock_scaling import BlockScaler, BlockScalingConfig
+from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
 from tests.distributed.cases.engine import (
     ADAMW,
     CLIP,
@@ -59,7 +59,7 @@ def plain_run(n_updates: int = UPDATES) -> list[list[float]]:
     """One process, with the same roundings: (text loss, image loss, norm before clipping) of every update."""
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
-    scaler = BlockScaler(model, BlockScalingConfig())
+    scaler = ResblockGradScaler(model, ResblockScalingConfig())
     groups = decay_groups(model.named_parameters(), ADAMW.weight_decay, "low_bit")
     ours = {name: model.get_parameter(name) for group in groups if group["moments"] == "low_bit" for name in group["names"]}
     halves = {name: parameter.detach().half().flatten() for name, parameter in ours.items()}
@@ -135,7 +135,7 @@ def save_and_load(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """A calibrated run with a block left out, its checkpoint, and how its engine and a new one go on from there."""
     first = engine_of(folder, ranks, fp16={**WIDE, "skip": "block", "calibration_trials": 4})
     first.calibrate(micro_batches(0, ranks))
-    average = WeightAverage(first.shards(), AverageConfig(decay=0.5))
+    average = EMA(first.shards(), EMAConfig(decay=0.5))
     first.update(micro_batches(0, ranks), ADAMW.lr)
     with poisoned(first.scaler.blocks[1].branch, ranks):
         first.update(micro_batches(1, ranks), ADAMW.lr)

@@ -15,7 +15,7 @@ from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import join, leave
 
-CONFIG = PriorConfig(n_layers=4, n_heads=4, text_vocab=2048, image_vocab=2048)
+CONFIG = PriorConfig(n_layers=4, n_heads=4, vocab_size=2048, n_codes=2048)
 MICRO_BATCH, BUCKET, LIVE = 1, 500_000, 1_000_000
 
 

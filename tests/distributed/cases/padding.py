@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dalle_ds.models import prior
-from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from tests.distributed.cases import engine as engine_cases
@@ -91,7 +91,7 @@ def run(folder: Path, ranks: Ranks) -> dict[str, Any]:
     draw, prior._draw = prior._draw, count
     engine = make_engine(folder, ranks, {**PER_RESBLOCK, "skip": "block"}, threshold=1000)
     prior._draw = draw
-    average = WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+    average = EMA(engine.shards(), EMAConfig(decay=0.5))
     found: dict[str, Any] = {"draws": ranks.gather_objects(n_draws), "at_first": evaluate(), "before": [update(0)]}
     if ranks.world_size == N_SAVED:
         with poisoned(engine.scaler.blocks[3].branch, ranks):

@@ -19,7 +19,7 @@ from tests.distributed.cases.engine import ADAMW, CLIP, CONFIG, GLOBAL_BATCH, UP
 
 PER_BLOCK = {"enabled": True, "loss_scale": "per_resblock"}
 N_REPLICAS = 2
-RUN_CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=32, text_len=4, grid=3, text_vocab=8, image_vocab=8, conv_kernel=3)
+RUN_CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=32, text_len=4, grid=3, vocab_size=8, n_codes=8, conv_kernel=3)
 RUN_UPDATES, RUN_BATCH = 50, 32
 
 
@@ -142,7 +142,7 @@ def save_and_load(folder: Path, ranks: Ranks, name: str, **settings: Any) -> dic
     }
 
 
-def picture_of(text: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def image_of(text: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """A rule to learn: cell j shows word 0 + j * word 1, and one cell in ten something else."""
     image = (text[:, :1] + torch.arange(9) * text[:, 1:2]) % 8
     return torch.where(noise[:, 0] < 0.1, (noise[:, 1] * 8).long(), image)
@@ -156,7 +156,7 @@ def real_run(folder: Path, ranks: Ranks, config: ReplicasConfig) -> dict[str, An
     for update in range(RUN_UPDATES):
         generator = torch.Generator().manual_seed(update)
         text = torch.randint(0, 8, (RUN_BATCH, 3), generator=generator)
-        image = picture_of(text, torch.rand(RUN_BATCH, 2, 9, generator=generator))
+        image = image_of(text, torch.rand(RUN_BATCH, 2, 9, generator=generator))
         losses.append(engine.update([(text[mine], image[mine])], ADAMW.lr).image_loss)
     sent = engine.replica_gradients
     return {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dalle_ds.errors import UserError
-from dalle_ds.optim.ema import AverageConfig, WeightAverage
+from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.storage.record import Record
@@ -33,7 +33,7 @@ class Said(Record):
     """What these checkpoints say of their run: nothing."""
 
 
-def _go_on(engine: PriorEngine, average: WeightAverage, ranks: Ranks) -> dict[str, Any]:
+def _go_on(engine: PriorEngine, average: EMA, ranks: Ranks) -> dict[str, Any]:
     """Evaluation before anything moves, then two updates, then the averaged weights."""
     batch = [engine_cases.global_batch(9)]
     seen: dict[str, Any] = {"at_once": engine.evaluate(batch)}
@@ -45,8 +45,8 @@ def _go_on(engine: PriorEngine, average: WeightAverage, ranks: Ranks) -> dict[st
     return seen
 
 
-def _average(engine: PriorEngine) -> WeightAverage:
-    return WeightAverage(engine.shards(), AverageConfig(decay=0.5))
+def _average(engine: PriorEngine) -> EMA:
+    return EMA(engine.shards(), EMAConfig(decay=0.5))
 
 
 def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -115,9 +115,9 @@ def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
         "full": full,
         "found": ranks.gather_objects([each.name for each in found]),
         "files": sorted(Path(name).name for name in found[0].record.files),
-        "not shared": said(lambda: CheckpointStore(own, Said, keep=2).require_room(1, ranks)),
-        "not writable": said(lambda: CheckpointStore(readonly, Said, keep=2).require_room(1, ranks)),
-        "writable": said(lambda: checkpoints.require_room(1, ranks)),
+        "not shared": said(lambda: CheckpointStore(own, Said, keep=2).check_disk_space(1, ranks)),
+        "not writable": said(lambda: CheckpointStore(readonly, Said, keep=2).check_disk_space(1, ranks)),
+        "writable": said(lambda: checkpoints.check_disk_space(1, ranks)),
     }
 
 

@@ -10,10 +10,10 @@ from dalle_ds.errors import UserError
 from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.executors import local
 from preprocessing.stages import encode, ingest, verify
-from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World
+from tests.preprocessing.conftest import N_IMAGES, N_SHARDS, World
 from tests.preprocessing.test_disturbances import killing_progress
 
-RAW_SAMPLES = N_PICTURES // N_SHARDS
+RAW_SAMPLES = N_IMAGES // N_SHARDS
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def test_a_lost_node_costs_nothing_but_time(
     # On what is left of the cluster: a failed shard is told as it is without Ray, and ingest runs too.
     raw = str(tmp_path / "raw")
     assert (
-        ingest.run(IngestConfig(pictures=str(world.pictures), out=raw, samples_per_shard=RAW_SAMPLES, engine="ray")).summary[
+        ingest.run(IngestConfig(images=str(world.images), out=raw, samples_per_shard=RAW_SAMPLES, engine="ray")).summary[
             "samples"
         ]
-        == N_PICTURES
+        == N_IMAGES
     )
     tar = next(Path(raw, "data").glob("00002-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-1])

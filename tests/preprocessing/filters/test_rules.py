@@ -2,10 +2,10 @@
 
 import pytest
 from PIL import Image
+from tests.support.pictures import encoded
 
 from preprocessing.configs import FilterConfig
-from preprocessing.filters.rules import caption_filters, judge_caption, judge_picture, picture_filters
-from tests.support.pictures import encoded
+from preprocessing.filters.rules import caption_filters, image_filters, judge_caption, judge_image
 
 CONFIG = FilterConfig(min_letters=3, min_side=16)
 
@@ -106,10 +106,10 @@ def test_another_language_can_be_asked_for_or_all() -> None:
 )
 def test_pictures(size: tuple[int, int], reason: str | None) -> None:
     data = encoded(Image.new("RGB", size))
-    assert judge_picture(data, picture_filters(CONFIG), max_pixels=50_000) == reason
+    assert judge_image(data, image_filters(CONFIG), max_pixels=50_000) == reason
 
 
 def test_unreadable_pictures() -> None:
     data = encoded(Image.effect_noise((64, 64), 50))
     for broken in (b"", data[:100], b"<html>not found</html>"):
-        assert judge_picture(broken, picture_filters(CONFIG), CONFIG.max_pixels) == "unreadable"
+        assert judge_image(broken, image_filters(CONFIG), CONFIG.max_pixels) == "unreadable"

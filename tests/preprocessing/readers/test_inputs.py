@@ -13,14 +13,14 @@ from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
-from preprocessing.configs import Columns, IngestConfig, VerifyConfig
+from preprocessing.configs import ColumnsConfig, IngestConfig, VerifyConfig
 from preprocessing.demo.drawn import draw
 from preprocessing.stages import ingest, verify
 from tests.data.test_raw import write_tar
-from tests.support.pictures import encoded
+from tests.support.images import encoded
 
 
-def picture(number: int, kind: str = "PNG") -> bytes:
+def image(number: int, kind: str = "PNG") -> bytes:
     return encoded(draw(number, 48).image, kind)
 
 
@@ -31,8 +31,8 @@ def samples(root: str) -> dict[str, RawSample]:
     return {sample.key: sample for sample in found}
 
 
-def run(pictures: object, out: object, **more: object) -> dict[str, object]:
-    outcome = ingest.run(IngestConfig(pictures=str(pictures), out=str(out), workers=1, **more))
+def run(images: object, out: object, **more: object) -> dict[str, object]:
+    outcome = ingest.run(IngestConfig(images=str(images), out=str(out), workers=1, **more))
     assert outcome.is_complete
     assert outcome.summary["inputs"] == outcome.summary["samples"] + sum(outcome.summary["dropped"].values())
     return outcome.summary
@@ -63,7 +63,7 @@ def img2dataset_output(folder: Path) -> Path:
                 "caption": caption if shard == 0 and i < 2 else None,
             }
             members += [
-                (f"{key}.jpg", picture(10 * shard + i, "JPEG")),
+                (f"{key}.jpg", image(10 * shard + i, "JPEG")),
                 (f"{key}.json", json.dumps(record).encode()),
                 (f"{key}.txt", b"" if (shard, i) == (0, 2) else caption.encode()),
             ]
@@ -87,7 +87,7 @@ def test_img2dataset_output(any_root: str, tmp_path: Path) -> None:
         for i in range(3)
         if (shard, i) != (0, 2)
     }
-    assert found["00001/000010002"].image == picture(12, "JPEG")
+    assert found["00001/000010002"].image == image(12, "JPEG")
     assert run(f"{any_root}/in", f"{any_root}/out")["shards_made_now"] == 0
 
 
@@ -95,8 +95,8 @@ def test_img2datasets_folders_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "in" / "00000"
     folder.mkdir(parents=True)
     for i in range(3):
-        (folder / f"00000000{i}.jpg").write_bytes(picture(i, "JPEG"))
-        (folder / f"00000000{i}.txt").write_text(f"picture number {i}")
+        (folder / f"00000000{i}.jpg").write_bytes(image(i, "JPEG"))
+        (folder / f"00000000{i}.txt").write_text(f"image number {i}")
         (folder / f"00000000{i}.json").write_text('{"status": "success"}')
     (tmp_path / "in" / "00000_stats.json").write_text("{}")
     pq.write_table(pa.table({"url": ["u"]}), tmp_path / "in" / "00000.parquet")
@@ -108,10 +108,10 @@ def test_tars_that_all_count_from_zero_keep_their_keys_apart(tmp_path: Path) -> 
         write_tar(
             tmp_path / "in" / f"{name}.tar",
             [
-                ("0.png", picture(ord(name))),
-                ("0.txt", b"a picture"),
-                ("1.png", picture(1)),
-                ("1.json", b'{"caption": "a picture", "group": "g"}'),
+                ("0.png", image(ord(name))),
+                ("0.txt", b"an image"),
+                ("1.png", image(1)),
+                ("1.json", b'{"caption": "an image", "group": "g"}'),
             ],
         )
     run(tmp_path / "in", tmp_path / "out")
@@ -121,7 +121,7 @@ def test_tars_that_all_count_from_zero_keep_their_keys_apart(tmp_path: Path) -> 
         "b/0": "b/0",
         "b/1": "g",
     }
-    write_tar(tmp_path / "in" / "c.tar", [("0.png", picture(5)), ("0.txt", b"a picture")])
+    write_tar(tmp_path / "in" / "c.tar", [("0.png", image(5)), ("0.txt", b"an image")])
     with pytest.raises(FingerprintMismatch):
         run(tmp_path / "in", tmp_path / "out")
 
@@ -129,8 +129,8 @@ def test_tars_that_all_count_from_zero_keep_their_keys_apart(tmp_path: Path) -> 
 def write_parquet(file: Path, rows: int, **columns: pa.Array) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     table = {
-        "image": pa.array([picture(i, "JPEG" if i % 2 else "WEBP") for i in range(rows)], pa.binary()),
-        "caption": pa.array([f"picture number {i}" for i in range(rows)]),
+        "image": pa.array([image(i, "JPEG" if i % 2 else "WEBP") for i in range(rows)], pa.binary()),
+        "caption": pa.array([f"image number {i}" for i in range(rows)]),
     } | columns
     pq.write_table(pa.table(table), file, row_group_size=4)
     return file
@@ -144,7 +144,7 @@ def test_parquet_of_bytes(any_root: str, tmp_path: Path) -> None:
     assert (summary["shards"], summary["samples"], summary["dropped"]) == (2, 13, {})
     found = samples(f"{any_root}/out")
     assert found["a/part_0/00000006"] == RawSample(
-        "a/part_0/00000006", "a/part_0/00000006", "picture number 6", picture(6, "WEBP"), "webp"
+        "a/part_0/00000006", "a/part_0/00000006", "image number 6", image(6, "WEBP"), "webp"
     )
     assert found["b/00000001"].extension == "jpg"
 
@@ -152,36 +152,36 @@ def test_parquet_of_bytes(any_root: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        ("struct", pa.array([{"bytes": picture(i), "path": None} for i in range(3)])),
-        ("large", pa.array([picture(i) for i in range(3)], pa.large_binary())),
-        ("dictionary", pa.array([picture(i) for i in range(3)], pa.binary()).dictionary_encode()),
+        ("struct", pa.array([{"bytes": image(i), "path": None} for i in range(3)])),
+        ("large", pa.array([image(i) for i in range(3)], pa.large_binary())),
+        ("dictionary", pa.array([image(i) for i in range(3)], pa.binary()).dictionary_encode()),
     ],
 )
-def test_spellings_of_a_picture_column(tmp_path: Path, name: str, column: pa.Array) -> None:
+def test_spellings_of_a_image_column(tmp_path: Path, name: str, column: pa.Array) -> None:
     file = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"pixels": column, "title": pa.array(["first one", "second one", "third one"])}), file)
     with pytest.raises(DataError, match=r"has the columns \['pixels', 'title'\]; expected one of \['image', "):
-        list(ingest.list_parts(str(file), Columns())[0].samples())
+        list(ingest.list_parts(str(file), ColumnsConfig())[0].samples())
     columns = {"image": ["pixels"], "caption": ["title"]}
     run(file, tmp_path / "out", columns=columns)
     assert {key: s.image for key, s in samples(str(tmp_path / "out")).items()} == {
-        f"{name}/{i:08d}": picture(i) for i in range(3)
+        f"{name}/{i:08d}": image(i) for i in range(3)
     }
     with pytest.raises(DataError, match="column 'n' holds int64; expected bytes or text"):
         pq.write_table(pa.table({"n": [1], "caption": ["x"]}), tmp_path / "n.parquet")
-        list(ingest.list_parts(str(tmp_path / "n.parquet"), Columns(image=("n",)))[0].samples())
+        list(ingest.list_parts(str(tmp_path / "n.parquet"), ColumnsConfig(image=("n",)))[0].samples())
 
 
 def test_rows_of_a_parquet_file_that_cannot_be_samples(tmp_path: Path) -> None:
     captions = pa.array([b"good one", b"caf\xe9 noir", None, b"", b"good too"], pa.binary())
     captions = pa.Array.from_buffers(pa.string(), 5, captions.buffers())  # not UTF-8, and no one has checked
-    images = pa.array([picture(0), picture(1), picture(2), picture(3), None], pa.binary())
+    images = pa.array([image(0), image(1), image(2), image(3), None], pa.binary())
     write_parquet(tmp_path / "a.parquet", 5, caption=captions, image=images)
     assert run(tmp_path / "a.parquet", tmp_path / "out")["dropped"] == {
         "unreadable caption": 1,
         "no caption": 1,
         "empty caption": 1,
-        "no picture": 1,
+        "no image": 1,
     }
 
 
@@ -208,8 +208,8 @@ def test_recipes_fit(name: str) -> None:
     assert (filters.min_aspect, filters.max_aspect, filters.language) == (0.5, 2, "en")  # the paper's
 
 
-def test_tars_and_loose_pictures_together_are_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("0.png", picture(0)), ("0.txt", b"a picture")])
-    (tmp_path / "b.png").write_bytes(picture(1))
-    with pytest.raises(DataError, match="holds both tars and loose pictures"):
+def test_tars_and_loose_images_together_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.png", image(0)), ("0.txt", b"an image")])
+    (tmp_path / "b.png").write_bytes(image(1))
+    with pytest.raises(DataError, match="holds both tars and loose images"):
         run(tmp_path, tmp_path / "out")

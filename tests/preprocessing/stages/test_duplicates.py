@@ -17,7 +17,7 @@ from preprocessing.stages.duplicates import NOT_COMPARED, find_duplicates, perce
 
 
 def plain_twin(hashes: list[int], n_against: int, max_distance: int) -> list[int]:
-    """The same by the definition: picture by picture, against all kept ones before it."""
+    """The same by the definition: image by image, against all kept ones before it."""
     earlier = [-1] * len(hashes)
     for i in range(n_against, len(hashes)):
         kept = (j for j in range(i) if earlier[j] < 0 and NOT_COMPARED not in (hashes[i], hashes[j]))
@@ -37,7 +37,7 @@ def test_banding_finds_what_all_pairs_find(max_distance: int, n_against: int) ->
         if i % 17 == 0:
             hashes[i] = NOT_COMPARED
     found = find_duplicates(np.array(hashes, np.uint64), n_against, max_distance)
-    # Where several kept pictures are near, either may be named; which pictures go, and why, is decided.
+    # Where several kept images are near, either may be named; which images go, and why, is decided.
     expected = plain_twin(hashes, n_against, max_distance)
     assert [i >= 0 for i in found] == [i >= 0 for i in expected]
     assert [0 <= i < n_against for i in found] == [0 <= i < n_against for i in expected]
@@ -57,7 +57,7 @@ def folder(path: Path, images: dict[str, Image.Image]) -> Path:
     path.mkdir()
     for name, image in images.items():
         image.save(path / f"{name}.jpg", quality=60)
-        (path / f"{name}.txt").write_text("a picture of shapes")
+        (path / f"{name}.txt").write_text("an image of shapes")
     return path
 
 
@@ -82,14 +82,14 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
     images = {f"{i:02d}": Image.fromarray(pixels).resize((128, 128)) for i, pixels in enumerate(noise)}
     images |= {f"{i:02d}_{name}": copy for i in (1, 2) for name, copy in changed(images[f"{i:02d}"]).items()}
     images |= {f"white{i}": Image.new("RGB", (64, 64 + i), "white") for i in range(2)}
-    held_out = {"copy": images["05"].resize((100, 100)), "other": draw(3, 128).image}
-    for root, these in (("raw", images), ("eval", held_out)):
-        pictures = folder(tmp_path / f"{root}_pictures", these)
-        ingest.run(IngestConfig(pictures=str(pictures), out=str(tmp_path / root), samples_per_shard=6, workers=1))
+    evaluation = {"copy": images["05"].resize((100, 100)), "other": draw(3, 128).image}
+    for root, these in (("raw", images), ("eval", evaluation)):
+        images = folder(tmp_path / f"{root}_images", these)
+        ingest.run(IngestConfig(images=str(images), out=str(tmp_path / root), samples_per_shard=6, workers=1))
     before = {shard.name: identity_of(shard) for shard in list_raw_shards(tmp_path / "raw")}
     config = DuplicatesConfig(raw=str(tmp_path / "raw"), against=(str(tmp_path / "eval"),), workers=1)
     summary = duplicates.run(config).summary
-    assert (summary["pictures"], summary["evaluation_pictures"], summary["too_plain_to_compare"]) == (16, 2, 2)
+    assert (summary["images"], summary["evaluation_images"], summary["too_plain_to_compare"]) == (16, 2, 2)
     assert summary["dropped"] == {"in evaluation set": 1, "near duplicate": 6}
     assert summary["groups"] == 3
     found = reasons_of(tmp_path / "raw")
@@ -101,7 +101,7 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
     changed_shards = {shard.name for shard in list_raw_shards(tmp_path / "raw") if identity_of(shard) != before[shard.name]}
     assert changed_shards == set(json.loads((tmp_path / "raw" / "duplicates.json").read_text())["lists"])
     assert verify.run(VerifyConfig(root=str(tmp_path / "raw"), workers=1)).is_complete
-    # Again: the same from stored hashes, though readers leave those pictures out.
+    # Again: the same from stored hashes, though readers leave those images out.
     monkeypatch.setattr(duplicates, "hash_shard", None)
     assert {**duplicates.run(config).summary, "seconds": 0} == {**summary, "seconds": 0}
     with pytest.raises(DataError, match="both the data and an evaluation set"):

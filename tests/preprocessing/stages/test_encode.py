@@ -26,8 +26,8 @@ from preprocessing.encoding import encode_shard, reconstruct
 from preprocessing.encoding.encode_shard import EncodeJob
 from preprocessing.executors import local
 from preprocessing.stages import encode, ingest, stats, tokenizer, verify
-from tests.preprocessing.conftest import N_PICTURES, N_SHARDS, World, part_checksums, write_dvae
-from tests.support.pictures import draw_folder, encoded
+from tests.preprocessing.conftest import N_IMAGES, N_SHARDS, World, part_checksums, write_dvae
+from tests.support.images import draw_folder, encoded
 
 
 def read_all(root: str) -> dict[str, dict[str, tuple[np.ndarray, str]]]:
@@ -52,13 +52,13 @@ def test_tokens_equal_a_plain_twin(world: World, tmp_path: Path) -> None:
     weights = read_weights(world.dvae, "dvae")
     dvae = DVAE(DVAEConfig(**weights.config))
     dvae.load_state_dict(weights.state)
-    captions = [json.loads(line) for line in (world.pictures / "captions.jsonl").read_text().splitlines()]
+    captions = [json.loads(line) for line in (world.images / "captions.jsonl").read_text().splitlines()]
     found = read_all(out)
-    assert sum(map(len, found.values())) == len(captions) == N_PICTURES
+    assert sum(map(len, found.values())) == len(captions) == N_IMAGES
     histogram = np.zeros(32, dtype=np.int64)
     for record in captions:
         key = record["file"][:-4]
-        crop = prior_crop(decode_image((world.pictures / record["file"]).read_bytes()), 32, seed_of(key))
+        crop = prior_crop(decode_image((world.images / record["file"]).read_bytes()), 32, seed_of(key))
         codes = dvae.tokens(torch.from_numpy(crop).permute(2, 0, 1)[None])[0].numpy()
         split = split_of(record["group"], 0.2)
         tokens_N, caption = found[split][key]
@@ -108,7 +108,7 @@ def test_any_number_of_decoding_threads_writes_the_same(
     monkeypatch.setattr(encode_shard, "CHUNK_SAMPLES", 3)
     monkeypatch.setattr(encode_shard, "CHUNK_BYTES", chunk_bytes)
     raw = str(tmp_path / "raw")
-    ingest.run(IngestConfig(pictures=str(world.pictures), out=raw, samples_per_shard=N_PICTURES, workers=1))
+    ingest.run(IngestConfig(images=str(world.images), out=raw, samples_per_shard=N_IMAGES, workers=1))
     (shard,) = list_raw_shards(raw)
     found = []
     for n_threads in (1, 2, 5):
@@ -160,8 +160,8 @@ def test_another_crop_rule_is_refused(world: World, tmp_path: Path, monkeypatch:
 
 def test_another_raw_set_with_the_same_names_does_not_pass_for_done(world: World, tmp_path: Path) -> None:
     encode.run(world.config(tmp_path / "tokens"))
-    pictures = draw_folder(tmp_path / "pictures", 20, size=64)
-    ingest.run(IngestConfig(pictures=str(pictures), out=str(tmp_path / "raw"), samples_per_shard=4, workers=1))
+    images = draw_folder(tmp_path / "images", 20, size=64)
+    ingest.run(IngestConfig(images=str(images), out=str(tmp_path / "raw"), samples_per_shard=4, workers=1))
     with pytest.raises(DataError, match="shard 00000 was made from .*another raw set needs another"):
         encode.run(world.config(tmp_path / "tokens", raw=str(tmp_path / "raw")))
 
@@ -169,8 +169,8 @@ def test_another_raw_set_with_the_same_names_does_not_pass_for_done(world: World
 def write_tar(path: Path, samples: list[tuple[str, bytes, str]]) -> None:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for key, picture, caption in samples:
-            for name, data in ((f"{key}.png", picture), (f"{key}.txt", caption.encode())):
+        for key, image, caption in samples:
+            for name, data in ((f"{key}.png", image), (f"{key}.txt", caption.encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -184,7 +184,7 @@ def test_plain_tars_and_bad_shards(world: World, tmp_path: Path) -> None:
     """A folder of tars without manifests; bad samples are counted, bad shards stay open and are named, the rest is done."""
     raw, out = tmp_path / "raw", str(tmp_path / "tokens")
     write_tar(raw / "good.tar", [good_sample(i) for i in range(10)])
-    few_bad = [good_sample(i) for i in range(20, 40)] + [("bad", b"not a picture", "x")]
+    few_bad = [good_sample(i) for i in range(20, 40)] + [("bad", b"not an image", "x")]
     write_tar(raw / "few.tar", few_bad)
     write_tar(
         raw / "many.tar",
@@ -218,7 +218,7 @@ def test_plain_tars_and_bad_shards(world: World, tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named_and_the_rest_done(world: World, tmp_path: Path) -> None:
-    ingest.run(IngestConfig(pictures=str(world.pictures), out=str(tmp_path / "raw"), samples_per_shard=20, workers=1))
+    ingest.run(IngestConfig(images=str(world.images), out=str(tmp_path / "raw"), samples_per_shard=20, workers=1))
     Path(list_raw_shards(tmp_path / "raw")[1].url).unlink()
     outcome = encode.run(world.config(tmp_path / "tokens", raw=str(tmp_path / "raw")))
     assert outcome.summary["failed_shards"].keys() == {"00001"}
@@ -261,10 +261,10 @@ def test_bad_input_is_told_at_the_start(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("used", "floor", "is_refused"), [(7, 0.25, True), (8, 0.25, False), (7, 0.2, False)])
 def test_a_collapsed_codebook_is_refused(world: World, tmp_path: Path, used: int, floor: float, is_refused: bool) -> None:
     url = str(tmp_path / "dvae.safetensors")
-    write_dvae(tmp_path / "dvae.safetensors", extra={"held_out": json.dumps({"codes_used": used, "n_codes": 32})})
+    write_dvae(tmp_path / "dvae.safetensors", extra={"validation": json.dumps({"codes_used": used, "n_codes": 32})})
     config = world.config(tmp_path / "out", dvae=url, min_codes_used=floor)
     if is_refused:
-        with pytest.raises(DataError, match="used 7 of its 32 codes on held-out pictures, expected at least 25%"):
+        with pytest.raises(DataError, match="used 7 of its 32 codes on validation images, expected at least 25%"):
             encode.run(config)
         assert not (tmp_path / "out").exists()
     else:
@@ -327,14 +327,14 @@ def test_stats_come_from_the_manifests(world: World, tmp_path: Path) -> None:
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
     found = stats.run(StatsConfig(root=out)).summary
-    assert found["inputs"] == N_PICTURES == sum(found["samples"].values())
+    assert found["inputs"] == N_IMAGES == sum(found["samples"].values())
     n_bytes = sum(path.stat().st_size for path in (tmp_path / "tokens" / "data").iterdir())
     assert found["bytes"] == n_bytes
-    assert found["projected_gigabytes"] == pytest.approx(n_bytes / N_PICTURES * 0.25)
+    assert found["projected_gigabytes"] == pytest.approx(n_bytes / N_IMAGES * 0.25)
     assert 1 <= found["perplexity"] <= found["codes_used"] <= 32
     assert found["caption_tokens"]["median"] <= found["caption_tokens"]["max"]
     raw = stats.run(StatsConfig(root=world.raw)).summary
-    assert (raw["kind"], raw["samples"]) == ("raw", N_PICTURES)
+    assert (raw["kind"], raw["samples"]) == ("raw", N_IMAGES)
     with pytest.raises(DataError, match="neither a token data set nor"):
         stats.run(StatsConfig(root=str(tmp_path / "missing")))
     assert part_checksums(out)
@@ -377,12 +377,12 @@ def test_verify_holds_decoded_tokens_against_their_source(
 ) -> None:
     out = str(tmp_path / "out")
     encode.run(world.config(out))
-    config = VerifyConfig(root=out, workers=1, pictures_per_shard=2)
+    config = VerifyConfig(root=out, workers=1, images_per_shard=2)
     outcome = verify.run(config)
     assert outcome.is_complete, outcome.problems
-    assert N_SHARDS < outcome.summary["pictures_compared"] <= 4 * N_SHARDS  # of two splits
+    assert N_SHARDS < outcome.summary["images_compared"] <= 4 * N_SHARDS  # of two splits
     assert outcome.summary["psnr_min"] <= outcome.summary["psnr_mean"]
-    assert decode_image(objects.read_bytes(outcome.summary["picture"])).width == 8 * 32
+    assert decode_image(objects.read_bytes(outcome.summary["image"])).width == 8 * 32
     taken = reconstruct.crop_of
     monkeypatch.setattr(reconstruct, "crop_of", lambda *arguments: 255 - taken(*arguments))  # sources of other samples
     assert "of its tokens are those of its source" in verify.run(config).problems[0]
@@ -393,7 +393,7 @@ def test_verify_holds_decoded_tokens_against_their_source(
         gone = verify.run(config)
     finally:
         (tmp_path / "moved").rename(Path(world.raw) / "data")
-    assert gone.is_complete and gone.summary["pictures_compared"] == 0
+    assert gone.is_complete and gone.summary["images_compared"] == 0
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_falls_back_to_drawing(tmp_path: Path) -> None:
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     outcome = fetch.run(FetchConfig(out=str(out), limit=12))
     assert outcome.summary["source"] == "drawn"
     entries = read_folder(str(out))
@@ -30,14 +30,14 @@ def test_falls_back_to_drawing(tmp_path: Path) -> None:
     assert credit["licence"] == "MIT"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     before = (out / "captions.jsonl").stat().st_mtime_ns
-    assert fetch.run(FetchConfig(out=str(out), limit=12)).summary["n_pictures"] == 12
+    assert fetch.run(FetchConfig(out=str(out), limit=12)).summary["n_images"] == 12
     assert (out / "captions.jsonl").stat().st_mtime_ns == before
 
 
 def test_a_source_that_is_asked_for_has_no_stand_in(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fluent: npm is not installed"):
-        fetch.run(FetchConfig(out=str(tmp_path / "pictures"), source="fluent"))
-    assert not (tmp_path / "pictures").exists()
+        fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_download_with_another_checksum_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,11 +47,11 @@ def test_a_download_with_another_checksum_is_not_used(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(sources, "_npm_pack", pack)
     with pytest.raises(DataError, match="its checksum is not the pinned one"):
-        fetch.run(FetchConfig(out=str(tmp_path / "pictures"), source="fluent"))
+        fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
     # Nor a damaged file in the cache; it is fetched again.
     (tmp_path / "cache" / f"fluent-emoji-3d-{sources.FLUENT_VERSION}.tgz").write_bytes(b"damaged")
     with pytest.raises(DataError, match="its checksum is not the pinned one; not used"):
-        fetch.run(FetchConfig(out=str(tmp_path / "pictures"), source="fluent"))
+        fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
 
 
 def test_a_kill_in_the_middle_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_a_kill_in_the_middle_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
         return real(seed)
 
     monkeypatch.setattr(sources, "draw", stop_at_five)
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     with pytest.raises(KeyboardInterrupt):
         fetch.run(FetchConfig(out=str(out), source="drawn"))
     assert not out.exists()
@@ -76,7 +76,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
         fetch.run(FetchConfig(out=str(tmp_path / "mine"), source="drawn"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
     fetch.run(FetchConfig(out=str(tmp_path / "drawn"), source="drawn", limit=2))
-    with pytest.raises(DataError, match="holds drawn pictures"):
+    with pytest.raises(DataError, match="holds drawn images"):
         fetch.run(FetchConfig(out=str(tmp_path / "drawn"), source="fluent", limit=2))
 
 

@@ -13,11 +13,11 @@ from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.storage import objects
 from preprocessing.configs import FilterConfig, IngestConfig, VerifyConfig
 from preprocessing.stages import ingest, verify
-from tests.support.pictures import draw_folder, encoded
+from tests.support.images import draw_folder, encoded
 
 
-def config(pictures: Path, out: str, **more: object) -> IngestConfig:
-    return IngestConfig(pictures=str(pictures), out=out, **{"samples_per_shard": 8, "workers": 1, **more})
+def config(images: Path, out: str, **more: object) -> IngestConfig:
+    return IngestConfig(images=str(images), out=out, **{"samples_per_shard": 8, "workers": 1, **more})
 
 
 def checksums(root: str) -> dict[str, str]:
@@ -25,21 +25,21 @@ def checksums(root: str) -> dict[str, str]:
 
 
 def test_all_samples_arrive(any_root: str, tmp_path: Path) -> None:
-    pictures = draw_folder(tmp_path / "pictures", 20)
-    outcome = ingest.run(config(pictures, any_root))
+    images = draw_folder(tmp_path / "images", 20)
+    outcome = ingest.run(config(images, any_root))
     assert outcome.is_complete
     assert (outcome.summary["shards"], outcome.summary["samples"], outcome.summary["dropped"]) == (3, 20, {})
     samples = [sample for shard in list_raw_shards(any_root) for sample in read_raw_shard(shard)]
     assert all(isinstance(sample, RawSample) for sample in samples)
-    captions = [json.loads(line) for line in (pictures / "captions.jsonl").read_text().splitlines()]
+    captions = [json.loads(line) for line in (images / "captions.jsonl").read_text().splitlines()]
     assert [(s.key, s.caption, s.group, s.image) for s in samples] == [
-        (c["file"][:-4], c["caption"], c["group"], (pictures / c["file"]).read_bytes()) for c in captions
+        (c["file"][:-4], c["caption"], c["group"], (images / c["file"]).read_bytes()) for c in captions
     ]
     assert verify.run(VerifyConfig(root=any_root, workers=1)).is_complete
 
 
 def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
-    ingest.run(config(draw_folder(tmp_path / "pictures", 10), str(tmp_path / "raw")))
+    ingest.run(config(draw_folder(tmp_path / "images", 10), str(tmp_path / "raw")))
     tars = [shard.url for shard in list_raw_shards(tmp_path / "raw")]
     found = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))
     assert len(found) == 10
@@ -58,18 +58,18 @@ def hostile_folder(folder: Path) -> Path:
             (folder / name).write_bytes(data)
         lines.append(json.dumps({"file": name, "caption": caption}))
 
-    add("cut.png", good[:60], "a cut picture")
-    add("text.jpg", b"<html>", "not a picture")
+    add("cut.png", good[:60], "a cut image")
+    add("text.jpg", b"<html>", "not an image")
     add("empty.png", b"", "an empty file")
-    add("wide.png", encoded(Image.new("RGB", (200, 40))), "a wide picture")
-    add("tiny.png", encoded(Image.new("RGB", (5, 5))), "a tiny picture")
+    add("wide.png", encoded(Image.new("RGB", (200, 40))), "a wide image")
+    add("tiny.png", encoded(Image.new("RGB", (5, 5))), "a tiny image")
     add("huge.png", encoded(Image.new("1", (12_000, 12_000))), "a decompression bomb")
     add("nocaption.png", encoded(Image.new("RGB", (40, 40), "red")), "  ")
     add("date.png", encoded(Image.new("RGB", (40, 41), "red")), "photographed on 3 May 2004")
     add("twin-a.png", encoded(Image.new("RGB", (40, 42), "blue")), "")  # no caption of its own: the second twin is the kept one
     add("twin-b.png", encoded(Image.new("RGB", (40, 42), "blue")), "the kept twin")
     add("twin-c.png", encoded(Image.new("RGB", (40, 42), "blue")), "the third twin")
-    add("gone.png", None, "a picture that is missing")
+    add("gone.png", None, "an image that is missing")
     lines.append("{broken")
     (folder / "stray.png").write_bytes(encoded(Image.new("RGB", (40, 43))))
     (folder / "captions.jsonl").write_text("\n".join(lines))
@@ -78,7 +78,7 @@ def hostile_folder(folder: Path) -> Path:
 
 def test_hostile_input_is_counted_and_never_fatal(tmp_path: Path) -> None:
     root = str(tmp_path / "raw")
-    outcome = ingest.run(config(hostile_folder(tmp_path / "pictures"), root))
+    outcome = ingest.run(config(hostile_folder(tmp_path / "images"), root))
     assert outcome.is_complete
     assert outcome.summary["dropped"] == {
         "unreadable": 3,
@@ -87,8 +87,8 @@ def test_hostile_input_is_counted_and_never_fatal(tmp_path: Path) -> None:
         "too large": 1,
         "empty caption": 2,
         "boilerplate": 1,
-        "duplicate picture": 1,
-        "missing picture": 1,
+        "duplicate image": 1,
+        "missing image": 1,
         "bad caption line": 1,
         "no caption": 1,
     }
@@ -101,21 +101,21 @@ def test_hostile_input_is_counted_and_never_fatal(tmp_path: Path) -> None:
         if manifest.dropped_path:
             for line in objects.read_bytes(objects.join(root, manifest.dropped_path)).splitlines():
                 listed[json.loads(line)["key"]] = json.loads(line)["reason"]
-    assert listed["twin-c"] == "duplicate picture"
+    assert listed["twin-c"] == "duplicate image"
     assert listed["huge"] == "too large"
     assert len(listed) == sum(outcome.summary["dropped"].values())
     assert verify.run(VerifyConfig(root=root, workers=1)).is_complete
 
 
 def test_a_second_run_does_nothing_and_a_restart_makes_what_is_missing(tmp_path: Path) -> None:
-    pictures, root = draw_folder(tmp_path / "pictures", 20), str(tmp_path / "raw")
-    ingest.run(config(pictures, root))
+    images, root = draw_folder(tmp_path / "images", 20), str(tmp_path / "raw")
+    ingest.run(config(images, root))
     before = {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
-    assert ingest.run(config(pictures, root)).summary["shards_made_now"] == 0
+    assert ingest.run(config(images, root)).summary["shards_made_now"] == 0
     assert before == {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
     sums = checksums(root)
     (tmp_path / "raw" / "manifests" / "00001.json").unlink()  # as after a kill before the commit: data without a manifest
-    assert ingest.run(config(pictures, root)).summary["shards_made_now"] == 1
+    assert ingest.run(config(images, root)).summary["shards_made_now"] == 1
     assert checksums(root) == sums
     report = verify.run(VerifyConfig(root=root, workers=1))
     assert report.is_complete
@@ -127,32 +127,32 @@ def test_a_second_run_does_nothing_and_a_restart_makes_what_is_missing(tmp_path:
 
 
 def test_worker_processes_make_the_same_bytes(tmp_path: Path) -> None:
-    pictures = draw_folder(tmp_path / "pictures", 20)
-    ingest.run(config(pictures, str(tmp_path / "one")))
-    ingest.run(config(pictures, str(tmp_path / "two"), workers=2))
+    images = draw_folder(tmp_path / "images", 20)
+    ingest.run(config(images, str(tmp_path / "one")))
+    ingest.run(config(images, str(tmp_path / "two"), workers=2))
     assert checksums(str(tmp_path / "one")) == checksums(str(tmp_path / "two"))
 
 
 def test_other_inputs_or_filters_into_the_same_output_are_refused(tmp_path: Path) -> None:
-    pictures, root = draw_folder(tmp_path / "pictures", 10), str(tmp_path / "raw")
-    mark = ingest.run(config(pictures, root)).summary["fingerprint"]
-    for other in (config(pictures, root, filters=FilterConfig(min_letters=9)), config(pictures, root, samples_per_shard=5)):
+    images, root = draw_folder(tmp_path / "images", 10), str(tmp_path / "raw")
+    mark = ingest.run(config(images, root)).summary["fingerprint"]
+    for other in (config(images, root, filters=FilterConfig(min_letters=9)), config(images, root, samples_per_shard=5)):
         with pytest.raises(FingerprintMismatch, match=f"expected fingerprint {mark}, found"):
             ingest.run(other)
-    (pictures / "captions.jsonl").write_text((pictures / "captions.jsonl").read_text().replace("number 3", "number three"))
+    (images / "captions.jsonl").write_text((images / "captions.jsonl").read_text().replace("number 3", "number three"))
     with pytest.raises(FingerprintMismatch, match="captions or filters have changed"):
-        ingest.run(config(pictures, root))
+        ingest.run(config(images, root))
 
 
 def test_no_room_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "free_bytes", lambda url: 1000)
     with pytest.raises(DataError, match="needed for the raw shards"):
-        ingest.run(config(draw_folder(tmp_path / "pictures", 3), str(tmp_path / "raw")))
+        ingest.run(config(draw_folder(tmp_path / "images", 3), str(tmp_path / "raw")))
 
 
 def test_damage_is_found_by_verify(tmp_path: Path) -> None:
     root = str(tmp_path / "raw")
-    ingest.run(config(draw_folder(tmp_path / "pictures", 10), root))
+    ingest.run(config(draw_folder(tmp_path / "images", 10), root))
     shard = list_raw_shards(root)[0]
     data = bytearray(Path(shard.url).read_bytes())
     data[600] ^= 1

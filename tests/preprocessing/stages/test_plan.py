@@ -9,7 +9,7 @@ from dalle_ds.cli import app
 from dalle_ds.data.manifest import ShardManifest, load_shard_manifests
 from preprocessing.configs import DataPlanConfig
 from preprocessing.stages import encode, plan
-from tests.preprocessing.conftest import N_PICTURES, World
+from tests.preprocessing.conftest import N_IMAGES, World
 
 
 def test_given_figures() -> None:
@@ -42,9 +42,9 @@ def test_measured_figures_are_those_of_the_manifests(world: World, tmp_path: Pat
     manifests = load_shard_manifests(out, ShardManifest)
     summary = plan.run(DataPlanConfig(pairs=1e6, measured=out, shard_samples=1000, workers=2)).summary
     seconds = sum(manifest.seconds for manifest in manifests)
-    assert summary["worker_hours"] == pytest.approx(1e6 * seconds / N_PICTURES / 3600)
+    assert summary["worker_hours"] == pytest.approx(1e6 * seconds / N_IMAGES / 3600)
     assert summary["token_gigabytes"] == pytest.approx(
-        sum(part.bytes for m in manifests for part in m.splits.values()) / N_PICTURES / 1e3
+        sum(part.bytes for m in manifests for part in m.splits.values()) / N_IMAGES / 1e3
     )
     assert set(summary["from"].values()) == {f"measured in {out}"}
 

@@ -11,7 +11,7 @@ from preprocessing.configs import StatsConfig
 from preprocessing.stages import encode, stats
 from preprocessing.stages.stats_page import page_of_raw
 from tests.conftest import S3
-from tests.preprocessing.conftest import N_PICTURES, World
+from tests.preprocessing.conftest import N_IMAGES, World
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
 from tests.support.fault_proxy import FaultProxy
 
@@ -20,23 +20,23 @@ from tests.support.fault_proxy import FaultProxy
 def test_the_page_shows_what_the_summary_says_and_needs_no_other_file(world: World, tmp_path: Path) -> None:
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
-    found = stats.run(StatsConfig(root=out, pictures=5)).summary
-    raw = stats.run(StatsConfig(root=world.raw, page=str(tmp_path / "raw.html"), pictures=7)).summary
-    for summary, n_pictures, n_charts in ((found, 5, 2), (raw, 7, 1 if raw["dropped"] else 0)):
+    found = stats.run(StatsConfig(root=out, images=5)).summary
+    raw = stats.run(StatsConfig(root=world.raw, page=str(tmp_path / "raw.html"), images=7)).summary
+    for summary, n_images, n_charts in ((found, 5, 2), (raw, 7, 1 if raw["dropped"] else 0)):
         text = Path(str(summary["page"])).read_text(encoding="utf-8")
         assert "http" not in text and "<script" not in text, "nothing is loaded from elsewhere"
         with browser_page() as page:
             page.goto(Path(str(summary["page"])).as_uri())
             told = page.inner_text("table")
             assert f"{summary['bytes']:,}" in told and str(summary["fingerprint"]) in told
-            assert page.locator("figure img").count() == n_pictures
+            assert page.locator("figure img").count() == n_images
             assert page.locator("img.chart").count() == n_charts
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    assert found["samples"]["train"] + found["samples"]["validation"] == N_PICTURES
+    assert found["samples"]["train"] + found["samples"]["validation"] == N_IMAGES
 
 
-def test_a_page_without_pictures_and_where_it_goes(world: World, any_root: str) -> None:
-    summary = stats.run(StatsConfig(root=world.raw, page=f"{any_root}/page.html", pictures=0)).summary
+def test_a_page_without_images_and_where_it_goes(world: World, any_root: str) -> None:
+    summary = stats.run(StatsConfig(root=world.raw, page=f"{any_root}/page.html", images=0)).summary
     assert summary["page"] == f"{any_root}/page.html"
     assert "<figure>" not in objects.read_bytes(f"{any_root}/page.html").decode()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data.raw import iterate_pictures
+from dalle_ds.data.raw import iterate_images
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import ConfigError, DataError
 from preprocessing.configs import TokenizerConfig
@@ -18,7 +18,7 @@ def config(world: World, out: Path, **more: object) -> TokenizerConfig:
 
 def test_it_sees_the_train_split_only(world: World, tmp_path: Path) -> None:
     outcome = tokenizer.run(config(world, tmp_path / "t.model"))
-    captions = [sample.caption for sample in iterate_pictures(world.raw, "train", 0.2)]
+    captions = [sample.caption for sample in iterate_images(world.raw, "train", 0.2)]
     assert 0 < outcome.summary["captions"] == len(captions) < 60
     assert outcome.summary["fingerprint"] == train_tokenizer(captions, 400, tmp_path / "twin.model").fingerprint
 

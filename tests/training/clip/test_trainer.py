@@ -15,29 +15,29 @@ from dalle_ds.recipes import load_recipe
 from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training import run as training_run
-from dalle_ds.training.clip.config import ClipPictures, ClipRun
+from dalle_ds.training.clip.config import ClipDataConfig, ClipRunConfig
 from dalle_ds.training.clip.data import batches, crops, one_of_each_group, read_split
 from dalle_ds.training.clip.tokenizer import train_clip_tokenizer
 from dalle_ds.training.clip.trainer import retrieval, train_clip
-from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.config import DVAERunConfig
 from preprocessing.demo.drawn import draw
+from tests.support.images import encoded
 from tests.support.launching import ROOT
-from tests.support.pictures import encoded
 
-N_PICTURES, FRACTION = 240, 0.2
+N_IMAGES, FRACTION = 240, 0.2
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """Drawn pictures of shapes with their captions; the first three show one thing, one is no picture."""
+    """Drawn images of shapes with their captions; the first three show one thing, one is no image."""
     root = tmp_path_factory.mktemp("raw")
     with tarfile.open(root / "0.tar", "w") as tar:
-        for i in range(N_PICTURES):
+        for i in range(N_IMAGES):
             drawing = draw(i, 40)
             about = {"caption": drawing.caption, "group": "g0" if i < 3 else drawing.caption}
             for name, data in ((f"{i:03d}.png", encoded(drawing.image)), (f"{i:03d}.json", json.dumps(about).encode())):
                 info = tarfile.TarInfo(name)
-                data = b"no picture" if name == "007.png" else data
+                data = b"no image" if name == "007.png" else data
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return root
@@ -48,7 +48,7 @@ def clip_run(raw, folder, **changes):
         "folder": str(folder),
         "data": {"raw": str(raw), "validation_fraction": FRACTION},
         "updates": 12,
-        "batch_size": 32,
+        "global_batch": 32,
         "model": {
             "image_size": 16,
             "patch_size": 8,
@@ -60,13 +60,13 @@ def clip_run(raw, folder, **changes):
             "vocab_size": 600,
             "n_features": 16,
         },
-        "optimizer": {"lr": 3e-3, "warmup": 5},
+        "learning_rate": {"peak": 3e-3, "warmup_updates": 5},
         "device": "cpu",
         "threads": 1,
-        "checkpoint_every": 5,
-        "report_every": 6,
+        "checkpoint": {"every": 5},
+        "validation": {"every": 6, "samples": 512},
     }
-    return ClipRun(**{**settings, **changes})
+    return ClipRunConfig(**{**settings, **changes})
 
 
 @pytest.fixture
@@ -90,15 +90,17 @@ def test_it_learns_and_is_opened_as_any_clip(raw, tmp_path, tracked, capfd):
     run = clip_run(raw, tmp_path, updates=100, tracking={"every": 10})
     report = train_clip(run)
     assert capfd.readouterr().out == "", "stdout is for the summary"
-    losses = [values["train/loss"] for step, values in tracked[:-1] if "train/loss" in values]
+    losses = [values["loss/train/total"] for step, values in tracked[:-1] if "loss/train/total" in values]
     assert losses[0] > 3 and losses[-1] < 0.8 * losses[0]
     assert [step for step, values in tracked[:-1] if "validation/top1" in values] == [*range(6, 100, 6), 100]
     assert tracked[-1] == "FINISHED" and report["top5"] > 2 * 5 * report["chance"]
     scorer = load_scorer(tmp_path / "model")
     assert scorer.fingerprint == report["clip"]
-    held_out = one_of_each_group(read_split(run.data, "validation", 16))
-    again = retrieval(scorer.clip, crops(held_out, 16), [sample.caption for sample in held_out])
-    assert again == {name: report[name] for name in ("top1", "top5", "chance")} and report["held_out"] == len(held_out)
+    validation = one_of_each_group(read_split(run.data, "validation", 16))
+    again = retrieval(scorer.clip, crops(validation, 16), [sample.caption for sample in validation])
+    assert again == {name: report[name] for name in ("top1", "top5", "chance")} and report["validation_samples"] == len(
+        validation
+    )
     assert CLIPModel.from_pretrained(tmp_path / "model").config.vision_config.image_size == 16
     origin = json.loads((tmp_path / "model" / "provenance.json").read_text())
     assert origin["clip"] == report["clip"] and origin["raw"] == str(raw)
@@ -112,7 +114,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
     class StopAfterSeven(training_run.StopFlag):
         @property
         def requested(self):
-            return any("train/loss" in values and step == 7 for step, values in tracked if tracked[-1] != "KILLED")
+            return any("loss/train/total" in values and step == 6 for step, values in tracked if tracked[-1] != "KILLED")
 
         @requested.setter
         def requested(self, _):
@@ -125,7 +127,9 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
     assert tracked.pop() == "KILLED" and tracked[-1][0] == 7
     parts = train_clip(clip_run(raw, tmp_path / "parts", tracking={"every": 1}))
     assert parts["clip"] == whole["clip"]
-    losses = [[told[1]["train/loss"] for told in run[:-1] if "train/loss" in told[1]] for run in (expected, tracked)]
+    losses = [
+        [told[1]["loss/train/total"] for told in run[:-1] if "loss/train/total" in told[1]] for run in (expected, tracked)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
     tracked.clear()
@@ -142,7 +146,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
 
 
 def test_batches_are_a_function_of_the_update_and_hold_each_thing_once(raw):
-    samples = read_split(ClipPictures(raw=str(raw), validation_fraction=FRACTION), "train", 16)
+    samples = read_split(ClipDataConfig(raw=str(raw), validation_fraction=FRACTION), "train", 16)
     assert "007" not in {sample.key for sample in samples}, "what cannot be decoded is left out"
     of_caption = {sample.caption: sample.group for sample in samples}
     stream = batches(samples, 20, 16, seed=1, start=0)
@@ -152,22 +156,22 @@ def test_batches_are_a_function_of_the_update_and_hold_each_thing_once(raw):
         assert batch.images_BHWC.shape == (20, 16, 16, 3)
         assert len({of_caption[caption] for caption in batch.captions}) == 20
     epoch = [of_caption[caption] for batch in made[: n_groups // 20] for caption in batch.captions]
-    assert len(set(epoch)) == len(epoch), "an epoch takes one picture of every group"
+    assert len(set(epoch)) == len(epoch), "an epoch takes one image of every group"
     later = next(batches(samples, 20, 16, seed=1, start=11))
     assert later.captions == made[11].captions and np.array_equal(later.images_BHWC, made[11].images_BHWC)
-    with pytest.raises(DataError, match=f"{n_groups} groups of pictures, expected at least batch_size 1000"):
+    with pytest.raises(DataError, match=f"{n_groups} groups of images, expected at least global_batch 1000"):
         next(batches(samples, 1000, 16, seed=1, start=0))
 
 
 def test_folds_share_nothing(raw):
     def groups(**fold):
-        data = ClipPictures(raw=str(raw), validation_fraction=FRACTION, **fold)
+        data = ClipDataConfig(raw=str(raw), validation_fraction=FRACTION, **fold)
         return {sample.group for sample in read_split(data, "train", 16)}
 
     first, second = groups(fold=0, folds=2), groups(fold=1, folds=2)
     assert not first & second and first | second == groups() and min(len(first), len(second)) > 50
     with pytest.raises(ValueError, match="fold 2 of 2"):
-        ClipPictures(raw="x", fold=2, folds=2)
+        ClipDataConfig(raw="x", fold=2, folds=2)
 
 
 def test_letters_that_training_never_saw_do_not_read_as_the_end():
@@ -191,6 +195,6 @@ def test_retrieval_counts_both_ways():
 
 def test_the_demo_recipe_fits_its_dvae():
     recipe = ROOT / "launchers" / "recipes" / "tiny.yaml"
-    clip, dvae = load_recipe(ClipRun, recipe), load_recipe(DVAERun, recipe)
+    clip, dvae = load_recipe(ClipRunConfig, recipe), load_recipe(DVAERunConfig, recipe)
     assert clip.model.image_size == dvae.model.image_size
     assert clip.data.validation_fraction == dvae.data.validation_fraction == 0.05

@@ -1,4 +1,4 @@
-"""A small dVAE run and its raw shards, some of whose pictures are unusable."""
+"""A small dVAE run and its raw shards, some of whose images are unusable."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 
 from dalle_ds.data.raw import split_of
 from dalle_ds.parallel.ranks import ALONE, Ranks
-from dalle_ds.training.dvae.config import DVAERun
+from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.trainer import DVAETrainer
 from dalle_ds.training.preemption import StopFlag
 from dalle_ds.training.run import TrainingRun
@@ -22,7 +22,7 @@ TOO_SMALL, DAMAGED = TRAIN_KEYS[3], TRAIN_KEYS[30]
 
 
 def make_raw(root: Path, damaged: tuple[str, ...] = (DAMAGED,)) -> Path:
-    """Three shards of drawn pictures, 48 pixels wide: a coloured disc or square on white."""
+    """Three shards of drawn images, 48 pixels wide: a coloured disc or square on white."""
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for shard in range(3):
@@ -30,7 +30,7 @@ def make_raw(root: Path, damaged: tuple[str, ...] = (DAMAGED,)) -> Path:
             for n in range(24):
                 key = f"{shard:02d}{n:03d}"
                 image = _draw(rng, side=12 if key == TOO_SMALL else 48)
-                _add(tar, f"{key}.png", b"not a picture" if key in damaged else image)
+                _add(tar, f"{key}.png", b"not an image" if key in damaged else image)
                 _add(tar, f"{key}.json", json.dumps({"caption": f"thing {key}", "group": key}).encode())
     return root
 
@@ -51,32 +51,32 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERun:
+def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERunConfig:
     """A recipe of seconds."""
     settings: dict[str, Any] = {
         "folder": str(folder),
         "data": {"raw": str(raw), "validation_fraction": 0.2},
-        "model": {"image_size": 16, "n_groups": 2, "n_blk_per_group": 1, "n_hid": 16, "n_init": 16, "vocab_size": 32},
+        "model": {"image_size": 16, "n_groups": 2, "n_blk_per_group": 1, "n_hid": 16, "n_init": 16, "n_codes": 32},
         "optimizer": {"clip": 1.0},
         "schedules": {
             "tau": {"start": 1.0, "end": 0.0625, "updates": 60},
             "kl_weight": {"start": 0.0, "end": 0.2, "updates": 5},
-            "lr": {"start": 5e-3, "end": 1e-4, "updates": 120},
         },
+        "learning_rate": {"peak": 5e-3, "final": 1e-4, "decay_updates": 120},
         "loss": {"ln_b_min": -1.0, "usage_weight": 1.0},
-        "average": {"start": "warm"},
+        "ema": {"start": "warm"},
         "updates": 12,
-        "batch_size": 8,
+        "global_batch": 8,
         "precision": "fp32",
         "device": "cpu",
         "threads": 1,
-        "checkpoint_every": 5,
-        "report_every": 100,
+        "checkpoint": {"every": 5},
+        "validation": {"every": 100, "samples": 4096},
         "tracking": {"uri": f"sqlite:///{folder.parent}/mlflow.db", "every": 1},
     }
-    return DVAERun(**{**settings, **changes})
+    return DVAERunConfig(**{**settings, **changes})
 
 
-def trainer_of(recipe: DVAERun, ranks: Ranks = ALONE) -> DVAETrainer:
+def trainer_of(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> DVAETrainer:
     """A trainer outside of a run: no lock, no tracking; the recipe's raw shards."""
     return DVAETrainer(TrainingRun(Path(recipe.folder), ranks, StopFlag()), recipe, "test", "shards")

@@ -1,4 +1,4 @@
-"""Validation of a dVAE: the numbers belong to the pictures, not to how many are looked at a time."""
+"""Validation of a dVAE: the numbers belong to the images, not to how many are looked at a time."""
 
 from dataclasses import asdict
 
@@ -14,7 +14,7 @@ from dalle_ds.training.dvae.metrics import measure, reconstruction_grid
 
 def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = DVAE(DVAEConfig(image_size=16, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, vocab_size=16))
+    model = DVAE(DVAEConfig(image_size=16, n_groups=2, n_blk_per_group=1, n_hid=8, n_init=8, n_codes=16))
     images_BCHW = torch.randint(256, (21, 3, 16, 16), dtype=torch.uint8)
     found, grids = [], []
     for batch in (16, 64, 5, 1):

@@ -22,14 +22,14 @@ from dalle_ds.data.images import decode_image
 from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
-from dalle_ds.optim.schedules import HalfCosine
+from dalle_ds.optim.schedules import HalfCosineConfig
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import dump_recipe, load_recipe
 from dalle_ds.storage.weights import read_weights
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training import run as training_run
-from dalle_ds.training.dvae.config import DVAERun
-from dalle_ds.training.dvae.data import PictureStream, Position, validation_pictures
+from dalle_ds.training.dvae.config import DVAERunConfig
+from dalle_ds.training.dvae.data import ImageStream, Position, validation_images
 from dalle_ds.training.dvae.trainer import DVAETrainer, train_dvae
 from tests.training.dvae.runs import DAMAGED, KEYS, TOO_SMALL, TRAIN_KEYS, dvae_run, make_raw, trainer_of
 
@@ -49,7 +49,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, float]]:
 
     def recording(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         metrics, stop_requested = step(self, stop_requested)
-        taken.append((self.update, float(metrics["train/loss"]), float(metrics["train/grad_norm"])))
+        taken.append((self.update, float(metrics["loss/train/total"]), float(metrics["optimizer/gradient_norm"])))
         return metrics, stop_requested
 
     monkeypatch.setattr(DVAETrainer, "_step", recording)
@@ -120,7 +120,7 @@ def test_killed_without_saving_repeats_from_the_last_checkpoint(
     attempt.mkdir(parents=True)
     (attempt / "state.pt").write_bytes(b"half a checkpoint")
     train_dvae(dvae_run(raw, tmp_path / "killed"))
-    assert losses == whole[5:]  # checkpoint_every is 5
+    assert losses == whole[5:]  # checkpoint.every is 5
     assert not attempt.exists(), "what a kill left is removed"
 
 
@@ -149,28 +149,28 @@ def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses
     assert losses[-1][1] < losses[0][1] - 0.5
     weights = read_weights(tmp_path / "run" / "dvae.safetensors", "dvae")
     assert weights.fingerprint == report["dvae"]
-    held_out = json.loads(weights.extra["held_out"])
-    assert held_out.items() <= report.items() and 0 < held_out["ssim"] < 1
+    validation = json.loads(weights.extra["validation"])
+    assert validation.items() <= report.items() and 0 < validation["ssim"] < 1
     model = DVAE(DVAEConfig(**weights.config))
     model.load_state_dict(weights.state)
-    held_out = validation_pictures(run.data, 16)
-    white = torch.full_like(held_out, 255)
-    made = model.decode_tokens(model.tokens(held_out))
-    errors = [((held_out.float() - other.float()) ** 2).mean((1, 2, 3)) for other in (made, white)]
+    validation = validation_images(run.data, run.validation.samples, 16)
+    white = torch.full_like(validation, 255)
+    made = model.decode_tokens(model.tokens(validation))
+    errors = [((validation.float() - other.float()) ** 2).mean((1, 2, 3)) for other in (made, white)]
     assert report["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors[0])).mean().item(), abs=0.05)
     assert errors[0].mean() < 0.75 * errors[1].mean()
-    assert report["codes_used"] == len(model.tokens(held_out).unique())
+    assert report["codes_used"] == len(model.tokens(validation).unique())
     assert 1 < report["perplexity"] <= report["codes_used"] <= 32
     assert 0 < report["kl_per_cell"] < math.log(32)
     assert report["elb_hard"] == pytest.approx(report["elb_relaxed"], abs=0.3)  # tau is 1/16 at the end
     assert json.loads((tmp_path / "run" / "dvae_report.json").read_text()) == report
     assert Image.open(tmp_path / "run" / "reconstructions.png").width >= 12 * 64
-    assert load_recipe(DVAERun, tmp_path / "run" / "recipe.yaml") == run
+    assert load_recipe(DVAERunConfig, tmp_path / "run" / "recipe.yaml") == run
 
     losses.clear()
     assert train_dvae(run) == report
     assert losses == []
-    with pytest.raises(FingerprintMismatch, match="another recipe or other pictures"):
+    with pytest.raises(FingerprintMismatch, match="another recipe or other images"):
         train_dvae(dvae_run(raw, tmp_path / "run", updates=120, seed=1))
 
 
@@ -185,12 +185,12 @@ def test_a_collapsed_codebook_is_named(
 
     def one_code_for_all(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         taken = step(self, stop_requested)
-        for weights in (self._weights(), self.average.averages):
+        for weights in (self._weights(), self.ema.averages):
             weights["encoder.blocks.output.conv.w"].data.zero_()
         return taken
 
     monkeypatch.setattr(DVAETrainer, "_step", one_code_for_all)
-    report = train_dvae(dvae_run(raw, tmp_path / "run", updates=6, report_every=3))
+    report = train_dvae(dvae_run(raw, tmp_path / "run", updates=6, validation={"every": 3, "samples": 64}))
     assert report["codes_used"] < 4
     told = [record.message for record in caplog.records if "COLLAPSED" in record.message]
     assert len(told) == 1, "at update 3 the weight of KL is still rising, at 6 it is not"
@@ -215,11 +215,11 @@ def test_ranks_that_do_not_see_the_same_folder_are_told_so(raw: Path, tmp_path: 
 def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
     run = dvae_run(raw, tmp_path, loss={})
     with closing(trainer_of(run)) as trainer:
-        images = validation_pictures(run.data, 16)[:4]
+        images = validation_images(run.data, run.validation.samples, 16)[:4]
         loss, terms = trainer._loss(images, 0.5, 6.6, torch.Generator())
-    # per picture: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
-    whole_picture = (768 * terms["nll"] + 6.6 * 64 * terms["kl_per_cell"]) / 768
-    torch.testing.assert_close(loss.detach(), whole_picture)
+    # per image: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
+    whole_image = (768 * terms["nll"] + 6.6 * 64 * terms["kl_per_cell"]) / 768
+    torch.testing.assert_close(loss.detach(), whole_image)
 
 
 def test_workers_change_nothing(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
@@ -241,16 +241,16 @@ def test_micro_batches_add_up_to_the_batch(
 
 
 @pytest.mark.parametrize("window_mb", [64, 0])
-def test_stream_goes_on_anywhere_and_reads_every_picture_once_an_epoch(raw: Path, tmp_path: Path, window_mb: int) -> None:
+def test_stream_goes_on_anywhere_and_reads_every_image_once_an_epoch(raw: Path, tmp_path: Path, window_mb: int) -> None:
     data = dvae_run(raw, tmp_path).data
     if not window_mb:  # a window smaller than a shard holds one shard: three windows
         data = data.model_copy(update={"window_mb": 0})
-    first = PictureStream(data, 16, 4, seed=3)
+    first = ImageStream(data, 16, 4, seed=3)
     batches = [next(first) for _ in range(30)]
     first.close()
     assert batches[-1].next_position.epoch >= 1
     for at in (4, 17):
-        again = PictureStream(data, 16, 4, 3, batches[at].next_position)
+        again = ImageStream(data, 16, 4, 3, batches[at].next_position)
         for expected in batches[at + 1 : at + 4]:
             found = next(again)
             assert torch.equal(found.images_BCHW, expected.images_BCHW)
@@ -258,17 +258,17 @@ def test_stream_goes_on_anywhere_and_reads_every_picture_once_an_epoch(raw: Path
         again.close()
     n_read = sum(len(b.images_BCHW) for b in batches if b.next_position.epoch == 0)
     assert len(TRAIN_KEYS) - 4 < n_read <= len(TRAIN_KEYS)  # a batch reaches over the end of the epoch
-    assert len(validation_pictures(data, 16)) == len(KEYS) - len(TRAIN_KEYS)
+    assert len(validation_images(data, 4096, 16)) == len(KEYS) - len(TRAIN_KEYS)
 
 
 @pytest.mark.parametrize("window_mb", [64, 0])
 def test_streams_of_ranks_make_the_same_batches_between_them(tmp_path: Path, window_mb: int) -> None:
     raw = make_raw(tmp_path / "raw", damaged=(DAMAGED, *TRAIN_KEYS[5:9]))
     with tarfile.open(raw / "03.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("no_picture.json"))
+        tar.addfile(tarfile.TarInfo("no_image.json"))
     data = dvae_run(raw, tmp_path).data.model_copy(update={"window_mb": window_mb})
     whole, *parts = streams = [
-        PictureStream(data, 16, 6, seed=3, start=Position(0, 0, 5), places=places)
+        ImageStream(data, 16, 6, seed=3, start=Position(0, 0, 5), places=places)
         for places in (None, range(3), range(3, 4), range(4, 6))
     ]
     for _ in range(3 * len(TRAIN_KEYS) // 6):
@@ -283,27 +283,27 @@ def test_streams_of_ranks_make_the_same_batches_between_them(tmp_path: Path, win
         stream.close()
 
 
-def test_the_next_usable_picture_stands_in_for_an_unusable_one(raw: Path, tmp_path: Path) -> None:
+def test_the_next_usable_image_stands_in_for_an_unusable_one(raw: Path, tmp_path: Path) -> None:
     data = dvae_run(raw, tmp_path).data
     samples = [sample for shard in list_raw_shards(raw) for sample in read_raw_shard(shard)]
-    pictures = {}
+    images = {}
     for sample in samples:
         if isinstance(sample, RawSample) and sample.key in {*TRAIN_KEYS} - {DAMAGED, TOO_SMALL}:
-            pictures[sample.key] = np.asarray(decode_image(sample.image)).transpose(2, 0, 1)
-    stream = PictureStream(data, 48, 1, seed=3)  # whole pictures, perhaps flipped
+            images[sample.key] = np.asarray(decode_image(sample.image)).transpose(2, 0, 1)
+    stream = ImageStream(data, 48, 1, seed=3)  # whole images, perhaps flipped
     order = []
     for _ in TRAIN_KEYS:
         (image_CHW,) = next(stream).images_BCHW.numpy()
-        order += [key for key, known in pictures.items() if (known == image_CHW).all() or (known[..., ::-1] == image_CHW).all()]
+        order += [key for key, known in images.items() if (known == image_CHW).all() or (known[..., ::-1] == image_CHW).all()]
     stream.close()
-    assert len(order) == len(TRAIN_KEYS) and set(order) == set(pictures)
+    assert len(order) == len(TRAIN_KEYS) and set(order) == set(images)
     assert sum(here == after for here, after in zip(order, order[1:] + order[:1], strict=True)) == 2
 
 
-def test_a_window_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
+def test_a_window_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     data = dvae_run(make_raw(tmp_path / "raw", damaged=tuple(KEYS)), tmp_path).data
-    with pytest.raises(DataError, match=rf"none of {len(TRAIN_KEYS)} pictures is usable.*unreadable"):
-        next(PictureStream(data, 16, 4, seed=3))
+    with pytest.raises(DataError, match=rf"none of {len(TRAIN_KEYS)} images is usable.*unreadable"):
+        next(ImageStream(data, 16, 4, seed=3))
 
 
 def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
@@ -314,10 +314,12 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'gpu', expected auto"):
         train_dvae(dvae_run(raw, tmp_path / "run", device="gpu"))
     third_of_three = Ranks(2, 3, torch.device("cpu"))
-    with pytest.raises(ConfigError, match="batch_size 8 in parts of micro_batch 2 is 4 parts, expected a multiple of the 3 r"):
+    with pytest.raises(
+        ConfigError, match="global_batch 8 in parts of micro_batch 2 is 4 parts, expected a multiple of the 3 r"
+    ):
         trainer_of(dvae_run(raw, tmp_path / "run", micro_batch=2), third_of_three)
     with pytest.raises(ConfigError, match="device is 'meta', but rank 2 of 3 has cpu"):
-        trainer_of(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, batch_size=3), third_of_three)
+        trainer_of(dvae_run(raw, tmp_path / "run", device="meta", micro_batch=1, global_batch=3), third_of_three)
     with pytest.raises(DataError, match="at least 64 pixels"):
         train_dvae(dvae_run(raw, tmp_path / "run", model={"image_size": 64}))
 
@@ -330,7 +332,11 @@ def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatc
 
 def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
     run = dvae_run(
-        raw, tmp_path / "run", updates=100_000, checkpoint_every=100_000, tracking={"uri": "http://127.0.0.1:9", "every": 1}
+        raw,
+        tmp_path / "run",
+        updates=100_000,
+        checkpoint={"every": 100_000},
+        tracking={"uri": "http://127.0.0.1:9", "every": 1},
     )
     (tmp_path / "recipe.yaml").write_text(dump_recipe(run))
     verb = ["dalle_ds.cli", "train", "dvae", str(tmp_path / "recipe.yaml"), "--json"]
@@ -356,11 +362,11 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
 
 
 def test_recipes_fit_and_the_full_size_is_the_papers() -> None:
-    full = load_recipe(DVAERun, RECIPES / "12b.yaml")
-    assert full == DVAERun(folder=full.folder, data={"raw": full.data.raw}, micro_batch=8)
+    full = load_recipe(DVAERunConfig, RECIPES / "12b.yaml")
+    assert full == DVAERunConfig(folder=full.folder, data={"raw": full.data.raw}, micro_batch=8)
     assert full.model == DVAEConfig()
-    assert full.schedules.tau == HalfCosine(start=1.0, end=1 / 16, updates=150_000)
-    assert (full.batch_size, full.updates, full.average.decay, full.average.start) == (512, 3_000_000, 0.999, "plain")
+    assert full.schedules.tau == HalfCosineConfig(start=1.0, end=1 / 16, updates=150_000)
+    assert (full.global_batch, full.updates, full.ema.decay, full.ema.start) == (512, 3_000_000, 0.999, "plain")
     assert (full.loss.ln_b_min, full.loss.usage_weight) == (None, 0.0)
-    tiny = load_recipe(DVAERun, RECIPES / "tiny.yaml")
-    assert (tiny.model.grid, tiny.model.vocab_size) == (8, 512)
+    tiny = load_recipe(DVAERunConfig, RECIPES / "tiny.yaml")
+    assert (tiny.model.grid, tiny.model.n_codes) == (8, 512)

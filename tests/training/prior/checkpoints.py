@@ -34,9 +34,9 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
         "d_head": 9,
         "text_len": 16,
         "conv_kernel": 3,
-        "text_vocab": tokenizer.n_vocab,
+        "vocab_size": tokenizer.vocab_size,
         "grid": dvae.config["image_size"] >> (dvae.config["n_groups"] - 1),
-        "image_vocab": dvae.config["vocab_size"],
+        "n_codes": dvae.config["n_codes"],
     }
     config = PriorConfig(**{**sizes, **geometry})
     with torch.device("meta"):  # no time spent on torch's initial values
@@ -67,8 +67,8 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
 def _scored(prior: Prior) -> dict[str, Tensor]:
     """A batch and its losses."""
     config, generator = prior.config, torch.Generator().manual_seed(1)
-    text = torch.randint(-1, config.text_vocab, (4, config.text_len - 1), generator=generator).sort(descending=True).values
-    image = torch.randint(config.image_vocab, (4, config.n_image), generator=generator)
+    text = torch.randint(-1, config.vocab_size, (4, config.text_len - 1), generator=generator).sort(descending=True).values
+    image = torch.randint(config.n_codes, (4, config.n_image), generator=generator)
     return {"text": text, "image": image, "image_nll": prior.image_nll(text, image)}
 
 

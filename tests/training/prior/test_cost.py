@@ -8,9 +8,9 @@ from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.planning.arithmetic import count_parameters, forward_flops
 from dalle_ds.planning.machines import MACHINES
-from dalle_ds.planning.settings import PlanSettings
+from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.recipes import load_recipe
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.cost import plan, settings_of
 from dalle_ds.training.prior.throughput import PEAK_TFLOPS
 from tests.support.launching import ROOT
@@ -18,7 +18,7 @@ from tests.support.launching import ROOT
 
 @pytest.mark.parametrize("preset, billions", [("2.8b", 2.83), ("5.6b", 5.55), ("12b", 12.09)])
 def test_parameter_counts_of_the_paper(preset, billions):
-    summary = plan(PRESETS[preset], PlanSettings())
+    summary = plan(PRESETS[preset], PlanInputsConfig())
     assert summary["parameters_effective"] / 1e9 == pytest.approx(billions, abs=0.005 + 0.002)
     assert summary["parameters_other"] < 0.001 * summary["parameters_effective"]
 
@@ -29,7 +29,7 @@ def test_counts_add_up_to_a_real_model():
 
 
 def test_arithmetic_is_what_torch_counts():
-    config = PriorConfig(n_layers=4, n_heads=2, d_head=8, text_len=6, grid=4, text_vocab=20, image_vocab=16, conv_kernel=3)
+    config = PriorConfig(n_layers=4, n_heads=2, d_head=8, text_len=6, grid=4, vocab_size=20, n_codes=16, conv_kernel=3)
     prior = Prior(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         prior(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64))
@@ -54,11 +54,11 @@ def sparse_attention(config):
 
 def test_memory_and_time_scale_as_they_must():
     config = PRESETS["12b"]
-    one, many = plan(config, PlanSettings(gpus=64, mfu=0.35)), plan(config, PlanSettings(gpus=1024, mfu=0.35))
+    one, many = plan(config, PlanInputsConfig(gpus=64, mfu=0.35)), plan(config, PlanInputsConfig(gpus=1024, mfu=0.35))
     assert one["state_gib_per_gpu"] == pytest.approx(16 * one["parameters"] / 64 / 2**30)
     assert one["state_gib_per_gpu"] / many["state_gib_per_gpu"] == pytest.approx(16)
     assert one["days_estimate"] / many["days_estimate"] == pytest.approx(16)
-    small = plan(config, PlanSettings(gpus=64, moments="low_bit"))
+    small = plan(config, PlanInputsConfig(gpus=64, moments="low_bit"))
     saved = (one["state_gib_per_gpu"] - small["state_gib_per_gpu"]) * 64 * 2**30
     assert saved == pytest.approx(4 * one["parameters_effective"]), "two bytes for each moment of each matrix of the layers"
     assert (one["checkpoint_gib"] - small["checkpoint_gib"]) * 2**30 == pytest.approx(saved)
@@ -72,7 +72,7 @@ def test_memory_and_time_scale_as_they_must():
     assert one["communication_gib_per_gpu_per_update"] == pytest.approx(
         16 * many["communication_gib_per_gpu_per_update"], rel=0.02
     )
-    nodes = plan(config, PlanSettings(gpus=1024, shard_gpus=8, price=2.0))
+    nodes = plan(config, PlanInputsConfig(gpus=1024, shard_gpus=8, price=2.0))
     assert nodes["state_gib_per_gpu"] == pytest.approx(128 * many["state_gib_per_gpu"]) and nodes["replicas"] == 128
     assert nodes["cost_estimate"] == pytest.approx(2 * nodes["gpu_hours_estimate"])
     # by hand: 6 * 12.09e9 * 1280 tokens * 1024 * 430,000 / (1024 * 312e12 * 0.35) s = 4.23 days, and a little attention
@@ -81,14 +81,14 @@ def test_memory_and_time_scale_as_they_must():
 
 def test_whether_a_gpu_is_large_enough():
     config = PRESETS["12b"]
-    assert plan(config, PlanSettings(gpu_memory=16))["fits_estimate"]
-    assert not plan(config, PlanSettings(gpus=8, gpu_memory=16))["fits_estimate"]
-    assert plan(config, PlanSettings())["gpu_memory_gib"] == 80, "the machine's"
+    assert plan(config, PlanInputsConfig(gpu_memory=16))["fits_estimate"]
+    assert not plan(config, PlanInputsConfig(gpus=8, gpu_memory=16))["fits_estimate"]
+    assert plan(config, PlanInputsConfig())["gpu_memory_gib"] == 80, "the machine's"
 
 
 def test_time_is_the_longest_and_mfu_a_result():
     config = PRESETS["12b"]
-    summary = plan(config, PlanSettings(gpus=256, machine="H100", shard_gpus=16, micro_batch=4))
+    summary = plan(config, PlanInputsConfig(gpus=256, machine="H100", shard_gpus=16, micro_batch=4))
     longest = max(
         summary[f"micro_step_{name}_seconds_estimate"]
         for name in ("compute", "links_inside_nodes", "links_between_nodes", "host")
@@ -98,7 +98,7 @@ def test_time_is_the_longest_and_mfu_a_result():
     assert seconds == pytest.approx(longest + summary["update_end_seconds_estimate"])
     assert summary["mfu_estimate"] == pytest.approx(summary["flops_per_update"] / (256 * 989e12 * seconds))
     assert "warnings" not in summary
-    given = plan(config, PlanSettings(gpus=256, machine="H100", shard_gpus=16, micro_batch=4, mfu=0.5))
+    given = plan(config, PlanInputsConfig(gpus=256, machine="H100", shard_gpus=16, micro_batch=4, mfu=0.5))
     assert given["binds"] == "the MFU given" and given["mfu_estimate"] == 0.5
     assert given["seconds_per_update_estimate"] == pytest.approx(seconds * summary["mfu_estimate"] / 0.5)
 
@@ -107,7 +107,7 @@ def test_warnings():
     config = PRESETS["12b"]
 
     def warnings(**settings):
-        return " ".join(plan(config, PlanSettings(machine="H100", **settings)).get("warnings", []))
+        return " ".join(plan(config, PlanInputsConfig(machine="H100", **settings)).get("warnings", []))
 
     assert "ZeRO-3 over 256 GPUs" in warnings(gpus=256) and not warnings(gpus=64)
     assert "global_batch 1024 is not a multiple of 96 GPUs x micro_batch 1" in warnings(gpus=96, shard_gpus=8)
@@ -116,18 +116,18 @@ def test_warnings():
 
 
 def test_a_recipe_says_what_a_plan_needs(tmp_path):
-    run = load_recipe(PriorRun, ROOT / "launchers" / "recipes" / "12b.yaml", ["optimizer.moments=low_bit"])
+    run = load_recipe(PriorRunConfig, ROOT / "launchers" / "recipes" / "12b.yaml", ["optimizer.moments=low_bit"])
     settings = settings_of(run, 256)
     assert settings["shard_gpus"] == 16 and settings["recompute"] == 0 and settings["moments"] == "low_bit"
     assert settings["compression"] == "power_sgd" and settings["updates"] == 430_000
     json_file = tmp_path / "ds.json"
     json_file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "sub_group_size": 1e8}}')
     run = load_recipe(
-        PriorRun, overrides=["folder=f", "data.dataset=d", f"deepspeed_config={json_file}", "activation_checkpointing=4"]
+        PriorRunConfig, overrides=["folder=f", "data.dataset=d", f"deepspeed_config={json_file}", "activation_checkpointing=4"]
     )
     settings = settings_of(run, 8)
     assert (settings["bucket"], settings["sub_group"], settings["recompute"]) == (7, 100_000_000, 4) and "live" not in settings
-    assert PlanSettings(**settings).shards == 8
+    assert PlanInputsConfig(**settings).shards == 8
 
 
 def test_peaks_are_those_of_the_dashboards():

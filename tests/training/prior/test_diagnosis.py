@@ -12,13 +12,13 @@ from dalle_ds.cli import main
 from dalle_ds.data.tokens import TokenBatch
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.ranks import Ranks
-from dalle_ds.precision.resblock_scaling import BlockScalingConfig
-from dalle_ds.training.prior.config import FailureSection
+from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
+from dalle_ds.training.prior.config import PriorFailureConfig
 from dalle_ds.training.prior.diagnosis import DivergenceMonitor, _files_of, _load_batch, _save_batch
 from dalle_ds.training.prior.magnitudes import Block, Finding
 
 NAMES = ("embed", "layers.0.attention", "layers.0.mlp", "heads")
-LIMITS = FailureSection(nonfinite_losses=3, updates_without_step=5)
+LIMITS = PriorFailureConfig(nonfinite_losses=3, updates_without_step=5)
 
 
 def report(loss: float = 1.0, took_step: bool = True, blocks: tuple[str, ...] = ()) -> Any:
@@ -52,9 +52,9 @@ def test_a_block_that_is_left_out_again_and_again() -> None:
 
 
 def test_the_default_lets_the_papers_policy_reach_its_floor() -> None:
-    policy = BlockScalingConfig()
+    policy = ResblockScalingConfig()
     n_backoffs = (policy.initial_scale_power - policy.min_scale_power) / -math.log2(policy.backoff)
-    assert FailureSection().updates_without_step == pytest.approx(n_backoffs * policy.backoff_window)
+    assert PriorFailureConfig().updates_without_step == pytest.approx(n_backoffs * policy.backoff_window)
 
 
 @pytest.mark.parametrize(

@@ -40,19 +40,19 @@ def same_weights(export: Path, prior: Prior) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_export_holds_the_weights(made, tmp_path, averaged):
+@pytest.mark.parametrize("ema", [True, False])
+def test_export_holds_the_weights(made, tmp_path, ema):
     folder, prior = made
-    summary = export_checkpoint(folder / "run", tmp_path, averaged=averaged)
+    summary = export_checkpoint(folder / "run", tmp_path, ema=ema)
     config = {"kind": "prior", "config": prior.config.model_dump()}
     assert summary["fingerprint"] == fingerprint(config, prior.state_dict()), "as over all of them in memory"
     assert same_weights(tmp_path, prior)
     info = json.loads((tmp_path / "config.json").read_text())
-    assert (info["fingerprint"], info["update"], info["averaged"]) == (summary["fingerprint"], 7, averaged)
+    assert (info["fingerprint"], info["update"], info["ema"]) == (summary["fingerprint"], 7, ema)
     assert info["data_urls"] == [str(folder / "tokens"), "s3://second/tokens"]
     assert summary["peak_memory_gigabytes"] > 0.01
     assert json.loads((tmp_path / "parity.json").read_text()) == summary["parity"]
-    if averaged:
+    if ema:
         assert summary["parity"]["tokens"] == 4 * 16 and summary["parity"]["max_difference_same_format"] == 0.0
         assert 0 < summary["parity"]["max_difference_fp32"] < 1e-2
 
@@ -198,17 +198,17 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
         shutil.copytree(made[0] / CHECKPOINT, copy)
         return copy / "attempt"
 
-    def refused(checkpoint: Path, match: str, averaged: bool = True) -> None:
+    def refused(checkpoint: Path, match: str, ema: bool = True) -> None:
         out = tmp_path / "out"
         with pytest.raises((DataError, FingerprintMismatch), match=match):
-            export_checkpoint(checkpoint.parents[2], out, averaged=averaged)
+            export_checkpoint(checkpoint.parents[2], out, ema=ema)
         assert not out.exists(), "refused before anything is written"
 
     copy = run("one rank's file is missing")
     (copy / "state-00001-of-00002.safetensors").unlink()
     refused(copy, "holds 1 state-.*expected 2")
     (copy / "state-00000-of-00002.safetensors").unlink()
-    refused(copy, "holds 0 state-", averaged=False)
+    refused(copy, "holds 0 state-", ema=False)
 
     copy = run("cut")
     file = copy / "state-00001-of-00002.safetensors"
@@ -216,7 +216,7 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
     refused(copy, "state-00001-of-00002.safetensors: not a safetensors file")
 
     for name, change, match in (
-        ("wider", lambda about: about["model"].update(image_vocab=99), "another model.*heads.image.bias, heads.image.weight"),
+        ("wider", lambda about: about["model"].update(n_codes=99), "another model.*heads.image.bias, heads.image.weight"),
         ("tokenizer", lambda about: about.update(tokenizer="other"), "tokenizer.model of data set"),
         ("dvae", lambda about: about.update(dvae="other"), "dvae.safetensors of data set"),
     ):

@@ -16,7 +16,7 @@ from dalle_ds.parallel.engine import UpdateReport
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import load_recipe
 from dalle_ds.training.prior import metrics
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.metrics import PriorMetrics
 from dalle_ds.training.prior.state import TrainState
 
@@ -37,9 +37,9 @@ def metrics_at(update: int, tracker: SimpleNamespace, scaler: SimpleNamespace | 
     engine = SimpleNamespace(
         ranks=ALONE, scaler=scaler, phases=SimpleNamespace(take=dict), optimizer_bytes_per_parameter=lambda: 8.0
     )
-    stream = SimpleNamespace(wait_seconds=0.0, steps_per_epoch=5, n_truncated=0, n_drawn=[40])
+    stream = SimpleNamespace(wait_seconds=0.0, updates_per_epoch=5, n_truncated=0, n_drawn=[40])
     return PriorMetrics(
-        load_recipe(PriorRun, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=update), tracker
+        load_recipe(PriorRunConfig, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=update), tracker
     )
 
 
@@ -48,7 +48,7 @@ def test_a_long_runs_scales_take_no_more_memory_than_a_chart_shows(monkeypatch: 
     charts: list[Sequence[int]] = []
     monkeypatch.setattr(metrics, "gradient_scales", lambda updates, lines: charts.append(updates))
     scaler = SimpleNamespace(names=["b"], scale=torch.ones(1), at_limits=dict, log2_scales=lambda: {"b": 0.0})
-    tracker = SimpleNamespace(tags=lambda _: None, metrics=lambda *_: None, picture=lambda *_: None)
+    tracker = SimpleNamespace(tags=lambda _: None, metrics=lambda *_: None, image=lambda *_: None)
     report = metrics_at(0, tracker, scaler)
     for update in range(10, 2001, 10):  # where metrics are due
         report._state.update = update

@@ -6,7 +6,7 @@ from dalle_ds.models.prior import PriorConfig
 from dalle_ds.planning.arithmetic import forward_flops
 from dalle_ds.training.prior.throughput import Throughput
 
-CONFIG = PriorConfig(n_layers=2, n_heads=1, d_head=8, text_len=6, grid=4, text_vocab=20, image_vocab=16, conv_kernel=3)
+CONFIG = PriorConfig(n_layers=2, n_heads=1, d_head=8, text_len=6, grid=4, vocab_size=20, n_codes=16, conv_kernel=3)
 
 
 def test_rates_and_shares_of_each_stretch() -> None:

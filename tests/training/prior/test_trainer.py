@@ -12,7 +12,7 @@ from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserErr
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import dump_recipe, load_recipe
 from dalle_ds.training.prior import trainer
-from dalle_ds.training.prior.config import PriorRun
+from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.job import check_job
 from dalle_ds.training.prior.trainer import train_prior
 from tests.data.token_sets import edit_json, make_token_set
@@ -26,15 +26,17 @@ def token_set(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_token_set(tmp_path_factory.mktemp("tokens") / "set", n_samples=64, n_validation=16)
 
 
-def recipe(token_set: str, tmp_path: Path, *overrides: str) -> PriorRun:
-    return load_recipe(PriorRun, RECIPES / "tiny.yaml", [f"data.dataset={token_set}", f"folder={tmp_path / 'run'}", *overrides])
+def recipe(token_set: str, tmp_path: Path, *overrides: str) -> PriorRunConfig:
+    return load_recipe(
+        PriorRunConfig, RECIPES / "tiny.yaml", [f"data.dataset={token_set}", f"folder={tmp_path / 'run'}", *overrides]
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.grid=8", r"model.grid is 8, but the data set .* has 4"),
-        ("model.image_vocab=8192", r"model.image_vocab is 8192, but the data set .* has 32"),
+        ("model.n_codes=8192", r"model.n_codes is 8192, but the data set .* has 32"),
         ("global_batch=1024", "64 samples"),
         ("deepspeed_config=nowhere.json", "nowhere.json cannot be read"),
     ],
@@ -50,7 +52,7 @@ def test_caption_dropout_that_is_no_chance(token_set: str, tmp_path: Path, value
         recipe(token_set, tmp_path, f"data.caption_dropout={value}")
 
 
-def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRun:
+def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRunConfig:
     other = make_token_set(tmp_path / "other", n_samples=200, n_validation=16)
     first, second = weights.split()
     sets = f"[{{dataset: {token_set}, weight: {first}}}, {{dataset: {other}, weight: {second}}}]"
@@ -60,7 +62,7 @@ def mix(token_set: str, tmp_path: Path, weights: str) -> PriorRun:
 def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
     run = mix(token_set, tmp_path, "0.7 0.3")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(run))
-    assert load_recipe(PriorRun, tmp_path / "recipe.yaml") == run
+    assert load_recipe(PriorRunConfig, tmp_path / "recipe.yaml") == run
     job, text = check_job(run, ALONE), f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
     assert run.data.sources == text and job.train_set.root_url == text
     with pytest.raises(ConfigError, match=r"data: checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
@@ -73,7 +75,7 @@ def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
 
 
 def test_the_papers_way_drops_no_caption(token_set: str, tmp_path: Path) -> None:
-    for run in (recipe(token_set, tmp_path), load_recipe(PriorRun, RECIPES / "12b.yaml")):
+    for run in (recipe(token_set, tmp_path), load_recipe(PriorRunConfig, RECIPES / "12b.yaml")):
         assert run.data.caption_dropout == 0.0
 
 
@@ -84,7 +86,7 @@ def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Pa
 
 def test_a_recipe_for_few_ranks_starts_on_more(token_set: str, tmp_path: Path) -> None:
     """`deepspeed launchers/train_prior.sh` on a node of eight GPUs: the default recipe is that of two CPU cores."""
-    run = load_recipe(PriorRun, RECIPES / "tiny.yaml")
+    run = load_recipe(PriorRunConfig, RECIPES / "tiny.yaml")
     for n_ranks, micro_batch, accumulation in ((1, 8, 2), (2, 8, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1)):
         there = run.on_ranks(n_ranks)
         assert (there.micro_batch, there.accumulation(n_ranks)) == (micro_batch, accumulation)
@@ -136,7 +138,7 @@ def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) 
         train_prior(run, ALONE)
 
 
-@pytest.mark.parametrize("summary", [{}, {"held_out_image_loss": 2.5}])
+@pytest.mark.parametrize("summary", [{}, {"loss/validation/image": 2.5}])
 def test_a_finished_run_is_not_repeated_at_any_number_of_ranks(
     token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: dict[str, float]
 ) -> None:
@@ -180,5 +182,5 @@ def test_default_without_its_data_says_which_command_makes_it(
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_load(path: Path) -> None:
-    run = load_recipe(PriorRun, path)
+    run = load_recipe(PriorRunConfig, path)
     assert run.deepspeed_path.exists()

@@ -1,4 +1,4 @@
-"""Sets of pictures: what they hold, how they are told apart, how pictures are prepared; statistics in files."""
+"""Sets of images: what they hold, how they are told apart, how images are prepared; statistics in files."""
 
 import io
 import json
@@ -12,9 +12,9 @@ from scipy.ndimage import gaussian_filter
 from dalle_ds.data.raw import split_of
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.fid import moments
-from dalle_ds.evaluation.picture_sets import Entry, open_pictures, prepare
+from dalle_ds.evaluation.image_sets import Entry, open_images, prepare
 from dalle_ds.evaluation.statistics import Measure, Statistics, cache_path, require_comparable
-from tests.support.pictures import draw_folder, encoded
+from tests.support.images import draw_folder, encoded
 
 
 def write_shard(path, n, first=0):
@@ -30,7 +30,7 @@ def write_shard(path, n, first=0):
 def test_a_folder_a_record_and_shards(tmp_path):
     folder = draw_folder(tmp_path / "folder", 5)
     (folder / "p0001.txt").write_text("a caption beside\n")
-    plain = list(open_pictures(folder))
+    plain = list(open_images(folder))
     assert [entry.key for entry in plain] == [f"p000{i}.png" for i in range(5)]
     assert [entry.caption for entry in plain] == [None, "a caption beside", None, None, None]
     assert plain[3].data == (folder / "p0003.png").read_bytes()
@@ -38,61 +38,61 @@ def test_a_folder_a_record_and_shards(tmp_path):
     record = {"images": [{"file": f"p000{i}.png", "caption": f"c{i}"} for i in (3, 1)]}  # the folder's others are no samples
     (folder / "samples.json").write_text(json.dumps(record))
     for source in (folder, folder / "samples.json"):
-        assert [(entry.key, entry.caption) for entry in open_pictures(source)] == [("p0003.png", "c3"), ("p0001.png", "c1")]
+        assert [(entry.key, entry.caption) for entry in open_images(source)] == [("p0003.png", "c3"), ("p0001.png", "c1")]
 
     shards = tmp_path / "raw"
     shards.mkdir()
     write_shard(shards / "0.tar", 20)
     write_shard(shards / "1.tar", 20, first=20)
-    assert [entry.caption for entry in open_pictures(shards)] == [f"caption {i}" for i in range(40)]
-    held_out = [entry.key for entry in open_pictures(shards, held_out=0.3)]
-    assert 0 < len(held_out) < 40
-    assert held_out == [f"{i // 20}/k{i:03d}" for i in range(40) if split_of(f"k{i:03d}", 0.3) == "validation"]
+    assert [entry.caption for entry in open_images(shards)] == [f"caption {i}" for i in range(40)]
+    validation = [entry.key for entry in open_images(shards, validation_fraction=0.3)]
+    assert 0 < len(validation) < 40
+    assert validation == [f"{i // 20}/k{i:03d}" for i in range(40) if split_of(f"k{i:03d}", 0.3) == "validation"]
 
 
-def test_a_limit_takes_the_same_pictures_from_all_over(tmp_path):
+def test_a_limit_takes_the_same_images_from_all_over(tmp_path):
     write_shard(tmp_path / "0.tar", 40)
-    chosen = [entry.key for entry in open_pictures(tmp_path, limit=12)]
-    assert len(chosen) == 12 and chosen == [entry.key for entry in open_pictures(tmp_path, limit=12)]
+    chosen = [entry.key for entry in open_images(tmp_path, limit=12)]
+    assert len(chosen) == 12 and chosen == [entry.key for entry in open_images(tmp_path, limit=12)]
     assert chosen[-1] > "0/k024"
     folder = draw_folder(tmp_path / "folder", 9)
-    assert len(list(open_pictures(folder, limit=4))) == 4 and len(list(open_pictures(folder, limit=40))) == 9
+    assert len(list(open_images(folder, limit=4))) == 4 and len(list(open_images(folder, limit=40))) == 9
 
 
 def test_fingerprints_follow_names_contents_and_choice(tmp_path):
     folder = draw_folder(tmp_path / "folder", 4)
     write_shard(tmp_path / "0.tar", 4)
     marks = [
-        open_pictures(folder).fingerprint,
-        open_pictures(folder, limit=3).fingerprint,
-        open_pictures(tmp_path).fingerprint,
-        open_pictures(tmp_path, limit=3).fingerprint,
-        open_pictures(tmp_path, held_out=0.9).fingerprint,
+        open_images(folder).fingerprint,
+        open_images(folder, limit=3).fingerprint,
+        open_images(tmp_path).fingerprint,
+        open_images(tmp_path, limit=3).fingerprint,
+        open_images(tmp_path, validation_fraction=0.9).fingerprint,
     ]
-    assert open_pictures(folder).fingerprint == marks[0] and open_pictures(tmp_path).fingerprint == marks[2]
+    assert open_images(folder).fingerprint == marks[0] and open_images(tmp_path).fingerprint == marks[2]
     (folder / "p0000.png").write_bytes((folder / "p0001.png").read_bytes())
     write_shard(tmp_path / "0.tar", 4, first=1)
-    marks += [open_pictures(folder).fingerprint, open_pictures(tmp_path).fingerprint]
+    marks += [open_images(folder).fingerprint, open_images(tmp_path).fingerprint]
     assert len(set(marks)) == 7
 
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures"):
-        open_pictures(tmp_path / "empty")
+    with pytest.raises(DataError, match="no images"):
+        open_images(tmp_path / "empty")
     with pytest.raises(DataError, match="no such folder"):
-        open_pictures(tmp_path / "nowhere")
+        open_images(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no raw shards"):
-        open_pictures(draw_folder(tmp_path / "folder", 2), held_out=0.5)
+        open_images(draw_folder(tmp_path / "folder", 2), validation_fraction=0.5)
     (tmp_path / "samples.json").write_text('{"images": [{"file": "gone.png", "caption": "c"}]}')
     with pytest.raises(DataError, match="1 of them are not there: gone.png"):
-        open_pictures(tmp_path / "samples.json")
+        open_images(tmp_path / "samples.json")
     (tmp_path / "samples.json").write_text("{}")
     with pytest.raises(DataError, match="no record of samples"):
-        open_pictures(tmp_path)
+        open_images(tmp_path)
 
 
-def test_pictures_are_cut_and_blurred():
+def test_images_are_cut_and_blurred():
     pixels = np.zeros((64, 96, 3), dtype=np.uint8)
     pixels[28:36, 44:52] = 255
     entry = Entry("k", None, encoded(Image.fromarray(pixels)))
@@ -104,10 +104,10 @@ def test_pictures_are_cut_and_blurred():
     assert np.abs(blurred - expected).max() < 6 and blurred.max() < 240
     assert np.abs(prepare(entry, 64, 1.0) - expected).max() > 30
     assert prepare(entry, 32, 0).shape == (32, 32, 3)
-    with pytest.raises(DataError, match="picture k is too small; expected a short side of 65"):
+    with pytest.raises(DataError, match="image k is too small; expected a short side of 65"):
         prepare(entry, 65, 0)
-    with pytest.raises(DataError, match="picture x is unreadable"):
-        prepare(Entry("x", None, b"no picture"), 8, 0)
+    with pytest.raises(DataError, match="image x is unreadable"):
+        prepare(Entry("x", None, b"no image"), 8, 0)
 
 
 MEASURE = Measure("inception", "abc", 256, 1.0)
@@ -119,11 +119,11 @@ def test_statistics_come_back_from_a_file(tmp_path):
     path = cache_path(tmp_path / "cache", MEASURE, "123")
     made.save(path)
     loaded = Statistics.load(path)
-    assert (loaded.measure, loaded.source, loaded.pictures, loaded.moments.n) == (MEASURE, "coco", "123", 30)
+    assert (loaded.measure, loaded.source, loaded.images, loaded.moments.n) == (MEASURE, "coco", "123", 30)
     assert (loaded.moments.mean_D == found.mean_D).all() and (loaded.moments.factor_RD == found.factor_RD).all()
     path.write_bytes(path.read_bytes()[:-40])
     for damaged in (path, tmp_path / "gone.npz"):
-        with pytest.raises(DataError, match="no statistics of pictures"):
+        with pytest.raises(DataError, match="no statistics of images"):
             Statistics.load(damaged)
 
 

@@ -1,4 +1,4 @@
-"""A picture whose top rows are given: image-to-image as the paper's, and variations of a picture."""
+"""Image prompts: an image whose top rows every sample begins with, as in the paper's image-to-image (figure 2d)."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ PAPER_SHARE = 15 / 32
 
 
 @dataclass(frozen=True)
-class GivenPicture:
-    """A picture as the dVAE sees it, and how many rows of its codes are kept."""
+class ImagePrompt:
+    """An image as the dVAE sees it, and how many rows of its codes are kept."""
 
-    picture: Image.Image
+    image: Image.Image
     """The square crop."""
     codes_N: Tensor
     rows: int
@@ -34,15 +34,15 @@ class GivenPicture:
         return self.codes_N[: self.rows * grid]
 
 
-def give_picture(export: Export, data: bytes, rows: int | None = None) -> GivenPicture:
-    """Crop a picture file by the rule of the training data, and encode it.
+def make_image_prompt(export: Export, data: bytes, rows: int | None = None) -> ImagePrompt:
+    """Crop an image file by the rule of the training data, and encode it.
 
     Args:
         rows: kept from the top, 0 to grid - 1; None takes the paper's share, 15 of 32.
 
     Raises:
         ConfigError: rows out of range.
-        DataError: not a picture, or smaller than the model's pictures.
+        DataError: not an image, or smaller than the model's images.
     """
     config = export.dvae.config
     rows = round(PAPER_SHARE * config.grid) if rows is None else rows
@@ -53,19 +53,19 @@ def give_picture(export: Export, data: bytes, rows: int | None = None) -> GivenP
         crop_HWC = prior_crop(decode_image(data), config.image_size, seed_of(digest))
     except ImageProblem as problem:
         raise DataError(
-            f"the given picture is {problem.reason}: expected a picture file of at least {config.image_size} pixels a side"
+            f"the image prompt is {problem.reason}: expected an image file of at least {config.image_size} pixels a side"
         ) from None
     with torch.inference_mode():
         image_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None].to(export.device)
         codes_N = export.dvae.tokens(image_BCHW)[0].cpu()
-    return GivenPicture(Image.fromarray(crop_HWC), codes_N, rows, digest)
+    return ImagePrompt(Image.fromarray(crop_HWC), codes_N, rows, digest)
 
 
-def read_picture(export: Export, file: Path, rows: int | None = None) -> GivenPicture:
-    """`give_picture` for a file. Raises DataError with the file's name too."""
+def read_image_prompt(export: Export, file: Path, rows: int | None = None) -> ImagePrompt:
+    """`make_image_prompt` for a file. Raises DataError with the file's name too."""
     try:
-        return give_picture(export, file.read_bytes(), rows)
+        return make_image_prompt(export, file.read_bytes(), rows)
     except OSError as error:
-        raise DataError(f"picture {file} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"image {file} cannot be read: {error.strerror or error}") from None
     except DataError as error:
         raise DataError(f"{file}: {error}") from None

@@ -1,4 +1,4 @@
-"""Held-out samples of the data that an export was trained on: captions, real codes, and which of them belong together."""
+"""Validation samples of the data that an export was trained on: captions, real codes, and which of them belong together."""
 
 import io
 import json
@@ -19,11 +19,11 @@ from dalle_ds.sampling.export import Export
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 
-READ_AT_LEAST = 512  # samples looked at when a few are chosen: one block alone may hold pictures of one kind
+READ_AT_LEAST = 512  # samples looked at when a few are chosen: one block alone may hold images of one kind
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSamples:
     """S samples of the validation split. Samples of a `group` are variants of one thing (skin tones of one emoji)."""
 
     text_ST: Tensor
@@ -35,14 +35,14 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def take(self, rows: Sequence[int]) -> "HeldOut":
+    def take(self, rows: Sequence[int]) -> "ValidationSamples":
         """Some of the samples, in the order of `rows`."""
         index = torch.tensor(list(rows), dtype=torch.int64)
         lists = ([items[row] for row in rows] for items in (self.keys, self.captions, self.groups))
-        return HeldOut(self.text_ST[index], self.image_SN[index], *lists)
+        return ValidationSamples(self.text_ST[index], self.image_SN[index], *lists)
 
 
-def read_held_out(export: Export, data_url: str | None = None, limit: int | None = None) -> HeldOut:
+def read_validation(export: Export, data_url: str | None = None, limit: int | None = None) -> ValidationSamples:
     """The validation samples (at most `limit`, from all over the split) as the export's prior reads them. Of a mix: those of
     all sets together, as in training.
 
@@ -55,16 +55,16 @@ def read_held_out(export: Export, data_url: str | None = None, limit: int | None
     urls = [data_url] if data_url else list(export.record.data_urls)
     sets = [TokenDataset(url, split="validation") for url in urls]
     for url, dataset in zip(urls, sets, strict=True):
-        require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes mean other pictures.")
+        require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes mean other images.")
         require_same(f"tokenizer of data set {url}", export.record.tokenizer, dataset.info.tokenizer)
-    return held_out_of(sets, export.prior.config.text_len, limit)
+    return validation_of(sets, export.prior.config.text_len, limit)
 
 
-def held_out_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None = None) -> HeldOut:
+def validation_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None = None) -> ValidationSamples:
     """The validation samples of these sets together (at most `limit`, from all over the split)."""
     mix = TokenMix(sets, [1.0] * len(sets))  # weights are training's
     batches = validation_batches(mix, text_len=text_len, batch=1, rank=0, world_size=1, limit=limit)
-    return HeldOut(
+    return ValidationSamples(
         torch.cat([batch.text_BT for batch in batches]),
         torch.cat([batch.image_BN for batch in batches]),
         [key for batch in batches for key in batch.keys],
@@ -73,23 +73,23 @@ def held_out_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None =
     )
 
 
-def choose_held_out(export: Export, n: int, *, data_url: str | None = None, seed: int = 0) -> HeldOut:
-    """`n` held-out samples, each of another group and with another caption, drawn by `seed`.
+def choose_validation(export: Export, n: int, *, data_url: str | None = None, seed: int = 0) -> ValidationSamples:
+    """`n` validation samples, each of another group and with another caption, drawn by `seed`.
 
     Raises:
         DataError: there are not so many groups (the message says how many).
     """
-    held_out = read_held_out(export, data_url, limit=max(READ_AT_LEAST, 32 * n))
+    validation = read_validation(export, data_url, limit=max(READ_AT_LEAST, 32 * n))
     chosen: list[int] = []
     seen: set[str] = set()
-    for row in np.random.default_rng(seed).permutation(len(held_out)).tolist():
-        marks = {f"group {held_out.groups[row]}", f"caption {held_out.captions[row].lower()}"}
+    for row in np.random.default_rng(seed).permutation(len(validation)).tolist():
+        marks = {f"group {validation.groups[row]}", f"caption {validation.captions[row].lower()}"}
         if len(chosen) < n and not marks & seen:
             chosen.append(row)
             seen |= marks
     if len(chosen) < n:
-        raise DataError(f"{n} held-out captions wanted, but the validation split has {len(chosen)} different ones")
-    return held_out.take(chosen)
+        raise DataError(f"{n} validation captions wanted, but the validation split has {len(chosen)} different ones")
+    return validation.take(chosen)
 
 
 def _groups(root: str, batches: Sequence[TokenBatch]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Small captioned test pictures, drawn here: folders as `preprocessing ingest` takes them, and bytes of every awkward kind."""
+"""Small captioned test images, drawn here: folders as `preprocessing ingest` takes them, and bytes of every awkward kind."""
 
 import io
 import json
@@ -9,11 +9,11 @@ from PIL import Image
 from preprocessing.demo.drawn import draw
 
 
-def draw_folder(folder: Path, n_pictures: int, size: int = 48) -> Path:
-    """A folder of `n_pictures` PNG files with captions.jsonl; every fourth shares its group with the one before."""
+def draw_folder(folder: Path, n_images: int, size: int = 48) -> Path:
+    """A folder of `n_images` PNG files with captions.jsonl; every fourth shares its group with the one before."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "captions.jsonl").open("w") as captions:
-        for i in range(n_pictures):
+        for i in range(n_images):
             drawing = draw(i, size)
             drawing.image.save(folder / f"p{i:04d}.png")
             group = f"g{i - 1 if i % 4 == 3 else i:04d}"
@@ -23,7 +23,7 @@ def draw_folder(folder: Path, n_pictures: int, size: int = 48) -> Path:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """The bytes of a picture file."""
+    """The bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Pictures to be measured: a folder, a samples.json, or raw shards, read one after another and prepared alike."""
+"""Images to be measured: a folder, a samples.json, or raw shards, read one after another and prepared alike."""
 
 import hashlib
 import heapq
@@ -23,7 +23,7 @@ PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # change 
 
 
 class Entry(NamedTuple):
-    """An encoded picture; the caption is None where none is known."""
+    """An encoded image; the caption is None where none is known."""
 
     key: str
     caption: str | None
@@ -31,8 +31,8 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """Pictures from one source; `fingerprint` covers which they are and their bytes. Iterating reads them again each time."""
+class ImageSet:
+    """Images from one source; `fingerprint` covers which they are and their bytes. Iterating reads them again each time."""
 
     source: str
     fingerprint: str
@@ -42,63 +42,63 @@ class PictureSet:
         return self.entries()
 
 
-def open_pictures(source: str | Path, *, limit: int | None = None, held_out: float | None = None) -> PictureSet:
-    """A set of pictures by where it is.
+def open_images(source: str | Path, *, limit: int | None = None, validation_fraction: float | None = None) -> ImageSet:
+    """A set of images by where it is.
 
     Args:
-        source: a samples.json or its folder; a root of raw shards (path or s3:// url); any folder of pictures, captions in a
+        source: a samples.json or its folder; a root of raw shards (path or s3:// url); any folder of images, captions in a
             .txt beside each where there are some.
         limit: at most so many, chosen by hash of their names: the same ones each time, and no order of the source shows.
-        held_out: of raw shards take only what the validation split has at this `validation_fraction`.
+        validation_fraction: of raw shards take only what the validation split has at this `validation_fraction`.
 
     Raises:
-        DataError: nothing there, no pictures, or a samples.json that names missing files.
+        DataError: nothing there, no images, or a samples.json that names missing files.
     """
     local = objects.local_path(source)
     if local is not None and (local.name == SAMPLES_FILE or (local / SAMPLES_FILE).is_file()):
         files = _of_record(local if local.name == SAMPLES_FILE else local / SAMPLES_FILE)
     elif local is None or any(local.glob("*.tar")) or (local / "manifests").is_dir():
-        return _of_shards(str(source), limit, held_out)
+        return _of_shards(str(source), limit, validation_fraction)
     elif local.is_dir():
         found = sorted(path for path in local.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
         files = {str(path.relative_to(local)): (path, _caption_beside(path)) for path in found}
     else:
         raise DataError(f"{source}: no such folder or {SAMPLES_FILE}")
-    if held_out is not None:
-        raise DataError(f"{source}: no raw shards, so that held-out pictures can't be told from others")
+    if validation_fraction is not None:
+        raise DataError(f"{source}: no raw shards, so that validation images can't be told from others")
     if limit is not None:
         files = {key: files[key] for key in _chosen(files, limit)}
     if not files:
-        raise DataError(f"{source}: no pictures; expected files ending in {', '.join(IMAGE_EXTENSIONS)}, or raw shards")
+        raise DataError(f"{source}: no images; expected files ending in {', '.join(IMAGE_EXTENSIONS)}, or raw shards")
     digests = {key: sha256_of_file(path) for key, (path, _) in files.items()}
-    return PictureSet(
+    return ImageSet(
         str(source),
-        fingerprint({"pictures": digests}),
+        fingerprint({"images": digests}),
         lambda: (Entry(key, caption, path.read_bytes()) for key, (path, caption) in files.items()),
     )
 
 
 def decode(entry: Entry) -> Image.Image:
-    """The picture in RGB. Raises DataError, with its key, where it can't be read."""
+    """The image in RGB. Raises DataError, with its key, where it can't be read."""
     try:
         return decode_image(entry.data)
     except ImageProblem as problem:
-        raise DataError(f"picture {entry.key} is {problem.reason}") from None
+        raise DataError(f"image {entry.key} is {problem.reason}") from None
 
 
 def prepare(entry: Entry, size: int, blur: float) -> np.ndarray:
     """Decode, cut to a square of `size` pixels a side, blur: uint8 (size, size, 3).
 
-    `blur` is the radius of Pillow's GaussianBlur, the standard deviation in pixels of the prepared picture; 0 leaves it as it
-    is. PAPER 3.1 (figure 9) blurs real pictures and samples alike, to look past the high frequencies that a dVAE loses.
+    `blur` is the radius of Pillow's GaussianBlur, the standard deviation in pixels of the prepared image; 0 leaves it as it
+    is. PAPER 3.1 (figure 9) blurs real images and samples alike, to look past the high frequencies that a dVAE loses.
 
     Raises:
-        DataError: the picture can't be read, or its short side is under `size`.
+        DataError: the image can't be read, or its short side is under `size`.
     """
     try:
         pixels_HWC = center_crop(decode(entry), size)
     except ImageProblem as problem:
-        raise DataError(f"picture {entry.key} is {problem.reason}; expected a short side of {size} pixels or more") from None
+        raise DataError(f"image {entry.key} is {problem.reason}; expected a short side of {size} pixels or more") from None
     return np.asarray(Image.fromarray(pixels_HWC).filter(ImageFilter.GaussianBlur(blur))) if blur else pixels_HWC
 
 
@@ -110,30 +110,34 @@ def _of_record(file: Path) -> dict[str, tuple[Path, str | None]]:
         raise DataError(f"{file} is no record of samples ({error}); `dalle-ds sample` writes one") from None
     missing = [key for key, (path, _) in files.items() if not path.is_file()]
     if missing:
-        raise DataError(f"{file} names {len(files)} pictures, {len(missing)} of them are not there: {', '.join(missing[:3])}")
+        raise DataError(f"{file} names {len(files)} images, {len(missing)} of them are not there: {', '.join(missing[:3])}")
     return files
 
 
-def _of_shards(root: str, limit: int | None, held_out: float | None) -> PictureSet:
+def _of_shards(root: str, limit: int | None, validation_fraction: float | None) -> ImageSet:
     shards = list_raw_shards(root)
 
     def samples() -> Iterator[tuple[str, RawSample]]:
         for shard in shards:
             for sample in read_raw_shard(shard):
-                if isinstance(sample, RawSample) and (held_out is None or split_of(sample.group, held_out) == "validation"):
+                if isinstance(sample, RawSample) and (
+                    validation_fraction is None or split_of(sample.group, validation_fraction) == "validation"
+                ):
                     yield f"{shard.name}/{sample.key}", sample
 
     chosen = None if limit is None else set(_chosen((key for key, _ in samples()), limit))
 
     def entries() -> Iterator[Entry]:
-        pictures = (Entry(key, sample.caption, sample.image) for key, sample in samples() if chosen is None or key in chosen)
-        if (first := next(pictures, None)) is None:
-            raise DataError(f"{root}: no picture in its raw shards (held out: {held_out})")
+        images = (Entry(key, sample.caption, sample.image) for key, sample in samples() if chosen is None or key in chosen)
+        if (first := next(images, None)) is None:
+            raise DataError(f"{root}: no image in its raw shards (validation_fraction: {validation_fraction})")
         yield first
-        yield from pictures
+        yield from images
 
     contents = {shard.name: shard.checksum or _sha256_of_shard(shard) for shard in shards}
-    return PictureSet(root, fingerprint({"shards": contents, "limit": limit, "held_out": held_out}), entries)
+    return ImageSet(
+        root, fingerprint({"shards": contents, "limit": limit, "validation_fraction": validation_fraction}), entries
+    )
 
 
 def _chosen(keys: Iterator[str] | dict[str, object], limit: int) -> list[str]:
