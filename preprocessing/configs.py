@@ -17,7 +17,7 @@ ENGINE = "local: processes of this machine; ray: actors of a Ray cluster"
 FRACTION = "share of the groups of samples that no stage trains on; the paper holds out 606,000 of 250 million"
 
 
-class ScenesConfig(Config):
+class SceneDrawingConfig(Config):
     """What `fetch.source: scenes` draws."""
 
     image_size: int = Field(32, ge=24, description="pixels a side")
@@ -35,7 +35,7 @@ class FetchConfig(Config):
         "auto", description="auto takes the first that can be had here, never scenes"
     )
     limit: int | None = Field(None, ge=1, description="images at most; unset: all, of scenes 20,000")
-    scenes: ScenesConfig = ScenesConfig()
+    scenes: SceneDrawingConfig = SceneDrawingConfig()
 
     @model_validator(mode="after")
     def _has_no_idle_keys(self) -> "FetchConfig":

@@ -19,6 +19,7 @@ CONFIDENCE: Final = 0.95
 _OTHER_CAPTIONS: Final = 8  # that each image is judged against, for the chance level
 
 Images = np.ndarray | Sequence[Image.Image]
+Found = tuple[FoundObject, ...] | None
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Report:
     judged: tuple[Judged, ...]
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers: `seen`, `zero_shot` (means), and `seen/counting` and the like."""
-        flat: dict[str, float] = {split: mean.value for split, mean in self.means.items()}
+        """Flat numbers: "seen/mean", "zero_shot/counting" and the like."""
+        flat = {f"{split}/mean": mean.value for split, mean in self.means.items()}
         for split, shares in self.rows.items():
             flat |= {f"{split}/{category}": share.value for category, share in shares.items()}
         return flat
@@ -90,10 +91,16 @@ def score(images: Images, captions: Sequence[str], *, seed: int = 0) -> Report:
     Raises:
         DataError: a caption outside the grammar, images of another form, or not as many of one as of the other.
     """
-    if len(images) != len(captions) or not len(images):
-        raise DataError(f"{len(images)} images and {len(captions)} captions: expected one caption for each image, one or more")
+    if len(images) != len(captions):
+        raise DataError(f"{len(images)} images and {len(captions)} captions: expected one caption for each image")
+    return score_found(found_in(images), captions, seed=seed)
+
+
+def score_found(found: Sequence[Found], captions: Sequence[str], *, seed: int = 0) -> Report:
+    """`score` of what `found_in` gave for each image. Raises DataError for a caption outside the grammar, or no image."""
+    if not captions:
+        raise DataError("no images to judge: expected one or more")
     meanings = [require_meaning(caption) for caption in captions]
-    found = _found(images)
     verdicts = [verdict(objects, meaning) for objects, meaning in zip(found, meanings, strict=True)]
     judged = tuple(
         Judged(caption, meaning.category, meaning.split, one)
@@ -109,6 +116,21 @@ def score(images: Images, captions: Sequence[str], *, seed: int = 0) -> Report:
                 share = share_of(right, n_captions=len({captions[i] for i in chosen}), chance=chance)
                 rows.setdefault(split, {})[category] = share
     return Report(rows, {split: mean_of(list(rows[split].values())) for split in rows}, _faults(judged), judged)
+
+
+def found_in(images: Images) -> list[Found]:
+    """`find_objects` of images that may differ in size. Raises DataError for images of another form than `score` takes."""
+    if isinstance(images, np.ndarray):
+        return find_objects(images)
+    found: list[Found] = [None] * len(images)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, image in enumerate(images):
+        by_size.setdefault(image.size, []).append(i)
+    for indices in by_size.values():
+        pixels_BSSC = np.stack([np.asarray(images[i].convert("RGB")) for i in indices])
+        for i, objects in zip(indices, find_objects(pixels_BSSC), strict=True):
+            found[i] = objects
+    return found
 
 
 def require_meaning(caption: str) -> Meaning:
@@ -141,21 +163,7 @@ def mean_of(shares: Sequence[Share]) -> Share:
     return Share(value, value - below, value + above, n_images, n_captions, fmean(chances) if chances else None)
 
 
-def _found(images: Images) -> list[tuple[FoundObject, ...] | None]:
-    if isinstance(images, np.ndarray):
-        return find_objects(images)
-    found: list[tuple[FoundObject, ...] | None] = [None] * len(images)
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, image in enumerate(images):
-        by_size.setdefault(image.size, []).append(i)
-    for indices in by_size.values():
-        pixels_BSSC = np.stack([np.asarray(images[i].convert("RGB")) for i in indices])
-        for i, objects in zip(indices, find_objects(pixels_BSSC), strict=True):
-            found[i] = objects
-    return found
-
-
-def _chance(found: Sequence[tuple[FoundObject, ...] | None], meanings: Sequence[Meaning], seed: int) -> float | None:
+def _chance(found: Sequence[Found], meanings: Sequence[Meaning], seed: int) -> float | None:
     # None where all images of the row have one meaning
     rng = np.random.default_rng(seed)
     distinct = list(dict.fromkeys(meanings))

@@ -11,7 +11,7 @@ from typing import Any, Final
 from dalle_ds.scenes.mixture import evaluation_captions, training_scene
 from dalle_ds.scenes.png import png_of
 from dalle_ds.scenes.render import render
-from preprocessing.configs import ScenesConfig
+from preprocessing.configs import SceneDrawingConfig
 
 N_SCENES: Final = 20_000
 SCENES_PER_TAR: Final = 1024  # ingest makes each tar one shard: small, so that every core has work
@@ -26,7 +26,7 @@ CREDIT: Final = {
 
 
 def write_scenes(
-    folder: Path, n_scenes: int, config: ScenesConfig, progress: Callable[[Iterable[int]], Iterable[int]]
+    folder: Path, n_scenes: int, config: SceneDrawingConfig, progress: Callable[[Iterable[int]], Iterable[int]]
 ) -> dict[str, Any]:
     """Put `n_scenes` training scenes as tars, and the captions of the evaluation one a line, into an empty folder.
 
@@ -43,7 +43,7 @@ def write_scenes(
     return {**CREDIT, "n_images": n_scenes, "n_captions": n_scenes, "scenes": config.model_dump()}
 
 
-def _add(tar: tarfile.TarFile, index: int, config: ScenesConfig) -> None:
+def _add(tar: tarfile.TarFile, index: int, config: SceneDrawingConfig) -> None:
     drawn = training_scene(config.seed, index, textured=config.textured)
     image = png_of(render(drawn.scene, config.image_size))
     record = json.dumps({"caption": drawn.caption, "group": drawn.meaning.key}).encode()
