@@ -7,7 +7,7 @@
    blurred; the least squared difference decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -32,7 +32,7 @@ _MIN_CONTRAST: Final = 18.0  # CIELAB distance from the ground below which nothi
 _MAX_COLOUR_ERROR: Final = 45.0  # CIELAB distance from the nearest colour above which an object has none
 _CORE: Final = 0.85  # of a component's contrast, what its core reaches; edges, mixed with the ground, have less
 _SPECK: Final = 0.3  # share of the smallest object's area below which a component is no object
-_MAX_MISFIT: Final = 0.35  # squared difference from the best template, as a share of the object's own square
+_MAX_MISFIT: Final = 0.22  # squared difference from the best drawing in the object's colour, as a share of the object's square
 _BLURS: Final = (0.0, 0.6, 1.1)  # standard deviations in pixels of an image of 32
 _BATCH: Final = 256
 
@@ -81,18 +81,20 @@ def _find(images_BSSC: np.ndarray) -> list[tuple[FoundObject, ...] | None]:
     lab_BSSL = _lab(images_BSSC)
     grounds = [_ground(lab_SSL, image_SSC) for lab_SSL, image_SSC in zip(lab_BSSL, images_BSSC, strict=True)]
     templates = _templates(side)
-    windows, marks = [], []
-    for b, ground in enumerate(grounds):
-        if ground is None:
-            continue
-        for window_WW, colour, x, y in _components(images_BSSC[b], lab_BSSL[b], ground, templates):
-            windows.append(window_WW.ravel())
-            marks.append((b, colour, x, y))
+    components = [
+        (b, component)
+        for b, ground in enumerate(grounds)
+        if ground is not None
+        for component in _components(images_BSSC[b], lab_BSSL[b], ground, templates)
+    ]
     found: list[list[FoundObject]] = [[] for _ in grounds]
-    if windows:
-        for (b, colour, x, y), (shape, size, misfit) in zip(marks, templates.match(np.stack(windows)), strict=True):
+    if components:
+        matches = templates.match([component for _, component in components])
+        for (b, one), (shape, size, misfit) in zip(components, matches, strict=True):
             is_known = misfit <= _MAX_MISFIT
-            found[b].append(FoundObject(shape if is_known else None, colour, size if is_known else None, x, y, misfit))
+            found[b].append(
+                FoundObject(shape if is_known else None, one.colour, size if is_known else None, one.x, one.y, misfit)
+            )
     return [None if ground is None else tuple(objects) for ground, objects in zip(grounds, found, strict=True)]
 
 
@@ -109,10 +111,18 @@ def _ground(lab_SSL: np.ndarray, image_SSC: np.ndarray) -> _Ground | None:
     return _Ground(np.median(image_SSC[is_pale_SS], axis=0), np.median(lab_SSL[is_pale_SS], axis=0))
 
 
-def _components(
-    image_SSC: np.ndarray, lab_SSL: np.ndarray, ground: _Ground, templates: "_Templates"
-) -> Iterator[tuple[np.ndarray, str | None, float, float]]:
-    """Window (W, W) of coverage, colour or None, and centroid (x, y) as shares of the side, of each object of an image."""
+@dataclass(frozen=True)
+class _Component:
+    """What may be an object: pixels that differ from the ground and touch."""
+
+    cover_V: np.ndarray  # of the window around the centroid, V = W * W: how much of each pixel the colour covers
+    other_colours: float  # squared difference from mixtures of ground and colour, in units of their contrast's square
+    colour: str | None
+    x: float
+    y: float
+
+
+def _components(image_SSC: np.ndarray, lab_SSL: np.ndarray, ground: _Ground, templates: "_Templates") -> Iterator["_Component"]:
     side = len(image_SSC)
     contrast_SS = _distances(lab_SSL, ground.lab_L)
     is_object_SS = (contrast_SS > _to_nearest_colour(image_SSC)) & (contrast_SS > _MIN_CONTRAST)
@@ -127,12 +137,17 @@ def _components(
         own_hw = labels_hw == label
         core_hw = own_hw & (contrast_hw >= _CORE * np.quantile(contrast_hw[own_hw], _CORE))
         core_C = image_hwC[core_hw].mean(axis=0)
-        away_C = core_C - ground.rgb_C
-        cover_hw = np.clip((image_hwC - ground.rgb_C) @ away_C / (away_C @ away_C), 0, 1)
+        away_C, offset_hwC = core_C - ground.rgb_C, image_hwC - ground.rgb_C
+        contrast = away_C @ away_C
+        cover_hw = offset_hwC @ away_C / contrast
+        other_colours = float(((offset_hwC - cover_hw[..., None] * away_C)[own_hw] ** 2).sum() / contrast)
+        cover_hw = np.clip(cover_hw, 0, 1)
         cover_hw *= _widened(own_hw, reach) & ((labels_hw == 0) | own_hw)
         window_WW, row, column = _centred(cover_hw, templates.window)
         y, x = row + near[0].start, column + near[1].start
-        yield window_WW.astype(np.float32), _colour(core_C), (x + 0.5) / side, (y + 0.5) / side
+        yield _Component(
+            window_WW.ravel().astype(np.float32), other_colours, _colour(core_C), (x + 0.5) / side, (y + 0.5) / side
+        )
 
 
 def _widened(mask_hw: np.ndarray, reach: int) -> np.ndarray:
@@ -177,12 +192,14 @@ class _Templates:
     names: tuple[tuple[str, str], ...]  # shape and size of each template
     smallest_area: float
 
-    def match(self, windows_MV: np.ndarray) -> list[tuple[str, str, float]]:
-        """Shape, size and misfit of each window."""
-        squares_M = (windows_MV**2).sum(1)
-        differences_MT = squares_M[:, None] - 2 * windows_MV @ self.drawings_TV.T + self.squares_T
+    def match(self, components: Sequence[_Component]) -> list[tuple[str, str, float]]:
+        """Shape, size and misfit of each component."""
+        covers_MV = np.stack([component.cover_V for component in components])
+        squares_M = (covers_MV**2).sum(1)
+        differences_MT = squares_M[:, None] - 2 * covers_MV @ self.drawings_TV.T + self.squares_T
         best_M = differences_MT.argmin(1)
-        misfits_M = differences_MT[np.arange(len(best_M)), best_M] / np.maximum(squares_M, 1e-6)
+        others_M = np.array([component.other_colours for component in components])
+        misfits_M = (differences_MT[np.arange(len(best_M)), best_M] + others_M) / np.maximum(squares_M, 1e-6)
         return [(*self.names[best], float(misfit)) for best, misfit in zip(best_M, misfits_M, strict=True)]
 
 
