@@ -20,7 +20,7 @@ WRONGS: Final[tuple[Wrong, ...]] = ("colour", "shape", "size", "place", "too man
 Lossy = Literal["blur", "noise", "jpeg"]
 LOSSES: Final[tuple[Lossy, ...]] = ("blur", "noise", "jpeg")
 
-_CLEAR_OF: Final = 0.35  # share of the side between centres, so that a further object touches none
+_CLEAR_OF: Final = 0.42  # share of the side between centres, so that a further object touches none
 
 
 def spoiled(scene: Scene, meaning: Meaning, wrong: Wrong, rng: np.random.Generator) -> Scene | None:

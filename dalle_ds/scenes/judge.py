@@ -44,23 +44,23 @@ def verdict(found: Sequence[FoundObject] | None, meaning: Meaning) -> Verdict:
     if len(found) != meaning.n_objects:
         return Verdict(("number",))
     wanted = list(meaning.objects())
-    faults = min((_faults(order, wanted, meaning) for order in permutations(found)), key=len)
+    faults = min((_faults(order, wanted, meaning) for order in permutations(found)), key=len)  # one entry for each object
     return Verdict(tuple(fault for fault in FAULTS if fault in faults))
 
 
-def _faults(order: Sequence[FoundObject], wanted: Sequence[Wanted], meaning: Meaning) -> set[Fault]:
-    faults: set[Fault] = set()
+def _faults(order: Sequence[FoundObject], wanted: Sequence[Wanted], meaning: Meaning) -> list[Fault]:
+    faults: list[Fault] = []
     for one, want in zip(order, wanted, strict=True):
         if one.shape is None or one.colour is None:
-            faults.add("unknown")
+            faults.append("unknown")
         if one.shape is not None and one.shape != want.shape:
-            faults.add("shape")
+            faults.append("shape")
         if one.colour is not None and want.colour not in (None, one.colour):
-            faults.add("colour")
+            faults.append("colour")
         if one.size is not None and want.size not in (None, one.size):
-            faults.add("size")
+            faults.append("size")
     if meaning.relation is not None and not _lies(order[0], order[1], meaning.relation):
-        faults.add("place")
+        faults.append("place")
     return faults
 
 

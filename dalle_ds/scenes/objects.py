@@ -29,6 +29,7 @@ MAX_SIDE: Final = 64
 _PALE_LIGHTNESS, _PALE_CHROMA = 78.0, 24.0  # of a ground; colours of objects are outside
 _MIN_GROUND: Final = 0.1  # share of the pixels that must be ground
 _MIN_CONTRAST: Final = 18.0  # CIELAB distance from the ground below which nothing is seen
+_STRANGE: Final = 42.0  # CIELAB distance from the ground above which a pixel is an object's, whatever its colour
 _MAX_COLOUR_ERROR: Final = 45.0  # CIELAB distance from the nearest colour above which an object has none
 _CORE: Final = 0.85  # of a component's contrast, what its core reaches; edges, mixed with the ground, have less
 _SPECK: Final = 0.3  # share of the smallest object's area below which a component is no object
@@ -125,7 +126,8 @@ class _Component:
 def _components(image_SSC: np.ndarray, lab_SSL: np.ndarray, ground: _Ground, templates: "_Templates") -> Iterator["_Component"]:
     side = len(image_SSC)
     contrast_SS = _distances(lab_SSL, ground.lab_L)
-    is_object_SS = (contrast_SS > _to_nearest_colour(image_SSC)) & (contrast_SS > _MIN_CONTRAST)
+    nearest_SS = np.minimum(_to_nearest_colour(image_SSC), _STRANGE)
+    is_object_SS = (contrast_SS > nearest_SS) & (contrast_SS > _MIN_CONTRAST)
     labels_SS, n = ndimage.label(is_object_SS)
     areas = np.bincount(labels_SS.ravel(), minlength=n + 1)
     reach = max(1, round(side / 32))  # pixels around a component that it may cover in part

@@ -22,6 +22,7 @@ from dalle_ds.ops.devices import resolve_device
 from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.export_record import read_export_record
 from dalle_ds.scenes.charts import judged_sheet, score_chart
+from dalle_ds.scenes.render import MIN_SIDE
 from dalle_ds.scenes.score import Found, Report, found_in, require_meaning, score, score_found
 from dalle_ds.scenes.table import table
 from dalle_ds.scenes.trial import Trial, try_judge
@@ -50,8 +51,11 @@ def evaluate_scenes(
         seed: of the drawn scenes, and of the captions that give the chance level.
 
     Raises:
-        DataError: no images, one without a caption or with a caption that is none of a scene, one that is not square.
+        DataError: no images, one without a caption or with a caption that is none of a scene, one that is not square; a dVAE
+            of too small images.
     """
+    if dvae is not None and dvae.config.image_size < MIN_SIDE:
+        raise DataError(f"the dVAE's images have {dvae.config.image_size} pixels a side: expected {MIN_SIDE} or more")
     record = None if export is None else read_export_record(export)
     captions, found, shown = _read(images, limit)
     report = score_found(found, captions, seed=seed)
