@@ -5,19 +5,19 @@ from typing import Final
 SHAPES: Final = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 
 COLOURS: Final = {
-    "red": (222, 32, 38),
-    "orange": (248, 138, 8),
-    "yellow": (252, 216, 24),
-    "green": (30, 158, 62),
-    "blue": (34, 92, 224),
-    "purple": (132, 42, 172),
-    "pink": (250, 126, 196),
-    "black": (26, 26, 32),
+    "red": (212, 22, 42),
+    "orange": (246, 122, 0),
+    "yellow": (251, 222, 36),
+    "green": (36, 162, 66),
+    "blue": (30, 88, 228),
+    "purple": (150, 44, 166),
+    "pink": (252, 128, 198),
+    "black": (22, 22, 28),
 }
-"""sRGB. Far enough apart in CIELAB (40 or more, from each other and from every ground) to survive a lossy codebook."""
+"""sRGB. From each other and from every ground 100 or more apart, and 40 or more in CIELAB, so that a lossy codebook keeps them."""
 
-SIZES: Final = {"small": 0.15, "large": 0.215}
-"""Radius as a share of the image's side: 4.8 and 6.9 pixels of 32. Four large objects leave gaps of 0.07 between them."""
+SIZES: Final = {"small": 0.145, "large": 0.205}
+"""Radius as a share of the image's side: 4.6 and 6.6 pixels of 32. Four large objects leave two to three pixels between them."""
 
 COUNTS: Final = {"one": 1, "two": 2, "three": 3, "four": 4}
 

@@ -78,12 +78,14 @@ def nearest_of(patches: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def k_means(patches: np.ndarray, k: int) -> np.ndarray:
-    codes = patches[:k].copy()
-    for _ in range(8):
+    rng = np.random.default_rng(0)
+    codes = patches[rng.choice(len(patches), k, replace=False)].copy()
+    for _ in range(10):
         nearest = nearest_of(patches, codes)
         counts, sums = np.bincount(nearest, minlength=k), np.zeros_like(codes)
         np.add.at(sums, nearest, patches)
-        codes[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
+        codes = sums / np.maximum(counts, 1)[:, None]
+        codes[counts == 0] = patches[rng.choice(len(patches), (counts == 0).sum())]  # codes that nothing uses begin anew
     return codes
 
 
