@@ -14,10 +14,10 @@ COLOURS: Final = {
     "pink": (252, 128, 198),
     "black": (22, 22, 28),
 }
-"""sRGB. From each other and from every ground 100 or more apart, and 40 or more in CIELAB, so that a lossy codebook keeps them."""
+"""sRGB. From each other and from every ground 100 or more apart, 40 or more in CIELAB: a lossy codebook keeps them."""
 
 SIZES: Final = {"small": 0.145, "large": 0.205}
-"""Radius as a share of the image's side: 4.6 and 6.6 pixels of 32. Four large objects leave two to three pixels between them."""
+"""Radius as a share of the image's side: 4.6 and 6.6 pixels of 32, where four large objects lie two or three pixels apart."""
 
 COUNTS: Final = {"one": 1, "two": 2, "three": 3, "four": 4}
 
