@@ -1,7 +1,7 @@
 """dalle_ds: train the original DALL-E (Ramesh et al. 2021) from raw images to samples.
 
-`dalle_ds.load` opens a trained model, `dalle_ds.data.open` a token data set; launchers/PYTHON.md shows every call.
-What is not in `__all__` is private.
+`dalle_ds.load` opens a trained model, and `dalle_ds.data.open` opens a token data set. launchers/PYTHON.md shows every call.
+Names that are not in `__all__` are private.
 """
 
 from dalle_ds.lazy import lazy_names

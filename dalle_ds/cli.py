@@ -1,4 +1,4 @@
-"""`dalle-ds VERB`: the entry point. `dalle_ds/commands/verbs.py` is the table of verbs."""
+"""`dalle-ds VERB`: the entry point. The verbs are listed in `dalle_ds/commands/verbs.py`."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from dalle_ds.console import setup_logging
 app = VerbGroup(
     "dalle-ds",
     VERBS,
-    "Train and use the original DALL-E: dVAE, sparse-transformer prior, sampling. `dalle-ds VERB --help` has examples.",
+    "Train and use the original DALL-E: dVAE, sparse-transformer prior, sampling. `dalle-ds VERB --help` shows examples.",
     GROUPS,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that `arguments`, by default those of the process, name."""
+    """Run the command given by `arguments`. If None, the arguments of the process are used."""
     setup_logging()
     app.main(args=None if arguments is None else list(arguments), prog_name="dalle-ds")
 

@@ -1,4 +1,4 @@
-"""What every command shares: logs on stderr, one summary at the end, errors a person can mend without a traceback."""
+"""Console output of every command: logs and progress bars on stderr, one summary on stdout, user errors without a traceback."""
 
 import json
 import logging
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command came to; `is_complete` decides the exit code: 0 only if all was done."""
+    """Result of a command. The exit code is 0 if `is_complete` is set, else 1."""
 
     summary: dict[str, Any]
     is_complete: bool = True
     problems: list[str] = field(default_factory=list)
     text: str | None = None
-    """For people, instead of the summary's lines."""
+    """Text to print instead of the summary's lines."""
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, so that stdout carries nothing but the summary."""
+    """Log to stderr, so that stdout carries only the summary."""
     logging.basicConfig(
         stream=sys.stderr,
         level=level,
@@ -39,7 +39,7 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def print_summary(summary: dict[str, Any], as_json: bool) -> None:
-    """Print the outcome on stdout: aligned lines for people, or one JSON object on the last line."""
+    """Print a summary on stdout: as aligned lines, or with `as_json` as one JSON object on one line."""
     if as_json:
         print(json.dumps(summary, default=str), flush=True)
         return
@@ -53,13 +53,13 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 
 
 def print_error(message: str) -> None:
-    """One line on stderr, whether or not somebody still reads it."""
+    """Print one line on stderr. A closed stderr is ignored."""
     with suppress(BrokenPipeError):
         print(message, file=sys.stderr, flush=True)
 
 
 class _LastingStderr(ObjectWrapper):
-    """Work outlives whoever reads of it: where an ssh session is gone, the ranks it started have a state to save."""
+    """A stderr that ignores a broken pipe. If the ssh session that started a rank ends, the rank must still save its state."""
 
     def write(self, text: str) -> int:
         with suppress(BrokenPipeError):
@@ -81,8 +81,11 @@ def progress(
     unit_scale: bool = False,
     enabled: bool = True,
 ) -> "tqdm[T]":
-    """The one progress bar: rate and ETA on stderr; in a log file a line every ten seconds instead of a redrawn one.
-    With `unit_scale` large counts are shown as k, M, G of the unit."""
+    """A progress bar with rate and ETA on stderr. All progress bars of the project come from this function.
+
+    If stderr is not a terminal, a line is printed every ten seconds. With `unit_scale`, large counts are shown in k, M and G of
+    the unit.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         iterable,

@@ -1,7 +1,7 @@
-"""Matplotlib figures without pyplot, whose figures are global: charts are made while other threads run.
+"""Matplotlib figures without pyplot. Pyplot's figures are global state, and charts are drawn while other threads run.
 
-Matplotlib is imported when the first figure is made: of all ranks only one draws, and a start without it is a third of a second
-shorter.
+Matplotlib is imported when the first figure is created: only one rank draws charts, and start-up without the import is a third
+of a second shorter.
 """
 
 from io import BytesIO
@@ -16,7 +16,7 @@ DPI = 110
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches."""
+    """An empty figure, `width` x `height` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def drawn(figure: "Figure", dpi: int = DPI) -> Image.Image:
-    """The figure as an image in RGB."""
+    """Render the figure to an RGB image."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return Image.open(buffer).convert("RGB")

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that `import dalle_ds` needs no torch."""
+"""Lazy imports: a package's names are imported on first use, so that `import dalle_ds` does not import torch."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -6,10 +6,11 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package. Type checkers read the same names in its `__init__.pyi`.
+    """Returns `__getattr__` and `__dir__` for a package. Type checkers read the same names from the package's `__init__.pyi`.
 
     Args:
-        homes: the module that defines each name; a submodule stands for itself.
+        package: name of the package.
+        homes: for each name, the module that defines it. A submodule is listed under its own name with its own path.
     """
 
     def get(name: str) -> Any:

@@ -1,3 +1,3 @@
-"""Padding of captions: data puts it behind a short caption, the model has an embedding of its own for each such slot."""
+"""Padding of captions: the data loader pads short captions with PAD; the model learns an embedding per padded position."""
 
 PAD = -1

@@ -1,4 +1,4 @@
-"""Recipes: a run is a tree of frozen configs, merged as defaults < recipe file < `a.b=c`."""
+"""Recipes: the settings of a run are a tree of frozen configs. Precedence: defaults < recipe file < `a.b=c`."""
 
 import json
 import types
@@ -14,7 +14,7 @@ from dalle_ds.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, checked at birth, unknown keys refused."""
+    """Base class of every config: frozen, validated on creation, unknown keys rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -22,7 +22,7 @@ class Config(BaseModel):
 C = TypeVar("C", bound=BaseModel)
 
 VALIDATION_FRACTION = 0.0024
-"""The default of every stage: the paper holds out 606,000 of 250 million pairs."""
+"""Default of every stage: the paper's validation split has 606,000 of 250 million pairs."""
 
 SECTIONS = (
     "fetch",
@@ -54,7 +54,7 @@ SECTIONS = (
     "mlflow_sync",
     "diagnose",
 )
-"""Top-level names of a recipe file: a section for each verb of the command line."""
+"""Top-level keys of a recipe file: one section per verb of the command line."""
 
 SHARED = {
     "validation_fraction": {
@@ -64,7 +64,7 @@ SHARED = {
         "clip": "data.validation_fraction",
     }
 }
-"""Top-level keys that several sections have in common: what must agree stands in a recipe once."""
+"""Top-level keys shared by several sections, for settings that must agree. Maps each key to its name in each section."""
 
 
 def load_recipe(
@@ -75,17 +75,18 @@ def load_recipe(
 ) -> C:
     """Merge defaults, the class's section of the YAML file at `path`, `overrides` ("a.b=c") and `values` into one config.
 
-    The text of an override is a number, a YAML value, or for a field that takes a string the text as it is.
+    If the field takes a string, the value of an override is its text as it is. Otherwise the text is parsed as a number or as
+    YAML.
 
     Raises:
-        ConfigError: missing file, bad YAML, unknown section or key, wrong value; every problem is listed with its key.
+        ConfigError: missing file, invalid YAML, unknown section or key, or invalid value. The message lists every invalid key.
     """
     tree = _section_of(_read_yaml(Path(path)), path, config_class) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
-        key = key.removeprefix(f"{section_of(config_class)}.")  # as messages name keys
+        key = key.removeprefix(f"{section_of(config_class)}.")  # messages name keys with their section
         _put(tree, key, _parsed(text, _annotation_of(config_class, key.split("."))), override)
     for key, value in (values or {}).items():
         _put(tree, key, value, f"{key}={value}")
@@ -93,7 +94,7 @@ def load_recipe(
 
 
 def from_values(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
-    """A config of values as they are. Raises ConfigError as `load_recipe`; it names `source`."""
+    """Validate `values` as a config, without parsing text. Raises ConfigError, which names `source`, as `load_recipe`."""
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -102,28 +103,32 @@ def from_values(config_class: type[C], values: Mapping[str, Any], source: str) -
 
 
 def from_options(config_class: type[C], options: Mapping[str, Any]) -> C:
-    """A config of single values, such as options of a command; None leaves a default. Raises ConfigError as `load_recipe`."""
+    """Build a config from single values, such as options of a command. None keeps the default.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
     return load_recipe(config_class, overrides=[f"{key}={value}" for key, value in options.items() if value is not None])
 
 
 def section_of(config_class: type[BaseModel]) -> str | None:
-    """The section of recipe files that a class's configs stand in; None: the file as a whole."""
+    """Returns the recipe section of a config class. None: its recipe file has no sections."""
     return getattr(config_class, "section", None)
 
 
 def dump_recipe(config: BaseModel) -> str:
-    """The merged tree as YAML, in its section: loading it again gives an equal config."""
+    """Write a config as YAML, in its section. Loading the text gives an equal config."""
     tree, section = config.model_dump(mode="json"), section_of(type(config))
     return yaml.safe_dump(tree if section is None else {section: tree}, sort_keys=False, allow_unicode=True)
 
 
 def canonical_json(tree: Any) -> str:
-    """One spelling for equal trees: sorted keys, no spaces. Fingerprints hash this."""
+    """Canonical JSON: sorted keys, no spaces, so that equal trees give equal text. Fingerprints hash this text."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}: the spelling of KEY=VALUE words and of tracked parameters."""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}, the form of KEY=VALUE words and of tracked parameters."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -144,7 +149,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {path} holds a {type(tree).__name__}, expected a mapping of keys")
+        raise ConfigError(f"recipe {path} contains a {type(tree).__name__}, expected a mapping of keys")
     return tree
 
 
@@ -155,12 +160,12 @@ def _section_of(tree: dict[str, Any], path: str | Path | None, config_class: typ
     unknown = sorted(tree.keys() - SECTIONS - SHARED.keys())
     if unknown:
         raise ConfigError(
-            f"recipe {path}: unknown section {unknown[0]!r}; settings stand below the name of their section, such as "
+            f"recipe {path}: unknown section {unknown[0]!r}; settings belong under the name of their section, such as "
             f"{section!r}; known: {', '.join([*SECTIONS, *SHARED])}"
         )
     own = tree.get(section) or {}
     if not isinstance(own, dict):
-        raise ConfigError(f"recipe {path}: section {section!r} holds a {type(own).__name__}, expected a mapping of keys")
+        raise ConfigError(f"recipe {path}: section {section!r} contains a {type(own).__name__}, expected a mapping of keys")
     for key, places in SHARED.items():
         if key in tree and section in places:
             _put(own, places[section], tree[key], f"{key}={tree[key]}", replacing=False)
@@ -180,7 +185,7 @@ def _put(tree: dict[str, Any], key: str, value: Any, told: str, replacing: bool 
 
 
 def _annotation_of(config_class: type[BaseModel] | None, keys: Sequence[str]) -> Any:
-    """What the field at this place takes; None where there is no such field."""
+    """Returns the type annotation of the field at path `keys`, or None if there is no such field."""
     field = config_class.model_fields.get(keys[0]) if config_class is not None else None
     if field is None:
         return None
@@ -195,7 +200,7 @@ def _parsed(text: str, annotation: Any) -> Any:
         arm in (int, float, bool) for arm in arms
     ):
         return text
-    if not text:  # an unset variable of a shell, say: YAML would take it for null
+    if not text:  # for example an unset shell variable; YAML would read it as null
         return text
     value = _number_or_yaml(text)
     lists = [typing.get_args(arm) for arm in arms if typing.get_origin(arm) in (tuple, list)]
@@ -209,7 +214,7 @@ def _is_choice_of_strings(annotation: Any) -> bool:
 
 
 def _number_or_yaml(text: str) -> Any:
-    # YAML 1.1 reads 1e-3 as a string; people mean the number.
+    # YAML 1.1 reads 1e-3 as a string, but users mean the number
     for number in (int, float):
         try:
             return number(text)
@@ -228,7 +233,7 @@ def _explain(config_class: type[BaseModel], problem: Any) -> str:
         return f"unknown key {location!r} = {problem['input']!r}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{location}: required, but not set"
-    if not problem["loc"]:  # of several fields together
+    if not problem["loc"]:  # a check of several fields together
         return problem["msg"]
     return f"{location} = {problem['input']!r}: {problem['msg']}"
 

@@ -1,4 +1,7 @@
-"""`dalle-ds bench encode`: the encode stage against its bare encoder, in turns; decoding and resizing against img2dataset."""
+"""`dalle-ds bench encode`: the encode stage versus the encoder alone, and image decoding versus img2dataset.
+
+Both sides of a comparison run in alternation.
+"""
 
 import io
 import shutil
@@ -29,11 +32,14 @@ from preprocessing.encoding.encode_shard import EncodeJob, crop_of, encode_shard
 from preprocessing.encoding.encoder import Encode, encoder_of
 from preprocessing.executors.local import n_cores
 
-SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "n_codes": 512}  # the demo's
+SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "n_codes": 512}  # as in the demo
 
 
 def run(options: EncodeBenchConfig) -> Report:
-    """The stage on one shard, models loaded, against the encoder alone on the same images; images/s of decode and resize."""
+    """Compare the encode stage on one shard, after loading the models, with the encoder alone on the same images.
+
+    Also measures the images/s of decoding and resizing.
+    """
     with machine_for(options) as machine:
         return _measure(options, machine.device.type, Report("encode", machine.name))
 
@@ -93,7 +99,8 @@ def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
         started = time.process_time()
         stage(free)
         rest, encoder = time.process_time() - started, turns.seconds("bare")
-        # what all cores together could do, were the work without gaps: the encoder's share of the longest queue
+        # CPU time of one pass. Divided by the number of cores, it is the time of a pass that keeps every core busy; the best
+        # possible ratio is the encoder's time divided by the larger of that time and the encoder's own.
         on_cores = rest + (encoder * options.threads if device == "cpu" else 0.0)
         resize = _resize_turns(samples, size, options.rounds)
         notes = {
@@ -117,7 +124,7 @@ def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
 
 
 def write_images(root: str, n_images: int, side: int) -> None:
-    """A tar of JPEGs with about the detail of photographs: noise of several scales."""
+    """Write a tar of JPEGs of multi-scale noise, with about as much detail as photographs."""
     Path(root).mkdir(parents=True)
     rng = np.random.default_rng(0)
     with tarfile.open(f"{root}/00000.tar", "w") as tar:
@@ -155,14 +162,14 @@ def _resize_turns(samples: list[RawSample], size: int, rounds: int) -> Compariso
 
     def theirs() -> None:
         for sample in samples:
-            resizer(io.BytesIO(sample.image))  # it gives a JPEG again, as it would be stored
+            resizer(io.BytesIO(sample.image))  # img2dataset also encodes the result as a JPEG
 
     return take_turns({"img2dataset": theirs, **sides}, "img2dataset", rounds, time.process_time)
 
 
 def _tokenizer(folder: str, captions: list[str]) -> CaptionTokenizer:
     file = f"{folder}/{TOKENIZER_FILE}"
-    train_tokenizer(captions, 384, file)  # the stage counts tokens of captions alone
+    train_tokenizer(captions, 384, file)  # the vocabulary size hardly matters: the stage only counts the captions' tokens
     return CaptionTokenizer(file)
 
 

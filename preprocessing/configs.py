@@ -1,4 +1,4 @@
-"""What each stage is told: sections of a recipe, and options of `dalle-ds data VERB`. Imports nothing heavy."""
+"""Config classes of the stages: sections of a recipe and options of `dalle-ds data VERB`. Imports no heavy package."""
 
 from typing import ClassVar, Final, Literal
 
@@ -11,10 +11,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 PAPER_SAMPLES: Final = 250_000_000
 _LANGUAGES = "ar cs da de el en es fa fi fr he hi hu id it ja ko nl no pl pt ro ru sv th tr uk vi zh"
 LANGUAGES: Final = tuple(_LANGUAGES.split(" "))
-"""Fewer candidates make fewer mistakes on captions: the languages that most of the web is written in."""
+"""The most common languages on the web. Fewer candidates mean fewer classification errors on captions."""
 
-ENGINE = "local: processes of this machine; ray: actors of a Ray cluster"
-FRACTION = "share of the groups of samples that no stage trains on; the paper holds out 606,000 of 250 million"
+ENGINE = "local: processes on this machine; ray: actors of a Ray cluster"
+FRACTION = "fraction of the sample groups in the validation split; no stage trains on them; the paper: 606,000 of 250 million"
 
 
 class SceneDrawingConfig(Config):
@@ -27,14 +27,14 @@ class SceneDrawingConfig(Config):
 
 
 class FetchConfig(Config):
-    """The images of the demo."""
+    """Settings of `fetch`, which gets the demo's images."""
 
     section: ClassVar = "fetch"
     out: str = Field(description="local folder for the images and their captions")
     source: Literal["auto", "fluent", "tuxpaint", "openclipart", "drawn", "scenes"] = Field(
-        "auto", description="auto takes the first that can be had here, never scenes"
+        "auto", description="source of the images; auto: the first available source, never scenes"
     )
-    limit: int | None = Field(None, ge=1, description="images at most; unset: all, of scenes 20,000")
+    limit: int | None = Field(None, ge=1, description="maximum number of images; unset: all, of scenes 20,000")
     scenes: SceneDrawingConfig = SceneDrawingConfig()
 
     @model_validator(mode="after")
@@ -45,26 +45,28 @@ class FetchConfig(Config):
 
 
 class ColumnsConfig(Config):
-    """The names of a parquet file's columns. An image is its file's bytes, or a struct whose field `bytes` holds them."""
+    """Column names of a parquet file. An image is stored as encoded bytes, or as a struct with the encoded bytes in `bytes`."""
 
-    image: tuple[str, ...] = Field(("image", "jpg", "image_bytes"), description="the first of these columns that is there")
-    caption: tuple[str, ...] = Field(("caption", "text"), description="the first of these columns that is there")
+    image: tuple[str, ...] = Field(("image", "jpg", "image_bytes"), description="image column: the first of these that exists")
+    caption: tuple[str, ...] = Field(("caption", "text"), description="caption column: the first of these that exists")
 
 
 class FilterConfig(Config):
-    """Thresholds. They are part of the fingerprint of the raw shards."""
+    """Thresholds of the filters. They are part of the fingerprint of the raw shards."""
 
-    min_letters: int = Field(3, description="letters that a caption must have")
-    max_characters: int = Field(2000, description="characters that a caption may have")
-    max_boilerplate: float = Field(0.7, description="share of a caption's letters and digits that may be boilerplate")
-    language: str | None = Field("en", description="language of the captions; null keeps all")
+    min_letters: int = Field(3, description="minimum number of letters in a caption")
+    max_characters: int = Field(2000, description="maximum number of characters in a caption")
+    max_boilerplate: float = Field(0.7, description="maximum boilerplate fraction of a caption's letters and digits")
+    language: str | None = Field("en", description="language of the captions; null keeps all languages")
     max_other_language: float = Field(
-        0.8, ge=0, le=1, description="probability of another language above which a caption is dropped"
+        0.8, ge=0, le=1, description="drop a caption if the probability of another language exceeds this"
     )
-    min_side: int = Field(32, description="pixels of the shorter side")
-    max_pixels: int = Field(64 * 2**20, ge=1, description="pixels by the header; 64 Mi take up to 1.3 GiB to decode")
-    min_aspect: float = Field(0.5, description="width / height; the paper keeps 1/2 to 2")
-    max_aspect: float = Field(2.0, description="width / height")
+    min_side: int = Field(32, description="minimum length of the shorter side in pixels")
+    max_pixels: int = Field(
+        64 * 2**20, ge=1, description="maximum pixels according to the header; 64 Mi need up to 1.3 GiB to decode"
+    )
+    min_aspect: float = Field(0.5, description="minimum width / height; the paper keeps 1/2 to 2")
+    max_aspect: float = Field(2.0, description="maximum width / height")
 
     @field_validator("language")
     @classmethod
@@ -84,40 +86,50 @@ class FilterConfig(Config):
 
 
 class IngestConfig(Config):
-    """Captioned images to raw shards."""
+    """Settings of `ingest`, which converts captioned images to raw shards."""
 
     section: ClassVar = "ingest"
     images: str = Field(description="folder of images with captions, of WebDataset tars, or of parquet files")
     out: str = Field(description="root of the raw shards")
-    samples_per_shard: int = Field(256, ge=1, description="of a folder of images; each tar or parquet file becomes one shard")
+    samples_per_shard: int = Field(
+        256, ge=1, description="samples per shard of an image folder; a tar or parquet file is one shard"
+    )
     columns: ColumnsConfig = ColumnsConfig()
     engine: Engine = Field("local", description=ENGINE)
-    workers: int | None = Field(None, ge=1, description="processes; unset: all cores, with ray all CPUs of the cluster")
+    workers: int | None = Field(
+        None, ge=1, description="number of workers; unset: one per core, with ray one per CPU of the cluster"
+    )
     filters: FilterConfig = FilterConfig()
 
 
 class DuplicatesConfig(Config):
-    """Images that look like an earlier one, or like one of an evaluation set."""
+    """Settings of `dedup`, which finds images that resemble an earlier image or an image of an evaluation set."""
 
     section: ClassVar = "dedup"
     raw: str = Field(description="root of the raw shards")
-    against: tuple[str, ...] = Field((), description="root of raw shards that training must not see; may be repeated")
-    max_distance: int = Field(2, ge=0, le=7, description="bits of 64 that may differ between equal images; colours don't count")
-    workers: int | None = Field(None, ge=1, description="processes; unset: all cores")
+    against: tuple[str, ...] = Field(
+        (), description="root of an evaluation set's raw shards, excluded from training; repeatable"
+    )
+    max_distance: int = Field(
+        2, ge=0, le=7, description="duplicates differ in at most this many of 64 bits; colours are ignored"
+    )
+    workers: int | None = Field(None, ge=1, description="number of worker processes; unset: one per core")
 
 
 class TokenizerConfig(Config):
-    """BPE of the captions."""
+    """Settings of `tokenizer`, which trains a BPE tokenizer on the captions."""
 
     section: ClassVar = "tokenizer"
     raw: str = Field(description="root of the raw shards")
-    out: str = Field(description="file for the tokenizer, such as tokenizer.model")
-    vocab_size: int = Field(16384, ge=2, description="tokens, as the paper; at most what the captions support")
+    out: str = Field(description="output file, such as tokenizer.model")
+    vocab_size: int = Field(
+        16384, ge=2, description="vocabulary size (the paper's by default); smaller if the captions are few"
+    )
     validation_fraction: float = Field(VALIDATION_FRACTION, ge=0, lt=1, description=FRACTION)
 
 
 class EncodeConfig(Config):
-    """Raw shards to token shards."""
+    """Settings of `encode`, which converts raw shards to token shards."""
 
     section: ClassVar = "encode"
     raw: str = Field(description="root of the raw shards, or a folder of WebDataset tars")
@@ -125,63 +137,69 @@ class EncodeConfig(Config):
     tokenizer: str = Field(description="tokenizer.model")
     out: str = Field(description="root of the token data set")
     validation_fraction: float = Field(VALIDATION_FRACTION, ge=0, lt=1, description=FRACTION)
-    max_failure_rate: float = Field(0.1, ge=0, le=1, description="a shard with a larger share of failed samples stays open")
-    min_codes_used: float = Field(0.25, ge=0, le=1, description="share of the codebook that validation images must use")
+    max_failure_rate: float = Field(0.1, ge=0, le=1, description="maximum fraction of failed samples in a finished shard")
+    min_codes_used: float = Field(0.25, ge=0, le=1, description="minimum fraction of the codebook that validation images use")
     engine: Engine = Field("local", description=ENGINE)
     workers: int | None = Field(
-        None, ge=1, description="processes; unset: all cores, or one on a GPU; with ray all CPUs or GPUs of the cluster"
+        None,
+        ge=1,
+        description="number of workers; unset: one per core, or one on a GPU; with ray one per CPU or GPU of the cluster",
     )
-    machine: int = Field(0, ge=0, description="number of this machine among those that encode into one output")
-    machines: int = Field(1, ge=1, description="number of these machines; each begins at another shard")
-    batch_size: int = Field(32, ge=1, description="images at a time; at 256 pixels in fp32 each takes a quarter GiB of a GPU")
-    precision: Precision = Field("fp32", description="of the encoder's branches; bf16 on CPU or CUDA, fp16 on CUDA alone")
-    tf32: bool = Field(False, description="fp32 convolutions in TF32, on CUDA: faster, and no longer the tokens of a CPU")
-    min_agreement: float = Field(0.995, ge=0, le=1, description="share of tokens that must equal those of fp32")
-    block_samples: int = Field(256, ge=1, description="samples of a block, which one ranged request reads")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs")
+    machine: int = Field(0, ge=0, description="index of this machine among the machines that encode into one output")
+    machines: int = Field(1, ge=1, description="number of machines that encode into one output; each starts at another shard")
+    batch_size: int = Field(
+        32, ge=1, description="images per batch; an image of 256 pixels in fp32 takes 1/4 GiB of GPU memory"
+    )
+    precision: Precision = Field(
+        "fp32", description="number format of the encoder's residual branches; bf16: CPU or CUDA, fp16: CUDA only"
+    )
+    tf32: bool = Field(False, description="run fp32 convolutions in TF32 on CUDA: faster, but the tokens differ from a CPU's")
+    min_agreement: float = Field(0.995, ge=0, le=1, description="minimum fraction of tokens that equal those of fp32")
+    block_samples: int = Field(256, ge=1, description="samples per block; one ranged request reads a block")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the encoder")
 
 
 class StatusConfig(Config):
-    """How far an ingest or encode is."""
+    """Settings of `status`, which shows the progress of an ingest or encode."""
 
     section: ClassVar = "status"
-    root: str = Field(description="output of ingest or encode")
+    root: str = Field(description="output folder of ingest or encode")
 
 
 class VerifyConfig(Config):
-    """Everything read back."""
+    """Settings of `verify`, which reads a data set back and checks it."""
 
     section: ClassVar = "verify"
     root: str = Field(description="root of raw shards or of a token data set")
-    workers: int | None = Field(None, ge=1, description="processes; unset: all cores")
+    workers: int | None = Field(None, ge=1, description="number of worker processes; unset: one per core")
     images_per_shard: int = Field(
-        1, ge=0, description="images of each split that are decoded and compared with their source; 0: none"
+        1, ge=0, description="images to decode and compare with their source, per split of a shard; 0: none"
     )
     delete_orphans: bool = Field(
-        False, description="remove objects that no manifest names, leftovers of killed workers; not while an encode runs"
+        False, description="delete objects that no manifest names (left by killed workers); do not use while an encode runs"
     )
 
 
 class StatsConfig(Config):
-    """Counts and a page."""
+    """Settings of `stats`, which writes counts and an HTML page."""
 
     section: ClassVar = "stats"
     root: str = Field(description="root of raw shards or of a token data set")
-    project_to: int = Field(PAPER_SAMPLES, description="samples to project sizes to")
-    page: str | None = Field(None, description="HTML file; unset: stats.html below the root, where that can be written")
-    images: int = Field(24, ge=0, description="example images on the page")
+    project_to: int = Field(PAPER_SAMPLES, description="number of samples for which sizes are projected")
+    page: str | None = Field(None, description="output HTML file; unset: stats.html below the root if the root is writable")
+    images: int = Field(24, ge=0, description="number of example images on the page")
 
 
 class DataPlanConfig(Config):
-    """What so many pairs become and need."""
+    """Settings of `plan`, which estimates size, time and cost of preprocessing a number of pairs."""
 
     section: ClassVar = "data_plan"
-    pairs: float = Field(PAPER_SAMPLES, description="raw image-caption pairs")
-    measured: str | None = Field(None, description="root of a finished encode, whose manifests tell rates and sizes")
+    pairs: float = Field(PAPER_SAMPLES, description="number of raw image-caption pairs")
+    measured: str | None = Field(None, description="root of a finished encode; its manifests provide rates and sizes")
     rate: float | None = Field(None, description="images/s of one worker")
     gpu_rate: float | None = Field(None, description="images/s of one GPU")
-    raw_bytes: float | None = Field(None, description="bytes of a raw pair")
-    accepted: float | None = Field(None, description="share of the pairs that become samples")
-    shard_samples: int = Field(10_000, description="pairs of a shard")
-    workers: int = Field(64, description="workers at the same time")
-    price: float | None = Field(None, description="of an hour of a GPU, or of a worker where gpu_rate is unset")
+    raw_bytes: float | None = Field(None, description="bytes per raw pair")
+    accepted: float | None = Field(None, description="fraction of the pairs that become samples")
+    shard_samples: int = Field(10_000, description="pairs per shard")
+    workers: int = Field(64, description="number of parallel workers")
+    price: float | None = Field(None, description="price of one GPU hour, or of one worker hour if gpu_rate is unset")

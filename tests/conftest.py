@@ -1,4 +1,4 @@
-"""Fixtures for all rooms."""
+"""Fixtures for all test folders."""
 
 import os
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import pytest
 from dalle_ds.tracking.mlflow_sink import create_sqlite_store
 from tests.support.s3_server import BUCKET, S3Server
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `auto` means the CPU, also where there are GPUs; tests of these name them
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `auto` means the CPU even on a machine with GPUs; GPU tests name their device
 
 
 @dataclass(frozen=True)
 class S3:
-    """A fresh prefix on the running server. `server` can be killed and restarted: the next test gets it back alive."""
+    """An empty prefix on the running server. A test may kill `server`; it is restarted before the next test."""
 
     url: str
     server: S3Server
@@ -23,7 +23,7 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One real S3 server for the whole session, started by the first test that needs it."""
+    """A real S3 server for the whole session. The first test that needs it starts it."""
     server = S3Server(tmp_path_factory.mktemp("weed"))
     server.start()
     yield server
@@ -32,7 +32,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """An empty s3:// prefix; the AWS_* variables point at the server, for child processes too."""
+    """An empty s3:// prefix. The AWS_* variables point to the server, for child processes too."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     yield S3(f"s3://{BUCKET}/{tmp_path.name}", s3_server)
@@ -42,7 +42,7 @@ def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once: the migrations take about ten seconds."""
+    """An empty MLflow database, created once per session because the migrations take about ten seconds."""
     database = tmp_path_factory.mktemp("store") / "mlflow.db"
     create_sqlite_store(database)
     return database
@@ -50,12 +50,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A root on each kind of storage: the test runs twice."""
+    """A root on local disk, then on S3: the test runs twice."""
     return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3").url
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, and those that wait for servers: beside others they don't make the whole wait for them at the end."""
+    """Run long files, and files that wait for servers, first: in parallel with others, they don't delay the end."""
     marks: dict[Path, set[str]] = {}
     for item in items:
         marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())

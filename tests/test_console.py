@@ -1,4 +1,4 @@
-"""What the commands show while they work, also where nobody reads it any more."""
+"""Progress output of commands, on a terminal, in a log, and on a closed pipe."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from dalle_ds.console import print_error, progress
 
 def test_work_goes_on_where_nobody_reads_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
-    os.close(reader)  # as sshd leaves it to the ranks of an ended session
+    os.close(reader)  # as in ranks whose ssh session has ended
     with io.TextIOWrapper(os.fdopen(writer, "wb", 0), write_through=True) as unread:
         monkeypatch.setattr(sys, "stderr", unread)
         with pytest.raises(BrokenPipeError):

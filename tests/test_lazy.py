@@ -1,4 +1,4 @@
-"""The public names: quick to import, the same for people, programs and type checkers."""
+"""Public names: fast to import, and the same in the package, its stub file and its documentation."""
 
 import ast
 import importlib

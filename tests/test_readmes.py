@@ -1,4 +1,4 @@
-"""READMEs and the pages of launchers/: every link, file and name of the project in them exists."""
+"""Every link, file and name of the project in READMEs and on the pages of launchers/ exists."""
 
 import ast
 import re
@@ -14,11 +14,11 @@ ROOMS = ("dalle_ds", "preprocessing", "ds_configs", "launchers", "tests")
 PAGES = sorted({ROOT / "README.md", *ROOT.glob("launchers/*.md"), *(p for r in ROOMS for p in (ROOT / r).rglob("README.md"))})
 SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".json", ".cpp", ".html"}
 SOURCES = [p for r in ROOMS for p in (ROOT / r).rglob("*") if p.suffix in SUFFIXES and p != Path(__file__)]
-# of other projects; written by a run
+# names of other projects, and files that a run writes
 FOREIGN = {"GaussianBlur", "GatheredParameters", "GradScaler", "offload_param", ".deepspeed_env", "recipe.yaml"}
 FILE = re.compile(r"[\w./*-]+\.(py|sh|sbatch|cpp|html|yaml|md)|zero\w+\.json")
 OF_FILE = re.compile(r"(?:`([^`\s]+\.py)`|\]\(([^)\s]+\.py)\))((?: `[\w.]+`,?)+)")  # `file.py` `Class.method`, `function`
-IN_FULL = re.compile(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[\w./*-]*")  # from the root of the repository, in commands too
+IN_FULL = re.compile(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[\w./*-]*")  # paths from the root of the repository, in commands too
 MODULE = re.compile(r"(?<![\w/.-])(?:dalle_ds|preprocessing)(?:\.\w+)+")
 
 
@@ -29,7 +29,7 @@ def words() -> set[str]:
 
 @cache
 def names_in(file: Path) -> set[str]:
-    """`function`, `Class` and `Class.attribute` of a module."""
+    """Returns the names `function`, `Class` and `Class.attribute` that a module defines."""
     tree = ast.parse(file.read_text())
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     return {*_assigned(tree), *(f"{node.name}.{attribute}" for node in classes for attribute in _assigned(node))}
@@ -49,7 +49,7 @@ def is_defined(symbol: str) -> bool:
 
 
 def files(page: Path, name: str) -> list[Path]:
-    """What `name` may mean on this page: a file beside it, below the root, a recipe, a test of the room."""
+    """Returns the files that `name` on `page` may mean: beside the page, below the root, a recipe, or a test of its folder."""
     mirror = ROOT / "tests" / str(page.parent.relative_to(ROOT)).removeprefix("dalle_ds").lstrip("/")
     folders = (page.parent, ROOT, mirror, ROOT / "launchers/recipes")
     return [hit for folder in folders for hit in folder.glob(name.replace("NAME", "*"))]

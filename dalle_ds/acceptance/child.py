@@ -1,6 +1,6 @@
-"""One step in a process of its own: `python -m dalle_ds.acceptance.child MODULE RECORD SECONDS full|rehearsal`.
+"""Run one step in its own process: `python -m dalle_ds.acceptance.child MODULE RECORD SECONDS full|rehearsal`.
 
-Nothing heavy is imported here: what a step needs is the step's to import, and to fail at.
+This module imports nothing heavy: each step imports its own dependencies, so that an import error fails that step only.
 """
 
 import sys
@@ -13,7 +13,7 @@ from dalle_ds.parallel.launch import set_defaults
 
 
 def main() -> None:
-    """Run the step under its limit, with the variables that ranks of a training run have."""
+    """Run the step under its time limit, with the environment variables of a training rank."""
     module, record, seconds, mode = sys.argv[1:]
     guard(float(seconds))
     set_defaults()

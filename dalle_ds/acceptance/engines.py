@@ -1,4 +1,4 @@
-"""Engines that the steps run, built as a recipe's are."""
+"""Engines for the steps, built in the same way as from a recipe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ def make_engine(
     moments: str = "fp32",
     master: str = "fp32",
 ) -> PriorEngine:
-    """The default DeepSpeed configuration: ZeRO-3, fp16 branches, a gradient scale for every residual block."""
+    """Returns an engine with the default DeepSpeed config: ZeRO-3, fp16 branches, one gradient scale per residual block."""
     recipe = PriorRunConfig.model_validate(
         {
             "folder": "none",
@@ -55,7 +55,7 @@ class _Inf(torch.autograd.Function):
 
 @contextmanager
 def overflowing(module: nn.Module) -> Iterator[None]:
-    """While the context lasts, `module` meets an Inf in its backward pass: what an fp16 overflow leaves."""
+    """In this context, the gradients in `module`'s backward pass are Inf, as after an fp16 overflow."""
     whole = module.forward
     module.forward = lambda *args: _Inf.apply(whole(*args))
     try:

@@ -1,4 +1,4 @@
-"""What `dalle-ds plan` expects of one GPU, for the steps that measure time and memory."""
+"""Expected values from `dalle-ds plan` for one GPU, for the steps that measure time and memory."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,15 +14,16 @@ from dalle_ds.training.prior.cost import plan
 from dalle_ds.training.prior.throughput import known_peak_tflops
 
 SLOWER = 0.7
-"""Of a rate that `plan` expects: its error against published runs is up to 30 %."""
+"""A measured rate may be this fraction of `plan`'s estimate: the error of `plan` against published runs is up to 30 %."""
 LARGER = 0.15
-"""Above the memory that `plan` expects: it counts state to the byte, but not what fragments, nor the libraries' workspaces."""
+"""Measured memory may exceed `plan`'s estimate by this fraction: `plan` counts state to the byte, but no fragmentation and no
+workspaces of libraries."""
 WHY = "`dalle-ds plan`, whose error against published runs is up to 30 %"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Of one micro-step on one GPU; None: `plan` knows nothing of this device."""
+    """Estimates for one micro-step on one GPU. All are None if `plan` doesn't know the device. `binds` names the bottleneck."""
 
     seconds: float | None = None
     mfu: float | None = None
@@ -31,15 +32,15 @@ class Expected:
 
 
 def machine_of(device: torch.device) -> Machine | None:
-    """Rates of the node that this GPU is of; None: `plan` knows no such GPU."""
+    """Returns the rates of this GPU's node. If `plan` doesn't know the GPU: None."""
     name = _name(device)
-    return MACHINES[name].but(tflops=known_peak_tflops(device)) if name else None  # PCIe and NVL have peaks of their own
+    return MACHINES[name].but(tflops=known_peak_tflops(device)) if name else None  # PCIe and NVL variants have other peaks
 
 
 def machine_name(name: str, gib: float) -> str | None:
-    """The kind of node of `plan` whose GPU calls itself `name` and has so much memory; None: of none."""
+    """Returns `plan`'s name of the machine whose GPU has the device name `name` and about `gib` of memory, or None."""
     kinds = [kind for kind in MACHINES if kind.partition("-")[0] in name]
-    # of kinds that differ in memory alone, the nearest
+    # if kinds differ only in memory, choose the nearest
     return min(kinds, key=lambda kind: abs(MACHINES[kind].memory_gib - gib), default=None)
 
 
@@ -53,7 +54,7 @@ def micro_step(
     moments: str,
     master: str = "fp32",
 ) -> Expected:
-    """`samples` at once, `accumulation` times an update, on one GPU with the default DeepSpeed configuration."""
+    """Estimate micro-batches of `samples`, `accumulation` of them per update, on one GPU with the default DeepSpeed config."""
     name = _name(device)
     if name is None:
         return Expected()
@@ -80,20 +81,21 @@ def micro_step(
 
 
 def product_tflops(device: torch.device, rows: int, columns: int, depth: int) -> float | None:
-    """Of one fp16 product."""
+    """Returns the expected TFLOP/s of one fp16 matrix product. If `plan` doesn't know the GPU: None."""
     machine = machine_of(device)
     product = Product(rows, columns, depth)
     return product.flops / product.seconds(machine) / 1e12 if machine else None
 
 
 def memory_gbps(device: torch.device) -> float | None:
-    """GB a second that kernels which only move data read and write."""
+    """Returns the expected GB/s, reads plus writes, of kernels that only move data. If `plan` doesn't know the GPU: None."""
     machine = machine_of(device)
     return machine.memory_gigabytes_per_second * MEMORY_SHARE if machine else None
 
 
 def link_gbps(device: torch.device) -> float | None:
-    """GB a second that a collective sends out of a GPU to the others of its node: by NVLink where there is some, else PCIe."""
+    """Returns the expected GB/s that a collective sends from one GPU to the others of its node, by NVLink or else by PCIe. If
+    `plan` doesn't know the GPU: None."""
     machine = machine_of(device)
     if machine is None:
         return None
@@ -109,5 +111,5 @@ def _name(device: torch.device) -> str | None:
 
 
 def useful_flops(config: PriorConfig, samples: int) -> float:
-    """Forward and backward, what is recomputed not counted."""
+    """Returns the FLOPs of forward and backward passes, without recomputation."""
     return 3.0 * forward_flops(config) * samples

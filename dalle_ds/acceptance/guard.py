@@ -1,4 +1,4 @@
-"""A process that outlives neither its limit nor its parent."""
+"""End this process at a time limit, or when its parent dies."""
 
 import ctypes
 import faulthandler
@@ -8,9 +8,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def guard(seconds: float) -> None:
-    """For this process: at the limit all threads print their stacks, and it ends with code 1; it dies as its parent does.
+    """After `seconds`, print the stacks of all threads and exit with code 1. If the parent dies, this process is killed.
 
-    Both are the system's doing and need no Python: what hangs in a library, holding the interpreter's lock, ends too.
+    Neither needs the Python interpreter, so a process also ends if it hangs in a library that holds Python's global lock.
     """
     faulthandler.enable()
     faulthandler.dump_traceback_later(seconds, exit=True)

@@ -1,4 +1,4 @@
-"""Where a step runs and how large it is: full on a GPU, small on a CPU for a rehearsal."""
+"""Device and size of a step: full size on a GPU, small on a CPU for a rehearsal."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """A rehearsal computes all that a full run does, on sizes that a CPU takes seconds for."""
+    """A rehearsal computes everything that a full run does, at sizes that take a CPU seconds."""
 
     is_rehearsal: bool
 
@@ -27,16 +27,16 @@ class Place:
         return torch.device("cpu") if self.is_rehearsal else torch.device("cuda", 0)
 
     def pick(self, full: T, small: T) -> T:
-        """The size for this place."""
+        """Returns `small` in a rehearsal, else `full`."""
         return small if self.is_rehearsal else full
 
     def wait(self) -> None:
-        """Until the device has done all that it was told."""
+        """Wait until the device has finished all queued work."""
         if not self.is_rehearsal:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object], rounds: int = 5) -> float:
-        """Median wall clock of one run, its kernels included, after a warm-up."""
+        """Returns the median wall time in seconds of one run of `work`, including its kernels, after one warm-up run."""
         work()
         taken = []
         for _ in range(rounds):
@@ -48,17 +48,17 @@ class Place:
         return statistics.median(taken)
 
     def copied_gbps(self) -> float:
-        """GB a second that the device's memory gives and takes in a large copy, both counted."""
+        """Returns the GB/s, reads plus writes, of a large copy in the device's memory."""
         source = torch.empty(self.pick(1 << 30, 1 << 20), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.numel() / self.seconds(lambda: target.copy_(source), 3) / 1e9
 
     def forget_peak(self) -> None:
-        """Free what nobody holds, and begin to watch for the highest use of memory."""
+        """Free cached memory and reset the peak memory statistics."""
         if not self.is_rehearsal:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self) -> float:
-        """The highest use since `forget_peak`; 0 on a CPU, where nobody watches."""
+        """Returns the peak of allocated GiB since `forget_peak`. On a CPU, where it isn't measured: 0."""
         return 0.0 if self.is_rehearsal else torch.cuda.max_memory_allocated() / 2**30

@@ -1,4 +1,4 @@
-"""What a step finds: rows with a verdict each, on disk one by one, so that a step that dies keeps what it had."""
+"""Results of a step: rows with a verdict. Each is written to disk at once, so that a step that dies keeps its results."""
 
 import json
 import math
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 Verdict = Literal["ok", "WRONG", "off", "-"]
-"""WRONG: don't train on this machine. off: right, but slower or larger than expected. -: told, with nothing to compare."""
+"""WRONG: don't train on this machine. off: correct, but slower or larger than expected. -: there is no expected value."""
 
 Value = float | int | str | bool
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `why` is the reason of the expectation and of its tolerance."""
+    """One line of the table. `why` is the reason for the expected value and its tolerance."""
 
     what: str
     measured: Value
@@ -26,42 +26,44 @@ class Row:
 class Record:
     """Rows and details of one step, in a file of JSON lines.
 
-    A row is for people. A detail is only kept: lists, counts by name, and what else one may want to look up afterwards.
+    The table shows rows. Details, such as lists and counts by name, are only stored for later inspection.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         file.write_text("")
 
-    # ---- numbers and behaviour: WRONG where they are not as they must be -------------------------------------------------
+    # ---- numbers and behaviour: WRONG if not as expected -----------------------------------------------------------------
 
     def must(self, what: str, measured: Value, is_right: bool, expected: str, why: str) -> None:
-        """`measured` must be as `expected` says, and the step knows whether it is."""
+        """Add a row that is ok if `is_right`, else WRONG. The step itself decides whether `measured` is as `expected`."""
         self._add(Row(what, measured, expected, "ok" if is_right else "WRONG", why))
 
     def equal(self, what: str, measured: Value, expected: Value, why: str) -> None:
-        """Nothing else will do."""
+        """Add a row that is ok if `measured` equals `expected`, else WRONG."""
         self.must(what, measured, measured == expected, str(expected), why)
 
     def at_most(self, what: str, measured: float, limit: float, why: str) -> None:
-        """An error and its limit; NaN is above every limit."""
+        """Add a row that is ok if `measured` is at most `limit`, else WRONG. NaN is WRONG."""
         self.must(what, measured, measured <= limit, f"at most {number(limit)}", why)
 
-    # ---- speed and size: off where they disappoint -----------------------------------------------------------------------
+    # ---- speed and size: off if worse than expected ----------------------------------------------------------------------
 
     def should(self, what: str, measured: Value, is_as_hoped: bool, expected: str, why: str) -> None:
-        """As `must`, of what costs time or memory but no result."""
+        """Add a row that is ok if `is_as_hoped`, else off: for measurements that cost time or memory but change no result."""
         self._add(Row(what, measured, expected, "ok" if is_as_hoped else "off", why))
 
     def rate(self, what: str, measured: float, expected: float | None, share: float, why: str) -> None:
-        """More is better: at least this share of what is expected. None: nothing is known of such a device."""
+        """Add a row that is ok if `measured` is at least fraction `share` of `expected`, else off. If the expected value is
+        unknown (None), the row has no verdict."""
         if expected is None:
             self.tell(what, measured)
         else:
             self.should(what, measured, measured >= share * expected, f"{number(expected)}, at least {share:.0%} of it", why)
 
     def size(self, what: str, measured: float, expected: float | None, excess: float, why: str) -> None:
-        """Less is better: at most this share above what is expected."""
+        """Add a row that is ok if `measured` exceeds `expected` by at most fraction `excess`, else off. If the expected value
+        is unknown (None), the row has no verdict."""
         if expected is None:
             self.tell(what, measured)
         else:
@@ -71,11 +73,11 @@ class Record:
     # ---- no verdict ------------------------------------------------------------------------------------------------------
 
     def tell(self, what: str, measured: Value, why: str = "") -> None:
-        """Worth knowing, with nothing to compare."""
+        """Add a row without an expected value and without a verdict."""
         self._add(Row(what, measured, "", "-", why))
 
     def detail(self, name: str, value: Any) -> None:
-        """Plain data that is not for the table."""
+        """Store plain data that the table doesn't show."""
         self._write({"detail": {name: value}})
 
     def _add(self, row: Row) -> None:
@@ -90,7 +92,7 @@ class Record:
 
 
 def read_record(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """-> (rows, details) that a step has left, also where it died while it wrote."""
+    """Returns the (rows, details) in a step's file. A last line that is incomplete because the step died is skipped."""
     rows, details = [], {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -104,5 +106,5 @@ def read_record(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def number(value: Value) -> str:
-    """For people: four digits of a float, the rest as it is."""
+    """Format a value for the table: a float with four digits, other values unchanged."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

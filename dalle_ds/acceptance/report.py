@@ -1,4 +1,4 @@
-"""The table at the end, for those who run the machine: what was measured, what was expected, the verdict, and why."""
+"""The table at the end of an acceptance run: measured value, expected value, verdict and reason."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -7,11 +7,11 @@ from typing import Any
 from dalle_ds.acceptance.record import number
 
 WIDTHS = (72, 22, 30)
-"""Of the columns before the verdict."""
+"""Widths of the columns before the verdict."""
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """All rows of a summary as text; below them the reason of each expectation that was not met."""
+    """Returns all rows of a summary as text, followed by the reason for each row that is WRONG or off."""
     lines = [_line("", "measured", "expected", "verdict")]
     for step in summary["steps"]:
         lines += ["", f"{step['name']}: {step['settles']} ({step['seconds']:.0f} s)"]
@@ -23,12 +23,12 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One sentence."""
+    """Returns the verdict on the machine as one sentence."""
     where = f"{summary['identity']['host']}, {summary['written']}"
     n_steps = len(summary["steps"])
     if not summary["ok"]:
         return f"NOT ACCEPTED ({where}): {', '.join(summary['not_ok'])} of {n_steps} steps; {summary['wrong']} rows are WRONG"
-    off = f"; {summary['off']} rows are off: right, but slower or larger than expected" if summary["off"] else ""
+    off = f"; {summary['off']} rows are off: correct, but slower or larger than expected" if summary["off"] else ""
     kind = "rehearsed on a CPU" if summary["identity"]["rehearsal"] else "accepted"
     return f"{kind} ({where}): {n_steps} steps{off}"
 

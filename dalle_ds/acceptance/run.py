@@ -1,4 +1,4 @@
-"""The run: every step a process with a limit, what is known written after each, and all of it gone on with after a stop."""
+"""Run the steps: each in a process with a time limit, results written after each step, resumable after a stop."""
 
 import json
 import os
@@ -26,18 +26,18 @@ from dalle_ds.storage.atomic import atomic_write
 SUMMARY = "acceptance.json"
 TAIL_LINES = 25
 END_GRACE = 10.0
-"""Seconds that a step gets beyond its limit to print its stacks and end by itself."""
+"""Seconds beyond its limit in which a step may print its stacks and exit by itself."""
 WORTH_STARTING = 8.0
-"""With less left of the whole no further step is begun: Python and torch alone take most of it."""
+"""If fewer seconds of the whole run are left, no further step starts: Python and torch alone take most of this time."""
 
 Outcome = Literal["ended", "failed", "crashed", "hung", "out of time"]
-"""Of a process: it came to its end, whatever it found; it raised; a signal ended it; it went past its own limit; the whole
-run's time was over, before or while it ran."""
+"""Outcome of a process. ended: it exited normally, also if rows are WRONG. failed: it raised. crashed: a signal killed it.
+hung: it exceeded its own limit. out of time: the time of the whole run was over before the step started or while it ran."""
 
 
 @dataclass
 class StepResult:
-    """What one step did. `tail` is the end of its output where it did not come to its end."""
+    """Result of one step. If the outcome is not "ended", `tail` is the end of the step's output."""
 
     name: str
     settles: str
@@ -49,7 +49,7 @@ class StepResult:
 
     @property
     def is_ok(self) -> bool:
-        """It came to its end and found nothing wrong. What is off is right, only slower or larger than it might be."""
+        """Whether the step ended and no row is WRONG. Rows that are off are correct, only slower or larger than expected."""
         return self.outcome == "ended" and all(row["verdict"] != "WRONG" for row in self.rows)
 
 
@@ -62,22 +62,23 @@ def accept(
     again: Sequence[str] = (),
     steps: Sequence[Step] = STEPS,
 ) -> dict[str, Any]:
-    """Run what of `steps` has not come to its end in `folder` yet -> the summary, which `folder`/acceptance.json holds too.
+    """Run the steps that have not ended in `folder` yet. Returns the summary, which is also in `folder`/acceptance.json.
 
     Args:
-        folder: gets acceptance.json, and of every step NAME.jsonl (its findings as they came) and NAME.log (its output).
-        rehearse: small, on the CPU, whatever else there is.
-        minutes: for the steps of this call together.
-        names: of the steps to run; none: all.
-        again: of steps to repeat although they have ended; "all": every one.
+        folder: output folder for acceptance.json and, per step, NAME.jsonl (its results) and NAME.log (its output).
+        rehearse: run small sizes on the CPU, even if there is a GPU.
+        minutes: time limit of all steps of this call together.
+        names: names of the steps to run. If empty, all steps run.
+        again: names of steps to repeat although they have ended, or "all" for all steps.
 
     Raises:
-        ConfigError: a name that is no step's; a folder with results of another machine, torch, or kind of run.
+        ConfigError: a name is not the name of a step, or `folder` has results of another machine, torch version or mode, or its
+            acceptance.json can't be read.
     """
     known = {step.name: step for step in steps}
     for name in (*names, *again):
         if name not in known and name != "all":
-            raise ConfigError(f"no step {name!r}; there are {', '.join(known)}")
+            raise ConfigError(f"there is no step {name!r}; the steps are {', '.join(known)}")
     folder.mkdir(parents=True, exist_ok=True)
     identity = {"host": platform.node(), "torch": _version("torch"), "rehearsal": rehearse}
     results = {} if "all" in again else _earlier(folder, identity)
@@ -96,14 +97,15 @@ def accept(
 
 
 class _Told:
-    """What the bar says beside its own ETA, which takes all steps for equal: which step runs, and the latest end of all."""
+    """Postfix of the progress bar: the running step, and an upper bound of the time left. The bar's own ETA assumes that all
+    steps take the same time."""
 
     def __init__(self, bar: Any, name: str, latest: float) -> None:
         self._bar, self._name, self._end, self._next = bar, name, time.monotonic() + latest, 0.0
         self._every = 1.0 if sys.stderr.isatty() else 10.0
 
     def say(self) -> None:
-        """Once a second, in a log file once in ten."""
+        """Update the postfix: once per second on a terminal, every ten seconds in a log file."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + self._every
@@ -115,7 +117,7 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, to
     record.unlink(missing_ok=True)
     if left < WORTH_STARTING:
         return StepResult(
-            step.name, step.settles, "out of time", 0.0, tail=f"not begun: {max(left, 0.0):.0f} s were left of the whole"
+            step.name, step.settles, "out of time", 0.0, tail=f"not started: {max(left, 0.0):.0f} s of the run were left"
         )
     command = [sys.executable, "-m", "dalle_ds.acceptance.child", step.module, str(record), f"{limit}"]
     command.append("rehearsal" if rehearse else "full")
@@ -148,7 +150,7 @@ def _run(step: Step, folder: Path, rehearse: bool, limit: float, left: float, to
 
 def _outcome(code: int, is_running: bool, seconds: float, limit: float) -> Outcome:
     if code != 0 and seconds >= limit:
-        return "hung"  # its own watch ended it, or we did
+        return "hung"  # ended by its own guard or by this process
     if is_running:
         return "out of time"
     if code < 0:
@@ -163,7 +165,8 @@ def _descendants(pid: int) -> set[psutil.Process]:
 
 
 def _end(process: subprocess.Popen[bytes], family: set[psutil.Process]) -> None:
-    """End a step and all that it ever started: ranks of a launcher have sessions of their own, and outlive one that crashes."""
+    """Kill a step's process and all processes that it ever started: a launcher's ranks have their own sessions, and outlive a
+    launcher that crashes."""
     for member in family | _descendants(process.pid):
         with suppress(psutil.Error):
             member.kill()
@@ -172,7 +175,7 @@ def _end(process: subprocess.Popen[bytes], family: set[psutil.Process]) -> None:
 
 
 def _environment(rehearse: bool) -> dict[str, str]:
-    """Of a step: the project importable from anywhere, and nothing of a launcher that may have started us."""
+    """Returns the environment of a step: the project is importable from any folder, and a launcher's variables are removed."""
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in launched}
     root = str(Path(dalle_ds.__file__).resolve().parents[1])
@@ -185,8 +188,8 @@ def _environment(rehearse: bool) -> dict[str, str]:
 
 
 def _tail(log: Path, code: int) -> str:
-    """The last lines, and how the process ended."""
-    # of a bar that was redrawn, what it said last
+    """Returns the last lines of the log, and the signal or exit code that ended the process."""
+    # a progress bar redraws its line: keep its last state
     lines = [line.rpartition("\r")[2] for line in log.read_bytes().decode(errors="replace").split("\n") if line][-TAIL_LINES:]
     end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return "\n".join([*lines, f"({end})"])
@@ -198,17 +201,17 @@ def _earlier(folder: Path, identity: Mapping[str, Any]) -> dict[str, StepResult]
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{folder / SUMMARY} is not valid JSON ({error}): remove it, or name another folder") from None
+        raise ConfigError(f"{folder / SUMMARY} is not valid JSON ({error}): remove it, or use another folder") from None
     try:
         results = {one["name"]: StepResult(**one) for one in saved["steps"]}
         identity_then = saved["identity"]
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"{folder / SUMMARY} is of another version of this program ({error}): name another folder, or --again all"
+            f"{folder / SUMMARY} is from another version of this program ({error}): use another folder, or --again all"
         ) from None
     if identity_then != identity:
         raise ConfigError(
-            f"{folder} holds results of {identity_then}, this is {dict(identity)}: name another folder, or --again all"
+            f"{folder} holds results of {identity_then}, this is {dict(identity)}: use another folder, or --again all"
         )
     return results
 

@@ -1,6 +1,6 @@
-"""Wheels for a machine that has torch but reaches no registry: `python -m dalle_ds.acceptance.wheels FOLDER --python 3.12`.
+"""Collect wheels for a node with torch but no package registry: `python -m dalle_ds.acceptance.wheels FOLDER --python 3.12`.
 
-There, from this project's folder: `pip install --no-index --find-links FOLDER -r FOLDER/requirements.txt`, then
+On that node, from this project's folder: `pip install --no-index --find-links FOLDER -r FOLDER/requirements.txt`, then
 `python -m dalle_ds.cli accept`.
 """
 
@@ -10,11 +10,10 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import dalle_ds
+from dalle_ds import project_files
 
 CARRIED = (
     "deepspeed",
@@ -31,16 +30,18 @@ CARRIED = (
     "tqdm",
     "click",
 )
-"""What the steps import, of pyproject.toml's dependencies but torch; a test imports the steps with nothing else at hand."""
+"""The dependencies in pyproject.toml, without torch, that the steps import. A test imports the steps with no other packages."""
 
 OLDEST_GLIBC, GLIBC = 17, 28
-"""2.17 to 2.28: torch's own wheels need 2.28, so that every machine here has it."""
+"""Minor versions: glibc 2.17 to 2.28. torch's own wheels need 2.28, so a machine with torch has it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", help="of that machine")
+    parser.add_argument(
+        "--python", default=f"{sys.version_info.major}.{sys.version_info.minor}", help="the node's Python version"
+    )
     options = parser.parse_args()
     collect(options.folder, options.python)
     n_bytes = sum(file.stat().st_size for file in options.folder.glob("*.whl"))
@@ -48,19 +49,19 @@ def main() -> None:
 
 
 def collect(folder: Path, python: str) -> None:
-    """Fill `folder` with wheels for x.y `python` on Linux of this machine's kind, and requirements.txt.
+    """Write wheels for Python version `python` (x.y) on Linux with this machine's architecture, and requirements.txt.
 
     Raises:
-        subprocess.CalledProcessError: pip found no wheel for such a machine; it has said which.
+        subprocess.CalledProcessError: pip found no wheel for such a machine; pip's output names the package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = requirements()
     (folder / "requirements.txt").write_text("\n".join(wanted.values()) + "\n")
     pip = [sys.executable, "-m", "pip"]
-    # an sdist, whose wheel is pure Python where it compiles nothing
+    # DeepSpeed is an sdist; its wheel is pure Python if it compiles no operators
     made = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), wanted["deepspeed"]]
     subprocess.run(made, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
-    # not by its own name: pip would fetch torch with it
+    # download DeepSpeed's dependencies, not DeepSpeed itself, for which pip would also download torch
     others = [line for name, line in wanted.items() if name != "deepspeed"] + _needs_of_deepspeed(folder)
     machine = platform.machine()
     tags = [f"manylinux_2_{n}_{machine}" for n in range(GLIBC, OLDEST_GLIBC - 1, -1)] + [f"manylinux2014_{machine}"]
@@ -69,10 +70,8 @@ def collect(folder: Path, python: str) -> None:
 
 
 def requirements() -> dict[str, str]:
-    """Name -> requirement, in pyproject.toml's words."""
-    project = Path(dalle_ds.__file__).resolve().parents[1] / "pyproject.toml"
-    lines = tomllib.loads(project.read_text())["project"]["dependencies"]
-    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: line for line in lines}
+    """Returns the requirement of each package in `CARRIED`, as written in pyproject.toml."""
+    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0]: line for line in project_files.requirements()}
     return {name: named[name] for name in CARRIED}
 
 

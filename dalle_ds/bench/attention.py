@@ -1,4 +1,4 @@
-"""Is our attention faster than dense attention, masked and merely causal, for each pattern and a model's mix of them?
+"""Is our attention faster than dense attention (same mask, causal mask), for each pattern and for a model's pattern mix?
 
 B batch, L slots, H heads, D head width, F fused: the 3 of queries, keys and values.
 """
@@ -22,7 +22,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run(settings: AttentionBenchConfig) -> Report:
-    """Forward alone, and forward with backward ("training")."""
+    """Time forward alone, and forward with backward ("training")."""
     counts = Counter(layer_patterns(settings.mix_layers))
     with machine_for(settings) as machine, progress(total=2 * len(counts), what="attention", unit="pattern") as bar:
         report = Report("attention", machine.name)
@@ -40,7 +40,7 @@ def run(settings: AttentionBenchConfig) -> Report:
 
 
 def compare(settings: AttentionBenchConfig, machine: Machine, pattern: Pattern, *, with_backward: bool) -> Comparison:
-    """Ours, masked dense and causal dense attention in turns on views of one projection output, as in the model."""
+    """Time ours, masked dense and causal dense attention in turns, on views of one projection output as in the model."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.n_slots, 3, settings.heads, settings.d_head)
     fused = torch.randn(shape, generator=generator).to(machine.device, DTYPES[settings.dtype]).requires_grad_(with_backward)
@@ -67,10 +67,10 @@ def compare(settings: AttentionBenchConfig, machine: Machine, pattern: Pattern, 
 
 
 def on_fused(attend: Attend, settings: AttentionBenchConfig) -> Callable[[Tensor], Tensor]:
-    """Attention as a function of fused (B, L, F, H, D) -> (B, H, L, D), raster order in and out.
+    """Returns attention as a function of fused (B, L, F, H, D) that returns (B, H, L, D), both in raster order.
 
-    A backend that wants image slots column by column pays for the two permutations here; in a model they are cheaper, on
-    states a third as wide.
+    A backend that needs image slots column by column pays for the two permutations here. In a model the permutations are
+    cheaper, since they work on states a third as wide.
     """
     n_text, grid = settings.text_len, settings.grid
 
@@ -85,5 +85,5 @@ def on_fused(attend: Attend, settings: AttentionBenchConfig) -> Callable[[Tensor
 
 
 def _causal(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
-    # The wrong mask: it sees more than any pattern allows. A row of its own because it is the fastest dense kernel there is.
+    # The wrong mask: it allows more keys than any pattern. It has its own row because it is the fastest dense kernel.
     return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True)

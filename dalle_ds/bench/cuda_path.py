@@ -1,13 +1,12 @@
-"""What does a layer of the prior give a GPU to do in a micro-step, and what the host? Counted without a GPU.
+"""How much GPU work and host work is a layer of the prior in a micro-step? Counted without a GPU.
 
-fp16 branches with per-resblock scaling under ZeRO-3, layers recomputed: the real engine under the real DeepSpeed, on a fake
-CUDA device for what a GPU gets, and at a tiny width on the CPU for the host's time against the plain model's.
+The real engine runs under the real DeepSpeed: fp16 branches with per-resblock scaling, ZeRO-3, activation checkpointing. GPU
+work is counted on a fake CUDA device. Host time is measured on the CPU at a tiny width, against the plain model.
 """
 
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +17,19 @@ from dalle_ds.bench.fake_world.one_rank import in_fake_world
 from dalle_ds.bench.harness.memory import in_fresh_process
 from dalle_ds.bench.harness.settings import CudaPathBenchConfig
 from dalle_ds.errors import ConfigError
+from dalle_ds.project_files import here_or_shipped
 
 
 @dataclass(frozen=True)
 class CudaPath:
-    """Counts of each width, and the host's work (None: not asked for)."""
+    """Counts for each width, and the host's work. With 0 rounds, `host` is None."""
 
     settings: CudaPathBenchConfig
     widths: list[EngineCounts]
     host: HostTime | None
 
     def summary(self) -> dict[str, Any]:
-        """One JSON object. `ratios` has the host's, above 1 where the engine takes less time than the plain model."""
+        """Returns one JSON object. `ratios` has the host's ratio: above 1, the engine takes less time than the plain model."""
         found: dict[str, Any] = {"bench": "cuda-path", "device": f"fake CUDA, torch {torch.__version__}"}
         found |= {"ratios": {}, "seconds": {}}
         if self.host is not None:
@@ -41,42 +41,42 @@ class CudaPath:
         return {**found, "world_size": self.settings.world_size, "deepspeed_config": self.settings.deepspeed_config}
 
     def print_table(self, to_stderr: bool) -> None:
-        """On stderr where stdout belongs to the JSON line."""
+        """Print the table to stdout, or to stderr if stdout is reserved for the JSON line."""
         out = sys.stderr if to_stderr else sys.stdout
         rows: list[tuple[str, list[float]]] = [
             ("kernels", [c.kernels for c in self.widths]),
             ("kernels of DeepSpeed", [c.zero_kernels for c in self.widths]),
             ("collectives", [sum(c.layer.collectives.values()) for c in self.widths]),
-            ("bytes an element of the residual stream, products left out", [c.bytes_per_element for c in self.widths]),
+            ("bytes per element of the residual stream, no products", [c.bytes_per_element for c in self.widths]),
         ]
         by_purpose = [c.bytes_per_parameter for c in self.widths]
-        rows += [(f"bytes a parameter: {name}", [found[name] for found in by_purpose]) for name in by_purpose[0]]
-        rows.append(("MiB that it adds to the peak", [c.layer_bytes / 2**20 for c in self.widths]))
+        rows += [(f"bytes per parameter: {name}", [found[name] for found in by_purpose]) for name in by_purpose[0]]
+        rows.append(("MiB added to the peak", [c.layer_bytes / 2**20 for c in self.widths]))
         rank = f"rank {RANK} of {self.settings.world_size}"
-        print(f"cuda-path: {rank}, {self.settings.deepspeed_config}, fp16, recomputed", file=out)
+        print(f"cuda-path: {rank}, {self.settings.deepspeed_config}, fp16, activation checkpointing", file=out)
         print(f"{'a layer in a micro-step of one sample':<60}" + "".join(f"  d {c.d_model:>6}" for c in self.widths), file=out)
         for name, values in rows:
             print(f"{name:<60}" + "".join(f"  {value:>8.4g}" for value in values), file=out)
         deepest = self.widths[-1]
         for name, counts in (("micro-step", deepest.micro_step), ("update", deepest.update)):
-            print(f"the host waits {counts.n_syncs:g} times in a {name} ({DEPTHS[1]} layers):", file=out)
+            print(f"{counts.n_syncs:g} host synchronisations in one {name} ({DEPTHS[1]} layers):", file=out)
             for place, times in sorted(counts.sync_places().items(), key=lambda item: -item[1]):
                 print(f"  {times:>4g}  {place}", file=out)
         if self.host is not None:
             calls = self.host.micro_step.calls / self.host.plain.calls
             against = f"{self.host.ratio:.2f} (Python calls: {calls:.2f})"
-            print(f"the host's CPU time for a layer, against the plain model's: {against}", file=out)
+            print(f"host CPU time per layer, relative to the plain model: {against}", file=out)
         out.flush()
 
 
 def run(settings: CudaPathBenchConfig) -> CudaPath:
-    """Each width in a process of its own.
+    """Count each width in its own process.
 
     Raises:
-        ConfigError: fake CUDA can't be had on this machine, or the DeepSpeed JSON can't be read.
+        ConfigError: fake CUDA can't run on this machine, or the DeepSpeed JSON can't be read.
     """
     try:
-        deepspeed_json = json.loads(Path(settings.deepspeed_config).read_text(encoding="utf-8"))
+        deepspeed_json = json.loads(here_or_shipped(settings.deepspeed_config).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--deepspeed-config {settings.deepspeed_config}: {error}") from None
     widths = [in_fresh_process(count_engine, n, deepspeed_json, settings.world_size) for n in settings.heads]

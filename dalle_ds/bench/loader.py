@@ -1,4 +1,4 @@
-"""How many samples a second does the training stream give, and does a training loop ever wait for it?"""
+"""How many samples per second does the training stream deliver, and does a training loop ever wait for data?"""
 
 import tempfile
 import time
@@ -43,8 +43,8 @@ RESUME_SHARDS, SHARD_SAMPLES, RESUME_UPDATE = 10_000, 25_000, 100_000
 
 
 def run(settings: LoaderBenchConfig) -> Report:
-    """Batches of the training stream against the same shards, tokenizer and batch size through plain webdataset, and against
-    the same samples in the formats of other readers where they are installed."""
+    """Compare the training stream with plain webdataset on the same shards, tokenizer and batch size, and with other readers,
+    if installed, on the same samples in their own formats."""
     made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.dataset is None else None
     with (
         machine_for(settings) as machine,
@@ -82,13 +82,13 @@ def run(settings: LoaderBenchConfig) -> Report:
 
 
 def epoch(root: str, settings: LoaderBenchConfig, bpe_dropout: float) -> None:
-    """Open the data set and read all of it once, with nothing left in memory from before."""
+    """Open the data set and read all of it once, with no state of an earlier epoch in memory."""
     with stream(TokenDataset(root), settings, bpe_dropout) as source:
         take(source, source.updates_per_epoch)
 
 
 def stream(dataset: TokenDataset, settings: LoaderBenchConfig, bpe_dropout: float) -> TokenStream:
-    """As the trainer makes it, for one rank with one micro-batch."""
+    """Returns the token stream as the trainer builds it, for one rank with one micro-batch per update."""
     return TokenStream(
         TokenMix([dataset]),
         text_len=settings.text_len,
@@ -103,7 +103,11 @@ def stream(dataset: TokenDataset, settings: LoaderBenchConfig, bpe_dropout: floa
 
 
 def webdataset_batches(dataset: TokenDataset, settings: LoaderBenchConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Shards one after another in random order, a shuffle buffer, the same tokenizer: the (text, image) batches of an epoch."""
+    """Returns the (text, image) batches of an epoch: shards in random order, a shuffle buffer, the same tokenizer.
+
+    Raises:
+        ConfigError: the shards are not on this machine.
+    """
     paths = sorted(set(dataset.shards_of(np.arange(dataset.n_blocks))))
     urls = [objects.join(dataset.root_url, path) for path in paths]
     if any(objects.local_path(url) is None for url in urls):
@@ -113,7 +117,7 @@ def webdataset_batches(dataset: TokenDataset, settings: LoaderBenchConfig) -> It
 
 
 def encoder(dataset: TokenDataset, settings: LoaderBenchConfig) -> Callable[[Sample], tuple[torch.Tensor, torch.Tensor]]:
-    """What turns a sample of the other readers into (text, image) of the model."""
+    """Returns a function that turns a sample of another reader into the model's (text, image)."""
     n_text = settings.text_len - 1
 
     def encode(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,15 +130,15 @@ def encoder(dataset: TokenDataset, settings: LoaderBenchConfig) -> Callable[[Sam
 
 
 def take(source: Iterator[object], n: int) -> None:
-    """Draw n batches."""
+    """Read n batches and discard them."""
     for _ in islice(source, n):
         pass
 
 
 def wait_share(dataset: TokenDataset, settings: LoaderBenchConfig) -> float:
-    """Share of its time that a loop which takes `pace` samples a second waits for the stream, in one epoch."""
+    """Returns the fraction of its time that a loop consuming `pace` samples/s waits for the stream, over one epoch."""
     with stream(dataset, settings, settings.bpe_dropout) as source:
-        take(source, 2)  # the first batch is always waited for
+        take(source, 2)  # a loop always waits for the first batch
         before, began = source.wait_seconds, time.perf_counter()
         for _ in range(source.updates_per_epoch):
             next(source)
@@ -143,7 +147,8 @@ def wait_share(dataset: TokenDataset, settings: LoaderBenchConfig) -> float:
 
 
 def resume_seconds(root: str) -> float:
-    """Wall time from nothing to the first batch of update RESUME_UPDATE, as one of 128 ranks of a global batch of 1024."""
+    """Returns the wall time from opening the data set to the first batch of update RESUME_UPDATE, as one of 128 ranks with a
+    global batch of 1024."""
     began = time.perf_counter()
     with TokenStream(
         TokenMix([TokenDataset(root)]),
@@ -162,7 +167,8 @@ def resume_seconds(root: str) -> float:
 
 
 def write_many_shards(folder: str, n_shards: int) -> str:
-    """A set of 250 million samples by its manifest: shards of SHARD_SAMPLES, all of which are the same file."""
+    """Write a data set whose manifest lists `n_shards` shards of SHARD_SAMPLES samples, 250 million for 10,000 shards. All
+    shards are the same file."""
     root = write_random_set(folder, SHARD_SAMPLES, n_shards=1)
     url = objects.join(root, MANIFEST_FILE)
     (shard,) = parse(DatasetManifest, objects.read_bytes(url), url).shards
@@ -173,7 +179,7 @@ def write_many_shards(folder: str, n_shards: int) -> str:
 
 
 def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> str:
-    """A token data set of the paper's geometry: random codes, captions of words that are common as in a language."""
+    """Write a token data set of the paper's geometry: random codes, captions with Zipf-distributed words."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(WORDS)]

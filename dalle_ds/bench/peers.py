@@ -1,10 +1,10 @@
 """How do training step and sampling compare with the package dalle-pytorch at the same depth, width and sequence?
 
 Its layers differ from ours in more than attention: a gated MLP with half as many parameters again, rotary positions, token
-shift. So a ratio says what a user of either gets, not what one kernel gains; the parameters of both stand beside it.
+shift. So a ratio shows what a user gets, not what one kernel gains. The report has the number of parameters of both.
 
-Two forms of it: `peer_axial`, its axial_row and axial_col in the paper's places and axial_row at the end, and `peer_conv`, with
-its conv_like (5x5) at the end, which is very slow.
+The package is measured in two forms. `peer_axial` has axial_row and axial_col where the paper has row and column layers, and
+axial_row as its last layer. `peer_conv` has conv_like (5x5) as its last layer, which is very slow.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ FORMS = ("peer_axial", "peer_conv")
 
 
 def run(settings: PeersBenchConfig) -> Report:
-    """A training step (forward, loss, backward, AdamW) and its peak memory, then sampling with either's cache.
+    """Compare a training step (forward, loss, backward, AdamW) and its peak memory, and sampling with each side's own cache.
 
     Raises:
         UserError: the package is not installed.
@@ -44,14 +44,14 @@ def run(settings: PeersBenchConfig) -> Report:
 
 
 def step_peak_bytes(settings: PeersBenchConfig, side: str) -> int:
-    """Peak of the first training step above the model's own memory: activations, gradients and moments."""
+    """Returns the peak bytes of the first training step above the model's memory: activations, gradients, AdamW's moments."""
     with machine_for(settings) as machine:
         step, _ = _training(settings, machine, side)
         return peak_bytes(step, machine.device)
 
 
 def _training(settings: PeersBenchConfig, machine: Machine, side: str) -> tuple[Callable[[], None], int]:
-    """A training step of one side; and the parameters of its layers."""
+    """Returns the training step of one side, and the number of parameters of its layers."""
     if side == "ours":
         model = build_prior(settings, machine, settings.layers, settings.heads)
         use_attention(model, "auto", machine.device)

@@ -1,4 +1,4 @@
-"""What does our attention give a whole layer, attention and MLP, forward and backward?
+"""How much does our attention speed up a whole layer (attention and MLP), forward and backward?
 
 B batch, L slots, C model width.
 """
@@ -20,7 +20,7 @@ from dalle_ds.ops.attention.masks import Pattern, layer_patterns
 
 
 def run(settings: ResblockBenchConfig) -> Report:
-    """Each pattern, and the mix of a deep model."""
+    """Compare each pattern, and the pattern mix of a deep model."""
     counts = Counter(layer_patterns(settings.mix_layers))
     seen = {}
     with machine_for(settings) as machine:
@@ -34,7 +34,7 @@ def run(settings: ResblockBenchConfig) -> Report:
 
 
 def compare(settings: ResblockBenchConfig, machine: Machine, pattern: Pattern) -> tuple[Comparison, str]:
-    """The same layer with the chosen attention and with the dense one, in turns; and the chosen one's name."""
+    """Time the same layer with our attention and with dense attention. Returns the comparison and our attention's name."""
     torch.manual_seed(0)
     config = PriorConfig(
         n_heads=settings.heads,

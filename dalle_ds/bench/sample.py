@@ -1,4 +1,4 @@
-"""How many image tokens a second do we sample, against a dense key-value cache and against none?"""
+"""How many image tokens per second do we sample, compared with a dense key-value cache and with no cache?"""
 
 import torch
 
@@ -12,11 +12,11 @@ from dalle_ds.console import progress
 from dalle_ds.models.prior import Prior
 
 Seen = dict[str, dict[int, Comparison]]
-"""By the other side and the position."""
+"""Keys: the other side, then the position."""
 
 
 def run(settings: SampleBenchConfig) -> Report:
-    """Once as candidates of one caption, once as one image of each of many captions."""
+    """Compare the sides twice: with many candidates of one caption, and with one image for each of many captions."""
     weights = position_weights(settings.positions, settings.grid**2)
     forms = {f"1x{settings.batch}": (1, settings.batch), f"{settings.batch}x1": (settings.batch, 1)}
     with machine_for(settings) as machine, torch.inference_mode():
@@ -34,7 +34,7 @@ def run(settings: SampleBenchConfig) -> Report:
 
 
 def compare(settings: SampleBenchConfig, machine: Machine, prior: Prior, captions: int, candidates: int) -> Seen:
-    """The dense cache and ours in turns, at each position; and a round of all three, as the way without a cache is slow."""
+    """Time the dense cache and ours in turns at each position. Sampling without a cache is slow and gets only one round."""
     samplers = {"dense_cache": DenseSampler(prior, captions, candidates), "ours": OurSampler(prior, captions, candidates)}
     uncached = UncachedSampler(prior, captions, candidates)
     seen: Seen = {"dense_cache": {}, "no_cache": {}}

@@ -1,4 +1,4 @@
-"""What does a gradient scale for every residual block cost a training step, against one loss scale for the whole model?"""
+"""How much slower is a training step with one gradient scale per residual block than with one loss scale for the model?"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
 
 
 def run(settings: ScalingBenchConfig) -> Report:
-    """Forward, loss, backward and AdamW of the same prior with fp16 branches, scaled in the two ways."""
+    """Compare a training step (forward, loss, backward, AdamW) of the same prior with fp16 branches, scaled in the two ways."""
     config = ResblockScalingConfig()
     with machine_for(settings) as machine:
         steps = {}
@@ -33,7 +33,7 @@ def run(settings: ScalingBenchConfig) -> Report:
 
 
 def scaled_step(prior: Prior, scaling: OneScale | ScalePerBlock, batch: int) -> Callable[[], None]:
-    """Train `prior` on random tokens, a step at each call."""
+    """Returns a function that trains `prior` on random tokens, one step per call."""
     loss, optimizer = random_loss(prior, batch, nullcontext()), adamw(decay_groups(prior.named_parameters(), WEIGHT_DECAY))
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""What does our attention give a whole training step, and how much of the device does that step use?"""
+"""How much does our attention speed up a whole training step, and how much of the device's peak does the step use?"""
 
 from dalle_ds.bench.harness.machine import in_precision, machine_for
 from dalle_ds.bench.harness.model import prior_step, prior_to_train
@@ -10,7 +10,7 @@ from dalle_ds.planning.arithmetic import forward_flops
 
 
 def run(settings: StepBenchConfig) -> Report:
-    """Forward, loss, backward and AdamW of the same prior, with the chosen attention and with the dense one."""
+    """Compare a training step (forward, loss, backward, AdamW) of the same prior, with our attention and dense attention."""
     with machine_for(settings) as machine:
         steps, names = {}, {}
         for side, attention in (("dense", "dense"), ("ours", "auto")):
@@ -22,7 +22,7 @@ def run(settings: StepBenchConfig) -> Report:
         report = Report("step", machine.name)
         report.note(attention=names["ours"], layers=prior.config.n_layers, d_model=prior.config.d_model)
     report.add("step", "dense", turns.seconds("ours"), turns.seconds("dense"), turns.ratio("ours", "dense"))
-    # Useful arithmetic alone, as `dalle-ds plan` counts it: on both sides sparse attention by its reachable keys
+    # Useful FLOPs only, as `dalle-ds plan` counts them: both sides count only the reachable keys of sparse attention
     flops = 3 * forward_flops(prior.config) * settings.batch
     for side in ("ours", "dense"):
         rate = flops / turns.seconds(side) / 1e12

@@ -1,8 +1,8 @@
-"""What does fp16 lose under one loss scale, and under a gradient scale for every residual block?
+"""Which gradients does fp16 lose under one loss scale, and under one gradient scale per residual block?
 
-The gradients of a prior that is small enough for a laptop span few powers of two. So the case is constructed: the backward pass
-multiplies the gradient by a power of two between layers, and nothing else differs from a plain prior. In fp32 AdamW takes the
-same steps, since it divides each gradient by its own size. The range of sizes is what fp16 has to cope with.
+The gradients of a prior that is small enough for a laptop span few powers of two. So the case is constructed: between layers,
+the backward pass multiplies the gradient by a power of two. Nothing else differs from a plain prior. In fp32 AdamW takes the
+same steps, since it divides each gradient by its own size. In fp16 the range of gradient sizes matters.
 
 B batch, L slots, D model width, T text slots, N image tokens.
 """
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 BATCH, VOCABULARY = 16, 32
 HEADROOM = 6.0
-"""Powers of two that both ways of scaling start below the highest scale that is finite: gradients grow at first."""
+"""Both ways of scaling start this many powers of two below the highest finite scale, because gradients grow at first."""
 LOST = 0.99
-"""A block counts as lost when this share of its gradient is."""
+"""A block counts as lost if it loses at least this fraction of its gradient entries."""
 
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, torch.optim.Optimizer], bool]
 
 
 class _Resized(torch.autograd.Function):
-    """Forward: identity. Backward: times a power of two, which is exact."""
+    """Forward: identity. Backward: multiply by a power of two, which is exact."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, power: float) -> Tensor:
@@ -57,19 +57,19 @@ class _Resized(torch.autograd.Function):
 
 @dataclass
 class Outcome:
-    """What the three runs and the comparison of gradients gave. Lists by block go from the first to the last."""
+    """Results of the three runs and of the comparison of gradients. Lists by block go from the first to the last block."""
 
     settings: UnderflowBenchConfig
     device: str
     losses: dict[str, list[float]]
     skipped: dict[str, int]
     sizes: dict[str, list[float]]
-    """log2 of the root mean square of a block's weight gradients in fp32, of the plain prior and of the constructed one."""
+    """log2 of the root mean square of each block's weight gradients in fp32, for the plain and for the constructed prior."""
     lost: dict[str, list[float]]
-    """Share of a block's weight gradients that fp16 makes zero and fp32 does not."""
+    """Fraction of each block's nonzero fp32 weight gradients that are zero in fp16."""
 
     def summary(self) -> dict[str, Any]:
-        """One JSON object."""
+        """Returns one JSON object."""
         tail = max(1, len(self.losses["fp32"]) // 10)
         return {
             "bench": "underflow",
@@ -84,7 +84,7 @@ class Outcome:
         }
 
     def print_table(self, to_stderr: bool) -> None:
-        """On stderr where stdout belongs to the JSON line."""
+        """Print the table to stdout, or to stderr if stdout is reserved for the JSON line."""
         out = sys.stderr if to_stderr else sys.stdout
         print(f"underflow on {self.device}", file=out)
         print(f"{'block':>5}  {'log2 size':>9}  {'lost, one scale':>15}  {'lost, scale per block':>21}", file=out)
@@ -96,7 +96,8 @@ class Outcome:
 
 
 def run(settings: UnderflowBenchConfig) -> Outcome:
-    """Train in the three ways from the same start, compare the gradients where the fp16 run with a scale per block ended."""
+    """Train in the three ways from the same initial weights. Then compare gradients at the final weights of the run with one
+    scale per block, and write the chart."""
     with machine_for(settings) as machine:
         data = random_samples(settings.samples, machine.device)
         losses: dict[str, list[float]] = {}
@@ -115,7 +116,8 @@ def run(settings: UnderflowBenchConfig) -> Outcome:
 
 
 def build(settings: UnderflowBenchConfig, machine: Machine, powers: int) -> Prior:
-    """The same weights at every call. Each layer's gradients are 2^-powers of the layer's before; the middle ones stay."""
+    """Returns a prior with the same weights at every call. Gradients shrink by a factor of 2^powers from each layer to the
+    next; those of the middle layers keep their size."""
     prior = Prior(
         PriorConfig(
             n_layers=settings.layers,
@@ -138,10 +140,10 @@ def build(settings: UnderflowBenchConfig, machine: Machine, powers: int) -> Prio
 def train(
     prior: Prior, step: Step, settings: UnderflowBenchConfig, data: Batch, tell: Callable[[], object]
 ) -> tuple[list[float], int]:
-    """-> the training loss before every update, and how many updates were skipped."""
+    """Returns the training loss before every update, and the number of skipped updates."""
     groups = decay_groups(prior.named_parameters(), WEIGHT_DECAY)
     rate = LearningRateConfig(peak=settings.learning_rate, warmup_updates=settings.updates // 10, shape="cosine")
-    # an epsilon that is small beside the smallest gradients: the paper's would stop the last layers in fp32 as well
+    # epsilon must be small relative to the smallest gradients: the paper's would stop the last layers, even in fp32
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.96), eps=1e-20)
     generator = torch.Generator().manual_seed(2)
     losses, skipped = [], 0
@@ -160,8 +162,8 @@ def train(
 def compare(
     trained: Prior, settings: UnderflowBenchConfig, machine: Machine, data: Batch
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Gradients of `trained`, which has a scale per block, against fp32 and the highest loss scale that overflows nowhere
-    -> `sizes` and `lost` of an `Outcome`.
+    """Compare the gradients of `trained`, which has a scale per block, with those in fp32 and with those under the highest loss
+    scale that overflows nowhere. Returns `sizes` and `lost` of an `Outcome`.
     """
     batch = data[0][:BATCH], data[1][:BATCH]
 
@@ -191,7 +193,7 @@ def _lost(rounded: Tensor, exact: Tensor) -> float:
 
 
 def highest_finite_power(half: Prior, settings: UnderflowBenchConfig, batch: Batch) -> int:
-    """Of the loss scale of a prior with fp16 branches."""
+    """Returns the highest power of two that, as loss scale of a prior with fp16 branches, gives finite gradients."""
 
     def overflows(power: int) -> bool:
         half.zero_grad()
@@ -203,29 +205,29 @@ def highest_finite_power(half: Prior, settings: UnderflowBenchConfig, batch: Bat
 
 
 def draw(outcome: Outcome) -> "Figure":
-    """Sizes of gradients, what is lost of them, and the losses."""
+    """Draw three charts: sizes of gradients, fractions lost, training losses."""
     settings, names = outcome.settings, {"one_scale": "one loss scale", "scale_per_block": "a scale per block"}
     colours = {"fp32": "0.6", "one_scale": "tab:red", "scale_per_block": "tab:blue"}
     figure = new_figure(13, 4.2)
     what = f"fp16 gradients of a prior of {settings.layers} layers"
     if settings.powers:
-        what += f", CONSTRUCTED: the backward pass makes each layer's $2^{{-{settings.powers}}}$ of the layer's before"
+        what += f", CONSTRUCTED: they shrink by a factor of $2^{{{settings.powers}}}$ from each layer to the next"
     figure.suptitle(what)
     size, share, loss = figure.subplots(1, 3)
     for name, values in outcome.sizes.items():
         size.plot(values, label=f"{name} prior", color="black", linestyle="-" if name == "constructed" else ":")
     size.set(title="size of weight gradients, fp32", xlabel="residual block", ylabel="log2(root mean square)")
-    chosen = {"one_scale": "the highest that is finite", "scale_per_block": "as training left it"}
+    chosen = {"one_scale": "the highest finite one", "scale_per_block": "at the end of training"}
     for name, values in outcome.lost.items():
         label = f"{names[name]},\n{chosen[name]}"
         share.plot([100 * value for value in values], label=label, color=colours[name], marker=".")
-    share.set(title="gradient entries that fp16 makes zero", xlabel="residual block", ylabel="% of the block's", ylim=(-4, 104))
+    share.set(title="gradient entries that fp16 makes zero", xlabel="residual block", ylabel="% of entries", ylim=(-4, 104))
     for name, values in outcome.losses.items():
         width = max(1, len(values) // 30)
         means = torch.tensor(values)[: len(values) // width * width].view(-1, width).mean(1)
         style = {"linestyle": (0, (4, 3)), "zorder": 3} if name == "fp32" else {}
         loss.plot(range(width, len(values) + 1, width), means, label=names.get(name, name), color=colours[name], **style)
-    loss.set(title="training loss", xlabel="update", ylabel="nats a token", yscale="log")
+    loss.set(title="training loss", xlabel="update", ylabel="nats per token", yscale="log")
     for axes in (size, share, loss):
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
@@ -233,14 +235,14 @@ def draw(outcome: Outcome) -> "Figure":
 
 
 def unscaled(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    """Backward and update, which is always taken."""
+    """Backward pass and update. Returns True: the update is always taken."""
     loss.backward()
     optimizer.step()
     return True
 
 
-# The two ways of scaling start equally far below what overflows and follow one policy: half after an overflow, twice after a
-# thousand finite updates, and an overflow anywhere skips the update.
+# Both ways of scaling start equally far below overflow and follow one policy: an overflow anywhere skips the update and halves
+# the scale, and a thousand finite updates double it.
 
 
 def _one_scale(prior: Prior, settings: UnderflowBenchConfig, batch: Batch) -> Step:
@@ -271,7 +273,7 @@ SCALED = {"one_scale": _one_scale, "scale_per_block": _scale_per_block}
 
 
 def _reach(settings: UnderflowBenchConfig) -> int:
-    """Powers of two, up and down, between which scales are sought."""
+    """Returns the largest absolute power of two in the search for scales."""
     return settings.powers * settings.layers // 2 + 40
 
 

@@ -1,4 +1,4 @@
-"""`dalle-ds accept`: all that a GPU does differently, tried step by step."""
+"""`dalle-ds accept`: acceptance test of a GPU node, step by step: every code path that behaves differently on a GPU."""
 
 from dalle_ds.acceptance.report import table
 from dalle_ds.acceptance.run import accept

@@ -4,12 +4,12 @@ from contextlib import redirect_stdout
 from importlib import import_module
 from io import StringIO
 
-from dalle_ds.bench.harness.settings import OneMachine
+from dalle_ds.bench.harness.settings import MachineBenchConfig
 from dalle_ds.console import Outcome
 
 
-def run(settings: OneMachine) -> Outcome:
-    """The benchmark whose settings these are."""
+def run(settings: MachineBenchConfig) -> Outcome:
+    """Run the benchmark that `settings` belongs to. The outcome holds its summary and its table."""
     report = import_module(settings.module).run(settings)
     with redirect_stdout(StringIO()) as table:
         report.print_table(to_stderr=False)

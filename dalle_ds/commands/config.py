@@ -1,4 +1,4 @@
-"""`dalle-ds config NAME`: every key of a verb's settings, with type, default and description."""
+"""`dalle-ds config NAME`: list every setting of a verb with its type, default and description."""
 
 import types
 import typing
@@ -15,13 +15,13 @@ from dalle_ds.errors import ConfigError
 
 
 def run(config: ConfigConfig) -> Outcome:
-    """Raises ConfigError where there is no such verb."""
+    """List the settings of the verb `config.name`, or the verbs if it is None. Raises ConfigError if there is no such verb."""
     names = {verb.name.replace(" ", "."): verb for verb in VERBS}
     if config.name is None:
         return Outcome({"verbs": list(names)}, text="\n".join(names))
     verb = names.get(config.name) or names.get(f"train.{config.name}") or names.get(f"data.{config.name}")
     if verb is None:
-        raise ConfigError(f"no settings of {config.name!r}; there are {', '.join(names)}")
+        raise ConfigError(f"unknown verb {config.name!r}: expected one of {', '.join(names)}")
     rows = list(_rows(imported(verb.config)))
     widths = [max(len(row[column]) for row in rows) for column in ("key", "type", "default")]
     lines = [
@@ -33,7 +33,13 @@ def run(config: ConfigConfig) -> Outcome:
 
 
 def _rows(config_class: type[BaseModel], prefix: str = "", section: Any = None) -> Iterator[dict[str, str]]:
-    """`section`: the config that stands here by default; None: the class says."""
+    """Yield a row for each key of `config_class`, nested sections included.
+
+    Args:
+        prefix: dotted path of this section, with a trailing dot.
+        section: default instance of `config_class` in the parent config, whose values are shown as the defaults. If None, the
+            defaults of the class are shown.
+    """
     for name, field in config_class.model_fields.items():
         if field.exclude:
             continue

@@ -1,4 +1,4 @@
-"""`dalle-ds diagnose`: the update of a diagnosis once more, on any number of ranks."""
+"""`dalle-ds diagnose`: repeat the update at which a run of the prior diverged, on any number of ranks."""
 
 from typing import Any
 

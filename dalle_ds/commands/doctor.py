@@ -1,4 +1,4 @@
-"""Preflight: can this machine run what is asked of it?"""
+"""`dalle-ds doctor`: preflight checks of this machine."""
 
 import importlib.metadata
 import platform
@@ -21,7 +21,7 @@ from dalle_ds.tracking.mlflow_sink import resolve_uri, without_password
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. `must` is one without which training can't run."""
+    """Result of one check. If `must` is set, training cannot run unless the check passes."""
 
     name: str
     ok: bool
@@ -30,12 +30,12 @@ class Finding:
 
 
 def examine(urls: Sequence[str] = (), *, min_free_gib: float = 2.0, mlflow_uri: str | None = None) -> list[Finding]:
-    """All checks, in a fixed order; none raises.
+    """Run all checks in a fixed order. A check that raises becomes a failed finding.
 
     Args:
-        urls: places that must take a write (a folder, file:// or s3:// prefix); the probe is removed again.
-        min_free_gib: disk that must be free here.
-        mlflow_uri: MLflow store to reach; None takes MLFLOW_TRACKING_URI, else local files.
+        urls: locations that must be writable: folders, file:// or s3:// prefixes. The test file is removed again.
+        min_free_gib: GiB that must be free on the disk of the working directory.
+        mlflow_uri: MLflow store that must answer. If None: MLFLOW_TRACKING_URI, or local files if that is unset.
     """
     checks: list[tuple[str, bool, Callable[[], tuple[bool, str]]]] = [
         ("python", True, _python),
@@ -43,17 +43,17 @@ def examine(urls: Sequence[str] = (), *, min_free_gib: float = 2.0, mlflow_uri: 
         ("deepspeed", True, lambda: _package("deepspeed")),
         ("mlflow", True, lambda: _package("mlflow")),
         ("accelerator", False, _accelerator),
-        ("kernels", False, _kernels),  # without them all is plain torch, several times slower
+        ("kernels", False, _kernels),  # without Triton kernels everything runs in plain PyTorch, several times slower
         ("disk", True, lambda: _disk(min_free_gib)),
         *((f"write {url}", True, lambda url=url: _write(url)) for url in urls),
-        ("tracking", False, lambda: _tracking(mlflow_uri)),  # training goes on without it
+        ("tracking", False, lambda: _tracking(mlflow_uri)),  # training also runs while MLflow is unreachable
         ("fonts", False, _fonts),
     ]
     return [_examined(*check) for check in checks]
 
 
 def summary(findings: Sequence[Finding]) -> dict[str, Any]:
-    """For the command's last line."""
+    """The summary that the command prints last."""
     return {
         "ok": all(finding.ok for finding in findings if finding.must),
         "failed": [finding.name for finding in findings if finding.must and not finding.ok],
@@ -63,14 +63,14 @@ def summary(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """One line a check, for people."""
+    """A table with one line per check."""
     width = max(len(finding.name) for finding in findings)
     marks = {finding.name: "ok     " if finding.ok else "MISSING" if finding.must else "warning" for finding in findings}
     return "\n".join(f"{marks[finding.name]}  {finding.name:<{width}}  {finding.detail}" for finding in findings)
 
 
 def run(config: DoctorConfig) -> Outcome:
-    """All checks; complete where nothing is missing that training needs."""
+    """Run all checks. The outcome is complete (exit code 0) if every check that training needs passed."""
     findings = examine(config.places, min_free_gib=config.min_free_gib, mlflow_uri=config.mlflow_uri)
     outcome = summary(findings)
     return Outcome(outcome, outcome["ok"], text=table(findings))
@@ -79,13 +79,13 @@ def run(config: DoctorConfig) -> Outcome:
 def _examined(name: str, must: bool, check: Callable[[], tuple[bool, str]]) -> Finding:
     try:
         ok, detail = check()
-    except Exception as error:  # whatever a check runs into is its finding
+    except Exception as error:  # any exception of a check is reported as its finding
         ok, detail = False, f"{type(error).__name__}: {str(error)[:300]}"
     return Finding(name, ok, must, detail)
 
 
 def _python() -> tuple[bool, str]:
-    return sys.version_info >= (3, 11), f"{platform.python_version()} at {sys.executable} (3.11 or later is needed)"
+    return sys.version_info >= (3, 11), f"{platform.python_version()} at {sys.executable} (expected 3.11 or later)"
 
 
 def _package(name: str) -> tuple[bool, str]:
@@ -94,7 +94,7 @@ def _package(name: str) -> tuple[bool, str]:
 
     wanted = [line for line in map(Requirement, importlib.metadata.requires("dalle-ds") or []) if line.name == name]
     ok = all(line.specifier.contains(found, prereleases=True) for line in wanted)
-    return ok, f"{found} (wanted {wanted[0].specifier if wanted else 'any'})"
+    return ok, f"{found} (expected {wanted[0].specifier if wanted else 'any'})"
 
 
 def _accelerator() -> tuple[bool, str]:
@@ -104,11 +104,11 @@ def _accelerator() -> tuple[bool, str]:
 
     if not use_cuda():
         why = "DS_ACCELERATOR leaves the GPUs out" if torch.cuda.is_available() else "none"
-        return False, f"{why}: {torch.get_num_threads()} CPU threads; enough for the tiny preset"
+        return False, f"{why}: {torch.get_num_threads()} CPU threads, enough for the tiny preset"
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
     product = torch.ones(64, 64, device="cuda", dtype=torch.float16) @ torch.ones(64, 64, device="cuda", dtype=torch.float16)
-    return bool((product == 64).all()), f"{names}; CUDA {torch.version.cuda}; `dalle-ds accept` tries all that we do there"
+    return bool((product == 64).all()), f"{names}; CUDA {torch.version.cuda}; `dalle-ds accept` tests this GPU in full"
 
 
 def _kernels() -> tuple[bool, str]:
@@ -116,14 +116,14 @@ def _kernels() -> tuple[bool, str]:
     from dalle_ds.ops.kernel_compiler import kernel_problem
 
     if not use_cuda():
-        return True, "none is needed without a GPU"
+        return True, "not needed without a GPU"
     problem = kernel_problem()
-    return problem is None, problem or "Triton builds them for this GPU"
+    return problem is None, problem or "Triton compiles kernels for this GPU"
 
 
 def _disk(min_free_gib: float) -> tuple[bool, str]:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return free >= min_free_gib, f"{free:.1f} GiB free in {Path.cwd()} (at least {min_free_gib:g} wanted)"
+    return free >= min_free_gib, f"{free:.1f} GiB free in {Path.cwd()} (expected {min_free_gib:g} GiB or more)"
 
 
 def _write(url: str) -> tuple[bool, str]:
@@ -136,7 +136,7 @@ def _write(url: str) -> tuple[bool, str]:
         objects.delete(probe)
     free = objects.free_bytes(url)
     room = f", {free / 2**30:.1f} GiB free" if free is not None else ""
-    said = "written, read back and removed" if same else "what was read back is not what was written"
+    said = "written, read back and removed" if same else "the bytes read back differ from the bytes written"
     return same, f"{said} in {time.perf_counter() - began:.2f} s{room}"
 
 
@@ -144,7 +144,7 @@ def _tracking(uri: str | None) -> tuple[bool, str]:
     uri = resolve_uri(uri, Path.cwd() / "run")
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
-        return True, f"no server: {without_password(uri)}"
+        return True, f"no server configured: {without_password(uri)}"
     with socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), timeout=5):
         pass
     import urllib.request
@@ -157,4 +157,4 @@ def _fonts() -> tuple[bool, str]:
     from PIL import ImageFont, features
 
     scalable = features.check("freetype2") and isinstance(ImageFont.load_default(20), ImageFont.FreeTypeFont)
-    return scalable, "scalable font for captions on grids" if scalable else "Pillow lacks FreeType: grids can't be captioned"
+    return scalable, "scalable font for captions on grids" if scalable else "Pillow lacks FreeType: grids cannot show captions"

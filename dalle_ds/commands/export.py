@@ -1,4 +1,4 @@
-"""`dalle-ds export`: a checkpoint as one folder that samples without deepspeed."""
+"""`dalle-ds export`: write a checkpoint of the prior as one folder that can be sampled without DeepSpeed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`dalle-ds import-dvae`: the dVAE that OpenAI released, as a weights file of ours."""
+"""`dalle-ds import-dvae`: convert OpenAI's released dVAE into a weights file of this project."""
 
 from typing import Any
 

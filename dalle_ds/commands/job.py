@@ -1,4 +1,7 @@
-"""One command on all ranks of a job: one summary, an error said once, one exit code. Imports torch only where it works."""
+"""Run one command on all ranks of a job: one summary, each error printed once, one exit code.
+
+The module imports torch only when the work starts.
+"""
 
 import logging
 import os
@@ -16,14 +19,26 @@ if TYPE_CHECKING:
 
 
 def prepare_process(environment: Path | None) -> None:
-    """What a process needs that may be a rank of a launcher, before it imports torch; only rank 0 logs what goes well."""
+    """Prepare a process that may be a rank of a launcher. Call it before importing torch.
+
+    Ranks other than 0 log only warnings and errors.
+
+    Args:
+        environment: file of environment variables, as in `prepare_rank`. If None, none are read.
+
+    Raises:
+        ConfigError: as `prepare_rank`.
+    """
     prepare_rank(environment)
     if os.environ.get("RANK", "0") != "0":
         setup_logging(logging.WARNING)
 
 
 def alone_or_on_all_ranks(work: "Callable[[Ranks], dict[str, Any]]", as_json: bool) -> None:
-    """`on_all_ranks` under a launcher; without one there is no process group, and deepspeed is not imported."""
+    """Run `work` on all ranks of a launcher, or on this process alone if WORLD_SIZE is 1 or unset.
+
+    A process that runs alone creates no process group and does not import DeepSpeed.
+    """
     from dalle_ds.parallel.ranks import ALONE
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -33,24 +48,24 @@ def alone_or_on_all_ranks(work: "Callable[[Ranks], dict[str, Any]]", as_json: bo
 
 
 def on_all_ranks(work: "Callable[[Ranks], dict[str, Any]]", as_json: bool) -> None:
-    """Join the job, work, print what the main rank returns, leave.
+    """Join the process group, run `work`, print the main rank's summary, and leave the process group.
 
     Raises:
-        SystemExit: what `work` raises, of all ranks; or the exit code of a UserError, whose message is printed once. Code 2 is
-            a mistake in the input, 75 that another rank was lost, 143 that the job was asked to stop.
+        SystemExit: `work` raised it on all ranks, or `work` raised a UserError, whose message is printed once and whose exit
+            code is used. Exit code 2: invalid input; 75: another rank was lost; 143: the job was asked to stop.
     """
     from dalle_ds.parallel.failure_detection import say
     from dalle_ds.parallel.ranks import join, leave
 
     try:
         ranks = join()
-    except UserError as error:  # perhaps on this machine alone, and before there are others to agree with
+    except UserError as error:  # it may occur on this machine alone, and there is no process group yet to print it once
         print_error(f"error: {error}")
         sys.exit(error.exit_code)
     try:
         summary = work(ranks)
     except UserError as error:
-        say(ranks, error)  # without leave(), which may wait for a rank that is lost
+        say(ranks, error)  # no leave(): it may wait for a lost rank
         sys.exit(error.exit_code)
     except SystemExit:
         leave()

@@ -1,4 +1,4 @@
-"""`dalle-ds mlflow-sync`: what a run's spool still holds goes to MLflow, after an outage."""
+"""`dalle-ds mlflow-sync`: after an outage, send the entries left in a run's spool to MLflow."""
 
 from dalle_ds.commands.settings import MlflowSyncConfig
 from dalle_ds.console import Outcome

@@ -1,4 +1,4 @@
-"""`dalle-ds plan`: memory, time and cost of training a prior, of a preset or of a recipe."""
+"""`dalle-ds plan`: estimate memory, time and cost of training a prior, given a preset or a recipe."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from dalle_ds.training.prior.cost import plan, settings_of
 
 
 def run(config: PlanConfig) -> dict[str, Any]:
-    """What is given goes before what the recipe says, and that before the defaults.
+    """Estimate memory, time and cost. Precedence: defaults < recipe < options.
 
     Raises:
-        ConfigError: no such preset or machine, a recipe that can't be read, wrong values.
+        ConfigError: unknown preset or machine, unreadable recipe, or invalid values.
     """
     preset, given = config.preset, config.given()
     if preset is not None and preset not in PRESETS:

@@ -1,4 +1,4 @@
-"""Register an export as a version of an MLflow model, with all that it needs to draw in another process."""
+"""`dalle-ds register`: register an export, with code and requirements, as a version of an MLflow model."""
 
 import os
 import re
@@ -19,26 +19,28 @@ from dalle_ds.tracking.mlflow_sink import make_client
 
 FOLDER = "model"
 NOT_NEEDED = ("deepspeed", "webdataset", "py3langid", "imagehash", "scikit-image")
-"""Requirements of training and of preprocessing alone."""
+"""Requirements that only training and preprocessing need."""
 
 
 def register_export(url: str, name: str, *, clip: str | None = None, uri: str | None = None) -> dict[str, Any]:
-    """Put an export, code and requirements into the MLflow run that it came from, and make that a version of model `name`.
+    """Upload an export, code and requirements to the export's MLflow run, and register the upload as a version of model `name`.
 
     Args:
         url: export folder, a path or s3:// url.
-        clip: folder of a CLIP that chooses among candidates; None: the model keeps them all.
-        uri: MLflow store; None: the one that the export names.
+        clip: folder of a CLIP that ranks candidates. If None, the model returns all candidates.
+        uri: MLflow store. If None: the store that the export names.
 
     Raises:
-        DataError: no export. ConfigError: it names no MLflow run. UserError: MLflow is away or refuses.
+        DataError: `url` is not an export.
+        ConfigError: the export names no MLflow run.
+        UserError: MLflow is unreachable or rejects the request.
     """
     record = read_export_record(url)
     known_uri, run_id = run_of_export(record)
     uri = uri or known_uri
     if uri is None or run_id is None:
-        raise ConfigError(f"export {url} names no MLflow run: expected one that tracked its training")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")  # the server answers when a file of gigabytes is stored
+        raise ConfigError(f"export {url} names no MLflow run: expected an export of a run that was tracked in MLflow")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")  # the server answers only after storing a file of gigabytes
     client = make_client(uri)
     from mlflow.exceptions import MlflowException
 
@@ -49,7 +51,7 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
             artifacts["clip"] = _on_disk(clip, folder / "clip")
         _save(folder / FOLDER, artifacts, record)
         try:
-            place = f"{FOLDER}/{uuid.uuid4().hex[:12]}"  # versions keep what they were registered with
+            place = f"{FOLDER}/{uuid.uuid4().hex[:12]}"  # a folder per version: a later version must not overwrite these files
             source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
             client.log_artifacts(run_id, str(folder / FOLDER), place)
             try:
@@ -60,7 +62,7 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
             tags = {"export": str(url), "export_fingerprint": record.fingerprint, "update": str(record.update)}
             version = client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=60).version
         except MlflowException as error:
-            raise UserError(f"MLflow at {uri} does not register {url} as {name!r}: {error}") from None
+            raise UserError(f"MLflow at {uri} cannot register {url} as {name!r}: {error}") from None
     return {"model": f"models:/{name}/{version}", "run_id": run_id, "export_fingerprint": record.fingerprint}
 
 
@@ -101,7 +103,7 @@ def _requirements() -> list[str]:
 
 
 def _on_disk(url: str, copy: Path) -> str:
-    """The folder itself, or a copy of one on object storage."""
+    """Returns the absolute path of a local folder. A folder on object storage is first downloaded to `copy`."""
     if not objects.is_s3(url):
         return str(Path(url).resolve())
     copy.mkdir()

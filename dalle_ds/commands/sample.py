@@ -1,4 +1,4 @@
-"""`dalle-ds sample`: draw images for captions, on one process or on all ranks of a launcher."""
+"""`dalle-ds sample`: sample images for captions, in one process or on all ranks of a launcher."""
 
 import logging
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 86_400.0  # of ranks for the others: their shares are equal, but their hosts may not be
+WAIT_SECONDS = 86_400.0  # collective timeout: ranks draw equally many batches, but hosts may differ in speed
 
 
 def sample_export(
@@ -38,15 +38,19 @@ def sample_export(
     device: str = "auto",
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Draw images into `out`, or go on with it; files as `SampleFolder.run`. Returns the summary, on every rank.
+    """Sample images into `out`, or resume an unfinished `out`. Writes the files of `SampleFolder.run`.
 
-    Ranks share the batches out and meet in `out`: their images are those of one rank. Each holds the whole model.
+    The batches are distributed over the ranks, and `out` must be shared by them. Each rank holds the whole model. The images do
+    not depend on the number of ranks. Returns the summary on every rank.
 
     Args:
-        clip: folder or hub name of the CLIP that scores.
+        url: export folder, a path or s3:// url.
+        clip: folder or hub name of the CLIP that scores the images.
 
     Raises:
-        UserError: what cannot be sampled. RankLost: another rank died. SystemExit(143): asked to stop.
+        UserError: invalid input.
+        RankLost: another rank died.
+        SystemExit: code 143, the process was asked to stop.
     """
     source.check()
     device = str(resolve_device(device)) if ranks.world_size == 1 else str(ranks.device)
@@ -60,18 +64,18 @@ def sample_export(
 
         def end_if_asked(_: RowsDecoded) -> None:
             if stop.requested:
-                log.info("asked to stop (%s); the same command goes on with %s", stop.reason, out)
+                log.info("asked to stop (%s); run the same command again to resume %s", stop.reason, out)
                 raise SystemExit(EXIT_STOPPED)
 
-        # only the main rank holds the lock: the others are its own
+        # only the main rank takes the lock: it would shut out the other ranks of this job
         with RunLock(out) if ranks.is_main else nullcontext():
-            is_tracked = ranks.is_main and not (out / SAMPLES_FILE).exists()  # once, by the process that ends it
+            is_tracked = ranks.is_main and not (out / SAMPLES_FILE).exists()  # once, by the process that finishes the folder
             record = folder.run(ranks, on_rows=end_if_asked)
     return _sample_summary(export, record, out, is_tracked=is_tracked)
 
 
 def repeat_export(url: str, record_file: Path, out: Path, *, device: str = "auto") -> dict[str, Any]:
-    """Draw the images of a samples.json again. Returns the summary."""
+    """Sample the images of a samples.json again, bit for bit. Returns the summary."""
     export = load_export(url, str(resolve_device(device)))
     return _sample_summary(export, SampleFolder.repeating(export, record_file, out).run(), out, is_tracked=False)
 

@@ -1,4 +1,4 @@
-"""`dalle-ds serve`: the page of an export."""
+"""`dalle-ds serve`: serve a web page that samples from an export."""
 
 from dalle_ds.commands.settings import ServeConfig
 from dalle_ds.ops.devices import resolve_device
@@ -13,10 +13,11 @@ from dalle_ds.tracking.export_run import run_of_export
 def serve_export(
     url: str, limits: PageLimitsConfig, *, clip: str | None, host: str, port: int, mlflow_url: str | None, device: str
 ) -> None:
-    """Serve the page of an export until the process is stopped.
+    """Serve the web page of an export until the process is stopped.
 
     Args:
-        mlflow_url: a server that knows the training run; None: the one by which it was tracked, if it was one.
+        mlflow_url: MLflow server that holds the training run. If None: the server that tracked the run, if the run was tracked
+            by a server.
     """
     place = str(resolve_device(device))
     sampler = Sampler(load_export(url, place), load_scorer(clip, place) if clip else None)
@@ -24,7 +25,10 @@ def serve_export(
 
 
 def run_link(export: Export, server: str | None) -> str | None:
-    """Page of the training run in MLflow, at `server` or where the run was tracked; None without a server."""
+    """URL of the training run's page in MLflow, on `server` or else on the server that tracked the run.
+
+    Returns None if there is no server or the export names no run.
+    """
     known_server, run_id = run_of_export(export.record)
     server = server or known_server or ""
     is_known = server.startswith("http") and run_id is not None

@@ -1,6 +1,6 @@
-"""A verb of the command line, made from a config class: its fields are the options, a section of a recipe file, and KEY=VALUE.
+"""A verb of the command line, built from a config class whose fields are options, recipe keys and KEY=VALUE words.
 
-Precedence: defaults < the verb's section of the recipe < KEY=VALUE words and --set < inputs by position and options.
+Precedence: defaults < the verb's section of the recipe < KEY=VALUE words and --set < positional inputs and options.
 """
 
 import logging
@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 
 import click
 
+from dalle_ds import project_files
 from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_process
 from dalle_ds.console import Outcome, print_error, print_summary
 from dalle_ds.errors import ConfigError, UserError
@@ -31,38 +32,42 @@ log = logging.getLogger(__name__)
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 RECIPE_SUFFIXES = (".yaml", ".yml")
 TEXTS = (tuple[str, ...], tuple[Path, ...])
-"""Lists whose items may hold commas."""
+"""Types of list fields whose items may contain commas. The values of other list fields are split at commas."""
 MISTAKEN_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""A file where a folder belongs, or the reverse: no fault of the program, and the message names the path."""
+"""Errors of a wrong path, such as a file where a folder is expected. They count as user errors: the message names the path."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What `dalle-ds NAME` is told, and what it does."""
+    """One row of the table of verbs: the inputs, options and function of `dalle-ds NAME`."""
 
     name: str
     """One or more words: "sample", "data encode"."""
     summary: str
-    """One line, for the list of verbs."""
+    """One line, shown in the list of verbs."""
     config: str
-    """ "module:Class", whose fields are the options."""
+    """Config class as "module:Class". Its fields are the options."""
     work: str
-    """ "module:function": takes the config, and the ranks where it may run on several; returns its summary or an `Outcome`."""
+    """Function that does the work, as "module:function". It takes the config, and also the ranks unless `ranks` is "never".
+    It returns its summary or an `Outcome`."""
     examples: tuple[str, ...]
-    """What may stand after `dalle-ds NAME`."""
+    """Arguments that follow `dalle-ds NAME`, one string per example. If it starts with a launcher, it is a whole command."""
     text: str = ""
-    """More for --help."""
+    """Text that --help shows after the summary."""
     inputs: tuple[str, ...] = ()
-    """Fields that are given by position, in this order; a last one that is a list takes all that are left."""
+    """Fields that can be given by position, in this order. If the last field is a list, it takes all remaining inputs."""
     ranks: Literal["never", "maybe", "always"] = "never"
-    """Whether a launcher may start it on several ranks: "always" joins a process group even when it is alone."""
+    """Whether a launcher may start the verb on several ranks. "maybe" creates a process group only if there are several ranks,
+    "always" also for a single process."""
     has_options: bool = True
-    """Whether the fields are options; a tree of settings is given by a recipe and KEY=VALUE alone."""
+    """Whether the fields are options. If False, settings are given only by a recipe and KEY=VALUE words."""
     default_recipe: str | None = None
-    """A recipe of the project that is read where none is named."""
+    """File in launchers/recipes that is read if no recipe is named."""
+    takes_recipe: bool = True
+    """Whether an argument that ends in .yaml is a recipe rather than an input."""
     ends: bool = True
-    """Whether it comes to an end, with a summary."""
+    """Whether the verb finishes and prints a summary. A server does not."""
 
     @property
     def last_word(self) -> str:
@@ -70,13 +75,14 @@ class Verb:
 
 
 def imported(name: str) -> Any:
-    """ "module:thing" -> the thing."""
+    """Import the object that "module:object" names."""
     module, _, thing = name.partition(":")
     return getattr(import_module(module), thing)
 
 
 class VerbCommand(click.Command):
-    """The config is imported when the command is used: it needs pydantic, and `dalle-ds --help` should be quick."""
+    """The command of one verb. The config class is imported when the command is used: it needs pydantic, which would slow down
+    `dalle-ds --help`."""
 
     def __init__(self, verb: Verb) -> None:
         super().__init__(verb.last_word, context_settings=CONTEXT, short_help=verb.summary, no_args_is_help=False)
@@ -90,7 +96,7 @@ class VerbCommand(click.Command):
 
     def _usage(self) -> str:
         inputs = [f"[{name.upper()}]" for name in self.verb.inputs]
-        return " ".join([*inputs, "[RECIPE.yaml]", "[KEY=VALUE]..."])
+        return " ".join([*inputs, *(["[RECIPE.yaml]"] if self.verb.takes_recipe else []), "[KEY=VALUE]..."])
 
     def _options(self) -> list[click.Parameter]:
         if not self.verb.has_options:
@@ -122,7 +128,7 @@ class VerbCommand(click.Command):
                 given.pop("local_rank")
                 try:
                     prepare_process(given.pop("environment"))
-                except ConfigError as error:  # perhaps on this host alone
+                except ConfigError as error:  # any rank may be the only one with this error, so each prints it
                     print_error(f"error: {error}")
                     sys.exit(2)
                 rank = os.environ.get("RANK", "0")
@@ -134,30 +140,30 @@ class VerbCommand(click.Command):
                 return
             if default_recipe is not None:
                 if rank == "0":
-                    log.info("no recipe is named: %s", default_recipe)
+                    log.info("no recipe named, using the default %s", default_recipe)
                 if hasattr(config, "require_default_inputs"):
                     config.require_default_inputs(default_recipe)
-            if hasattr(config, "check"):  # before ranks join: a mistake should not have to wait for it
+            if hasattr(config, "check"):  # report a user error before ranks join, which takes time
                 config.check()
             self._run(config, as_json)
         except (UserError, *MISTAKEN_PATHS) as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":
                 raise
-            if rank == "0":  # the same on every rank
+            if rank == "0":  # every rank has the same error
                 print_error(f"error: {error}")
             sys.exit(getattr(error, "exit_code", 2))
 
     def _config(self, given: dict[str, Any]) -> tuple[Any, Path | None]:
-        """What the verb is told, and the project's own recipe where it was read because none was named."""
+        """Returns the config, and the path of the default recipe if that was read (else None)."""
         verb, words = self.verb, given.pop("words")
         overrides = [*given.pop("set"), *(word for word in words if OVERRIDE.match(word))]
-        recipe, inputs = given.pop("recipe"), []
+        recipe, inputs = given.pop("recipe", None), []
         for word in words:
             if OVERRIDE.match(word):
                 continue
-            if word.endswith(RECIPE_SUFFIXES):
+            if verb.takes_recipe and word.endswith(RECIPE_SUFFIXES):
                 if recipe is not None:
-                    raise ConfigError(f"two recipes, {recipe} and {word}: expected one")
+                    raise ConfigError(f"found two recipes, {recipe} and {word}: expected one")
                 recipe = word
             else:
                 inputs.append(word)
@@ -175,7 +181,7 @@ class VerbCommand(click.Command):
                 values[name] = list(value) if is_text else [part for one in value for part in one.split(",")]
         values |= {name: value for name, value in given.items() if isinstance(value, bool)}
         is_default = recipe is None and verb.default_recipe is not None
-        path = _project_recipe(str(verb.default_recipe)) if is_default else recipe
+        path = project_files.find(str(verb.default_recipe)) if is_default else _recipe(recipe)
         if hasattr(config_class, "from_command_line"):
             return config_class.from_command_line(path, overrides, values), None
         from dalle_ds.recipes import load_recipe
@@ -197,7 +203,7 @@ class VerbCommand(click.Command):
 
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """Within, SIGTERM ends the process with 143 by an exception, so that temporary files go; what is committed stays."""
+    """Within this context, SIGTERM raises SystemExit(143), so that temporary files are removed. Committed output stays."""
 
     def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(143)
@@ -213,7 +219,11 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
-    """Print what a verb came to. Raises SystemExit with 1 where not all of its work is done."""
+    """Print the outcome of a verb, then exit.
+
+    Raises:
+        SystemExit: code 0, or 1 if the outcome is not complete. If `result` is None, the function returns without exiting.
+    """
     if result is None:
         return
     outcome = result if isinstance(result, Outcome) else Outcome(dict(result))
@@ -227,21 +237,24 @@ def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
 
 
 def _common(verb: Verb) -> list[click.Parameter]:
+    recipe = click.Option(["--recipe"], metavar="FILE", help="YAML file with settings; the same as RECIPE.yaml")
     options: list[click.Parameter] = [
-        click.Option(["--recipe"], metavar="FILE", help="YAML file; the same as its name among the words."),
-        click.Option(["--set"], multiple=True, metavar="KEY=VALUE", help="The same as KEY=VALUE among the words."),
-        click.Option(["--show-config"], is_flag=True, help="Print what the command would be told, as a recipe, and leave."),
+        *([recipe] if verb.takes_recipe else []),
+        click.Option(["--set"], multiple=True, metavar="KEY=VALUE", help="override a setting; the same as KEY=VALUE"),
+        click.Option(["--show-config"], is_flag=True, help="print the resulting settings as a recipe and exit"),
     ]
     if verb.ends:
-        options.append(click.Option(["--json"], is_flag=True, help="Print the summary as one JSON object on the last line."))
+        options.append(click.Option(["--json"], is_flag=True, help="print the summary as one JSON object on the last line"))
     if verb.ranks != "never":
-        environment = "For ranks that ssh starts: file of variables, NAME=VALUE a line."
+        environment = "file of environment variables, one NAME=VALUE per line, for ranks that are started over ssh"
         options += [
             click.Option(["--environment"], type=click.Path(path_type=Path), metavar="FILE", help=environment),
-            click.Option(["--local_rank"], hidden=True),  # the deepspeed launcher adds it; LOCAL_RANK says the same
+            click.Option(["--local_rank"], hidden=True),  # added by the deepspeed launcher; LOCAL_RANK has the same value
         ]
     if verb.name == "train prior":
-        options.append(click.Option(["--deepspeed_config"], metavar="JSON", help="The same as deepspeed_config=JSON."))
+        options.append(
+            click.Option(["--deepspeed_config"], metavar="JSON", help="DeepSpeed JSON file; the same as deepspeed_config=JSON")
+        )
     return options
 
 
@@ -277,25 +290,29 @@ def _by_position(verb: Verb, inputs: Sequence[str], config_class: Any) -> tuple[
             return overrides, {name: left}
         overrides.append(f"{name}={left.pop(0)}")
     if left:
-        wanted = f"expected {' '.join(verb.inputs)}" if verb.inputs else "expected none"
-        raise ConfigError(f"{left[0]!r} is no RECIPE.yaml, no KEY=VALUE, and one input too many: {wanted}")
+        wanted = f"expected inputs are {' '.join(verb.inputs)}" if verb.inputs else "expected no inputs"
+        raise ConfigError(f"unexpected argument {left[0]!r}, neither RECIPE.yaml nor KEY=VALUE: {wanted}")
     return overrides, {}
 
 
-def _project_recipe(name: str) -> Path:
-    import dalle_ds
-
-    return Path(dalle_ds.__file__).resolve().parents[1] / "launchers" / "recipes" / name
+def _recipe(name: str | None) -> Path | None:
+    """The file in the working folder, else the shipped one of that name, so that recipes need no checkout."""
+    if name is None:
+        return None
+    path = project_files.here_or_shipped(name)
+    if path != Path(name):
+        log.info("no %s in this folder: the recipe is %s", name, path)
+    return path
 
 
 def _typed(verb: Verb, example: str) -> str:
-    """An example, as it is typed; one that begins with another program's name stands as it is."""
+    """The full command line of an example. An example that starts with a launcher or a variable is already complete."""
     is_whole = example.split(" ")[0] in ("deepspeed", "torchrun", "RAY_ADDRESS=head:6379")
     return example if is_whole else f"dalle-ds {verb.name} {example}".rstrip()
 
 
 class VerbGroup(click.Group):
-    """Verbs below a word. A command is made when it is asked for."""
+    """The verbs that start with the same word, such as `data`. Each command is built when it is used."""
 
     def __init__(self, name: str | None, verbs: Sequence[Verb], help: str, helps: Mapping[str, str]) -> None:
         super().__init__(name, help=help, context_settings=CONTEXT, no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""The table of verbs: every command of `dalle-ds`, in the order of a run from raw images to a page that draws."""
+"""The table of verbs: every command of `dalle-ds`, in the order of their use from raw images to a served model."""
 
 from dalle_ds.commands.verb import Verb
 
@@ -7,7 +7,7 @@ SETTINGS = "dalle_ds.commands.settings"
 VERBS = (
     Verb(
         "data fetch",
-        "Fetch the images of the demo, with captions, into a folder.",
+        "Fetch the demo's images and captions into a local folder.",
         config="preprocessing.configs:FetchConfig",
         work="preprocessing.stages.fetch:run",
         inputs=("out",),
@@ -16,7 +16,8 @@ VERBS = (
     Verb(
         "data ingest",
         "Turn captioned images into raw shards.",
-        text="It reads folders, WebDataset tars or parquet files. Every sample is kept, or dropped with a reason.",
+        text="Raw shards are tar files of images with captions. The input is a folder of images, WebDataset tars or parquet "
+        "files. Each sample is either kept, or dropped with a recorded reason.",
         config="preprocessing.configs:IngestConfig",
         work="preprocessing.stages.ingest:run",
         inputs=("images", "out"),
@@ -24,7 +25,7 @@ VERBS = (
     ),
     Verb(
         "data dedup",
-        "Leave out images of raw shards that look like an earlier one, or like one of an evaluation set.",
+        "Find images in raw shards that look like an earlier image or an image of an evaluation set, and exclude them.",
         config="preprocessing.configs:DuplicatesConfig",
         work="preprocessing.stages.duplicates:run",
         inputs=("raw",),
@@ -32,7 +33,7 @@ VERBS = (
     ),
     Verb(
         "data tokenizer",
-        "Train the BPE tokenizer on the captions of the train split.",
+        "Train the BPE tokenizer on the captions of the training split.",
         config="preprocessing.configs:TokenizerConfig",
         work="preprocessing.stages.tokenizer:run",
         inputs=("raw", "out"),
@@ -40,8 +41,9 @@ VERBS = (
     ),
     Verb(
         "data encode",
-        "Encode raw shards with a dVAE into token shards.",
-        text="On many workers, each shard exactly once; it can be killed and repeated.",
+        "Encode raw shards into token shards, using a dVAE and a tokenizer.",
+        text="Workers encode in parallel, and each shard is committed exactly once. To resume after a stop or a crash, run the "
+        "same command again.",
         config="preprocessing.configs:EncodeConfig",
         work="preprocessing.stages.encode:run",
         inputs=("raw", "out"),
@@ -53,7 +55,7 @@ VERBS = (
     ),
     Verb(
         "data status",
-        "Show how far an ingest or encode is: shards done, open and failed, with reasons; rate and time left.",
+        "Show the progress of an ingest or encode: shards done, open and failed with reasons, rate, time left.",
         config="preprocessing.configs:StatusConfig",
         work="preprocessing.stages.status:run",
         inputs=("root",),
@@ -61,7 +63,7 @@ VERBS = (
     ),
     Verb(
         "data verify",
-        "Read everything back: checksums, counts, fingerprints. Exit code 1 where anything is wrong.",
+        "Read a data set back and check checksums, counts and fingerprints. Exit code 1 if anything is wrong.",
         config="preprocessing.configs:VerifyConfig",
         work="preprocessing.stages.verify:run",
         inputs=("root",),
@@ -69,7 +71,7 @@ VERBS = (
     ),
     Verb(
         "data stats",
-        "Count samples, drops, code usage, caption lengths and bytes from the manifests, and draw a page of it.",
+        "Summarize a data set as numbers and an HTML page: samples, drops, code usage, caption lengths, bytes.",
         config="preprocessing.configs:StatsConfig",
         work="preprocessing.stages.stats:run",
         inputs=("root",),
@@ -77,8 +79,8 @@ VERBS = (
     ),
     Verb(
         "data plan",
-        "Estimate shards, bytes, hours and cost of encoding so many pairs.",
-        text="The summary says which figures were measured. The cost of training is told by `dalle-ds plan`.",
+        "Estimate the shards, bytes, hours and cost of encoding a number of image-caption pairs.",
+        text="The summary states which of its figures were measured. For the cost of training, use `dalle-ds plan`.",
         config="preprocessing.configs:DataPlanConfig",
         work="preprocessing.stages.plan:run",
         examples=(
@@ -88,7 +90,7 @@ VERBS = (
     ),
     Verb(
         "train dvae",
-        "Train the discrete VAE, or continue it where its folder has a checkpoint.",
+        "Train the discrete VAE, or resume if its folder has a checkpoint.",
         config="dalle_ds.training.dvae.config:DVAERunConfig",
         work="dalle_ds.training.dvae.trainer:train_dvae",
         ranks="maybe",
@@ -102,10 +104,10 @@ VERBS = (
     ),
     Verb(
         "train prior",
-        "Train the prior under DeepSpeed, or continue it from its newest checkpoint.",
-        text="Without a recipe it takes launchers/recipes/tiny.yaml, the demo's. Exit code 0: finished; 2: a mistake in the "
-        "input, or a run that can't go on; 75: another rank was lost, start it again; 143: asked to stop, state saved. "
-        "launchers/train_prior.sh is this verb under the deepspeed launcher.",
+        "Train the prior with DeepSpeed, or resume from its newest checkpoint.",
+        text="If no recipe is named, launchers/recipes/tiny.yaml (the demo) is used. Exit codes: 0 finished; 2 invalid input, "
+        "or the run cannot continue; 75 another rank was lost, run the command again; 143 stopped by a signal, checkpoint "
+        "saved. launchers/train_prior.sh runs this verb under the deepspeed launcher.",
         config="dalle_ds.training.prior.config:PriorRunConfig",
         work="dalle_ds.training.prior.trainer:train_prior",
         ranks="always",
@@ -120,7 +122,7 @@ VERBS = (
     ),
     Verb(
         "train clip",
-        "Train a small CLIP that scores samples, or continue it where its folder has a checkpoint.",
+        "Train a small CLIP for scoring samples, or resume if its folder has a checkpoint.",
         config="dalle_ds.training.clip.config:ClipRunConfig",
         work="dalle_ds.training.clip.trainer:train_clip",
         has_options=False,
@@ -128,8 +130,8 @@ VERBS = (
     ),
     Verb(
         "diagnose",
-        "Repeat the update at which a prior's run gave up, on any number of ranks.",
-        text="A run that diverged writes the batch, its state and a diagnosis. KEY=VALUE changes the recipe.",
+        "Repeat the update at which a run of the prior diverged, on any number of ranks.",
+        text="A run that diverges writes a diagnosis folder with its batch, state and recipe. KEY=VALUE overrides the recipe.",
         config=f"{SETTINGS}:DiagnoseConfig",
         work="dalle_ds.commands.diagnose:run",
         inputs=("diagnosis",),
@@ -141,8 +143,9 @@ VERBS = (
     ),
     Verb(
         "export",
-        "Write a checkpoint of the prior as one folder that samples without deepspeed.",
-        text="A few tensors are in memory at a time. The export is proved to give the losses that the engine had.",
+        "Export a checkpoint of the prior to one folder, which can be sampled without DeepSpeed.",
+        text="Only a few tensors are in memory at a time. The command checks that the export reproduces the losses of the "
+        "training engine.",
         config=f"{SETTINGS}:ExportConfig",
         work="dalle_ds.commands.export:run",
         inputs=("run", "out"),
@@ -150,8 +153,8 @@ VERBS = (
     ),
     Verb(
         "import-dvae",
-        "Take the dVAE that OpenAI released.",
-        text="No code in its files runs, and its package is not needed.",
+        "Convert OpenAI's released dVAE into a weights file of this project.",
+        text="The pickle files are read without executing code, and OpenAI's package is not needed.",
         config=f"{SETTINGS}:ImportDVAEConfig",
         work="dalle_ds.commands.import_dvae:run",
         inputs=("encoder", "decoder", "out"),
@@ -159,7 +162,7 @@ VERBS = (
     ),
     Verb(
         "register",
-        "Make an export a registered MLflow model: captions in, images out.",
+        "Register an export as an MLflow model that takes captions and returns images.",
         config=f"{SETTINGS}:RegisterConfig",
         work="dalle_ds.commands.register:run",
         inputs=("export", "name"),
@@ -167,9 +170,10 @@ VERBS = (
     ),
     Verb(
         "sample",
-        "Draw images for captions.",
-        text="A stopped run goes on with the same command. With --clip the best samples come first; the paper keeps the best "
-        "of 512. With --image, samples begin with the image's top rows. It needs no deepspeed when it runs alone.",
+        "Sample images for captions.",
+        text="To resume after a stop, run the same command again. With --clip, samples are ordered by CLIP score; the paper "
+        "keeps the best of 512. With --image-prompt, each sample starts with the top rows of that image. A single process does "
+        "not need DeepSpeed.",
         config=f"{SETTINGS}:SampleConfig",
         work="dalle_ds.commands.sample:run",
         inputs=("export",),
@@ -186,7 +190,7 @@ VERBS = (
     ),
     Verb(
         "serve",
-        "Serve a page: caption in, the best images out, row by row while they are drawn.",
+        "Serve a web page that samples images for a caption and shows them row by row while they are sampled.",
         config=f"{SETTINGS}:ServeConfig",
         work="dalle_ds.commands.serve:run",
         inputs=("export",),
@@ -195,7 +199,7 @@ VERBS = (
     ),
     Verb(
         "eval loss",
-        "Measure the validation image loss with the right captions and with shuffled ones.",
+        "Measure the validation image loss with the right captions and with shuffled captions.",
         config=f"{SETTINGS}:LossConfig",
         work="dalle_ds.commands.eval.loss:run",
         inputs=("export",),
@@ -225,7 +229,7 @@ VERBS = (
     ),
     Verb(
         "eval rerank",
-        "Test whether one scorer's favourites score higher than random candidates by another scorer.",
+        "Test whether candidates picked by one scorer beat random candidates under an independent scorer.",
         config=f"{SETTINGS}:RerankConfig",
         work="dalle_ds.commands.eval.rerank:run",
         inputs=("chosen", "judged"),
@@ -233,8 +237,8 @@ VERBS = (
     ),
     Verb(
         "eval human build",
-        "Make pages that ask which of two images is more realistic, and which matches the caption.",
-        text="The pages work offline. Give each page to five people; each sends back the file that the page saves.",
+        "Build web pages that ask which of two images is more realistic, and which matches the caption better.",
+        text="The pages work offline. Give each page to five people. Each person sends back the file that the page saves.",
         config=f"{SETTINGS}:HumanBuildConfig",
         work="dalle_ds.commands.eval.human:build",
         inputs=("ours", "theirs", "out"),
@@ -242,7 +246,7 @@ VERBS = (
     ),
     Verb(
         "eval human tally",
-        "Count the votes: majorities with 95 % intervals, without workers who were fast and disagreed.",
+        "Count votes: majorities with 95 % intervals, excluding workers who answered fast and disagreed.",
         config=f"{SETTINGS}:HumanTallyConfig",
         work="dalle_ds.commands.eval.human:count",
         inputs=("votes",),
@@ -250,80 +254,80 @@ VERBS = (
     ),
     Verb(
         "bench attention",
-        "Attention alone against dense attention, masked and causal, each pattern and their mix.",
+        "Sparse attention against dense attention with the same mask and with a causal mask, for each pattern and the mix.",
         config="dalle_ds.bench.harness.settings:AttentionBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--dtype bf16 --json"),
     ),
     Verb(
         "bench resblock",
-        "One layer, forward and backward, against the same layer with dense attention.",
+        "Forward and backward of one layer against the same layer with dense attention.",
         config="dalle_ds.bench.harness.settings:ResblockBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--heads 16 --batch 1 --dtype fp16"),
     ),
     Verb(
         "bench step",
-        "A whole training step against the same step with dense attention; tokens a second, FLOP/s, MFU.",
+        "A whole training step against the same step with dense attention: tokens/s, FLOP/s, MFU.",
         config="dalle_ds.bench.harness.settings:StepBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--layers 4 --dtype bf16 --peak-tflops 1.5"),
     ),
     Verb(
         "bench scaling",
-        "A gradient scale for every residual block against one loss scale: the fp16 training step.",
+        "fp16 training step with a gradient scale per residual block against the step with one loss scale.",
         config="dalle_ds.bench.harness.settings:ScalingBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--layers 4 --rounds 21"),
     ),
     Verb(
         "bench underflow",
-        "What fp16 loses under one loss scale and under one for every residual block; numbers and an image.",
+        "fp16 gradient underflow with one loss scale against a gradient scale per residual block: numbers and a chart.",
         config="dalle_ds.bench.harness.settings:UnderflowBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--layers 64 --powers 0 --updates 100"),
     ),
     Verb(
         "bench sample",
-        "Cached sampling against a dense key-value cache and against none.",
+        "Sampling with the sparse key-value cache against a dense key-value cache and against no cache.",
         config="dalle_ds.bench.harness.settings:SampleBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--layers 4 --batch 8 --positions 8,512,1000"),
     ),
     Verb(
         "bench peers",
-        "Training step and sampling against the package dalle-pytorch, where it is installed.",
+        "Training step and sampling against the package dalle-pytorch, which must be installed.",
         config="dalle_ds.bench.harness.settings:PeersBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--layers 2 --json"),
     ),
     Verb(
         "bench encode",
-        "The encode stage, from raw shard to committed token shard, against the bare encoder on ready images.",
+        "The encode stage, from raw shard to committed token shard, against the bare encoder on decoded images.",
         config="dalle_ds.bench.harness.settings:EncodeBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--small --raw runs/demo/raw --dvae runs/demo/dvae/dvae.safetensors"),
     ),
     Verb(
         "bench loader",
-        "The training stream against plain webdataset on the same shards; does a training loop wait for it?",
+        "The training data stream against plain webdataset on the same shards, and how long a training loop waits for it.",
         config="dalle_ds.bench.harness.settings:LoaderBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--dataset runs/demo/tokens --batch 32 --text-len 64"),
     ),
     Verb(
         "bench cuda-path",
-        "What a layer gives a GPU to do, counted without one: kernels, bytes, host waits; and the host's time for it.",
+        "GPU work of one layer, counted without a GPU: kernels, bytes, host synchronizations; and the host time it takes.",
         config="dalle_ds.bench.harness.settings:CudaPathBenchConfig",
         work="dalle_ds.commands.bench:run",
         examples=("--json", "--heads 62 --rounds 0 --json"),
     ),
     Verb(
         "plan",
-        "Estimate memory, communication, time and cost of training a prior, on paper.",
-        text="A micro-step takes the longest of compute, links inside nodes, links between nodes and Python; `binds` says "
-        "which. dalle_ds/planning/README.md compares the estimate with published runs. Options go before what a recipe says, "
-        "and a key that is no option changes the recipe.",
+        "Estimate memory, communication, time and cost of training a prior, without running it.",
+        text="A micro-step takes as long as the slowest of compute, intra-node links, inter-node links and Python; `binds` in "
+        "the summary names it. dalle_ds/planning/README.md compares the estimate with published runs. Options take precedence "
+        "over the recipe. A KEY=VALUE whose key is not an option overrides the recipe.",
         config=f"{SETTINGS}:PlanConfig",
         work="dalle_ds.commands.plan:run",
         examples=(
@@ -334,7 +338,7 @@ VERBS = (
     Verb(
         "doctor",
         "Check this machine: versions, accelerator, disk, storage, MLflow, fonts.",
-        text="Exit code 1 where something is missing that training needs.",
+        text="Exit code 1 if something that training needs is missing.",
         config=f"{SETTINGS}:DoctorConfig",
         work="dalle_ds.commands.doctor:run",
         inputs=("places",),
@@ -342,21 +346,32 @@ VERBS = (
     ),
     Verb(
         "accept",
-        "Accept a GPU node in ten minutes: numbers, speed and memory, measured against what is expected.",
-        text="The first thing to run on a new GPU node. Each step is a process with a limit; where one fails, crashes or "
-        "hangs, the others run. The same command goes on after a stop. Exit code 1 where something is wrong; what is only "
-        "slower or larger than expected is said, and passes.",
+        "Test a GPU node in ten minutes: compare numerics, speed and memory with expected values.",
+        text="Run it first on a new GPU node. Each step is a process with a time limit. If a step fails, crashes or hangs, the "
+        "other steps still run. To resume after a stop, run the same command again. Exit code 1 if a result is wrong; a result "
+        "that is only slower or larger than expected is reported and passes.",
         config=f"{SETTINGS}:AcceptConfig",
         work="dalle_ds.commands.accept:run",
         examples=("--json", "--steps environment,attention --again attention", "--rehearse --out runs/rehearsal --minutes 20"),
     ),
     Verb(
         "mlflow-sync",
-        "Send to MLflow what a run could not deliver during an outage.",
+        "Send to MLflow the metrics and files that a run could not deliver during an outage.",
         config=f"{SETTINGS}:MlflowSyncConfig",
         work="dalle_ds.commands.mlflow_sync:run",
         inputs=("folder",),
         examples=("runs/prior", "runs/prior --uri http://127.0.0.1:5000 --json"),
+    ),
+    Verb(
+        "path",
+        "Print the path of a launcher, recipe or DeepSpeed JSON that this package ships.",
+        text="In a wheel they lie inside the package: `deepspeed $(dalle-ds path train_prior.sh) tiny.yaml` trains without a "
+        "checkout. A command that expects a recipe or a DeepSpeed JSON also takes the name of a shipped one.",
+        config=f"{SETTINGS}:PathConfig",
+        work="dalle_ds.commands.path:run",
+        inputs=("name",),
+        takes_recipe=False,
+        examples=("train_prior.sh", "tiny.yaml", "--json"),
     ),
     Verb(
         "config",
@@ -369,9 +384,9 @@ VERBS = (
 )
 
 GROUPS = {
-    "data": "Raw images to token shards.",
+    "data": "Turn raw images into token shards.",
     "train": "Train the dVAE, the prior, or a CLIP that scores samples.",
     "eval": "Evaluate an export and its samples.",
-    "eval human": "The paper's human evaluation.",
-    "bench": "Measure this program against the other side, in turns, on this machine.",
+    "eval human": "Compare two models by human votes, as in the paper.",
+    "bench": "Benchmark this project against alternatives on this machine.",
 }

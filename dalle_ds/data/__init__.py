@@ -1,4 +1,4 @@
-"""Token data sets. `dalle_ds.data.open` is public; the modules of this room are private."""
+"""Token data sets. `dalle_ds.data.open` is public; the modules of this package are private."""
 
 from dalle_ds.lazy import lazy_names
 

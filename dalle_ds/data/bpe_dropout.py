@@ -1,28 +1,28 @@
-"""BPE dropout: encode a word with a random part of its merges left out (Provilkov et al. 2020, algorithm 1).
+"""BPE dropout: encode a word while randomly dropping merges (Provilkov et al. 2020, algorithm 1).
 
-Why this is ours although sentencepiece samples too: its random state is one per process and cannot be saved or set per
-caption, so a resumed run, or one on another number of ranks, would see other tokens. Here every draw comes from the numpy
-Generator that is passed in. Without dropout the result equals sentencepiece's, which a test holds on random captions.
+sentencepiece's own BPE dropout is not used: its random state is global to the process and cannot be saved or set per caption,
+so a resumed run, or a run on another number of ranks, would see other tokens. Here every draw comes from a given numpy
+Generator. Without dropout the result equals sentencepiece's; a test checks this on random captions.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-DRAWS = 256  # at once: one numpy call costs more than merging a short word
-MAX_WAYS = 1 << 18  # kept between states, about half a kilobyte each
-MAX_LETTERS = 32  # of words whose states are kept: longer ones are noise, with a state for every letter
+DRAWS = 256  # random numbers per numpy call: one call costs more than merging a short word
+MAX_WAYS = 1 << 18  # maximum number of cached transitions between states, about half a kilobyte each
+MAX_LETTERS = 32  # states of longer words are not cached: such words are noise and have one state per letter
 
 
 def merge_word(word: str, rank_of_piece: Mapping[str, int], drops: Iterator[int]) -> list[str]:
-    """The pieces of one word: merge the best pair left to right until none is left, leaving out what is dropped.
+    """The pieces of one word: at each step, merge the best pair that is not dropped, until no candidate is left.
 
-    Candidates are drawn anew at every step, as in the paper's algorithm: a merge that was dropped may come back at the next
-    step, and a word ends early only where all candidates of a step were dropped.
+    Drops are drawn again at every step, as in the paper's algorithm: a dropped merge may be a candidate again at the next step.
+    A word ends early only if all candidates of a step are dropped.
 
     Args:
-        rank_of_piece: the multi-letter pieces; a lower rank merges first.
-        drops: for every candidate of every step, whether it is dropped.
+        rank_of_piece: ranks of the multi-letter pieces; the lowest rank merges first, and ties merge left to right.
+        drops: for each candidate of each step, whether it is dropped.
     """
     pieces = list(word)
     while len(pieces) > 1:
@@ -40,11 +40,13 @@ def merge_word(word: str, rank_of_piece: Mapping[str, int], drops: Iterator[int]
 
 
 class DropoutEncoder:
-    """`merge_word` for whole captions, many times as fast: what a step makes of some pieces depends only on which candidates
-    are dropped, so states that were seen once are kept, with the ways from one to the next.
+    """`merge_word` for whole captions, many times faster, by caching states and the transitions between them.
+
+    A state is a word's current sequence of pieces. A step's result depends only on the state and on the dropped candidates.
 
     Args:
-        id_of_piece: token ids of all pieces, single letters too.
+        rank_of_piece: as in `merge_word`.
+        id_of_piece: token ids of all pieces, including single letters.
     """
 
     def __init__(self, rank_of_piece: Mapping[str, int], id_of_piece: Mapping[str, int]) -> None:
@@ -54,18 +56,18 @@ class DropoutEncoder:
         self._n_ways = 0
 
     def pack(self, word: str, drops: Iterator[int]) -> bytes:
-        """Ids of a word as int32 bytes, by `merge_word` itself."""
+        """Ids of a word as int32 bytes, computed by `merge_word` without the cache."""
         return self._pack(merge_word(word, self._ranks, drops))
 
     def encode(self, words: Iterable[Sequence[str | bytes]], p: float, rng: np.random.Generator) -> list[bytes]:
-        """Ids of each word; a candidate is dropped where the generator's next draw from [0, 1) is below p.
+        """Ids of each word, as int32 bytes. A candidate is dropped if the generator's next draw from [0, 1) is below p.
 
         Args:
-            words: their runs of a-z, and the ids of what stands between them.
+            words: each word's runs of a-z (as text) and other characters (as packed ids), in order.
         """
         done: list[bytes] = []
-        marks, at = b"", 0  # of the draws, a byte each: 1 is dropped
-        drop = 0  # the next of those, or the end of the marks; before `at`, it has to be looked for
+        marks, at = b"", 0  # marks: one byte per draw, 1 means dropped; at: index of the next unused draw
+        drop = 0  # index of the first dropped draw from `at` on, or len(marks); if it is below `at`, it must be searched again
 
         def one_by_one() -> Iterator[int]:
             nonlocal marks, at, drop
@@ -135,14 +137,17 @@ class DropoutEncoder:
 
 
 class _State:
-    """Pieces that a word has come to."""
+    """A word's current sequence of pieces, with the cached transitions to the next states."""
 
     __slots__ = ("candidates", "ids", "n_draws", "pieces", "ways")
 
     def __init__(self, pieces: tuple[str, ...], candidates: list[tuple[int, int]], n_draws: int, ids: bytes) -> None:
-        self.pieces, self.candidates = pieces, candidates  # (rank, place) of each pair that can merge, left to right
-        self.n_draws, self.ids = n_draws, ids  # until the end and there, if nothing is dropped on the way
-        self.ways: dict[bytes, _State] = {}  # by the marks of the candidates
+        self.pieces, self.candidates = (
+            pieces,
+            candidates,
+        )  # candidates: (rank, index) of each pair that can merge, left to right
+        self.n_draws, self.ids = n_draws, ids  # number of draws up to the final state, and its ids, if nothing is dropped
+        self.ways: dict[bytes, _State] = {}  # drop marks of the candidates -> next state
 
 
 def _merged(pieces: tuple[str, ...], candidates: list[tuple[int, int]]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The commit protocol: data objects under an attempt id first, then the shard's manifest, which only one attempt can create."""
+"""The commit protocol: write data objects under an attempt id, then create the manifest, which only one attempt can do."""
 
 import uuid
 from collections.abc import Mapping
@@ -9,18 +9,19 @@ from dalle_ds.storage import objects
 
 
 def new_attempt() -> str:
-    """An id that no other attempt at any shard has, on any machine."""
+    """An id that is unique among all attempts at all shards, on all machines."""
     return uuid.uuid4().hex[:12]
 
 
 def commit_shard(root_url: str, shard: str, files: Mapping[str, Path], manifest: Record) -> bool:
-    """Publish a shard: whole or not at all, and once, however many workers try.
+    """Publish a shard atomically. If several attempts commit the same shard, only the first succeeds.
 
     Args:
-        files: path below the root (it holds the attempt id) -> finished local file.
+        files: path below the root (which contains the attempt id) -> finished local file.
 
     Returns:
-        False if another attempt's manifest was there first; then our objects, which nothing names, are removed.
+        True if this attempt committed the shard. False if another attempt's manifest already exists; the objects of this
+        attempt, which no manifest names, are then deleted.
     """
     for path, local in files.items():
         objects.put_file(local, objects.join(root_url, path))

@@ -1,4 +1,4 @@
-"""Images in: bytes to RGB, and the paper's crops (listings 1 and 2 of the appendix, and the release notebook's)."""
+"""Image decoding to RGB, and the crops of the paper (listings 1 and 2 of the appendix) and of its release notebook."""
 
 import io
 import warnings
@@ -12,17 +12,17 @@ from dalle_ds.storage.hashing import hash_to_integer
 
 # H, W source height and width, S side of the square crop, T side after resizing, C channels
 
-MAX_PIXELS: Final = 128 * 2**20  # 134 megapixels; a decompression bomb names more in its header
+MAX_PIXELS: Final = 128 * 2**20  # 134 megapixels; a header with more pixels is treated as a decompression bomb
 CROP_RULE: Final = "paper-listing-2/area/v1"  # part of a data set's fingerprint: change it when `prior_crop` changes
 
-# Pillow knows more, and some of those start other programs (Ghostscript for EPS): a lying image must not choose.
+# Pillow's other formats are disabled: some start external programs (Ghostscript for EPS), which untrusted images must not do.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 AnyImage = Image.Image | np.ndarray
 
 
 class ImageProblem(Exception):
-    """An image that cannot be used; `reason` is the word it is counted under. Never a reason to stop a run."""
+    """An image cannot be used. `reason` is the reason under which it is counted. A run must not stop because of it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -32,14 +32,14 @@ class ImageProblem(Exception):
 def decode_image(
     data: bytes, background: tuple[int, int, int] = (255, 255, 255), *, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Decode to RGB: EXIF rotation applied, transparency laid on `background`, the first frame of an animation.
+    """Decode to RGB: apply the EXIF rotation, composite transparency onto `background`, and take the first frame of animations.
 
     Raises:
-        ImageProblem: "unreadable" or "too large"; the size is judged from the header, before any pixel is decoded.
+        ImageProblem: "unreadable" or "too large". The size is checked in the header, before any pixel is decoded.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning; ours is an error
+            warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: below, it is an error
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageProblem("too large")
@@ -50,15 +50,15 @@ def decode_image(
         raise
     except Image.DecompressionBombError:
         raise ImageProblem("too large") from None
-    except Exception:  # decoders meet hostile bytes with every kind of exception: OSError, SyntaxError, struct.error, ...
+    except Exception:  # on malformed bytes, decoders raise any kind of exception: OSError, SyntaxError, struct.error, ...
         raise ImageProblem("unreadable") from None
 
 
 def upright_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """An image that is open already, in the RGB that `decode_image` gives for its file; `image` stays as it is.
+    """Convert an open image to the same RGB image that `decode_image` returns for its file. Does not modify `image`.
 
     Raises:
-        ImageProblem: "unreadable", where its file is damaged.
+        ImageProblem: "unreadable", if the file is damaged.
     """
     try:
         return _to_rgb(ImageOps.exif_transpose(image), background)
@@ -67,13 +67,13 @@ def upright_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255
 
 
 def extension_of(data: bytes) -> str:
-    """The extension of an image's format, told by its first bytes ("jpg" if unknown); nothing is decoded."""
+    """The file extension of an encoded image's format, "jpg" if unknown. No pixel is decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 kind = (image.format or "").lower()
-    except Exception:  # as in decode_image, which will tell the reason
+    except Exception:  # as in decode_image, which later reports the reason
         return "jpg"
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
 
@@ -81,10 +81,10 @@ def extension_of(data: bytes) -> str:
 def dvae_augment(
     image: AnyImage, target: int, rng: np.random.Generator, *, min_zoom: float = 9 / 8, max_zoom: float = 12 / 8
 ) -> np.ndarray:
-    """Random crop, resize and flip for dVAE training (listing 1, whose zooms are the defaults): uint8 (target, target, 3).
+    """Random crop, resize and flip for dVAE training (listing 1; the defaults are its zooms): uint8 (target, target, 3).
 
     Raises:
-        ImageProblem: "too small", if the short side is under `target`; the paper's rule never enlarges.
+        ImageProblem: "too small", if the shorter side is under `target`, since the paper's rule never enlarges.
     """
     pixels_HWC = _pixels(image)
     height, width = pixels_HWC.shape[:2]
@@ -97,12 +97,12 @@ def dvae_augment(
 
 
 def prior_crop(image: AnyImage, target: int, seed: int) -> np.ndarray:
-    """Near-centre crop for the prior's data (listing 2): uint8 (target, target, 3); no flip, since images may hold text.
+    """Crop near the centre for the prior's data (listing 2): uint8 (target, target, 3). No flip, since images may show text.
 
-    The same image and seed give the same crop, on any machine; `seed_of(key)` gives each sample its own.
+    The same image and seed give the same crop on any machine. `seed_of(key)` returns a seed for each sample.
 
     Raises:
-        ImageProblem: "too small", if the short side is under `target`.
+        ImageProblem: "too small", if the shorter side is under `target`.
     """
     pixels_HWC = _pixels(image)
     height, width = pixels_HWC.shape[:2]
@@ -116,10 +116,13 @@ def prior_crop(image: AnyImage, target: int, seed: int) -> np.ndarray:
 
 
 def center_crop(image: AnyImage, target: int) -> np.ndarray:
-    """The release notebook's rule: short side to `target` by Lanczos, then the middle: uint8 (target, target, 3).
+    """The release notebook's rule: resize the shorter side to `target` with Lanczos, then crop the centre.
+
+    Returns:
+        uint8 (target, target, 3).
 
     Raises:
-        ImageProblem: "too small", if the short side is under `target`.
+        ImageProblem: "too small", if the shorter side is under `target`.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     side = _short_side(image.height, image.width, target)
@@ -130,21 +133,21 @@ def center_crop(image: AnyImage, target: int) -> np.ndarray:
 
 
 def seed_of(key: str) -> int:
-    """A seed from a sample's key: 64 bits of its SHA-256."""
+    """A sample's seed: 64 bits of the SHA-256 of its key."""
     return hash_to_integer(key, "little")
 
 
 def area_resize(pixels_SSC: np.ndarray, size: int, top: int = 0, left: int = 0, window: int | None = None) -> np.ndarray:
-    """Resize a square to (size, size) by area average, and return its (window, window) part at (top, left), uint8.
+    """Resize a square to (size, size) by area averaging, and return its (window, window) part at (top, left), uint8.
 
-    It is TensorFlow 1's ResizeArea with align_corners=True, which the listings name: output cell i covers the source
-    interval [i * s, (i + 1) * s) with s = (S - 1) / (size - 1), cut at the last pixel. Pillow's BOX filter is not that.
+    This is TensorFlow 1's ResizeArea with align_corners=True, as named in the listings: output cell i covers the source
+    interval [i * s, (i + 1) * s) with s = (S - 1) / (size - 1), clipped at the last pixel. Pillow's BOX filter differs.
     """
     side = pixels_SSC.shape[0]
     window = size if window is None else window
     rows, row_weights = _area_taps(side, size, top, window)
     columns, column_weights = _area_taps(side, size, left, window)
-    # Rows first, tap by tap: few large steps over contiguous memory; of the columns only those that the window is made of.
+    # Resize rows first, tap by tap, in a few large operations on contiguous memory. Use only the columns that the window needs.
     first = int(columns[0, 0])
     pixels_SNC = pixels_SSC[:, first : int(columns[-1, -1]) + 1]
     rows_WNC = row_weights[:, 0, None, None] * pixels_SNC[rows[:, 0]]
@@ -157,9 +160,9 @@ def area_resize(pixels_SSC: np.ndarray, size: int, top: int = 0, left: int = 0, 
     return np.clip(np.rint(cells_WWC), 0, 255).astype(np.uint8)
 
 
-@lru_cache(1024)  # images of one size are many
+@lru_cache(1024)  # many images have the same size
 def _area_taps(side: int, size: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    # Source index and weight of each tap of output cells start .. start + count - 1: two (count, taps) arrays.
+    # Source index and weight of each tap of the output cells start .. start + count - 1: two arrays (count, taps).
     scale = (side - 1) / (size - 1) if size > 1 else side / size
     begin = (start + np.arange(count)) * scale
     end = begin + scale

@@ -1,6 +1,6 @@
-"""Token data sets for a program's own loop: what `torch.utils.data.DataLoader` takes, in the order of training.
+"""Token data sets for user-written loops: iterable data sets for `torch.utils.data.DataLoader`, in the order of training.
 
-B samples of a batch, T = text_len - 1 text tokens, N image tokens.
+B samples per batch, T = text_len - 1 text tokens, N image tokens.
 """
 
 from collections import deque
@@ -16,21 +16,21 @@ from dalle_ds.data.tokens import BPE_DROPOUT, TokenBatch, TokenStream, validatio
 from dalle_ds.errors import ConfigError, FingerprintMismatch
 
 Shares = str | Path | Sequence[tuple[str | Path, float]]
-"""The root of a token data set, or several with their weights."""
+"""The root of a token data set, or several roots with their weights."""
 
 
 NO_WORKERS = (
-    "DataLoader: num_workers is above 0, expected 0: the data set reads ahead on a thread of its own, and each worker process "
-    "would give every sample again"
+    "DataLoader: num_workers is above 0, expected 0: the data set prefetches on its own thread, and each worker process "
+    "would yield every sample again"
 )
 
 
 class Position(TypedDict):
-    """Where a rank stands in the training order, and what that order follows from."""
+    """A rank's position in the training order, and the values that determine the order."""
 
     update: int
     given: int
-    """Micro-batches of that update which were given already."""
+    """Number of this update's micro-batches that were already yielded."""
     seed: int
     global_batch: int
     micro_batch: int
@@ -39,24 +39,24 @@ class Position(TypedDict):
 
 
 class TrainBatches(IterableDataset[TokenBatch]):
-    """The batches of one rank, update after update, over epochs without end. `dalle_ds.data.open` makes it.
+    """The batches of one rank, update by update, over endless epochs. Create it with `dalle_ds.data.open`.
 
-    Each loop goes on where the one before stopped. A thread reads ahead until `close()`, or until a `with` block ends.
+    Each loop continues where the previous loop stopped. A thread prefetches until `close()` or the end of a `with` block.
     """
 
     def __init__(self, mix: TokenMix, *, start_update: int, **settings: Any) -> None:
         self._mix, self._settings = mix, settings
         self._start(start_update)
         self.updates_per_epoch = self._stream.updates_per_epoch
-        """Of a mix: updates that give as many samples as its sets have together."""
+        """For a mix: the number of updates that read as many samples as all its data sets have together."""
 
     def _start(self, update: int) -> None:
         self._stream = TokenStream(self._mix, start_update=update, **self._settings)
-        self._rest: deque[TokenBatch] = deque()  # of the update that was begun
+        self._rest: deque[TokenBatch] = deque()  # micro-batches of the current update that were not yet yielded
 
     @property
     def batches_per_update(self) -> int:
-        """This rank's micro-batches of one update."""
+        """Number of this rank's micro-batches per update."""
         settings = self._settings
         return settings["global_batch"] // (settings["micro_batch"] * settings["world_size"])
 
@@ -70,7 +70,7 @@ class TrainBatches(IterableDataset[TokenBatch]):
         return self._rest.popleft()
 
     def state_dict(self) -> Position:
-        """Where this rank stands: after the last batch that was given. Read it in the process that loops."""
+        """This rank's position, after the last yielded batch. Call it in the process that iterates."""
         n_left, settings = len(self._rest), self._settings
         return {
             "update": self._stream.next_update - (n_left > 0),
@@ -83,29 +83,33 @@ class TrainBatches(IterableDataset[TokenBatch]):
         }
 
     def load_state_dict(self, state: Position) -> None:
-        """Go on where a `state_dict` was read: by any rank, and where an update had ended, on any number of ranks.
+        """Continue from the position of a `state_dict`, which may come from any rank.
+
+        If the position is at the end of an update, micro-batch and number of ranks may differ from those of the state.
 
         Raises:
-            FingerprintMismatch: it is of other data.
-            ConfigError: of another seed or global batch; of another micro-batch or number of ranks, inside an update.
+            FingerprintMismatch: the state belongs to other data.
+            ConfigError: the seed or global batch differs; or, inside an update, the micro-batch or number of ranks differs.
         """
         own = self.state_dict()
         if missing := own.keys() - state.keys():
-            raise ConfigError(f"state lacks {', '.join(sorted(missing))}: expected what state_dict() gave")
+            raise ConfigError(f"state lacks {', '.join(sorted(missing))}: expected a result of state_dict()")
         if state["data"] != own["data"]:
-            raise FingerprintMismatch(f"data {self._mix.root_url}", state["data"], own["data"], "The state is of the former.")
+            raise FingerprintMismatch(
+                f"data {self._mix.root_url}", state["data"], own["data"], "The expected fingerprint is the state's."
+            )
         fixed = ["seed", "global_batch"] + ["micro_batch", "world_size"] * (state["given"] > 0)
         for name in fixed:
             if state[name] != own[name]:  # type: ignore[literal-required]
                 inside = f", inside update {state['update']}" if state["given"] else ""
-                raise ConfigError(f"{name} is {own[name]}, expected that of the state, {state[name]}{inside}")  # type: ignore[literal-required]
+                raise ConfigError(f"{name} is {own[name]}, expected the state's {state[name]}{inside}")  # type: ignore[literal-required]
         self.close()
         self._start(state["update"])
         for _ in range(state["given"]):
             next(self)
 
     def close(self) -> None:
-        """Stop reading ahead. Nothing more can be read."""
+        """Stop prefetching. No more batches can be read."""
         self._stream.close()
 
     def __enter__(self) -> "TrainBatches":
@@ -115,11 +119,11 @@ class TrainBatches(IterableDataset[TokenBatch]):
         self.close()
 
     def __reduce__(self) -> NoReturn:
-        raise ConfigError(NO_WORKERS)  # what a DataLoader does with a data set for spawned workers
+        raise ConfigError(NO_WORKERS)  # a DataLoader pickles the data set for spawned workers
 
 
 class ValidationBatches(IterableDataset[TokenBatch]):
-    """Validation batches of one rank: the same at every loop, without dropout, equally many on all ranks."""
+    """Validation batches of one rank: the same in every loop, without dropout. All ranks have the same number of batches."""
 
     def __init__(self, batches: list[TokenBatch]) -> None:
         self._batches = batches
@@ -183,38 +187,39 @@ def open(
     caption_dropout: float = 0.0,
     limit: int | None = None,
 ) -> TrainBatches | ValidationBatches:
-    """Open a token data set for `torch.utils.data.DataLoader(..., batch_size=None)`, or for a loop of its own.
+    """Open a token data set for `torch.utils.data.DataLoader(..., batch_size=None)`, or to iterate over it directly.
 
-    The batches are those of a training run with the same values: its order, its dropout, its resume. They depend neither on the
-    number of ranks nor on restarts. num_workers must be 0: blocks are read ahead on a thread, and a second process would give
-    every sample twice.
+    The batches equal those of a training run with the same values, including order, dropout and resume. They depend neither on
+    the number of ranks nor on restarts. num_workers must be 0: a thread already prefetches blocks, and each worker process
+    would yield every sample again.
 
     Args:
-        dataset: root of a token data set, a path or s3:// url; or several with their weights, [(root, 0.7), (root, 0.3)].
-        split: "train", without end, or "validation", a pass without dropout in an order of its own.
-        text_len: of the model (`Model.text_len`): captions are cut to text_len - 1 tokens.
-        global_batch: samples of an update over all ranks.
-        micro_batch: samples of a batch; None: this rank's whole share of an update.
-        seed: of order and dropout.
-        rank, world_size: which share of every update this process reads.
+        dataset: root of a token data set, as a path or s3:// URL. For a mix, [(root, weight), ...] as in [(a, 0.7), (b, 0.3)].
+        split: "train" is endless; "validation" is one pass without dropout, in its own order.
+        text_len: the model's `Model.text_len`. Captions are truncated to text_len - 1 tokens.
+        global_batch: samples per update over all ranks.
+        micro_batch: samples per batch. None: all of this rank's samples of an update.
+        seed: seed of order and dropout.
+        rank, world_size: select the part of every update that this process reads.
         start_update: number of the first update to read.
-        bpe_dropout: chance that a merge of the tokenizer is left out; the default is the paper's.
-        caption_dropout: chance that a caption is left out whole; the paper has none.
-        limit: validation samples over all ranks at most; None: all.
+        bpe_dropout: probability of dropping a merge candidate of the tokenizer; the default is the paper's.
+        caption_dropout: probability of dropping a whole caption; not used in the paper.
+        limit: maximum number of validation samples over all ranks. None: all.
 
     Returns:
-        An `IterableDataset` of `TokenBatch`: text_BT int64 (B, T) with -1 where there is no token, image_BN int64 (B, N), keys
-        and captions. That of "train" has `state_dict` and `load_state_dict`.
+        An `IterableDataset` of `TokenBatch`: text_BT int64 (B, T), padded with -1; image_BN int64 (B, N); keys and captions.
+        For "train" it has `state_dict` and `load_state_dict`.
 
     Raises:
-        UserError: no such data set, damaged, sets that don't belong together, a batch that ranks cannot share.
+        UserError: the data set is missing or damaged, the data sets of a mix are incompatible, or the batch cannot be divided
+            among the ranks.
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     if split == "train" and limit is not None:
-        raise ConfigError(f"limit {limit}: only validation ends; expected None for split 'train'")
+        raise ConfigError(f"limit {limit}: expected None for split 'train', which is endless")
     if split == "validation" and start_update:
-        raise ConfigError(f"start_update {start_update}: a validation pass has no updates; expected 0")
+        raise ConfigError(f"start_update {start_update}: expected 0 for split 'validation', which has no updates")
     shares = [(str(dataset), 1.0)] if isinstance(dataset, str | Path) else [(str(root), weight) for root, weight in dataset]
     mix = TokenMix.open(shares, split)
     micro_batch = global_batch // max(1, world_size) if micro_batch is None else micro_batch

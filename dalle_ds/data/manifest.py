@@ -1,4 +1,4 @@
-"""Manifests: what a shard holds and where it came from. Readers trust these alone, never a listing of data files."""
+"""Manifests: content and origin of a shard. Readers find data only through manifests, never by listing data files."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ Split = Literal["train", "validation"]
 
 
 class InputIdentity(Record):
-    """Which object a shard was made of."""
+    """Identity of the object from which a shard was made."""
 
     path: str
     bytes: int
@@ -31,40 +31,41 @@ class InputIdentity(Record):
 
 
 class RawShardManifest(Record):
-    """A raw shard: one tar of KEY.webp|png|jpg with KEY.json members."""
+    """Manifest of a raw shard: one tar of KEY.webp|png|jpg with KEY.json members."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
     shard: str
     attempt: str
-    path: str  # of the tar, below the root
+    path: str  # path of the tar below the root
     bytes: int
     checksum: str  # SHA-256 of the tar
     n_input: int
     n_samples: int
     dropped: dict[str, int]
-    dropped_path: str | None = None  # JSON lines {"key", "reason"}, below the root
-    fingerprint: str  # of the inputs and the filters
+    dropped_path: str | None = None  # path below the root of JSON lines {"key", "reason"}
+    fingerprint: str  # fingerprint of the inputs and the filters
     seconds: float
     finished: float | None = None  # seconds since 1970
 
 
 class Block(Record):
-    """Some samples inside a part: `bytes` at `offset` is one ranged GET that holds both members of the block."""
+    """A block of samples in a part. One ranged GET of `bytes` at `offset` reads both tar members of the block."""
 
     name: str
     offset: int
     bytes: int
     n_samples: int
-    crc32: str  # of those bytes, 8 hex characters: a ranged read can check itself
+    crc32: str  # CRC-32 of these bytes as 8 hex characters, to check a ranged read
 
 
 _INTEGERS = "^([0-9]+( [0-9]+)*)?$"
 
 
 class BlockColumns(Record):
-    """The blocks of a part, as columns with an entry each: a merged manifest has a million blocks, and every rank reads it.
+    """The blocks of a part as columns with one entry per block, separated by spaces.
 
-    Entries are separated by spaces. Block i is called `name`-i, with five digits, and begins where the one before it ended.
+    Columns are compact: a merged manifest has a million blocks, and every rank reads it. Block i is called `name`-i, with five
+    digits, and starts at the end of the previous block.
     """
 
     name: str
@@ -75,14 +76,14 @@ class BlockColumns(Record):
     @model_validator(mode="after")
     def _check(self) -> "BlockColumns":
         if not self.bytes.count(" ") == self.n_samples.count(" ") == self.crc32.count(" "):
-            raise ValueError("columns of different lengths")
+            raise ValueError("columns have different lengths")
         return self
 
     @classmethod
     def of(cls, name: str, blocks: Sequence[Block]) -> "BlockColumns":
         """The columns of all blocks of a part, in stored order."""
         ends = [block.offset + block.bytes for block in blocks]
-        assert [block.offset for block in blocks] == [0, *ends][:-1], "a block begins where the one before it ended"
+        assert [block.offset for block in blocks] == [0, *ends][:-1], "a block starts at the end of the previous block"
         assert [block.name for block in blocks] == [_block_name(name, i) for i in range(len(blocks))]
         return cls(
             name=name,
@@ -98,7 +99,7 @@ class BlockColumns(Record):
 class Part(Record):
     """One split of one shard: a tar of blocks."""
 
-    path: str  # below the root
+    path: str  # path of the tar below the root
     bytes: int
     checksum: str  # SHA-256 of the tar
     n_samples: int
@@ -106,12 +107,12 @@ class Part(Record):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks one by one."""
+        """The blocks as objects."""
         return list(BlockTable([self]))
 
 
 class BlockTable:
-    """The blocks of many parts as arrays, 28 bytes a block: as objects, a million of them would be near a gigabyte."""
+    """The blocks of many parts as arrays, 28 bytes per block. As objects, a million blocks would take nearly a gigabyte."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         columns = [part.columns for part in parts]
@@ -150,7 +151,7 @@ def _block_name(name: str, number: int) -> str:
 
 
 class ShardManifest(Record):
-    """A token shard. An empty split has no part."""
+    """Manifest of a token shard. An empty split has no part."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
     shard: str
@@ -160,9 +161,9 @@ class ShardManifest(Record):
     n_input: int
     dropped: dict[str, int]
     dropped_samples: list[tuple[str, str]] = []  # (key, reason)
-    code_histogram: list[int]  # of the train split: how often each code is used
-    caption_lengths: dict[int, int]  # of the train split: BPE tokens a caption -> captions
-    fingerprint: str  # of the data set
+    code_histogram: list[int]  # train split: number of uses of each code
+    caption_lengths: dict[int, int]  # train split: number of BPE tokens in a caption -> number of captions
+    fingerprint: str  # fingerprint of the data set
     seconds: float
     finished: float | None = None  # seconds since 1970
 
@@ -172,7 +173,7 @@ class ShardManifest(Record):
 
 
 class DatasetInfo(Record):
-    """dataset.json: what every shard of a token data set was made with."""
+    """dataset.json: the dVAE, tokenizer and settings with which all shards of a token data set were made."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
     image_size: int
@@ -182,9 +183,9 @@ class DatasetInfo(Record):
     tokenizer: str
     crop: str
     validation_fraction: float
-    precision: str | None = None  # of the encoder, where it is not fp32
-    tf32: bool | None = None  # True: its fp32 convolutions were computed in TF32; else there is no such field
-    agreement: float | None = None  # share of tokens that were those of fp32 on the first images: a figure, no identity
+    precision: str | None = None  # number format of the encoder; None: fp32
+    tf32: bool | None = None  # True: the encoder's fp32 convolutions ran in TF32; None otherwise
+    agreement: float | None = None  # fraction of tokens equal to those of fp32 on the first images; not in the fingerprint
     fingerprint: str = ""
 
     @property
@@ -192,17 +193,17 @@ class DatasetInfo(Record):
         return self.grid**2
 
     def sealed(self) -> "DatasetInfo":
-        """The same with its fingerprint: a hash of the other fields that decide the tokens."""
+        """A copy with its fingerprint set: a hash of all fields that determine the tokens."""
         identity = self.model_dump(exclude={"fingerprint", "agreement"}, exclude_none=True)
         return self.model_copy(update={"fingerprint": fingerprint(identity)})
 
 
 class DatasetManifest(Record):
-    """manifest.json: a pure merge of the shard manifests, in the order of their names."""
+    """manifest.json: the merged shard manifests, sorted by shard name."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
     fingerprint: str
-    complete: bool  # written at the end of an encode run, when every shard was done
+    complete: bool  # True if it was written at the end of an encode run, when every shard was finished
     shards: list[ShardManifest]
     n_samples: dict[Split, int]
     dropped: dict[str, int]
@@ -210,7 +211,7 @@ class DatasetManifest(Record):
     caption_lengths: dict[int, int]
 
     def parts(self, split: Split) -> list[Part]:
-        """The parts of a split in reading order (by shard name); shards without such samples have none."""
+        """The parts of a split in reading order (by shard name). Shards without samples in this split are skipped."""
         return [shard.splits[split] for shard in self.shards if split in shard.splits]
 
 
@@ -218,7 +219,11 @@ R = TypeVar("R", bound=Record)
 
 
 def parse(record_class: type[R], data: bytes, url: str) -> R:
-    """Validate JSON bytes; DataError names the file and what is wrong in it."""
+    """Parse and validate JSON bytes; `url` is for messages.
+
+    Raises:
+        DataError: the bytes are not a valid record; the message names the file and its problems.
+    """
     try:
         return record_class.model_validate_json(data)
     except ValidationError as error:
@@ -231,37 +236,42 @@ def manifest_url(root_url: str | Path, shard: str) -> str:
 
 
 def done_shards(root_url: str | Path) -> set[str]:
-    """Names of the shards that are committed, by one listing."""
+    """Names of the committed shards. Takes one listing."""
     folder = objects.join(root_url, MANIFESTS)
     return {url.removeprefix(folder).strip("/").removesuffix(".json") for url in objects.list_files(folder, ".json")}
 
 
 def load_shard_manifests(root_url: str | Path, record_class: type[R]) -> list[R]:
-    """All shard manifests under a root, in the order of their names; an empty list where there are none."""
+    """All shard manifests under a root, sorted by name. Empty if there are none."""
     urls = objects.list_files(objects.join(root_url, MANIFESTS), ".json")
-    with ThreadPoolExecutor(max_workers=16) as pool:  # latency, not work: each is a few kilobytes
+    with ThreadPoolExecutor(max_workers=16) as pool:  # the cost is latency: each file has a few kilobytes
         return list(pool.map(lambda url: parse(record_class, objects.read_bytes(url), url), urls))
 
 
 def load_dataset_info(root_url: str | Path) -> DatasetInfo:
-    """dataset.json, checked against its own fingerprint.
+    """Read dataset.json and check it against its own fingerprint.
 
     Raises:
-        DataError: no data set there; FingerprintMismatch: the file was edited.
+        DataError: there is no data set, or its schema is unknown.
+        FingerprintMismatch: the file was edited.
     """
     url = objects.join(root_url, DATASET_FILE)
     try:
         info = parse(DatasetInfo, objects.read_bytes(url), url)
     except FileNotFoundError:
-        raise DataError(f"{root_url}: no token data set: dataset.json is missing. `dalle-ds data encode` makes one") from None
+        raise DataError(f"{root_url}: no token data set: dataset.json is missing. `dalle-ds data encode` creates it") from None
     if info.schema_version != SCHEMA:
-        raise DataError(f"{url}: schema {info.schema_version}, this version reads schema {SCHEMA}")
-    require_same(f"{url} (its content)", info.fingerprint, info.sealed().fingerprint, "The file was changed by hand.")
+        raise DataError(f"{url}: schema {info.schema_version}, expected schema {SCHEMA}")
+    require_same(f"{url} (its content)", info.fingerprint, info.sealed().fingerprint, "The file was edited.")
     return info
 
 
 def merge(info: DatasetInfo, shards: Iterable[ShardManifest], *, complete: bool) -> DatasetManifest:
-    """Merge shard manifests; each must carry the data set's fingerprint."""
+    """Merge shard manifests.
+
+    Raises:
+        FingerprintMismatch: a shard belongs to another data set.
+    """
     ordered = sorted(shards, key=lambda shard: shard.shard)
     n_samples: Counter[Split] = Counter(dict.fromkeys(SPLITS, 0))
     dropped: Counter[str] = Counter()
@@ -274,7 +284,7 @@ def merge(info: DatasetInfo, shards: Iterable[ShardManifest], *, complete: bool)
         lengths.update(shard.caption_lengths)
         for code, count in enumerate(shard.code_histogram):
             histogram[code] += count
-    # What was summed up, and the lists of the dropped, stay in the shard manifests: the merged one must stay small.
+    # Keep the merged manifest small: histograms, lengths and lists of dropped samples stay in the shard manifests.
     slim = [shard.model_copy(update={"code_histogram": [], "caption_lengths": {}, "dropped_samples": []}) for shard in ordered]
     return DatasetManifest(
         fingerprint=info.fingerprint,
@@ -288,10 +298,11 @@ def merge(info: DatasetInfo, shards: Iterable[ShardManifest], *, complete: bool)
 
 
 def load_manifest(root_url: str | Path) -> DatasetManifest:
-    """The data set's manifest: manifest.json, or, while an encode run is not finished, a merge of the shards done so far.
+    """The data set's manifest: manifest.json. If the encode run is not finished, the merged manifests of its finished shards.
 
     Raises:
-        DataError: no data set, or no shard done; FingerprintMismatch: shards of different making.
+        DataError: there is no data set, or no shard is finished.
+        FingerprintMismatch: a shard belongs to another data set.
     """
     info = load_dataset_info(root_url)
     url = objects.join(root_url, MANIFEST_FILE)
@@ -302,5 +313,5 @@ def load_manifest(root_url: str | Path) -> DatasetManifest:
     except FileNotFoundError:
         shards = load_shard_manifests(root_url, ShardManifest)
     if not shards:
-        raise DataError(f"{root_url}: a token data set without any finished shard; run `dalle-ds data encode` to its end")
+        raise DataError(f"{root_url}: the token data set has no finished shard; run `dalle-ds data encode` again")
     return merge(info, shards, complete=False)

@@ -1,12 +1,12 @@
-"""The order in which one data set is read: which sample every slot of the global batch gets at every update.
+"""The reading order of one data set: which sample each slot of the global batch reads at each update.
 
-An example: N = 12 samples in 6 blocks of 2, numbered as they are stored; a global batch of G = 3; windows of 3 blocks; seed 0.
+An example: N = 12 samples in 6 blocks of 2, numbered in stored order; a global batch of G = 3; windows of 3 blocks; seed 0.
 
     1. The blocks are permuted:                   3 2 1 0 4 5
-    2. Every 3 neighbours are a window:           3 2 1 | 0 4 5
+    2. Every 3 consecutive blocks are a window:   3 2 1 | 0 4 5
     3. Samples are permuted within their window:  2 3 7 4 6 5 | 11 10 0 1 9 8
-    4. An epoch has S = N // G = 4 updates. Slot s of the batch reads positions s * S to s * S + S - 1 of that order, one at
-       each update:
+    4. An epoch has S = N // G = 4 updates. Slot s of the batch reads the positions s * S to s * S + S - 1 of this order, one
+       per update:
 
                    slot 0   slot 1   slot 2
         update 0   2        6        0
@@ -14,18 +14,18 @@ An example: N = 12 samples in 6 blocks of 2, numbered as they are stored; a glob
         update 2   7        11       9
         update 3   4        10       8
 
-    Updates 4 to 7 are the next epoch, with other permutations. Rank r of W carries the neighbouring slots r * G / W to
-    (r + 1) * G / W - 1: of three ranks here, each carries one column.
+    Updates 4 to 7 are the next epoch, with other permutations. Rank r of W reads the consecutive slots r * G / W to
+    (r + 1) * G / W - 1: with three ranks here, each reads one column.
 
-What holds:
-  - The order is a function of (seed, epoch, block sizes). Nothing is stored: the number of the update says what was read.
+Properties:
+  - The order is a function of (seed, epoch, block sizes). No state is stored: the update number determines the samples read.
   - The global batch does not depend on the number of ranks. Any W that divides G continues any run exactly.
-  - An epoch has no sample twice. It leaves out N - S * G samples, fewer than G, and others than the next epoch.
-  - A slot walks through its windows one after another. So a block is fetched about once an epoch where S is large against a
-    window, and a rank holds WINDOW_BLOCKS blocks for each of its slots.
-  - A batch mixes G far-apart positions of a permuted list, so windows can be small.
-  - A seek computes one window for each slot. Memory: a few integers a block, one window's permutation a slot, never a list of
-    samples.
+  - An epoch reads no sample twice. It skips N - S * G samples, fewer than G. The next epoch skips other samples.
+  - A slot reads its windows one after another. If S is large compared with a window, each block is fetched about once per
+    epoch. A rank keeps WINDOW_BLOCKS blocks in use for each of its slots.
+  - A batch combines G distant positions of a permuted list, so windows can be small.
+  - A seek computes one window per slot. Memory: a few integers per block and one window's permutation per slot, never a list
+    of all samples.
 """
 
 from collections.abc import Sequence
@@ -36,14 +36,15 @@ import numpy as np
 from dalle_ds.errors import ConfigError
 
 WINDOW_BLOCKS = 8
-_BLOCKS, _WINDOW, _USES = 0, 1, 4  # uses of the seed; numbers of one set are so many apart from the next one's
+_BLOCKS, _WINDOW, _USES = 0, 1, 4  # separate random streams of one seed; data set i uses the stream numbers from i * _USES on
 
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where samples lie, an entry for each: in row `row` of block `block`, counted through all sets in their manifests' order.
+    """Locations of samples, one entry each: row `row` of block `block`.
 
-    `index` is the sample's number among those of all sets; `epoch` is its own set's.
+    Blocks are numbered consecutively over all data sets, in the order of their manifests. `index` is the sample's number among
+    the samples of all data sets; `epoch` is the epoch of its own data set.
     """
 
     block: np.ndarray
@@ -53,26 +54,28 @@ class SampleLocations:
 
     @classmethod
     def empty(cls, n: int) -> "SampleLocations":
-        """`n` entries to be filled."""
+        """`n` uninitialized entries."""
         return cls(*np.empty((4, n), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.block)
 
     def split(self, size: int) -> "list[SampleLocations]":
-        """The same in pieces of `size`."""
+        """The same locations in consecutive parts of `size` entries."""
         fields = (self.block, self.row, self.index, self.epoch)
         return [SampleLocations(*(field[i : i + size] for field in fields)) for i in range(0, len(self), size)]
 
 
 class SetOrder:
-    """The samples of one set, permuted anew in every epoch.
+    """The samples of one data set, with a new permutation in every epoch.
 
     Args:
-        block_sizes: samples in each block, in the manifest's order.
+        block_sizes: number of samples in each block, in the manifest's order.
         updates_per_epoch: S above.
-        set_number, first_block, first_index: the set's place among those that are read together, whose blocks and samples are
-            numbered through.
+        seed: of the run.
+        window_blocks: number of blocks per window.
+        set_number: index of this data set among the data sets of a mixture.
+        first_block, first_index: numbers of this data set's first block and first sample in the mixture.
     """
 
     def __init__(
@@ -93,16 +96,16 @@ class SetOrder:
         self._epoch = -1
 
     def enter(self, epoch: int) -> None:
-        """Permute the blocks for an epoch, unless they are already."""
+        """Permute the blocks for an epoch. Does nothing if `epoch` is the current epoch."""
         if epoch == self._epoch:
             return
         self._permuted_blocks = _permutation(len(self._block_sizes), self._seed, self._first_use + _BLOCKS, epoch)
-        # Position of each permuted block's first sample, and one more entry for the end.
+        # Position of the first sample of each permuted block, followed by the end position.
         self._starts = np.concatenate([[0], np.cumsum(self._block_sizes[self._permuted_blocks])])
         self._epoch = epoch
 
     def window_at(self, position: int) -> tuple[int, int, np.ndarray, np.ndarray]:
-        """The window around a position of the epoch: its first position, its end, block and row of each sample in it."""
+        """The window that contains a position of the epoch: (first position, end, block and row of each sample in it)."""
         permuted = int(np.searchsorted(self._starts, position, side="right")) - 1
         number = permuted // self._window_blocks
         first = number * self._window_blocks
@@ -114,10 +117,10 @@ class SetOrder:
 
 
 class SlotReader:
-    """Some batch slots of one set, each with the window that it stands in."""
+    """Reads samples for some batch slots of one data set; keeps the current window of each slot."""
 
     def __init__(self, order: SetOrder, slots: Sequence[int] | np.ndarray) -> None:
-        """`slots`: their numbers among those of this set."""
+        """`slots`: numbers of these slots among the slots of this data set."""
         self._order, self._slots = order, np.asarray(slots, dtype=np.int64)
         self._epoch = -1
         self._starts, self._ends = np.zeros((2, len(self._slots)), dtype=np.int64)
@@ -125,12 +128,12 @@ class SlotReader:
         self._windows = np.empty((2, len(self._slots), 0), dtype=np.int32)  # block and row by position in the slot's window
 
     def read(self, found: SampleLocations, at: np.ndarray, update: int) -> None:
-        """Put each slot's sample of an update into the entries `at` of `found`."""
+        """Write the location of each slot's sample at `update` into the entries `at` of `found`."""
         epoch, step = divmod(update, self._order.updates_per_epoch)
         self.read_positions(found, at, epoch, self._slots * self._order.updates_per_epoch + step)
 
     def read_positions(self, found: SampleLocations, at: np.ndarray, epoch: int, positions: np.ndarray) -> None:
-        """Put the sample at each slot's position of an epoch into the entries `at` of `found`."""
+        """Write the location of the sample at each slot's position in `epoch` into the entries `at` of `found`."""
         order = self._order
         order.enter(epoch)
         if epoch != self._epoch:
@@ -152,10 +155,10 @@ class SlotReader:
 
 
 def slots_of_rank(*, global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
-    """The batch slots of one rank, its micro-batches one after another.
+    """The batch slots of one rank: the slots of its first micro-batch, then of its second, and so on.
 
     Raises:
-        ConfigError: the global batch is no multiple of micro_batch * world_size.
+        ConfigError: `rank` is out of range, or the global batch is not a multiple of micro_batch * world_size.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank is {rank}, expected 0 to {world_size - 1}")
@@ -169,6 +172,6 @@ def slots_of_rank(*, global_batch: int, micro_batch: int, rank: int, world_size:
 
 
 def _permutation(n: int, *seed: int) -> np.ndarray:
-    # numpy promises that the raw bits of a seeded generator stay as they are, but not what permutation() makes of them.
+    # numpy guarantees stable raw bits of a seeded generator across versions, but not a stable permutation().
     raw = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n)
     return np.argsort(raw, kind="stable").astype(np.int32)

@@ -13,29 +13,30 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 WARN_AFTER_S = 60.0
-_POLL_SECONDS = 0.1  # how fast the thread notices that it shall stop
+_POLL_SECONDS = 0.1  # interval at which the blocked thread checks whether it should stop
 _END = object()
 
 
 class Prefetch(Generic[T]):
-    """Iterate over `source`, made on a daemon thread, at most `depth` finished items ahead.
+    """Iterate over `source`, which runs on a daemon thread at most `depth` finished items ahead.
 
-    What `source` raises is raised to the consumer, after the items before it, and again at every later call.
-    A thread, not a process: the work is waiting for storage, and a process forked after S3 use hangs.
-    The thread ends at `close()`, and when the consumer is garbage-collected.
-    A consumer that waits for a minute says so, and again after twice the time; `waiting_for` says what for.
+    If `source` raises, the consumer gets the items before the error, then the error, and the same error at every later call.
+    A thread is used instead of a process: the work is mostly waiting for storage, and a process forked after S3 use hangs.
+    The thread ends at `close()`, or when the consumer is garbage-collected.
+    If the consumer waits for a minute, a warning names what it waits for (`waiting_for`); the next one follows after twice the
+    time.
     """
 
     def __init__(self, source: Iterator[T], depth: int, name: str, waiting_for: Callable[[], str] = lambda: "an item") -> None:
         if depth < 1:
             raise ValueError(f"prefetch depth is {depth}, expected at least 1")
-        self.wait_seconds = 0.0  # how long the consumer has stood waiting, in all
+        self.wait_seconds = 0.0  # total time that the consumer has waited
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._failed: BaseException | None = None
         self._waiting_for = waiting_for
         self._thread = threading.Thread(target=_produce, args=(source, self._queue, self._stop), name=name, daemon=True)
-        weakref.finalize(self, _shut, self._stop, self._thread)  # runs at the interpreter's exit too
+        weakref.finalize(self, _shut, self._stop, self._thread)  # also runs when the interpreter exits
         self._thread.start()
 
     def __iter__(self) -> "Prefetch[T]":
@@ -64,11 +65,11 @@ class Prefetch(Generic[T]):
                 return self._queue.get(timeout=pause)
             except queue.Empty:
                 waited += pause
-                log.warning("%s has stood still for %g s, waiting for %s", self._thread.name, waited, self._waiting_for())
+                log.warning("%s: no item for %g s, waiting for %s", self._thread.name, waited, self._waiting_for())
                 pause = waited
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop the thread; wait for it up to `timeout` seconds (it may stand in a read that is being retried)."""
+        """Stop the thread and wait up to `timeout` seconds for its end. It may be blocked in a read that is being retried."""
         _shut(self._stop, self._thread, timeout)
 
 
@@ -79,12 +80,12 @@ def _shut(stop: threading.Event, thread: threading.Thread, timeout: float = 1.0)
 
 
 def _produce(source: Iterator[Any], out: queue.Queue, stop: threading.Event) -> None:
-    # A plain function: a bound method would keep the consumer alive, and it could never be collected.
+    # A plain function: a bound method would keep the consumer alive, so it would never be garbage-collected.
     item, error = None, None
     while not stop.is_set() and error is None and item is not _END:
         try:
             item = next(source, _END)
-        except BaseException as raised:  # whatever it was, the consumer must hear of it instead of waiting for ever
+        except BaseException as raised:  # pass every error to the consumer, which would otherwise wait forever
             item, error = None, raised
         while not stop.is_set():
             try:

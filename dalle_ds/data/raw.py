@@ -1,4 +1,4 @@
-"""Raw shards: WebDataset tars of images with captions, read sample by sample, where nothing damaged goes uncounted."""
+"""Raw shards: WebDataset tars of images with captions, read sample by sample; every damaged sample is counted."""
 
 import json
 import tarfile
@@ -14,9 +14,9 @@ from dalle_ds.storage.hashing import hash_to_integer, sha256_of_file
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
-MAX_TEXT_BYTES: Final = 4 * 2**20  # of a .txt or .json member
+MAX_TEXT_BYTES: Final = 4 * 2**20  # maximum size of a .txt or .json member
 DROP_LISTS: Final = "duplicates.json"
-LISTED_REASONS: Final = ("near duplicate", "in evaluation set")  # of drop lists: no failures
+LISTED_REASONS: Final = ("near duplicate", "in evaluation set")  # reasons in drop lists; these samples are not failures
 MAX_KEY_CHARACTERS: Final = 200
 MAX_LIST_BYTES: Final = 8 * 2**30
 
@@ -34,7 +34,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A sample that was left out, and the word it is counted under."""
+    """A sample that was dropped, and the reason under which it is counted."""
 
     key: str
     reason: str
@@ -42,9 +42,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class RawShard:
-    """One tar to read: `checksum` and `n_samples` are known where a manifest tells them.
+    """One tar to read. `checksum` and `n_samples` are None if there is no manifest.
 
-    The checksum is the tar's SHA-256, with "+" and its drop list's mark where it has one: another list, another input.
+    The checksum is the tar's SHA-256. If the shard has a drop list, "+" and the list's hash follow, so that a changed list
+    changes the input's identity.
     """
 
     name: str
@@ -52,27 +53,27 @@ class RawShard:
     bytes: int
     checksum: str | None = None
     n_samples: int | None = None
-    drop_list: str | None = None  # url of JSON lines {"key", "reason"}: samples to leave out
+    drop_list: str | None = None  # URL of JSON lines {"key", "reason"}: samples to skip
 
 
 class DropLists(Record):
-    """duplicates.json under a root of raw shards: which samples `dalle-ds data dedup` leaves out."""
+    """duplicates.json under a root of raw shards: the drop lists written by `dalle-ds data dedup`."""
 
     max_distance: int
-    lists: dict[str, str]  # shard -> path below the root; the path holds a hash of the list
+    lists: dict[str, str]  # shard -> path below the root; the file name contains a hash of the list
 
 
 def split_of(group: str, validation_fraction: float) -> str:
-    """ "train" or "validation", by hash of the group: stable whatever else is in the data set."""
+    """ "train" or "validation", by hash of the group. The split does not depend on the other samples of the data set."""
     draw = hash_to_integer(f"split:{group}") / 2**64
     return "validation" if draw < validation_fraction else "train"
 
 
 def list_raw_shards(root_url: str | Path) -> list[RawShard]:
-    """The shards under a root, by name: those with a manifest, or, where there are no manifests at all, every *.tar.
+    """The shards under a root, sorted by name: all shards with a manifest. If there are no manifests, every *.tar.
 
     Raises:
-        DataError: neither is there.
+        DataError: there are neither manifests nor tars.
     """
     manifests = load_shard_manifests(root_url, RawShardManifest)
     if manifests:
@@ -82,17 +83,17 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
     if not tars:
         raise DataError(
             f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
-            "`dalle-ds data ingest` makes them from a folder of images with captions"
+            "`dalle-ds data ingest` creates them from a folder of images with captions"
         )
     names = {url: _shard_name(root_url, url) for url in tars}
     return sorted((RawShard(names[url], url, size) for url, size in tars.items()), key=lambda shard: shard.name)
 
 
 def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:
-    """The samples of a shard in stored order; whatever cannot be one is a Dropped with its reason.
+    """The samples of a shard in stored order. An unusable sample is a Dropped with its reason.
 
     Raises:
-        DataError: the shard is missing, or is not the one its manifest describes (size, checksum).
+        DataError: the shard is missing, or does not match its manifest (size, checksum).
     """
     try:
         with objects.local_copy(shard.url) as file:
@@ -102,11 +103,16 @@ def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:
                 reason = dropped.get(sample.key)
                 yield Dropped(sample.key, reason) if reason else sample
     except FileNotFoundError:
-        raise DataError(f"{shard.url}: the shard is gone") from None
+        raise DataError(f"{shard.url}: the shard does not exist") from None
 
 
 def iterate_images(root_url: str | Path, split: str, validation_fraction: float) -> Iterator[RawSample]:
-    """All samples of a split, shard by shard."""
+    """All samples of a split, shard by shard. Dropped samples are skipped.
+
+    Raises:
+        ValueError: `split` is neither "train" nor "validation".
+        DataError: no shards, or a damaged shard.
+    """
     if split not in ("train", "validation"):
         raise ValueError(f"split {split!r}: expected 'train' or 'validation'")
     for shard in list_raw_shards(root_url):
@@ -116,16 +122,16 @@ def iterate_images(root_url: str | Path, split: str, validation_fraction: float)
 
 
 def load_images(root_url: str | Path, split: str, validation_fraction: float) -> list[RawSample]:
-    """All samples of a split in memory, for small sets; `iterate_images` streams larger ones.
+    """All samples of a split in memory, for small data sets. `iterate_images` streams larger data sets.
 
     Raises:
-        DataError: the shards hold more than 8 GiB, or the split has no sample.
+        DataError: the shards are larger than 8 GiB, or the split has no sample.
     """
     total = sum(shard.bytes for shard in list_raw_shards(root_url))
     if total > MAX_LIST_BYTES:
         raise DataError(
             f"{root_url}: {total / 2**30:.1f} GiB of raw shards, expected at most {MAX_LIST_BYTES / 2**30:.0f} GiB "
-            "to be held in memory"
+            "to load into memory"
         )
     samples = list(iterate_images(root_url, split, validation_fraction))
     if not samples:
@@ -134,7 +140,7 @@ def load_images(root_url: str | Path, split: str, validation_fraction: float) ->
 
 
 def without_drop_list(shard: RawShard) -> RawShard:
-    """The shard with all its samples."""
+    """The same shard without its drop list, so that readers yield all its samples."""
     return replace(shard, drop_list=None, checksum=shard.checksum.partition("+")[0] if shard.checksum else None)
 
 
@@ -161,25 +167,25 @@ def _read_drop_list(url: str) -> dict[str, str]:
         records = [json.loads(line) for line in objects.read_bytes(url).decode().splitlines()]
         return {record["key"]: record["reason"] for record in records}
     except FileNotFoundError:
-        raise DataError(f"{url}: the drop list is gone; `dalle-ds data dedup` writes it again") from None
+        raise DataError(f"{url}: the drop list is missing; run `dalle-ds data dedup` again") from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{url}: the drop list is damaged; `dalle-ds data dedup` writes it again") from None
+        raise DataError(f"{url}: the drop list is damaged; run `dalle-ds data dedup` again") from None
 
 
 def _shard_name(root_url: str | Path, url: str) -> str:
-    # Sub-folders become part of the name, so that a/0.tar and b/0.tar stay two shards.
+    # The name includes sub-folders, so that a/0.tar and b/0.tar are two shards.
     return url.removeprefix(str(root_url)).strip("/").removesuffix(".tar").replace("/", "_")
 
 
 def _check_identity(shard: RawShard, file: Path) -> None:
     found = file.stat().st_size
     if found != shard.bytes:
-        raise DataError(f"{shard.url}: {found} bytes, expected {shard.bytes}; the shard changed or is cut short")
+        raise DataError(f"{shard.url}: {found} bytes, expected {shard.bytes}; the shard has changed or is truncated")
     if shard.checksum is not None:
         digest = sha256_of_file(file)
         expected = shard.checksum.partition("+")[0]
         if digest != expected:
-            raise DataError(f"{shard.url}: SHA-256 {digest}, its manifest says {expected}; the shard is damaged")
+            raise DataError(f"{shard.url}: SHA-256 {digest}, expected {expected} as in its manifest; the shard is damaged")
 
 
 def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
@@ -188,14 +194,14 @@ def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                # Hidden files, such as the ._NAME.jpg that some systems add, are no samples; nor are links and folders.
+                # Hidden files (such as ._NAME.jpg, which some systems add), links and folders are not samples.
                 if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
                     continue
                 member_key, extension = _split_name(member.name)
                 if member_key != key:
                     if key:
                         yield _assemble(key, parts, dropped)
-                    # A key that comes back later would silently become a second, half-empty sample.
+                    # A repeated key would silently become a second, incomplete sample.
                     key, parts, dropped = member_key, {}, "duplicate key" if member_key in seen else ""
                     seen.add(key)
                 if not _is_safe(key):
@@ -213,28 +219,28 @@ def _read_tar(file: Path, shard_name: str) -> Iterator[RawSample | Dropped]:
             yield _assemble(key, parts, dropped)
         key = ""
         if not _ends_properly(file, tar.offset):
-            raise tarfile.ReadError("no end mark")
+            raise tarfile.ReadError("no end-of-archive block")
     except (tarfile.TarError, OSError, ValueError, EOFError):
-        # The rest cannot be found again behind a broken header: count what is known to be lost, the sample being read.
+        # Samples behind a broken header cannot be located. Count the one sample that is known to be lost.
         yield Dropped(key or shard_name, "damaged shard")
 
 
 def _ends_properly(file: Path, offset: int) -> bool:
-    # tarfile takes a cut or broken header in the middle of a file for its end; a whole tar ends in a block of zeros.
+    # tarfile treats a truncated or broken header as the end of the file, but a complete tar ends with a block of zeros.
     with file.open("rb") as opened:
         opened.seek(offset)
         return opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    # WebDataset's rule: the key ends at the first dot of the base name.
+    # WebDataset's rule: the key ends at the first dot of the file name.
     path = PurePosixPath(name)
     base, _, extension = path.name.partition(".")
     return (path.parent / base).as_posix().lstrip("/"), extension.lower()
 
 
 def _is_safe(key: str) -> bool:
-    # Whoever unpacks a shard that was made of this one must not be led out of a folder, or to a name no disk takes.
+    # Unpacking a shard made from this one must not write outside the target folder, or use a name that a disk refuses.
     return key.isprintable() and len(key) <= MAX_KEY_CHARACTERS and "\\" not in key and ".." not in key.split("/")
 
 
@@ -247,9 +253,9 @@ def _assemble(key: str, parts: dict[str, bytes], dropped: str) -> RawSample | Dr
     try:
         record = json.loads(parts["json"]) if "json" in parts else {}
         caption, group = record.get("caption"), record.get("group", key)
-        if caption is None:  # img2dataset's json may be all about the image, with the caption in the txt
+        if caption is None:  # img2dataset's json may lack the caption, which is then in the txt
             caption = parts["txt"].decode()
-        f"{caption}{group}".encode()  # json may hold half a surrogate pair, which no file can
+        f"{caption}{group}".encode()  # raises on an unpaired surrogate: JSON can express it, UTF-8 cannot
     except KeyError:
         return Dropped(key, "no caption")
     except (ValueError, AttributeError, TypeError, RecursionError):

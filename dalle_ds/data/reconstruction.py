@@ -1,4 +1,4 @@
-"""How well a codebook gives images back, and how much of it is used."""
+"""Reconstruction quality of a dVAE (PSNR, SSIM), and codebook usage."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB (B,), infinite where both are equal.
+    """Peak signal-to-noise ratio of each image in dB: (B,), infinite if both images are equal.
 
     Raises:
-        ValueError: images are not uint8 of equal shapes.
+        ValueError: the images are not uint8 of equal shapes.
     """
     _require_pairs(real_BCHW, reconstructed_BCHW)
     difference = real_BCHW.astype(np.float64) - reconstructed_BCHW
@@ -19,13 +19,14 @@ def psnr(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
 
 
 def ssim(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
-    """Structural similarity of each image (B,), 1 where both are equal: the settings of Wang et al. 2004 (Gaussian window of
-    sigma 1.5), mean over channels.
+    """Structural similarity of each image: (B,), 1 if both images are equal.
+
+    Uses the settings of Wang et al. 2004 (Gaussian window of sigma 1.5), and the mean over channels.
 
     Raises:
-        ValueError: images are not uint8 of equal shapes, at least 11 pixels a side.
+        ValueError: the images are not uint8 of equal shapes, or a side has fewer than 11 pixels.
     """
-    from skimage.metrics import structural_similarity  # brings SciPy along
+    from skimage.metrics import structural_similarity  # imports SciPy
 
     _require_pairs(real_BCHW, reconstructed_BCHW)
     settings = {"channel_axis": 0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
@@ -35,7 +36,10 @@ def ssim(real_BCHW: np.ndarray, reconstructed_BCHW: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CodebookUsage:
-    """Of one code histogram. Perplexity: the number of codes that, used equally often, would carry as much information."""
+    """Codebook usage of one code histogram.
+
+    The perplexity is the number of codes that, if used equally often, would carry the same information.
+    """
 
     n_codes: int
     n_used: int
@@ -43,7 +47,11 @@ class CodebookUsage:
 
 
 def codebook_usage(histogram_K: np.ndarray) -> CodebookUsage:
-    """Usage from how often each of K codes occurs. Raises ValueError where nothing was counted."""
+    """Codebook usage from the counts of K codes.
+
+    Raises:
+        ValueError: all counts are 0.
+    """
     counts = np.asarray(histogram_K, dtype=np.float64)
     if counts.sum() <= 0:
         raise ValueError("the code histogram is empty")

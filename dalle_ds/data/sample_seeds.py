@@ -1,19 +1,19 @@
-"""Random generators of single samples: numpy's own, seeded as SeedSequence does, for a whole batch at once.
+"""One numpy random generator per sample, seeded as by SeedSequence, for a whole batch at once.
 
-numpy takes as long to seed one as all else that a sample costs. Its hash of a seed, which it promises not to change, works on
-32-bit words: here it runs on arrays of them.
+Seeding one generator in numpy takes as long as all other work for a sample. numpy's seed hash, which numpy guarantees not to
+change, works on 32-bit words; here it works on arrays of words.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-AT_ONCE = 16  # from so many samples on it pays
+AT_ONCE = 16  # minimum number of samples for which the array version is faster
 _POOL = 4
 
 
 class _Hashed(np.random.bit_generator.ISeedSequence):
-    """A seed sequence whose words are made already."""
+    """A seed sequence with precomputed words."""
 
     def __init__(self, words: np.ndarray) -> None:
         self._words = words
@@ -23,7 +23,10 @@ class _Hashed(np.random.bit_generator.ISeedSequence):
 
 
 def sample_generators(seed: int, use: int, epochs: np.ndarray, indices: np.ndarray) -> list[np.random.PCG64]:
-    """PCG64(SeedSequence((seed, use, epoch, index))) for each sample."""
+    """PCG64(SeedSequence((seed, use, epoch, index))) for each sample.
+
+    `use` numbers the random streams of one seed, such as BPE dropout and caption dropout.
+    """
     n = len(indices)
     if n < AT_ONCE or int(indices.max()) >= 2**32:
         entries = zip(epochs.tolist(), indices.tolist(), strict=True)
@@ -52,7 +55,7 @@ def _hash(entropy: Sequence[np.ndarray]) -> np.ndarray:
 
 
 class _Scramble:
-    """Multiply and fold words; the constant moves on with every call."""
+    """Multiplies and folds words; the constant changes with every call."""
 
     def __init__(self, start: int, factor: int) -> None:
         self._constant, self._factor = start, factor

@@ -1,4 +1,4 @@
-"""Token shards, schema 1: tars whose members are blocks of many samples, each block one ranged GET."""
+"""Token shards, schema 1: tars of blocks. A block contains many samples and is read by one ranged GET."""
 
 import io
 import json
@@ -18,20 +18,20 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.hashing import sha256_of_file
 
-# n samples, N tokens a sample
+# n samples, N tokens per sample
 
 log = logging.getLogger(__name__)
 
 BLOCK_SAMPLES: Final = 256
 TOKENS: Final = "tokens.npy"
 CAPTIONS: Final = "captions.json"
-NPY_HEADER_BYTES: Final = 1024  # before the values, at most
+NPY_HEADER_BYTES: Final = 1024  # maximum size of the npy header
 
 
 class PartWriter:
-    """Writes one part to a local file: equal samples give equal bytes.
+    """Writes one part to a local file. Equal samples give equal bytes.
 
-    Use as a context manager; samples are gathered into blocks of `block_samples`, the last one may be smaller.
+    Use it as a context manager. Samples are grouped into blocks of `block_samples`; the last block may be smaller.
     """
 
     def __init__(self, path: Path, shard: str, n_tokens: int, block_samples: int = BLOCK_SAMPLES) -> None:
@@ -55,7 +55,11 @@ class PartWriter:
         return sum(block.n_samples for block in self.blocks) + len(self._keys)
 
     def add(self, tokens_N: np.ndarray, key: str, caption: str, group: str) -> None:
-        """Append one sample; tokens must fit 16 bits."""
+        """Append one sample.
+
+        Raises:
+            ValueError: the shape is not (n_tokens,), or a token does not fit into 16 bits.
+        """
         if tokens_N.shape != (self.n_tokens,) or tokens_N.min() < 0 or tokens_N.max() > np.iinfo(np.uint16).max:
             raise ValueError(
                 f"tokens of {key}: shape {tokens_N.shape}, range {tokens_N.min()} to {tokens_N.max()}; "
@@ -69,7 +73,7 @@ class PartWriter:
             self._write_block()
 
     def finish(self, path_below_root: str) -> Part:
-        """Write what is left and the end of the tar; describe the finished file as it will be called below the root."""
+        """Write the last block and the end of the tar. Returns the description of the file at its path below the root."""
         if self._keys:
             self._write_block()
         self._tar.close()
@@ -96,7 +100,7 @@ class PartWriter:
         self._tokens, self._keys, self._captions, self._groups = [], [], [], []
 
     def _add_member(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)  # time, owner and mode stay at their fixed defaults
+        member = tarfile.TarInfo(name)  # time, owner and mode keep their fixed defaults
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
 
@@ -104,10 +108,10 @@ class PartWriter:
 def read_block(
     root_url: str, part: Part, block: Block, disk: DiskCache | None = None
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """One block, from the disk cache or by one ranged GET: tokens uint16 (n, N), keys, captions.
+    """Read one block from the disk cache, or by one ranged GET. Returns (tokens uint16 (n, N), keys, captions).
 
     Raises:
-        DataError: the object is missing, cut short, or its bytes are not those that were written.
+        DataError: the object is missing or truncated, or its content has changed.
     """
     url = objects.join(root_url, part.path)
     name = f"{url} {part.checksum} {block.offset}"
@@ -116,12 +120,12 @@ def read_block(
         try:
             return parse_block(kept, block, url)
         except DataError as error:
-            log.warning("cached block is damaged, reading it from the store again (%s)", error)
+            log.warning("a cached block is damaged and is read from storage again (%s)", error)
             disk.forget(name)
     try:
         data = objects.read_range(url, block.offset, block.bytes)
     except FileNotFoundError:
-        raise DataError(f"{url}: the manifest names this object, but it is gone") from None
+        raise DataError(f"{url}: the manifest names this object, but it does not exist") from None
     found = parse_block(data, block, url)
     if disk:
         disk.put(name, data)
@@ -129,16 +133,20 @@ def read_block(
 
 
 def parse_block(data: bytes, block: Block, url: str) -> tuple[np.ndarray, list[str], list[str]]:
-    """The content of a block's bytes: tokens, keys, captions. Errors as `read_block`."""
+    """Parse a block's bytes. Returns and raises the same as `read_block`."""
     tokens_nN, record = parse_record(data, block, url)
     return tokens_nN, record["keys"], record["captions"]
 
 
 def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[str, list[str]]]:
-    """Tokens and {"keys", "captions", "groups"} of a block's bytes; CRC and counts are checked. Errors as `read_block`."""
+    """Parse a block's bytes to tokens (n, N) and {"keys", "captions", "groups"}. Checks the CRC and the counts.
+
+    Raises:
+        DataError: the bytes do not match `block`.
+    """
     if _crc32(data) != block.crc32:
         raise DataError(
-            f"{url}, block {block.name}: CRC-32 {_crc32(data)}, its manifest says {block.crc32}; the data is damaged"
+            f"{url}, block {block.name}: CRC-32 {_crc32(data)}, expected {block.crc32} as in its manifest; the data is damaged"
         )
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         members = {
@@ -147,31 +155,31 @@ def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[
     tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
     counts = {"token rows": len(tokens_nN), **{name: len(values) for name, values in record.items()}}
     if set(counts.values()) != {block.n_samples}:
-        raise DataError(f"{url}, block {block.name}: holds {counts}; its manifest says {block.n_samples} samples")
+        raise DataError(f"{url}, block {block.name}: {counts}, expected {block.n_samples} samples as in its manifest")
     return tokens_nN, record
 
 
 _ONE_PARSER = threading.Lock()
-"""numpy parses the header as Python. CPython 3.11 counts the depth of that for all threads together, and two at once may end in
-a SystemError ("AST constructor recursion depth mismatch")."""
+"""numpy parses the header as Python code. CPython 3.11 shares the parser's recursion counter between threads, so two concurrent
+parses may raise SystemError ("AST constructor recursion depth mismatch")."""
 
 
 def decode_members(tokens: bytes | memoryview, captions: bytes | memoryview) -> tuple[np.ndarray, dict[str, list[str]]]:
-    """The two members of a block, decoded: tokens (n, N), read-only, and {"keys", "captions", "groups"}."""
+    """Decode the two members of a block: tokens (n, N), read-only, and {"keys", "captions", "groups"}."""
     header = io.BytesIO(tokens[:NPY_HEADER_BYTES])
     version = np.lib.format.read_magic(header)
     if version != (1, 0):
         raise ValueError(f"npy version {version}, expected (1, 0)")
     with _ONE_PARSER:
         shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-    # a view: np.load would copy half a megabyte
+    # A view: np.load would copy half a megabyte.
     return np.frombuffer(tokens, dtype, offset=header.tell()).reshape(shape), json.loads(bytes(captions))
 
 
 def unbatch(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A stage for `webdataset` pipelines: its raw samples (one a block) become one dict a sample.
+    """A stage for `webdataset` pipelines. Its input has one dict per block; its output has one dict per sample.
 
-    webdataset.WebDataset(urls).compose(unbatch)   ->   {"__key__", "tokens" uint16 (N,), "caption", "group"}
+    webdataset.WebDataset(urls).compose(unbatch) yields {"__key__", "tokens" uint16 (N,), "caption", "group"}.
     """
     for block in blocks:
         tokens_nN, record = decode_members(block[TOKENS], block[CAPTIONS])

@@ -1,4 +1,4 @@
-"""Token data set: one split of the encoded shards, opened, checked against what they were made with, read block by block."""
+"""Token data set: one split of the token shards, checked against dataset.json and read block by block."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.names import TOKENIZER_FILE
 
-# n samples of a block, N image tokens
+# n samples per block, N image tokens
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +34,16 @@ class DecodedBlock:
 
 
 class TokenDataset:
-    """One split of a token data set, opened and checked: manifests and tokenizer were made as dataset.json says.
+    """One split of a token data set. Opening it checks that manifests and tokenizer match dataset.json.
 
     Args:
-        root_url: folder of dataset.json; a path, file:// or s3:// url.
-        cache_bytes: decoded blocks kept in memory.
-        disk: where blocks of an s3:// data set are kept as they are stored; None: nowhere.
+        root_url: folder of dataset.json: a path, a file:// or an s3:// URL.
+        cache_bytes: maximum size of the in-memory cache of decoded blocks.
+        disk: disk cache for stored blocks of an s3:// data set; None: no disk cache.
 
     Raises:
-        DataError: missing, damaged or empty; FingerprintMismatch: a shard or the tokenizer belongs to another data set.
+        DataError: the data set is missing, damaged or empty.
+        FingerprintMismatch: a shard or the tokenizer belongs to another data set.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class TokenDataset:
                 shard.fingerprint,
                 "It was encoded for another data set (dVAE, tokenizer or crop).",
             )
-        self.complete = manifest.complete  # else ranks that open it at different times may see different shards
+        self.complete = manifest.complete  # if False, ranks that open the data set at different times may see different shards
         if not manifest.complete:
             log.warning(
-                "%s: encoding is not finished; reading the %d shards that are done. The reading order changes "
-                "when there are more",
+                "%s: encoding is not finished; reading the %d finished shards. The reading order changes "
+                "when more shards are finished",
                 root_url,
                 len(manifest.shards),
             )
@@ -73,12 +74,12 @@ class TokenDataset:
             f"tokenizer {tokenizer_url}",
             self.info.tokenizer,
             self.tokenizer.fingerprint,
-            "The shards were made with another one.",
+            "The shards were encoded with another tokenizer.",
         )
         self._index_blocks(manifest.parts(split))
         if not self.n_samples:
             raise DataError(
-                f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} in all; "
+                f"{root_url}: no samples in split {split!r}, {sum(manifest.n_samples.values())} samples in all splits; "
                 f"validation_fraction is {self.info.validation_fraction}"
             )
         self._disk = disk if objects.is_s3(self.root_url) else None
@@ -87,10 +88,11 @@ class TokenDataset:
 
     def _index_blocks(self, parts: Sequence[Part]) -> None:
         self._table = BlockTable(parts)
-        self._parts = [part.model_copy(update={"columns": None}) for part in parts]  # the table has them
+        self._parts = [part.model_copy(update={"columns": None}) for part in parts]  # the columns are in the table
         self.block_sizes = self._table.n_samples
         self.n_samples = int(self.block_sizes.sum())
-        # Beside `fingerprint` (how it was made): these very samples in this order. A resume that must be exact compares it.
+        # `fingerprint` identifies how the data was made; this one identifies the samples and their order. An exact resume
+        # compares it.
         self.content_fingerprint = fingerprint(
             {"parts": [[part.path, part.checksum] for part in parts]}, {"block_sizes": self.block_sizes}
         )
@@ -100,21 +102,21 @@ class TokenDataset:
         return len(self._table)
 
     def blocks(self, numbers: Iterable[int]) -> dict[int, DecodedBlock]:
-        """Decoded blocks by number, from the cache or by ranged GETs side by side."""
+        """Decoded blocks by number, from the cache or by parallel ranged GETs."""
         return self._cache.get(numbers)
 
     def reads_under_way(self) -> str:
-        """The blocks that are being read, for messages."""
+        """Describes the blocks that are being read, for messages."""
         blocks = sorted(self._reading.copy())
         return f"{blocks[0]} and {len(blocks) - 1} others" if blocks else f"no read of {self.root_url}"
 
     def shards_of(self, blocks: np.ndarray) -> list[str]:
-        """Paths below the root of the tars that blocks lie in."""
+        """Path below the root of the tar that contains each block."""
         return [self._parts[part].path for part in self._table.part[blocks].tolist()]
 
     @property
     def largest_block_bytes(self) -> int:
-        """Of the blocks as stored; decoded ones take about the same."""
+        """Size of the largest stored block. A decoded block has about the same size."""
         return int(self._table.bytes.max())
 
     def _load(self, number: int) -> DecodedBlock:
@@ -131,7 +133,7 @@ class TokenDataset:
             self._reading.discard(where)
         if tokens_nN.ndim != 2 or tokens_nN.shape[1] != self.info.n_tokens:
             raise DataError(
-                f"{where}: tokens of shape {tokens_nN.shape}, expected {self.info.n_tokens} a sample "
+                f"{where}: tokens of shape {tokens_nN.shape}, expected {self.info.n_tokens} per sample "
                 f"(grid {self.info.grid}x{self.info.grid})"
             )
         if int(tokens_nN.max()) >= self.info.n_codes:

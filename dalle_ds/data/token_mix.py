@@ -1,4 +1,4 @@
-"""Token mix: several token data sets read as one, each by its weight; a data set alone is a mix of one."""
+"""Token mix: several token data sets, read as one with weights. A single data set is a mix of one."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,16 +12,16 @@ from dalle_ds.storage.disk_cache import DiskCache
 
 
 class TokenMix:
-    """Data sets of one dVAE and tokenizer. Blocks and samples are numbered through, set after set.
+    """Data sets that share one dVAE and tokenizer. Blocks and samples are numbered consecutively over all data sets.
 
     Raises:
-        ConfigError: not a weight for each set, or the same samples twice.
-        FingerprintMismatch: two sets of different grids, codes, dVAEs or tokenizers.
+        ConfigError: the numbers of data sets and weights differ, or two data sets contain the same samples.
+        FingerprintMismatch: two data sets differ in grid, n_codes, dVAE or tokenizer.
     """
 
     def __init__(self, sets: Sequence[TokenDataset], weights: Sequence[float] = (1.0,)) -> None:
         if len(sets) != len(weights) or not sets:
-            raise ConfigError(f"{len(sets)} data sets and {len(weights)} weights: expected one of each, or more")
+            raise ConfigError(f"{len(sets)} data sets and {len(weights)} weights: expected equal numbers, at least 1")
         self.sets, self.weights = tuple(sets), tuple(weights)
         first = sets[0]
         self.info, self.tokenizer, self.split = first.info, first.tokenizer, first.split
@@ -33,12 +33,12 @@ class TokenMix:
                         f"{what} of data set {dataset.root_url}",
                         str(expected),
                         str(found),
-                        f"It is mixed with {first.root_url}, which has the former.",
+                        f"It is mixed with {first.root_url}, which has the expected value.",
                     )
             for other in sets[:i]:
                 if other.content_fingerprint == dataset.content_fingerprint:
                     raise ConfigError(
-                        f"{other.root_url} and {dataset.root_url} are the same samples: name them once, with the "
+                        f"{other.root_url} and {dataset.root_url} contain the same samples: list one of them, with the "
                         "sum of the weights"
                     )
         self.block_sizes = np.concatenate([dataset.block_sizes for dataset in sets])
@@ -50,7 +50,7 @@ class TokenMix:
 
     @classmethod
     def open(cls, shares: Sequence[tuple[str, float]], split: Split, disk: DiskCache | None = None) -> "TokenMix":
-        """Data sets by their roots, each with its weight; together they cache as much in memory as one alone."""
+        """Open data sets from (root, weight) pairs. Their in-memory caches are together as large as that of one data set."""
         memory = CACHE_BYTES // max(1, len(shares))
         sets = [TokenDataset(root, split, cache_bytes=memory, disk=disk) for root, _ in shares]
         return cls(sets, [weight for _, weight in shares])
@@ -61,7 +61,7 @@ class TokenMix:
         return " + ".join(f"{weight:.12g} * {name}" for name, weight in zip(names, self.weights, strict=True))
 
     def blocks(self, numbers: Iterable[int]) -> dict[int, DecodedBlock]:
-        """Decoded blocks by number, from each set's cache or by ranged GETs side by side."""
+        """Decoded blocks by number, from each data set's cache or by parallel ranged GETs."""
         if len(self.sets) == 1:
             return self.sets[0].blocks(numbers)
         wanted = np.unique(np.fromiter(numbers, dtype=np.int64))
@@ -73,7 +73,7 @@ class TokenMix:
         return found
 
     def shards_of(self, blocks: np.ndarray) -> list[str]:
-        """The tars that blocks lie in: paths below the root, or whole urls where there are several roots."""
+        """The tar that contains each block: a path below the root, or a full URL if there are several roots."""
         if len(self.sets) == 1:
             return self.sets[0].shards_of(blocks)
         names = [""] * len(blocks)
@@ -86,5 +86,5 @@ class TokenMix:
         return names
 
     def reads_under_way(self) -> str:
-        """The blocks that are being read, for messages."""
+        """Describes the blocks that are being read, for messages."""
         return "; ".join(dataset.reads_under_way() for dataset in self.sets)

@@ -1,4 +1,4 @@
-"""Token batches: what the prior trains on and is validated on, drawn from a token data set."""
+"""Token batches for training and validating the prior, read from token data sets."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,48 +17,50 @@ from dalle_ds.data.tokenizer import ID_BYTES
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.padding import PAD
 
-# B batch, T text tokens (the model's text length - 1: it puts start-of-text before them), N image tokens
+# B batch, T text tokens (the model's text_len - 1, since the model prepends start-of-text), N image tokens
 
 log = logging.getLogger(__name__)
 
-BPE_DROPOUT = 0.1  # the paper's
-_DROPOUT, _CAPTION = 2, 3  # uses of the seed, beside the two of `order`
+BPE_DROPOUT = 0.1  # as in the paper
+_DROPOUT, _CAPTION = 2, 3  # separate random streams of one seed; `order` uses 0 and 1
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Samples of one micro-batch. `shards` says where each one came from, for diagnosis."""
+    """Samples of one micro-batch. `shards` names the shard of each sample, for diagnosis."""
 
-    text_BT: torch.Tensor  # int64, PAD at the right
-    image_BN: torch.Tensor  # int64, raster order
+    text_BT: torch.Tensor  # int64, padded on the right with PAD
+    image_BN: torch.Tensor  # int64, in raster order
     keys: tuple[str, ...]
-    captions: tuple[str, ...]  # as stored, dropped ones too
+    captions: tuple[str, ...]  # as stored, also if caption dropout removed the caption from text_BT
     shards: tuple[str, ...]
-    n_truncated: int  # captions with more than T tokens
+    n_truncated: int  # number of captions with more than T tokens
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 class TokenStream:
-    """The micro-batches of one rank, update after update, over epochs without end; see `order` and `mixture` for which samples.
+    """The micro-batches of one rank, update by update, over endless epochs. `order` and `mixture` define the sample order.
 
-    Each item is the list of the rank's global_batch / (micro_batch * world_size) micro-batches of one update. Each data set
-    goes through epochs of its own. All of it, both dropouts included, is a function of (seed, update, manifests): a stream
-    started at update n on any number of ranks gives what an uninterrupted one would have given.
+    Each item is the list of this rank's global_batch / (micro_batch * world_size) micro-batches of one update. Each data set
+    has its own epochs. All items, including BPE and caption dropout, are a function of (seed, update, manifests): a stream
+    started at update n, on any number of ranks, equals an uninterrupted stream from update n on.
 
     Args:
         mix: the data sets with their weights.
-        text_len: the model's text slots; captions are cut to text_len - 1 tokens (slot 0 is start-of-text).
-        bpe_dropout: chance to drop a merge candidate; the paper has 0.1.
-        caption_dropout: chance that a sample's text is all PAD, so that the prior learns images without a caption too and can
-            be sampled with classifier-free guidance; the paper has none. Kept captions stay as they would be without it.
-        start_update: number of the first update to give.
-        prefetch: updates made ahead on a background thread.
+        text_len: the model's number of text positions. Captions are truncated to text_len - 1 tokens, since position 0 is
+            start-of-text.
+        bpe_dropout: probability of dropping a merge candidate; 0.1 in the paper.
+        caption_dropout: probability that a sample's text is all PAD. The prior then also learns images without a caption, as
+            classifier-free guidance needs. The paper does not use it. Other captions do not change.
+        start_update: number of the first update to yield.
+        prefetch: number of updates prepared ahead on a background thread.
 
     Raises:
-        ConfigError, DataError: at birth, where the batch does not divide or the data does not fill one.
-        DataError: from iteration, naming the shard, where a block is damaged or storage stayed out of reach.
+        ConfigError: from the constructor, if a value is out of range or the global batch cannot be divided among the ranks.
+        DataError: from the constructor, if a data set has too few samples for one update.
+        DataError: from iteration, if a block is damaged or storage is unreachable; the message names the shard.
     """
 
     def __init__(
@@ -78,16 +80,16 @@ class TokenStream:
     ) -> None:
         if not 0.0 <= bpe_dropout <= 1.0 or start_update < 0:
             raise ConfigError(
-                f"bpe_dropout {bpe_dropout}, start_update {start_update}: expected a chance from 0 to 1 and an "
+                f"bpe_dropout {bpe_dropout}, start_update {start_update}: expected a probability from 0 to 1 and an "
                 "update of at least 0"
             )
         if not 0.0 <= caption_dropout < 1.0:
-            raise ConfigError(f"caption_dropout {caption_dropout}: expected a chance of at least 0 and below 1")
+            raise ConfigError(f"caption_dropout {caption_dropout}: expected a probability of at least 0 and below 1")
         slots = slots_of_rank(global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
         self._order = MixtureOrder(
             [dataset.block_sizes for dataset in mix.sets], mix.weights, seed=seed, global_batch=global_batch
         )
-        # of several sets: updates that give as many samples as they have together
+        # For a mix: the number of updates that read as many samples as all data sets have together.
         self.updates_per_epoch = mix.n_samples // global_batch
         self.next_update = start_update
         self.n_truncated = 0
@@ -103,7 +105,7 @@ class TokenStream:
 
     @property
     def n_drawn(self) -> list[int]:
-        """Samples of each set in the updates given so far, over all ranks and restarts."""
+        """Number of samples of each data set in the updates yielded so far, over all ranks and restarts."""
         return self._order.n_drawn(self.next_update)
 
     def __iter__(self) -> "TokenStream":
@@ -117,11 +119,11 @@ class TokenStream:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the consumer has waited for data so far."""
+        """Total time in seconds that the consumer has waited for data."""
         return self._prefetch.wait_seconds
 
     def close(self) -> None:
-        """Stop the background thread. The stream cannot be read on."""
+        """Stop the background thread. The stream cannot be read afterwards."""
         self._prefetch.close()
 
     def __enter__(self) -> "TokenStream":
@@ -134,13 +136,15 @@ class TokenStream:
 def validation_batches(
     mix: TokenMix, *, text_len: int, batch: int, rank: int, world_size: int, limit: int | None = None
 ) -> list[TokenBatch]:
-    """The same samples at every call, without dropout, equally many batches on all ranks. Those of all sets together: each
-    counts by its validation samples, not by its weight.
+    """Validation batches of one rank: the same samples at every call, without dropout, and as many batches on every rank.
+
+    The samples of all data sets are read together: a data set counts by its number of validation samples, not by its weight.
 
     Args:
-        limit: samples over all ranks at most; they come from blocks all over the split. None: all of them.
+        limit: maximum number of samples over all ranks, taken from blocks spread over the whole split. None: all samples.
 
     Raises:
+        ConfigError: `batch` or `rank` is out of range.
         DataError: too few samples for one batch on every rank.
     """
     if batch < 1 or not 0 <= rank < world_size:
@@ -149,7 +153,7 @@ def validation_batches(
     n_batches = wanted // (batch * world_size)
     if n_batches == 0:
         raise DataError(
-            f"{wanted} samples of split {mix.split!r} to validate on, expected at least {batch * world_size}: "
+            f"{wanted} samples of split {mix.split!r} for validation, expected at least {batch * world_size}: "
             f"one batch of {batch} on each of {world_size} ranks"
         )
     n_samples = n_batches * batch * world_size
@@ -161,7 +165,7 @@ def validation_batches(
 
 
 def _spread_samples(block_sizes: np.ndarray, n: int) -> SampleLocations:
-    # Whole blocks in a fixed shuffled order: a limit must not mean the first shards only, nor a GET a sample.
+    # Whole blocks in a fixed shuffled order: a limit must select neither only the first shards nor one sample per GET.
     order = np.argsort(np.random.PCG64(0).random_raw(len(block_sizes)), kind="stable")
     order = order[: np.searchsorted(np.cumsum(block_sizes[order]), n) + 1]
     block = np.repeat(order, block_sizes[order])[:n]
@@ -170,7 +174,7 @@ def _spread_samples(block_sizes: np.ndarray, n: int) -> SampleLocations:
 
 
 class _Collate:
-    """Samples, by where they lie, to a TokenBatch."""
+    """Makes a TokenBatch from sample locations and decoded blocks."""
 
     def __init__(self, mix: TokenMix, *, text_len: int, bpe_dropout: float, caption_dropout: float, seed: int) -> None:
         if text_len < 2:
@@ -201,7 +205,7 @@ class _Collate:
         if n_truncated := int((lengths > self._n_text).sum()):
             packed = [ids[: self._n_text * ID_BYTES] for ids in packed]
         text_BT = np.full((len(captions), self._n_text), PAD, dtype=np.int64)
-        # row by row, as many as each has: one assignment instead of a Python loop
+        # The mask selects the first lengths[i] columns of row i: one assignment instead of a Python loop.
         text_BT[np.arange(self._n_text) < lengths[:, None]] = np.frombuffer(b"".join(packed), dtype=np.int32)
         return text_BT, n_truncated
 
@@ -210,14 +214,14 @@ class _Collate:
         if self._p == 0.0:
             packed = list(map(tokenizer.pack, captions))
         else:
-            # Seeded by the sample, not by the rank: another number of ranks must drop the same merges.
+            # Seed by sample, not by rank: the dropped merges must not depend on the number of ranks.
             seeded = sample_generators(self._seed, _DROPOUT, samples.epoch, samples.index)
             packed = [
                 tokenizer.pack_with_dropout(caption, self._p, np.random.Generator(bits))
                 for caption, bits in zip(captions, seeded, strict=True)
             ]
         if self._p_caption > 0.0:
-            # A use of the seed of its own: with or without it, BPE dropout draws the same for a sample.
+            # A separate random stream: caption dropout does not change the draws of BPE dropout.
             seeded = sample_generators(self._seed, _CAPTION, samples.epoch, samples.index)
             packed = [
                 b"" if bits.random_raw() < self._p_caption * 2.0**64 else ids for ids, bits in zip(packed, seeded, strict=True)
@@ -230,7 +234,7 @@ def _updates(
 ) -> Iterator[list[TokenBatch]]:
     while True:
         samples = order.locations(update, slots)
-        # All of the update's missing blocks at once: they are fetched side by side.
+        # Request all blocks of the update at once: missing blocks are fetched in parallel.
         blocks = mix.blocks(samples.block.tolist())
         yield [collate(of_micro_batch, blocks) for of_micro_batch in samples.split(micro_batch)]
         update += 1
@@ -240,8 +244,8 @@ def _warn_if_cache_is_small(dataset: TokenDataset, n_windows: int) -> None:
     in_use = min(n_windows * WINDOW_BLOCKS, dataset.n_blocks) * dataset.largest_block_bytes
     if in_use > dataset.cache_bytes:
         log.warning(
-            "%s: %d samples of each batch on this rank keep %.1f MiB of blocks in use, the cache holds %.1f MiB: "
-            "blocks will be read many times over; raise cache_bytes or use more ranks",
+            "%s: %d samples of each batch on this rank keep %.1f MiB of blocks in use, but the cache holds %.1f MiB: "
+            "blocks will be read repeatedly; increase cache_bytes or use more ranks",
             dataset.root_url,
             n_windows,
             in_use / 2**20,

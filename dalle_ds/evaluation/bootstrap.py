@@ -10,7 +10,13 @@ CONFIDENCE = 0.95
 def mean_interval(
     values_S: np.ndarray, classes_S: np.ndarray, *, confidence: float = CONFIDENCE, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of a mean over S samples. Classes are resampled whole: samples of one class are not independent."""
+    """Bootstrap percentile interval of a mean over S samples.
+
+    Whole classes are resampled, because samples of one class are not independent.
+
+    Args:
+        classes_S: class of each sample, integers from 0.
+    """
     counts = np.bincount(classes_S)
     sums = np.bincount(classes_S, weights=values_S)
     present = counts > 0
@@ -25,10 +31,10 @@ def mean_interval(
 
 
 def interval_about(value: float, resampled_R: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """`value` give or take normal quantiles of the resamples' spread.
+    """Normal interval around `value`: plus or minus the normal quantile times the standard deviation of the resampled scores.
 
-    For scores with a bias that depends on the number of distinct images (FID, Inception Score): a resample has fewer of
-    them, so that resamples lie to one side of the score and their own percentiles would miss it.
+    Use it for scores whose bias depends on the number of distinct images (FID, Inception Score). A resample has fewer distinct
+    images, so resampled scores lie to one side of the score, and their percentiles would miss it.
     """
     half = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(resampled_R, ddof=1))
     return value - half, value + half

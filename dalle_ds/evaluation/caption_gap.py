@@ -1,7 +1,7 @@
-"""The caption gap: how much worse the prior predicts images from wrong captions, in nats an image token.
+"""The caption gap: how much higher the prior's image loss is with wrong captions, in nats per image token.
 
-The cheapest score of conditioning: it needs no weights but the model's own. Zero means that captions are ignored.
-S samples, N image tokens a sample, G cells a side of the grid.
+It is the cheapest measure of conditioning, because it needs no weights other than the model's. Zero means that the model
+ignores captions. S samples, N image tokens per sample, G x G token grid.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from dalle_ds.evaluation.bootstrap import mean_interval
 
 @dataclass(frozen=True)
 class CaptionGap:
-    """Means over samples, nats an image token; the interval is for the gap."""
+    """Means over samples in nats per image token, and the confidence interval of the gap."""
 
     image_loss: float
     image_loss_shuffled: float
@@ -29,11 +29,11 @@ class CaptionGap:
     n_classes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As `evaluate.json` and the summary of `dalle-ds eval loss` name it."""
+        """Entries of `evaluate.json` and of the summary of `dalle-ds eval loss`."""
         return {**self.metrics(), "confidence": self.confidence, "n_samples": self.n_samples, "n_classes": self.n_classes}
 
     def metrics(self) -> dict[str, float]:
-        """As named in the tracker too."""
+        """Metrics, with the names used in the tracker."""
         return {
             "loss/validation/image": self.image_loss,
             "loss/validation/image_shuffled": self.image_loss_shuffled,
@@ -44,8 +44,11 @@ class CaptionGap:
 
 
 def caption_classes(captions: Sequence[str], groups: Sequence[str]) -> np.ndarray:
-    """Samples whose captions may stand for each other get the same class (S,): equal captions (letter case aside), equal
-    groups, and whatever such pairs join."""
+    """Assign a class to each sample. Returns (S,).
+
+    Samples are in one class if their captions are equal (ignoring case and white space) or their groups are equal. The relation
+    is transitive.
+    """
     parent = list(range(len(captions)))
 
     def find(i: int) -> int:
@@ -62,21 +65,21 @@ def caption_classes(captions: Sequence[str], groups: Sequence[str]) -> np.ndarra
 
 
 def derangement(classes_S: np.ndarray, seed: int = 0) -> np.ndarray:
-    """A random order (S,) that puts no sample in the place of one of its class.
+    """Random permutation (S,) that assigns to each sample a sample of a different class.
 
     Raises:
-        DataError: impossible, since one class has more than half of the samples.
+        DataError: fewer than two samples, or one class has more than half of the samples.
     """
     n = len(classes_S)
     largest = int(np.bincount(classes_S).max()) if n else 0
     if n < 2 or 2 * largest > n:
         raise DataError(
-            f"captions can't be shuffled: {largest} of {n} validation samples have captions that are alike; "
-            "expected at least two samples and at most half of them alike"
+            f"captions cannot be shuffled: {largest} of {n} validation samples are in one class of equal captions or groups; "
+            "expected at least two samples, and at most half of them in one class"
         )
     rng = np.random.default_rng(seed)
-    # Classes in random order, members together in random order, then everybody moves on by the largest class: nobody lands
-    # among its own kind, and no draw is ever rejected.
+    # Sort the samples by class, with classes and members in random order. Then rotate by the size of the largest class: no
+    # sample stays in its class, and no rejection sampling is needed.
     ranks = rng.permutation(classes_S.max() + 1)[classes_S]
     line = np.lexsort((rng.random(n), ranks))
     order = np.empty(n, dtype=np.int64)
@@ -93,17 +96,23 @@ def measure_gap(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> CaptionGap:
-    """The gap with a bootstrap interval that resamples classes, since samples of one class are not independent.
+    """Caption gap with a bootstrap interval. Classes are resampled, because samples of one class are not independent.
+
+    Args:
+        nll_SN: losses with the right captions, nats.
+        nll_shuffled_SN: losses with the shuffled captions, nats.
+        classes_S: classes of `caption_classes`.
 
     Raises:
-        ValueError: shapes differ. DataError: losses that are not finite.
+        ValueError: the shapes differ.
+        DataError: losses that are not finite.
     """
     if nll_SN.shape != nll_shuffled_SN.shape or len(nll_SN) != len(classes_S):
         raise ValueError(
             f"losses {nll_SN.shape}, shuffled {nll_shuffled_SN.shape}, classes {classes_S.shape}: expected equal lengths"
         )
     if not (np.isfinite(nll_SN).all() and np.isfinite(nll_shuffled_SN).all()):
-        raise DataError("validation losses are not finite: the model's weights are damaged or it diverged")
+        raise DataError("validation losses are not finite: the model's weights are damaged, or its training diverged")
     right, wrong = nll_SN.mean(1, dtype=np.float64), nll_shuffled_SN.mean(1, dtype=np.float64)
     low, high = mean_interval(wrong - right, classes_S, confidence=confidence, n_resamples=n_resamples, seed=seed)
     return CaptionGap(
@@ -119,10 +128,10 @@ def measure_gap(
 
 
 def position_map(nll_SN: np.ndarray) -> np.ndarray:
-    """Mean loss by place in the image (G, G), nats. Raises ValueError where N is no square."""
+    """Mean loss at each position of the token grid (G, G), nats. Raises ValueError if N is not a square."""
     side = round(nll_SN.shape[1] ** 0.5)
     if side * side != nll_SN.shape[1]:
-        raise ValueError(f"{nll_SN.shape[1]} tokens a sample are no square grid")
+        raise ValueError(f"{nll_SN.shape[1]} tokens per sample: expected a square number")
     return nll_SN.mean(0, dtype=np.float64).reshape(side, side)
 
 
@@ -136,7 +145,7 @@ def save_losses(
     captions: Sequence[str],
     groups: Sequence[str],
 ) -> None:
-    """Keep what `gap_of_file` needs, without Python objects inside."""
+    """Write the input of `gap_of_file` as .npz without pickled objects."""
     np.savez_compressed(
         path,
         nll=nll_SN,
@@ -149,7 +158,7 @@ def save_losses(
 
 
 def gap_of_file(path: Path, **options: Any) -> CaptionGap:
-    """`measure_gap` of a file that `save_losses` wrote."""
+    """`measure_gap` of a file written by `save_losses`."""
     with np.load(path, allow_pickle=False) as file:
         classes_S = caption_classes(file["captions"].tolist(), file["groups"].tolist())
         return measure_gap(file["nll"], file["nll_shuffled"], classes_S, **options)

@@ -1,6 +1,6 @@
-"""Fréchet distance between two sets of images, as Gaussians over an extractor's features (Heusel et al. 2017), in fp64.
+"""Fréchet Inception distance: distance of two image sets, as Gaussians over features (Heusel et al. 2017), in fp64.
 
-N images, D features, R rows of a factor: at most D.
+N images, D features, R rows of a factor, at most D.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import numpy as np
 
 from dalle_ds.evaluation.bootstrap import interval_about
 
-CHUNK = 4  # times D rows are factored at once: 134 MB for Inception's 2048
+CHUNK = 4  # factor 4 * D rows at once: 134 MB for Inception's D = 2048
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of N feature vectors; the covariance (divisor N - 1) is factor.T @ factor, whatever its rank."""
+    """Mean and covariance of N feature vectors. The covariance (divisor N - 1) is factor.T @ factor; it may be singular."""
 
     n: int
     mean_D: np.ndarray
@@ -22,7 +22,10 @@ class Moments:
 
 
 def moments(features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> Moments:
-    """Moments in fp64; `weights_N` says how often each image counts (whole numbers).
+    """Moments of features, in fp64.
+
+    Args:
+        weights_N: number of times that each image counts, integers. If None, each counts once.
 
     Raises:
         ValueError: fewer than two images, or features that are not finite.
@@ -31,7 +34,7 @@ def moments(features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> Mom
     weights = np.ones(len(features_ND)) if weights_N is None else weights_N.astype(np.float64)
     n = int(weights.sum())
     if n < 2 or not np.isfinite(features_ND).all():
-        raise ValueError(f"{n} images with features of {n_features} numbers: expected two or more, all finite")
+        raise ValueError(f"{n} images with {n_features} features: expected two or more images, all features finite")
     rows = np.flatnonzero(weights)
     step = CHUNK * n_features
     chunks = [rows[start : start + step] for start in range(0, len(rows), step)]
@@ -40,22 +43,23 @@ def moments(features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> Mom
     for chunk in chunks:
         centred = (features_ND[chunk] - mean_D) * np.sqrt(weights[chunk] / (n - 1))[:, None]
         factor_RD = np.vstack([factor_RD, centred])
-        if len(factor_RD) > n_features:  # the triangle has the same product with itself, in D rows
+        if len(factor_RD) > n_features:  # the R of a QR decomposition has the same product R.T @ R, in D rows
             factor_RD = np.linalg.qr(factor_RD, mode="r")
     return Moments(n, mean_D, factor_RD)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean difference|^2 + tr(A + B - 2 sqrt(A B)), of covariances A and B.
+    """Fréchet distance: |mean difference|^2 + tr(A + B - 2 sqrt(A B)) with covariances A and B.
 
-    The trace of the root is the sum of the singular values of factor_a @ factor_b.T, whose squares are the eigenvalues of A B:
-    no square root of a covariance is taken, so that singular ones (fewer images than features) need no special care.
+    The trace of the square root is the sum of the singular values of factor_a @ factor_b.T, whose squares are the eigenvalues
+    of A B. No square root of a covariance is computed, so singular covariances (fewer images than features) need no special
+    case.
 
     Raises:
-        ValueError: features of different lengths.
+        ValueError: different numbers of features.
     """
     if a.mean_D.shape != b.mean_D.shape:
-        raise ValueError(f"{a.mean_D.size} and {b.mean_D.size} features an image: expected equal numbers")
+        raise ValueError(f"{a.mean_D.size} and {b.mean_D.size} features per image: expected equal numbers")
     root = np.linalg.svd(a.factor_RD @ b.factor_RD.T, compute_uv=False).sum()
     means = np.square(a.mean_D - b.mean_D).sum()
     return float(means + np.square(a.factor_RD).sum() + np.square(b.factor_RD).sum() - 2 * root)
@@ -64,10 +68,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def fid_interval(
     features_ND: np.ndarray, reference: Moments, fid: float, *, n_resamples: int = 20, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of `fid` under other draws of the images, with the reference as it is.
+    """95 % interval of `fid` from resampling the images. The reference stays fixed.
 
-    It says nothing of FID's bias: with fewer images FID is higher, so compare at equal N only. A resample costs a
-    factorisation of N x D and the singular values of D x D: 12 s on one core at 30,000 x 2048.
+    The interval does not cover FID's bias: FID is higher with fewer images, so compare only at equal N. A resample costs a
+    factorization of N x D and the singular values of D x D: 12 s on one core at 30,000 x 2048.
     """
     rng, n = np.random.default_rng(seed), len(features_ND)
     draws = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(n_resamples))

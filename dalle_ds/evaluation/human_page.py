@@ -1,4 +1,4 @@
-"""The page of the paper's human evaluation (figure 7, appendix F): two images of one caption, two questions."""
+"""Build the web pages of the paper's human evaluation (figure 7, appendix F): two images of one caption, two questions."""
 
 import base64
 import io
@@ -22,26 +22,28 @@ SIDES = ("ours", "theirs")
 def build_pages(
     ours: str | Path, theirs: str | Path, out: Path, *, limit: int = 1000, per_page: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """Pages to vote on, one HTML file each that needs no network, and key.json, which tells whose image is where.
+    """Write pages to vote on, and key.json, which records the left image of each pair.
 
-    A task is a caption with the first image of either set, which is the best where samples were reranked. The order of tasks
-    and the sides are drawn by `seed`. Each page is for as many people as votes are wanted, five in the paper; the key stays
-    with whoever tallies.
+    Each page is one HTML file that needs no network. A task is a caption with the first image of each set; in reranked samples,
+    the first image is the best. The order of tasks and the sides are random by `seed`. Give each page to as many people as
+    votes are needed, five in the paper. The key stays with the person who counts the votes.
 
     Args:
-        ours, theirs: images with captions, as `image_sets.open_images` takes them.
-        limit: tasks in all; the paper has 1000. per_page: on one page.
+        ours: images with captions, a source as in `image_sets.open_images`.
+        theirs: images of the other model, a source as in `image_sets.open_images`.
+        limit: largest number of tasks; the paper has 1000.
+        per_page: tasks per page.
 
     Returns:
-        The summary: tasks, pages, captions that only one side has.
+        The summary: numbers of tasks and pages, and numbers of captions that only one set has.
 
     Raises:
-        DataError: no caption is in both sets, or an image can't be read.
+        DataError: no caption is in both sets, an image has no caption, or an image cannot be read.
     """
     sets = [_by_caption(source) for source in (ours, theirs)]
     shared = [caption for caption in sets[0] if caption in sets[1]]
     if not shared:
-        raise DataError(f"{ours} and {theirs}: no caption with an image in both, of {len(sets[0])} and {len(sets[1])}")
+        raise DataError(f"{ours} and {theirs} share no caption: they have {len(sets[0])} and {len(sets[1])} captions")
     rng = np.random.default_rng(seed)
     captions = [shared[i] for i in rng.permutation(len(shared))[:limit]]
     lefts = [SIDES[i] for i in rng.integers(2, size=len(captions))]
@@ -68,11 +70,11 @@ def build_pages(
 
 
 def _by_caption(source: str | Path) -> dict[str, Entry]:
-    """The first image of each caption. A DataError where an image has none."""
+    """Returns the first image of each caption. Raises DataError if an image has no caption."""
     found: dict[str, Entry] = {}
     for entry in open_images(source):
         if not entry.caption:
-            raise DataError(f"{source}: image {entry.key} has no caption; people are asked which image matches it")
+            raise DataError(f"{source}: image {entry.key} has no caption; voters are asked which image matches the caption")
         found.setdefault(entry.caption, entry)
     return found
 
@@ -89,7 +91,7 @@ def _shown(task: dict[str, str], sets: list[dict[str, Entry]]) -> dict[str, Any]
 
 
 def _data_url(entry: Entry) -> str:
-    # encoded again, all alike: a file's format or metadata must not tell whose it is
+    # encode all images again in the same way: the format or metadata of a file must not reveal its model
     buffer = io.BytesIO()
     decode(entry).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -97,5 +99,5 @@ def _data_url(entry: Entry) -> str:
 
 def _html(content: dict[str, Any]) -> str:
     page = files("dalle_ds.evaluation").joinpath("human_page.html").read_text(encoding="utf-8")
-    # in a <script> element nothing but "<" can end the data early
+    # in a <script> element, only "<" can end the data early
     return page.replace("STUDY_JSON", json.dumps(content).replace("<", "\\u003c"))

@@ -1,4 +1,4 @@
-"""The tally of the paper's human evaluation: a majority of five votes on each pair, after careless workers are left out."""
+"""Count the votes of the paper's human evaluation: majority of five votes per pair, without careless workers."""
 
 import json
 from collections import Counter, defaultdict
@@ -18,11 +18,11 @@ OTHER: Final = {"ours": "theirs", "theirs": "ours"}
 
 
 class TallyConfig(Config):
-    """When a worker's votes are left out: both shares are exceeded.
+    """Thresholds for leaving out a worker. A worker's votes are left out if both fractions are exceeded.
 
-    Appendix F left out one worker for disagreement together with many answers within four seconds, without further numbers.
-    Here: against the majority of the others in more than 40 % of the answers on realism (guessing gives 50 %), and more than
-    half of all tasks done within four seconds.
+    The paper (appendix F) left out one worker for disagreement and many answers within four seconds, and states no other
+    numbers. The defaults are: more than 40 % of the answers on realism against the majority of the others (guessing gives 50
+    %), and more than half of all tasks answered in less than four seconds.
     """
 
     fast_seconds: float = Field(4.0, ge=0, description="the paper's")
@@ -46,7 +46,7 @@ class VoteFile(Config):
 
 @dataclass(frozen=True)
 class Answer:
-    """One worker's vote with its sides resolved: each answer is "ours", "theirs", or, for captions, "neither"."""
+    """One worker's vote, with the sides resolved. Each answer is "ours" or "theirs"; on captions it can also be "neither"."""
 
     worker: str
     task: str
@@ -55,13 +55,13 @@ class Answer:
 
 
 def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule: TallyConfig | None = None) -> dict[str, Any]:
-    """Shares of the tasks that either side wins, of each question, with 95 % (Wilson) intervals.
+    """Fraction of the tasks that each side wins, for each question, with 95 % Wilson intervals.
 
-    A task goes to the answer with most votes; where two share the lead it is a tie and counts for nobody, but stays in the
-    total. Tasks with another number of votes than `n_votes` are counted in the summary, and take part.
+    The answer with the most votes wins a task. If two answers share the lead, the task is a tie: it counts for neither side,
+    but stays in the total. Tasks with more or fewer than `n_votes` votes take part, and the summary states their number.
 
     Raises:
-        DataError: a file that is none, of another study, or two votes of one worker on one task.
+        DataError: an invalid file, a file of another study, no votes left, or two votes of one worker on one task.
     """
     rule = rule or TallyConfig()
     key = _read_key(key_file)
@@ -93,7 +93,7 @@ def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule:
 
 
 def _judge_workers(answers: Sequence[Answer], rule: TallyConfig) -> dict[str, dict[str, Any]]:
-    """How each worker's answers on realism compare with the majority of the others', and how fast they came."""
+    """For each worker: disagreement with the majority of the others on realism, fraction of fast answers, and the verdict."""
     by_task: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_task[answer.task].append(answer)
@@ -110,7 +110,7 @@ def _judge_workers(answers: Sequence[Answer], rule: TallyConfig) -> dict[str, di
 
 
 def _majority(choices: Iterable[str]) -> str:
-    """The answer with most votes; "tie" where the lead is shared or nobody voted."""
+    """Returns the answer with the most votes. Returns "tie" if the lead is shared or there are no votes."""
     ranks = Counter(choices).most_common(2)
     return "tie" if not ranks or (len(ranks) == 2 and ranks[0][1] == ranks[1][1]) else ranks[0][0]
 
@@ -120,10 +120,10 @@ def _read_key(file: Path) -> dict[str, Any]:
         key = json.loads(file.read_text(encoding="utf-8"))
         lefts = {task["task"]: task["left"] for task in key["tasks"]}
         if not lefts or not set(lefts.values()) <= OTHER.keys():
-            raise ValueError("no tasks with sides")
+            raise ValueError("it has no tasks with sides")
         return {"study": key["study"], "tasks": key["tasks"], "lefts": lefts}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no key of a study ({error}); `dalle-ds eval human build` writes key.json") from None
+        raise DataError(f"{file} is not the key of a study ({error}); `dalle-ds eval human build` writes key.json") from None
 
 
 def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Path) -> Iterable[Answer]:
@@ -132,9 +132,9 @@ def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Pat
         try:
             found = VoteFile.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
-            raise DataError(f"{file} is no file of votes: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{file} is not a file of votes: {str(error).splitlines()[0]}") from None
         if found.study != key["study"]:
-            raise DataError(f"{file}: votes on study {found.study}, but {key_file} is of study {key['study']}")
+            raise DataError(f"{file} has votes on study {found.study}, but {key_file} is the key of study {key['study']}")
         for vote in found.votes:
             if vote.task not in key["lefts"]:
                 raise DataError(f"{file}: task {vote.task} is not in {key_file}")

@@ -1,4 +1,4 @@
-"""Images to be measured: a folder, a samples.json, or raw shards, read one after another and prepared alike."""
+"""Sets of images to score: a folder, a samples.json, or raw shards. Images are streamed and prepared in the same way."""
 
 import hashlib
 import heapq
@@ -19,11 +19,11 @@ from dalle_ds.storage.fingerprint import fingerprint
 from dalle_ds.storage.hashing import sha256_of_file
 from dalle_ds.storage.names import SAMPLES_FILE
 
-PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # change it when `prepare` changes
+PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # increase the version when `prepare` changes
 
 
 class Entry(NamedTuple):
-    """An encoded image; the caption is None where none is known."""
+    """An encoded image. The caption is None if there is none."""
 
     key: str
     caption: str | None
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images from one source; `fingerprint` covers which they are and their bytes. Iterating reads them again each time."""
+    """Images from one source. `fingerprint` covers their names and bytes. Each iteration reads the images again."""
 
     source: str
     fingerprint: str
@@ -43,16 +43,18 @@ class ImageSet:
 
 
 def open_images(source: str | Path, *, limit: int | None = None, validation_fraction: float | None = None) -> ImageSet:
-    """A set of images by where it is.
+    """Open a set of images.
 
     Args:
-        source: a samples.json or its folder; a root of raw shards (path or s3:// url); any folder of images, captions in a
-            .txt beside each where there are some.
-        limit: at most so many, chosen by hash of their names: the same ones each time, and no order of the source shows.
-        validation_fraction: of raw shards take only what the validation split has at this `validation_fraction`.
+        source: a samples.json or its folder; the root of raw shards (path or s3:// url); or a folder of images, where the
+            caption of an image is in a .txt file with the same name, if there is one.
+        limit: largest number of images. They are chosen by a hash of their names, so the choice is the same each time and does
+            not depend on the order of the source.
+        validation_fraction: if the source is raw shards, use only their validation split at this fraction.
 
     Raises:
-        DataError: nothing there, no images, or a samples.json that names missing files.
+        DataError: `source` does not exist, has no images, or is a samples.json that names missing files; or
+            `validation_fraction` is given and the source is not raw shards.
     """
     local = objects.local_path(source)
     if local is not None and (local.name == SAMPLES_FILE or (local / SAMPLES_FILE).is_file()):
@@ -63,9 +65,9 @@ def open_images(source: str | Path, *, limit: int | None = None, validation_frac
         found = sorted(path for path in local.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
         files = {str(path.relative_to(local)): (path, _caption_beside(path)) for path in found}
     else:
-        raise DataError(f"{source}: no such folder or {SAMPLES_FILE}")
+        raise DataError(f"{source}: expected a folder or {SAMPLES_FILE}, found neither")
     if validation_fraction is not None:
-        raise DataError(f"{source}: no raw shards, so that validation images can't be told from others")
+        raise DataError(f"{source} has no raw shards: only raw shards have a validation split")
     if limit is not None:
         files = {key: files[key] for key in _chosen(files, limit)}
     if not files:
@@ -79,7 +81,7 @@ def open_images(source: str | Path, *, limit: int | None = None, validation_frac
 
 
 def decode(entry: Entry) -> Image.Image:
-    """The image in RGB. Raises DataError, with its key, where it can't be read."""
+    """Decode an image to RGB. Raises DataError, which names the key, if the image cannot be read."""
     try:
         return decode_image(entry.data)
     except ImageProblem as problem:
@@ -87,13 +89,13 @@ def decode(entry: Entry) -> Image.Image:
 
 
 def prepare(entry: Entry, size: int, blur: float) -> np.ndarray:
-    """Decode, cut to a square of `size` pixels a side, blur: uint8 (size, size, 3).
+    """Decode, crop to a square of `size` pixels per side, and blur. Returns uint8 (size, size, 3).
 
-    `blur` is the radius of Pillow's GaussianBlur, the standard deviation in pixels of the prepared image; 0 leaves it as it
-    is. PAPER 3.1 (figure 9) blurs real images and samples alike, to look past the high frequencies that a dVAE loses.
+    `blur` is the radius of Pillow's GaussianBlur: the standard deviation in pixels of the cropped image. 0 does not blur. The
+    paper (section 3.1, figure 9) blurs real images and samples, to ignore the high frequencies that a dVAE loses.
 
     Raises:
-        DataError: the image can't be read, or its short side is under `size`.
+        DataError: the image cannot be read, or its short side is less than `size`.
     """
     try:
         pixels_HWC = center_crop(decode(entry), size)
@@ -107,10 +109,10 @@ def _of_record(file: Path) -> dict[str, tuple[Path, str | None]]:
         images = json.loads(file.read_text(encoding="utf-8"))["images"]
         files = {str(image["file"]): (file.parent / image["file"], str(image["caption"])) for image in images}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no record of samples ({error}); `dalle-ds sample` writes one") from None
+        raise DataError(f"{file} is not a record of samples ({error}); `dalle-ds sample` writes one") from None
     missing = [key for key, (path, _) in files.items() if not path.is_file()]
     if missing:
-        raise DataError(f"{file} names {len(files)} images, {len(missing)} of them are not there: {', '.join(missing[:3])}")
+        raise DataError(f"{file} names {len(files)} images, of which {len(missing)} are missing: {', '.join(missing[:3])}")
     return files
 
 
@@ -130,7 +132,7 @@ def _of_shards(root: str, limit: int | None, validation_fraction: float | None) 
     def entries() -> Iterator[Entry]:
         images = (Entry(key, sample.caption, sample.image) for key, sample in samples() if chosen is None or key in chosen)
         if (first := next(images, None)) is None:
-            raise DataError(f"{root}: no image in its raw shards (validation_fraction: {validation_fraction})")
+            raise DataError(f"{root}: its raw shards have no image (validation_fraction: {validation_fraction})")
         yield first
         yield from images
 

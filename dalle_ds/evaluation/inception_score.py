@@ -1,4 +1,4 @@
-"""Inception Score (Salimans et al. 2016): images should each be of a clear class, and of many classes together.
+"""Inception Score (Salimans et al. 2016): high if each image has a clear class, and the images together have many classes.
 
 N images, K classes.
 """
@@ -13,7 +13,7 @@ from dalle_ds.evaluation.bootstrap import interval_about
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """`score` is the mean over splits and `std` their spread, as papers give it; the interval is for the mean."""
+    """`score` is the mean over splits and `std` their standard deviation, as in papers. The interval is for the mean."""
 
     score: float
     std: float
@@ -23,16 +23,16 @@ class InceptionScore:
 
 
 def inception_score(logits_NK: np.ndarray, *, n_splits: int = 10, n_resamples: int = 200, seed: int = 0) -> InceptionScore:
-    """exp of the mean KL divergence of an image's classes from all images' classes, over random splits of the images.
+    """exp of the mean KL divergence of an image's class distribution from the mean class distribution, over random splits.
 
     The interval resamples images within each split.
 
     Raises:
-        ValueError: fewer images than two a split, or logits that are not finite.
+        ValueError: fewer than two images per split, or logits that are not finite.
     """
     n = len(logits_NK)
     if n < 2 * n_splits or not np.isfinite(logits_NK).all():
-        raise ValueError(f"{n} images in {n_splits} splits: expected two or more a split, with finite logits")
+        raise ValueError(f"{n} images in {n_splits} splits: expected two or more per split, with finite logits")
     rng = np.random.default_rng(seed)
     scores_S, resampled_RS = np.empty(n_splits), np.empty((n_resamples, n_splits))
     for split, rows in enumerate(np.array_split(rng.permutation(n), n_splits)):

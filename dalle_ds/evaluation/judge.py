@@ -1,4 +1,4 @@
-"""Is reranking worth anything? What one scorer chooses, judged by another one, against a random choice.
+"""Test of reranking: do candidates chosen by one scorer beat random candidates under an independent scorer?
 
 C captions, K candidates.
 """
@@ -14,28 +14,33 @@ from dalle_ds.evaluation.bootstrap import mean_interval
 
 RESAMPLES = 10_000
 SAME = ("export_fingerprint", "captions", "settings", "image_prompt")
-"""Of two records of the same candidates."""
+"""Entries that are equal in two records of the same candidates."""
 
 
 def judge(chosen: Path, judged: Path, seed: int = 0) -> dict[str, Any]:
-    """Compare two samples.json of the same captions and settings, without `keep`, scored by two models.
+    """Compare the scores of two models for the same candidates.
+
+    Args:
+        chosen: samples.json whose scores choose the favourite of each caption.
+        judged: samples.json of the same captions and settings, without `keep`, scored by another model.
 
     Returns:
-        Of the second model's scores, means over captions: of the first model's favourites, of all candidates (what a random
-        choice gets), their difference with a 95 % bootstrap interval over captions; and how often the favourite beats another
-        candidate of its caption (0.5: a choice by chance).
+        The second model's scores, as means over captions: of the first model's favourites, of all candidates (the expectation
+        of a random choice), and their difference with a 95 % bootstrap interval over captions. Also the fraction of other
+        candidates of its caption that the favourite beats (0.5 for a random choice).
 
     Raises:
-        DataError: a file is no record, or has no scores. ConfigError: other candidates, or one and the same scorer.
+        DataError: a file is not a record of samples, or has no scores.
+        ConfigError: the records are of different candidates, have the same scorer, or have one candidate per caption.
     """
     (first, a_CK), (second, b_CK) = _read(chosen), _read(judged)
     for key in SAME:
         if first.get(key) != second.get(key):
-            raise ConfigError(f"{chosen} and {judged} are not of the same candidates: they differ in {key}")
+            raise ConfigError(f"{chosen} and {judged} have different candidates: they differ in {key}")
     if first["scorer"] == second["scorer"]:
-        raise ConfigError(f"{chosen} and {judged} are both scored by {first['scorer']}: a choice needs another judge")
+        raise ConfigError(f"{chosen} and {judged} are both scored by {first['scorer']}: expected two different scorers")
     if a_CK.shape[1] < 2:
-        raise ConfigError(f"{chosen}: 1 candidate for each caption leaves no choice, expected 2 or more")
+        raise ConfigError(f"{chosen} has 1 candidate per caption, expected 2 or more")
     every_C = np.arange(len(a_CK))
     favourites_C = a_CK.argmax(1)
     favourite_C, mean_C = b_CK[every_C, favourites_C], b_CK.mean(1)
@@ -68,5 +73,5 @@ def _read(file: Path) -> tuple[dict[str, Any], np.ndarray]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not a record of samples ({error}); `dalle-ds sample` writes samples.json") from None
     if scores is None:
-        raise DataError(f"{file} has no scores: `dalle-ds sample --clip` gives them")
+        raise DataError(f"{file} has no scores; `dalle-ds sample --clip` writes them")
     return record, np.array(scores, dtype=np.float64)

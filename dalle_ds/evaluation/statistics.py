@@ -1,4 +1,4 @@
-"""Feature statistics of a set of images in a file that says how they were made, so that unlike ones are never compared."""
+"""Files of feature statistics. Each file records how its statistics were made, so that only comparable ones are compared."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from dalle_ds.storage.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class Measure:
-    """All that must be equal on both sides of a FID: the extractor, and what happens to an image before it."""
+    """Settings that must be equal for samples and reference of an FID: the extractor, and the preparation of an image."""
 
     extractor: str
     extractor_fingerprint: str
@@ -29,7 +29,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of the features of one set of images; `images` is the set's fingerprint."""
+    """Moments of the features of one set of images. `images` is the fingerprint of the set."""
 
     measure: Measure
     source: str
@@ -44,27 +44,27 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        """Raises DataError where the file is missing, damaged or something else."""
+        """Read a file of statistics. Raises DataError if the file is missing, damaged or of another kind."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 about, mean_D, factor_RD = json.loads(str(file["about"])), file["mean"], file["factor"]
             found = cls(
                 Measure(**about["measure"]), about["source"], about["images"], Moments(int(about["n"]), mean_D, factor_RD)
             )
-        except Exception as error:  # zip files and JSON meet damage with every kind of exception
+        except Exception as error:  # a damaged zip file or JSON can raise any exception
             hint = "`dalle-ds eval images --cache` writes such files"
-            raise DataError(f"{path}: no statistics of images ({error}); {hint}") from None
+            raise DataError(f"{path} has no statistics of images ({error}); {hint}") from None
         if factor_RD.ndim != 2 or factor_RD.shape[1:] != mean_D.shape:
-            raise DataError(f"{path}: mean {mean_D.shape} and factor {factor_RD.shape} don't belong together")
+            raise DataError(f"{path}: mean {mean_D.shape} and factor {factor_RD.shape} do not match")
         return found
 
 
 def require_comparable(ours: Measure, theirs: Measure, where: str | Path) -> None:
-    """Raise DataError, with both measures, unless they are equal."""
+    """Raises DataError, which names both measures, if they differ."""
     if ours != theirs:
-        raise DataError(f"{where} can't be compared: its statistics are by {theirs}; expected {ours}")
+        raise DataError(f"{where} cannot be compared: its statistics were made with {theirs}; expected {ours}")
 
 
 def cache_path(folder: Path, measure: Measure, images: str) -> Path:
-    """Where `folder` keeps the statistics of these very images by this measure."""
+    """Path of the statistics in the cache `folder`, for a set of images (its fingerprint) and a measure."""
     return folder / f"{fingerprint({**asdict(measure), 'images': images})}.npz"

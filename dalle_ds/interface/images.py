@@ -1,4 +1,4 @@
-"""Images of a program as the dVAE sees them: checked, in RGB, cropped as preprocessing crops.
+"""Prepare images given by a program for the dVAE: check them, convert them to RGB, and crop them as preprocessing does.
 
 B images, H and W pixels of any size, S side of the square crop.
 """
@@ -14,23 +14,24 @@ from dalle_ds.data.images import ImageProblem, prior_crop, seed_of, upright_rgb
 from dalle_ds.errors import DataError
 
 Images = Image.Image | Sequence[Image.Image | np.ndarray] | np.ndarray | Tensor
-"""A PIL image, a sequence of PIL images or arrays uint8 (H, W, 3), an array uint8 (B, H, W, 3), a tensor uint8 (B, 3, H, W)."""
+"""A PIL image, a sequence of PIL images or uint8 arrays (H, W, 3), a uint8 array (B, H, W, 3), a uint8 tensor (B, 3, H, W)."""
 
 EXPECTED = "expected PIL images, a numpy array uint8 (B, H, W, 3) or a torch tensor uint8 (B, 3, H, W)"
 
 
 def crops_of(images: Images, size: int, keys: Sequence[str] | None = None) -> np.ndarray:
-    """Images -> crops, uint8 (B, S, S, 3) with S = `size`.
+    """Crop images. Returns uint8 (B, S, S, 3) with S = `size`.
 
     Args:
-        keys: decide the crops, as the samples' keys do in preprocessing; None: the pixels of each image decide its own.
+        keys: one seed per image for the position of its crop: preprocessing uses the key of the sample. If None, the pixels of
+            the image are the seed.
 
     Raises:
-        DataError: not images, too small ones, none, or not one key for each.
+        DataError: not images, images that are too small, no images, or not one key per image.
     """
     pixels = _pixels_of(images)
     if keys is not None and len(keys) != len(pixels):
-        raise DataError(f"{len(keys)} keys for {len(pixels)} images: expected one for each")
+        raise DataError(f"{len(keys)} keys for {len(pixels)} images: expected one key per image")
     return np.stack([_crop(i, image_HWC, size, keys[i] if keys else None) for i, image_HWC in enumerate(pixels)])
 
 
@@ -56,7 +57,7 @@ def _pixels(i: int, image: Image.Image | np.ndarray) -> np.ndarray:
         try:
             return np.asarray(upright_rgb(image))
         except ImageProblem as problem:
-            raise DataError(f"image {i} is {problem.reason}: expected one that Pillow can decode") from None
+            raise DataError(f"image {i} is {problem.reason}: expected an image that Pillow can decode") from None
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
     shape = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else "no image"
@@ -69,7 +70,7 @@ def _crop(i: int, image_HWC: np.ndarray, size: int, key: str | None) -> np.ndarr
         return prior_crop(image_HWC, size, seed)
     except ImageProblem as problem:
         height, width = image_HWC.shape[:2]
-        raise DataError(f"image {i} is {problem.reason}, {width}x{height} pixels: expected at least {size} a side") from None
+        raise DataError(f"image {i} is {problem.reason}, {width}x{height} pixels: expected at least {size} per side") from None
 
 
 def digest_of(image_HWC: np.ndarray) -> str:

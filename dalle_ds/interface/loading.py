@@ -1,4 +1,4 @@
-"""Open a trained model, or a scorer, from wherever it lies."""
+"""Open a trained model or a scorer from a folder, a url or the MLflow model registry."""
 
 import tempfile
 from dataclasses import replace
@@ -18,15 +18,15 @@ def load(source: str | Path, device: str = "auto", *, scorer: str | Path | Score
     """Open a trained model.
 
     Args:
-        source: what `dalle-ds export` wrote: a folder, an s3:// url, any other url that fsspec reads (the files are copied to
-            a temporary folder first); or models:/NAME/VERSION, what `dalle-ds register` registered with the MLflow store of
-            MLFLOW_TRACKING_URI.
-        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
-        scorer: what `Model.sample` chooses with: a CLIP's folder or hub name, or an object with the methods of
-            `dalle_ds.Scorer`. None: the CLIP that was registered with the model, else none.
+        source: an export of `dalle-ds export`: a folder, an s3:// url, or another url that fsspec can read, whose files are
+            first copied to a temporary folder. Or models:/NAME/VERSION, a model that `dalle-ds register` registered in the
+            MLflow store of MLFLOW_TRACKING_URI.
+        device: "cpu", "cuda", "cuda:1"; "auto" uses a GPU if there is one.
+        scorer: scorer that `Model.sample` ranks candidates with: a CLIP's folder or hub name, or an object with the methods of
+            `dalle_ds.Scorer`. If None: the CLIP that was registered with the model; a model without one has no scorer.
 
     Raises:
-        UserError: nothing there, damaged, parts that don't belong together, no such device.
+        UserError: `source` does not exist or is damaged, its parts do not belong together, or there is no such device.
     """
     url, place = str(source), str(resolve_device(device))
     own: Scorer | None = None
@@ -40,14 +40,14 @@ def load(source: str | Path, device: str = "auto", *, scorer: str | Path | Score
 
 
 def load_scorer(source: str | Path, device: str = "auto") -> ClipScorer:
-    """Open a CLIP that chooses among samples; several models can share it.
+    """Open a CLIP that scores samples. Several models can share it.
 
     Args:
-        source: a folder that `dalle-ds train-clip` or `transformers` wrote, or a hub name.
+        source: a folder written by `dalle-ds train clip` or by `transformers`, or a hub name.
         device: as in `load`.
 
     Raises:
-        UserError: nothing there, no CLIP, or `transformers` is not installed.
+        UserError: `source` does not exist or is not a CLIP, or `transformers` is not installed.
     """
     return scorers.load_scorer(source, resolve_device(device))
 

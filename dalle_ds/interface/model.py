@@ -1,4 +1,4 @@
-"""A trained model in a program: samples, codes, images and losses, by the functions that the commands use.
+"""The Python interface of a trained model: sample, encode, decode, loss. It uses the same functions as the commands.
 
 B images or captions, N image tokens, H and W pixels.
 """
@@ -26,14 +26,14 @@ from dalle_ds.sampling.request import Request, SamplingConfig
 from dalle_ds.sampling.sampler import Candidate, Sampler
 from dalle_ds.sampling.scorer import Scorer, load_scorer
 
-BATCH = 32  # images that the dVAE encodes at once
+BATCH = 32  # images per batch of the dVAE's encoder
 
 Codes = Tensor | np.ndarray | Sequence[Tensor]
 """Image tokens: integers (B, N), or a sequence of B tensors (N,)."""
 
 
 class SampleOptions(TypedDict, total=False):
-    """The options of `Model.sample`: fields of `SamplingConfig`, which has their defaults and bounds."""
+    """Options of `Model.sample`: the fields of `SamplingConfig`, which defines their defaults and bounds."""
 
     n: int
     keep: int | None
@@ -47,13 +47,13 @@ class SampleOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image that was drawn for a caption.
+    """One image that was sampled for a caption.
 
     Attributes:
-        image: RGB, `Model.image_size` pixels a side.
-        score: how well the scorer finds that it fits the caption; None without a scorer.
-        seed: of this image alone, as in samples.json.
-        codes: int64 (N,), which `Model.decode` makes the image of.
+        image: RGB image, `Model.image_size` pixels per side.
+        score: the scorer's score of image and caption, higher is better. None without a scorer.
+        seed: seed of this image, as in samples.json.
+        codes: image tokens, int64 (N,). `Model.decode` decodes them to the image.
     """
 
     image: Image.Image
@@ -65,10 +65,10 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """Negative log-likelihood of images given their captions, in nats a token.
+    """Negative log-likelihood of images given their captions, in nats per token.
 
     Attributes:
-        per_sample: float32 (B,), the mean over each image's tokens.
+        per_sample: float32 (B,), the mean over the tokens of each image.
         per_token: float32 (B, N), in raster order.
     """
 
@@ -77,14 +77,14 @@ class Loss:
 
 
 class Model:
-    """An export in memory: prior, dVAE, tokenizer and, where there is one, a scorer. `dalle_ds.load` makes it.
+    """An export in memory: prior, dVAE, tokenizer and an optional scorer. `dalle_ds.load` creates it.
 
-    Tensors that come out are on the CPU. Several threads may share a model: it draws for one of them at a time.
+    Returned tensors are on the CPU. Several threads may share a model; it runs one call of `sample` at a time.
     """
 
     def __init__(self, export: Export, scorer: Scorer | None = None) -> None:
         self._export, self._scorer = export, scorer
-        self._loaded: dict[str, Scorer] = {}  # scorers that calls named
+        self._loaded: dict[str, Scorer] = {}  # scorers that were named in calls of `sample`
         self._one_at_a_time = Lock()
 
     def __repr__(self) -> str:
@@ -93,12 +93,12 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the images."""
+        """Side of the images in pixels."""
         return self._export.dvae.config.image_size
 
     @property
     def grid(self) -> int:
-        """Image tokens a side: N = grid * grid."""
+        """Side of the token grid: N = grid * grid."""
         return self._export.dvae.config.grid
 
     @property
@@ -108,17 +108,17 @@ class Model:
 
     @property
     def text_len(self) -> int:
-        """Text slots of the prior, as `dalle_ds.data.open` takes it: captions are cut to text_len - 1 tokens."""
+        """Text positions of the prior: `text_len` of `dalle_ds.data.open`. Captions are truncated to text_len - 1 tokens."""
         return self._export.prior.config.text_len
 
     @property
     def fingerprint(self) -> str:
-        """Of the prior's weights; records of samples and scores carry it."""
+        """Fingerprint of the prior's weights. Records of samples and scores contain it."""
         return self._export.fingerprint
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model."""
         return self._export.device
 
     @overload
@@ -152,33 +152,35 @@ class Model:
         prompt_rows: int | None = None,
         **options: Unpack[SampleOptions],
     ) -> list[Sample] | list[list[Sample]]:
-        """Draw images for captions: pixel for pixel those of `dalle-ds sample` with the same options.
+        """Sample images for captions. They equal those of `dalle-ds sample` with the same options pixel for pixel.
 
         Args:
-            captions: one, or several.
-            scorer: what chooses among candidates: a CLIP's folder or hub name, or an object with the methods of
-                `dalle_ds.Scorer`. None: the scorer that the model was loaded with.
-            image_prompt: image-to-image: the top `prompt_rows` rows of its codes are kept, the rest is drawn. A file, a file's
-                bytes, or a PIL image, which counts as its PNG file. Captions may then be empty: "" draws variations.
-            prompt_rows: 0 to grid - 1; None: the paper's share, 15 of 32.
-            n: candidates for each caption.
-            keep: the best of them by the scorer; None: all.
-            temperature: the paper's is 1; 0 takes the likeliest token.
-            top_k: 0 keeps all tokens, as the paper.
-            top_p: 1 keeps all tokens, as the paper.
-            guidance: of captions over none; 1 leaves it out, as the paper.
-            seed: of the whole call.
-            batch: images drawn at once.
+            captions: one caption, or several.
+            scorer: scorer that ranks the candidates: a CLIP's folder or hub name, or an object with the methods of
+                `dalle_ds.Scorer`. If None: the scorer that the model was loaded with.
+            image_prompt: image for image-to-image: the top `prompt_rows` rows of its codes are kept, and the rest is sampled. A
+                file, the bytes of a file, or a PIL image, which is treated as its PNG file. A caption may then be empty: ""
+                samples variations of the image.
+            prompt_rows: rows of codes to keep, 0 to grid - 1. If None, the paper's fraction: 15 of 32.
+            n: candidates per caption.
+            keep: keep only this many candidates, the best by score. If None, all.
+            temperature: softmax temperature. The paper's is 1; 0 takes the most likely token.
+            top_k: sample only from the k most likely tokens. 0 keeps all tokens, as in the paper.
+            top_p: sample only from the smallest set of most likely tokens that together have this probability. 1 keeps all
+                tokens, as in the paper.
+            guidance: scale of classifier-free guidance by the caption. 1: none, as in the paper.
+            seed: seed of the call, from which the seed of each image is derived.
+            batch: images per batch.
 
         Returns:
-            For one caption a list of `Sample`, best first; for several a list of such lists.
+            For one caption, a list of `Sample`, best first. For several captions, a list of such lists.
 
         Raises:
-            UserError: what cannot be drawn, as the command says it; a scorer or an image that cannot be read.
+            UserError: invalid options with the message of the command, or a scorer or image that cannot be read.
         """
         settings = from_values(SamplingConfig, options, "Model.sample")
         if prompt_rows is not None and image_prompt is None:
-            raise ConfigError(f"prompt_rows {prompt_rows} without an image: expected an image_prompt")
+            raise ConfigError(f"prompt_rows {prompt_rows} without an image prompt: expected image_prompt as well")
         prompt = self._image_prompt(image_prompt, prompt_rows)
         request = Request((captions,) if isinstance(captions, str) else tuple(captions), settings, prompt)
         sampler = Sampler(self._export, self._scorer_of(scorer))
@@ -188,18 +190,19 @@ class Model:
         return samples[0] if isinstance(captions, str) else samples
 
     def encode(self, images: Images, *, keys: Sequence[str] | None = None) -> Tensor:
-        """Images -> codes, int64 (B, N) in raster order, as preprocessing encodes them in fp32.
+        """Encode images to codes, int64 (B, N) in raster order, as preprocessing does in fp32.
 
-        Images are cropped by the rule of the training data, near the middle. One of just image_size pixels stays whole.
+        Images are cropped near the middle, as in the training data. An image of exactly image_size pixels per side is not
+        cropped.
 
         Args:
             images: one PIL image, a sequence of PIL images of any sizes, a numpy array uint8 (B, H, W, 3), or a torch tensor
                 uint8 (B, 3, H, W).
-            keys: decide where the crops are, one for each image: the key of a sample gives the codes that the encode stage
-                writes for it. None: the image's own pixels decide.
+            keys: one seed per image for the position of its crop. The key of a sample gives the same codes as the encode stage.
+                If None, the pixels of the image are the seed.
 
         Raises:
-            UserError: not such images, or smaller than image_size.
+            UserError: another type or shape, or an image smaller than image_size.
         """
         crops_BHWC = crops_of(images, self.image_size, keys)
         codes = []
@@ -210,37 +213,37 @@ class Model:
         return torch.cat(codes)
 
     def decode(self, codes: Codes) -> list[Image.Image]:
-        """Codes -> RGB images of image_size pixels a side, as `Sample.image`.
+        """Decode codes to RGB images, image_size pixels per side, as `Sample.image`.
 
         Args:
-            codes: integers (B, N), a tensor or a numpy array, or a sequence of tensors (N,).
+            codes: integers (B, N) in a tensor or a numpy array, or a sequence of tensors (N,).
 
         Raises:
-            UserError: another shape or type, or codes that the codebook does not have.
+            UserError: another shape or type, or codes that are not in the codebook.
         """
         return decode_images(self._export.dvae, self._codes_of(codes))
 
     def loss(self, captions: Sequence[str], images: Images | Codes, *, batch: int = 16) -> Loss:
-        """How unlikely the prior finds images given their captions, as `dalle-ds evaluate` computes it.
+        """Negative log-likelihood of images given their captions, computed as in `dalle-ds eval loss`.
 
         Args:
-            captions: one for each image; captions are cut to text_len - 1 tokens, as in training.
-            images: as `encode` takes them, or codes as `decode` takes them.
-            batch: images at once; only the rounding depends on it.
+            captions: one per image. Captions are truncated to text_len - 1 tokens, as in training.
+            images: images as for `encode`, or codes as for `decode`.
+            batch: images per batch. Only rounding depends on it.
 
         Raises:
-            UserError: not one caption for each image; what `encode` or `decode` refuse.
+            UserError: not one caption per image, or as `encode` and `decode`.
         """
         captions = [captions] if isinstance(captions, str) else list(captions)
         codes_BN = self._codes_of(cast(Codes, images)) if _are_codes(images) else self.encode(cast(Images, images))
         if len(captions) != len(codes_BN):
-            raise DataError(f"{len(captions)} captions for {len(codes_BN)} images: expected one for each")
+            raise DataError(f"{len(captions)} captions for {len(codes_BN)} images: expected one caption per image")
         if batch < 1:
             raise ConfigError(f"batch {batch}: expected at least 1")
         losses_BN = torch.from_numpy(image_losses(self._export.prior, self._export.text(captions), codes_BN, batch=batch))
         return Loss(losses_BN.mean(1), losses_BN)
 
-    # ---- parts of the above --------------------------------------------------------------------------------------------
+    # ---- helpers -------------------------------------------------------------------------------------------------------
 
     def _scorer_of(self, scorer: str | Path | Scorer | None) -> Scorer | None:
         if scorer is None:
@@ -275,18 +278,18 @@ class Model:
         try:
             codes_BN = torch.as_tensor(codes) if isinstance(codes, np.ndarray | Tensor) else torch.stack(list(codes))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"codes are no tensor of one shape ({error}): {expected}") from None
+            raise DataError(f"codes do not form one tensor ({error}): {expected}") from None
         is_integer = not (codes_BN.is_floating_point() or codes_BN.is_complex() or codes_BN.dtype == torch.bool)
         if not is_integer or codes_BN.ndim != 2 or codes_BN.shape[1] != self.grid**2:
             raise DataError(f"codes are {codes_BN.dtype} {tuple(codes_BN.shape)}: {expected}")
         codes_BN = codes_BN.detach().cpu().long()
         if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < self.n_codes:
-            raise DataError(f"codes run from {int(codes_BN.min())} to {int(codes_BN.max())}: {expected}")
+            raise DataError(f"codes range from {int(codes_BN.min())} to {int(codes_BN.max())}: {expected}")
         return codes_BN
 
 
 def open_scorer(scorer: str | Path | Scorer, device: str | torch.device) -> Scorer:
-    """A CLIP by its folder or hub name; another scorer as it is. Raises ConfigError where it is neither."""
+    """Load a CLIP by its folder or hub name. A scorer object is returned unchanged. Raises ConfigError if it is neither."""
     if isinstance(scorer, str | Path):
         return load_scorer(scorer, device)
     if not callable(getattr(scorer, "scores", None)):
@@ -295,7 +298,7 @@ def open_scorer(scorer: str | Path | Scorer, device: str | torch.device) -> Scor
 
 
 def _are_codes(images: Images | Codes) -> bool:
-    """Whether these are codes rather than images, by the number of dimensions."""
+    """Whether the input is codes, not images: an array or tensor with two dimensions, or a sequence of tensors."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim == 2
     return isinstance(images, Sequence) and len(images) > 0 and all(isinstance(one, Tensor) for one in images)

@@ -1,6 +1,6 @@
-"""Sparse self-attention branch of the prior, for whole sequences and token by token.
+"""Sparse self-attention branch of the prior, for whole sequences and for token-by-token decoding.
 
-B batch, L slots, T of them text, H heads, D head width, C model width (H * D); S slots of a layer's ring of image keys.
+B batch, L slots, T text slots, H heads, D head width, C model width (H * D), S slots in a layer's ring buffer of image keys.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dalle_ds.ops.attention.masks import SparseMask, transpose_grid
 
 @dataclass
 class LayerCache:
-    """Keys and values of what a layer has read: text once for each caption, image keys in a ring for each candidate."""
+    """KV cache of one layer: text keys and values once per caption, image keys and values in a ring buffer per candidate."""
 
     text_k_CHTD: Tensor
     text_v_CHTD: Tensor
@@ -28,14 +28,14 @@ class LayerCache:
     ring_v_BHSD: Tensor
 
     def expand(self, n: int) -> "LayerCache":
-        """The same past for n candidates of each row; the text is not copied."""
+        """Repeat the cache for n candidates of each row. The text part is shared, not copied."""
         rings = (ring.repeat_interleave(n, 0) for ring in (self.ring_k_BHSD, self.ring_v_BHSD))
         return LayerCache(self.text_k_CHTD, self.text_v_CHTD, *rings)
 
 
 class _SplitHeads(torch.autograd.Function):
-    """(B, L, 3 C) -> q, k, v as views (B, H, L, D). Backward writes their gradients into one tensor, which autograd's own views
-    would make in two steps."""
+    """(B, L, 3 C) -> q, k, v as views (B, H, L, D). The backward pass writes the three
+    gradients straight into one tensor; autograd's own views would take two steps for that."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BLC: Tensor, n_heads: int) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ class _SplitHeads(torch.autograd.Function):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention under one of the paper's three patterns, one softmax over text and image keys together."""
+    """Multi-head attention under one of the paper's three patterns. One softmax covers text and image keys together."""
 
     def __init__(self, n_heads: int, d_head: int, mask: SparseMask) -> None:
         super().__init__()
@@ -61,18 +61,22 @@ class SelfAttention(nn.Module):
         self.qkv = BranchLinear(d_model, 3 * d_model)
         self.project = BranchLinear(d_model, d_model)
         self.attend: Attention | None = None
-        """The backend, see `use_attention`; None: the dense reference."""
+        """The attention backend, set by `use_attention`. None means the dense reference."""
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        """x (B, L, C), the whole sequence -> (B, L, C)."""
+        """Attend over the whole sequence: x (B, L, C) -> (B, L, C)."""
         attend = self.attend or self.backend("dense", x_BLC.device)
-        # columns first: the states are permuted once, at model width, and not q, k, v and the result
+        # For columns_first, permute x once before the projection; otherwise q, k and v would be three permutations.
         x_BLC = self._reorder(attend, x_BLC)
         out_BHLD = attend(*self.heads(x_BLC))
         return self._reorder(attend, self.project(rearrange(out_BHLD, "b h l d -> b l (h d)")))
 
     def prefill(self, x_BLC: Tensor) -> tuple[Tensor, LayerCache]:
-        """x (B, L, C), all text slots and at least the first image slot -> (B, L, C), and what later slots need of it."""
+        """Attend over the first slots and fill a cache.
+
+        x (B, L, C) holds all text slots and at least the first image slot. Returns the output (B, L, C) and the cache from
+        which `decode` continues.
+        """
         q, k, v = self.heads(x_BLC)
         out_BHLD = self.backend("dense", x_BLC.device)(q, k, v)
         ring = reach_of(self.mask, x_BLC.device).ring
@@ -85,7 +89,10 @@ class SelfAttention(nn.Module):
         return self.project(rearrange(out_BHLD, "b h l d -> b l (h d)")), LayerCache(*parts)
 
     def decode(self, x_B1C: Tensor, cache: LayerCache, slot_1: Tensor) -> Tensor:
-        """x (B, 1, C) of image slot `slot` (int64, one element, on the device) -> (B, 1, C); its key joins the cache."""
+        """Attend from one image slot to the cache, and add the slot's key and value to the cache.
+
+        x (B, 1, C) -> (B, 1, C). `slot_1` (1,) int64, on the device, is the index of the image slot.
+        """
         q, k, v = self.heads(x_B1C)
         reach = reach_of(self.mask, x_B1C.device)
         place_1 = slot_1 % reach.ring
@@ -97,25 +104,25 @@ class SelfAttention(nn.Module):
         return self.project(rearrange(out_BH1D, "b h l d -> b l (h d)"))
 
     def heads(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, C) -> queries, keys and values of every head, (B, H, L, D) each, views of one projection."""
+        """x (B, L, C) -> queries, keys and values, (B, H, L, D) each. All three are views of one projection."""
         return _SplitHeads.apply(self.qkv(x_BLC), self.n_heads)
 
     def _reorder(self, attend: Attention, x_BLC: Tensor) -> Tensor:
         return transpose_grid(x_BLC, self.mask.n_text, self.mask.grid) if attend.columns_first else x_BLC
 
     def backend(self, name: str, device: torch.device) -> Attention:
-        """The attention backend `name` for this layer. Raises ConfigError where it can't run."""
+        """Return the attention backend `name` for this layer's mask. Raises ConfigError if it can't run on `device`."""
         return attention_backend(name, self.mask, device)
 
 
 def use_attention(model: nn.Module, name: str, device: torch.device) -> str:
-    """Make every attention layer of `model` compute whole sequences with the backend `name`; "auto": the fastest on `device`.
+    """Set the backend that every attention layer of `model` uses for whole sequences. "auto" is the fastest one on `device`.
 
     Returns:
         The name of the backend in use.
 
     Raises:
-        ConfigError: no such backend, or it can't run on `device`.
+        ConfigError: the backend does not exist or can't run on `device`.
     """
     layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
     if name == "auto":
@@ -126,15 +133,16 @@ def use_attention(model: nn.Module, name: str, device: torch.device) -> str:
 
 
 def verify_attention(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int = 1) -> None:
-    """Compare the backend that `model` uses with dense attention on this very machine, in `dtype`: outputs and gradients of
-    every pattern at the model's sequence length and heads, with `batch` samples. Released compilers and kernels have been
-    silently wrong before.
+    """Compare the model's attention backend with dense attention on this machine, in `dtype`.
 
-    With the batch of training the kernels in question are those that training will use, and no others are compiled. They take
-    less memory than a layer's step.
+    Outputs and gradients of every pattern are compared, at the model's sequence length and number of heads, with `batch`
+    samples. Released compilers and kernels have been silently wrong before.
+
+    When `batch` is the training micro-batch, the compiled kernels are exactly those that training will use. The check takes
+    less memory than a training step of one layer.
 
     Raises:
-        RuntimeError: the errors are out of proportion to those of dense attention in the same format.
+        RuntimeError: a relative error is more than twice that of dense attention in the same format.
     """
     layers = {layer.mask.pattern: layer for layer in model.modules() if isinstance(layer, SelfAttention)}
     for pattern, layer in layers.items():

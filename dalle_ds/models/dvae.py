@@ -1,4 +1,4 @@
-"""The discrete VAE: images to a grid of codes, as released by the authors, for all sizes."""
+"""The discrete VAE: maps images to a grid of codes. The architecture is the one that the authors released, at any size."""
 
 # B batch, C channels, H and W pixels, K codes, h and w grid cells, N = h*w
 
@@ -16,30 +16,31 @@ from dalle_ds.recipes import Config
 
 
 class DVAEConfig(Config):
-    """Defaults are the paper's: 256 px, 32x32 cells, 8192 codes; 53,786,240 + 43,829,766 parameters."""
+    """Size of the dVAE. Defaults are the paper's: 256 px, 32x32 cells, 8192
+    codes; the encoder has 53,786,240 parameters, the decoder 43,829,766."""
 
     image_size: int = 256
-    n_groups: int = 4  # a pool follows every group but the last: each cell is 2 ** (n_groups - 1) pixels wide
+    n_groups: int = 4  # every group but the last ends in a pool, so a grid cell is 2 ** (n_groups - 1) pixels wide
     n_blk_per_group: int = 2
     n_hid: int = 256
-    n_init: int = 128  # width of a code's vector in the decoder
+    n_init: int = 128  # width of a code's embedding vector in the decoder
     n_codes: int = 8192
     in_channels: int = 3
     pixel_eps: float = 0.1
 
     @property
     def grid(self) -> int:
-        """Cells along one side."""
+        """Grid cells along one side."""
         return self.image_size >> (self.n_groups - 1)
 
     @property
     def n_tokens(self) -> int:
-        """Codes of one image."""
+        """Number of codes per image."""
         return self.grid**2
 
     @property
     def n_layers(self) -> int:
-        """Residual blocks of the encoder, and of the decoder."""
+        """Number of residual blocks in the encoder; the decoder has as many."""
         return self.n_groups * self.n_blk_per_group
 
     @model_validator(mode="after")
@@ -53,23 +54,24 @@ class DVAEConfig(Config):
         if self.image_size % cell:
             raise ValueError(f"image_size {self.image_size} is not a multiple of the cell width {cell}")
         if self.n_hid % 4:
-            raise ValueError(f"n_hid {self.n_hid} is not a multiple of 4: a block is a quarter as wide inside as outside")
+            raise ValueError(f"n_hid {self.n_hid} is not a multiple of 4: the hidden width of a residual block is n_hid / 4")
         if not 0.0 < self.pixel_eps < 0.5:
             raise ValueError(f"pixel_eps is {self.pixel_eps}, expected between 0 and 0.5")
         return self
 
 
 class Conv2d(nn.Module):
-    """Same-size convolution with the released initialisation: weight ~ N(0, 1/(n_in k^2)), bias 0.
+    """Convolution with "same" padding and the released initialisation: weight ~ N(0, 1/(n_in k^2)), bias 0.
 
-    `force_fp32` keeps the two 1x1 convolutions beside the relaxation out of autocast; the others follow the caller's autocast.
+    `force_fp32` disables autocast. It is set for the two 1x1 convolutions next to the relaxation; all other convolutions
+    follow the caller's autocast.
     """
 
     def __init__(self, n_in: int, n_out: int, k: int, force_fp32: bool = False) -> None:
         super().__init__()
         self.padding, self.force_fp32 = (k - 1) // 2, force_fp32
         w = torch.empty(n_out, n_in, k, k)
-        if not w.is_meta:  # where arithmetic takes torch a second, to import its compiler
+        if not w.is_meta:  # arithmetic on meta tensors makes torch import its compiler, which takes a second
             w = torch.randn(w.shape) / math.sqrt(n_in * k * k)
         self.w = nn.Parameter(w)
         self.b = nn.Parameter(torch.zeros(n_out))
@@ -82,7 +84,7 @@ class Conv2d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """id_path(x) + res_path(x) / n_layers^2, pre-activation, no normalisation: the small gain keeps deep stacks stable."""
+    """id_path(x) + res_path(x) / n_layers^2, pre-activation, without normalisation. The small gain keeps deep stacks stable."""
 
     def __init__(self, n_in: int, n_out: int, n_layers: int, kernels: tuple[int, int, int, int]) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ def _group(
 
 
 class Encoder(nn.Module):
-    """Mapped pixels (B, C, H, W) -> logits (B, K, h, w) in fp32."""
+    """Mapped pixels (B, C, H, W) -> fp32 logits (B, K, h, w)."""
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -132,7 +134,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes, relaxed or one-hot (B, K, h, w) -> 2C maps (B, 2C, H, W): mu, then ln b. The first convolution is the codebook."""
+    """Relaxed or one-hot codes (B, K, h, w) -> 2C maps (B, 2C, H, W): first mu, then ln b.
+
+    The weight of the first convolution is the codebook.
+    """
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -151,14 +156,15 @@ class Decoder(nn.Module):
         return self.blocks(codes_BKhw)
 
     def from_codes(self, codes_Bhw: Tensor) -> Tensor:
-        """The same as forward on one-hot codes, without building them: the first convolution is a look-up."""
+        """Decode code indices (B, h, w). Equal to `forward` on one-hot
+        codes, but the first convolution is an embedding look-up."""
         first = self.blocks.input
         vectors_BhwI = F.embedding(codes_Bhw, first.w.flatten(1).t().contiguous()) + first.b
         return self.blocks[1:](vectors_BhwI.permute(0, 3, 1, 2).contiguous())
 
 
 class DVAE(nn.Module):
-    """Encoder and decoder. A released state dict loads by putting `encoder.` or `decoder.` before each of its names."""
+    """Encoder and decoder. To load a released state dict, prefix each of its names with `encoder.` or `decoder.`."""
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -166,26 +172,37 @@ class DVAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def map_images(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 images -> mapped pixels; refuses images of another size, which would give another grid in silence."""
+        """uint8 images (B, C, H, W) -> mapped pixels.
+
+        Raises:
+            ValueError: the images are not uint8 of the configured size. Other sizes would silently give another grid.
+        """
         size, channels = self.config.image_size, self.config.in_channels
         if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != (channels, size, size):
             raise ValueError(f"images have shape {tuple(images_BCHW.shape)}, expected (batch, {channels}, {size}, {size})")
         if images_BCHW.dtype != torch.uint8:
-            raise ValueError(f"images are {images_BCHW.dtype}, expected uint8 in 0..255 (mapping is done here, once)")
+            raise ValueError(f"images are {images_BCHW.dtype}, expected uint8 in 0..255 (map_images maps them itself)")
         return map_pixels(images_BCHW, self.config.pixel_eps)
 
     def encode_logits(self, pixels_BCHW: Tensor) -> Tensor:
-        """Mapped pixels -> logits (B, K, h, w), fp32."""
+        """Mapped pixels (B, C, H, W) -> fp32 logits (B, K, h, w)."""
         return self.encoder(pixels_BCHW)
 
     @torch.no_grad()
     def tokens(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 images -> codes (B, N) int64 in raster order: the argmax, without noise (paper, section 2.2)."""
+        """uint8 images (B, C, H, W) -> codes (B, N) int64 in raster order.
+
+        Codes are the argmax of the logits, without noise (paper, section 2.2).
+        """
         return self.encode_logits(self.map_images(images_BCHW)).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
     def decode_tokens(self, codes_BN: Tensor) -> Tensor:
-        """Codes (B, N) -> uint8 images (B, C, H, W)."""
+        """Codes (B, N) -> uint8 images (B, C, H, W).
+
+        Raises:
+            ValueError: the codes have the wrong shape or are outside 0..n_codes - 1.
+        """
         config = self.config
         if codes_BN.ndim != 2 or codes_BN.shape[1] != config.n_tokens:
             raise ValueError(f"codes have shape {tuple(codes_BN.shape)}, expected (batch, {config.n_tokens})")
@@ -199,7 +216,7 @@ class DVAE(nn.Module):
     def forward(
         self, images_BCHW: Tensor, tau: float, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One relaxed pass for training -> (mapped pixels, logits, mu, ln b), all fp32."""
+        """Training pass through the relaxed codes. Returns (mapped pixels, logits, mu, ln b), all fp32."""
         pixels_BCHW = self.map_images(images_BCHW)
         logits_BKhw = self.encode_logits(pixels_BCHW)
         mu, ln_b = split_output(self.decoder(gumbel_softmax(logits_BKhw, tau, generator)))

@@ -10,35 +10,35 @@ from torch import Tensor, nn
 
 
 class BranchPrecision:
-    """The edges of a residual branch. This base keeps everything in the input's dtype: fp32 truth.
+    """Conversions at the start and the end of a residual branch. This base class keeps everything in the input's dtype: fp32.
 
-    `dalle_ds.precision` puts its own in their place (paper section 2.4, figure 4); the model knows nothing of it.
+    `dalle_ds.precision` replaces it by subclasses for fp16 branches (paper section 2.4, figure 4).
     """
 
     def to_branch(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Identity path -> identity path, and normed in the format that the branch computes in."""
+        """Return the identity path and the branch's input: `norm(x_BLD)` in the format in which the branch computes."""
         return x_BLD, norm(x_BLD)
 
     def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        """Identity path and what the branch made -> identity path."""
+        """Add the branch's output to the identity path."""
         return x_BLD + y_BLD
 
 
 class Linear(nn.Linear):
-    """A linear layer whose product `matmul(x, weight, bias)` can be replaced from outside, as the edges of a block can."""
+    """A linear layer whose product `matmul(x, weight, bias)` can be replaced from outside."""
 
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
     @property
     def has_own_matmul(self) -> bool:
-        """Whether the product has been replaced."""
+        """Whether `use_matmul` has replaced the product."""
         return "matmul" in vars(self)
 
     def use_matmul(self, matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
         self.matmul = matmul  # type: ignore[method-assign]
 
     def reset_matmul(self) -> None:
-        """Back to the plain product."""
+        """Restore the plain product, `F.linear`."""
         vars(self).pop("matmul", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ class Linear(nn.Linear):
 
 
 class BranchLinear(Linear):
-    """A linear layer inside a residual branch: the matrices that the paper keeps in 16 bits."""
+    """A linear layer inside a residual branch. The paper keeps the matrices of these layers in 16 bits."""
 
 
 class ResBlock(nn.Module):
-    """x + branch(norm(x)). One of these is the unit of gradient scaling: a layer has two, attention and MLP."""
+    """x + branch(norm(x)). Every residual block has its own gradient scale. A layer has two blocks, attention and MLP."""
 
     def __init__(self, d_model: int, branch: nn.Module) -> None:
         super().__init__()
@@ -63,16 +63,16 @@ class ResBlock(nn.Module):
         return self.from_branch(x_BLD, self.branch(h_BLD))
 
     def to_branch(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Identity path -> identity path and the branch's input."""
+        """Return the identity path and the branch's input."""
         return self.precision.to_branch(self.norm, x_BLD)
 
     def from_branch(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        """Identity path and the branch's output -> identity path."""
+        """Add the branch's output to the identity path."""
         return self.precision.from_branch(x_BLD, y_BLD)
 
 
 class MLP(nn.Module):
-    """Two matrices around a GELU, hidden width 4 * d_model (paper table 2)."""
+    """Two linear layers with a GELU between them; the hidden width is 4 * d_model (paper table 2)."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -80,6 +80,6 @@ class MLP(nn.Module):
         self.project = BranchLinear(4 * d_model, d_model)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        # The paper does not state its GELU. The exact form is one fused kernel everywhere, and on CPUs three times as fast
-        # as the tanh form.
+        # The paper does not state which GELU it uses. The exact form is one fused kernel on every device. On CPUs it is three
+        # times as fast as the tanh form.
         return self.project(F.gelu(self.expand(x_BLD)))

@@ -1,4 +1,4 @@
-"""Where computation goes when nobody names a device."""
+"""Choose the compute device, and copy tensors to it."""
 
 import os
 
@@ -9,42 +9,43 @@ from dalle_ds.errors import ConfigError
 
 
 def gpus_are_wanted() -> bool:
-    """DS_ACCELERATOR, by which DeepSpeed chooses, names nothing but cuda."""
+    """Whether DS_ACCELERATOR, DeepSpeed's choice of the accelerator, is unset or "cuda"."""
     return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def use_cuda() -> bool:
-    """Whether to compute on GPUs of this machine: torch sees one, and they are wanted."""
+    """Whether to compute on GPUs: torch sees a GPU, and `gpus_are_wanted()`."""
     return torch.cuda.is_available() and gpus_are_wanted()
 
 
 def default_device() -> str:
-    """ "cuda" or "cpu"."""
+    """Return "cuda" if `use_cuda()`, otherwise "cpu"."""
     return "cuda" if use_cuda() else "cpu"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a recipe or an option names; "auto" is `default_device()`.
+    """Return the device that a recipe or an option names. "auto" is `default_device()`.
 
     Raises:
-        ConfigError: that is no device, or it is not there.
+        ConfigError: the name is not a device, or this machine does not have the device.
     """
     if name == "auto":
         return torch.device(default_device())
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # a torch that was built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         problem = str(error).splitlines()[0]
         raise ConfigError(f"device is {name!r}, expected auto, or cpu, cuda, cuda:N of this machine: {problem}") from None
 
 
 def ranks_here(at_most: int) -> int:
-    """Ranks for this machine: one for each GPU, but no more than `at_most`; without GPUs so many, which share the cores."""
+    """Number of ranks for this machine. With GPUs it is one per GPU, but at most `at_most`.
+    Without GPUs it is `at_most`, and the ranks share the cores."""
     return min(at_most, torch.cuda.device_count()) if use_cuda() else at_most
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`. A GPU takes it from pinned memory, and the host does not wait for it."""
+    """Copy a tensor to `device`. Copies from the host to a GPU use pinned memory, so that the host does not wait for them."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

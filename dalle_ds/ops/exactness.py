@@ -1,4 +1,4 @@
-"""What fp32 means on a GPU: products of fp32 numbers, summed in fp32, unless somebody asks for less."""
+"""Exact fp32 on GPUs: fp32 products are computed and summed in fp32, unless TF32 is explicitly allowed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ _PRODUCTS, _CONVOLUTIONS, _RECURRENCES = torch.backends.cuda.matmul, torch.backe
 
 
 def exact_fp32() -> None:
-    """Switch off what makes CUDA's products less exact than their number formats say, for this process. Changes no CPU result.
+    """Disable TF32 and 16-bit accumulation on CUDA, for this process. CPU results do not change.
 
-    Every way to a GPU calls it: joining a job, opening a model, encoding, a benchmark. torch's defaults are otherwise: cuDNN
-    takes the operands of fp32 convolutions in TF32 (10 bits of mantissa), and cuBLAS may add up the partial sums of 16-bit
-    products in 16 bits, where they overflow near 65504. NVIDIA's containers allow TF32 in fp32 matrix products, too
+    All code that uses a GPU calls it first: joining a process group, opening a model, encoding, benchmarks. By torch's
+    defaults, cuDNN rounds the operands of fp32 convolutions to TF32 (10 bits of mantissa), and cuBLAS may add partial sums of
+    16-bit products in 16 bits, where they overflow near 65504. NVIDIA's containers also allow TF32 in fp32 matrix products
     (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
     """
     _set_tf32(products=False, cudnn=False)
@@ -25,7 +25,7 @@ def exact_fp32() -> None:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within, fp32 convolutions and matrix products take their operands in TF32, where the GPU can, or they don't."""
+    """Within this context, allow or forbid TF32 in fp32 convolutions and matrix products, on GPUs that have it."""
     before = {"products": _is_tf32(_PRODUCTS), "cudnn": _is_tf32(_CONVOLUTIONS) or _is_tf32(_RECURRENCES)}
     _set_tf32(products=allowed, cudnn=allowed)
     try:
@@ -35,18 +35,18 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def has_tf32() -> bool:
-    """Whether some fp32 product may be one of TF32 now, on a GPU that has it."""
+    """Whether some fp32 operation may now use TF32, on a GPU that has it."""
     return any(map(_is_tf32, (_PRODUCTS, _CONVOLUTIONS, _RECURRENCES)))
 
 
 def _is_tf32(operation: Any) -> bool:
-    # not allow_tf32, which raises where somebody set the newer fp32_precision alone
+    # not allow_tf32, which raises if only the newer fp32_precision has been set
     return operation.fp32_precision == "tf32"
 
 
 def _set_tf32(*, products: bool, cudnn: bool) -> None:
-    # The older names first, which torch's compiler reads. They leave the newer ones at "none", which hands the question on to
-    # torch.backends.fp32_precision: so these are set as well.
+    # torch's compiler reads the older settings, so set them first. They leave the newer settings at "none", which means that
+    # torch.backends.fp32_precision decides. So set the newer ones too.
     torch.set_float32_matmul_precision("high" if products else "highest")
     torch.backends.cudnn.allow_tf32 = cudnn
     for operation, allowed in ((_PRODUCTS, products), (_CONVOLUTIONS, cudnn), (_RECURRENCES, cudnn)):

@@ -1,4 +1,4 @@
-"""fp16 arithmetic with fp32 accumulation on any device: what tensor cores do, also where the CPU has no fp16 units.
+"""fp16 arithmetic with fp32 accumulation, as on tensor cores, on any device, including CPUs without fp16 units.
 
 B batch, L tokens, I input width, O output width.
 """
@@ -15,18 +15,19 @@ def _cpu_has_fp16() -> bool:
 
 
 def has_fast_fp16(device: torch.device) -> bool:
-    """Whether fp16 matrix products run natively. Else torch falls back to scalar loops, 5 to 15 times slower than fp32."""
+    """Whether fp16 matrix products run natively. If not, torch uses scalar loops, which are 5 to 15 times slower than fp32."""
     return device.type != "cpu" or _cpu_has_fp16()
 
 
 def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) fp16, weight (O, I) and bias (O) of any float type -> (..., O) fp16.
+    """Linear layer: x (..., I) fp16, weight (O, I) and bias (O) of any float dtype -> (..., O) fp16.
 
-    The weight is rounded to fp16; sums are fp32; the result is rounded once. Products of two fp16 numbers are exact in fp32,
-    so computing through fp32 gives what an fp16 unit with fp32 accumulators gives, up to the order of the sum.
+    The weight is rounded to fp16, sums are fp32, and the result is rounded once. Products of two fp16 numbers are exact in
+    fp32. So on CPUs without fp16 units, computing in fp32 gives the result of fp16 units with fp32 accumulators, up to the
+    order of sums.
     """
     weight16 = weight.to(torch.float16)
-    # not F.linear: ZeRO-3 replaces it by its own, which adds the bias to the rounded product and rounds again
+    # Not F.linear: ZeRO-3 replaces it by a version that adds the bias to the rounded product and rounds again.
     rows = x.flatten(0, -2)
     if has_fast_fp16(x.device):
         product = torch.mm(rows, weight16.t()) if bias is None else torch.addmm(bias.to(torch.float16), rows, weight16.t())
@@ -37,14 +38,14 @@ def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) fp16 @ b (K, N) fp16 -> (M, N) fp32: the accumulators as they are, not rounded to fp16."""
+    """a (M, K) fp16 @ b (K, N) fp16 -> (M, N) fp32. The fp32 sums are not rounded to fp16."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def batched_matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a (..., M, K) @ b (..., K, N) -> (..., M, N) fp32, whatever float type a and b have."""
+    """a (..., M, K) @ b (..., K, N) -> (..., M, N) fp32, for any float dtype of a and b."""
     if a.dtype is torch.float32:
         return a @ b
     if a.is_cuda:
@@ -53,7 +54,10 @@ def batched_matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def through_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """fp16 tensors as fp32 where the device has no fp16 units, else unchanged. Gradients come back rounded to fp16."""
+    """If the device has no fp16 units, convert fp16 tensors to fp32. Otherwise return the tensors unchanged.
+
+    Gradients of converted tensors are rounded to fp16.
+    """
     if tensors[0].dtype is torch.float16 and not has_fast_fp16(tensors[0].device):
         return tuple(t.float() for t in tensors)
     return tensors

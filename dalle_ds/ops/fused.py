@@ -1,7 +1,7 @@
-"""Functions of many small operations that run as few kernels on a GPU: compiled there, plain elsewhere.
+"""Functions of many small operations that are compiled into few kernels on a GPU, and run uncompiled on other devices.
 
-Functions and no modules are compiled: ZeRO-3 hangs hooks on modules, and each of them would break a compiled one. They hold no
-parameters, so nothing in them needs gathering either.
+Only functions are compiled, not modules, since the hooks that ZeRO-3 installs on modules break compiled modules. The functions
+hold no parameters, so ZeRO-3 does not need to gather anything for them.
 """
 
 import logging
@@ -18,17 +18,18 @@ from dalle_ds.ops.kernel_compiler import kernel_problem
 log = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (7, 0)
-"""Of a GPU that Triton makes code for."""
+"""Lowest compute capability that Triton supports."""
 
 FUSED: dict[str, "Fused"] = {}
-"""All fused functions by name: for what checks that each compiles, to as few kernels as it says."""
+"""All fused functions by name. Tests use it to check that each compiles into its declared number of kernels."""
 
 observer: Callable[["Fused", tuple[Any, ...]], Any] | None = None
-"""For counting without a GPU: called with (function, arguments) in place of every call on CUDA tensors, gives its result."""
+"""If set, it is called with (function, arguments) instead of every fused function on CUDA tensors, and must return the result.
+It serves to count kernels without a GPU."""
 
 
 class Fused:
-    """A pure function of tensors and plain values. `plain` is what it computes, operation by operation."""
+    """A pure function of tensors and plain values. `plain` is the uncompiled function."""
 
     def __init__(self, plain: Callable[..., Any], kernels: int, passes: int) -> None:
         update_wrapper(self, plain)
@@ -52,8 +53,12 @@ class Fused:
 
 
 def fused(kernels: int, passes: int = 1) -> Callable[[Callable[..., Any]], Fused]:
-    """Decorator. `kernels`: how many the compiler makes of it (tests hold it to that); `passes`: how often these read the
-    large inputs."""
+    """Decorator that makes a `Fused` function.
+
+    Args:
+        kernels: number of kernels that the compiler makes of it. Tests check this number.
+        passes: how many times the kernels read the large inputs.
+    """
 
     def wrap(plain: Callable[..., Any]) -> Fused:
         function = Fused(plain, kernels, passes)
@@ -65,13 +70,13 @@ def fused(kernels: int, passes: int = 1) -> Callable[[Callable[..., Any]], Fused
 
 @cache
 def compile_problem() -> str | None:
-    """Why this machine can't compile kernels for its GPU, or None."""
+    """Return why this machine can't compile kernels for its GPU. If it can, return None."""
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has compute capability {capability}, it takes {MIN_CAPABILITY}"
+        return f"{torch.cuda.get_device_name()} has compute capability {capability}, expected at least {MIN_CAPABILITY}"
     return kernel_problem()
 
 
 @cache
 def _warn_once(problem: str) -> None:
-    log.warning("the edges of residual blocks run as many small kernels, which is slow: %s", problem)
+    log.warning("fused operations run as many small kernels, which is slow: %s", problem)

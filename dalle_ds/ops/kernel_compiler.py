@@ -1,4 +1,4 @@
-"""Whether Triton can build kernels here: torch's compiler, and with it FlexAttention, needs it on CUDA."""
+"""Check whether Triton can build kernels on this machine. On CUDA, torch.compile and FlexAttention need it."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ SOURCE = "#include <Python.h>\nint main(void) { return Py_IsInitialized(); }\n"
 
 @cache
 def kernel_problem() -> str | None:
-    """Why Triton can't build kernels for the GPU of this process, or None.
+    """Return why Triton can't build kernels for the GPU of this process. If it can, return None.
 
-    Its package brings all but one thing: a small library between Python and the driver, which it compiles where it first runs.
-    Slim containers lack a C compiler or Python's headers; then the first kernel would die, minutes into a run.
+    Triton's package contains everything but a small library between Python and the CUDA driver, which it compiles at the first
+    use. Slim containers lack a C compiler or Python's headers. Then the first kernel would fail, minutes into a run.
     """
     try:
         import triton
@@ -25,19 +25,21 @@ def kernel_problem() -> str | None:
     if problem := launcher_problem():
         return problem
     try:
-        triton.runtime.driver.active.get_current_target()  # builds that library
-    except Exception as error:  # RuntimeError, AssertionError, CalledProcessError, OSError: as each part of it likes
-        said = next(iter(str(error).strip().splitlines()), "without a word")
-        return f"triton finds no way to the GPU ({type(error).__name__}: {said})"
+        triton.runtime.driver.active.get_current_target()  # builds this library
+    except Exception as error:  # may be RuntimeError, AssertionError, CalledProcessError or OSError
+        said = next(iter(str(error).strip().splitlines()), "no message")
+        return f"triton can't access the GPU ({type(error).__name__}: {said})"
     return None
 
 
 def launcher_problem() -> str | None:
-    """Why a library for this Python can't be compiled with the compiler that Triton takes, or None."""
+    """Return why Triton's C compiler can't build a library for this Python. If it can, return None."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        return "triton needs a C compiler for its launcher: no gcc, clang or CC here (Debian: gcc python3-dev)"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton: Debian's own has no headers
+        return "triton needs a C compiler for its launcher, found no gcc, clang or CC (Debian: gcc python3-dev)"
+    scheme = sysconfig.get_default_scheme().replace(
+        "posix_local", "posix_prefix"
+    )  # as in Triton: Debian's own scheme has no headers
     headers = sysconfig.get_path("include", scheme)
     with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
         source = Path(folder) / "probe.c"
@@ -50,6 +52,6 @@ def launcher_problem() -> str | None:
     if done.returncode == 0:
         return None
     if "Python.h" in done.stderr:
-        return f"triton's launcher needs Python's headers, there is no Python.h in {headers} (Debian: python3-dev)"
+        return f"triton's launcher needs Python's headers, found no Python.h in {headers} (Debian: python3-dev)"
     said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
     return f"triton's launcher can't be compiled: {compiler}: {said.strip()}"

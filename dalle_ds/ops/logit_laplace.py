@@ -1,4 +1,4 @@
-"""Logit-Laplace likelihood: a distribution over pixel values whose support is (0, 1), as the paper's decoder predicts it."""
+"""Logit-Laplace likelihood: the distribution over pixel values in (0, 1) that the paper's decoder predicts."""
 
 # B batch, C channels, H and W pixels
 
@@ -11,9 +11,9 @@ PIXEL_EPS = 0.1
 
 
 def map_pixels(pixels: Tensor, eps: float = PIXEL_EPS) -> Tensor:
-    """Pixels in [0, 255] (uint8 or float) -> [eps, 1 - eps] fp32: the encoder's input and the likelihood's target.
+    """Map pixels in [0, 255] (uint8 or float) to [eps, 1 - eps] in fp32: the encoder's input and the likelihood's target.
 
-    Without the margin 1/(x(1-x)) in the density would be infinite at black and white.
+    Without the margin eps, the factor 1/(x(1-x)) of the density would be infinite for black and white pixels.
     """
     return pixels.float() * ((1.0 - 2.0 * eps) / 255.0) + eps
 
@@ -25,7 +25,11 @@ def unmap_pixels(mapped: Tensor, eps: float = PIXEL_EPS) -> Tensor:
 
 
 def split_output(output_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The decoder's 2C maps -> (mu, ln b), each with C maps: first all the locations, then all the log scales."""
+    """Split the decoder's 2C maps (B, 2C, H, W) into mu and ln b, (B, C, H, W) each, fp32: locations first, then log scales.
+
+    Raises:
+        ValueError: the number of maps is odd.
+    """
     n_channels = output_BCHW.shape[1]
     if n_channels % 2:
         raise ValueError(f"decoder output has {n_channels} channels, expected an even number (mu and ln b)")
@@ -36,12 +40,12 @@ def split_output(output_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 def log_density(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     """ln f(x | mu, b) = -ln 2 - ln b - ln x - ln(1-x) - |logit(x) - mu| / b, elementwise, in nats (paper, eq. 2).
 
-    The terms in x alone do not move the parameters; they belong to the bound that is reported.
+    Terms that depend only on x have no gradient for the model. They are needed for the value of the reported bound.
     """
     logit = torch.logit(mapped)
     return -math.log(2.0) - ln_b - mapped.log() - torch.log1p(-mapped) - (logit - mu).abs() * torch.exp(-ln_b)
 
 
 def location_pixels(mu: Tensor, eps: float = PIXEL_EPS) -> Tensor:
-    """The image to look at: sigmoid(mu) un-mapped to uint8; the scale is ignored, as the paper does."""
+    """The decoded image: sigmoid(mu), un-mapped to uint8. The scale b is ignored, as in the paper."""
     return unmap_pixels(torch.sigmoid(mu.float()), eps)

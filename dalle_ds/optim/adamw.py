@@ -1,4 +1,4 @@
-"""AdamW with moments of 16 bits: the first in 1-6-9, the second in 0-6-10 (paper, appendix B.2)."""
+"""AdamW with 16-bit moments: the first moment in the format 1-6-9, the second in 0-6-10 (paper, appendix B.2)."""
 
 import logging
 import math
@@ -20,31 +20,36 @@ Moments = Literal["fp32", "low_bit"]
 Master = Literal["fp32", "none"]
 
 VARIANCE_CLIP = 5.0
-"""The paper's (appendix B.2)."""
+"""Upper limit of the running variance (paper, appendix B.2)."""
 
 COMPILE_FROM = 1 << 22
-"""Parameters of at least so many values are updated by one compiled loop: four times as fast on CPUs, after some seconds."""
+"""Parameters with at least this many values are updated by one compiled loop.
+Compiling takes some seconds; the loop is then four times as fast on CPUs."""
 
 _DTYPES = {"fp32": torch.float32, "low_bit": torch.int16}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# A chunk of values and its temporaries stay in a core's caches, and each thread takes one. Operation by operation there are
-# many temporaries, so chunks are small; the compiled loop has two, and calling it costs as much as thousands of values. A GPU
-# needs more to be busy, and has the memory for it.
+# Values per chunk. Each thread takes one chunk, and the chunk and its temporaries should stay in a core's caches. Without
+# compilation there are many temporaries, so chunks are small. The compiled loop has two temporaries, and calling it costs as
+# much as thousands of values. A GPU needs larger chunks to be busy, and has the memory for them.
 _PLAIN_CHUNK, _COMPILED_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 18, 1 << 24
 
 
 class LowBitAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW, but for how a group keeps its moments, and for the clip of the second one.
+    """torch.optim.AdamW with 16-bit moments and a clipped second moment.
 
-    A parameter group's option `moments` says "low_bit" (the default) or "fp32"; the paper keeps fp32 moments for gains, biases,
-    embeddings and unembeddings (appendix D). Within a step all arithmetic is fp32, and moments are rounded only to be stored:
-    the update of the parameters uses them as they were computed.
+    Each parameter group has an option `moments`: "low_bit" (the default) or "fp32". The paper keeps fp32 moments for gains,
+    biases, embeddings and unembeddings (appendix D). Within a step, all arithmetic is fp32. Moments are rounded only when they
+    are
+    stored: the update of the parameters uses the unrounded moments.
 
-    In every group the running estimate of the variance is clipped by value before anything uses it, the parameters' update and
-    the stored moment alike (appendix B.2); torch's bias correction, of which the paper says nothing, comes after.
+    In every group, the running variance is clipped by value before it is stored and before it updates the parameters (appendix
+    B.2). torch's bias correction, which the paper does not mention, comes after the clipping.
 
-    Parameters are fp32 and contiguous, as the flat partitions of ZeRO are. State names are torch's: step, exp_avg, exp_avg_sq.
+    Parameters must be fp32 and contiguous, like ZeRO's flat partitions. State keys are torch's: step, exp_avg, exp_avg_sq.
+
+    Raises:
+        ValueError: `variance_clip` is not above 0 or exceeds the largest value of the format 0-6-10.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class LowBitAdamW(torch.optim.Optimizer):
         compile_from: int = COMPILE_FROM,
     ) -> None:
         if not 0 < variance_clip <= FORMAT_0_6_10.largest:
-            raise ValueError(f"variance_clip {variance_clip}: expected above 0, up to the format's {FORMAT_0_6_10.largest}")
+            raise ValueError(f"variance_clip is {variance_clip}, expected above 0 and at most {FORMAT_0_6_10.largest} (0-6-10)")
         self._compile_from = compile_from
         defaults = {
             "lr": lr,
@@ -72,15 +77,15 @@ class LowBitAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises ValueError where the group's `moments` are neither "fp32" nor "low_bit"."""
+        """Add a parameter group. Raises ValueError if its `moments` are neither "fp32" nor "low_bit"."""
         moments = param_group.get("moments", self.defaults["moments"])
         if moments not in _DTYPES:
-            raise ValueError(f"moments {moments!r}: expected one of {', '.join(_DTYPES)}")
+            raise ValueError(f"moments is {moments!r}, expected one of {', '.join(_DTYPES)}")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,8 +97,8 @@ class LowBitAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; moments of another format than their group's are refused by the next step."""
-        # torch casts all state to the parameter's fp32: moments are kept from it and put in afterwards, as they are
+        """Load a state dict. If moments are not in their group's format, the next step raises ValueError."""
+        # torch casts all state to the parameter's dtype, fp32. Withhold the moments from it and add them afterwards, unchanged.
         rest = {i: {k: v for k, v in s.items() if k not in _MOMENTS} for i, s in state_dict["state"].items()}
         super().load_state_dict({**state_dict, "state": rest})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -104,11 +109,11 @@ class LowBitAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if parameter.dtype is not torch.float32:
-            raise ValueError(f"parameter of {parameter.dtype}: this optimizer updates fp32 master weights")
+            raise ValueError(f"a parameter is {parameter.dtype}, expected fp32 (master weights)")
         state, low_bit = self.state[parameter], group["moments"] == "low_bit"
         if not state:
             state["step"] = torch.zeros(())
-            for key in _MOMENTS:  # code 0 is the number 0
+            for key in _MOMENTS:  # zeros are right for both formats: code 0 is the number 0
                 state[key] = torch.zeros_like(parameter, dtype=_DTYPES[group["moments"]])
         for key in _MOMENTS:
             if state[key].dtype is not _DTYPES[group["moments"]]:
@@ -128,19 +133,20 @@ class LowBitAdamW(torch.optim.Optimizer):
 
 
 class HasState(Protocol):
-    """torch's optimizers, and what keeps its state as they do."""
+    """A torch optimizer, or an object with the same `state`."""
 
     state: Any
 
 
 def moment_bytes(optimizer: HasState) -> int:
-    """Bytes of the moments that `optimizer` keeps at present: none before its first step."""
+    """Bytes of the moments that `optimizer` holds now. It is 0 before the first step."""
     kept = (state[key] for state in optimizer.state.values() for key in _MOMENTS if key in state)
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def scalars_of(step: float, group: dict[str, Any]) -> Tensor:
-    """What `_update_chunk` unpacks: as one tensor, so that a compiled loop takes new values without being compiled anew."""
+    """The scalars of an update, for `moved_by_adamw`. They are one
+    tensor, so that new values don't recompile a compiled loop."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     decay, step_size = 1 - lr * group["weight_decay"], lr / (1 - beta1**step)
     correction = math.sqrt(1 - beta2**step)
@@ -148,7 +154,8 @@ def scalars_of(step: float, group: dict[str, Any]) -> Tensor:
 
 
 def _update_chunk(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor, low_bit: bool) -> None:
-    """One update in place. Without a compiler, the same as torch's own loop to the last bit."""
+    """Update a chunk of parameters and moments in place. Uncompiled
+    and with fp32 moments, it is bit-identical to torch's own loop."""
     mean = decode(stored_mean, FORMAT_1_6_9) if low_bit else stored_mean
     variance = decode(stored_variance, FORMAT_0_6_10) if low_bit else stored_variance
     moved, mean, variance = moved_by_adamw(p, g, mean, variance, scalars)
@@ -158,7 +165,7 @@ def _update_chunk(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Te
 
 
 def moved_by_adamw(p: Tensor, g: Tensor, mean: Tensor, variance: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 -> parameters and moments after one update. The operations of torch's own loop in its order."""
+    """Return parameters and moments after one update, in fp32. Same operations and order as in torch's own loop."""
     decay, new1, beta2, new2, minus_step, correction, eps, clip = scalars.unbind()
     mean = torch.lerp(mean, g, new1)
     variance = torch.addcmul(variance * beta2, new2 * g, g).minimum(clip)
@@ -171,13 +178,13 @@ def _compiled_loop() -> Callable[..., None]:
 
 
 def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor) -> None:
-    """Low-bit `_update_chunk` as one loop; where nothing can compile it (no C++ compiler), operation by operation."""
+    """Run the low-bit `_update_chunk` as one compiled loop, or uncompiled if it can't be compiled (no C++ compiler)."""
     on_cpu = p.device.type == "cpu"
     if _can_compile and not on_cpu and (problem := kernel_problem()):
         _go_on_uncompiled(problem)
     if not _can_compile:
         return _update_chunk(p, g, stored_mean, stored_variance, scalars, True)
-    # inductor writes vector instructions for int32 on CPUs, but a loop of single values for int16, five times slower
+    # On CPUs, Inductor vectorises loops over int32, but not over int16, which is five times slower.
     mean, variance = (t.to(torch.int32) if on_cpu else t for t in (stored_mean, stored_variance))
     try:
         _compiled_loop()(p, g, mean, variance, scalars, True)
@@ -199,8 +206,9 @@ def _go_on_uncompiled(reason: str) -> None:
 
 
 def _is_of_the_compiler(error: RuntimeError) -> bool:
-    """Such an error comes before anything is written. Memory that lacks while it compiles is not one: that will lack again."""
-    from torch._dynamo.exc import TorchDynamoException  # takes a second, which only those who compile should wait
+    """Whether the compiler raised the error. If so, no tensor has been written yet. Out-of-memory errors while compiling do not
+    count: the uncompiled update would run out of memory too."""
+    from torch._dynamo.exc import TorchDynamoException  # imported here, since the import takes a second
 
     lacks_memory = isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError)
     return isinstance(error, TorchDynamoException) and not lacks_memory

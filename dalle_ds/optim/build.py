@@ -1,4 +1,4 @@
-"""The AdamW that settings ask for."""
+"""Build the AdamW optimizer for given settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW as torch takes it, and the format of its moments: "low_bit" is `LowBitAdamW`, which also clips the variance."""
+    """Arguments of torch's AdamW, and the formats of moments and weights.
+
+    `moments` "low_bit" selects `LowBitAdamW`, which also clips the variance.
+    """
 
     lr: float
     betas: tuple[float, float]
@@ -19,11 +22,11 @@ class OptimizerSettings:
     weight_decay: float
     moments: Moments = "fp32"
     master: Master = "fp32"
-    """ "none": the matrices of residual branches are fp16, and have no fp32 copy (`masterless`)."""
+    """With "none", the matrices of residual branches are fp16 without an fp32 master copy (`masterless`)."""
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Of parameter groups as `decay_groups` makes them."""
+    """Build the optimizer. `groups` are parameter groups from `decay_groups`."""
     bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     adamw = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.moments == "low_bit":

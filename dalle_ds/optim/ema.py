@@ -1,4 +1,4 @@
-"""Iterate averaging: an exponential moving average of named tensors."""
+"""Exponential moving average (EMA) of the weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,25 +14,27 @@ from dalle_ds.recipes import Config
 
 
 class EMAConfig(Config):
-    """How an average moves. The paper: dVAE 0.999 at every update; prior 0.99 at a copy every 25 updates, on the CPU."""
+    """Decay and start of the EMA. In the paper, the dVAE's decay is 0.999 at every update.
+    The prior's is 0.99 every 25 updates, on the CPU."""
 
-    decay: float = Field(0.999, ge=0, lt=1, description="weight of the past each time")
+    decay: float = Field(0.999, ge=0, lt=1, description="decay of the EMA at each update")
     start: Literal["plain", "warm"] = Field(
-        "plain", description="plain: the average starts as the initial weights; warm: short memory at first, for short runs"
+        "plain", description="plain: start from the initial weights; warm: also use a smaller decay at first, for short runs"
     )
 
 
 class PriorEMAConfig(EMAConfig):
-    """The paper's for the prior: a horizon of about 2,500 updates (appendix B.2)."""
+    """EMA of the prior. The defaults are the paper's, with a horizon of about 2,500 updates (appendix B.2)."""
 
-    every: int = Field(25, ge=1, description="updates between copies")
-    decay: float = Field(0.99, ge=0, lt=1, description="weight of the past at each copy")
+    every: int = Field(25, ge=1, description="updates between two updates of the EMA")
+    decay: float = Field(0.99, ge=0, lt=1, description="decay of the EMA, every `every` updates")
 
 
 class EMA:
-    """average <- d * average + (1 - d) * weights, for a model's parameters or one rank's shards of them.
+    """EMA of named tensors: average <- d * average + (1 - d) * weights.
 
-    With start "warm" the n-th time uses d = min(decay, n / (n + 9)): early weights, still near the initial ones, fade quickly.
+    The tensors are a model's parameters or one rank's shards of them. With start "warm", the n-th update uses
+    d = min(decay, n / (n + 9)), so that early weights, which are still near the initial ones, decay quickly.
     """
 
     def __init__(
@@ -42,8 +44,12 @@ class EMA:
         device: torch.device | str | None = None,
         background: bool = False,
     ) -> None:
-        """`device` holds the averages, in fp32; None: where the weights are. In the background, `update` only copies
-        the weights and a thread averages them."""
+        """Start the averages from `weights`.
+
+        Args:
+            device: device of the fp32 averages. None is the device of the weights.
+            background: `update` only copies the weights, and a thread averages them.
+        """
         self.config = config
         self.n_updates = 0
         self._worker = ThreadPoolExecutor(1, "average") if background else None
@@ -54,7 +60,7 @@ class EMA:
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """By name, all updates taken in."""
+        """Averages by name. Waits for a pending background update."""
         if self._under_way is not None:
             self._under_way.result()
             self._under_way = None
@@ -62,7 +68,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in the weights as they are now."""
+        """Update the averages with the current weights."""
         self.n_updates += 1
         decay = self.config.decay
         if self.config.start == "warm":
@@ -77,9 +83,9 @@ class EMA:
 
     @contextmanager
     def in_place_of(self, weights: Mapping[str, Tensor], refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """While the context lasts, `weights` hold the averages; after it, what they held before, to the last bit.
+        """Within this context, `weights` hold the averages. When it ends, their previous values are restored bit for bit.
 
-        `refresh` is called after each exchange, for engines that keep other copies of the weights.
+        `refresh` is called after both exchanges, for engines that hold other copies of the weights.
         """
         own = {name: weights[name].detach().clone() for name in self.averages}
         try:
@@ -91,15 +97,15 @@ class EMA:
             refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs; holds references, so save it before the next update."""
+        """Everything that a resume needs. It references the averages, so save it before the next update."""
         return {"n_updates": self.n_updates, "average": self.averages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where the average is of other tensors."""
+        """Restore the EMA. Raises ValueError if the saved EMA has other tensor names."""
         averages: Mapping[str, Tensor] = state["average"]
         if averages.keys() != self.averages.keys():
             different = sorted(averages.keys() ^ self.averages.keys())
-            raise ValueError(f"the saved average belongs to another model: only one of them has {different[:5]}")
+            raise ValueError(f"the saved EMA belongs to another model: only one of the two has {different[:5]}")
         self.n_updates = int(state["n_updates"])
         _fill(self.averages, averages)
 

@@ -1,4 +1,4 @@
-"""Parameter groups: what decays and what keeps moments of 16 bits, chosen by name pattern, first match wins."""
+"""Parameter groups: name patterns choose weight decay and 16-bit moments. The first matching pattern wins."""
 
 import re
 from collections.abc import Iterable
@@ -8,22 +8,22 @@ from torch import nn
 
 from dalle_ds.optim.adamw import Moments
 
-# The paper does not say what its weight decay leaves out. Gains, biases and vectors learned per position or token only lose
-# by being pulled to zero; the matrices are what the penalty is for.
+# The paper does not say which parameters have no weight decay. The penalty is meant for matrices. Gains, biases and vectors
+# learned per position or token only lose by decaying to zero.
 DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^embed\.", False), (r".", True))
 
-# The paper lists gains, biases, embeddings and unembeddings as 32-bit, moments included (appendix D). What is left are the four
-# matrices of attention and the two of the MLP.
+# The paper lists gains, biases, embeddings and unembeddings as 32-bit, including their moments (appendix D). This leaves the
+# four matrices of attention and the two of the MLP.
 LOW_BIT_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^layers\.", True), (r".", False))
 
 
 def decay_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, moments: Moments = "fp32"
 ) -> list[dict[str, Any]]:
-    """AdamW parameter groups, decayed first; empty ones are left out.
+    """Split parameters into AdamW parameter groups. Groups with weight decay come first; empty groups are left out.
 
-    With moments "low_bit" each group has the option `moments` of `LowBitAdamW`, and there are up to three: decayed matrices
-    with low-bit moments, decayed unembeddings with fp32 ones, and the rest.
+    With `moments` "low_bit", each group has the option `moments` of `LowBitAdamW`. Then there are up to three groups: matrices
+    with weight decay and low-bit moments, unembeddings with weight decay and fp32 moments, and the rest.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in named_parameters:
@@ -38,7 +38,7 @@ def decay_groups(
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """One line a group for the log at start-up."""
+    """One-line description of all groups for the log at start-up."""
     return "; ".join(
         f"weight decay {g['weight_decay']:g}, moments {g.get('moments', 'fp32')}: {len(g['names'])} tensors, "
         f"e.g. {g['names'][0]}"

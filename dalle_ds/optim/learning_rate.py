@@ -1,4 +1,4 @@
-"""Learning rate of the prior: linear warm-up, then constant with halvings, or a half-cosine."""
+"""Learning rate of the prior: linear warm-up, then either constant with halvings or half a cosine."""
 
 from typing import Literal
 
@@ -10,25 +10,27 @@ from dalle_ds.recipes import Config
 
 
 class LearningRateConfig(Config):
-    """The paper: 4.5e-4 reached over 5,000 updates, then halved five times where the training loss stopped falling."""
+    """Learning rate schedule. The paper's rate rose to 4.5e-4 over 5,000 updates.
+    It was then halved five times, each time when the training loss stopped falling."""
 
     peak: float = Field(4.5e-4, gt=0)
     warmup_updates: int = Field(5000, ge=0)
     shape: Literal["constant", "cosine"] = "constant"
-    halve_at: tuple[int, ...] = Field((), description="updates from which the rate is half of what it was before")
-    plateau: PlateauConfig | None = Field(None, description="constant only: halve where the training loss stops falling")
+    halve_at: tuple[int, ...] = Field((), description="constant only: updates at which the rate is halved")
+    plateau: PlateauConfig | None = Field(None, description="constant only: halve when the training loss stops falling")
     final_fraction: float = Field(0.03125, ge=0, le=1, description="cosine only: last rate as a fraction of the peak")
 
     @model_validator(mode="after")
     def _check(self) -> "LearningRateConfig":
         if self.shape == "cosine" and self.halve_at:
-            raise ValueError(f"halve_at {list(self.halve_at)} has no meaning with shape 'cosine'")
+            raise ValueError(f"halve_at is {list(self.halve_at)}, but shape is 'cosine': halve_at needs shape 'constant'")
         if self.shape == "cosine" and self.plateau is not None:
-            raise ValueError("plateau has no meaning with shape 'cosine', expected 'constant'")
+            raise ValueError("plateau is set, but shape is 'cosine': plateau needs shape 'constant'")
         return self
 
     def at(self, update: int, n_updates: int) -> float:
-        """Rate for the update of that number (from 0) in a run of `n_updates`, before any halving on a plateau."""
+        """Learning rate for update number `update`, counted from 0, in a run of `n_updates`.
+        Halvings by `plateau` are not included."""
         if update < self.warmup_updates:
             return self.peak * linear_warmup(update, self.warmup_updates)
         if self.shape == "constant":

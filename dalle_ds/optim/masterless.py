@@ -1,6 +1,7 @@
-"""AdamW of fp16 weights that have no fp32 master: eight bytes a parameter with its gradient and moments.
+"""AdamW for fp16 weights without fp32 masters: eight bytes per parameter, including its gradient and moments.
 
-Arithmetic is `LowBitAdamW`'s, fp32 within a step. Gradients come as 1-6-9 codes, and weights are rounded stochastically.
+Within a step, the arithmetic is that of `LowBitAdamW`, in fp32. Gradients may be 1-6-9 codes. Weights are rounded
+stochastically.
 """
 
 import zlib
@@ -15,27 +16,28 @@ from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode_wid
 from dalle_ds.ops.stochastic_rounding import noise, round_to_half
 from dalle_ds.optim.adamw import VARIANCE_CLIP, moved_by_adamw, scalars_of
 
-_CPU_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 24  # a chunk and its temporaries stay in a core's caches; a GPU needs more to be busy
+_CPU_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 24  # on CPUs, a chunk and its temporaries fit a core's caches
 
 
 class Stretch(NamedTuple):
-    """A part of a flat parameter."""
+    """A contiguous part of a flat parameter."""
 
     name: str
-    """Of the parameter."""
+    """Name of the parameter."""
     weights: Tensor
-    """(n,) fp16, written to."""
+    """(n,) fp16, updated in place."""
     gradients: Callable[[], Tensor]
-    """Gives (n,) fp32, or int16 codes of 1-6-9; called when they are needed, so that not all need be there together."""
+    """Returns the gradients, (n,) fp32 or int16 codes of 1-6-9.
+    It is called when they are needed, so that not all gradients need to exist at once."""
     start: int = 0
-    """Where it begins in the parameter."""
+    """Index in the flat parameter at which this part begins."""
 
 
 class MasterlessAdamW:
-    """Steps on stretches of named fp16 parameters. `state` is as that of a torch optimizer, by the stretch's weights: step,
-    exp_avg, exp_avg_sq.
+    """AdamW on parts of named fp16 parameters.
 
-    No `torch.optim.Optimizer`: that one steps on `grad`, which must have its parameter's format.
+    `state` is that of a torch optimizer with the keys step, exp_avg and exp_avg_sq, by the weights of each `Stretch`. This
+    class is not a `torch.optim.Optimizer`, which steps on `grad`: that must have the dtype of its parameter.
     """
 
     def __init__(
@@ -53,13 +55,13 @@ class MasterlessAdamW:
 
     @torch.no_grad()
     def step(self, stretches: Sequence[Stretch], factor: Tensor) -> None:
-        """One update of each, all on one device, with gradients times `factor`, 0-d fp32.
+        """Update all `stretches`, which must be on one device. Gradients are multiplied by `factor`, 0-d fp32.
 
         Raises:
-            ValueError: weights that are not fp16.
+            ValueError: weights are not fp16.
         """
         counts, device = [self._count(stretch) for stretch in stretches], factor.device
-        # what differs from one call to the next goes to the device at once, not a few bytes each time
+        # copy all values that differ between chunks to the device in one transfer, instead of a few bytes per chunk
         scalars = {count: scalars_of(count, self.settings).to(device) for count in set(counts)}
         size = _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
         places_and_keys = [
@@ -78,14 +80,14 @@ class MasterlessAdamW:
                     held.copy_(value)
 
     def _count(self, stretch: Stretch) -> int:
-        """Its number of steps, this one included."""
+        """Initialise the state if needed and increment the step count. Returns the step count."""
         if stretch.weights.dtype is not torch.float16:
-            raise ValueError(f"{stretch.name} is {stretch.weights.dtype}: expected fp16 weights, others need no rounding")
+            raise ValueError(f"{stretch.name} is {stretch.weights.dtype}, expected fp16 weights")
         state = self.state.setdefault(stretch.weights, {})
         for key in ("exp_avg", "exp_avg_sq"):
-            if key not in state:  # code 0 is the number 0
+            if key not in state:  # zeros are right for both formats: code 0 is the number 0
                 state[key] = torch.zeros_like(stretch.weights, dtype=torch.int16)
-        state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # there it is read without waiting for the device
+        state["step"] = state.get("step", torch.zeros(())).cpu() + 1  # on the CPU, reading it does not wait for the device
         return int(state["step"])
 
 
@@ -99,8 +101,10 @@ def updated_half(
     scalars: Tensor,
     place_and_key: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and codes of the moments after one update; `place_and_key` (2,) int32: where the first value lies, and the key of
-    its noise."""
+    """Return the weights and the codes of the moments after one update.
+
+    `place_and_key` (2,) int32 holds the index of the first value in its parameter and the key of the rounding noise.
+    """
     place, key = place_and_key.unbind()
     moved, mean, variance = moved_by_adamw(
         weights.float(),

@@ -1,4 +1,4 @@
-"""Halve the learning rate where the training loss stops falling, as the paper's authors did by hand (appendix B.2)."""
+"""Halve the learning rate when the training loss stops falling, as the paper's authors did by hand (appendix B.2)."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -10,17 +10,17 @@ from dalle_ds.recipes import Config
 
 
 class PlateauConfig(Config):
-    """When a plateau is one. The loss of single updates is noise; an exponential mean of it is watched."""
+    """Definition of a plateau. It uses an exponential moving average of the loss, since the loss of single updates is noisy."""
 
-    smoothing: int = Field(1000, ge=1, description="updates over which the loss is averaged (time constant)")
-    patience: int = Field(5000, ge=1, description="updates without a new best smoothed loss that make a plateau")
-    min_improvement: float = Field(1e-3, ge=0, lt=1, description="a new best is lower by this share of the old one")
-    max_halvings: int = Field(5, ge=0, description="the paper's run had five")
+    smoothing: int = Field(1000, ge=1, description="time constant of the smoothed loss, in updates")
+    patience: int = Field(5000, ge=1, description="updates without a new best smoothed loss that count as a plateau")
+    min_improvement: float = Field(1e-3, ge=0, lt=1, description="relative improvement that counts as a new best")
+    max_halvings: int = Field(5, ge=0, description="maximum number of halvings; the paper's run had five")
 
 
 @dataclass
 class PlateauState:
-    """What a resume needs. The same on every rank, since every rank sees the same losses."""
+    """State for a resume. It is the same on every rank, since every rank sees the same losses."""
 
     smoothed: float | None = None
     best: float = math.inf
@@ -30,7 +30,7 @@ class PlateauState:
 
 
 class Plateau:
-    """Watches the losses of a run."""
+    """Detects plateaus in the losses of a run."""
 
     def __init__(self, config: PlateauConfig) -> None:
         self.config = config
@@ -38,11 +38,11 @@ class Plateau:
 
     @property
     def factor(self) -> float:
-        """Of the learning rate."""
+        """Factor to multiply the learning rate by."""
         return 0.5 ** len(self.state.halvings)
 
     def observe(self, update: int, loss: float) -> bool:
-        """Take in the loss of an update that took its step; whether the rate has just been halved."""
+        """Record the loss of an update that took its step. Returns whether this halves the learning rate."""
         config, state = self.config, self.state
         if not math.isfinite(loss):
             return False
@@ -56,7 +56,7 @@ class Plateau:
         if state.since_best < config.patience or len(state.halvings) >= config.max_halvings:
             return False
         state.halvings.append(update)
-        # a lower rate starts a new slope: it gets the full patience again, measured from where the loss is now
+        # after a halving the loss may fall again: restart the full patience, from the current smoothed loss
         state.best, state.since_best = state.smoothed, 0
         return True
 

@@ -1,9 +1,8 @@
-"""Activation checkpointing: keep only the layers' inputs, compute the rest again in the backward pass (paper section 2.4).
+"""Activation checkpointing: keep only the layers' inputs and recompute the rest in the backward pass (paper section 2.4).
 
-A layer is recomputed inside its own forward and backward pass, below the hooks that ZeRO-3 puts around modules: it sees one
-module that runs forward once and backward once, gathers its parameters for each, and leaves nothing behind. torch's own
-function runs the module, hooks included, a second time, and keeps the host busy with a first graph and hooks for each of its
-tensors.
+The recomputation runs inside the layer's own backward pass, below the hooks that ZeRO-3 installs on modules. So ZeRO-3 sees one
+module that runs forward once and backward once, and gathers its parameters once for each. torch.utils.checkpoint runs the
+module a second time, hooks included. It also costs host time, for a first graph and for hooks on each of its saved tensors.
 """
 
 from typing import Any
@@ -17,8 +16,12 @@ from dalle_ds.precision.fp16_branches import unread_product
 
 
 def recompute_layers(prior: Prior, every: int = 1) -> None:
-    """Recompute every `every`-th layer of `prior` in the backward pass; the others keep their activations, which costs memory
-    and saves time. The results stay the same to the last bit."""
+    """Recompute every `every`-th layer of `prior` in the backward pass. The other layers keep their activations, which costs
+    memory and saves time. Results are bit-identical to those without recomputation.
+
+    Raises:
+        ValueError: `every` is less than 1.
+    """
     if every < 1:
         raise ValueError(f"every is {every}, expected 1 (all layers), 2 (half of them), ...")
     for layer in prior.layers[::every]:
@@ -34,8 +37,11 @@ class _Recomputed:
 
 
 class _Recompute(torch.autograd.Function):
-    """Parameters are arguments so that autograd knows of them. The pass over the second graph leaves their gradients in place,
-    each as soon as it is made: whoever takes it then (`masterless`) spares the memory for those of a whole layer."""
+    """Runs a layer without saving activations. Parameters are arguments so that autograd knows that the output depends on them.
+
+    The backward pass over the recomputed graph accumulates each parameter's gradient in `grad` as soon as it is computed. A
+    hook that takes it there (`masterless`) avoids holding the gradients of a whole layer at once.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, layer: Layer, *parameters: nn.Parameter) -> Tensor:
@@ -48,7 +54,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
         (x_BLD,) = ctx.saved_tensors
         x_BLD = x_BLD.detach().requires_grad_()
-        # what the layer gives is known to the layers after it: only its graph is wanted, and the last product is a third of it
+        # The recomputed output is not needed, only its graph: skip the last product, a third of the layer's forward cost.
         with torch.enable_grad(), unread_product(ctx.layer.mlp.branch.project):
             out_BLD = ctx.layer.blocks(x_BLD)
         torch.autograd.backward(out_BLD, grad_BLD, inputs=[x_BLD, *(p for p in ctx.parameters if p.requires_grad)])

@@ -1,4 +1,4 @@
-"""What the ranks agree on once in an update: one all-reduce carries losses, requests and the flags of non-finite gradients."""
+"""The all-reduce of an update: it carries the losses, the stop request and the non-finite flags of the gradients."""
 
 from dataclasses import dataclass
 
@@ -9,44 +9,48 @@ from dalle_ds.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same on every rank, on the host."""
+    """Result of the all-reduce, on the host. It is the same on every rank."""
 
     text_loss: float
     image_loss: float
-    """Means in nats a token over the global batch."""
+    """Mean losses over the global batch, in nats per token."""
     stop_requested: bool
+    """Whether some rank has requested to stop."""
     n_saving: int
-    """Ranks that are writing a background checkpoint."""
+    """Number of ranks still writing a background checkpoint."""
     is_finite: bool
-    """Whether all gradients of all ranks are, and can be averaged over replicas."""
+    """Whether all gradients of all ranks are finite and can be averaged over replicas."""
     nonfinite_blocks: tuple[int, ...]
-    """Residual blocks with a non-finite gradient on some rank, by their number in the scaler."""
+    """Residual blocks with a non-finite gradient on some rank, as indices into `ResblockGradScaler.names`."""
 
 
 class AgreementSums:
-    """This rank's part, then the sum over the ranks; on the device, where a GPU need not be waited for until `read`."""
+    """This rank's summands of an `Agreement`, and after `sum` their sums over all ranks.
+
+    They stay on the device: the host does not wait for a GPU before `read`.
+    """
 
     def __init__(self, n_blocks: int, device: torch.device) -> None:
         self._all = torch.zeros(5 + n_blocks, dtype=torch.float64, device=device)
         self.losses, self._stop, self._saving = self._all[:2], self._all[2], self._all[3]
-        """(text, image): this rank's share of the global means."""
+        """(text, image): this rank's contribution to the global mean losses."""
         self.unaverageable = self._all[4]
-        """Above 0: a gradient that replicas can't average."""
+        """0-d, above 0 if replicas can't average some gradient."""
         self.nonfinite = self._all[5:]
-        """(n_blocks,): above 0 where a residual block has a non-finite gradient."""
+        """(n_blocks,), above 0 for residual blocks with a non-finite gradient."""
 
     def request(self, stop: bool, is_saving: bool) -> None:
-        """What this rank asks for, and whether it is writing a background checkpoint."""
+        """Set whether this rank requests to stop, and whether it is writing a background checkpoint."""
         self._stop.fill_(float(stop))
         self._saving.fill_(float(is_saving))
 
     def sum(self, ranks: Ranks) -> "AgreementSums":
-        """Over all ranks, in place; the one collective."""
+        """Sum over all ranks, in place, with one all-reduce. Returns self."""
         ranks.sum(self._all)
         return self
 
     def read(self) -> Agreement:
-        """The sums on the host, which waits for them."""
+        """Copy the sums to the host. This waits for the device."""
         text_loss, image_loss, n_stop, n_saving, n_unaverageable, *flags = self._all.tolist()
         return Agreement(
             text_loss=text_loss,

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint, as parts of flat parameters: written by any number of ranks, read by any other number.
+"""Tensor files of a checkpoint: parts of flat parameters, written by any number of ranks and read by any other number.
 
-One safetensors file a rank. Every tensor in it is a part of one flattened parameter: its weights, one entry of its optimizer
-state, or its average. Where a part begins stands in the file's metadata, so that a reader takes just the stretch that it needs,
-whatever the ZeRO stage and the number of ranks of the writer.
+Each rank writes one safetensors file. Every tensor in it is a part of one flattened parameter: of its weights, of one entry of
+its optimizer state, or of its EMA. The file's metadata holds the start of each part, so a reader reads only the range that it
+needs, at any ZeRO stage and number of ranks of the writer.
 """
 
 import json
@@ -25,35 +25,36 @@ STATE_FILE = re.compile(r"/state-\d+-of-(\d+)\.safetensors$")
 
 WEIGHTS, AVERAGE, OPTIMIZER = "weights", "average", "optimizer"
 ENGINE_FILE = "engine.json"
-"""In a checkpoint: all that is not a tensor."""
+"""File of a checkpoint that holds everything except tensors."""
 
 
 @dataclass
 class StateParts:
-    """What one rank holds."""
+    """The parts of parameters that one rank holds."""
 
     shapes: dict[str, torch.Size]
-    """Of all parameters of the model, by name."""
+    """Shapes of all parameters of the model, by name."""
     tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """(kind, parameter) -> values, flat. Kinds: "weights", "average", "optimizer.KEY"."""
+    """Flat values by (kind, parameter). Kinds are "weights", "average", "optimizer.KEY" and "error.REPLICA"."""
     starts: dict[tuple[str, str], int] = field(default_factory=dict)
-    """(kind, parameter) -> where the values begin in the flat parameter."""
+    """Index in the flat parameter at which the values begin, by (kind, parameter)."""
     steps: dict[str, float] = field(default_factory=dict)
-    """Parameter -> the optimizer's count of steps."""
+    """The optimizer's step count, by parameter."""
 
     def add(self, kind: str, name: str, start: int, values: Tensor) -> None:
-        """Values behind the parameter's end (ZeRO pads its last shards) are left out, empty parts too."""
+        """Add flat values that begin at index `start` of the parameter.
+        ZeRO's padding beyond the parameter's end is dropped, and so are empty parts."""
         values = values.detach().flatten()[: max(0, self.shapes[name].numel() - start)]
         if values.numel():
             self.tensors[kind, name], self.starts[kind, name] = values, start
 
     def copied(self) -> "StateParts":
-        """The same in CPU memory of its own, which later updates do not change."""
+        """Copy the tensors to CPU memory, so that later updates do not change them."""
         tensors = {at: values.to("cpu", copy=True) for at, values in self.tensors.items()}
         return StateParts(self.shapes, tensors, self.starts, self.steps)
 
     def write(self, folder: Path, rank: int, world_size: int) -> None:
-        """Raises OSError where the file can't be written."""
+        """Write this rank's state file into `folder`. Raises OSError if the file can't be written."""
         metadata = {
             "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
             "starts": json.dumps({_key(*at): start for at, start in self.starts.items()}),
@@ -67,18 +68,18 @@ class StateParts:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's part of a checkpoint: writing it needs no other rank."""
+    """One rank's part of a checkpoint. It can be written without communication between ranks."""
 
     parts: StateParts
     other_tensors: Mapping[str, dict[str, Tensor]]
-    """File name -> what only this rank can use."""
+    """Tensors that only this rank can use, by file name."""
     state: dict[str, Any] | None
-    """What is not a tensor, from the main rank."""
+    """Everything except tensors, on the main rank. None on the other ranks."""
     rank: int
     world_size: int
 
     def write(self, folder: Path) -> None:
-        """Raises OSError where a file can't be written."""
+        """Write this rank's files into `folder`. Raises OSError if a file can't be written."""
         folder.mkdir(parents=True, exist_ok=True)
         self.parts.write(folder, self.rank, self.world_size)
         for name, tensors in self.other_tensors.items():
@@ -88,19 +89,23 @@ class Snapshot:
 
 
 class SavedState:
-    """Reads what `StateParts` of all ranks wrote into a folder; nothing is loaded before it is asked for."""
+    """Reader of the state files that all ranks wrote into a folder. Values are read lazily."""
 
     def __init__(self, url: str | Path) -> None:
-        """`url` of the folder. Raises DataError: files are missing or damaged, or leave out a part of a tensor."""
+        """Read the metadata of all state files in the folder `url`.
+
+        Raises:
+            DataError: files are missing or damaged, or do not cover a parameter completely.
+        """
         self.url = str(url)
         self.shapes: dict[str, torch.Size] = {}
-        """Of all parameters, by name."""
+        """Shapes of all parameters, by name."""
         self.steps: dict[str, float] = {}
-        """The optimizer's count of steps, by parameter."""
+        """The optimizer's step count, by parameter."""
         files = [file for file in objects.list_files(url, ".safetensors") if STATE_FILE.search(file)]
         expected = int(STATE_FILE.search(files[0])[1]) if files else 1  # type: ignore[index]
         if len(files) != expected:
-            raise DataError(f"{url} holds {len(files)} state-*.safetensors, expected {expected}")
+            raise DataError(f"{url} holds {len(files)} state-*.safetensors files, expected {expected}")
         parts: dict[tuple[str, str], list[tuple[int, StoredTensor]]] = {}
         for file in files:
             metadata, tensors = read_layout(file)
@@ -112,25 +117,25 @@ class SavedState:
         self._tensors = {at: self._joined(*at, found) for at, found in parts.items()}
 
     def kinds(self, name: str) -> list[str]:
-        """What is known of a parameter."""
+        """Kinds of the values that are saved for a parameter."""
         return [kind for kind, of in self._tensors if of == name]
 
     def of_kind(self, kind: str) -> dict[str, StoredTensor]:
-        """Where whole parameters lie, by name."""
+        """All whole parameters of this kind, by name. Their values are not read yet."""
         return {name: tensor for (of, name), tensor in self._tensors.items() if of == kind}
 
     def dtype(self, kind: str, name: str) -> torch.dtype:
         return self._tensors[kind, name].dtype
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """The values from `start` to `stop` of a flat parameter, as far as it goes."""
+        """Read the values from `start` to `stop` of a flat parameter. `stop` may lie beyond the parameter's end."""
         tensor = self._tensors[kind, name]
         stop = min(stop, tensor.shape.numel())
         n, size = max(0, stop - start), tensor.dtype.itemsize
         return StoredTensor(tensor.dtype, torch.Size([n]), cut(tensor.pieces, start * size, n * size) if n else ()).read()
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter in its own shape."""
+        """Read a whole parameter, in its shape."""
         return self._tensors[kind, name].read()
 
     def _joined(self, kind: str, name: str, parts: list[tuple[int, StoredTensor]]) -> StoredTensor:

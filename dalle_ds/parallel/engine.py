@@ -1,8 +1,8 @@
-"""The training engine: a prior under DeepSpeed, with fp16 branches and per-resblock scaling that DeepSpeed knows nothing of.
+"""The training engine: a prior under DeepSpeed, with fp16 branches and per-resblock scaling that DeepSpeed does not see.
 
-Design: parameters are fp32 in ZeRO-3 partitions (each is its own master copy), gathered as fp16, branches compute in fp16, and
-gradients are reduced in fp32 and un-scaled once an update, on this rank's shards. Norm and clipping therefore see true
-gradients, and no class or module of DeepSpeed is patched (`fp16_gather` sets a method on each parameter).
+Design: ZeRO-3 partitions are fp32, so they are their own master copies. The branches' weights are gathered as fp16, and
+branches compute in fp16. Gradients are reduced in fp32 and un-scaled once per update, on this rank's shards, so norm and
+clipping see true gradients. No class or module of DeepSpeed is patched; `fp16_gather` sets a method on each parameter.
 """
 
 import json
@@ -48,16 +48,17 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one update did, the same on every rank. Losses are means in nats a token over the global batch."""
+    """Result of one update, the same on every rank. Losses are means over the global batch, in nats per token."""
 
     text_loss: float
     image_loss: float
     took_step: bool
     grad_norm: float
     nonfinite_blocks: tuple[str, ...]
-    """Blocks that kept their weights and moments where the others stepped (`took_step`), or for which all kept them."""
+    """Residual blocks with a non-finite gradient. If `took_step`, only these blocks
+    kept their weights and moments; otherwise the whole update was skipped."""
     loss_scale: float | None
-    """By which DeepSpeed's own fp16 multiplied the loss of this update; None: other formats."""
+    """DeepSpeed's loss scale for this update. None unless DeepSpeed's built-in fp16 is on."""
     stop_requested: bool
     saves_under_way: int
     """Number of ranks still writing a background checkpoint."""
@@ -68,7 +69,7 @@ class UpdateReport:
 
 
 class PriorEngine:
-    """Owns the sharded model and its optimizer; one call is one update of the global batch."""
+    """Owns the sharded model and its optimizer. One call of `update` is one update on a global batch."""
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class PriorEngine:
         """Build, initialise and shard the model. The same seed gives the same weights at any world size and in all replicas.
 
         Raises:
-            ConfigError: replicas that the ranks or the DeepSpeed configuration can't make.
+            ConfigError: the ranks don't divide among the replicas, or the DeepSpeed configuration allows no replicas or no
+                matrices without masters.
         """
         self.ranks = ranks
         self.replicas: Replicas | None = None
@@ -107,18 +109,18 @@ class PriorEngine:
         self._clip, deepspeed_json = engine_config.json["gradient_clipping"], engine_config.json
         if self.masterless:
             groups = [group for group in groups if not self.masterless.parameters.keys() & set(group["names"])]
-            deepspeed_json = {**deepspeed_json, "gradient_clipping": 0.0}  # by the norm of all gradients, which only we know
+            deepspeed_json = {**deepspeed_json, "gradient_clipping": 0.0}  # we clip, by the joint norm of both optimizers
         torch_optimizer = build_adamw(groups, optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
         if self._engine.fp16_enabled():
-            # its loss scale may stay at its least: when to give up is the recipe's to say (`failure`), with a diagnosis
+            # Don't raise when the loss scale reaches its minimum: the recipe's `failure` section decides when a run gives up.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._torch_optimizer = torch_optimizer
         self._gradients = GradientShards(self._engine.optimizer)
         self.phases = PhaseTimer(ranks.device)
-        """Of updates: forward, backward (with ZeRO-3's reduction), reduce (agreement, and averaging of replicas), step."""
+        """Times forward, backward (with ZeRO-3's reduction), reduce (agreement, averaging between replicas) and step."""
         self.replica_gradients: ReplicaGradients | None = None
         if replicas is not None and self.replicas is not None:
             self.replica_gradients = ReplicaGradients(
@@ -132,10 +134,14 @@ class PriorEngine:
     def update(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], lr: float, stop_requested: bool = False, is_saving: bool = False
     ) -> UpdateReport:
-        """Forward, backward and step over this rank's (text, image) micro-batches of one global batch.
+        """Run forward, backward and step over this rank's (text, image) micro-batches of one global batch.
 
-        `stop_requested` of any rank reaches all of them in the report, and how many are `is_saving` in the background. Two
-        all-reduces besides those of the gradients: the counts of tokens, and an `Agreement`.
+        Besides the collectives for gradients and their norm, an update takes two all-reduces: the token counts, and an
+        `Agreement`.
+
+        Args:
+            stop_requested: if any rank requests to stop, the reports of all ranks say so.
+            is_saving: whether this rank is writing a background checkpoint. The report counts these ranks.
         """
         for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
@@ -175,12 +181,10 @@ class PriorEngine:
         )
 
     def calibrate(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Find the residual blocks' first gradient scales on one global batch, as `ResblockGradScaler.calibrate`.
+        """Find the first gradient scales of the residual blocks on one global batch, by `ResblockGradScaler.calibrate`.
 
-        Before the first update, and only where the configuration has `calibration_trials`. Returns whether it has. All ranks
-        call it together.
-
-        Nothing but the scales changes: a trial is an update without its step.
+        Call it on all ranks, before the first update. If the configuration has no `calibration_trials`, it does nothing and
+        returns False; otherwise it returns True. Only the scales change: a trial is an update without its step.
         """
         if not self.scaler or not self.scaler.config.calibration_trials:
             return False
@@ -192,19 +196,19 @@ class PriorEngine:
             self._engine.step()
             return sums.nonfinite
 
-        logger.disabled = True  # DeepSpeed would announce an overflow each time
+        logger.disabled = True  # DeepSpeed would log an overflow in each trial
         self.scaler.calibrate(attempt)
         if self.masterless:
             self.masterless.forget()
         logger.disabled = False
         self._set_counters(counters)
-        self.phases.take()  # trials are no updates
+        self.phases.take()  # don't count the trials' time as that of an update
         return True
 
     def _accumulate(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], stop_requested: bool = False, is_saving: bool = False
     ) -> AgreementSums:
-        """Forward and backward over one global batch, all but the step -> losses and flags, summed over the ranks."""
+        """Run forward and backward over one global batch, without the step. Returns losses and flags, summed over all ranks."""
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
@@ -212,18 +216,18 @@ class PriorEngine:
             self.scaler.begin()
         if self.masterless:
             self.masterless.begin()
-        # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass. They
-        # are taken here: on the device they would have to be waited for.
+        # Means are over the global batch (paper section 2.5), so the counts must be known before the first backward pass. The
+        # host counts, since it would have to wait for counts from the device.
         n_texts = [int((text >= 0).sum()) for text, _ in micro_batches]
         counts = torch.tensor([sum(n_texts), sum(image.numel() for _, image in micro_batches)], dtype=torch.float64)
         n_text, n_image = self.ranks.sum(on_device(counts, self.ranks.device)).float()
         micro_batches = [self._on_device(batch) for batch in micro_batches]
-        # the engine averages over ranks and micro-batches; the sums here are shares of global means
+        # The engine averages gradients over ranks and micro-batches, but these losses are summands of global means.
         share = self.ranks.world_size * self._accumulation
         sums = AgreementSums(len(self.scaler.names) if self.scaler else 0, self.ranks.device)
         for number, (text, image) in enumerate(micro_batches):
             if number:
-                self._engine.step()  # which only counts, until all micro-batches are in
+                self._engine.step()  # only counts micro-steps before the last micro-batch
             with self.phases("forward"):
                 nll = NLL(*self._engine(text, image, n_text=n_texts[number]))
                 text_mean, image_mean = nll.text_sum / n_text.clamp(min=1), nll.image_sum / n_image
@@ -251,8 +255,8 @@ class PriorEngine:
 
     @contextmanager
     def _gradient_shards(self, block: ResBlock) -> Iterator[list[Tensor]]:
-        """This rank's reduced gradients of a block's parameters, to be written to."""
-        own = set(self.masterless.parameters.values()) if self.masterless else ()  # un-scaled already
+        """Yield this rank's shards of the reduced gradients of a block's parameters. The caller may modify them in place."""
+        own = set(self.masterless.parameters.values()) if self.masterless else ()  # already un-scaled
         shards = {parameter: self._gradients.read(parameter) for parameter in block.parameters() if parameter not in own}
         yield list(shards.values())
         if self._gradients.are_copies:
@@ -260,7 +264,8 @@ class PriorEngine:
                 self._gradients.write(parameter, shard)
 
     def _leave_out(self, blocks: Sequence[str]) -> set[str]:
-        """Zero the gradients of these blocks, so that norm and clipping see the others' alone -> names of their parameters."""
+        """Zero the gradients of these blocks, so that norm and clipping see only the other blocks.
+        Returns the names of the blocks' parameters."""
         names = {f"{block}.{name}" for block in blocks for name, _ in self.module.get_submodule(block).named_parameters()}
         for name in names:
             if self.masterless and name in self.masterless:
@@ -271,8 +276,8 @@ class PriorEngine:
         return names
 
     def _step_masterless(self, masterless: MasterlessMatrices, lr: float, kept: set[str]) -> float:
-        """Clip the gradients of both optimizers by their norm together, and let ours step -> that norm. Where it is not finite,
-        neither steps."""
+        """Clip the gradients of both optimizers by their joint norm, and step on the matrices without masters. If the norm is
+        not finite, neither optimizer steps. Returns the norm."""
         theirs = [self._gradients.read(p) for name, p in self.module.named_parameters() if name not in masterless]
         squares = masterless.squared_norm() + torch.stack(torch._foreach_norm(theirs)).square().sum()
         group = self.replicas.shard_group if self.replicas else None  # replicas have the same gradients
@@ -289,12 +294,12 @@ class PriorEngine:
     def _veto_step(self) -> None:
         """Skip the entire update: some block of some rank had a non-finite gradient (paper appendix E.2 step 10).
 
-        Filtering and summation may have hidden the event, so a NaN is put where DeepSpeed's own check will find it:
-        parameters, moments and its step count then stay as they are.
+        Filtering and summation may have hidden the non-finite value, so a NaN is written where DeepSpeed's own check finds it.
+        DeepSpeed then leaves parameters, moments and step count unchanged.
         """
         parameter = self.module.heads.norm.weight
-        # One value that the next backward pass overwrites, and only the first rank of a shard group is sure to have one: others
-        # may hold nothing but padding, which counts in DeepSpeed's norm and is never written again.
+        # The next backward pass overwrites this value. Only the first rank of a shard group is sure to hold a real value:
+        # others may hold only padding, which counts in DeepSpeed's norm and is never overwritten.
         if shard_start(parameter) == 0:
             grad = self._gradients.read(parameter).clone()
             grad[:1].fill_(float("nan"))
@@ -302,7 +307,7 @@ class PriorEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """(text, image) mean loss in nats a token over all ranks' batches (equally many on every rank)."""
+        """Mean (text, image) losses over the batches of all ranks, in nats per token. All ranks pass equally many batches."""
         totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         with _evaluating(self._engine):
             for text, image in batches:
@@ -313,14 +318,17 @@ class PriorEngine:
 
     @torch.no_grad()
     def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
-        """(B, N) nats of each image token of one batch, the same on every rank. All ranks must call it together."""
+        """Negative log-likelihood of each image token of one batch: (B, N), in nats, on the CPU.
+
+        All ranks must call it together, with the same batch.
+        """
         with _evaluating(self._engine):
             return self._engine(*self._on_device((text_BT, image_BN)), per_token=True).cpu()
 
     def optimizer_bytes_per_parameter(self) -> float:
-        """Bytes of moments for one parameter of the model, counted over the tensors of a replica, ZeRO's padding included.
+        """Bytes of moments per parameter of the model, counted over one replica, including ZeRO's padding.
 
-        0 before the first step that was taken: only then are there moments. All ranks call it together.
+        It is 0 before the first step, since moments do not exist yet. All ranks must call it together.
         """
         n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         n_bytes = sum(map(moment_bytes, filter(None, (self._torch_optimizer, self.masterless and self.masterless.optimizer))))
@@ -328,15 +336,15 @@ class PriorEngine:
         n_replicas = self.replicas.count if self.replicas else 1
         return float(self.ranks.sum(total)) / n_replicas / n_parameters
 
-    # ---- this rank's part of every parameter ----------------------------------------------------------------------------
+    # ---- this rank's shard of every parameter ---------------------------------------------------------------------------
 
     def shards(self) -> dict[str, Tensor]:
-        """Name -> this rank's flat part of the parameter (the last rank's is padded), or the whole below stage 3; fp32 but
-        under DeepSpeed's own fp16 and bf16."""
+        """This rank's flat shard of each parameter by name, or below ZeRO stage 3 the whole parameter. The last rank's shard is
+        padded. Shards are fp32, except for matrices without masters and in DeepSpeed's built-in fp16 and bf16 modes."""
         return {name: getattr(p, "ds_tensor", p.data) for name, p in self.module.named_parameters()}
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Name -> the whole parameter in fp32 on the CPU, on the main rank; None on others. All ranks call it together."""
+        """All parameters by name, whole, in fp32 on the CPU; None on other ranks than the main one. All ranks must call it."""
         weights = {}
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -345,38 +353,42 @@ class PriorEngine:
         return weights or None
 
     def refresh_gathered_parameters(self) -> None:
-        """After writing into `shards()`: drop what ZeRO-3 holds gathered from before, and gather its resident ones anew.
+        """Discard ZeRO-3's gathered parameters and gather the resident ones again. Call it after writing into `shards()`.
 
-        Resident are the small parameters; others may linger, since ZeRO-3 keeps what it expects to need again soon.
+        Small parameters are resident, that is, always gathered. Others may still be gathered too, since ZeRO-3 keeps parameters
+        that it expects to need again soon.
         """
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3: these two do just that around its own checkpoints
+        if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3 only: it calls these two around its own checkpoints
             optimizer.checkpoint_event_prologue()
             optimizer.checkpoint_event_epilogue()
-            # shards are next read on the stream of ZeRO-3's gathers, which waits for no other where no parameter is resident
+            # ZeRO-3's gather stream reads the shards next. If no parameter is resident, it does not wait for other streams.
             get_accelerator().synchronize()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, client_state: dict[str, Any], averages: Mapping[str, Tensor] | None = None) -> None:
-        """Write all that `load` needs into a folder that the ranks share. All call it together."""
+        """Write a checkpoint for `load` into a folder that all ranks share. All ranks must call it together."""
         self.snapshot(client_state, averages, copy=False).write(folder)
 
     def snapshot(
         self, client_state: dict[str, Any], averages: Mapping[str, Tensor] | None = None, copy: bool = True
     ) -> Snapshot:
-        """This rank's part of weights, optimizer state and `averages` (tensors as in `shards()`), and from the main rank what
-        is not a tensor; `client_state` is plain data (JSON). All ranks call it together.
+        """Collect this rank's part of a checkpoint. All ranks must call it together.
 
-        With `copy` it is in CPU memory of its own and may be written while training goes on, else it must be written at once.
+        Args:
+            client_state: data of the caller that JSON can hold. The main rank's is saved.
+            averages: EMA of the weights, shaped like `shards()`.
+            copy: copy the tensors to CPU memory, so that they can be written while training continues. Without it, the snapshot
+                must be written before the next update.
         """
         shapes = {name: _whole_shape(p) for name, p in self.module.named_parameters()}
         parameters = dict(self.module.named_parameters())
-        # all replicas have the same weights: the first one writes them
+        # all replicas have the same weights, so only the first one writes them
         is_writer = self.replicas is None or self.replicas.index == 0
         parts = collect(self._engine, shapes, self._other_fragments()) if is_writer else StateParts(shapes)
         for name, average in (averages or {}).items() if is_writer else ():
-            if hasattr(parameters[name], "ds_id") or self.ranks.is_main:  # below stage 3 they are whole, on all ranks the same
+            if hasattr(parameters[name], "ds_id") or self.ranks.is_main:  # below stage 3 all ranks have the same whole averages
                 parts.add(AVERAGE, name, shard_start(parameters[name]), average)
         factors = self.replica_gradients.collect(parts) if self.replica_gradients else {}
         state = None
@@ -390,17 +402,18 @@ class PriorEngine:
         return Snapshot(parts.copied() if copy else parts, factors, state, self.ranks.rank, self.ranks.world_size)
 
     def load(self, url: str | Path, averages: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Load what `save` or snapshots wrote, on any number of ranks and at any ZeRO stage; fills `averages`, returns the
-        client state.
+        """Load a checkpoint from `save` or `snapshot`, written by any number of ranks at any ZeRO stage.
+
+        Fills `averages` in place. Returns the client state.
 
         Raises:
-            DataError: files are missing, damaged, or of another model.
+            DataError: files are missing or damaged, or belong to another model.
         """
         saved = SavedState(url)
         found, expected = saved.shapes, {name: _whole_shape(p) for name, p in self.module.named_parameters()}
         if found != expected:
             different = sorted(found.items() ^ expected.items())
-            raise DataError(f"{url} is of another model: only one of the two has {different[:4]}")
+            raise DataError(f"{url} belongs to another model: only one of the two has {different[:4]}")
         restore(self._engine, saved, self._other_fragments())
         if self.replica_gradients:
             self.replica_gradients.load(saved)
@@ -412,7 +425,7 @@ class PriorEngine:
         self.refresh_gathered_parameters()
         state = json.loads(objects.read_bytes(objects.join(url, ENGINE_FILE)))
         self._set_counters(state["counters"])
-        loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # plain torch optimizers, without ZeRO, have none
+        loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # without ZeRO, torch's optimizer has none
         for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():
             setattr(loss_scaler, name, value)
         if self.scaler and state["block_scaler"]:
@@ -425,7 +438,7 @@ class PriorEngine:
     def _set_counters(self, counters: Mapping[str, int]) -> None:
         for name, value in counters.items():
             setattr(self._engine, name, value)
-        # other numbers of ranks take other numbers of micro-batches; the engine steps where this one is a multiple of them
+        # The number of micro-batches depends on the number of ranks. DeepSpeed steps when micro_steps is a multiple of it.
         self._engine.micro_steps = self._engine.global_steps * self._accumulation
 
 
@@ -434,7 +447,7 @@ def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def _plain_values(thing: object) -> dict[str, Any]:
-    """Attributes that are numbers or flags: all that DeepSpeed's loss scalers remember."""
+    """Attributes that are numbers or flags. They are the whole state of DeepSpeed's loss scalers."""
     return {name: value for name, value in vars(thing).items() if isinstance(value, int | float)} if thing is not None else {}
 
 

@@ -1,7 +1,8 @@
-"""DeepSpeed's JSON: read, checked against what the recipe owns, and completed.
+"""Read DeepSpeed's JSON configuration, reject keys that belong to the recipe, and add the recipe's values.
 
-The JSON says how the engine works (ZeRO stage, offload, formats, buckets), the recipe what a run is (batch, clipping,
-optimizer, schedule). A key has one home; the other's is refused rather than silently beaten.
+The JSON sets how the engine works: ZeRO stage, offload, number formats, bucket sizes. The recipe sets what the run computes:
+batch size, clipping, optimizer, schedule. If the JSON sets a key that belongs to the recipe, loading fails, so that neither
+file silently overrides the other.
 """
 
 import json
@@ -23,67 +24,74 @@ RECIPE_OWNS = {
     "optimizer": "optimizer",
     "scheduler": "learning_rate",
 }
-"""DeepSpeed key -> the recipe key that sets it."""
+"""The recipe key that sets each of these DeepSpeed keys."""
 
 _OURS = set(ResblockScalingConfig.model_fields)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """A DeepSpeed configuration ready for `deepspeed.initialize`, and our part of its fp16 section."""
+    """A DeepSpeed configuration ready for `deepspeed.initialize`, and the per-resblock scaling of its fp16 section."""
 
     json: dict[str, Any]
     block_scaling: ResblockScalingConfig | None
-    """Set when the JSON says `"fp16": {"enabled": true, "loss_scale": "per_resblock"}`."""
+    """The scaling policy if the JSON has `"fp16": {"enabled": true, "loss_scale": "per_resblock"}`, otherwise None."""
 
     @property
     def zero_stage(self) -> int:
         return int(self.json.get("zero_optimization", {}).get("stage", 0))
 
     def require_replicable(self) -> None:
-        """Raises ConfigError where gradients can't be averaged between replicas under this configuration."""
+        """Raises ConfigError if gradients can't be averaged between replicas under this configuration."""
         if self.zero_stage != 3:
-            raise ConfigError(f"replicas need zero_optimization.stage 3, the DeepSpeed JSON has {self.zero_stage}")
+            raise ConfigError(f"replicas need zero_optimization.stage 3, but the DeepSpeed JSON has {self.zero_stage}")
         if self.json.get("fp16", {}).get("enabled"):
             raise ConfigError(
-                "replicas need true gradients, DeepSpeed's own fp16 scales them: "
+                "replicas need un-scaled gradients, but DeepSpeed's built-in fp16 scales them: "
                 'use "loss_scale": "per_resblock", or bf16, or fp32'
             )
         if self.block_scaling is not None and self.block_scaling.skip == "block":
-            raise ConfigError('replicas carry compression errors from update to update and skip whole ones: "skip": "update"')
+            raise ConfigError(
+                'replicas carry compression errors to the next update, so they only skip whole updates: set "skip": "update"'
+            )
 
     def require_masterless(self, moments: str, number_format: str) -> None:
-        """Raises ConfigError where matrices can't be without fp32 masters under this configuration, with moments and errors of
-        replicas in these formats."""
+        """Raises ConfigError if matrices can't be trained without fp32 masters under this configuration.
+
+        Args:
+            moments: the recipe's `optimizer.moments`.
+            number_format: the recipe's `replicas.number_format`.
+        """
         if self.block_scaling is None:
             raise ConfigError('optimizer.master none needs fp16 with "loss_scale": "per_resblock" in the DeepSpeed JSON')
         for key in self.json.get("zero_optimization", {}):
             if key.startswith("offload_"):
                 raise ConfigError(f"optimizer.master none keeps its state on the device, but the DeepSpeed JSON has {key}")
         if moments != "low_bit":
-            raise ConfigError(f"optimizer.master none needs optimizer.moments low_bit, the recipe has {moments}")
+            raise ConfigError(f"optimizer.master none needs optimizer.moments low_bit, but the recipe has {moments}")
         if number_format != "1-6-9":
-            raise ConfigError(f"optimizer.master none needs replicas.number_format 1-6-9, the recipe has {number_format}")
+            raise ConfigError(f"optimizer.master none needs replicas.number_format 1-6-9, but the recipe has {number_format}")
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The format of all weights in forward passes: of 16 bits under DeepSpeed's own fp16 and bf16 alone."""
+        """The dtype of weights outside the residual branches in forward passes.
+        It is 16-bit only in DeepSpeed's built-in fp16 and bf16 modes, which convert all weights."""
         return torch.float32 if self.block_scaling is not None else self.branch_dtype
 
     @property
     def branch_dtype(self) -> torch.dtype:
-        """The format that residual branches compute in."""
+        """The dtype in which residual branches compute."""
         if self.block_scaling is not None or self.json.get("fp16", {}).get("enabled"):
             return torch.float16
         return torch.bfloat16 if self.json.get("bf16", {}).get("enabled") else torch.float32
 
 
 def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip: float) -> EngineConfig:
-    """Read the JSON at `path` and complete it with the recipe's numbers.
+    """Read the JSON at `path` and add the recipe's micro-batch size, accumulation steps and clipping.
 
     Raises:
-        ConfigError: unreadable file, a key that the recipe owns, a wrong fp16 section, per-resblock scaling without stage 3,
-            DeepSpeed's own 16-bit formats without ZeRO.
+        ConfigError: the file can't be read, has a key that belongs to the recipe, or has an invalid fp16 section; per-resblock
+            scaling without ZeRO stage 3; DeepSpeed's built-in fp16 or bf16 without ZeRO.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -99,8 +107,8 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
     for key, recipe_key in RECIPE_OWNS.items():
         if key in tree:
             raise ConfigError(
-                f"{path} sets {key} = {json.dumps(tree[key])}, but that is the recipe's to say ({recipe_key}): "
-                "remove it from the JSON"
+                f"{path} sets {key} = {json.dumps(tree[key])}, but this value comes from the recipe ({recipe_key}): "
+                "remove the key from the JSON"
             )
     block_scaling = _take_block_scaling(tree, path)
     config = EngineConfig(
@@ -109,9 +117,10 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
-            "steps_per_print": 10**9,  # progress and metrics are ours
-            "timers": {"throughput": {"enabled": False}} | tree.get("timers", {}),  # it waits for the device twice a micro-step
-            # the optimizer is torch's AdamW, made by us
+            "steps_per_print": 10**9,  # we print progress and metrics ourselves
+            "timers": {"throughput": {"enabled": False}}
+            | tree.get("timers", {}),  # it syncs with the device twice a micro-step
+            # we pass an optimizer of our own, not one of DeepSpeed's
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         },
@@ -126,7 +135,10 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
 
 
 def _take_block_scaling(tree: dict[str, Any], path: Path) -> ResblockScalingConfig | None:
-    """Our reading of the fp16 section. Per-resblock scaling keeps parameters fp32, so DeepSpeed's own fp16 must stay off."""
+    """Parse the fp16 section if it asks for per-resblock scaling, otherwise return None.
+
+    Per-resblock scaling keeps parameters fp32, so DeepSpeed's built-in fp16 is switched off in `tree`.
+    """
     section = tree.get("fp16", {})
     if not section.get("enabled") or section.get("loss_scale") != "per_resblock":
         return None
@@ -134,7 +146,8 @@ def _take_block_scaling(tree: dict[str, Any], path: Path) -> ResblockScalingConf
     unknown = sorted(set(settings) - _OURS)
     if unknown:
         raise ConfigError(
-            f"{path}: fp16 with per_resblock scaling does not know {', '.join(unknown)}; known: {', '.join(sorted(_OURS))}"
+            f"{path}: unknown keys in the fp16 section with per_resblock scaling: {', '.join(unknown)}; "
+            f"expected any of {', '.join(sorted(_OURS))}"
         )
     tree["fp16"] = {"enabled": False}
     try:

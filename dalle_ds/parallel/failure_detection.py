@@ -1,4 +1,4 @@
-"""Watch over the other ranks: a job ends as a whole, and says which rank was lost and how, where it would wait for ever."""
+"""Detect lost ranks: end the whole job with a message that names the lost rank and the cause, instead of waiting forever."""
 
 import os
 import select
@@ -19,21 +19,21 @@ from dalle_ds.errors import RankLost, UserError
 from dalle_ds.parallel.ranks import Ranks
 
 _POLL_S = 2.0
-_TIMEOUTS = ("Timed out waiting", "Application timeout", "operation timeout")  # as gloo (two ways) and NCCL put it
-_NOTE = "dalle_ds/lost"  # in the job's store: why it ends, from the first rank that knows
+_TIMEOUTS = ("Timed out waiting", "Application timeout", "operation timeout")  # two messages of gloo, one of NCCL
+_NOTE = "dalle_ds/lost"  # key in the job's store: why the job ends, written by the first rank that knows
 
 
 def limit_waiting(seconds: float) -> None:
-    """Collectives end with an error where another rank lets this one wait for so long, in all groups that there are by now.
+    """Set the timeout of all process groups that exist now. A collective that waits longer for another rank raises an error.
 
-    Groups made without a timeout, as ZeRO's are, have torch's own, whatever the default group's is.
+    Groups created without a timeout, such as ZeRO's, have torch's default timeout and not that of the default group.
     """
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def say(ranks: Ranks, error: UserError) -> None:
-    """Show the message on stderr, once; what all ranks find out only from the first of them."""
+    """Print the error on stderr, once. If several ranks raise the same error, only the first of them prints it."""
     if error.is_said:
         return
     error.is_said, is_first = True, True
@@ -46,17 +46,20 @@ def say(ranks: Ranks, error: UserError) -> None:
 
 
 class RankWatch:
-    """Within its context, an error of a collective that another rank caused is raised as a RankLost that names the rank and
-    what happened to it. Where no error comes (a GPU may wait for a dead rank until the timeout), the process is ended.
+    """Context manager that ends this process when another rank is lost.
 
-    Ranks of this machine are watched by their processes; those of others leave a note in the job's store.
+    If another rank makes a collective fail within the context, it raises a RankLost that names the rank and what happened to
+    it. A GPU may wait for a dead rank until the timeout. So if no error has been raised `grace` seconds after a rank was lost,
+    the process is ended.
+
+    The processes of this machine's ranks are watched directly. Ranks of other machines write a key into the job's store.
     """
 
     def __init__(self, ranks: Ranks, timeout: float, grace: float = 20.0) -> None:
-        """`timeout`: seconds of collectives. `grace`: seconds for an error to come once a rank is lost."""
+        """`timeout` is that of collectives, in seconds. `grace` is how long to wait for an error after a rank was lost."""
         self._ranks, self._timeout, self._grace = ranks, timeout, grace
         self.before_exit: Callable[[], object] = lambda: None
-        """Called where the process has to be ended."""
+        """Called before the watch ends the process."""
         self._done, self._known = threading.Event(), threading.Event()
         self._reason = ""
 
@@ -64,7 +67,7 @@ class RankWatch:
         limit_waiting(self._timeout)
         if self._ranks.world_size > 1:
             self._store = distributed_c10d._get_default_store()
-            # a process number means nothing on another machine or in another container; siblings have one launcher
+            # Process ids are only valid on one machine and in one container. Siblings share the parent: the launcher.
             namespace = Path("/proc/self/ns/pid")
             place = (os.uname().nodename, str(namespace.readlink()) if namespace.exists() else "", os.getppid())
             found = self._ranks.gather_objects((place, os.getpid()))
@@ -81,24 +84,24 @@ class RankWatch:
             raise lost from error
         if self._ranks.world_size > 1 and isinstance(error, Exception):
             self._tell_others(f"rank {self._ranks.rank} failed: {type(error).__name__}: {error}")
-            if isinstance(error, UserError):  # before anything that takes time: the launcher may kill this rank soon
+            if isinstance(error, UserError):  # print it now: the launcher may soon kill this rank
                 say(self._ranks, error)
 
     def _cause(self, error: Exception) -> str:
-        """Why a collective failed."""
+        """Find out why a collective failed, and inform the other ranks."""
         if any(text in str(error) for text in _TIMEOUTS):
             stopped = [f"rank {rank} (process {pid})" for pid, rank in self._siblings.items() if _is_stopped(pid)]
             reason = f"no answer from another rank within {self._timeout:g} s (failure.collective_timeout)"
             reason += f", stopped: {', '.join(stopped)}" if stopped else ""
         else:
-            self._known.wait(5 * _POLL_S)  # a connection breaks a moment before its process has ended
+            self._known.wait(5 * _POLL_S)  # a connection breaks slightly before the end of its process is visible
             reason = self._reason or f"lost the connection to another rank: {str(error).splitlines()[0]}"
         self._tell_others(reason)
         return reason
 
     def _watch(self) -> None:
         poller, processes = select.poll(), {}
-        for pid, rank in self._siblings.items() if hasattr(os, "pidfd_open") else ():  # Linux has it
+        for pid, rank in self._siblings.items() if hasattr(os, "pidfd_open") else ():  # Linux only
             try:
                 descriptor = os.pidfd_open(pid)
             except ProcessLookupError:
@@ -109,7 +112,7 @@ class RankWatch:
         store_is_gone = False
         while True:
             ended = poller.poll(_POLL_S * 1000)
-            if self._done.is_set():  # the others may end now, and the store with them
+            if self._done.is_set():  # from now on other ranks and the store may end normally
                 break
             for descriptor, _ in ended:
                 poller.unregister(descriptor)
@@ -120,8 +123,8 @@ class RankWatch:
             try:
                 note = self._note()
             except RuntimeError:
-                # not at once: the end of a sibling says more
-                note = "no answer from the process that keeps the job's store, rank 0 or torchrun" if store_is_gone else None
+                # report it only the second time: a message about the end of a sibling is more specific
+                note = "no answer from the process that hosts the job's store, rank 0 or torchrun" if store_is_gone else None
                 store_is_gone = True
             if note is not None:
                 self._found(note)
@@ -132,7 +135,7 @@ class RankWatch:
         if self._known.is_set():
             return
         with suppress(RuntimeError):
-            reason = self._note() or reason  # a rank that failed has said more than its exit code does
+            reason = self._note() or reason  # the note of a failed rank is more specific than its exit code
         self._reason = reason
         self._known.set()
         self._tell_others(reason)
@@ -145,13 +148,13 @@ class RankWatch:
         return self._store.get(_NOTE).decode() if self._store.check([_NOTE]) else None
 
     def _tell_others(self, reason: str) -> None:
-        with suppress(RuntimeError):  # the store may be gone with rank 0, which the others see as well
+        with suppress(RuntimeError):  # the store may be gone with rank 0; then the other ranks notice that themselves
             if self._note() is None:
                 self._store.set(_NOTE, reason)
 
 
 def _rank_lost(reason: str) -> RankLost:
-    return RankLost(f"{reason}; the same command goes on from the last checkpoint")
+    return RankLost(f"{reason}; run the same command again to resume from the last checkpoint")
 
 
 def _is_of_a_collective(error: Exception) -> bool:
@@ -166,9 +169,9 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _how_it_ended(pid: int) -> str | None:
-    """Of a process that its launcher may have waited for already; None: by itself, or because it was asked to."""
+    """How a process has ended. None if it exited with 0 or after SIGTERM. Its launcher may have waited for it already."""
     try:
-        # field 52 is the status as wait() gives it; the second is a name in brackets, in which anything may stand
+        # field 52 is the status as wait() returns it; field 2 is a name in brackets that may contain any character
         code = os.waitstatus_to_exitcode(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[49]))
     except (FileNotFoundError, ProcessLookupError):
         return "has ended"

@@ -1,12 +1,13 @@
-"""Gather the weights of residual branches as fp16, and leave them so until they are freed.
+"""Gather the weights of residual branches as fp16, and keep them in fp16 until they are freed.
 
-ZeRO-3 shards fp32 parameters here, which are their own master copies. Its gather can send fp16, but then joins the parts in one
-copy and widens them in another, and the branch narrows them once more in each of its passes: 38 bytes a parameter and
-micro-step, where 4 do. Parameters carry the function that gathers them, so it can be another one: each weight is received in
-its own place, in fp16, and that tensor is the parameter's data.
+ZeRO-3 shards fp32 parameters here, which are their own master copies. Its own gather can send fp16. But then it concatenates
+the shards in one copy and converts them to fp32 in a second, and the branch converts them to fp16 again in each pass. That
+moves 38 bytes per parameter and micro-step through memory, where 4 are enough. Each parameter carries the function that gathers
+it, so the function can be replaced: the replacement receives each weight into a buffer of its own, in fp16, and this buffer
+becomes the parameter's data.
 
-autograd then wants to be told that gradients stay fp32 (`grad_dtype`), and ZeRO-3 to reduce them per module and not by hooks on
-parameters, whose kind changes with each gather: layers are its leaf modules (`leaf_layers`).
+Two things follow. autograd must be told that the gradients of fp16 weights are fp32 (`grad_dtype`). And ZeRO-3 must reduce
+gradients per module, not by hooks on parameters, whose dtype changes with each gather; so layers are its leaf modules.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,37 +23,43 @@ from torch import Tensor, nn
 from dalle_ds.models.resblock import BranchLinear
 
 LARGE = 1 << 22
-"""Values of a parameter that has a message of its own: embeddings and unembeddings of all but the smallest models."""
+"""Parameters with at least this many values get a message of their
+own: embeddings and unembeddings of all but the smallest models."""
 
 
 def gather_in_half(model: nn.Module) -> None:
-    """Make ZeRO-3 gather the weights of `model`'s branches in fp16. Before `deepspeed.initialize`, after `zero.Init`."""
+    """Make ZeRO-3 gather the weights of `model`'s branches in fp16.
+    Call it after `zero.Init` and before `deepspeed.initialize`."""
     halves = {id(module.weight) for module in model.modules() if isinstance(module, BranchLinear)}
     for parameter in model.parameters():
         if id(parameter) in halves:
             parameter.grad_dtype = torch.float32
-        # ZeRO-3 asks any one parameter to gather a whole group
+        # ZeRO-3 calls this method of one parameter to gather a whole group of parameters
         parameter.all_gather_coalesced = _Gather(halves, parameter.all_gather_coalesced)
 
 
 class _Gather:
-    """Starts to gather a group of parameters -> a handle with `wait`."""
+    """Starts to gather a group of parameters. Returns a handle with `wait`."""
 
     def __init__(self, halves: set[int], others: Callable[..., Any]) -> None:
         self._halves, self._others = halves, others
 
     def __call__(self, params: Iterable[nn.Parameter], quantize: bool = False, **options: Any) -> "_Handle":
         ours, others = [], []
-        for parameter in sorted(params, key=lambda p: p.ds_id):  # collectives in one order on all ranks
+        for parameter in sorted(params, key=lambda p: p.ds_id):  # the same order of collectives on all ranks
             (ours if not quantize and self._is_ours(parameter) else others).append(parameter)
         handle = self._others(others, quantize=quantize, **options) if others else None
         return _Handle(handle, [(p, *_receive(p, id(p) in self._halves)) for p in ours])
 
     def _is_ours(self, parameter: nn.Parameter) -> bool:
-        """fp16 weights, and others so large that the second copy, which ZeRO-3 makes of what it gathers, would be missed; where
-        nothing is sharded all: there ZeRO-3 would wait for the device at every module. Not those whose shard is on a disk, or
-        has a second copy inside the node; nor weights with small fp32 shards that stay gathered: ZeRO-3 gathers these by
-        another way too, and a layer must not meet another format when it is recomputed."""
+        """Whether we gather this parameter ourselves instead of ZeRO-3.
+
+        We gather fp16 weights. We also gather large parameters, for which ZeRO-3's second copy of gathered values would take
+        too much memory. With one rank per shard group we gather all, since ZeRO-3 would wait for the device at every module.
+
+        ZeRO-3 gathers parameters whose shard is on disk or has a secondary copy inside the node. It also gathers resident
+        weights with fp32 shards: ZeRO-3 gathers these in a second way too, and a recomputed layer must not see another dtype.
+        """
         shard = parameter.ds_tensor
         is_at_hand = shard.status is PartitionedParamStatus.AVAILABLE and parameter.ds_secondary_tensor is None
         if id(parameter) in self._halves:
@@ -65,7 +72,7 @@ class _Handle:
         self._others, self._halves = others, halves
 
     def wait(self, **options: Any) -> None:
-        """ZeRO-3 calls it once for every parameter of the group."""
+        """Wait for the gathers and set the parameters' data. ZeRO-3 calls it once for every parameter of the group."""
         if self._others is not None:
             self._others.wait(**options)
         for parameter, whole, work in self._halves:
@@ -77,7 +84,8 @@ class _Handle:
 
 
 def _receive(parameter: nn.Parameter, in_half: bool) -> tuple[Tensor, Any]:
-    """-> flat values, and the collective that fills them in (None: they are there)."""
+    """Start to gather a parameter. Returns its flat values and the collective that fills them.
+    If there is only one rank to gather from, the values are complete and the collective is None."""
     parameter.ds_status = ZeroParamStatus.INFLIGHT
     shard, n_ranks = parameter.ds_tensor, parameter.ds_zero_partition_world_size
     device = get_accelerator().current_device_name()
@@ -86,5 +94,5 @@ def _receive(parameter: nn.Parameter, in_half: bool) -> tuple[Tensor, Any]:
     dtype = torch.float16 if in_half else shard.dtype
     whole = torch.empty(shard.numel() * n_ranks, dtype=dtype, device=device)
     own = whole.narrow(0, shard.numel() * parameter.ds_zero_partition_rank, shard.numel())
-    own.copy_(shard, non_blocking=True)  # rounds
+    own.copy_(shard, non_blocking=True)  # rounds to fp16
     return whole, dist.all_gather_into_tensor(whole, own, group=parameter.ds_process_group, async_op=True)

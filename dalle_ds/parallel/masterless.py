@@ -1,10 +1,10 @@
-"""Matrices of residual branches as fp16 shards without fp32 masters, beside a ZeRO-3 that owns all other parameters.
+"""Matrices of residual branches as fp16 shards without fp32 masters. ZeRO-3's optimizer owns all other parameters.
 
-The paper's memory (section 2.4, appendix E.2): 2 bytes a parameter for the weight, 4 for the moments and 2 for the gradient,
-where fp32 masters take 16. ZeRO-3 shards, gathers and frees these matrices as it does others, but its optimizer never sees
-them: it wants one format for all it owns. So their gradients are reduced here, as soon as the backward pass has made them: in
-fp32, un-scaled on the shard that arrives, and added up as codes of 1-6-9, whose range holds un-scaled gradients where fp16's
-does not.
+As in the paper (section 2.4, appendix E.2), a parameter takes 2 bytes for the weight, 4 for the moments and 2 for the gradient,
+instead of 16 with an fp32 master. ZeRO-3 shards, gathers and frees these matrices like others. But its optimizer never sees
+them, since it requires one dtype for everything it owns. So their gradients are reduced here, as soon as the backward pass has
+made them: in fp32, un-scaled on the resulting shard, and accumulated as 1-6-9 codes. The range of 1-6-9 holds un-scaled
+gradients; fp16's does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from dalle_ds.precision.resblock_scaling import ResblockGradScaler
 
 
 class MasterlessMatrices:
-    """One rank's shards of the matrices, by name of the parameter: weights, gradients, and their optimizer."""
+    """One rank's shards of the matrices: weights, gradients and their optimizer, by parameter name."""
 
     def __init__(self, module: nn.Module, scaler: ResblockGradScaler, optimizer: MasterlessAdamW) -> None:
         """Call after `zero.Init` and before `deepspeed.initialize`, whose optimizer must not be given these parameters."""
@@ -36,11 +36,11 @@ class MasterlessMatrices:
             name: i for i, block in enumerate(scaler.names) for name in self.parameters if name.startswith(f"{block}.")
         }
         self._gradients: dict[str, Tensor] = {}
-        """Codes of 1-6-9."""
+        """Gradient shards as 1-6-9 codes."""
         self._is_first: dict[str, bool] = {}
         self._power_sgd: PowerSGD | None = None
         self.factors: dict[str, Factors] = {}
-        """Where gradients are compressed between replicas: of their averages, until the step."""
+        """Low-rank factors of the averaged gradients, from `ReplicaGradients.average` to the step. Empty without PowerSGD."""
         self._under_way: Callable[[], None] | None = None
         for name, parameter in self.parameters.items():
             assert is_zero_param(parameter), f"{name} is not sharded by zero.Init"
@@ -55,29 +55,33 @@ class MasterlessMatrices:
     # ---- gradients -------------------------------------------------------------------------------------------------------
 
     def carry(self, power_sgd: PowerSGD) -> None:
-        """From now on gradients are added to the errors that PowerSGD carries on, and have no buffers of their own (paper,
-        appendix E.2). Those of an update that is then skipped stay there; non-finite ones are never added."""
+        """From now on, add gradients to PowerSGD's carried errors instead of to separate buffers (paper, appendix E.2).
+
+        Gradients of a skipped update stay in the errors. Non-finite gradients are never added.
+        """
         self._power_sgd, self._gradients = power_sgd, power_sgd.errors
 
     def begin(self) -> None:
-        """Call before the forward passes of an update: its first gradients replace those of the last one, or join what it
-        carried on."""
+        """Call before the forward passes of an update. Its first gradients then replace
+        those of the previous update, or with PowerSGD are added to the carried errors."""
         self._is_first = dict.fromkeys(self.parameters, self._power_sgd is None)
         self.factors = {}
 
     def forget(self) -> None:
-        """Of updates that were only tried."""
+        """Discard the gradients. Call it after calibration trials."""
         for codes in self._gradients.values():
             codes.zero_()
 
     def finish(self) -> None:
-        """Call after the backward passes: all gradients are there, and the scaler knows which blocks hold Inf or NaN."""
+        """Wait for pending reductions. Call it after the backward passes: then all gradients are accumulated, and
+        `ResblockGradScaler.found_nonfinite` is complete for these matrices."""
         if self._under_way is not None:
             self._under_way()
             self._under_way = None
 
     def gradient(self, name: str) -> Tensor:
-        """fp32, un-scaled, averaged over the ranks that share the parameter, and over replicas where it has been."""
+        """This rank's shard of a gradient: fp32, un-scaled, averaged over the
+        ranks that shard the parameter, and over replicas once `factors` is set."""
         if name in self.factors:
             assert self._power_sgd is not None
             return self._power_sgd.average_of(name, self.factors[name])
@@ -87,7 +91,7 @@ class MasterlessMatrices:
         self._gradients[name].copy_(encode(values, FORMAT_1_6_9))
 
     def squared_norm(self) -> Tensor:
-        """0-d fp32, of this rank's shards together."""
+        """Sum of the squares of all gradient shards of this rank, 0-d fp32."""
         if self.factors:
             return torch.stack([self.gradient(name).square().sum() for name in self.parameters]).sum()
         return torch.stack([squares_of_codes(codes) for codes in self._gradients.values()]).sum()
@@ -95,7 +99,7 @@ class MasterlessMatrices:
     def _reduce_soon(self, name: str) -> Callable[[nn.Parameter], None]:
         @torch.no_grad()
         def hook(parameter: nn.Parameter) -> None:
-            if parameter.grad is None:  # a recomputed layer's came before; of its first graph autograd has none
+            if parameter.grad is None:  # the hook of a recomputed layer runs twice; the second time there is no gradient
                 return
             gradient, parameter.grad = parameter.grad.view(-1), None
             n_ranks, n = parameter.ds_zero_partition_world_size, parameter.ds_tensor.numel()
@@ -106,7 +110,7 @@ class MasterlessMatrices:
                 gradient = torch.cat([gradient, gradient.new_zeros(n_ranks * n - gradient.numel())])
             shard = torch.empty(n, dtype=torch.float32, device=gradient.device)
             work = dist.reduce_scatter_tensor(shard, gradient, group=parameter.ds_process_group, async_op=True)
-            self.finish()  # the one before: there are never more than two whole gradients
+            self.finish()  # the previous gradient: so at most two whole gradients exist at a time
 
             def arrived() -> None:
                 nonlocal gradient
@@ -133,7 +137,7 @@ class MasterlessMatrices:
     # ---- the update ------------------------------------------------------------------------------------------------------
 
     def step(self, lr: float, factor: Tensor, but: set[str]) -> None:
-        """Update all matrices but some, with gradients times `factor`, 0-d."""
+        """Update all matrices except `but`. Gradients are multiplied by `factor`, 0-d."""
         self.optimizer.settings["lr"] = lr
         self.optimizer.step(
             [

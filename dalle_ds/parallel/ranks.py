@@ -1,4 +1,4 @@
-"""The process group: who this rank is, and the few collectives that the training story needs."""
+"""The process group: joining and leaving it, this process's rank, and the few collectives that trainers use."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ from dalle_ds.parallel.launch import take_gpu
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. Plain single-process use has rank 0 of 1 and no process group."""
+    """Rank, world size and device of this process. A single process may be rank 0 of 1 without a process group."""
 
     rank: int
     world_size: int
@@ -30,13 +30,13 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place; returns it."""
+        """All-reduce `tensor` in place by summing. Returns `tensor`."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """What every rank passed, in rank order, on every rank."""
+        """Gather the `value` of every rank, on every rank, in rank order."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -44,7 +44,7 @@ class Ranks:
         return gathered
 
     def from_main(self, value: Any) -> Any:
-        """The main rank's value, on every rank."""
+        """Broadcast the main rank's `value` to every rank."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
@@ -56,30 +56,32 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-"""A process without others; on which device it computes, a recipe or an option says."""
+"""A single process without a process group. Its callers choose the compute device themselves."""
 
 
 def join() -> Ranks:
-    """Join the job that a launcher described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*), or work alone.
+    """Join the process group that a launcher has described in the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*). Without
+    a launcher, create a group of one process.
 
     Raises:
-        ConfigError: restarts by torchrun on several machines, without what they need; more ranks than GPUs on a machine.
+        ConfigError: torchrun restarts on several machines without the settings that this needs; or a machine has more ranks
+            than GPUs.
     """
     exact_fp32()
     cuda = use_cuda()
     if not cuda:
-        # else DeepSpeed probes for accelerators and warns on every rank
+        # otherwise DeepSpeed probes for accelerators and warns on every rank
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler logs its start and stop to stderr
-    # DeepSpeed calls collectives by names that torch is renaming; users can do nothing about it
+    # DeepSpeed uses collectives that torch has deprecated; users can't do anything about the warning
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
-    # Compiling this operator takes a minute and a C++ compiler, and it only serves inference on CPUs.
+    # Compiling this operator takes a minute and a C++ compiler, and it is only used for inference on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not cuda:
-        # DeepSpeed refuses fp16 on CPUs without fast kernels for it; torch computes it on any, only slowly
+        # DeepSpeed rejects fp16 on CPUs without fast fp16 kernels. torch computes fp16 on any CPU, but slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in defaults.items():
@@ -87,8 +89,8 @@ def join() -> Ranks:
     device = torch.device("cuda", take_gpu(torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets 1 where the user sets none
-        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    elif "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets 1 by default
+        # torchrun sets LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     if os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0":
@@ -102,17 +104,17 @@ def join() -> Ranks:
 
 
 def leave() -> None:
-    """Leave all process groups, so that the processes end quietly."""
+    """Destroy all process groups, so that the processes end without warnings."""
     if dist.is_initialized():
-        # In the same order on all ranks, for NCCL may wait for the others of a group: torch goes by names, and those of groups
-        # that not all ranks made together are in another order on each.
+        # All ranks must use the same order, since NCCL may wait for the other ranks of a group. torch itself orders groups by
+        # name, but the names of groups that not all ranks made together are ordered differently on each rank.
         for group in reversed(list(distributed_c10d._world.pg_map)):
             dist.destroy_process_group(group)
 
 
 def _store_of_this_start() -> dist.Store:
-    """torchrun keeps one store over its restarts, where ranks would find the addresses of those that are gone."""
-    if os.environ["GROUP_WORLD_SIZE"] != "1":  # each machine counts its own restarts
+    """A store for this start of the job: torchrun reuses its own across restarts, so it would hold stale addresses."""
+    if os.environ["GROUP_WORLD_SIZE"] != "1":  # each machine counts its own restarts, so the counts can't name the store
         raise ConfigError(
             "restarts by torchrun on several machines need --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )

@@ -1,4 +1,4 @@
-"""How long the phases of an update take on this rank, without making the device wait, and how long its collectives."""
+"""Time the phases of an update on this rank without device synchronization, and the fraction of time in collectives."""
 
 import math
 import time
@@ -14,7 +14,7 @@ KEPT_EVENTS = 1024
 
 
 class PhaseTimer:
-    """Seconds by phase. On a GPU between events of the current stream: kernels are not waited for until `take`."""
+    """Measures the seconds of each phase. On a GPU it uses CUDA events, so nothing waits for kernels before `take`."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -23,14 +23,14 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The work within belongs to `phase`."""
+        """Add the time of the work within this context to `phase`."""
         if self._on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             yield
             end.record()
             self._events.append((phase, start, end))
-            if len(self._events) > KEPT_EVENTS:  # the older ones are past: nothing waits for them
+            if len(self._events) > KEPT_EVENTS:  # the older events have passed: this does not wait
                 self._add_up(self._events[: -KEPT_EVENTS // 2])
                 del self._events[: -KEPT_EVENTS // 2]
             return
@@ -39,7 +39,7 @@ class PhaseTimer:
         self._seconds[phase] += time.perf_counter() - began
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last time this was asked."""
+        """Seconds of each phase since the last call of `take`."""
         self._add_up(self._events)
         self._events.clear()
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
@@ -53,16 +53,17 @@ class PhaseTimer:
 
 @dataclass
 class CollectiveShare:
-    """Share of some work's time in which a collective was under way on this rank; NaN until the work has ended."""
+    """Fraction of the measured time in which a collective was running on this rank. NaN until the measurement has ended."""
 
     value: float = math.nan
 
 
 @contextmanager
 def collective_share(device: torch.device) -> Iterator[CollectiveShare]:
-    """Measure the work within by torch's profiler.
+    """Measure the work within this context by torch's profiler.
 
-    Includes waiting for slower ranks; on GPUs collectives may overlap computation. The profiler slows the work down somewhat.
+    The fraction includes waiting for slower ranks. On GPUs, collectives may overlap computation. The profiler slows the work
+    down somewhat.
     """
     on_gpu, share = device.type == "cuda", CollectiveShare()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
@@ -75,19 +76,19 @@ def collective_share(device: torch.device) -> Iterator[CollectiveShare]:
 
 
 def _collective_spans(profiler: profile, on_gpu: bool) -> list[tuple[int, int]]:
-    """(start, end) of collectives in ns, sorted.
+    """Sorted (start, end) of collectives, in ns.
 
-    From the profiler's own records: an update of a large model is a million events, and `profiler.events()` makes a tree of
-    Python objects of them, 80 us and 3 kB each, while all other ranks wait. A record takes a fiftieth of that.
+    Reads the profiler's raw records. An update of a large model has a million events, and `profiler.events()` builds a tree of
+    Python objects from them, at 80 us and 3 kB per event, while all other ranks wait. A raw record takes a fiftieth of that.
     """
-    # on CPUs gloo names what it does from start to end; on GPUs these are NCCL's kernels
+    # on GPUs these are NCCL's kernels; on CPUs gloo records each collective from start to end
     marks = ("nccldevkernel", "ncclkernel") if on_gpu else ("gloo:",)
     records = profiler.profiler.kineto_results.events()
     return sorted((r.start_ns(), r.start_ns() + r.duration_ns()) for r in records if r.name().lower().startswith(marks))
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of sorted spans."""
+    """Total length of the union of sorted spans."""
     total, reached = 0.0, float("-inf")
     for start, end in spans:
         total += max(0.0, end - max(start, reached))

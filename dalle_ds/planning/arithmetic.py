@@ -1,4 +1,4 @@
-"""Parameters and arithmetic of a prior, counted from the model itself."""
+"""Parameter counts and FLOPs of a prior."""
 
 from functools import cache
 
@@ -11,7 +11,10 @@ from dalle_ds.ops.attention.masks import layer_patterns
 
 @cache
 def count_parameters(config: PriorConfig) -> tuple[int, int, int]:
-    """-> (the paper's count 12 d^2 a layer, embeddings and unembeddings, the rest: biases and norms), from the model itself."""
+    """Count the parameters of the model. Returns (residual matrices, embeddings and unembeddings, biases and norms).
+
+    The first is the paper's count, 12 d^2 per layer.
+    """
     with torch.device("meta"):
         prior = Prior(config)
     n_all = sum(parameter.numel() for parameter in prior.parameters())
@@ -21,7 +24,10 @@ def count_parameters(config: PriorConfig) -> tuple[int, int, int]:
 
 
 def forward_flops(config: PriorConfig) -> float:
-    """Multiply-adds count two, for one sample: matrices, attention over the keys that each pattern reaches, unembeddings."""
+    """FLOPs of one sample's forward pass: matrices, attention to the keys in each pattern's mask, unembeddings.
+
+    A multiply-add counts as two.
+    """
     d, n = config.d_model, config.n_slots
     matrices = 2.0 * effective_parameters(config) * n
     heads = 2.0 * d * ((config.text_len - 1) * config.vocab_size + config.n_image * config.n_codes)
@@ -30,7 +36,7 @@ def forward_flops(config: PriorConfig) -> float:
 
 @cache
 def attention_flops(config: PriorConfig) -> float:
-    """Of one sample's forward pass: scores, then the weighted sum, over the keys that each pattern reaches."""
+    """FLOPs of attention in one sample's forward pass: scores and weighted sum, over the keys in each pattern's mask."""
     patterns = layer_patterns(config.n_layers)
     pairs = {pattern: int(config.mask(pattern).dense().sum()) for pattern in set(patterns)}
     return sum(4.0 * config.d_model * pairs[pattern] for pattern in patterns)

@@ -1,4 +1,4 @@
-"""A dense decoder as others train it: what one GPU does in an update, by the same arithmetic as the prior's."""
+"""Work of one GPU in an update of a dense decoder of another project, computed like that of the prior."""
 
 from dataclasses import dataclass
 
@@ -6,28 +6,28 @@ from dalle_ds.planning.machines import Machine
 from dalle_ds.planning.timing import Collective, Group, Product, Work, Workload
 
 FLASH_SHARE = 0.5
-"""Of the rate of products that fused dense attention reaches, causal pairs counted: FlashAttention 2 on an H100."""
+"""Fraction of the rate of products that fused dense attention reaches, counting causal pairs: FlashAttention 2 on an H100."""
 
 SCORE_BYTES, SCORE_BYTES_BACKWARD = 8.0, 14.0
-"""Memory traffic of attention that is not fused, for each score in 16 bits: one product writes it, the softmax reads and writes
-it, the other product reads it; backward the gradients of both besides."""
+"""Memory traffic of unfused attention per 16-bit score. In the forward pass, one product writes the score, the softmax reads
+and writes it, and the other product reads it. In the backward pass, the gradients of both are added."""
 
 LOGIT_BYTES = 36.0
-"""Memory traffic of a loss over logits of 16 bits: cast, log-softmax, its gradient, cast."""
+"""Memory traffic of the loss per 16-bit logit: cast, log-softmax, its gradient, cast."""
 
 WEIGHT_BYTES = 22.0
-"""Memory traffic of a parameter in a micro-step: copies beside collectives, its gradient written and added."""
+"""Memory traffic per parameter in a micro-step: copies for collectives, and writing and accumulating the gradient."""
 
 STEP_BYTES = 60.0
-"""Memory traffic of AdamW for a parameter: fp32 weight and two moments read and written, gradient, norm and clipping."""
+"""Memory traffic of AdamW per parameter: fp32 weight and two moments read and written, gradient, norm and clipping."""
 
 HOST_MS = 3.0
-"""Of a layer in a micro-step: forward and backward of plain torch modules on one CPU core."""
+"""Host time in ms per layer and micro-step: forward and backward of plain PyTorch modules on one CPU core."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A run as its authors describe it."""
+    """A training run of a dense decoder, as described by its authors."""
 
     machine: Machine
     n_gpus: int
@@ -39,41 +39,42 @@ class Decoder:
     micro_batch: int
     n_micro_steps: int
     matrices: tuple[tuple[float, float], ...] = ((3, 1), (1, 1), (4, 1), (1, 4))
-    """(outputs, inputs) of a layer's, in widths of the model."""
+    """(outputs, inputs) of each matrix of a layer, in multiples of the model's width."""
     element_bytes: float
-    """Memory traffic of a layer beside products and attention, for each element of the residual stream, what is computed again
-    included."""
+    """Memory traffic of a layer per element of the residual stream, without products and attention, but with recomputation."""
     recomputed: float = 0.0
-    """Share of the layers' products that the backward pass computes again."""
+    """Fraction of the layers' products that is recomputed in the backward pass."""
     is_attention_fused: bool = True
-    """Fused attention skips the pairs that a causal mask forbids; else all scores are computed, kept and computed again."""
+    """Fused attention skips the pairs that the causal mask excludes. Unfused attention computes, saves and recomputes all
+    scores."""
     shard: int = 1
-    """GPUs that parameters are sharded over: gathered twice in 16 bits and scattered in fp32 in every micro-step."""
+    """Number of GPUs that parameters are sharded over. In every micro-step, parameters are gathered twice in 16 bits, and
+    gradients are scattered in fp32."""
     tensor: int = 1
-    """GPUs that share each matrix. They wait for its collectives."""
+    """Tensor parallelism: number of GPUs that share each matrix and wait for its collectives."""
     tensor_messages: int = 8
-    """All-gathers and reduce-scatters of the residual stream in a layer and micro-step. An all-reduce is two."""
+    """All-gathers and reduce-scatters of the residual stream per layer and micro-step. An all-reduce counts as two."""
     is_sequence_parallel: bool = False
-    """Whether they also share what is done between matrices."""
+    """Whether the tensor-parallel GPUs also share the work between matrices."""
     pipeline: int = 1
     chunks: int = 1
-    """Pieces of the model that a GPU of a pipeline holds, for the interleaved schedule."""
+    """Number of model chunks per pipeline stage, for the interleaved schedule."""
     exchange_bytes: float = 0.0
-    """Of a parameter, once an update, between data-parallel GPUs, while they compute."""
+    """Bytes per parameter that data-parallel GPUs exchange once per update, while they compute."""
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, as Megatron-LM counts them: all pairs of tokens, whatever a mask forbids."""
+        """FLOPs of forward and backward pass, counted as in Megatron-LM: all pairs of tokens, independent of the mask."""
         return 6.0 * (self._of_layers + self.vocab * self.d_model) + 12.0 * self.n_layers * self.d_model * self.length
 
     def tokens_per_second(self) -> float:
-        """For each GPU."""
+        """Tokens per second and GPU."""
         workload = self.workload()
         return workload.n_micro_steps * self._rows / self._parts / workload.seconds(self.machine)
 
     def workload(self) -> Workload:
         n_replicas = self.n_gpus // (self._parts * self.shard)
-        n_holders = n_replicas * self.shard if self.exchange_bytes else self.shard  # of one optimizer state
+        n_holders = n_replicas * self.shard if self.exchange_bytes else self.shard  # GPUs that share one optimizer state
         return Workload(
             micro_step=self._micro_step(n_replicas),
             n_micro_steps=self.n_micro_steps,
@@ -106,7 +107,7 @@ class Decoder:
     def _layer_products(self, layers: float) -> tuple[Product, ...]:
         products = []
         for outputs, inputs in self.matrices:
-            # tensor parallelism cuts the outputs of one matrix and the inputs of the next: of each its larger side
+            # tensor parallelism splits the outputs of one matrix and the inputs of the next: the larger side of each
             is_wide = outputs >= inputs
             out = outputs * self.d_model / (self.tensor if is_wide else 1)
             into = inputs * self.d_model / (1 if is_wide else self.tensor)
@@ -138,7 +139,7 @@ class Decoder:
 
     @property
     def _parts(self) -> int:
-        """GPUs that hold one copy of the model between them, each a piece of its own."""
+        """Number of GPUs that a copy of the model is divided over by tensor and pipeline parallelism."""
         return self.tensor * self.pipeline
 
     @property
@@ -147,5 +148,5 @@ class Decoder:
 
     @property
     def _parameters(self) -> float:
-        """Of one GPU, before sharding."""
+        """Parameters of one GPU before sharding."""
         return (self._of_layers + 2 * self.vocab * self.d_model) / self._parts

@@ -1,4 +1,4 @@
-"""Kinds of GPU nodes by name: what their makers promise, and what large matrix products reach on them."""
+"""GPU nodes by name: vendors' specifications, and the measured rate of large matrix products."""
 
 from pydantic import Field
 
@@ -7,24 +7,26 @@ from dalle_ds.recipes import Config
 
 
 class Machine(Config):
-    """A node of `gpus_per_node` equal GPUs. Rates are peaks, of links in one direction; `timing.py` says how much of them
-    programs reach."""
+    """A node of `gpus_per_node` equal GPUs.
 
-    tflops: float = Field(gt=0, description="16-bit matrix peak of a GPU without sparsity, as its maker states it")
-    product_tflops: float = Field(gt=0, description="16-bit matrix products at their best shape, measured")
+    Rates are peaks; rates of links are for one direction. `timing.py` defines the fractions that programs reach.
+    """
+
+    tflops: float = Field(gt=0, description="16-bit matrix peak of a GPU without sparsity, by the vendor")
+    product_tflops: float = Field(gt=0, description="measured rate of 16-bit matrix products at their best shape")
     fp32_tflops: float = Field(gt=0)
-    tf32_tflops: float = Field(gt=0, description="that of fp32 where a GPU has no TF32")
+    tf32_tflops: float = Field(gt=0, description="TF32 matrix peak; if the GPU has no TF32, the fp32 peak")
     multiprocessors: int = Field(ge=1)
     memory_gib: float = Field(gt=0)
     memory_gigabytes_per_second: float = Field(gt=0)
-    nvlink_gbps: float = Field(ge=0, description="Gb/s that a GPU sends to the others of its node; 0: by PCIe")
-    pcie_gbps: float = Field(gt=0, description="Gb/s that a GPU sends by PCIe")
-    node_gbps: float = Field(gt=0, description="Gb/s that a node sends to others, all its adapters together")
+    nvlink_gbps: float = Field(ge=0, description="Gb/s that a GPU sends over NVLink to the others of its node; 0: over PCIe")
+    pcie_gbps: float = Field(gt=0, description="Gb/s that a GPU sends over PCIe")
+    node_gbps: float = Field(gt=0, description="Gb/s that a node sends to other nodes, all adapters together")
     gpus_per_node: int = Field(8, ge=1)
 
     @property
     def inside_gbps(self) -> float:
-        """Gb/s of the link that collectives inside a node take."""
+        """Gb/s of the link that collectives inside a node use."""
         return self.nvlink_gbps or self.pcie_gbps
 
     def but(
@@ -37,7 +39,7 @@ class Machine(Config):
         node_gbps: float | None = None,
         gpus_per_node: int | None = None,
     ) -> "Machine":
-        """This machine with what is given in place of its own; products reach the same share of another peak."""
+        """Returns a copy of this machine with the given values. Matrix products reach the same fraction of a changed peak."""
         own = self.model_dump()
         if tflops is not None:
             for key in ("tflops", "product_tflops"):
@@ -52,7 +54,7 @@ class Machine(Config):
 
 
 def machine(name: str) -> Machine:
-    """Raises ConfigError where no machine has this name."""
+    """Returns the machine of this name. Raises ConfigError if there is none."""
     if name not in MACHINES:
         raise ConfigError(f"machine {name!r}: expected one of {', '.join(MACHINES)}")
     return MACHINES[name]
@@ -84,7 +86,8 @@ _A100 = Machine(
 )
 
 MACHINES: dict[str, Machine] = {
-    # The paper's: 8 GPUs of 16 GiB, one adapter of 100 Gb/s a node. Of its products nobody published a best: H100's share.
+    # The paper's machine: 8 GPUs of 16 GiB, one adapter of 100 Gb/s per node. No measured rate of products is published, so
+    # product_tflops has the H100's fraction of the peak.
     "V100": Machine(
         tflops=125,
         product_tflops=100,
@@ -102,6 +105,6 @@ MACHINES: dict[str, Machine] = {
     "H100": _H100,
     "H200": _H100.model_copy(update={"memory_gib": 140.0, "memory_gigabytes_per_second": 4800.0}),
 }
-"""SXM modules, eight a node, with an adapter of 200 (A100) or 400 Gb/s (H100, H200) for each GPU. Peaks and bandwidths are the
-makers'; `product_tflops` of A100 and H100 are the best of many shapes that S. Bekman measured with torch 2.6 and 2.7 ("Machine
+"""SXM modules, eight per node, with an adapter of 200 (A100) or 400 Gb/s (H100, H200) per GPU. Peaks and bandwidths are the
+vendors'. `product_tflops` of A100 and H100 is the best of many shapes that S. Bekman measured with torch 2.6 and 2.7 ("Machine
 Learning Engineering", compute/accelerator)."""

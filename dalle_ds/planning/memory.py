@@ -1,4 +1,4 @@
-"""Memory of one GPU that trains the prior under ZeRO-3: the state to the byte, the rest estimated."""
+"""Memory of one GPU that trains the prior under ZeRO-3: the state is counted to the byte, the rest is estimated."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from dalle_ds.planning.counts import HEAD_MEMORY_BYTES, HEAD_ROW_BYTES, INPUT_BY
 from dalle_ds.planning.settings import PlanInputsConfig
 
 RESERVED_GIB = 1.5
-"""Of a GPU: the driver's context, communication buffers, what fragments."""
+"""GiB of a GPU that are reserved for the driver's context, communication buffers and fragmentation."""
 
 CHECKPOINT_BYTES = 8
-"""Of a parameter in a checkpoint, without its moments: fp32 weight, averaged weight."""
+"""Bytes per parameter in a checkpoint, without the moments: fp32 weight and its EMA."""
 
 AVERAGING_BYTES = 5 * 4.0 * BUCKET_VALUES
-"""What the average of replicas works on at a time: gradients, their matrix, its approximation, the difference, a copy."""
+"""Working memory to average gradients between replicas: gradients, their matrix, its approximation, the difference, a copy."""
 
 
 class StateBytes(NamedTuple):
-    """Bytes of a parameter of the model that its ZeRO shard takes from update to update."""
+    """Bytes per parameter of the state that a ZeRO shard keeps between updates."""
 
     parameter: float
     gradient: float
@@ -41,8 +41,11 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(config: PriorConfig, moments: Moments, master: Master = "fp32") -> StateBytes:
-    """Mean over all parameters, by the formats of weights, gradients and moments. fp32 weights are their own master copies;
-    without masters the matrices of residual branches are fp16, and their gradients codes of 16 bits."""
+    """Mean bytes per parameter, given the formats of weights, gradients and moments.
+
+    fp32 weights are their own master copies. Without master copies, the matrices of residual branches are fp16, and their
+    gradients are 16-bit codes.
+    """
     n_matrices, *others = count_parameters(config)
     of_matrices = 2.0 if master == "none" else 4.0
     each = (of_matrices * n_matrices + 4.0 * sum(others)) / (n_matrices + sum(others))
@@ -51,7 +54,7 @@ def state_bytes(config: PriorConfig, moments: Moments, master: Master = "fp32") 
 
 @cache
 def moment_bytes_per_parameter(config: PriorConfig, moments: Moments) -> float:
-    """Mean over all parameters of what their two moments take."""
+    """Mean bytes per parameter of its two moments."""
     with torch.device("meta"):
         groups = decay_groups(Prior(config).named_parameters(), 1.0, moments)
     counted = [(sum(p.numel() for p in group["params"]), 4 if group.get("moments") == "low_bit" else 8) for group in groups]
@@ -59,7 +62,7 @@ def moment_bytes_per_parameter(config: PriorConfig, moments: Moments) -> float:
 
 
 class Factors(NamedTuple):
-    """What PowerSGD keeps and sends on one GPU, in values."""
+    """PowerSGD on one GPU: its rank, and the numbers of values of errors, of starting factors, and of sent factors."""
 
     rank: int
     errors: int
@@ -69,7 +72,7 @@ class Factors(NamedTuple):
 
 @cache
 def power_sgd_factors(config: PriorConfig, shards: int) -> Factors:
-    """Of the first of `shards` GPUs, at the paper's rate."""
+    """`Factors` of the first of `shards` GPUs, at the paper's compression rate."""
     d = config.d_model
     pieces = {"qkv": ((3 * d, d), 3), "mix": ((d, d), 1), "expand": ((4 * d, d), 1), "project": ((d, 4 * d), 1)}
     matrices = {
@@ -89,7 +92,11 @@ def power_sgd_factors(config: PriorConfig, shards: int) -> Factors:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU. State and compression stay; the passes' working memory and the step's take turns."""
+    """Bytes of one GPU.
+
+    State, compression and buffers are permanent. The memory of the passes (`gathered`, `activations`) and of the optimizer step
+    (`step`) is not needed at the same time.
+    """
 
     parameters: float
     gradients: float
@@ -110,7 +117,7 @@ class Memory:
 
 
 def memory(config: PriorConfig, settings: PlanInputsConfig, counts: Counts = NOW) -> Memory:
-    """Of a GPU that trains `config` under `settings`."""
+    """Estimate the memory of a GPU that trains `config` under `settings`."""
     shard = sum(count_parameters(config)) / settings.shards
     state = state_bytes(config, settings.moments, settings.master)
     return Memory(
@@ -129,8 +136,12 @@ def memory(config: PriorConfig, settings: PlanInputsConfig, counts: Counts = NOW
 
 
 def step_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
-    """What the end of an update works on. DeepSpeed copies the gradients of a sub-group, at least as many as that, into one
-    tensor before its step; without masters it owns the rest alone, and the factors of all matrices wait for the norm."""
+    """Working memory at the end of an update.
+
+    Before its step, DeepSpeed copies the gradients of a sub-group, up to `sub_group_size` values, into one tensor. Without
+    master copies, DeepSpeed's optimizer has only the parameters outside the matrices, and the PowerSGD factors of all matrices
+    are kept until the gradient norm is known.
+    """
     n_matrices, *others = count_parameters(config)
     owned = (sum(others) if settings.master == "none" else n_matrices + sum(others)) / settings.shards
     averaging = AVERAGING_BYTES if settings.replicas > 1 else 0.0
@@ -140,8 +151,10 @@ def step_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
 
 
 def compression_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
-    """PowerSGD's errors in codes of 16 bits, and its fp32 factors to start from. Without masters there is neither: gradients
-    gather in the errors, and the factors are drawn anew each time."""
+    """Memory of PowerSGD: its errors in 16-bit codes, and its fp32 starting factors.
+
+    Without master copies both are 0: gradients accumulate in the errors, and the starting factors are drawn anew each time.
+    """
     if not settings.is_compressed or settings.master == "none":
         return 0.0
     factors = power_sgd_factors(config, settings.shards)
@@ -149,14 +162,21 @@ def compression_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
 
 
 def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
-    """Estimate: what the layers keep for the backward pass, at its worst place what one layer works on, and the fp32
-    gradients of the unembeddings, which the forward pass makes. Fused attention keeps no scores."""
+    """Estimate of the peak memory of the backward pass through the layers.
+
+    It is the sum of the saved activations and the working memory of a layer, at the worst layer, and of the fp32 gradients of
+    the unembeddings, which the forward pass computes. Fused attention saves no scores.
+    """
     peak = max(kept + again + counts.working_bytes for kept, again in _kept(config, recompute, counts))
     return peak * micro_batch * config.n_slots * config.d_model + _unembeddings(config)
 
 
 def losses_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
-    """Estimate: what the layers keep, chunks of fp32 logits, a head's weight, rows of its gradient, and the gradients."""
+    """Estimate of the memory while the losses are computed.
+
+    It is the sum of saved activations, chunks of fp32 logits, a head's weight, rows of its gradient, and the gradients of the
+    unembeddings.
+    """
     *_, (kept, _) = _kept(config, recompute, counts)
     n_logits = micro_batch * max(config.text_len * config.vocab_size, config.n_image * config.n_codes)
     head = HEAD_MEMORY_BYTES * max(config.vocab_size, config.n_codes) + HEAD_ROW_BYTES * MAX_WEIGHT_ROWS
@@ -165,12 +185,12 @@ def losses_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, coun
 
 
 def _kept(config: PriorConfig, recompute: int, counts: Counts) -> Iterator[tuple[float, float]]:
-    """By layer: bytes of an element that it and those before keep, and that it makes again in the backward pass."""
+    """For each layer, yields bytes per element: saved by the layers up to this one, and recomputed in its backward pass."""
     kept = 0.0
     for layer in range(config.n_layers):
         is_recomputed = recompute > 0 and layer % recompute == 0
         kept += INPUT_BYTES if is_recomputed else counts.kept_bytes
-        yield kept, counts.kept_bytes if is_recomputed else 0.0  # the input is there, the output is beside
+        yield kept, counts.kept_bytes if is_recomputed else 0.0  # the saved input replaces the output
 
 
 def _unembeddings(config: PriorConfig) -> float:
@@ -178,17 +198,24 @@ def _unembeddings(config: PriorConfig) -> float:
 
 
 def bucket_bytes(bucket: int) -> float:
-    """ZeRO-3's fp32 bucket of gradients, and the copy of it that a reduction makes."""
+    """Memory of ZeRO-3's fp32 gradient bucket, and of the copy that a reduction makes of it."""
     return 2 * 4.0 * bucket
 
 
 def gathered_bytes(config: PriorConfig, settings: PlanInputsConfig, counts: Counts = NOW) -> float:
-    """Estimate of the weights that ZeRO-3 holds whole at a time: up to the limit that it is given, or of one layer and what is
-    prefetched of the next. It frees only what it will not need again soon, and around the last layer that is a lot."""
+    """Estimate of the memory of the weights that ZeRO-3 holds gathered at the same time.
+
+    It is the larger of stage3_max_live_parameters and one layer with the prefetched part of the next, at most all layers.
+    ZeRO-3 frees only weights that it will not use again soon, so around the last layer many stay gathered.
+    """
     layers = effective_parameters(config)
     return counts.gathered_bytes * min(layers, max(settings.live, layers / config.n_layers + settings.prefetch))
 
 
 def layer_gradient_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
-    """Of one layer in fp32; without masters those of its two largest matrices, as each is taken when it is made."""
+    """Memory of a layer's fp32 gradients.
+
+    Without master copies, it is that of the layer's two largest matrices, because each gradient is consumed as soon as it is
+    computed.
+    """
     return 4.0 * (2 * 4 if settings.master == "none" else 12) * config.d_model**2

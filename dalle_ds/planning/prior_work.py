@@ -1,4 +1,4 @@
-"""One update of the prior as one GPU sees it: what it computes, moves and waits for."""
+"""Work of one GPU in an update of the prior: compute, memory traffic, communication and host time."""
 
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS
@@ -19,21 +19,22 @@ from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.planning.timing import Collective, Group, Product, Work, Workload
 
 FLEX_SHARE = 0.13
-"""Of the rate of products that FlexAttention reaches, only attended pairs counted: its blocks of 128 x 128 hold about as many
-others, and sequences of 1,280 are short."""
+"""Fraction of the rate of products that FlexAttention reaches, counting only attended pairs. Its blocks of 128 x 128 contain
+about as many masked pairs, and sequences of 1,280 are short."""
 
 GATHERED, REDUCED = 2.0, 4.0
-"""Bytes of a parameter on the wire: in 16 bits before each pass; its gradient in fp32."""
+"""Bytes sent per parameter: the 16-bit weight before each pass, and the fp32 gradient."""
 
 BESIDE_LAYERS = 2
-"""Layers whose host time embeddings, unembeddings and losses take."""
+"""Host time of embeddings, unembeddings and losses, in layers."""
 
 COMPRESSION_BYTES = 60.0
-"""Memory traffic of PowerSGD for a parameter of the shard: gradient and error in, three products, error and average out."""
+"""Memory traffic of PowerSGD per parameter of the shard: gradient and error are read, three products, error and average are
+written."""
 
 
 def prior_workload(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, counts: Counts = NOW) -> Workload:
-    """One update of `config` under `settings`."""
+    """Returns the work of one GPU in an update of `config` under `settings`."""
     return Workload(
         micro_step=_micro_step(config, settings, machine, counts),
         n_micro_steps=settings.n_micro_steps,
@@ -43,7 +44,7 @@ def prior_workload(config: PriorConfig, settings: PlanInputsConfig, machine: Mac
 
 
 def recomputed_share(config: PriorConfig, every: int) -> float:
-    """Of the layers: the first of every `every`, none where that is 0."""
+    """Fraction of the layers that is recomputed: the first of every `every` layers, or none if `every` is 0."""
     return len(range(0, config.n_layers, every)) / config.n_layers if every else 0.0
 
 
@@ -72,8 +73,10 @@ def _micro_step(config: PriorConfig, settings: PlanInputsConfig, machine: Machin
 
 
 def _layer_products(config: PriorConfig, batch: int, recomputed: float) -> tuple[Product, ...]:
-    """Forward, gradients of inputs, gradients of weights: of all layers. Where a layer is recomputed, forward again but for the
-    last product, whose result nobody reads."""
+    """Products of all layers: forward pass, gradients of inputs, gradients of weights.
+
+    A recomputed layer repeats the forward products except the last, whose result is not needed.
+    """
     rows, d, layers = batch * config.n_slots, config.d_model, config.n_layers
     products = []
     for outputs, inputs, again in ((3 * d, d, 1), (d, d, 1), (4 * d, d, 1), (d, 4 * d, 0)):
@@ -86,13 +89,13 @@ def _layer_products(config: PriorConfig, batch: int, recomputed: float) -> tuple
 
 
 def _logits(config: PriorConfig, batch: int) -> tuple[tuple[int, int], ...]:
-    """(rows, vocabulary) of text and image that losses are taken of."""
+    """Returns (rows, vocabulary) of the logits of text and of image."""
     n_text = min(config.text_len - 1, MEAN_TEXT_TOKENS)
     return (batch * n_text, config.vocab_size), (batch * config.n_image, config.n_codes)
 
 
 def _chunk(rows: int, vocab: int) -> int:
-    """Rows whose logits exist at a time, as `dalle_ds.ops.cross_entropy` takes them."""
+    """Rows of logits per chunk, as in `dalle_ds.ops.cross_entropy`."""
     return min(rows, max(1, MAX_LOGITS // vocab))
 
 
@@ -117,7 +120,7 @@ def _head_bytes(config: PriorConfig, batch: int) -> float:
 
 
 def _closing(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, counts: Counts) -> Work:
-    """Replicas exchange their gradients, then every GPU steps its shard."""
+    """Work at the end of an update: replicas average their gradients, then every GPU updates its shard."""
     shard = sum(count_parameters(config)) / settings.shards
     memory_bytes = shard * (STEP_BYTES + 2 * state_bytes(config, settings.moments).moments)
     products: tuple[Product, ...] = ()
@@ -125,13 +128,13 @@ def _closing(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, 
     if settings.replicas > 1:
         n_bytes = exchanged_bytes(config, settings)
         peers = Group.of_peers(settings.replicas, settings.shards, machine.gpus_per_node)
-        # a scatter and a gather for each bucket, and of factors two of both
+        # a reduce-scatter and an all-gather per bucket; with PowerSGD, two of each for the factors
         n_messages = -(-shard // BUCKET_VALUES) * (4 if settings.compression == "power_sgd" else 2)
         collectives = (Collective(2 * n_bytes, peers, n_messages),)
         if settings.compression == "power_sgd":
             memory_bytes += shard * COMPRESSION_BYTES
             rank = power_sgd_factors(config, settings.shards).rank
-            # three products of a shard with a factor, in fp32, seen as one matrix of the layers' width
+            # three fp32 products of the shard with a factor, treating the shard as one matrix of the layers' width
             products = (Product(shard / config.d_model, rank, config.d_model, 3, "fp32"),)
     return Work(
         products=products,
@@ -142,8 +145,11 @@ def _closing(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, 
 
 
 def exchanged_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
-    """What a GPU averages with its peers in other replicas once an update: the fp32 gradients of its shard; with PowerSGD the
-    factors of its matrices in codes of 16 bits, and the rest in fp32."""
+    """Bytes that a GPU averages with its peers in other replicas once per update.
+
+    Without compression: the fp32 gradients of its shard. With PowerSGD: the factors of its matrices in 16-bit codes, and the
+    other gradients in fp32.
+    """
     n_matrices, n_embedding, n_other = count_parameters(config)
     if settings.compression == "none":
         return 4.0 * (n_matrices + n_embedding + n_other) / settings.shards

@@ -1,4 +1,4 @@
-"""Which micro-batch, recomputation and ZeRO shards make a run fastest on a machine whose memory holds them."""
+"""Propose the fastest micro-batch, activation checkpointing and ZeRO shards that fit into the memory of a machine."""
 
 from collections.abc import Iterator
 
@@ -8,21 +8,24 @@ from dalle_ds.planning.prior_work import prior_workload
 from dalle_ds.planning.settings import PlanInputsConfig
 
 RECOMPUTED = (0, 8, 6, 4, 3, 2, 1)
-"""Every how many layers one is recomputed; 0: none."""
+"""Candidates: every N-th layer is recomputed; 0: none."""
 
 MAX_SHARDS = 32
-"""GPUs that a proposal shards over at most: DeepSpeed loops over all of them in Python, and its rings take a step for each."""
+"""Largest number of GPUs that a proposal shards over: DeepSpeed loops over them in Python, and a ring has a step for each."""
 
 SLACK = 1.02
-"""Times of so little difference are equal."""
+"""Times that differ by less than this factor count as equal."""
 
 HEADROOM = 0.9
-"""Of the memory that is not reserved: estimates of activations are that good."""
+"""Fraction of the unreserved memory that a proposal may fill, because activations are estimated."""
 
 
 def propose(config: PriorConfig, settings: PlanInputsConfig) -> PlanInputsConfig | None:
-    """`settings` with the fastest micro-batch, recomputation and shards that fit and that the batch divides into; of equally
-    fast ones that with the smallest shard group, then the least memory. None: none fits."""
+    """Returns `settings` with the fastest micro-batch, recomputation and ZeRO shards that fit and divide the batch.
+
+    Of equally fast candidates, it returns the one with the fewest shards, then with the least memory. Returns None if none
+    fits.
+    """
     machine = settings.build_machine()
     limit = (machine.memory_gib - RESERVED_GIB) * HEADROOM * 2**30
     found = []
@@ -42,7 +45,7 @@ def _candidates(settings: PlanInputsConfig, per_node: int) -> Iterator[PlanInput
     for micro_batch in _divisors(a_gpu):
         for recompute in RECOMPUTED:
             for shards in _divisors(settings.gpus):
-                # whole nodes: the links inside them are there to be used
+                # shard over whole nodes, to use the links inside them
                 if shards <= MAX_SHARDS and (shards % per_node == 0 or shards == settings.gpus):
                     yield settings.model_copy(update={"micro_batch": micro_batch, "recompute": recompute, "shard_gpus": shards})
 

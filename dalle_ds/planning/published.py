@@ -1,7 +1,7 @@
-"""Runs that others measured and published, and how far this room's arithmetic is from each.
+"""Published training runs of other projects, and the error of this folder's estimate for each.
 
-Facts and figures are from the sources named; what a source does not say is marked as assumed. Memory traffic is counted: for
-torchtitan's layer by running its operations on shapes alone, for the others by hand.
+Facts and figures are from the named sources. Anything that a source does not state is marked as assumed. Memory traffic is
+counted: for torchtitan's layer by running its operations on shapes only, for the others by hand.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from dalle_ds.planning.decoder import Decoder
 from dalle_ds.planning.machines import MACHINES
 
 TOLERANCE = 0.30
-"""Of the tokens a second that were measured."""
+"""Largest accepted error, relative to the measured tokens per second."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A run, and the tokens a second of one GPU that its authors measured."""
+    """A run, and the tokens per second and GPU that its authors measured."""
 
     name: str
     source: str
@@ -24,12 +24,12 @@ class Published:
 
     @property
     def error(self) -> float:
-        """Estimate over measurement, less one."""
+        """Relative error: estimate / measurement - 1."""
         return self.run.tokens_per_second() / self.tokens_per_second - 1
 
 
-# 8 B of Llama 3.1 under FSDP2, not compiled. "Op" checkpointing keeps every other product's output and computes all else again.
-# Their H100 has 2.4 TB/s and 500 W, and by their footnote a peak between the SXM's 989 and the NVL's 835.
+# Llama 3.1 8B under FSDP2, not compiled. "Op" checkpointing saves the output of every other product and recomputes the rest.
+# The H100 of this source has 2.4 TB/s and 500 W, and by its footnote a peak between the SXM's 989 and the NVL's 835.
 _TITAN_H100 = MACHINES["H100"].but(tflops=912).model_copy(update={"memory_gigabytes_per_second": 2400.0, "memory_gib": 96.0})
 _LLAMA_8B = ((1, 1), (0.25, 1), (0.25, 1), (1, 1), (3.5, 1), (3.5, 1), (1, 3.5))
 
@@ -54,8 +54,8 @@ def _torchtitan(n_gpus: int, measured: float) -> Published:
     return Published(name, "torchtitan, benchmarks/llama3_h100_202412", run, measured)
 
 
-# The table of Megatron-LM's README, release 0.8, gives TFLOP/s a GPU by its own count. Assumed: micro-batches of 2 where a GPU
-# holds whole matrices, else of 1; pipelines in 4 chunks a GPU; 96 bytes an element with fused norms, GELUs and additions.
+# The table of Megatron-LM's README, release 0.8, states TFLOP/s per GPU by its own count. Assumed: micro-batches of 2 without
+# tensor parallelism, else of 1; pipelines with 4 chunks per GPU; 96 bytes per element with fused norms, GELUs and additions.
 def _megatron(
     name: str, d_model: int, n_heads: int, n_layers: int, tensor: int, pipeline: int, batch: int, tflops: float
 ) -> Published:
@@ -81,8 +81,9 @@ def _megatron(
     return Published(f"Megatron-LM, {name}, {run.n_gpus} H100", "Megatron-LM, README, weak scaling", run, measured)
 
 
-# 150,000 updates of 1,538 x 2,048 tokens in 1,830 hours: 92 TFLOP/s a GPU of 6 x parameters. A layer's attention and MLP are
-# parallel: one all-reduce forward, one again, one backward. Softmax and bias-GELU are fused, rotations and copies are not.
+# 150,000 updates of 1,538 x 2,048 tokens in 1,830 hours: 92 TFLOP/s per GPU at 6 FLOPs per parameter and token. Attention and
+# MLP of a layer are parallel: one all-reduce in the forward pass, one in its recomputation, one in the backward pass. Softmax
+# and bias-GELU are fused, rotary embeddings and copies are not.
 _NEOX = Decoder(
     machine=MACHINES["A100-40"].but(node_gbps=800),
     n_gpus=96,

@@ -1,7 +1,7 @@
-"""How long a machine takes for some work, on paper: the longest of compute, links inside nodes, links between nodes, host.
+"""Estimate the time that a machine takes for some work: the longest of compute, links inside nodes, links between nodes, host.
 
-What overlaps is taken to overlap wholly, so these are times that nothing disturbs. The constants below are the only ones, for
-this project's runs and for those of others that `published.py` holds them against.
+Concurrent work is assumed to overlap completely, so the times are optimistic. The constants below are used for all runs: this
+project's, and the published runs of others that `published.py` compares them with.
 """
 
 from dataclasses import dataclass
@@ -10,34 +10,35 @@ from typing import Literal
 from dalle_ds.planning.machines import Machine
 
 PRODUCT_SHARE = 0.80
-"""Of what products reach at their best shape, alone on a cool GPU: long runs meet the power limit."""
+"""Fraction of the rate at the best shape, which was measured alone on a cool GPU. Long runs reach the power limit."""
 
 TILE = 128
-"""Side of what a multiprocessor computes at a time of a product's result. On average the last round of tiles is half empty."""
+"""Side of the tile of a product's result that a multiprocessor computes at a time. On average the last wave of tiles is half
+empty."""
 
 DEPTH = 128
-"""A product as deep as this spends as much time on filling its pipeline and on writing its result as on arithmetic."""
+"""A product with this inner dimension spends as much time on filling its pipeline and writing its result as on arithmetic."""
 
 MEMORY_SHARE = 0.87
-"""Of a GPU's memory bandwidth, in kernels that read, compute little, and write."""
+"""Fraction of a GPU's memory bandwidth that kernels with little arithmetic reach."""
 
 SIDE_SHARE = 0.5
-"""Of memory traffic on other streams (copies beside collectives) that products do not hide: both want the same memory."""
+"""Fraction of memory traffic on other streams (copies for collectives) that products do not hide, because both share memory."""
 
 LINK_SHARE, NETWORK_SHARE = 0.78, 0.84
-"""Of NVLink's or PCIe's rate, and of the network adapters', in NCCL's collectives of many megabytes. NCCL itself counts with
-235 GB/s on an A100 (of 300); 42 GB/s of a 50 GB/s adapter are common."""
+"""Fractions of the rate of NVLink or PCIe, and of the network adapters, that NCCL collectives of many megabytes reach. NCCL's
+own model has 235 GB/s on an A100 (of 300). 42 GB/s of a 50 GB/s adapter are common."""
 
 STEP_SECONDS, NODE_STEP_SECONDS = 3.4e-6, 9.6e-6
-"""Latency of a step of NCCL's rings to a GPU of the same node and of another, as in its own table (src/graph/tuning.cc, simple
-protocol). A ring of n GPUs takes n - 1 of them."""
+"""Latency of a step of NCCL's rings to a GPU of the same node, and to a GPU of another node, from NCCL's table
+(src/graph/tuning.cc, simple protocol). A ring of n GPUs has n - 1 steps."""
 
 Format = Literal["half", "tf32", "fp32"]
 
 
 @dataclass(frozen=True)
 class Product:
-    """`times` matrix products of (rows, depth) with (depth, columns)."""
+    """`times` matrix products of shape (rows, depth) x (depth, columns)."""
 
     rows: float
     columns: float
@@ -59,7 +60,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Group:
-    """GPUs that take part in a collective. `twins` groups like it share every node's adapters and work at the same time."""
+    """GPUs of a collective. `twins` such groups run at the same time and share the adapters of every node."""
 
     ranks: int
     nodes: int
@@ -67,27 +68,29 @@ class Group:
 
     @classmethod
     def of_neighbours(cls, ranks: int, per_node: int) -> "Group":
-        """GPUs that follow each other, node after node."""
+        """A group of consecutive GPUs, which fills node after node."""
         return cls(ranks, -(-ranks // per_node))
 
     @classmethod
     def of_peers(cls, ranks: int, apart: int, per_node: int) -> "Group":
-        """Every `apart`-th GPU: those that hold the same shard of different replicas."""
+        """A group of every `apart`-th GPU: the GPUs that hold the same shard in different replicas."""
         nodes = min(ranks, -(-ranks * apart // per_node))
         return cls(ranks, nodes, min(apart, per_node))
 
 
 @dataclass(frozen=True)
 class Collective:
-    """An all-gather or a reduce-scatter, in `calls` messages. `n_bytes` is all that is gathered or scattered, in one message or
-    many; an all-reduce is two of them."""
+    """An all-gather or a reduce-scatter in `calls` messages. `n_bytes` is the total size of all messages.
+
+    An all-reduce counts as two collectives.
+    """
 
     n_bytes: float
     group: Group
     calls: float = 1.0
 
     def inside_seconds(self, machine: Machine) -> float:
-        """On the links of the nodes."""
+        """Seconds on the links inside nodes."""
         group = self.group
         if group.ranks == group.nodes:
             return 0.0
@@ -95,7 +98,7 @@ class Collective:
         return seconds + self.calls * (group.ranks - group.nodes) * STEP_SECONDS
 
     def between_seconds(self, machine: Machine) -> float:
-        """On the network: what enters a node enters once and is handed on inside."""
+        """Seconds on the network between nodes. Data enters a node once and is passed on inside."""
         group = self.group
         if group.nodes == 1:
             return 0.0
@@ -106,34 +109,34 @@ class Collective:
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU does in one micro-step, or at the end of an update."""
+    """Work of one GPU in a micro-step, or at the end of an update."""
 
     products: tuple[Product, ...] = ()
     attention_flops: float = 0.0
     attention_share: float = 1.0
-    """Of the rate of products that attention's kernels reach."""
+    """Fraction of the rate of products that the attention kernels reach."""
     memory_bytes: float = 0.0
-    """Read and written by all kernels that are neither products nor attention."""
+    """Bytes read and written by all kernels other than products and attention."""
     side_bytes: float = 0.0
-    """The same on streams beside the main one."""
+    """Bytes read and written on streams other than the main stream."""
     collectives: tuple[Collective, ...] = ()
-    """Beside computing."""
+    """Collectives that overlap with compute."""
     waited_for: tuple[Collective, ...] = ()
-    """Collectives whose result the next kernel needs: part of the time of compute."""
+    """Collectives whose result the next kernel needs. Their time counts as compute."""
     host_seconds: float = 0.0
-    """Of Python and launches; does not depend on the batch."""
+    """Time of Python and kernel launches. It does not depend on the batch."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each of four things that go on at the same time."""
+    """Seconds of each of the four components, which run concurrently."""
 
     compute: float
     inside: float
     between: float
     host: float
     parts: dict[str, float]
-    """Of compute."""
+    """Seconds of the parts of compute."""
 
     @property
     def longest(self) -> float:
@@ -141,18 +144,18 @@ class Times:
 
     @property
     def binds(self) -> str:
-        """Name of the longest."""
+        """Name of the longest component."""
         named = {"links inside nodes": self.inside, "links between nodes": self.between, "host": self.host}
         return max({"compute": self.compute, **named}.items(), key=lambda item: item[1])[0]
 
     @property
     def one_after_the_other(self) -> float:
-        """Where compute waits for links, and the host launches ahead."""
+        """Time if compute waits for the links, while the host launches kernels ahead."""
         return max(self.compute + self.inside + self.between, self.host)
 
 
 def times(work: Work, machine: Machine) -> Times:
-    """Of `work` on a GPU of `machine`."""
+    """Estimate the times of `work` on a GPU of `machine`."""
     attention_rate = machine.product_tflops * 1e12 * PRODUCT_SHARE * work.attention_share
     parts = {
         "products": sum(product.seconds(machine) for product in work.products),
@@ -172,22 +175,22 @@ def times(work: Work, machine: Machine) -> Times:
 
 @dataclass(frozen=True)
 class Workload:
-    """One update of a run, seen by one GPU."""
+    """Work of one GPU in an update."""
 
     micro_step: Work
     n_micro_steps: float
     closing: Work
-    """After the last micro-step: exchange between replicas, the optimizer's step."""
+    """Work after the last micro-step: exchange between replicas, optimizer step."""
     useful_flops: float
-    """Forward and backward, nothing computed twice."""
+    """FLOPs of forward and backward pass, without recomputation."""
     n_idle_steps: float = 0.0
-    """Micro-steps that a GPU of a pipeline waits for the others."""
+    """Pipeline bubble: micro-steps that a GPU waits for the other stages."""
 
     def seconds(self, machine: Machine) -> float:
-        """Of an update."""
+        """Seconds of an update."""
         steps = self.n_micro_steps + self.n_idle_steps
         return steps * times(self.micro_step, machine).longest + times(self.closing, machine).one_after_the_other
 
     def mfu(self, machine: Machine) -> float:
-        """Share of the machine's 16-bit peak that useful arithmetic reaches."""
+        """Model FLOPs utilization: fraction of the machine's 16-bit peak that useful FLOPs reach."""
         return self.useful_flops / self.seconds(machine) / (machine.tflops * 1e12)

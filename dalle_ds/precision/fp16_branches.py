@@ -1,6 +1,6 @@
 """fp16 residual branches: which numbers are 16-bit (paper section 2.4 and appendix D item 2).
 
-Parameters stay fp32 and are rounded to fp16 where they are used; identity path, norms, embeddings and logits are fp32.
+Parameters stay fp32 and are rounded to fp16 when they are used. Identity path, norms, embeddings and logits are fp32.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,12 @@ from dalle_ds.ops.fp16 import linear_fp16, matmul_to_fp32
 
 
 class _LinearFP16(torch.autograd.Function):
-    """Saves the parameter rather than an fp16 copy: ZeRO-3 frees the parameter after the forward pass and gathers it again
-    before the backward pass, while a saved copy would keep every layer's weights alive in between. The weight may be fp16
-    already, as `dalle_ds.parallel.fp16_gather` leaves it; its gradient is fp32 all the same."""
+    """Linear layer in fp16. The weight's gradient is always fp32, even if `dalle_ds.parallel.fp16_gather` passes an fp16
+    weight.
+
+    It saves the parameter rather than an fp16 copy. ZeRO-3 frees the parameter after the forward pass and gathers it again
+    before the backward pass; a saved copy would keep every layer's weights alive in between.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,13 +33,13 @@ class _LinearFP16(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = linear_fp16(grad, weight.t(), None)
         rows = grad.flatten(0, -2)
-        # weight gradients leave in fp32: the one place where fp16 would lose small sums for nothing
+        # Weight gradients are not rounded to fp16, which would only lose small sums.
         grad_weight = matmul_to_fp32(rows.t(), x.flatten(0, -2))
         return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if ctx.has_bias else None
 
 
 class _UnreadFP16(_LinearFP16):
-    """Nobody reads the product, so it is not computed: what it holds is left to chance. The backward pass is the same."""
+    """`_LinearFP16` whose output is never read: forward returns uninitialised memory, and only backward computes anything."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +50,8 @@ class _UnreadFP16(_LinearFP16):
 
 @contextmanager
 def unread_product(linear: BranchLinear) -> Iterator[None]:
-    """Within it, an fp16 layer is called for its graph alone; layers in other formats compute as ever."""
+    """Within this context, calling an fp16 `linear` only builds the autograd graph and skips the product.
+    Layers in other formats are not changed."""
     is_fp16 = linear.matmul == _LinearFP16.apply
     if is_fp16:
         linear.use_matmul(_UnreadFP16.apply)
@@ -59,7 +63,7 @@ def unread_product(linear: BranchLinear) -> Iterator[None]:
 
 
 class FP16BranchPrecision(BranchPrecision):
-    """Branch in fp16, identity path fp32, gradients not scaled: for evaluation, and as the plain twin in tests."""
+    """Branch in fp16, identity path in fp32, no gradient scaling. Used for evaluation, and as the reference in tests."""
 
     def to_branch(self, norm: nn.LayerNorm, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         return x_BLD, norm(x_BLD).to(torch.float16)
@@ -69,7 +73,7 @@ class FP16BranchPrecision(BranchPrecision):
 
 
 def resblocks_of(model: nn.Module) -> list[tuple[str, ResBlock]]:
-    """(name, block) of every residual block in model order: the order of gradient scales everywhere."""
+    """(name, block) of every residual block in model order. Vectors of gradient scales use the same order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ResBlock)]
 
 

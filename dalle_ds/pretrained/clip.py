@@ -1,4 +1,4 @@
-"""CLIP from a `transformers` folder or hub name: images and captions to unit vectors that can be compared.
+"""CLIP from a `transformers` folder or hub name. It maps images and captions to unit vectors that can be compared.
 
 B images or captions, H and W pixels, C channels, D features.
 """
@@ -22,9 +22,9 @@ AnyImage = Image.Image | np.ndarray
 
 
 class Clip:
-    """A contrastive model in fp32 with its own tokenizer and image preprocessing; `Clip.load` opens one.
+    """A CLIP in fp32 with its tokenizer and image preprocessing. `Clip.load` opens one.
 
-    `fingerprint` covers all that decides a score: weights, shape of the towers, tokenizer, preprocessing.
+    `fingerprint` covers everything that affects a score: weights, shapes of the towers, tokenizer, preprocessing.
     """
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
@@ -35,26 +35,27 @@ class Clip:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Clip":
-        """Open a folder that `save_pretrained` wrote (CLIPModel, tokenizer, image processor), or fetch a hub name.
+        """Open a folder written by `save_pretrained` (CLIPModel, tokenizer, image processor), or download a hub name.
 
         Raises:
-            ConfigError: `transformers` is not installed. DataError: nothing there, no CLIP, or parts of it are missing.
+            ConfigError: `transformers` is not installed.
+            DataError: `path` does not exist, is not a CLIP, or parts of it are missing or do not match.
         """
         try:
             from transformers import AutoConfig, CLIPModel, CLIPTokenizer
-            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other wants torchvision
+            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other needs torchvision
         except ImportError as error:
             raise ConfigError(f"CLIP {path}: {error}; pip install 'dalle-ds[clip]'") from None
         try:
             kind = AutoConfig.from_pretrained(path).model_type
             if kind != "clip":
-                raise DataError(f"CLIP {path}: its config.json says model_type {kind!r}, expected 'clip'")
+                raise DataError(f"CLIP {path}: its config.json has model_type {kind!r}, expected 'clip'")
             model, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             tokenizer = CLIPTokenizer.from_pretrained(path)
             processor = CLIPImageProcessorPil.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise DataError(f"CLIP {path}: {str(error).splitlines()[0]}") from None
-        if found["missing_keys"]:  # transformers would only warn, and draw them at random
+        if found["missing_keys"]:  # transformers only warns, and initializes them at random
             raise DataError(f"CLIP {path}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
         _check_parts(path, model, tokenizer, processor)
         exact_fp32()
@@ -62,10 +63,13 @@ class Clip:
 
     @torch.inference_mode()
     def image_features(self, images_BHWC: np.ndarray | Sequence[AnyImage]) -> Tensor:
-        """RGB images, uint8 (B, H, W, 3) or a sequence of any sizes -> (B, D) unit vectors, fp32, on the model's device.
+        """Image features: (B, D) unit vectors, fp32, on the model's device.
+
+        Args:
+            images_BHWC: RGB images, uint8 (B, H, W, 3), or a sequence of images of any sizes.
 
         Raises:
-            ValueError: arrays that are not uint8 (H, W, 3).
+            ValueError: an array that is not uint8 (H, W, 3).
         """
         for image in images_BHWC:
             if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
@@ -76,9 +80,9 @@ class Clip:
 
     @torch.inference_mode()
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> (B, D) unit vectors, fp32, on the model's device; what is too long for the model is cut."""
+        """Caption features: (B, D) unit vectors, fp32, on the model's device. Captions that are too long are truncated."""
         length = self.model.config.text_config.max_position_embeddings
-        # always of full length: a caption's vector must not depend on its neighbours' lengths
+        # pad to the full length: the features of a caption must not depend on the lengths of the others in the batch
         tokens = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return F.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output, dim=-1)
 
@@ -93,13 +97,13 @@ class Clip:
             "std": list(self._processor.image_std),
             "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         }
-        return fingerprint(about, self.model.state_dict(), with_dtypes=False)  # fp32 always: see `load`
+        return fingerprint(about, self.model.state_dict(), with_dtypes=False)  # always fp32, see `load`
 
 
 def _check_parts(path: str | Path, model: Any, tokenizer: Any, processor: Any) -> None:
     size, crop = model.config.vision_config.image_size, dict(processor.crop_size)
     if crop != {"height": size, "width": size}:
-        raise DataError(f"CLIP {path}: its preprocessing gives images of {crop}, but the model expects {size} a side")
+        raise DataError(f"CLIP {path}: its preprocessing makes images of {crop}, but the model expects {size} pixels per side")
     vocab = model.config.text_config.vocab_size
     if len(tokenizer) > vocab:
-        raise DataError(f"CLIP {path}: its tokenizer has {len(tokenizer)} tokens, the model knows {vocab}")
+        raise DataError(f"CLIP {path}: its tokenizer has {len(tokenizer)} tokens, expected at most the model's {vocab}")

@@ -1,7 +1,7 @@
-"""The dVAE that OpenAI released, from its two pickled modules into our weights file.
+"""Convert OpenAI's released dVAE from its two pickled modules to this project's weights file.
 
-The files hold whole modules. They are unpickled by torch's weights-only reader with stand-ins for the classes in them: no code
-of the files runs, and the package that wrote them is not needed. Sizes follow from the shapes of the weights.
+The files contain whole modules. They are unpickled with torch's weights-only loader and placeholder classes: no code in the
+files is executed, and OpenAI's package is not needed. Sizes are derived from the shapes of the weights.
 """
 
 import pickle
@@ -20,7 +20,7 @@ from dalle_ds.storage.weights import write_weights
 
 
 class _Module:
-    """Stands in for every class of a released file: it keeps what the instance had and does nothing."""
+    """Placeholder for every class in a released file. It only holds the attributes of the instance."""
 
     _parameters: Mapping[str, Tensor]
     _modules: Mapping[str, "_Module"]
@@ -41,14 +41,16 @@ CLASSES = (
 
 
 def import_openai(encoder: str, decoder: str, out: str, image_size: int = 256) -> dict[str, Any]:
-    """Write the dVAE of OpenAI's `encoder.pkl` and `decoder.pkl` as `out` -> its sizes and fingerprint.
+    """Convert OpenAI's `encoder.pkl` and `decoder.pkl` to the weights file `out`. Returns the sizes and the fingerprint.
 
     Args:
-        encoder, decoder: pickled modules, or state dicts of them; paths, file:// or s3:// urls.
-        image_size: pixels a side of the images it will encode; the released model was trained on 256.
+        encoder: pickled module or state dict of the encoder; a path, file:// or s3:// url.
+        decoder: pickled module or state dict of the decoder, likewise.
+        out: weights file to write.
+        image_size: side in pixels of the images that the dVAE will encode. The released model was trained on 256.
 
     Raises:
-        DataError: a file is missing, holds something else, or the two don't fit together.
+        DataError: a file is missing, has other content, or the two do not belong together.
     """
     state = {f"encoder.{name}": tensor for name, tensor in _read(encoder).items()}
     state |= {f"decoder.{name}": tensor for name, tensor in _read(decoder).items()}
@@ -57,30 +59,30 @@ def import_openai(encoder: str, decoder: str, out: str, image_size: int = 256) -
         with torch.device("meta"):
             DVAE(config).load_state_dict(state, strict=True, assign=True)
     except (KeyError, RuntimeError, ConfigError, ValueError) as error:
-        raise DataError(f"{encoder} and {decoder} are not the two halves of a released dVAE: {error}") from None
+        raise DataError(f"{encoder} and {decoder} are not the encoder and decoder of a released dVAE: {error}") from None
     fingerprint = write_weights(out, kind="dvae", config=config.model_dump(), state=state, extra={"source": "OpenAI"})
     n_parameters = sum(tensor.numel() for tensor in state.values())
     return {"out": out, "fingerprint": fingerprint, "parameters": n_parameters, **config.model_dump()}
 
 
 def _read(url: str) -> dict[str, Tensor]:
-    """Parameters by name, fp32."""
+    """Read the parameters of a file, by name, as fp32."""
     stand_ins = [(type(name.rsplit(".", 1)[1], (_Module,), {}), name) for name in CLASSES]
     try:
         with objects.local_copy(url) as file, torch.serialization.safe_globals(stand_ins):
-            if not zipfile.is_zipfile(file):  # the old format keeps the classes' source beside them, which torch refuses
-                raise DataError(f"{url} is not in the format that torch writes since 1.6: save it again, by a newer one")
+            if not zipfile.is_zipfile(file):  # the old format includes source code of the classes, which the loader rejects
+                raise DataError(f"{url} is not in the file format of torch 1.6 or later: save it again with a newer torch")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{url}: no such file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         found = re.search(r"[^:\n]*\bunsupported\b.*", str(error), re.IGNORECASE)
         reason = found[0] if found else str(error).partition("\n")[0]
-        raise DataError(f"{url} cannot be read as one of OpenAI's files: {reason}") from None
+        raise DataError(f"{url} cannot be read as OpenAI's encoder or decoder: {reason}") from None
     named = content.items() if isinstance(content, Mapping) else _parameters(content)
     state = {name: value for name, value in named if isinstance(value, Tensor)}
     if not state:
-        raise DataError(f"{url} holds a {type(content).__name__} without weights, expected a pickled encoder or decoder")
+        raise DataError(f"{url} contains a {type(content).__name__} without weights, expected a pickled encoder or decoder")
     return {name: value.detach().float().contiguous() for name, value in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""Where the captions of a sampling run come from: options, a file, standard input, or the validation split."""
+"""Sources of the captions of a sampling run: options, a file, standard input, or the validation split."""
 
 import sys
 from collections.abc import Sequence
@@ -17,26 +17,29 @@ STDIN = Path("-")
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Where captions come from, exactly one of the first three, or none beside an image prompt."""
+    """Source of captions: exactly one of `captions`, `captions_file` and `n_validation`; with an image prompt, one or none."""
 
     captions: Sequence[str] = ()
     captions_file: Path | None = None
-    """`STDIN` reads standard input."""
+    """File with one caption per line. `STDIN` reads standard input."""
     n_validation: int = 0
     data_url: str | None = None
     image_prompt: Path | None = None
     prompt_rows: int | None = None
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError if the sources of captions or the image prompt options do not fit together."""
         n_sources = sum((bool(self.captions), self.captions_file is not None, self.n_validation > 0))
         if n_sources > 1 or (n_sources == 0 and self.image_prompt is None):
-            raise ConfigError("captions come from exactly one of --caption, --captions and --validation")
+            raise ConfigError("expected exactly one of --caption, --captions and --validation")
         if self.prompt_rows is not None and self.image_prompt is None:
             raise ConfigError(f"--prompt-rows {self.prompt_rows} without --image-prompt: expected both")
 
     def read(self, export: Export, seed: int) -> tuple[list[str], Tensor | None, dict[str, Any]]:
-        """Captions, codes of their real images where there are some, and what the record says about them."""
+        """Returns the captions, the codes (C, N) of their real images or None, and further entries for samples.json.
+
+        Only captions of the validation split have real images.
+        """
         if self.n_validation:
             validation = choose_validation(export, self.n_validation, data_url=self.data_url, seed=seed)
             return validation.captions, validation.image_SN, {"validation_keys": validation.keys}
@@ -48,7 +51,7 @@ class SampleSource:
 
 
 def read_captions(path: Path) -> list[str]:
-    """One caption a line; empty lines are skipped. Raises DataError where the file can't be read or holds none."""
+    """Read one caption per line, skipping empty lines. Raises DataError if the file cannot be read or has no caption."""
     try:
         return captions_of(path.read_text(encoding="utf-8"), f"captions file {path}")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,9 +59,9 @@ def read_captions(path: Path) -> list[str]:
 
 
 def captions_of(text: str, source: str) -> list[str]:
-    """One caption a line; empty lines are skipped. Raises DataError where there is none."""
+    """Split a text into one caption per line, skipping empty lines. Raises DataError if there is none; it names `source`."""
     captions = [line.strip() for line in text.splitlines()]
     captions = [caption for caption in captions if caption]
     if not captions:
-        raise DataError(f"{source} holds no caption; expected one a line")
+        raise DataError(f"{source} contains no caption; expected one per line")
     return captions

@@ -1,4 +1,4 @@
-"""Image tokens to images."""
+"""Decode image tokens to images with the dVAE."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ BLANK = (208, 210, 214)
 
 
 def decode_images(dvae: DVAE, codes_BN: Tensor | Sequence[Tensor]) -> list[Image.Image]:
-    """Codes (B, N) -> B images of the dVAE's size.
+    """Decode codes (B, N) to B images of the dVAE's size.
 
-    One at a time: a convolution's rounding depends on the batch, and an image must repeat bit for bit whatever was decoded
-    beside it. The prior's many steps an image are what takes the time.
+    Images are decoded one at a time: the rounding of a convolution depends on the batch, and an image must be reproducible bit
+    for bit in any batch. This costs little, since most of the time goes to the prior's decoding steps.
     """
     device = next(dvae.parameters()).device
     with torch.inference_mode():
@@ -24,7 +24,7 @@ def decode_images(dvae: DVAE, codes_BN: Tensor | Sequence[Tensor]) -> list[Image
 
 
 def partial_images(dvae: DVAE, codes_BN: Tensor, n_rows: int) -> list[Image.Image]:
-    """Images of which the first `n_rows` rows of the grid are drawn; what is below them is blank."""
+    """Decode codes (B, N) whose first `n_rows` rows of the grid are sampled. The part of the image below them is blank."""
     images = decode_images(dvae, codes_BN)
     for image in images:
         top = image.height * n_rows // dvae.config.grid
@@ -33,7 +33,7 @@ def partial_images(dvae: DVAE, codes_BN: Tensor, n_rows: int) -> list[Image.Imag
 
 
 def to_image(image_CHW: Tensor) -> Image.Image:
-    """uint8 (C, H, W), one or three channels -> an image in RGB."""
+    """Convert uint8 (C, H, W) with one or three channels to an RGB image."""
     if image_CHW.shape[0] == 1:
         image_CHW = image_CHW.expand(3, -1, -1)
     return Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy(), "RGB")

@@ -1,4 +1,4 @@
-"""An export folder opened for sampling: prior, dVAE and tokenizer that belong together."""
+"""Open an export folder for sampling: load prior, dVAE and tokenizer, and check that they belong together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from dalle_ds.storage.weights import read_weights
 
 @dataclass(frozen=True)
 class Export:
-    """What `dalle-ds export` wrote, in memory."""
+    """An export of `dalle-ds export`, in memory."""
 
     url: str
     prior: Prior
@@ -32,7 +32,7 @@ class Export:
 
     @property
     def fingerprint(self) -> str:
-        """Of the prior's weights: what samples and scores are signed with."""
+        """Fingerprint of the prior's weights. Records of samples and scores contain it."""
         return self.record.fingerprint
 
     @property
@@ -40,7 +40,7 @@ class Export:
         return next(self.prior.parameters()).device
 
     def text(self, captions: list[str]) -> Tensor:
-        """Captions -> (C, T-1) int64, PAD where empty; what is too long is cut, as in training."""
+        """Encode captions as (C, T-1) int64, right-padded with PAD. Longer captions are truncated, as in training."""
         width = self.prior.config.text_len - 1
         text_CT = torch.full((len(captions), width), PAD, dtype=torch.int64)
         for row, caption in enumerate(captions):
@@ -53,7 +53,7 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     """Open an export folder and check that its parts belong together.
 
     Raises:
-        DataError: a file is missing or damaged, or the sizes of the parts don't fit each other.
+        DataError: a file is missing or damaged, or the sizes of the parts do not match.
         FingerprintMismatch: the dVAE or the tokenizer is not the one that the prior was trained with.
     """
     record = read_export_record(url)
@@ -61,7 +61,7 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     require_same(f"tokenizer of export {url}", record.tokenizer, tokenizer.fingerprint, "Export the checkpoint again.")
     dvae_weights = read_weights(objects.join(url, DVAE_FILE), "dvae", device)
     require_same(f"dVAE of export {url}", record.dvae, dvae_weights.fingerprint, "Export the checkpoint again.")
-    # straight to the device: the host holds one tensor of it at a time, and the model takes these very tensors
+    # Load directly to the device: host memory holds one tensor at a time, and the model uses the loaded tensors without a copy.
     weights = read_weights(objects.join(url, PRIOR_FILE), "prior", device)
     require_same(f"prior of export {url}", record.fingerprint, weights.fingerprint, "Export the checkpoint again.")
 
@@ -73,7 +73,7 @@ def load_export(url: str | Path, device: str = "cpu") -> Export:
     ):
         if expected != found:
             raise DataError(f"export {url}: {what} differ: {expected} and {found}")
-    with torch.device("meta"):  # no time spent on initial values
+    with torch.device("meta"):  # skips initialization
         prior, dvae = Prior(config), DVAE(dvae_config)
     prior.load_state_dict(weights.state, assign=True)
     dvae.load_state_dict(dvae_weights.state, assign=True)

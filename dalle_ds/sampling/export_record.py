@@ -1,4 +1,4 @@
-"""What an export says of itself: its config.json."""
+"""The record in an export folder: config.json."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,14 +13,14 @@ RECORD_FILE = "config.json"
 
 
 class MlflowRun(Record):
-    """The MLflow run of a training. `run_id` is unknown as long as the store has not answered."""
+    """The MLflow run of a training run. `run_id` is None if the store had not answered yet when the record was written."""
 
     uri: str
     run_id: str | None = None
 
 
 class ExportRecord(Record):
-    """Where the parts of an export come from; `fingerprint` is that of the prior's weights."""
+    """Provenance of an export's parts. `fingerprint` is the fingerprint of the prior's weights."""
 
     format: Literal[1]
     fingerprint: str
@@ -29,17 +29,17 @@ class ExportRecord(Record):
     update: int
     ema: bool
     caption_dropout: float
-    """Share of captions left out in training; above 0 the prior knows images without a caption."""
+    """Fraction of captions dropped in training. Above 0, the prior has also learned images without a caption."""
     data_fingerprint: str
     data_content: str
     data_urls: tuple[str, ...] = Field(min_length=1)
-    """Token data sets where they were in training: several of a mix."""
+    """Urls of the token data sets during training: one, or several of a mix."""
     checkpoint: str
     mlflow: MlflowRun | None = None
 
 
 def read_export_record(url: str | Path) -> ExportRecord:
-    """The record of the export at `url`. Raises DataError where there is none, or not one that `dalle-ds export` writes."""
+    """Read the record of the export at `url`. Raises DataError if it is missing or was not written by `dalle-ds export`."""
     file = objects.join(url, RECORD_FILE)
     if not objects.exists(file):
         raise DataError(f"{url} is not an export folder: it has no {RECORD_FILE}; `dalle-ds export` writes one")

@@ -1,4 +1,4 @@
-"""A folder of samples: drawn batch by batch, so that a stopped run goes on, with a record that repeats each image."""
+"""A folder of samples: sampled batch by batch, so that a stopped run can resume, with a record that reproduces each image."""
 
 import io
 import json
@@ -38,10 +38,11 @@ PARTS, REQUEST = ".parts", "request.json"
 
 
 class SampleFolder:
-    """Images for a request, on their way into a folder.
+    """Samples the images of a request into a folder.
 
-    Every batch is committed by one file below .parts: the codes of those of its images that may be kept, and all scores. Any
-    process may draw any batch; where all are there, one process decodes what is kept, and writes the record last.
+    Each batch is committed as one file in .parts, which holds the codes of the candidates that may be kept and the scores of
+    all candidates. Any process may sample any batch. When all batches are committed, one process decodes the kept images and
+    writes the record last.
     """
 
     def __init__(
@@ -57,19 +58,19 @@ class SampleFolder:
     ) -> None:
         """
         Args:
-            scorer: what chooses the kept images.
-            real_codes_CN: codes of the captions' real images; decoded as the first column of the grid.
-            about: further entries for samples.json (where captions came from).
-            repeated: a record whose images are drawn again, without a scorer: see `repeating`.
+            scorer: ranks the candidates, of which the best are kept.
+            real_codes_CN: codes of the captions' real images, shown as the first column of the grid.
+            about: further entries for samples.json, such as the source of the captions.
+            repeated: record whose images are reproduced without a scorer, see `repeating`.
 
         Raises:
-            ConfigError: settings that this export or scorer cannot follow.
+            ConfigError: the export or the scorer does not support the settings.
         """
         self.export, self.request, self.out, self.scorer = export, request, out, scorer
         self._real_codes_CN, self._about, self._repeated = real_codes_CN, about or {}, repeated
         self._sampler = Sampler(export, scorer)
         self._items = request.work_items()
-        self._to_repeat: dict[SampleIndex, dict[str, Any]] | None = None  # which samples are kept, and their entries
+        self._to_repeat: dict[SampleIndex, dict[str, Any]] | None = None  # kept samples and their entries in the record
         if repeated is None:
             self._sampler.check(request)
         else:
@@ -79,10 +80,11 @@ class SampleFolder:
 
     @classmethod
     def repeating(cls, export: Export, record_file: Path, out: Path) -> "SampleFolder":
-        """The images of a samples.json again, into `out`; the scorer is not needed for that.
+        """A folder that reproduces the images of a samples.json in `out`. No scorer is needed.
 
         Raises:
-            DataError: not such a file. FingerprintMismatch: `export` is another model.
+            DataError: `record_file` is not a samples.json.
+            FingerprintMismatch: the record is of another export.
         """
         try:
             record = json.loads(record_file.read_text(encoding="utf-8"))
@@ -93,30 +95,32 @@ class SampleFolder:
             raise DataError(
                 f"{record_file} is not a record of samples ({error}); `dalle-ds sample` writes {SAMPLES_FILE}"
             ) from None
-        require_same(f"prior of export {export.url}", expected, export.fingerprint, f"{record_file} is another one's.")
+        require_same(f"prior of export {export.url}", expected, export.fingerprint, f"{record_file} is of another export.")
         require_same(f"dVAE of export {export.url}", dvae, export.record.dvae)
         about = {"repeats": str(record_file)}
         return cls(export, Request(captions, settings, image_prompt), out, about=about, repeated=record)
 
     def run(self, ranks: Ranks = ALONE, *, on_rows: Callable[[RowsDecoded], None] | None = None) -> dict[str, Any]:
-        """Draw the images, or go on with them; write PNGs of the kept ones, codes.npy, grid.png and samples.json into `out`.
+        """Sample the images or resume, then write PNGs of the kept images, codes.npy, grid.png and samples.json into `out`.
 
-        A finished folder is left alone. Ranks share the batches out and meet in `out`: their images are those of one rank.
+        A finished folder is left unchanged. The batches are distributed over the ranks, which share only `out`. The images do
+        not depend on the number of ranks.
 
         Args:
-            on_rows: called as the images appear. It may raise to end it: what is committed by then stays.
+            on_rows: called after each finished row of a batch. It may raise to end the run; committed batches stay.
 
         Returns:
             The content of samples.json, on every rank.
 
         Raises:
-            ConfigError: `out` holds other samples. DataError: damaged files in `out`.
+            ConfigError: `out` contains other samples.
+            DataError: damaged files in `out`.
         """
-        # the main rank looks what is left to do before any rank adds to it
+        # the main rank lists the missing batches before any rank commits one
         record, items = ranks.from_main(self._what_is_left() if ranks.is_main else None)
         if record is None:
             self.draw(items[ranks.rank :: ranks.world_size], on_rows=on_rows, shown=ranks.is_main)
-            ranks.gather_objects(None)  # all batches are there
+            ranks.gather_objects(None)  # barrier: all batches are committed
             record = ranks.from_main(self._finish() if ranks.is_main else None)
         return record
 
@@ -125,10 +129,10 @@ class SampleFolder:
         return record, [] if record else self.missing()
 
     def missing(self) -> list[WorkItem]:
-        """The batches that nobody has drawn yet.
+        """Returns the batches that are not committed yet.
 
         Raises:
-            ConfigError: the folder holds other images, or a part of them; the message says what differs.
+            ConfigError: the folder contains other samples, finished or unfinished. The message lists the differences.
         """
         file = self.out / PARTS / REQUEST
         for found in (self._read(self.out / SAMPLES_FILE), self._read(file)):
@@ -138,23 +142,23 @@ class SampleFolder:
         return [item for item in self._items if self._part(item) is None]
 
     def _finished(self) -> dict[str, Any] | None:
-        """The record, where all is done. Raises ConfigError, as `missing`."""
+        """Returns the record if the folder is finished, else None. Raises ConfigError as `missing`."""
         record = self._read(self.out / SAMPLES_FILE)
         if record is not None:
             self._require_same(record)
             shutil.rmtree(self.out / PARTS, ignore_errors=True)
-            log.info("%s is finished: %d images; nothing to do", self.out / SAMPLES_FILE, len(record["images"]))
+            log.info("%s is finished with %d images: nothing to do", self.out / SAMPLES_FILE, len(record["images"]))
         return record
 
     def draw(
         self, items: Sequence[WorkItem], *, on_rows: Callable[[RowsDecoded], None] | None = None, shown: bool = True
     ) -> None:
-        """Draw and commit some batches, a process's share of a `run`."""
+        """Sample and commit some batches: the part of a `run` that belongs to this process."""
         grid = self.export.prior.config.grid
         first_row = 0 if self.request.image_prompt is None else self.request.image_prompt.rows
         total = sum(item.n_samples for item in items) * (grid - first_row) * grid
         request = self.request
-        if self._to_repeat is not None:  # the record brings its scores, and its choice
+        if self._to_repeat is not None:  # scores and kept candidates come from the record
             request = replace(request, settings=request.settings.model_copy(update={"keep": None}))
         with progress(total=total, what="sample", unit="token", enabled=shown) as bar:
 
@@ -198,7 +202,7 @@ class SampleFolder:
         shutil.rmtree(self.out / PARTS)
         return record
 
-    # ---- what a folder is of ---------------------------------------------------------------------------------------------
+    # ---- identity of a folder --------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         image_prompt, repeated = self.request.image_prompt, self._repeated
@@ -226,7 +230,7 @@ class SampleFolder:
         ]
         if differences:
             raise ConfigError(
-                f"{self.out} holds other samples: {'; '.join(differences)}. Choose another folder, or remove this one"
+                f"{self.out} contains other samples: {'; '.join(differences)}. Choose another folder, or remove this one"
             )
 
     @staticmethod
@@ -238,7 +242,7 @@ class SampleFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise DataError(f"{file} is damaged; remove {file.parent} to draw its images again")
+            raise DataError(f"{file} is damaged; remove {file.parent} to sample its images again")
         return found
 
     # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ class SampleFolder:
         objects.write_bytes(self._part_file(batch.item), data.getvalue())
 
     def _part(self, item: WorkItem) -> dict[str, np.ndarray] | None:
-        """None where it is not drawn yet, or the file is torn, as after a power cut."""
+        """Read the file of a batch. Returns None if the batch is not committed, or if its file is damaged by a power cut."""
         try:
             with np.load(self._part_file(item)) as part:
                 return dict(part)
@@ -269,14 +273,18 @@ class SampleFolder:
         return self.out / PARTS / f"batch_{item.number:06d}.npz"
 
     def _chosen(self) -> tuple[list[list[Candidate]], list[list[float]] | None]:
-        """The kept candidates of each caption, best first, their codes as uint16; and the scores of all candidates."""
+        """Returns the kept candidates of each caption (best first, codes as uint16), and the scores (C, K) of all candidates.
+
+        Raises:
+            DataError: a batch is missing or damaged.
+        """
         request, settings = self.request, self.request.settings
         rows: list[list[Candidate]] = [[] for _ in request.captions]
         scores_CK = np.full((len(rows), settings.n), np.nan, dtype=np.float32)
         for item in self._items:
             part = self._part(item)
             if part is None:
-                raise DataError(f"{self._part_file(item)} is gone or damaged; the same command draws it again")
+                raise DataError(f"{self._part_file(item)} is missing or damaged; run the same command again to sample it again")
             if "scores" in part:
                 scores_CK[np.ix_(item.captions, item.candidates)] = part["scores"]
             for entry, codes_N in zip(part["indices"].tolist(), part["codes"], strict=True):

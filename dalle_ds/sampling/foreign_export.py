@@ -1,4 +1,4 @@
-"""Open an export on storage that only fsspec reads: its files are copied to a temporary folder first."""
+"""Open an export on storage that only fsspec can read. The files are first copied to a temporary folder."""
 
 import tempfile
 from dataclasses import replace
@@ -13,10 +13,11 @@ from dalle_ds.storage.weights import fetch_weights
 
 
 def load_foreign_export(url: str, device: str) -> Export:
-    """`load_export` for any url that fsspec reads. The disk for temporary files must have room for the export.
+    """`load_export` for any url that fsspec can read. The disk for temporary files must have space for the export.
 
     Raises:
-        ConfigError: no url that fsspec reads. DataError, FingerprintMismatch: as `load_export`.
+        ConfigError: fsspec cannot read this kind of url.
+        DataError, FingerprintMismatch: as `load_export`.
     """
     folder = ForeignFolder(url)
     with tempfile.TemporaryDirectory(prefix="dalle-ds-") as local:
@@ -29,5 +30,5 @@ def load_foreign_export(url: str, device: str) -> Export:
                 fetch(name)
             fetch_weights(PRIOR_FILE, fetch)
         except FileNotFoundError as error:
-            raise DataError(f"{error}; it is not an export folder: `dalle-ds export` writes one") from None
+            raise DataError(f"{error}; this is not an export folder: `dalle-ds export` writes one") from None
         return replace(load_export(local, device), url=url)

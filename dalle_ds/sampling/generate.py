@@ -1,6 +1,6 @@
-"""Draw image tokens from the prior, one after another, each image by a random generator of its own.
+"""Sample image tokens from the prior autoregressively. Each image has its own random generator.
 
-C captions, K candidates a caption, B = C * K images, T text slots, N image tokens, P given (prime) tokens, V vocabulary.
+C captions, K candidates per caption, B = C * K images, T text positions, N image tokens, P given (prime) tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,25 +28,25 @@ def generate(
     prime_codes_CP: Tensor | None = None,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Sample K images for each caption -> codes (C, K, N) int64, on the CPU.
+    """Sample K images for each caption. Returns the codes (C, K, N) int64, on the CPU.
 
-    A caption and its given tokens are read once for its K candidates. An image depends on its caption, its seed and the
-    settings, not on what else is sampled beside it (but for rounding: other batch sizes may take other matrix kernels).
+    A caption and its given tokens are prefilled once for its K candidates. An image depends only on its caption, its seed and
+    the settings, not on the rest of the batch, except for rounding: other batch sizes may use other matrix kernels.
 
     Args:
-        text_CT: captions (C, T-1) int64, padded as the prior expects.
-        seeds_CK: a seed for every image; every caption has the same number of them.
-        temperature: divides the logits; 0 takes the likeliest token. The paper samples at 1.
-        top_k: keep the k likeliest tokens; 0 keeps all (the paper's way).
-        top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
-        guidance: classifier-free guidance (Ho and Salimans 2022): logits move from those without a caption towards and past
-            those with it; 1 leaves it out. Only for a prior that was trained with dropped captions. Doubles the work.
-        prime_codes_CP: the first P tokens of every image of a caption, given instead of sampled: the paper's image-to-image
+        text_CT: captions (C, T-1) int64, padded with PAD.
+        seeds_CK: one seed per image. Every caption has the same number of seeds.
+        temperature: divides the logits; 0 takes the most likely token. The paper samples at 1.
+        top_k: sample only from the k most likely tokens; 0 keeps all, as in the paper.
+        top_p: sample only from the smallest set of most likely tokens that together have this probability; 1 keeps all.
+        guidance: scale of classifier-free guidance (Ho and Salimans 2022), which extrapolates from the logits without a caption
+            to the logits with it; 1: no guidance. Requires a prior trained with caption dropout, and doubles the work.
+        prime_codes_CP: the first P tokens of every image of a caption, given instead of sampled. The paper's image-to-image
             gives the top 15 rows of 32.
-        on_token: called after each sampled token with its index and all codes so far (B, N), on the prior's device.
+        on_token: called after each sampled token with the token's index and all codes so far (B, N), on the prior's device.
 
     Raises:
-        ValueError: settings out of range, shapes that do not fit.
+        ValueError: settings out of range, or shapes that do not match.
     """
     n_image, n_captions = prior.config.n_image, len(text_CT)
     device = next(prior.parameters()).device
@@ -58,12 +58,12 @@ def generate(
     codes_BN = torch.zeros(n_captions * n_candidates, n_image, dtype=torch.int64, device=device)
     codes_BN[:, :n_given] = prime_CP.repeat_interleave(n_candidates, 0)
     if n_given < n_image:
-        # All random numbers in advance, one for each place: a given token takes its number along, so that keeping fewer rows of
-        # an image changes nothing but those rows; drawn on the CPU, so that a GPU samples the same image.
+        # Draw all random numbers in advance, one per position. Given tokens also use up a number, so that the random numbers of
+        # later rows do not depend on the number of given rows. Draw on the CPU, so that a GPU samples the same image.
         draws_BN = torch.stack([_draws(seed, n_image) for seeds in seeds_CK for seed in seeds]).to(device)
         text_CT, prime_CP = text_CT.to(device), prime_CP.to(device)
         guided = guidance != 1
-        if guided:  # below each other: all captions, then as many rows without one
+        if guided:  # stack along the batch: all captions, then the same number of rows without a caption
             text_CT, prime_CP = torch.cat([text_CT, torch.full_like(text_CT, PAD)]), prime_CP.repeat(2, 1)
         logits_CV, cache = prior.prefill(text_CT, prime_CP)
         logits_BV, cache = logits_CV.repeat_interleave(n_candidates, 0), cache.expand(n_candidates)
@@ -79,22 +79,24 @@ def generate(
 
 
 def _guide(logits_BV: Tensor, guidance: float) -> Tensor:
-    """Logits with captions, then without -> guided ones, half as many rows."""
+    """Returns guided logits (B, V). The input (2B, V) holds the logits with captions, then those without."""
     with_caption, without = logits_BV.chunk(2)
     return torch.lerp(without, with_caption, guidance)
 
 
 @contextmanager
 def decoder(prior: Prior, cache: DecodingCache, batch: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """`prior.decode` on `cache`, quick for many tokens of `batch` images: on CUDA a recorded graph, on CPUs packed weights
-    (a second copy of them, while the context lasts). Logits may be the same tensor each time, overwritten by the next call.
+    """Yields a fast version of `prior.decode` on `cache`, for many tokens of `batch` images.
+
+    On CUDA it replays a CUDA graph. On CPUs it uses packed weights, which are a second copy of the weights inside this context.
+    The next call may overwrite the returned logits.
     """
     if cache.slot_1.device.type == "cuda":
         yield _recorded(prior, cache, batch)
         return
     packed = []
     for module in prior.modules():
-        # a product that somebody has replaced already, by a 16-bit one say, stays as it is
+        # keep a matmul that was already replaced, for example by a 16-bit one
         if isinstance(module, Linear) and not module.has_own_matmul:
             matmul = packed_linear(module.weight, batch)
             if matmul is not None:
@@ -108,19 +110,19 @@ def decoder(prior: Prior, cache: DecodingCache, batch: int) -> Iterator[Callable
 
 
 def _recorded(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tensor], Tensor]:
-    """One step as a CUDA graph, replayed for every token: its many small kernels would wait for Python otherwise."""
+    """Capture a decoding step as a CUDA graph and replay it per token: otherwise its many small kernels wait for Python."""
     token_B = torch.zeros(batch, dtype=torch.int64, device=cache.slot_1.device)
     slot = int(cache.slot_1)
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):  # libraries set themselves up in the first runs, which a recording does not allow
+    with torch.cuda.stream(warm_up):  # libraries initialize in the first runs, which graph capture does not allow
         for _ in range(2):
             prior.decode(token_B, cache)
-            # back to where it was: the first real token overwrites the keys, whose place held one out of reach by then
+            # Reset the position: the first real token overwrites these keys. Their cache slot held a key already out of reach.
             cache.slot_1.fill_(slot)
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread may decode and score the batch before, with allocations of its own
+    # thread_local: another thread may be decoding and scoring the previous batch, and allocates memory
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         logits_BV = prior.decode(token_B, cache)
 
@@ -133,17 +135,17 @@ def _recorded(prior: Prior, cache: DecodingCache, batch: int) -> Callable[[Tenso
 
 
 def pick(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token a row -> (B,): the inverse of the cumulative distribution at `draws` (in [0, 1), float64)."""
+    """Sample one token per row by inverting the cumulative distribution at `draws_B`, float64 in [0, 1). Returns (B,)."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.double() / temperature  # fp64: the last bits of fp32 sums would decide near the steps
+    logits_BV = logits_BV.double() / temperature  # fp64: fp32 rounding of the sums could change the token near a step
     if 0 < top_k < logits_BV.shape[-1]:
         smallest = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest, float("-inf"))
     if top_p < 1:
         ordered, order = logits_BV.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        ordered = ordered.masked_fill(before >= top_p, float("-inf"))  # the likeliest has nothing before it and always stays
+        ordered = ordered.masked_fill(before >= top_p, float("-inf"))  # the most likely token always stays
         logits_BV = torch.empty_like(ordered).scatter_(-1, order, ordered)
     cumulative = logits_BV.softmax(-1).cumsum(-1)
     places = torch.searchsorted(cumulative, draws_B[:, None] * cumulative[:, -1:], right=True)
@@ -160,14 +162,14 @@ def _check(
     counts = {len(seeds) for seeds in seeds_CK}
     if len(seeds_CK) != len(text_CT) or len(counts) != 1 or 0 in counts:
         raise ValueError(
-            f"{len(text_CT)} captions and seeds for {[len(seeds) for seeds in seeds_CK]}: expected as many for each"
+            f"{len(text_CT)} captions, seeds for {[len(seeds) for seeds in seeds_CK]}: expected equally many for each caption"
         )
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature}: expected 0 or more")
     if top_k < 0:
         raise ValueError(f"top_k {top_k}: expected 0 (all) or more")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p}: expected above 0, at most 1")
+        raise ValueError(f"top_p {top_p}: expected more than 0 and at most 1")
     if not (0 <= guidance < float("inf")):
-        raise ValueError(f"guidance {guidance}: expected 0 or more; 1 leaves it out")
+        raise ValueError(f"guidance {guidance}: expected 0 or more, 1 for none")
     return counts.pop()

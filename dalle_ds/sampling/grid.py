@@ -1,11 +1,11 @@
-"""A sheet of images with their captions, to look at."""
+"""An image grid with captions."""
 
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, GAP = 24, 8
-# Grey paper: an image on white, as most of the demo's are, must show where it ends.
+# Grey background: the border of an image with a white background, like most images of the demo, must be visible.
 PAPER, INK, FAINT = (240, 241, 243), (32, 33, 36), (96, 101, 106)
 
 
@@ -18,17 +18,17 @@ def image_grid(
     labels: Sequence[Sequence[str]] = (),
     smallest: int = 128,
 ) -> Image.Image:
-    """Rows of images, each row's caption under it; rows of one image are laid side by side, captions under the images.
+    """Draw rows of images with each row's caption below it. Rows of a single image are placed side by side.
 
     Args:
-        rows: images of one size, as many in each row.
-        captions: one for each row.
-        column_titles: written over the columns, where there is more than one.
-        labels: a few letters under each image, such as its score; "" for none.
-        smallest: images with a shorter side are enlarged to it.
+        rows: images of one size, equally many in each row.
+        captions: one per row.
+        column_titles: titles above the columns, drawn if there is more than one column.
+        labels: short text below each image, such as its score; "" for none.
+        smallest: side in pixels; images with a shorter side are enlarged to it.
 
     Raises:
-        ValueError: no images, rows of unequal length, or captions that don't fit the rows.
+        ValueError: no images, rows of unequal length, or not one caption per row.
     """
     if not rows or len({len(row) for row in rows}) != 1 or len(rows) != len(captions):
         raise ValueError(f"rows of {[len(row) for row in rows]} images with {len(captions)} captions: expected equal rows")
@@ -69,7 +69,7 @@ def _small(font: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, at_most: int = 3) -> list[str]:
-    """Break at words (inside a word that is wider than the line) into at most three lines, the last one with an ellipsis."""
+    """Wrap text into at most `at_most` lines; a longer text ends with an ellipsis. A word wider than a line is broken."""
     lines = [""]
     for word in text.split() or [""]:
         longer = f"{lines[-1]} {word}".strip()
@@ -137,7 +137,7 @@ def _enlarged(image: Image.Image, smallest: int) -> Image.Image:
 
 
 def _columns_for(n: int) -> int:
-    """Columns of a sheet that is somewhat wider than high."""
+    """Number of columns for `n` cells, chosen so that the grid is somewhat wider than high."""
     columns = 1
     while columns * columns * 0.7 < n:
         columns += 1

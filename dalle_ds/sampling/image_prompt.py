@@ -1,4 +1,4 @@
-"""Image prompts: an image whose top rows every sample begins with, as in the paper's image-to-image (figure 2d)."""
+"""Image prompts: every sample starts with the top rows of a given image, as in the paper's image-to-image (figure 2d)."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,47 +13,48 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.export import Export
 
 PAPER_SHARE = 15 / 32
-"""Of the rows of the grid, which the paper's image-to-image keeps."""
+"""Fraction of the rows of the token grid that the paper's image-to-image keeps."""
 
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """An image as the dVAE sees it, and how many rows of its codes are kept."""
+    """A cropped image, its codes, and the number of rows of codes that are kept."""
 
     image: Image.Image
-    """The square crop."""
+    """Square crop in the dVAE's size."""
     codes_N: Tensor
     rows: int
     sha256: str
-    """Of the file that it came from."""
+    """SHA-256 of the image file."""
 
     @property
     def prime_codes_P(self) -> Tensor:
-        """The codes that are kept."""
+        """The kept codes."""
         grid = round(len(self.codes_N) ** 0.5)
         return self.codes_N[: self.rows * grid]
 
 
 def make_image_prompt(export: Export, data: bytes, rows: int | None = None) -> ImagePrompt:
-    """Crop an image file by the rule of the training data, and encode it.
+    """Crop an image file as in the training data, and encode it.
 
     Args:
-        rows: kept from the top, 0 to grid - 1; None takes the paper's share, 15 of 32.
+        data: bytes of the image file.
+        rows: rows of codes to keep from the top, 0 to grid - 1. If None, the paper's fraction: 15 of 32.
 
     Raises:
-        ConfigError: rows out of range.
+        ConfigError: `rows` out of range.
         DataError: not an image, or smaller than the model's images.
     """
     config = export.dvae.config
     rows = round(PAPER_SHARE * config.grid) if rows is None else rows
     if not 0 <= rows < config.grid:
-        raise ConfigError(f"rows {rows}: expected 0 to {config.grid - 1}, as the grid of this model has {config.grid} rows")
+        raise ConfigError(f"rows {rows}: expected 0 to {config.grid - 1}, because the token grid has {config.grid} rows")
     digest = hashlib.sha256(data).hexdigest()
     try:
         crop_HWC = prior_crop(decode_image(data), config.image_size, seed_of(digest))
     except ImageProblem as problem:
         raise DataError(
-            f"the image prompt is {problem.reason}: expected an image file of at least {config.image_size} pixels a side"
+            f"the image prompt is {problem.reason}: expected an image file of {config.image_size} pixels a side or more"
         ) from None
     with torch.inference_mode():
         image_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None].to(export.device)
@@ -62,7 +63,7 @@ def make_image_prompt(export: Export, data: bytes, rows: int | None = None) -> I
 
 
 def read_image_prompt(export: Export, file: Path, rows: int | None = None) -> ImagePrompt:
-    """`make_image_prompt` for a file. Raises DataError with the file's name too."""
+    """`make_image_prompt` of a file. Raises ConfigError and DataError as there; a DataError names the file."""
     try:
         return make_image_prompt(export, file.read_bytes(), rows)
     except OSError as error:

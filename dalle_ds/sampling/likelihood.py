@@ -1,6 +1,6 @@
-"""Losses of given images under the prior, sample by sample: the model's part of every evaluation by likelihood.
+"""Per-sample losses of given images under the prior, for evaluations by likelihood.
 
-S samples, T text slots, N image tokens.
+S samples, T text positions, N image tokens.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,13 @@ from dalle_ds.models.prior import Prior
 def image_losses(
     prior: Prior, text_ST: Tensor, image_SN: Tensor, *, batch: int = 16, progress: Callable[[int], object] | None = None
 ) -> np.ndarray:
-    """Negative log-likelihood of every image token given its caption and the tokens before it, nats -> (S, N) float32.
+    """Negative log-likelihood of every image token given its caption and the preceding tokens. Returns nats (S, N), float32.
 
     Args:
-        batch: samples at once.
-        progress: called with the number of samples just done.
+        text_ST: captions (S, T-1) int64, padded with PAD.
+        image_SN: codes (S, N) int64.
+        batch: samples per forward pass.
+        progress: called after each batch with its number of samples.
     """
     device = next(prior.parameters()).device
     losses = np.empty(tuple(image_SN.shape), dtype=np.float32)

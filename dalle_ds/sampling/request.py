@@ -1,4 +1,4 @@
-"""A request for samples: captions and settings, cut into batches that are the same whoever draws them."""
+"""A request for samples: captions and settings, divided into batches independently of the number of ranks."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from dalle_ds.storage.hashing import hash_to_integer
 
 
 class SampleIndex(NamedTuple):
-    """One sample of a request: which caption of the request, and which candidate of that caption."""
+    """Index of one sample: the caption's index in the request, and the candidate's index for that caption."""
 
     caption: int
     candidate: int
 
 
 class WorkItem(NamedTuple):
-    """Samples that are drawn together: some captions, and a range of the candidates of each."""
+    """One batch: a range of captions, and a range of candidates for each of them."""
 
     number: int
     captions: range
@@ -28,16 +28,17 @@ class WorkItem(NamedTuple):
         return len(self.captions) * len(self.candidates)
 
     def indices(self) -> list[SampleIndex]:
-        """In the order in which they are drawn: caption by caption."""
+        """Returns the indices of the samples in batch order: caption by caption."""
         return [SampleIndex(c, k) for c in self.captions for k in self.candidates]
 
 
 @dataclass(frozen=True)
 class Request:
-    """Images that somebody wants.
+    """Captions, settings and an optional image prompt to sample images for.
 
     Raises:
-        DataError: no captions, or empty ones. An image prompt needs none: "" draws variations of it.
+        DataError: no captions, or an empty caption without an image prompt. With an image prompt, the caption "" gives
+            variations of the image.
     """
 
     captions: tuple[str, ...]
@@ -47,11 +48,14 @@ class Request:
     def __post_init__(self) -> None:
         n_empty = sum(not caption.strip() for caption in self.captions)
         if not self.captions or (n_empty and self.image_prompt is None):
-            raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected some")
+            raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected one or more, none empty")
 
     def work_items(self) -> list[WorkItem]:
-        """The batches that the images are drawn in: several captions, or a part of one's candidates. They are the same
-        whoever draws them, since what a batch holds may change the rounding of its images."""
+        """Divide the request into batches: several captions with all their candidates, or some candidates of one caption.
+
+        The division does not depend on the number of ranks, because the composition of a batch may change the rounding of its
+        images.
+        """
         n, batch = self.settings.n, self.settings.batch
         captions_at_once, candidates_at_once = max(1, batch // n), min(n, batch)
         parts = [
@@ -67,5 +71,5 @@ class Request:
 
 
 def seed_of(seed: int, caption: str, candidate: int) -> int:
-    """The seed of one image: it depends neither on the other captions nor on how many candidates are drawn."""
+    """Seed of one image. It depends neither on the other captions nor on the number of candidates."""
     return hash_to_integer(f"{seed}\0{candidate}\0{caption}") >> 1

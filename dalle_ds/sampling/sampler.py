@@ -1,6 +1,6 @@
-"""Draw candidates for captions, score them, keep the best: what a command, the ranks of a job and a page share.
+"""Sample candidates for captions, score them, and keep the best. Used by the command, the ranks of a job and the web page.
 
-C captions, K candidates a caption, N image tokens.
+C captions, K candidates per caption, N image tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,15 +23,15 @@ from dalle_ds.sampling.scorer import Scorer
 
 
 class RowsDecoded(NamedTuple):
-    """Part of a batch while it is drawn: the first `n_rows` rows of the grid, which `decode.partial_images` shows."""
+    """A batch in progress: the first `n_rows` rows of the token grid are sampled. `decode.partial_images` decodes them."""
 
     item: WorkItem
     n_rows: int
-    codes_BN: Tensor  # captions x candidates of the item, on the prior's device; overwritten by what comes next
+    codes_BN: Tensor  # captions x candidates of the item, on the prior's device; overwritten as sampling continues
 
 
 class Batch(NamedTuple):
-    """A work item that is drawn and, where there is a scorer, scored."""
+    """The sampled codes of a work item, and their scores. `scores_CK` is None without a scorer."""
 
     item: WorkItem
     codes_CKN: Tensor
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One sample of a request, what repeats it, and how good the scorer finds it."""
+    """One sample of a request: its index, its seed, its codes, and its score (None without a scorer)."""
 
     index: SampleIndex
     seed: int
@@ -49,12 +49,12 @@ class Candidate:
 
 
 def best(candidates: Iterable[Candidate], n: int) -> list[Candidate]:
-    """The `n` best candidates of a caption, best first; without scores the first ones."""
+    """Returns the `n` candidates of a caption with the highest scores, best first. Without scores: the first `n`."""
     return sorted(candidates, key=lambda candidate: (-(candidate.score or 0.0), candidate.index.candidate))[:n]
 
 
 def candidates_of(batch: Batch, request: Request) -> list[list[Candidate]]:
-    """The candidates of a batch: a list for each of its captions."""
+    """Returns the candidates of a batch, one list per caption."""
     indices, codes_BN = batch.item.indices(), batch.codes_CKN.flatten(0, 1)
     scores_B = [None] * len(indices) if batch.scores_CK is None else batch.scores_CK.ravel().tolist()
     candidates = [
@@ -66,30 +66,32 @@ def candidates_of(batch: Batch, request: Request) -> list[list[Candidate]]:
 
 
 class Sampler:
-    """An export, ready to draw, with a scorer or without. One drawing at a time: the prior holds what it decodes with.
+    """Samples from an export, with or without a scorer. Run one request at a time: the prior holds the state of decoding.
 
-    A page would do: `Sampler(export, scorer).draw(Request(("a red heart",), SamplingConfig(n=16, keep=4)), show)`, where
-    `show(rows)` puts `partial_images(export.dvae, rows.codes_BN, rows.n_rows)` on the screen, or raises to end the drawing.
+    Example: `Sampler(export, scorer).draw(Request(("a red heart",), SamplingConfig(n=16, keep=4)), show)`. `show(rows)`
+        displays
+    `partial_images(export.dvae, rows.codes_BN, rows.n_rows)`, or raises to end sampling.
     """
 
     def __init__(self, export: Export, scorer: Scorer | None = None) -> None:
         self.export, self.scorer = export, scorer
 
     def check(self, request: Request) -> None:
-        """Raises ConfigError where this export or scorer cannot do what is asked for."""
+        """Raises ConfigError if the export or the scorer does not support the request."""
         settings = request.settings
         if settings.guidance != 1 and self.export.record.caption_dropout == 0:
             raise ConfigError(
-                f"guidance {settings.guidance:g} needs a prior that knows images without a caption, but {self.export.url} "
-                "was trained with data.caption_dropout 0, expected above 0; sample with guidance 1"
+                f"guidance {settings.guidance:g} requires a prior trained with data.caption_dropout above 0, but "
+                f"{self.export.url} was trained with data.caption_dropout 0; sample with guidance 1"
             )
         if settings.n_kept < settings.n and self.scorer is None:
-            raise ConfigError(
-                f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, and there is none (--clip or scorer=)"
-            )
+            raise ConfigError(f"keep {settings.keep} of n {settings.n}: choosing needs a scorer, expected --clip or scorer=")
 
     def draw(self, request: Request, on_rows: Callable[[RowsDecoded], None] | None = None) -> list[list[Candidate]]:
-        """The best candidates of each caption, best first. Images of the others are gone once they are scored."""
+        """Sample a request. Returns the best candidates of each caption, best first.
+
+        The images that were decoded for scoring are discarded.
+        """
         chosen: list[list[Candidate]] = [[] for _ in request.captions]
 
         def take(batch: Batch) -> None:
@@ -100,7 +102,7 @@ class Sampler:
         return chosen
 
     def images(self, candidates: Sequence[Candidate]) -> list[Image.Image]:
-        """The candidates' codes as images."""
+        """Decode the candidates' codes to images."""
         return decode_images(self.export.dvae, [candidate.codes_N.long() for candidate in candidates])
 
     def run(
@@ -110,10 +112,16 @@ class Sampler:
         take: Callable[[Batch], None],
         on_rows: Callable[[RowsDecoded], None] | None = None,
     ) -> None:
-        """Draw work items one after another. While one is drawn, the one before is scored and given to `take` on a thread.
+        """Sample work items one after another. While one is sampled, a thread scores the previous one and passes it to `take`.
+
+        Args:
+            take: called with each finished batch, on the scoring thread.
+            on_rows: called after each sampled row of the token grid.
 
         Raises:
-            ConfigError: see `check`. DataError: a score is not a number. And whatever `take` and `on_rows` raise.
+            ConfigError: as `check`.
+            DataError: a score is not finite.
+            Exception: any exception of `take` or `on_rows`.
         """
         self.check(request)
         with ThreadPoolExecutor(1, "scoring") as thread:
@@ -152,11 +160,11 @@ class Sampler:
             take(Batch(item, codes_CKN, None))
             return
         captions = [request.captions[index.caption] for index in item.indices()]
-        # a stream of its own, so that a GPU need not finish what is being drawn first; the codes are on the CPU
+        # a separate CUDA stream, so that scoring does not wait for the sampling kernels; the codes are on the CPU
         device = self.export.device
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
             images = decode_images(self.export.dvae, codes_CKN.flatten(0, 1))
             scores_B = np.asarray(self.scorer.scores(captions, images), dtype=np.float32)
         if not np.isfinite(scores_B).all():
-            raise DataError(f"scorer {self.scorer.name} gives {scores_B[~np.isfinite(scores_B)][0]}, expected a finite number")
+            raise DataError(f"scorer {self.scorer.name} gave {scores_B[~np.isfinite(scores_B)][0]}, expected a finite number")
         take(Batch(item, codes_CKN, scores_B.reshape(codes_CKN.shape[:2])))

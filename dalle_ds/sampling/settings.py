@@ -1,4 +1,4 @@
-"""What may be set when samples are drawn, and when a page draws them. Without torch: options of commands are made of it."""
+"""Settings of sampling, and limits of the web page. Imports no torch: the command line reads options from these classes."""
 
 from pydantic import Field, model_validator
 
@@ -6,16 +6,18 @@ from dalle_ds.recipes import Config
 
 
 class SamplingConfig(Config):
-    """What decides which images come out, beside the export, the scorer and the captions."""
+    """The settings that, with the export, the scorer and the captions, determine which images are sampled."""
 
-    n: int = Field(4, ge=1, description="candidates for each caption")
-    keep: int | None = Field(None, ge=1, description="the best of them, by the scorer; unset: all")
-    temperature: float = Field(1.0, ge=0, description="the paper's is 1; 0 takes the likeliest token")
-    top_k: int = Field(0, ge=0, description="0 keeps all tokens, as the paper")
-    top_p: float = Field(1.0, gt=0, le=1)
-    guidance: float = Field(1.0, ge=0, description="of captions over none; 1 leaves it out, as the paper")
-    seed: int = Field(0, ge=0)
-    batch: int = Field(32, ge=1, description="images at once")
+    n: int = Field(4, ge=1, description="candidates per caption")
+    keep: int | None = Field(None, ge=1, description="keep only the N best candidates by score; unset: all")
+    temperature: float = Field(1.0, ge=0, description="softmax temperature; 1 as in the paper, 0 takes the most likely token")
+    top_k: int = Field(0, ge=0, description="sample only from the N most likely tokens; 0: from all, as in the paper")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the smallest set of likeliest tokens with this total probability; 1: all"
+    )
+    guidance: float = Field(1.0, ge=0, description="scale of classifier-free guidance by the caption; 1: none, as in the paper")
+    seed: int = Field(0, ge=0, description="seed of the run")
+    batch: int = Field(32, ge=1, description="images per batch")
 
     @property
     def n_kept(self) -> int:
@@ -24,14 +26,14 @@ class SamplingConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "SamplingConfig":
         if self.n_kept > self.n:
-            raise ValueError(f"keep {self.keep} of n {self.n}: expected at most as many as are drawn")
+            raise ValueError(f"keep {self.keep} of n {self.n}: expected keep to be at most n")
         return self
 
 
 class PageLimitsConfig(Config):
-    """What one request may ask for."""
+    """Upper limits for one request."""
 
-    max_n: int = Field(64, ge=1, description="candidates")
-    max_caption: int = Field(500, ge=1, description="characters")
-    max_upload_mb: float = Field(10, gt=0, description="megabytes of an image")
-    max_waiting: int = Field(100, ge=1, description="requests in the queue; more are turned away")
+    max_n: int = Field(64, ge=1, description="candidates per caption")
+    max_caption: int = Field(500, ge=1, description="length of a caption in characters")
+    max_upload_mb: float = Field(10, gt=0, description="size of an image prompt in megabytes")
+    max_waiting: int = Field(100, ge=1, description="requests in the queue; further requests are rejected")

@@ -1,4 +1,4 @@
-"""The sheet of a folder of samples, grid.png: a row for each caption, with what the samples are to be compared with."""
+"""The image grid of a folder of samples, grid.png: one row per caption, with real images or the image prompt for comparison."""
 
 from PIL import Image
 from torch import Tensor
@@ -11,18 +11,18 @@ from dalle_ds.sampling.sampler import Candidate
 from dalle_ds.sampling.settings import SamplingConfig
 
 MAX_CAPTIONS, MAX_IMAGES = 64, 32
-"""What the sheet shows at most: it is there to look at."""
+"""Largest number of captions, and of images per caption, in the grid."""
 
 
 class SampleSheet:
-    """Takes the first images of the first captions, in order."""
+    """Collects the first images of the first captions, and draws the grid."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._rows: list[list[tuple[Candidate, Image.Image]]] = []
 
     def add(self, candidate: Candidate, image: Image.Image) -> None:
-        """The next image; those of a caption come one after another, caption by caption."""
+        """Add the next image. Images must be added caption by caption."""
         caption = candidate.index.caption
         if caption >= MAX_CAPTIONS:
             return
@@ -32,11 +32,14 @@ class SampleSheet:
             self._rows[caption].append((candidate, image))
 
     def draw(self, dvae: DVAE, real_codes_CN: Tensor | None = None) -> Image.Image:
-        """Real images by their codes, where there are some; a given image and its kept rows; samples with their scores."""
+        """Draw the grid. Columns: the decoded real image, the image prompt and its kept rows (if given), then the samples.
+
+        The samples are labelled with their scores.
+        """
         image_prompt, n_rows = self._request.image_prompt, len(self._rows)
         leading: list[tuple[str, list[Image.Image]]] = []  # columns before the samples
         if real_codes_CN is not None:
-            leading.append(("real, by its codes", decode_images(dvae, real_codes_CN[:n_rows])))
+            leading.append(("real image, decoded", decode_images(dvae, real_codes_CN[:n_rows])))
         if image_prompt is not None:
             top = partial_images(dvae, image_prompt.codes_N[None], image_prompt.rows)
             leading += [("image prompt", [image_prompt.image] * n_rows), (f"kept: {image_prompt.rows} rows", top * n_rows)]

@@ -1,4 +1,4 @@
-"""Validation samples of the data that an export was trained on: captions, real codes, and which of them belong together."""
+"""Validation samples of the data that an export was trained on: captions, codes of the real images, and groups."""
 
 import io
 import json
@@ -19,12 +19,12 @@ from dalle_ds.sampling.export import Export
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 
-READ_AT_LEAST = 512  # samples looked at when a few are chosen: one block alone may hold images of one kind
+READ_AT_LEAST = 512  # samples to choose from, even for a few: a single block may hold images of only one kind
 
 
 @dataclass(frozen=True)
 class ValidationSamples:
-    """S samples of the validation split. Samples of a `group` are variants of one thing (skin tones of one emoji)."""
+    """S samples of the validation split. Samples of one group are variants of one subject, such as skin tones of one emoji."""
 
     text_ST: Tensor
     image_SN: Tensor
@@ -36,33 +36,34 @@ class ValidationSamples:
         return len(self.keys)
 
     def take(self, rows: Sequence[int]) -> "ValidationSamples":
-        """Some of the samples, in the order of `rows`."""
+        """Select samples by index, in the order of `rows`."""
         index = torch.tensor(list(rows), dtype=torch.int64)
         lists = ([items[row] for row in rows] for items in (self.keys, self.captions, self.groups))
         return ValidationSamples(self.text_ST[index], self.image_SN[index], *lists)
 
 
 def read_validation(export: Export, data_url: str | None = None, limit: int | None = None) -> ValidationSamples:
-    """The validation samples (at most `limit`, from all over the split) as the export's prior reads them. Of a mix: those of
-    all sets together, as in training.
+    """Read the validation samples as input of the export's prior. If the training data was a mix, read all its data sets.
 
     Args:
-        data_url: one data set to read instead of those that the export names.
+        data_url: data set to read. If None: the data sets that the export names.
+        limit: largest number of samples, taken from all over the split. If None: all.
 
     Raises:
-        DataError: no data set there. FingerprintMismatch: it belongs to another dVAE or tokenizer.
+        DataError: a data set does not exist.
+        FingerprintMismatch: a data set was made with another dVAE or tokenizer.
     """
     urls = [data_url] if data_url else list(export.record.data_urls)
     sets = [TokenDataset(url, split="validation") for url in urls]
     for url, dataset in zip(urls, sets, strict=True):
-        require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes mean other images.")
+        require_same(f"dVAE of data set {url}", export.record.dvae, dataset.info.dvae, "Its codes stand for other images.")
         require_same(f"tokenizer of data set {url}", export.record.tokenizer, dataset.info.tokenizer)
     return validation_of(sets, export.prior.config.text_len, limit)
 
 
 def validation_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None = None) -> ValidationSamples:
-    """The validation samples of these sets together (at most `limit`, from all over the split)."""
-    mix = TokenMix(sets, [1.0] * len(sets))  # weights are training's
+    """Read the validation samples of several data sets: all, or at most `limit` from all over the split."""
+    mix = TokenMix(sets, [1.0] * len(sets))  # only training uses the weights
     batches = validation_batches(mix, text_len=text_len, batch=1, rank=0, world_size=1, limit=limit)
     return ValidationSamples(
         torch.cat([batch.text_BT for batch in batches]),
@@ -74,10 +75,10 @@ def validation_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None
 
 
 def choose_validation(export: Export, n: int, *, data_url: str | None = None, seed: int = 0) -> ValidationSamples:
-    """`n` validation samples, each of another group and with another caption, drawn by `seed`.
+    """Choose `n` validation samples at random by `seed`, with no two of the same group or with the same caption.
 
     Raises:
-        DataError: there are not so many groups (the message says how many).
+        DataError: fewer than `n` such samples. The message states how many there are.
     """
     validation = read_validation(export, data_url, limit=max(READ_AT_LEAST, 32 * n))
     chosen: list[int] = []
@@ -88,13 +89,16 @@ def choose_validation(export: Export, n: int, *, data_url: str | None = None, se
             chosen.append(row)
             seen |= marks
     if len(chosen) < n:
-        raise DataError(f"{n} validation captions wanted, but the validation split has {len(chosen)} different ones")
+        raise DataError(f"{n} validation captions requested, but the validation split has only {len(chosen)} different ones")
     return validation.take(chosen)
 
 
 def _groups(root: str, batches: Sequence[TokenBatch]) -> list[str]:
-    """The group of each sample, from the shards that the samples came from (batches carry none: training needs none).
-    `root` is empty where shards are whole urls."""
+    """Read the group of each sample from its shard. Batches do not carry groups, because training does not need them.
+
+    Args:
+        root: root that shard names are relative to. Empty if the shards are full urls.
+    """
     group_of: dict[tuple[str, str], str] = {}
     for shard in sorted({shard for batch in batches for shard in batch.shards}):
         data = objects.read_bytes(objects.join(root, shard) if root else shard)

@@ -1,4 +1,4 @@
-"""Block cache: the decoded blocks used last, bounded in bytes, missing ones fetched side by side."""
+"""Block cache: an in-memory LRU cache of decoded blocks with a size limit; missing blocks are fetched in parallel."""
 
 import threading
 from collections import OrderedDict
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
-N_READERS = 8  # a ranged GET is latency: tens of milliseconds for half a megabyte
+N_READERS = 8  # latency dominates a ranged GET: tens of milliseconds for half a megabyte
 
 
 class Sized(Protocol):
@@ -18,11 +18,11 @@ V = TypeVar("V", bound=Sized)
 
 
 class BlockCache(Generic[V]):
-    """Least recently used blocks by number.
+    """LRU cache of blocks by number.
 
     Args:
-        load: reads one block; called on several threads at once.
-        capacity: bytes kept. The blocks of one request are all returned, even where they exceed it.
+        load: reads one block. Several threads call it at the same time.
+        capacity: maximum size in bytes. A request returns all its blocks, even if they exceed the capacity together.
     """
 
     def __init__(self, load: Callable[[int], V], capacity: int) -> None:
@@ -31,10 +31,10 @@ class BlockCache(Generic[V]):
         self._lock = threading.Lock()
         self._readers: ThreadPoolExecutor | None = None
         self.nbytes = 0
-        self.n_loads = 0  # against the number of blocks: the read amplification
+        self.n_loads = 0  # n_loads / number of blocks is the read amplification
 
     def get(self, numbers: Iterable[int]) -> dict[int, V]:
-        """The blocks of these numbers; raises what `load` raises."""
+        """The blocks with these numbers. Raises the exceptions of `load`."""
         wanted = dict.fromkeys(numbers)
         with self._lock:
             found = {number: self._held[number] for number in wanted if number in self._held}
@@ -43,7 +43,7 @@ class BlockCache(Generic[V]):
             missing = [number for number in wanted if number not in found]
             if len(missing) > 1 and self._readers is None:
                 self._readers = ThreadPoolExecutor(N_READERS, thread_name_prefix="block-reader")
-        # Two callers may fetch the same block; that costs a read, never a wrong result.
+        # Two callers may fetch the same block: this costs a second read, but the result is correct.
         loads = map(self._load, missing) if len(missing) < 2 else self._readers.map(self._load, missing)
         loaded = dict(zip(missing, loads, strict=True))
         with self._lock:

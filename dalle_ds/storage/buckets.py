@@ -1,10 +1,10 @@
-"""Names in groups of bounded size: files of a model, messages of an update."""
+"""Group names into buckets of bounded size, for the weights files of a model and the communication buckets of an update."""
 
 from collections.abc import Callable, Iterable
 
 
 def in_buckets(names: Iterable[str], size_of: Callable[[str], int], limit: float) -> list[list[str]]:
-    """Names in order, as few lists as keep each within `limit` (or one name long)."""
+    """Cut the names, in order, into lists. A new list starts when the total size would exceed `limit`."""
     buckets: list[list[str]] = []
     used = 0
     for name in names:

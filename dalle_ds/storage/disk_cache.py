@@ -1,4 +1,4 @@
-"""Disk cache: pieces of remote objects in a local folder, bounded in bytes, shared by the processes of a machine."""
+"""Disk cache: pieces of remote objects in a local folder with a size limit, shared by the processes of a machine."""
 
 import fcntl
 import hashlib
@@ -13,19 +13,19 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-KEPT_SHARE = 0.95  # of the bound, when room is made: so that the folder is listed seldom
-ABANDONED_SECONDS = 3600  # after which an unfinished file belongs to a process that was killed
+KEPT_SHARE = 0.95  # fraction of the capacity that remains after removing pieces, so that the folder is rarely listed
+ABANDONED_SECONDS = 3600  # an unfinished file older than this was left by a killed process
 _LOCK, _UNFINISHED = ".lock", ".part"
 
 
 class DiskCache:
-    """Least recently used pieces by name. Many processes may use one folder; each writes one piece at a time.
+    """LRU cache of pieces by name. Many processes may use one folder; each writes one piece at a time.
 
-    A disk that is full or fails costs speed, never the run: it is told once, and pieces that can't be kept are read from the
-    store again. What a file holds is for the reader to check (blocks carry their CRC); a wrong one is to be forgotten.
+    A full or failing disk slows a run down but never ends it: it causes one warning, and pieces that are not in the cache are
+    read from storage again. The reader must check a piece's content (blocks have a CRC) and call `forget` if it is damaged.
 
     Args:
-        capacity: bytes of the folder; above them is at most what each process is writing.
+        capacity: maximum size of the folder in bytes. Pieces that processes are writing may exceed it.
     """
 
     def __init__(self, folder: str | Path, capacity: int) -> None:
@@ -34,7 +34,7 @@ class DiskCache:
         self._has_failed = False
 
     def get(self, name: str) -> bytes | None:
-        """The piece, or None. It counts as used last."""
+        """Returns the piece and marks it as most recently used. None if it is not in the cache."""
         path = self._path(name)
         try:
             data = path.read_bytes()
@@ -42,12 +42,12 @@ class DiskCache:
             return None
         except OSError as error:
             return self._failed(error)
-        with suppress(OSError):  # removed since, or another user's
+        with suppress(OSError):  # meanwhile removed, or owned by another user
             os.utime(path)
         return data
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep a piece, and remove those used least recently where it would not fit."""
+        """Store a piece. If it does not fit, remove the least recently used pieces."""
         if len(data) > self._capacity:
             return
         path = self._path(name)
@@ -55,7 +55,7 @@ class DiskCache:
         with self._writing:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished.write_bytes(data)  # no fsync: a file that a power cut spoils fails its CRC
+                unfinished.write_bytes(data)  # no fsync: a file damaged by a power failure fails its CRC
                 with self._locked() as total:
                     if path.exists():  # another process was first
                         return
@@ -69,16 +69,16 @@ class DiskCache:
                 self._remove(unfinished)
 
     def forget(self, name: str) -> None:
-        """Remove a piece that was found to be damaged."""
+        """Remove a damaged piece."""
         self._remove(self._path(name))
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()[:40]
-        return self._folder / digest[:2] / digest  # folders of a million files are slow
+        return self._folder / digest[:2] / digest  # sub-folders, since folders with a million files are slow
 
     @contextmanager
     def _locked(self) -> Iterator["_Total"]:
-        # The lock's file holds the sum of all sizes, so that a write needs no listing. It is corrected by every listing.
+        # The lock file contains the total size, so that a write needs no listing. Every listing corrects it.
         with os.fdopen(os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             text = file.read()
@@ -91,7 +91,7 @@ class DiskCache:
                 file.write(str(total.value))
 
     def _make_room(self, wanted: int) -> int:
-        """Remove the oldest until `wanted` bytes more are below KEPT_SHARE, and return how many bytes are left."""
+        """Remove the least recently used pieces until `wanted` more bytes fit into KEPT_SHARE. Returns the remaining size."""
         found = []
         for path in self._folder.glob("??/*"):
             try:
@@ -118,7 +118,7 @@ class DiskCache:
 
     def _failed(self, error: OSError) -> None:
         if not self._has_failed:
-            log.warning("cache %s: %s; blocks that it can't keep or give are read from the store", self._folder, error)
+            log.warning("cache %s: %s; blocks that cannot be cached are read from storage", self._folder, error)
         self._has_failed = True
 
 

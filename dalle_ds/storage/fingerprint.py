@@ -1,4 +1,4 @@
-"""Fingerprints: what a thing was made from, as a short hash that travels with everything made of it."""
+"""Fingerprints: short hashes of configs and arrays, stored with everything that is made from them."""
 
 import hashlib
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 from dalle_ds.errors import FingerprintMismatch
 from dalle_ds.recipes import canonical_json
 
-if TYPE_CHECKING:  # importing torch takes seconds, which ingest and its worker processes need not wait
+if TYPE_CHECKING:  # importing torch takes seconds, and ingest and its worker processes do not need it
     import torch
 
 LENGTH = 20  # hex characters: 80 bits
@@ -22,10 +22,11 @@ def fingerprint(
     *,
     with_dtypes: bool = True,
 ) -> str:
-    """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes; the order of names is of no matter).
+    """Hash of a JSON-like config and of named arrays (names, dtypes, shapes and bytes). The order of `arrays` is irrelevant.
 
     Args:
-        with_dtypes: False where all arrays have one dtype that is known, as CLIP's, whose fingerprint never held it.
+        with_dtypes: whether to hash dtypes. False for CLIP, whose arrays have one known dtype and whose fingerprint never
+            included it.
     """
     hasher = FingerprintHasher(config, with_dtypes=with_dtypes)
     for name, array in sorted((arrays or {}).items()):
@@ -34,14 +35,21 @@ def fingerprint(
 
 
 class FingerprintHasher:
-    """`fingerprint`, for arrays that are not in memory together: they are added one after another, in the order of names."""
+    """Computes `fingerprint` incrementally, for arrays that do not fit into memory together.
+
+    Arrays must be added in ascending order of their names.
+    """
 
     def __init__(self, config: Mapping[str, Any], *, with_dtypes: bool = True) -> None:
         self._digest = hashlib.sha256(canonical_json(dict(config)).encode())
         self._with_dtypes, self._last = with_dtypes, ""
 
     def add(self, name: str, array: "torch.Tensor | np.ndarray | bytes") -> None:
-        """Raises ValueError for a name that does not come after the last one."""
+        """Add an array.
+
+        Raises:
+            ValueError: the name does not come after the previous name.
+        """
         if name <= self._last:
             raise ValueError(f"{name} was added after {self._last}, expected ascending names")
         self._last = name
@@ -51,12 +59,12 @@ class FingerprintHasher:
         self._digest.update(data)
 
     def value(self) -> str:
-        """The fingerprint of what was added so far."""
+        """The fingerprint of the config and all arrays added so far."""
         return self._digest.hexdigest()[:LENGTH]
 
 
 def require_same(what: str, expected: str, found: str, hint: str = "") -> None:
-    """Raise FingerprintMismatch, with both fingerprints, unless they are equal."""
+    """Raise FingerprintMismatch with both fingerprints if they differ."""
     if expected != found:
         raise FingerprintMismatch(what, expected, found, hint)
 
@@ -64,9 +72,9 @@ def require_same(what: str, expected: str, found: str, hint: str = "") -> None:
 def _content(array: "torch.Tensor | np.ndarray | bytes") -> tuple[str, tuple[int, ...], Any]:
     if isinstance(array, bytes):
         return "bytes", (len(array),), array
-    torch = sys.modules.get("torch")  # whoever passes a tensor has imported it
+    torch = sys.modules.get("torch")  # if `array` is a tensor, torch is already imported
     if torch is not None and isinstance(array, torch.Tensor):
-        # Bytes through a uint8 view: numpy has no bfloat16.
+        # Read the bytes through a uint8 view, since numpy has no bfloat16.
         flat = array.detach().cpu().contiguous().reshape(-1)
         return str(array.dtype).removeprefix("torch."), tuple(array.shape), memoryview(flat.view(torch.uint8).numpy())
     return array.dtype.name, tuple(array.shape), memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -1,4 +1,4 @@
-"""SHA-256: of files, and as integers that depend on nothing but a text."""
+"""SHA-256 hashes of files, and integer hashes of text."""
 
 import hashlib
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Literal
 
 
 def sha256_of_file(path: Path) -> str:
-    """64 hex characters."""
+    """SHA-256 of the file's content as 64 hex characters."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_to_integer(text: str, byteorder: Literal["big", "little"] = "big") -> int:
-    """0 to 2^64 - 1, evenly: the first eight bytes of the text's SHA-256."""
+    """The first eight bytes of the text's SHA-256 as an integer, uniform from 0 to 2^64 - 1."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], byteorder)

@@ -1,8 +1,8 @@
-"""Names of the files by which commands know each other's folders: what one writes, another finds by name."""
+"""File names shared by commands: one command writes a file into a folder, and another command reads it by this name."""
 
-DATASET_FILE = "dataset.json"  # of token shards: what they were made with, written first
-MANIFEST_FILE = "manifest.json"  # of token shards: all of them in one, written last
-DVAE_FILE = "dvae.safetensors"  # of a dVAE's run, beside token shards, in an export
-TOKENIZER_FILE = "tokenizer.model"  # beside token shards, in an export
-PRIOR_FILE = "model.safetensors"  # of an export
-SAMPLES_FILE = "samples.json"  # of a folder of samples: its record, written last
+DATASET_FILE = "dataset.json"  # in a token data set: dVAE, tokenizer and settings of its shards, written first
+MANIFEST_FILE = "manifest.json"  # in a token data set: the merged manifests of all shards, written last
+DVAE_FILE = "dvae.safetensors"  # in the run folder of a dVAE, in a token data set, and in an export
+TOKENIZER_FILE = "tokenizer.model"  # in a token data set and in an export
+PRIOR_FILE = "model.safetensors"  # in an export
+SAMPLES_FILE = "samples.json"  # in a folder of samples: its record, written last

@@ -1,11 +1,11 @@
-"""Storage: plain paths, file:// and s3:// behind the same small functions, where an object is whole or absent.
+"""Storage: the same small functions for plain paths, file:// and s3://. An object is complete or absent.
 
-Nothing here streams into its final place: an exception inside fsspec's `open(url, "wb")` commits half a file on S3.
-Every write is one PUT (or one multipart upload that is completed at its end), or a temporary file that is renamed.
+No function streams into the final object: an exception inside fsspec's `open(url, "wb")` commits a partial file on S3.
+Every write is one PUT, one multipart upload that is completed at its end, or a temporary file that is renamed.
 
-S3 endpoint and keys come from the usual AWS_* variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+S3 endpoint and keys come from the standard AWS_* variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
 Transient S3 faults are retried (see retry.py).
-Use spawn or forkserver, never fork, for processes that share work on S3.
+Start processes that use S3 with spawn or forkserver, never with fork.
 """
 
 import functools
@@ -23,11 +23,11 @@ from dalle_ds.errors import DataError
 from dalle_ds.storage.atomic import atomic_write, sync_file, temporary_beside
 from dalle_ds.storage.retry import error_code, retrying, status_of
 
-RANGE_BYTES = 64 << 20  # of one GET where a large range is read: what is held beside its target
-READ_TIMEOUT_SECONDS = 60  # without a byte: the answer stalled
-PART_BYTES = 8 << 20  # of a transfer by parts, N_PARTS at once: what is held of a file that comes or goes
+RANGE_BYTES = 64 << 20  # size of one GET of `read_into`, and of its buffer
+READ_TIMEOUT_SECONDS = 60  # a response that sends no byte for this time has stalled
+PART_BYTES = 8 << 20  # part size of multipart transfers; N_PARTS parts are in memory at the same time
 N_PARTS = 4
-MAX_PARTS = 10_000  # of one object on S3
+MAX_PARTS = 10_000  # S3's maximum number of parts of one object
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,10 +40,10 @@ def is_s3(url: str | Path) -> bool:
 
 
 def local_path(url: str | Path) -> Path | None:
-    """The path of a local url, None for s3://.
+    """The path of a local URL. None for s3://.
 
     Raises:
-        DataError: another scheme.
+        DataError: the URL has another scheme.
     """
     text = str(url)
     if is_s3(text):
@@ -51,7 +51,7 @@ def local_path(url: str | Path) -> Path | None:
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     if "://" in text:
-        raise DataError(f"{text}: unknown kind of storage; expected a path, file:// or s3://")
+        raise DataError(f"{text}: unknown URL scheme; expected a path, file:// or s3://")
     return Path(text)
 
 
@@ -66,10 +66,12 @@ def join(url: str | Path, *parts: str) -> str:
 
 
 def read_bytes(url: str | Path) -> bytes:
-    """The whole object.
+    """Read the whole object.
 
     Raises:
-        FileNotFoundError: there is none; PermissionError: not allowed; DataError: S3 stayed out of reach.
+        FileNotFoundError: the object does not exist.
+        PermissionError: access is denied.
+        DataError: S3 was unreachable for DALLE_DS_RETRY_SECONDS.
     """
     path = local_path(url)
     if path is not None:
@@ -78,7 +80,7 @@ def read_bytes(url: str | Path) -> bytes:
 
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
-    """Exactly `length` bytes from `offset`, by one ranged GET.
+    """Read exactly `length` bytes from `offset`, by one ranged GET.
 
     Raises:
         DataError: the object ends before offset + length.
@@ -91,12 +93,12 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
     else:
         data = retrying(lambda: _s3_range(url, offset, length), url, "read")
     if len(data) != length:
-        raise DataError(f"{url}: holds {len(data)} bytes at offset {offset}, expected {length}; the object is cut short")
+        raise DataError(f"{url}: {len(data)} bytes at offset {offset}, expected {length}; the object is truncated")
     return data
 
 
 def read_into(url: str | Path, offset: int, target: memoryview) -> None:
-    """Fill `target` with the object's bytes from `offset`, by ranged GETs of RANGE_BYTES on object storage.
+    """Fill `target` with the object's bytes from `offset`. On S3 each ranged GET reads RANGE_BYTES.
 
     Raises:
         DataError: the object ends before `target` is full.
@@ -112,13 +114,13 @@ def read_into(url: str | Path, offset: int, target: memoryview) -> None:
         while target:
             n = file.readinto(target)
             if not n:
-                raise DataError(f"{url}: {len(target)} bytes are missing at its end; the file is cut short")
+                raise DataError(f"{url}: {len(target)} bytes are missing at its end; the file is truncated")
             target = target[n:]
 
 
 @contextmanager
 def local_copy(url: str | Path) -> Iterator[Path]:
-    """A local file with the object's content: the file itself, or a temporary download that is removed afterwards."""
+    """Yields a local file with the object's content: the file itself, or a temporary download that is deleted afterwards."""
     path = local_path(url)
     if path is not None:
         if not path.is_file():
@@ -132,7 +134,7 @@ def local_copy(url: str | Path) -> Iterator[Path]:
 
 
 def exists(url: str | Path) -> bool:
-    """Whether this very object is there. A bare prefix is not an object: S3 servers disagree on whether those exist."""
+    """Whether the object exists. A prefix is not an object, since S3 servers disagree on whether prefixes exist."""
     try:
         size(url)
         return True
@@ -141,7 +143,11 @@ def exists(url: str | Path) -> bool:
 
 
 def size(url: str | Path) -> int:
-    """Bytes of the object; FileNotFoundError where there is none."""
+    """Size of the object in bytes.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+    """
     path = local_path(url)
     if path is not None:
         if not path.is_file():
@@ -151,17 +157,17 @@ def size(url: str | Path) -> int:
 
 
 def etag(url: str | Path) -> str | None:
-    """The store's own mark of this content, None on local disks."""
+    """The object's ETag. None on local disks."""
     return None if local_path(url) is not None else str(_head(url)["ETag"]).strip('"')
 
 
 def list_files(prefix_url: str | Path, suffix: str = "") -> list[str]:
-    """Sorted urls of all objects below a folder (recursive), spelled as the folder was; without hidden names."""
+    """Sorted URLs of all objects below a folder (recursive), without hidden names. Each URL starts with `prefix_url`."""
     return sorted(list_sizes(prefix_url, suffix))
 
 
 def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
-    """Like `list_files`, as {url: bytes}. A folder that is missing is empty."""
+    """Like `list_files`, but returns {url: bytes}. Empty if the folder does not exist."""
     root = local_path(prefix_url)
     found: dict[str, int] = {}
     if root is not None:
@@ -170,7 +176,7 @@ def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
             for name in names:
                 if name.endswith(suffix) and not name.startswith("."):
                     file = Path(folder) / name
-                    with suppress(FileNotFoundError):  # removed since it was listed
+                    with suppress(FileNotFoundError):  # deleted after it was listed
                         found[join(prefix_url, file.relative_to(root).as_posix())] = file.stat().st_size
         return found
     prefix = _key(prefix_url).rstrip("/") + "/"
@@ -179,7 +185,7 @@ def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
     except FileNotFoundError:
         return {}
     for key, entry in entries.items():
-        # SeaweedFS lists the folder itself after its last file is gone.
+        # SeaweedFS lists the folder itself after its last file was deleted.
         if entry["type"] == "file" and key.startswith(prefix) and not key.endswith("/") and key.endswith(suffix):
             found[join(prefix_url, key.removeprefix(prefix))] = int(entry["size"])
     return found
@@ -191,7 +197,7 @@ def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
 
 
 def write_bytes(url: str | Path, data: bytes) -> None:
-    """Put or replace the object, atomically: readers see the old content or the new, never a part."""
+    """Create or replace the object atomically: readers see the old or the new content, never a part."""
     path = local_path(url)
     if path is None:
         retrying(lambda: _s3().pipe_file(_key(url), data), url, "write")
@@ -201,11 +207,11 @@ def write_bytes(url: str | Path, data: bytes) -> None:
 
 
 def create_exclusive(url: str | Path, data: bytes) -> bool:
-    """Put the object only if there is none; the first writer wins, over all machines.
+    """Create the object only if it does not exist. Of several writers on any machines, the first wins.
 
     Returns:
-        True if the object now holds our data. False if another content was there first. A content equal to ours counts as ours:
-        a retry after a lost reply must not lose against itself (so put an attempt id into what you write).
+        True if the object now contains `data`. False if it already had other content. Existing content equal to `data` counts
+        as success, so that a retry after a lost response does not fail. Include an attempt id in `data` to distinguish writers.
     """
     path = local_path(url)
     created = _create_local(path, data) if path is not None else _create_s3(url, data)
@@ -224,7 +230,7 @@ def put_file(local: str | Path, url: str | Path) -> None:
 
 
 def move_file(local: str | Path, url: str | Path) -> None:
-    """As `put_file`, and the local file is gone; on the same disk nothing is copied."""
+    """Like `put_file`, but also removes the local file. On the same disk the file is renamed, not copied."""
     path = local_path(url)
     if path is None:
         put_file(local, url)
@@ -237,7 +243,7 @@ def move_file(local: str | Path, url: str | Path) -> None:
 
 @contextmanager
 def atomic_object(url: str | Path) -> Iterator[Path]:
-    """Yields a local temporary file. At the end of the block it becomes the object, atomically; after an error nothing does."""
+    """Yields a local temporary file. At the end of the block it becomes the object, atomically; an error discards it."""
     path = local_path(url)
     if path is None:
         with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
@@ -245,12 +251,12 @@ def atomic_object(url: str | Path) -> Iterator[Path]:
             yield spool
             put_file(spool, url)
         return
-    with atomic_write(path) as temporary:  # on the same disk: large files are not copied again
+    with atomic_write(path) as temporary:  # on the same disk as `path`, so that large files are not copied
         yield temporary
 
 
 def delete(url: str | Path) -> None:
-    """Remove the object; nothing happens where there is none."""
+    """Delete the object. Does nothing if it does not exist."""
     path = local_path(url)
     with suppress(FileNotFoundError):
         if path is not None:
@@ -260,17 +266,17 @@ def delete(url: str | Path) -> None:
 
 
 def delete_tree(url: str | Path) -> None:
-    """Remove all objects below a folder, and on a disk the folder; nothing happens where there is none."""
+    """Delete all objects below a folder, and on a local disk the folder itself. Does nothing if it does not exist."""
     path = local_path(url)
     if path is not None:
         shutil.rmtree(path, ignore_errors=True)
         return
     if keys := [_key(found) for found in list_files(url)]:
-        retrying(lambda: _s3().rm(keys), url, "delete")  # a thousand a request
+        retrying(lambda: _s3().rm(keys), url, "delete")  # one request deletes a thousand objects
 
 
 def free_bytes(url: str | Path) -> int | None:
-    """Free space where the object would lie; None on object storage, which has no end."""
+    """Free space in bytes on the disk of `url`. None on object storage, which is unlimited."""
     path = local_path(url)
     if path is None:
         return None
@@ -281,10 +287,14 @@ def free_bytes(url: str | Path) -> int | None:
 
 
 def check_disk_space(url: str | Path, needed_bytes: float, what: str) -> None:
-    """Raises DataError where `url` lies on a disk with less free space than `what` needs."""
+    """Check that the disk of `url` has enough free space; `what` names the needed files in the message.
+
+    Raises:
+        DataError: less than `needed_bytes` are free.
+    """
     free = free_bytes(url)
     if free is not None and free < needed_bytes:
-        raise DataError(f"no room in {url}: {_size(free)} free, {_size(needed_bytes)} needed for {what}")
+        raise DataError(f"no space in {url}: {_size(free)} free, {_size(needed_bytes)} needed for {what}")
 
 
 def _size(n_bytes: float) -> str:
@@ -301,13 +311,13 @@ def _create_local(path: Path, data: bytes) -> bool:
         temporary.write_bytes(data)
         sync_file(temporary)
         try:
-            os.link(temporary, path)  # fails if the name is taken, so the content appears whole or not at all
+            os.link(temporary, path)  # atomic, and fails if the name exists
         except FileExistsError:
             return False
         except OSError as error:
             raise DataError(
-                f"{path}: this file system cannot make hard links ({error.strerror}), which commits rest on; "
-                "put the output on another one or on s3://"
+                f"{path}: this file system does not support hard links ({error.strerror}), which commits need; "
+                "write the output to another file system or to s3://"
             ) from None
     return True
 
@@ -318,7 +328,7 @@ def _create_local(path: Path, data: bytes) -> bool:
 
 
 def _s3() -> Any:
-    # Keyed by process too: a client made before a fork hangs or raises in the child.
+    # The cache key includes the process id: a client created before a fork hangs or raises in the child.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return _s3_client(
         os.getpid(),
@@ -331,7 +341,7 @@ def _s3() -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _s3_client(_pid: int, endpoint: str | None, _access_key: str | None, _secret_key: str | None, read_timeout: float) -> Any:
-    # botocore's own retries, under s3fs's and ours, would multiply: minutes pass before ours can look at the clock.
+    # Disable botocore's retries. Multiplied with s3fs's retries, they would take minutes before ours check their time limit.
     return fsspec.filesystem(
         "s3",
         endpoint_url=endpoint,
@@ -375,7 +385,7 @@ def _create_s3(url: str | Path, data: bytes) -> bool:
             _s3().pipe_file(_key(url), data, mode="create")
             return True
         except Exception as error:
-            # AWS names the failed condition, so s3fs raises FileExistsError; other servers don't: OSError(EINVAL).
+            # AWS names the failed condition, so s3fs raises FileExistsError. Other servers don't: s3fs raises OSError(EINVAL).
             if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
                 return False
             raise

@@ -1,4 +1,4 @@
-"""Records: what is stored as JSON to say what something is, with the number of its format."""
+"""Records: metadata that is stored as JSON, with a format number."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -10,14 +10,14 @@ from dalle_ds.storage import objects
 
 
 class Record(BaseModel):
-    """Base of what is stored as JSON: frozen; fields that a later version adds are left alone."""
+    """Base class of frozen records that are stored as JSON. Unknown fields, as added by a later version, are ignored."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="ignore",
         populate_by_name=True,
         serialize_by_alias=True,
-        ser_json_inf_nan="strings",  # JSON has no numbers for them
+        ser_json_inf_nan="strings",  # JSON has no inf and nan
     )
 
     def to_json(self) -> bytes:
@@ -25,14 +25,19 @@ class Record(BaseModel):
 
 
 class OtherFormat(DataError):
-    """A record whose format this version does not read."""
+    """This version does not read the record's format."""
 
 
 R = TypeVar("R", bound=Record)
 
 
 def read_record(record_class: type[R], url: str | Path) -> R:
-    """The record at `url`. Raises DataError where it is missing or damaged, or of another format."""
+    """Read the record at `url`.
+
+    Raises:
+        DataError: the record is missing or damaged.
+        OtherFormat: the record has another format.
+    """
     try:
         return record_class.model_validate_json(objects.read_bytes(url))
     except OSError as error:
@@ -40,7 +45,7 @@ def read_record(record_class: type[R], url: str | Path) -> R:
     except ValidationError as error:
         if any(problem["loc"] == ("format",) and problem["type"] != "missing" for problem in error.errors()):
             raise OtherFormat(f"{url} was written by another version of dalle_ds: {_explain(error)}") from None
-        raise DataError(f"{url} is not what this version writes: {_explain(error)}") from None
+        raise DataError(f"{url} is not a valid record of this version: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError) -> str:

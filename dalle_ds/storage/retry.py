@@ -1,6 +1,6 @@
-"""Which faults of object storage pass by themselves, and trying again until they have.
+"""Retry transient faults of object storage.
 
-With back-off and jitter for DALLE_DS_RETRY_SECONDS (default 120), above the client's own retries.
+Retries use back-off and jitter for DALLE_DS_RETRY_SECONDS (default 120), on top of the client's own retries.
 """
 
 import asyncio
@@ -20,21 +20,27 @@ T = TypeVar("T")
 
 DEFAULT_RETRY_SECONDS = 120.0
 PERMANENT_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: two conditional writes met; the loser must ask again
+TRANSIENT_STATUS = (408, 409, 425, 429)  # 409: two conditional writes conflicted; the loser must retry
 
 
 def retrying(action: Callable[[], T], url: str | Path, verb: str) -> T:
-    """What `action` returns, tried again after transient faults; `verb` and `url` are for messages.
+    """Call `action`, retry it after transient faults, and return its result; `verb` and `url` are for messages.
 
     Raises:
-        FileNotFoundError, PermissionError: as S3 says so; DataError: out of reach for DALLE_DS_RETRY_SECONDS.
+        FileNotFoundError, PermissionError: S3 reports this.
+        DataError: storage was unreachable for DALLE_DS_RETRY_SECONDS, or credentials are missing.
     """
     limit = float(os.environ.get("DALLE_DS_RETRY_SECONDS", DEFAULT_RETRY_SECONDS))
 
     def tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         log.warning(
-            "cannot %s %s (%s); try %d, next in %.1f s", verb, url, _brief(error), state.attempt_number, state.upcoming_sleep
+            "cannot %s %s (%s); attempt %d, next in %.1f s",
+            verb,
+            url,
+            _brief(error),
+            state.attempt_number,
+            state.upcoming_sleep,
         )
 
     attempts = tenacity.Retrying(
@@ -48,19 +54,21 @@ def retrying(action: Callable[[], T], url: str | Path, verb: str) -> T:
     except FileNotFoundError:
         raise FileNotFoundError(f"{url}: no such object") from None
     except PermissionError as error:
-        raise PermissionError(f"not allowed to {verb} {url} ({error}); AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY?") from None
+        raise PermissionError(
+            f"not allowed to {verb} {url} ({error}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"):  # botocore's
             raise DataError(f"cannot {verb} {url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
         if not isinstance(error, tenacity.RetryError):
             raise
         last = error.last_attempt.exception()
-        raise DataError(f"cannot {verb} {url}: tried for {limit:.0f} s, last answer: {_brief(last)}") from last
+        raise DataError(f"cannot {verb} {url}: tried for {limit:.0f} s, last error: {_brief(last)}") from last
 
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, PERMANENT_ERRORS):
-        # A server that has only just restarted may not know its buckets and keys yet; 5xx then hides behind these types.
+        # A server that has just restarted may not know its buckets and keys yet. It then answers 5xx, which has these types.
         return status_of(error) >= 500
     from botocore.exceptions import BotoCoreError, NoCredentialsError, ParamValidationError
 
@@ -76,19 +84,19 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status that S3 answered with; 0 where there was no answer."""
+    """HTTP status of S3's response. 0 if there was no response."""
     response = _response(error)
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if response else 0
 
 
 def error_code(error: BaseException) -> str:
-    """S3's own name of the error; empty where there was no answer."""
+    """S3's error code, such as "NoSuchKey". Empty if there was no response."""
     response = _response(error)
     return str(response.get("Error", {}).get("Code", "")) if response else ""
 
 
 def _response(error: BaseException | None) -> dict[str, Any] | None:
-    while error is not None:  # s3fs keeps botocore's error, which has the HTTP answer, as the cause
+    while error is not None:  # s3fs sets botocore's error, which has the HTTP response, as the cause
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             return response

@@ -1,7 +1,7 @@
-"""A safetensors file written tensor by tensor.
+"""Write a safetensors file tensor by tensor.
 
-The library's own writer wants the address of every tensor at once, which means the whole model in memory. The format is a
-length of 8 bytes, a JSON header, and the tensors' bytes in the header's order.
+The safetensors library's writer needs all tensors, and so the whole model, in memory. The format is the header's length
+(8 bytes), a JSON header, and the tensors' bytes in the header's order.
 """
 
 import json
@@ -18,16 +18,20 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Types and shapes are given first; contents follow in any order."""
+    """The constructor gets dtypes and shapes; `put` then writes the contents in any order."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str]) -> None:
-        """`tensors` say what there will be: their content is not looked at. Raises ValueError for a type without a name."""
+        """Write the header. Of `tensors`, only dtypes and shapes are used.
+
+        Raises:
+            ValueError: the format does not support a dtype.
+        """
         self._entries: dict[str, dict[str, Any]] = {}
         end = 0
-        # wide types first, as the library does: readers that map the file want every tensor at a multiple of its item size
+        # Wide dtypes first, as in the library: readers that map the file need every tensor aligned to its item size.
         for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
             if tensor.dtype not in _NAMES:
-                raise ValueError(f"{name} is {tensor.dtype}, which weights files cannot hold")
+                raise ValueError(f"{name} has dtype {tensor.dtype}, which weights files do not support")
             start, end = end, end + tensor.nbytes
             self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         header = self._header(metadata)
@@ -43,17 +47,17 @@ class SafetensorsWriter:
         self._file.close()
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write the content of one tensor, contiguous and on the CPU."""
+        """Write the content of one tensor, which must be contiguous and on the CPU."""
         start, end = self._entries[name]["data_offsets"]
         content = content_bytes(tensor)
-        assert len(content) == end - start, f"{name} has {len(content)} bytes, announced were {end - start}"
+        assert len(content) == end - start, f"{name} has {len(content)} bytes, expected {end - start}"
         self._file.seek(self._data_offset + start)
         self._file.write(content)
 
     def replace_metadata(self, metadata: Mapping[str, str]) -> None:
-        """Write other metadata of the same length: for what is known only after the data, such as their fingerprint."""
+        """Replace the metadata by other metadata of the same length, for values known only after the data (the fingerprint)."""
         header = self._header(metadata)
-        assert len(header) == self._data_offset - 8, f"header of {len(header)} bytes, there is room for {self._data_offset - 8}"
+        assert len(header) == self._data_offset - 8, f"header of {len(header)} bytes, expected {self._data_offset - 8}"
         self._file.seek(8)
         self._file.write(header)
 

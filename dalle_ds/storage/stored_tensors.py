@@ -1,6 +1,7 @@
-"""Tensors that lie in files: known by type, shape and place, and read one at a time.
+"""Tensors stored in files, described by dtype, shape and byte ranges, and read one at a time.
 
-Files are read, not mapped: what is mapped counts as memory of the process until the map goes, the whole model in the end.
+Files are read, not memory-mapped: mapped pages count as memory of the process until the mapping is closed, and would add up to
+the whole model.
 """
 
 import json
@@ -30,7 +31,7 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""Names of number formats in safetensors headers."""
+"""Dtype names in safetensors headers."""
 
 MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -46,7 +47,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor whose content is these pieces, one after another."""
+    """A stored tensor. Its content is the concatenation of `pieces`."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -55,14 +56,18 @@ class StoredTensor:
     def __post_init__(self) -> None:
         found = sum(piece.n_bytes for piece in self.pieces)
         if found != self.nbytes:
-            raise ValueError(f"pieces hold {found} bytes, {self.dtype} of shape {tuple(self.shape)} needs {self.nbytes}")
+            raise ValueError(f"pieces have {found} bytes, {self.dtype} of shape {tuple(self.shape)} needs {self.nbytes}")
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own. Raises DataError where a file ends too early."""
+        """Read the tensor into new memory.
+
+        Raises:
+            DataError: a file is truncated.
+        """
         tensor = torch.empty(self.shape, dtype=self.dtype)
         target = content_bytes(tensor)
         for piece in self.pieces:
@@ -71,18 +76,22 @@ class StoredTensor:
         return tensor
 
     def in_file(self, file: Path) -> "StoredTensor":
-        """The same tensor in a copy of its file."""
+        """The same tensor, read from `file`, which must be a copy of its file."""
         return replace(self, pieces=tuple(replace(piece, url=str(file)) for piece in self.pieces))
 
 
 def content_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
-    # through a uint8 view: numpy has no bfloat16
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    # Use a uint8 view, since numpy has no bfloat16.
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
 def cut(pieces: Iterable[Piece], start: int, n_bytes: int) -> tuple[Piece, ...]:
-    """Bytes start ... start + n_bytes of what the pieces hold together. Raises ValueError where they end before."""
+    """The byte range from start to start + n_bytes of the concatenated pieces.
+
+    Raises:
+        ValueError: the pieces end before.
+    """
     found = []
     for piece in pieces:
         first = min(start, piece.n_bytes)
@@ -98,11 +107,11 @@ def cut(pieces: Iterable[Piece], start: int, n_bytes: int) -> tuple[Piece, ...]:
 
 
 def read_layout(url: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """Metadata of a safetensors file, and where its tensors lie.
+    """Read the header of a safetensors file. Returns (metadata, stored tensors by name).
 
     Raises:
-        FileNotFoundError: there is none.
-        DataError: no safetensors file, or one that is cut short.
+        FileNotFoundError: the file does not exist.
+        DataError: the file is not a safetensors file, or is truncated.
     """
     size = objects.size(url)
     try:
@@ -116,8 +125,8 @@ def read_layout(url: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor
         tensors = dict(_tensors(url, header, 8 + n_header))
         expected = 8 + n_header + sum(tensor.nbytes for tensor in tensors.values())
         if size != expected:
-            raise ValueError(f"{size} bytes, its header speaks of {expected}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a header that is none can lead to
+            raise ValueError(f"{size} bytes, expected {expected} according to its header")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # an invalid header can cause any of these
         raise DataError(f"{url}: not a safetensors file ({error})") from None
     return metadata, tensors
 

@@ -1,10 +1,10 @@
-"""Weights files: safetensors that carry their config and their fingerprint, in one file or, above a size, in several.
+"""Weights files: safetensors with config and fingerprint, in one file or, above a size limit, in several files.
 
-    model.safetensors                     one file; its metadata say what it holds
-    model-00001-of-00003.safetensors ...  several, and
-    model.safetensors.index.json          which tensor is where (the layout of Hugging Face), with the same metadata
+    model.safetensors                     a single file, with config and fingerprint in its metadata
+    model-00001-of-00003.safetensors ...  several files, and
+    model.safetensors.index.json          their index (tensor name -> file, in Hugging Face's layout) with the same metadata
 
-Either is read and written one tensor at a time.
+Both layouts are read and written one tensor at a time.
 """
 
 import itertools
@@ -32,7 +32,7 @@ Kind = Literal["dvae", "prior"]
 
 @dataclass(frozen=True)
 class Weights:
-    """The content of a weights file; `fingerprint` was checked against it."""
+    """The content of a weights file. `fingerprint` is verified."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Weights that lie in their files; `fingerprint` is what they claim to have."""
+    """Weights whose tensors are still in their files. `fingerprint` comes from the metadata and is not verified."""
 
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
@@ -65,17 +65,19 @@ def write_weights(
     max_file_bytes: int | None = None,
     wrote: Callable[[int], object] = lambda n: None,
 ) -> str:
-    """Write weights and return their fingerprint. Each file appears whole or not at all.
+    """Write weights and return their fingerprint. Each file is written atomically.
 
     Args:
-        url: of the single file; several are named after it.
-        state: tensors, or where they lie: those are in memory one at a time.
-        extra: kept, but no part of the fingerprint.
-        max_file_bytes: write several files rather than one above this; None: always one.
-        wrote: called with the bytes of each tensor that was written.
+        url: URL of the single file. Several files are named after it.
+        config: the model's config, part of the fingerprint.
+        state: tensors, or stored tensors. Only one stored tensor is in memory at a time.
+        extra: additional metadata, not part of the fingerprint.
+        max_file_bytes: maximum size of the tensors in one file; larger weights are written to several files. None: one file.
+        wrote: called after each tensor with its size in bytes.
     """
-    # Names in order are what the fingerprint is over. It is known after the last byte, so the header has a placeholder of its
-    # length, filled in before the file gets its name: a second pass would read a large checkpoint from its disks again.
+    # The fingerprint covers the tensors in name order and is known only after the last tensor. So the header first has a
+    # placeholder of the same length, which is replaced before the file is renamed. A second pass would read a large checkpoint
+    # from disk again.
     parts = in_buckets(sorted(state), lambda name: state[name].nbytes, max_file_bytes or math.inf)
     before = _files_of_index(url)
     hasher = FingerprintHasher(_identity(kind, config))
@@ -108,7 +110,7 @@ def write_weights(
         }
         objects.write_bytes(_index_url(url), json.dumps(index, indent=1).encode())
         objects.delete(url)
-    for stale in set(before) - set(files):  # of a model that was here
+    for stale in set(before) - set(files):  # files of a previous model
         objects.delete(stale)
     return hasher.value()
 
@@ -120,7 +122,7 @@ def _pour(
     hasher: FingerprintHasher,
     wrote: Callable[[int], object],
 ) -> None:
-    def one(name: str) -> int:  # a function of its own: its tensor is gone before the next is read
+    def one(name: str) -> int:  # a separate function, so that its tensor is freed before the next is read
         source = state[name]
         tensor = source.read() if isinstance(source, StoredTensor) else source.detach().cpu().contiguous()
         writer.put(name, tensor)
@@ -137,10 +139,10 @@ def _pour(
 
 
 def open_weights(url: str | Path, kind: Kind) -> StoredWeights:
-    """What weights say of themselves, and where their tensors lie; nothing else is read, nor checked.
+    """Read only the metadata of weights and the locations of their tensors. Does not verify the fingerprint.
 
     Raises:
-        DataError: no such file, no weights file, cut short, or of another kind.
+        DataError: the file does not exist, is not a weights file, is truncated, or has another kind.
     """
     try:
         metadata, tensors = read_layout(url)
@@ -151,18 +153,18 @@ def open_weights(url: str | Path, kind: Kind) -> StoredWeights:
         metadata, tensors = found
     missing = {"kind", "config", "fingerprint"} - metadata.keys()
     if missing:
-        raise DataError(f"{url}: a safetensors file, but not one of ours: its metadata lacks {', '.join(sorted(missing))}")
+        raise DataError(f"{url}: not a weights file of dalle_ds: its metadata lacks {', '.join(sorted(missing))}")
     if metadata["kind"] != kind:
-        raise DataError(f"{url}: holds a {metadata['kind']}, expected a {kind}")
+        raise DataError(f"{url}: contains a {metadata['kind']}, expected a {kind}")
     extra = json.loads(metadata.get("extra", "{}"))
     return StoredWeights(json.loads(metadata["config"]), tensors, metadata["fingerprint"], extra)
 
 
 def read_weights(url: str | Path, kind: Kind, device: str | torch.device = "cpu") -> Weights:
-    """Read weights, each tensor straight to `device`, and check that the content has the fingerprint it claims.
+    """Read weights, moving each tensor directly to `device`, and verify the fingerprint.
 
     Raises:
-        DataError: no such file, no weights file, damaged, or of another kind.
+        DataError: the file does not exist, is not a weights file, is damaged, or has another kind.
     """
     opened = open_weights(url, kind)
     state = {name: tensor.to(device) for name, tensor in _checked(url, kind, opened)}
@@ -170,14 +172,15 @@ def read_weights(url: str | Path, kind: Kind, device: str | torch.device = "cpu"
 
 
 def fetch_weights(name: str, fetch: Callable[[str], Path]) -> None:
-    """Copy the one file of weights, or its index and all parts that the index names.
+    """Copy the single weights file, or the index and all files that it names.
 
     Args:
-        name: of the single file.
-        fetch: copies a file of that name and returns the copy; raises FileNotFoundError where there is none.
+        name: name of the single file.
+        fetch: copies the file with a given name and returns the copy's path. Raises FileNotFoundError if it does not exist.
 
     Raises:
-        FileNotFoundError: neither is there. DataError: the index is damaged.
+        FileNotFoundError: neither the single file nor the index exists.
+        DataError: the index is damaged.
     """
     try:
         fetch(name)
@@ -193,7 +196,11 @@ def fetch_weights(name: str, fetch: Callable[[str], Path]) -> None:
 
 
 def verified_fingerprint(url: str | Path, kind: Kind) -> str:
-    """The fingerprint of weights, checked like `read_weights` without keeping them. Raises DataError as that does."""
+    """Verify weights like `read_weights`, without keeping them in memory. Returns their fingerprint.
+
+    Raises:
+        DataError: as `read_weights`.
+    """
     opened = open_weights(url, kind)
     for _ in _checked(url, kind, opened):
         pass
@@ -201,10 +208,10 @@ def verified_fingerprint(url: str | Path, kind: Kind) -> str:
 
 
 def _checked(url: str | Path, kind: Kind, opened: StoredWeights) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in the order of their names; at the end a DataError, if they are not what they claim to be."""
+    """Yields all tensors, sorted by name. After the last one, raises DataError if the fingerprint does not match."""
     hasher = FingerprintHasher(_identity(kind, opened.config))
     try:
-        # neighbours by name are in the same file: each is downloaded once
+        # Tensors with adjacent names are in the same file, so each file is downloaded once.
         for file, stored in itertools.groupby(sorted(opened.tensors.items()), lambda item: item[1].pieces[0].url):
             with objects.local_copy(file) as local:
                 for name, tensor in stored:
@@ -214,11 +221,13 @@ def _checked(url: str | Path, kind: Kind, opened: StoredWeights) -> Iterator[tup
     except FileNotFoundError as error:
         raise DataError(f"{url}: {error}") from None
     if hasher.value() != opened.fingerprint:
-        raise DataError(f"{url}: damaged: its content has fingerprint {hasher.value()}, its header says {opened.fingerprint}")
+        raise DataError(
+            f"{url}: damaged: its content has fingerprint {hasher.value()}, expected {opened.fingerprint} as in its metadata"
+        )
 
 
 def _read_parts(url: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]] | None:
-    """Metadata and tensors of weights in several files; None where there is no index."""
+    """Metadata and stored tensors of weights in several files. None if there is no index."""
     try:
         index = json.loads(objects.read_bytes(_index_url(url)))
         metadata, weight_map = index["metadata"], index["weight_map"]
@@ -231,11 +240,11 @@ def _read_parts(url: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor
         try:
             _, found = read_layout(_beside(url, file))
         except FileNotFoundError:
-            raise DataError(f"{_beside(url, file)}: no such file, though {_index_url(url)} names it") from None
+            raise DataError(f"{_beside(url, file)}: no such file, but {_index_url(url)} names it") from None
         tensors |= {name: tensor for name, tensor in found.items() if weight_map.get(name) == file}
     missing = weight_map.keys() - tensors.keys()
     if missing:
-        raise DataError(f"{url}: its files lack {', '.join(sorted(missing)[:5])}, which the index names")
+        raise DataError(f"{url}: its files lack {', '.join(sorted(missing)[:5])}, but the index names them")
     return metadata, tensors
 
 
@@ -268,6 +277,6 @@ def _name(url: str) -> str:
 
 
 def _beside(url: str | Path, name: str) -> str:
-    # a name, not a path: an index cannot point out of its folder
+    # Use only the name: an index must not refer to files outside its folder.
     folder, slash, _ = str(url).rpartition("/")
     return f"{folder}{slash}{_name(name)}"

@@ -1,4 +1,4 @@
-"""Images for the dashboards: curves, all gradient scales over time, loss by place in the image."""
+"""Charts for MLflow's page: curves, gradient scales over time, loss by position in the image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,14 @@ def curves(
     y_label: str = "",
     log_y: bool = False,
 ) -> Image.Image:
-    """Named lines (x values, y values) in one chart. Raises ValueError where x and y differ in length."""
+    """Line chart of named series.
+
+    Args:
+        series: name -> (x values, y values).
+
+    Raises:
+        ValueError: x and y of a series differ in length.
+    """
     figure = new_figure(7.5, 4.2)
     axes = figure.add_subplot()
     for name, (x, y) in series.items():
@@ -35,10 +42,10 @@ def curves(
 def gradient_scales(
     updates: Sequence[int], scales: Mapping[str, Sequence[float]], title: str = "Gradient scales"
 ) -> Image.Image:
-    """The gradient scale of every residual block over time as a power of two, one line a block, coloured from first to last.
+    """Line chart of log2 of the gradient scales over time: one line per residual block, coloured from the first to the last.
 
     Args:
-        scales: block name -> scale at each of `updates`, in the blocks' order; 0 or not finite leaves a gap.
+        scales: block name -> scale at each of `updates`, in the order of the blocks. A scale of 0, Inf or NaN leaves a gap.
 
     Raises:
         ValueError: a block has more or fewer scales than there are updates.
@@ -61,7 +68,7 @@ def gradient_scales(
     axes.grid(alpha=0.25)
     if len(scales) > 12:  # too many for a legend
         mapping = ScalarMappable(Normalize(0, len(scales) - 1), colormaps["viridis"])
-        figure.colorbar(mapping, ax=axes, label="residual block, from the input on")
+        figure.colorbar(mapping, ax=axes, label="residual block, from input to output")
     elif scales:
         axes.legend(frameon=False, fontsize=8, ncols=2)
     return drawn(figure)
@@ -70,11 +77,18 @@ def gradient_scales(
 def position_heatmap(
     values_GG: np.ndarray,
     title: str = "Validation image loss by position",
-    label: str = "nats an image token",
+    label: str = "nats per image token",
     *,
     diverging: bool = False,
 ) -> Image.Image:
-    """A map over the grid of image tokens (rows downwards); `diverging` centres the colours on zero."""
+    """Heatmap over the grid of image tokens, first row at the top.
+
+    Args:
+        diverging: use a colour map centred on zero.
+
+    Raises:
+        ValueError: `values_GG` is not two-dimensional.
+    """
     if values_GG.ndim != 2:
         raise ValueError(f"values have shape {values_GG.shape}, expected (rows, columns)")
     figure = new_figure(5.2, 4.4)

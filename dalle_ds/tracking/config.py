@@ -1,4 +1,4 @@
-"""Where a run of any stage is tracked: the part that all recipes have."""
+"""Recipe schema of the `tracking` section, common to all stages."""
 
 from pydantic import Field
 
@@ -6,7 +6,11 @@ from dalle_ds.recipes import Config
 
 
 class TrackingConfig(Config):
-    uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, else a SQLite file beside the folder")
+    uri: str | None = Field(
+        None,
+        description="MLflow store; unset: MLFLOW_TRACKING_URI, else the store of an earlier start, else a SQLite file beside "
+        "the folder",
+    )
     experiment: str = "dalle_ds"
-    run_name: str = Field(description="of the run in MLflow")
-    every: int = Field(ge=1, description="updates between metrics")
+    run_name: str = Field(description="name of the MLflow run")
+    every: int = Field(ge=1, description="updates between logged metrics")

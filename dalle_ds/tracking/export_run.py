@@ -1,4 +1,4 @@
-"""The MLflow run that an export came from, and adding to it what was made of the export."""
+"""Log samples and evaluations of an export to the MLflow run of its training."""
 
 import logging
 from collections.abc import Sequence
@@ -13,26 +13,26 @@ from dalle_ds.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
 
-TRACKING_FOLDER = ".tracking"  # below the output folder: the spool, should MLflow be away
+TRACKING_FOLDER = ".tracking"  # in the output folder: the spool, in case MLflow cannot be reached
 
 
 def run_of_export(record: ExportRecord) -> tuple[str | None, str | None]:
-    """(store, run id) of the training that an export came from; None where it was not tracked."""
+    """(store, run id) of the MLflow run that trained the export. Both are None if the training was not tracked."""
     if record.mlflow is None:
         return None, None
     uri, run_id = record.mlflow.uri, record.mlflow.run_id
     if run_id is None and not objects.is_s3(record.checkpoint):
-        # the store had not answered yet when the checkpoint was saved: the id is beside the checkpoints by now
+        # when the checkpoint was saved, the store had not yet assigned an id; by now the run folder may have it
         known = read_run(Path(record.checkpoint).parents[1])
         uri, run_id = (known.uri, known.run_id) if known else (uri, None)
     return uri, run_id
 
 
 def tracker_of(url: str, record: ExportRecord, out: Path) -> NullTracker:
-    """A tracker that adds to the MLflow run of the export at `url`; one that keeps nothing where the export names no run."""
+    """A tracker that logs to the MLflow run of the export at `url`. Returns a NullTracker if the export has no MLflow run."""
     uri, run_id = run_of_export(record)
     if uri is None or run_id is None:
-        log.info("export %s names no MLflow run: nothing is tracked", url)
+        log.info("export %s has no MLflow run: nothing is logged to MLflow", url)
         return NullTracker()
     return Tracker.attach(out / TRACKING_FOLDER, uri=uri, run_id=run_id)
 
@@ -46,7 +46,15 @@ def track(
     files: Sequence[Path],
     folder: str,
 ) -> bool:
-    """Add to the MLflow run of the export at `url`. Returns whether the store has all of it."""
+    """Log metrics, images and files to the MLflow run of the export at `url`, at the update of its checkpoint.
+
+    Args:
+        out: output folder, which gets the spool.
+        folder: artifact folder for `files`.
+
+    Returns:
+        Whether everything was delivered to the store.
+    """
     tracker, step = tracker_of(url, record, out), record.update
     if metrics:
         tracker.metrics(metrics, step)

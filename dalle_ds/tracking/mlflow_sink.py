@@ -1,4 +1,4 @@
-"""Deliver tracking records to MLflow: one run per folder, over restarts, outages and stores that vanish."""
+"""Deliver tracking records to MLflow: one run per folder, across restarts, outages and lost stores."""
 
 import contextlib
 import fcntl
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
 NOTE_TAG, PARENT_TAG = "mlflow.note.content", "mlflow.parentRunId"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else the page takes it for one of chats and traces
-KEY_TAG = "dalle_ds.run_key"  # finds the run again when a kill fell between creating it and noting its id
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else the page assumes chats and traces
+KEY_TAG = "dalle_ds.run_key"  # finds the run after a kill between creating it and storing its id
 MAX_METRICS, MAX_ENTITIES = 1000, 100  # MLflow's limits for one log_batch request
 MAX_PARAM, MAX_TAG = 6000, 8000
 
@@ -39,12 +39,12 @@ PERMANENT = {
 
 
 class Refused(Exception):
-    """The store understood the record and will never take it: resending is of no use."""
+    """The store refuses a record permanently. Sending it again would not help."""
 
 
 @dataclass(frozen=True)
 class RunRef:
-    """Which MLflow run belongs to a folder (mlflow_run.json)."""
+    """The MLflow run of a folder (mlflow_run.json). `run_id` is None until the store has answered once."""
 
     uri: str
     run_id: str | None = None
@@ -56,36 +56,37 @@ class RunRef:
 
 
 def read_run(folder: Path) -> RunRef | None:
-    """The folder's MLflow run, or None before the first Tracker.start there. Its id is None until the store answered once."""
+    """Read the folder's MLflow run. Returns None before the first Tracker.start there, or if the file is not readable."""
     try:
         return RunRef(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        log.warning("%s is not readable (%s): a new MLflow run will be made", folder / RUN_FILE, error)
+        log.warning("%s is not readable (%s): a new MLflow run will be created", folder / RUN_FILE, error)
         return None
 
 
 def write_run(folder: Path, run: RunRef) -> None:
-    """Atomic replace of mlflow_run.json."""
+    """Replace mlflow_run.json atomically."""
     with atomic_write(folder / RUN_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
 
 
 def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> str:
-    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else where the folder's run is, else a file beside the folder."""
+    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else the store of the folder's run `known`, else a SQLite file beside
+    the folder. A SQLite store that no longer exists is not used again."""
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
         return chosen
     if known is not None:
         database = _sqlite_file(known.uri)
-        if database is None or database.exists():  # a folder that moved to another machine starts a store there
+        if database is None or database.exists():  # a folder moved to another machine gets a new store
             return known.uri
     return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
 
 
 def without_password(uri: str) -> str:
-    """`uri` as it may stand in files and logs; MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD bring the password back."""
+    """`uri` without user and password, for files and logs. MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD supply them."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
@@ -93,14 +94,13 @@ def without_password(uri: str) -> str:
 
 
 class MlflowSink:
-    """Sends records to one run. Every method may raise: Refused is final, anything else means try again later.
+    """Sends records to one MLflow run. Every method may raise. Refused is permanent; after any other error, try again later.
 
-    The import of mlflow (seconds) and the creation of an SQLite store (about ten seconds) happen at the first delivery, in the
-    caller's thread.
+    The first delivery imports mlflow (seconds) and may create a SQLite store (about ten seconds), in the caller's thread.
     """
 
     def __init__(self, folder: Path, uri: str, *, attach_only: bool = False) -> None:
-        """`attach_only`: log to the run named in mlflow_run.json, never make another one, leave its status alone."""
+        """`attach_only`: log only to the run in mlflow_run.json. Never create another run or change the status of this one."""
         self.folder, self.uri, self.attach_only = folder, uri, attach_only
         self._client: Any = None
         self._run_id: str | None = None
@@ -108,17 +108,17 @@ class MlflowSink:
         self._parent_id: str | None = None
 
     def deliver(self, records: Sequence[dict[str, Any]], *, session: str | None) -> None:
-        """Send `records` in order. A record that the store refuses is named in the log and left out.
+        """Send `records` in order. A record that the store refuses is logged as a warning and dropped.
 
         Args:
-            session: the tracker's session; run states of earlier sessions are out of date and skipped. None applies them.
+            session: the tracker's session. Run statuses of earlier sessions are out of date and skipped; None sends them too.
         """
         self.connect()
         with self._answers_translated():
             self._deliver(records, session)
 
     def connect(self) -> str:
-        """Find or make the run; returns its id."""
+        """Find or create the run. Returns its id."""
         if self._run_id is not None:
             return self._run_id
         with self._answers_translated():
@@ -135,7 +135,7 @@ class MlflowSink:
         try:
             self._send_metrics(metrics)
         except Refused:
-            for record in metrics:  # one of them is bad: find it
+            for record in metrics:  # at least one record is refused: send each alone to find it
                 self._or_drop(self._send_metrics, [record])
         for record in records:
             match record["kind"]:
@@ -159,7 +159,7 @@ class MlflowSink:
             with self._answers_translated():
                 send(record)
         except Refused as refusal:
-            log.warning("MLflow does not take a record, which is left out: %s; the record: %.300s", refusal, record)
+            log.warning("MLflow refuses a record, which is dropped: %s; the record: %.300s", refusal, record)
 
     def _send_metrics(self, records: Sequence[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -178,7 +178,7 @@ class MlflowSink:
 
         values = {name: value[:MAX_PARAM] for name, value in values.items()}
         new = [Param(name, value) for name, value in values.items() if name not in self._params]
-        # MLflow never changes a parameter. A restart may have: its value goes to a tag, so that the dashboard shows both.
+        # MLflow parameters cannot change. A value changed by a restart goes to a tag, so that the page shows both.
         changed = {f"changed.{name}": value for name, value in values.items() if self._params.get(name, value) != value}
         for start in range(0, len(new), MAX_ENTITIES):
             self._client.log_batch(self._run_id, params=new[start : start + MAX_ENTITIES], synchronous=True)
@@ -193,7 +193,7 @@ class MlflowSink:
             self._client.log_batch(self._run_id, tags=tags[start : start + MAX_ENTITIES], synchronous=True)
 
     def _send_description(self, text: str) -> None:
-        if NOTE_TAG not in self._client.get_run(self._run_id).data.tags:  # somebody may have written their own on the page
+        if NOTE_TAG not in self._client.get_run(self._run_id).data.tags:  # a user may have edited it on the page
             self._send_tags({NOTE_TAG: text.replace("RUN_ID", str(self._run_id))})
 
     def _send_dataset(self, record: dict[str, Any]) -> None:
@@ -213,10 +213,10 @@ class MlflowSink:
 
         path = self.folder / record["file"]
         if not path.is_file():
-            raise Refused(f"{path} has vanished")
+            raise Refused(f"{path} no longer exists")
         if record["step"] is None:
             self._client.log_artifact(self._run_id, str(path), "images")
-        else:  # with a step, MLflow's page shows the images of one name on a time slider
+        else:  # MLflow's page shows images with the same name and different steps on a slider
             try:
                 with Image.open(path) as file:
                     image = file.convert("RGB")
@@ -228,9 +228,9 @@ class MlflowSink:
         path.unlink(missing_ok=True)
 
     def _send_artifact(self, record: dict[str, Any]) -> None:
-        path = self.folder / record["file"]  # an absolute path stands for itself
+        path = self.folder / record["file"]  # if `file` is absolute, the result is `file`
         if not path.exists():
-            raise Refused(f"{path} has vanished")
+            raise Refused(f"{path} no longer exists")
         if path.is_dir():
             self._client.log_artifacts(self._run_id, str(path), record["folder"] or path.name)
         else:
@@ -244,7 +244,7 @@ class MlflowSink:
         self._of_parent(self._client.set_terminated, record["status"], end_time=record["time"])
 
     def _of_parent(self, update: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """A parent that somebody has deleted does not hold up its child."""
+        """Apply `update` to the parent run, if any. If the parent was deleted, it is ignored from then on."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -262,7 +262,7 @@ class MlflowSink:
             raise Refused(f"run {run.run_id} does not exist in {run.uri}")
         if found is None:
             if run.run_id is not None:
-                log.warning("MLflow run %s is not in %s: the log goes on in a new run", run.run_id, without_password(self.uri))
+                log.warning("MLflow run %s is not in %s: logging goes to a new run", run.run_id, without_password(self.uri))
             found = self._create(run)
         elif found.info.status != "RUNNING" and not self.attach_only:
             self._client.update_run(found.info.run_id, status="RUNNING")
@@ -297,17 +297,17 @@ class MlflowSink:
         experiment_id = self._experiment_id(run.experiment)
         if run.pipeline:
             tags[PARENT_TAG] = self._pipeline_run(run.pipeline, experiment_id)
-        # noted before it is made: after a kill in between, the next start finds the run by its key
+        # store the key before creating the run: if the process is killed in between, the next start finds the run by its key
         write_run(self.folder, replace(run, uri=without_password(self.uri), run_id=None, key=key))
         return self._client.create_run(experiment_id, tags=tags, run_name=run.run_name)
 
     def _pipeline_run(self, pipeline: str, experiment_id: str) -> str:
-        """The run that holds those of all stages of a pipeline, made by the first of them."""
+        """Return the id of the pipeline's run, the parent of the runs of all stages. The first stage creates it."""
         key = hashlib.sha256(pipeline.encode()).hexdigest()[:32]
         found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0].info.run_id
-        note = f"All stages of `{pipeline}`: the runs below this one."
+        note = f"All stages of `{pipeline}`: the child runs of this run."
         tags = {KEY_TAG: key, "stage": "pipeline", "pipeline": pipeline, NOTE_TAG: note}
         return self._client.create_run(experiment_id, tags=tags, run_name=Path(pipeline).name).info.run_id
 
@@ -326,17 +326,17 @@ class MlflowSink:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            return self._client.get_experiment_by_name(name).experiment_id  # another stage was quicker
+            return self._client.get_experiment_by_name(name).experiment_id  # another stage has just created it
 
     @contextlib.contextmanager
     def _answers_translated(self) -> Any:
-        """Sort the store's errors into final ones (Refused) and the rest."""
+        """Context in which permanent errors of the store are raised as Refused. Other errors are raised unchanged."""
         try:
             yield
         except Exception as error:
             code = getattr(error, "error_code", None)
             if code == "RESOURCE_DOES_NOT_EXIST":
-                # the run was deleted, or the server came back with another database: look again, or make one
+                # the run was deleted, or the server restarted with another database: find or create the run again
                 self._run_id = None
             if code in PERMANENT:
                 raise Refused(f"{code}: {error}") from error
@@ -344,11 +344,11 @@ class MlflowSink:
 
 
 def make_client(uri: str) -> Any:
-    """An MlflowClient that neither waits long nor advertises; makes the tables of an SQLite store that is not there."""
+    """Return an MlflowClient with short timeouts and without telemetry or printed URLs. Creates a missing SQLite store."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # mlflow would block for minutes inside one call; the spool is our patience
+    # by default mlflow retries for minutes inside one call; here the spool does the retries
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     database = _sqlite_file(uri)
@@ -368,14 +368,15 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def create_sqlite_store(database: Path) -> None:
-    """Create MLflow's tables in `database` if there is no such file.
+    """Create `database` with MLflow's tables if the file does not exist.
 
-    The tables are made under another name and then renamed, because a kill amid MLflow's migrations leaves a file that it can't
-    mend; in a process of their own, because ten seconds of migrations would take the interpreter lock from the training beside
-    them; and under a lock, because two stages may start at once.
+    - The file is renamed to `database` only when complete: a kill during MLflow's migrations leaves a file that MLflow cannot
+      repair.
+    - The migrations run in their own process: for ten seconds they would hold the GIL, which the training needs.
+    - A file lock is held, because two stages may start at the same time.
 
     Raises:
-        RuntimeError: with what the migrations said.
+        RuntimeError: the migrations failed. Contains their output.
     """
     if database.exists():
         return

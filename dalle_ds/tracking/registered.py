@@ -1,4 +1,4 @@
-"""Fetch what `dalle-ds register` put into the MLflow registry."""
+"""Download a model that `dalle-ds register` put into the MLflow model registry."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ SCHEME = "models:/"
 
 
 def fetch_registered(uri: str, folder: Path) -> dict[str, Path]:
-    """Download a registered model into `folder` -> its artifacts by name: "export", and "clip" where there is one.
+    """Download a registered model into `folder`. Returns the path of each artifact by name: "export" and, if present, "clip".
 
     Args:
         uri: models:/NAME/VERSION or models:/NAME@ALIAS, in the store of MLFLOW_TRACKING_URI or `mlflow.set_tracking_uri`.
 
     Raises:
-        DataError: no such model, one that `dalle-ds register` did not make, or MLflow is away.
+        DataError: MLflow cannot be reached, it has no such model, or `dalle-ds register` did not make the model.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
     store = mlflow.get_tracking_uri()
-    make_client(store)  # sets how long MLflow may take, and what it may print
+    make_client(store)  # sets MLflow's timeouts and turns off its output
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
         entries = Model.load(str(local)).flavors.get("python_function", {}).get("artifacts") or {}
@@ -30,7 +30,7 @@ def fetch_registered(uri: str, folder: Path) -> dict[str, Path]:
         raise DataError(f"{uri} cannot be fetched from MLflow at {store}: {error}") from None
     if "export" not in entries:
         raise DataError(
-            f"{uri} at {store} holds {', '.join(entries) or 'no artifacts'}, expected an export; "
+            f"{uri} at {store} has {', '.join(entries) or 'no artifacts'}, expected an export; "
             "`dalle-ds register` makes such a model"
         )
     return {name: local / entry["path"] for name, entry in entries.items()}

@@ -1,4 +1,4 @@
-"""A queue of JSON records on disk that survives SIGKILL: what was not acknowledged is read again after a restart."""
+"""A queue of JSON records on disk that survives SIGKILL: after a restart, unacknowledged records are read again."""
 
 import fcntl
 import json
@@ -9,23 +9,23 @@ from typing import Any
 
 from dalle_ds.storage.atomic import atomic_write
 
-SEGMENT_BYTES = 8 << 20  # a drained segment is deleted: a run of 430,000 updates does not keep gigabytes of sent records
+SEGMENT_BYTES = 8 << 20  # acknowledged segments are deleted: a run of 430,000 updates does not keep gigabytes of records
 
 
 @dataclass(frozen=True)
 class Position:
-    """Everything before byte `offset` of segment `segment` is acknowledged."""
+    """All records before byte `offset` of segment `segment` are acknowledged."""
 
     segment: int = 0
     offset: int = 0
 
 
 class Spool:
-    """Append on one side, read and acknowledge on the other; one process at a time reads (a file lock), any number appends.
+    """A queue with any number of appending processes and one reader at a time, which holds a file lock.
 
-    Files: NNNNNNNN.jsonl (segments), position.json, lock. A process opens a new segment of its own and holds a lock on it while
-    it may append, so a line torn by SIGKILL can only be the last of an old segment, where it is ignored; readers never go past
-    a held segment.
+    Files: NNNNNNNN.jsonl (segments), position.json, lock. Each process appends to new segments of its own and locks its
+    segment for as long as it may append. A line torn by SIGKILL is therefore always the last of its segment, where it is
+    ignored. Readers never read past a locked segment.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,19 +37,19 @@ class Spool:
         self._lock: int | None = None
 
     def append(self, record: dict[str, Any]) -> None:
-        """One write of one line. Raises OSError where the disk refuses it."""
+        """Append a record as one line, in one write. Raises OSError if it cannot be written."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         if self._file is None or self._written > SEGMENT_BYTES:
             self._open_segment()
         written = os.write(self._file, line)  # type: ignore[arg-type]
         self._written += written
-        if written != len(line):  # disk full: whatever follows must not be glued to the torn line
+        if written != len(line):  # the disk is full: start a new segment, so that no record is appended to the torn line
             os.close(self._file)  # type: ignore[arg-type]
             self._file = None
             raise OSError(f"only {written} of {len(line)} bytes of a tracking record could be written to {self.folder}")
 
     def lock(self) -> bool:
-        """Become the reader; False while another process is."""
+        """Become the reader. Returns False if another process is the reader."""
         if self._lock is None:
             handle = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
             try:
@@ -61,7 +61,11 @@ class Spool:
         return True
 
     def read(self, limit: int) -> tuple[list[dict[str, Any]], Position]:
-        """Up to `limit` records after the acknowledged position, and the position to acknowledge once they are delivered."""
+        """Read at most `limit` records after the acknowledged position.
+
+        Returns:
+            The records, and the position to acknowledge once they are delivered.
+        """
         position = self._position()
         segment, offset = position.segment, position.offset
         records: list[dict[str, Any]] = []
@@ -74,18 +78,18 @@ class Spool:
                 while len(records) < limit:
                     line = file.readline()
                     if not line.endswith(b"\n"):
-                        break  # the end, or a line torn by a kill (or still being written: it is read next time)
+                        break  # the end of the file, a line torn by a kill, or a line being written, which is read next time
                     offset += len(line)
                     try:
                         records.append(json.loads(line))
                     except ValueError:
-                        continue  # a damaged line must not hold up what follows
+                        continue  # a damaged line must not block the records after it
                 if len(records) >= limit or number == self._writing or _is_held(file.fileno()):
                     break
         return records, Position(segment, offset)
 
     def acknowledge(self, position: Position) -> None:
-        """Persist the position, then delete the segments that lie before it."""
+        """Store the position, then delete the segments before it."""
         with atomic_write(self.folder / "position.json", one_writer=True) as temporary:
             temporary.write_text(json.dumps({"segment": position.segment, "offset": position.offset}))
         for number in self._segments():
@@ -93,11 +97,11 @@ class Spool:
                 self._path(number).unlink(missing_ok=True)
 
     def n_waiting(self) -> int:
-        """Records that are not acknowledged yet."""
+        """Number of records that are not yet acknowledged."""
         return len(self.read(limit=1 << 60)[0])
 
     def close(self) -> None:
-        """Give back the files; what is unacknowledged stays on disk."""
+        """Close the files and release the locks. Unacknowledged records stay on disk."""
         for handle in (self._file, self._lock):
             if handle is not None:
                 os.close(handle)
@@ -113,9 +117,9 @@ class Spool:
                 flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
                 self._file = os.open(self._path(number), flags, 0o644)
                 break
-            except FileExistsError:  # another process took the number between our look and our open
+            except FileExistsError:  # another process created this segment in the meantime
                 number += 1
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ours until this process ends
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process closes it or ends
         self._writing, self._written = number, 0
 
     def _segments(self) -> list[int]:
@@ -133,7 +137,7 @@ class Spool:
 
 
 def _is_held(handle: int) -> bool:
-    """Whether somebody may still append to this file."""
+    """Whether a process still holds the lock of this segment and may append to it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -1,4 +1,4 @@
-"""Track a run in MLflow without ever waiting for it: calls append to a spool on disk, one thread delivers."""
+"""Track a run in MLflow without waiting for the server: calls append to a spool on disk, and one thread delivers."""
 
 import logging
 import os
@@ -20,54 +20,59 @@ from dalle_ds.tracking.spool import Spool
 log = logging.getLogger(__name__)
 
 SPOOL = "mlflow_spool"
-DRAIN_EVERY_S = 2.0  # metrics gather this long: one request carries many of them
+DRAIN_EVERY_S = 2.0  # seconds between deliveries, so that one request carries many metrics
 MAX_BACKOFF_S = 60.0
 BATCH_RECORDS = 200
-COPY_UP_TO = 64 << 20  # larger artifacts are uploaded from where they lie
+COPY_UP_TO = 64 << 20  # larger artifacts are not copied to the spool but uploaded from their original path
 PIPELINE = "DALLE_DS_PIPELINE"
-"""Environment variable: runs that begin under the same value are children of one run, which is named by its last part."""
+"""Environment variable with a path. Runs that begin with the same value are children of one run, named by its last part."""
 STATES = ("FINISHED", "FAILED", "KILLED")
 
 
 class NullTracker:
-    """A tracker that keeps nothing: for ranks other than the first, and for tests."""
+    """A tracker that discards everything: for ranks other than the main one, and for tests."""
 
     run: RunRef | None = None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one step; values are anything that float() takes."""
+        """Log metrics of a step. Values may be anything that float() accepts."""
 
     def image(self, name: str, image: Image.Image, step: int | None = None) -> None:
-        """An image; those with a step appear on a time slider of that name."""
+        """Log an image. With a step, the images of one name appear on a slider over steps."""
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """A file or a folder for `folder` of the run's artifacts. Files up to 64 MiB are copied now, others must stay."""
+        """Upload a file or a folder to artifact folder `folder`. A file of at most 64 MiB is copied at once; a larger file or a
+        folder must stay where it is until it is uploaded."""
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Searchable labels; the last value wins."""
+        """Set tags, which are searchable. A new value replaces the old one."""
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Settings of the run. A value that a restart changed is kept as the tag `changed.NAME`."""
+        """Log the run's parameters. If a restart changes a value, the new value is logged as tag `changed.NAME`."""
 
     def input_dataset(self, name: str, source_url: str, digest: str, context: str = "training") -> None:
-        """Lineage: what the run was made from (data set, dVAE, tokenizer), with its fingerprint."""
+        """Log an input of the run (data set, dVAE, tokenizer) with its fingerprint `digest`."""
 
     def close(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
-        """Deliver what waits, then set the run's state. True if all was delivered."""
+        """Deliver the pending records, then set the run's status. Returns whether everything was delivered.
+
+        Args:
+            status: one of STATES.
+            timeout: maximum seconds to wait.
+        """
         return True
 
 
 class Tracker(NullTracker):
-    """See NullTracker for the calls. None of them waits for the server or raises because of it; `start` returns at once.
+    """Logs to MLflow. See NullTracker for the calls. Only `close` waits for the server, and no call raises because of it.
 
-    A folder has one MLflow run, over all restarts: its id is in FOLDER/mlflow_run.json, what is not delivered in
-    FOLDER/mlflow_spool. After a kill, records of the last moment may be sent again with the same step and time, which MLflow
-    stores once.
+    A folder has one MLflow run, kept over all restarts. Its id is in FOLDER/mlflow_run.json; records not yet delivered are in
+    FOLDER/mlflow_spool. After a kill, the last records may be sent again with the same step and time; MLflow stores them once.
     """
 
     def __init__(self, folder: Path, sink: MlflowSink, session: str | None) -> None:
         self.folder, self._sink, self._session = folder, sink, session
-        # two lanes: an artifact store that refuses uploads must not hold back the metrics
+        # two spools: an artifact store that refuses uploads must not hold back the metrics
         self._lanes = {"values": Spool(folder / SPOOL / "values"), "files": Spool(folder / SPOOL / "files")}
         self._append_lock = threading.Lock()
         self._wake, self._closing, self._closed = threading.Event(), threading.Event(), False
@@ -86,13 +91,13 @@ class Tracker(NullTracker):
         params: Mapping[str, Any] | None = None,
         description: str = "",
     ) -> "Tracker":
-        """Go on with the folder's run, or begin it.
+        """Create or resume the folder's MLflow run.
 
         Args:
-            folder: the run's folder (any pathlib path on a local disk); made if missing.
-            uri: MLflow store; None takes MLFLOW_TRACKING_URI, else the store that the folder used before, else
-                sqlite:///FOLDER.parent/mlflow.db with artifacts beside it.
-            description: Markdown for the run's page, where RUN_ID becomes the run's id; one that is there already stays.
+            folder: the run folder, on a local disk. Created if missing.
+            uri: MLflow store. None: MLFLOW_TRACKING_URI, else the store that the folder used before, else
+                sqlite:///FOLDER.parent/mlflow.db with the artifacts beside it.
+            description: Markdown for the run's page; RUN_ID is replaced by the run's id. An existing description is kept.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,7 @@ class Tracker(NullTracker):
 
     @classmethod
     def attach(cls, folder: str | Path, *, uri: str, run_id: str) -> "Tracker":
-        """Add to a run that exists (samples of an exported model, say), spooling in `folder`; its state stays as it is."""
+        """Log to an existing run, e.g. samples of an exported model, with the spool in `folder`. Keeps the run's status."""
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         write_run(folder, RunRef(uri=without_password(uri), run_id=run_id))
@@ -127,7 +132,7 @@ class Tracker(NullTracker):
 
     @property
     def run(self) -> RunRef | None:  # type: ignore[override]
-        """The folder's MLflow run; its id is None until the store has answered."""
+        """The folder's MLflow run. Its id is None until the store has answered."""
         return read_run(self.folder)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -151,7 +156,7 @@ class Tracker(NullTracker):
     def artifact(self, path: str | Path, folder: str = "") -> None:
         path = Path(path).resolve()
         file, is_copy = str(path), path.is_file() and path.stat().st_size <= COPY_UP_TO
-        if is_copy:  # the caller may change or delete the original before the server is back
+        if is_copy:  # the caller may change or delete the original before it is uploaded
             copied = Path(SPOOL) / "artifacts" / uuid.uuid4().hex / path.name
             try:
                 (self.folder / copied).parent.mkdir(parents=True)
@@ -189,8 +194,8 @@ class Tracker(NullTracker):
         n_left = sum(lane.n_waiting() for lane in self._lanes.values())
         if n_left:
             log.warning(
-                "%d tracking records could not be delivered to %s yet and stay in %s; the next start of this run sends "
-                "them, or: dalle-ds mlflow-sync %s",
+                "%d tracking records are not yet delivered to %s and stay in %s; the next start of this run sends them, "
+                "or: dalle-ds mlflow-sync %s",
                 n_left,
                 without_password(self._sink.uri),
                 self.folder / SPOOL,
@@ -211,12 +216,12 @@ class Tracker(NullTracker):
                 self._say_disk_is_full(error)
 
     def _say_disk_is_full(self, error: OSError) -> None:
-        if not self._disk_is_full:  # once an outage, not once a step
-            log.warning("tracking records are lost: %s takes no more of them: %s", self.folder / SPOOL, error)
+        if not self._disk_is_full:  # warn once, not at every step
+            log.warning("tracking records are lost: %s cannot be written: %s", self.folder / SPOOL, error)
         self._disk_is_full = True
 
     def _drain(self) -> None:
-        """The thread: lanes in turn, each with its own back-off."""
+        """Body of the delivery thread: drains the spools in turn, each with its own back-off."""
         lanes = [_Lane(name, spool, self._sink, self._session) for name, spool in self._lanes.items()]
         while True:
             for lane in lanes:
@@ -227,7 +232,7 @@ class Tracker(NullTracker):
 
 
 class _Lane:
-    """One spool on its way to MLflow: what is delivered is acknowledged, what fails waits with growing back-off."""
+    """Delivers one spool to MLflow. Delivered records are acknowledged; after a failure it waits, with exponential back-off."""
 
     def __init__(self, name: str, spool: Spool, sink: MlflowSink, session: str | None) -> None:
         self.name, self.spool, self.sink, self.session = name, spool, sink, session
@@ -235,11 +240,11 @@ class _Lane:
         self._n_failures, self._n_failures_in_a_hurry, self._not_before = 0, 0, 0.0
 
     def drain(self, hurry: bool) -> None:
-        """Deliver all that waits; `hurry` cuts the back-off to half a second and gives up after the third failure."""
+        """Deliver all pending records. With `hurry` the back-off is half a second, and the third failure ends the attempts."""
         if self.is_done or (not hurry and time.monotonic() < self._not_before):
             return
         if not self.spool.lock():
-            self._failed(hurry, "another process delivers this run's records")
+            self._failed(hurry, "another process is delivering the records of this run")
             return
         try:
             while True:
@@ -249,9 +254,9 @@ class _Lane:
                 self.sink.deliver(records, session=self.session)
                 self.spool.acknowledge(position)
                 if self._n_failures:
-                    log.info("MLflow is back after %d attempts", self._n_failures)
+                    log.info("MLflow answers again after %d failed attempts", self._n_failures)
                     self._n_failures = 0
-        except Exception as error:  # whatever tracking does wrong, training goes on
+        except Exception as error:  # an error of tracking must not stop training
             self._failed(hurry, f"{type(error).__name__}: {str(error)[:300]}")
             return
         self.is_done = hurry
@@ -266,15 +271,15 @@ class _Lane:
         self._not_before = time.monotonic() + pause
         if self._n_failures in (1, 5) or self._n_failures % 20 == 0:
             log.warning(
-                "MLflow does not answer (attempt %d, %s): records wait in %s", self._n_failures, reason, self.spool.folder
+                "MLflow delivery failed (attempt %d, %s): records stay in %s", self._n_failures, reason, self.spool.folder
             )
 
 
 def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0) -> bool:
-    """Deliver what an ended run left in its spool. True if nothing is left.
+    """Deliver the records that an ended run left in its spool. Returns whether all were delivered.
 
     Raises:
-        DataError: no run was ever tracked in `folder`.
+        DataError: no run was tracked in `folder`.
     """
     folder = Path(folder).resolve()
     known = read_run(folder)
@@ -286,5 +291,5 @@ def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0
 
 
 def _name(key: str) -> str:
-    """MLflow takes letters, digits and _-./ and space."""
+    """Replace the characters that MLflow does not allow in names (allowed: letters, digits, space and _-./)."""
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", str(key))[:250]

@@ -1,9 +1,9 @@
-"""Checkpoints on a disk or on s3://: written beside training, then committed; verified before use; a damaged newest one gives
-way to the one before.
+"""Checkpoints on a disk or s3://: written in the background, then committed. Before use they are verified, and if the newest
+one is damaged, the one before it is used.
 
-update_00000500/3f2a.../state-*.safetensors ...   what the ranks wrote; each attempt has a folder of its own
-update_00000500/checkpoint.json                   the commit, last of all, with size and SHA-256 of every file: readers trust
-                                                  nothing else
+update_00000500/3f2a.../state-*.safetensors ...   files of the ranks; each save attempt has its own folder
+update_00000500/checkpoint.json                   the commit, written last, with size and SHA-256 of every file; readers use
+                                                  only the files that it lists
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class StoredFile(Record):
 
 
 Files = dict[str, StoredFile]
-"""By name below the checkpoint."""
+"""Files by their path relative to the checkpoint folder."""
 
 
 class CheckpointRecord(Record, Generic[About]):
@@ -47,17 +47,17 @@ class CheckpointRecord(Record, Generic[About]):
     format: Literal[1]
     update: int
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote it."""
     attempt: str
     """Folder of the ranks' files."""
     about: About
-    """What the trainer says of the run, for readers that do not want to open the tensors."""
+    """The trainer's description of the run. Readers get it without opening the tensors."""
     files: Files
 
 
 @dataclass(frozen=True)
 class Checkpoint(Generic[About]):
-    """One that was committed."""
+    """A committed checkpoint."""
 
     url: str
     record: CheckpointRecord[About]
@@ -81,13 +81,15 @@ class Checkpoint(Generic[About]):
 
 
 class CheckpointStore(Generic[About]):
-    """The checkpoints of one run. Every method that takes `ranks` is called by all of them together."""
+    """The checkpoints of one run. All ranks must call every method that takes `ranks` together."""
 
     def __init__(self, url: str | Path, about: type[About], keep: int) -> None:
-        """`keep` newest checkpoints are retained. A path must be of a file system that all ranks share; s3:// need not be.
+        """Use the checkpoints at `url`; the folder is created by the first save.
 
         Args:
-            about: class of what the trainer says in each checkpoint.json.
+            url: a path on a file system that all ranks share, or an s3:// url.
+            about: record class of the run's description in checkpoint.json.
+            keep: number of newest checkpoints to retain.
         """
         self.url, self.keep = str(url), keep
         self._record_class = CheckpointRecord[about]  # type: ignore[valid-type]
@@ -103,11 +105,11 @@ class CheckpointStore(Generic[About]):
     # ---- writing ---------------------------------------------------------------------------------------------------------
 
     def begin(self, update: int, write: Callable[[Path], None], about: About, ranks: Ranks, background: bool = False) -> None:
-        """Let `write(folder)` of every rank put its files into an empty local folder; they are committed by `finish`.
+        """Start a save: every rank calls `write(folder)` with an empty local folder. `finish` commits the files written there.
 
         Args:
-            write: must need no other rank; in the background it runs while training goes on.
-            about: kept in checkpoint.json, for readers that do not want to open the tensors.
+            write: must not communicate with other ranks. With `background` it runs in a thread while training continues.
+            about: description of the run for checkpoint.json.
         """
         self.finish(ranks)
         attempt = ranks.from_main(uuid.uuid4().hex[:12])
@@ -119,19 +121,19 @@ class CheckpointStore(Generic[About]):
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a save that `finish` has not committed; the same on every rank."""
+        """Whether `finish` has not yet committed a save. Same on every rank."""
         return self._open is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank is still writing its part."""
+        """Whether this rank is still writing its files."""
         return self._open is not None and self._open.is_alive()
 
     def finish(self, ranks: Ranks) -> None:
-        """Wait for the save that is under way and commit it.
+        """Wait for the open save, if any, and commit it.
 
         Raises:
-            UserError: a rank could not write its part, on all ranks; nothing is committed then.
+            UserError: a rank could not write its files. Raised on all ranks; nothing is committed.
         """
         if self._open is None:
             return
@@ -162,18 +164,18 @@ class CheckpointStore(Generic[About]):
             about=save.about,
             files={path: found for part in files for path, found in part.items()},
         )
-        # of the same update saved again, e.g. after a fall-back, the new one counts
+        # if an update is saved again, e.g. after falling back to an older checkpoint, the new save replaces the old one
         objects.write_bytes(objects.join(self.url, name, COMMIT_FILE), record.to_json())
         log.info("saved %s", objects.join(self.url, name))
-        # damaged ones that were passed over must not push out what this one would fall back to
+        # damaged checkpoints do not count towards `keep`: otherwise they would displace the sound ones to fall back to
         self._passed_over.discard(name)
         sound = [found for found in self.committed() if found <= name and found not in self._passed_over]
         for old in sound[: -self.keep]:
-            objects.delete(objects.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not look like one
+            objects.delete(objects.join(self.url, old, COMMIT_FILE))  # first: half a checkpoint must not count as committed
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what no commit names: too old, replaced, or of a save that was killed."""
+        """Delete files that no commit lists: of old or replaced checkpoints and of killed saves."""
         committed, attempts = self.committed(), {}
         for url in objects.list_files(self.url):
             name, *rest = url.removeprefix(objects.join(self.url, "")).split("/")
@@ -182,19 +184,20 @@ class CheckpointStore(Generic[About]):
         for name in attempts.keys() - committed:
             objects.delete_tree(objects.join(self.url, name))
         for name in committed:
-            with suppress(DataError):  # a damaged commit: people may want to look at what it was
+            with suppress(DataError):  # a damaged checkpoint.json: its files are kept for inspection
                 for attempt in attempts[name] - {self._read(name).record.attempt}:
                     objects.delete_tree(objects.join(self.url, name, attempt))
 
     # ---- reading ---------------------------------------------------------------------------------------------------------
 
     def newest(self, ranks: Ranks) -> Checkpoint[About] | None:
-        """The newest checkpoint whose files are all what they were when committed.
+        """Return the newest checkpoint whose files all have the size and SHA-256 of the commit. None if there is no checkpoint.
 
-        A damaged one is passed over with a loud message; None where there was never any.
+        A damaged checkpoint is skipped, with an error in the log.
 
         Raises:
-            DataError: there are checkpoints, but all are damaged. UserError: they cannot be read at all.
+            DataError: there are checkpoints, but all are damaged.
+            UserError: the checkpoints cannot be listed or read.
         """
         try:
             candidates = _of_all(ranks, lambda: self.committed()[::-1] if ranks.is_main else [])[0]
@@ -202,36 +205,38 @@ class CheckpointStore(Generic[About]):
             raise UserError(f"checkpoints in {self.url} cannot be listed: {error}") from None
         for name in candidates:
             url = objects.join(self.url, name)
-            # every rank comes to the same end, also where only one of them can see the fault
+            # all ranks take the same checkpoint, even if only one of them can see the damage
             problem = next(filter(None, _of_all(ranks, partial(self._damage, name, ranks))), None)
             if problem is None:
                 return self._read(name)
             self._passed_over.add(name)
             if ranks.is_main:
-                log.error("checkpoint %s is DAMAGED and passed over: %s", url, problem)
+                log.error("checkpoint %s is DAMAGED and skipped: %s", url, problem)
         if candidates:
-            raise DataError(f"all {len(candidates)} checkpoints in {self.url} are damaged; move the folder away to start anew")
+            raise DataError(
+                f"all {len(candidates)} checkpoints in {self.url} are damaged; move the folder away to start a new run"
+            )
         return None
 
     def find(self, name: str | None) -> Checkpoint[About]:
-        """The checkpoint of this name, or the newest; not verified. Raises DataError where there is none."""
+        """Return checkpoint `name`, or the newest if None. Its files are not verified. Raises DataError if there is none."""
         names = self.committed()
         if not names:
-            raise DataError(f"{self.url} has no committed checkpoint; `deepspeed launchers/train_prior.sh` writes them")
+            raise DataError(f"{self.url} has no committed checkpoint; `deepspeed launchers/train_prior.sh` writes checkpoints")
         if name is not None and name not in names:
-            raise DataError(f"{self.url} has no checkpoint {name!r}; there are {', '.join(names)}")
+            raise DataError(f"{self.url} has no checkpoint {name!r}, expected one of {', '.join(names)}")
         return self._read(name or names[-1])
 
     def _read(self, name: str) -> Checkpoint[About]:
-        """Raises DataError where its checkpoint.json is missing or damaged."""
+        """Raises DataError if the checkpoint.json is missing or damaged."""
         url = objects.join(self.url, name)
         return Checkpoint(url, read_record(self._record_class, objects.join(url, COMMIT_FILE)))
 
     def _damage(self, name: str, ranks: Ranks) -> str | None:
-        """What is wrong with this rank's share of the files."""
+        """Verify this rank's part of the files. Returns the first problem, or None if there is none."""
         try:
             checkpoint = self._read(name)
-        except OtherFormat:  # not damaged: whoever goes on from an older one would lose what it holds
+        except OtherFormat:  # not damage: falling back to an older checkpoint would lose the updates of this one
             raise
         except DataError as error:
             return str(error)
@@ -243,15 +248,18 @@ class CheckpointStore(Generic[About]):
                 if size != expected.bytes:
                     return f"{file} has {size} bytes, expected {expected.bytes}"
                 if _sha256(url, size) != expected.sha256:
-                    return f"{file} has another content than when it was written (checksum)"
+                    return f"{file} has changed since it was written (SHA-256 differs)"
             except FileNotFoundError:
                 return f"{file} is missing"
         return None
 
     def check_disk_space(self, n_bytes: float, ranks: Ranks) -> None:
-        """Before training starts: raises UserError on all ranks where one can't write, or checkpoints of this size don't fit.
+        """Call before training. Checks that every rank can write and that checkpoints of `n_bytes` fit on the disk.
 
-        What killed saves left behind is removed.
+        Deletes the leftovers of killed saves.
+
+        Raises:
+            UserError: a check failed. Raised on all ranks.
         """
         seen = objects.join(self.url, "probe")
 
@@ -265,7 +273,7 @@ class CheckpointStore(Generic[About]):
             objects.write_bytes(own, b"")
             objects.delete(own)
             if not objects.exists(seen):
-                raise UserError("what rank 0 wrote is not there: the folder is not on a file system that the ranks share")
+                raise UserError("a file written by rank 0 is missing: the folder is not on a file system that all ranks share")
 
         try:
             _of_all(ranks, lambda: prepare() if ranks.is_main else None)
@@ -276,14 +284,14 @@ class CheckpointStore(Generic[About]):
             objects.delete(seen)
 
     def _require_free(self, n_bytes: float) -> None:
-        # one more than is kept: the new one is there before the oldest goes
+        # one more than `keep`: the new checkpoint is complete before the oldest is deleted
         needed = n_bytes * max(1, self.keep + 1 - len(self.committed()))
         what = f"checkpoints of {n_bytes / 2**30:.2f} GiB, {self.keep} kept while the next is written"
         objects.check_disk_space(self.url, needed, what)
 
 
 class _Save(threading.Thread, Generic[About]):
-    """A rank's part of a save. A daemon: a job that ends in an error does not wait for it."""
+    """A rank's part of a save. A daemon thread, so that a job that ends with an error does not wait for it."""
 
     def __init__(self, update: int, attempt: str, about: About, work: Callable[[], Files]) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -293,11 +301,11 @@ class _Save(threading.Thread, Generic[About]):
     def run(self) -> None:
         try:
             self._files = self._work()
-        except Exception as error:  # whatever it is, `finish` tells it
+        except Exception as error:  # `result` raises it, in the caller's thread
             self._problem = f"{type(error).__name__}: {error}"
 
     def result(self) -> Files:
-        """Wait for the end. Raises UserError with what went wrong."""
+        """Wait for the end of the write. Returns the files. Raises UserError if the write failed."""
         if self.ident is not None:
             self.join()
         if self._problem:
@@ -311,7 +319,7 @@ def _name(update: int) -> str:
 
 @contextmanager
 def _folder_of(data: str, rank: int) -> Iterator[Path]:
-    """An empty local folder for a rank's files, on the disk that they will be on."""
+    """Yields an empty local folder for a rank's files. If `data` is a path, the folder is on the same disk."""
     local = objects.local_path(data)
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
@@ -320,7 +328,7 @@ def _folder_of(data: str, rank: int) -> Iterator[Path]:
 
 
 def _of_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """What each rank's `work` gave, in rank order. Where one fails, all raise UserError."""
+    """Run `work` on every rank. Returns the results in rank order, on every rank. If one rank fails, all raise UserError."""
     try:
         value, problem = work(), None
     except (OSError, UserError) as error:

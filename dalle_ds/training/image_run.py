@@ -1,4 +1,4 @@
-"""Runs on raw shards, of a dVAE or a CLIP: which run it is, whether it is finished, its checkpoints, its loop."""
+"""What the dVAE and CLIP trainers share: run identity, completion report, checkpoints, training loop."""
 
 import json
 from abc import ABC, abstractmethod
@@ -21,36 +21,41 @@ from dalle_ds.training.run import Stopwatch, TrainingRun
 
 STATE_FILE = "state.pt"
 BYTES_PER_PARAMETER = 16
-"""Of a checkpoint: fp32 weights, two moments and the average."""
+"""Bytes in a checkpoint: fp32 weights, two moments and the EMA."""
 
-# What may differ between a run and its restart without making it another run.
+# Recipe sections that may change at a restart: they are not part of the run's identity.
 _NOT_IDENTITY = {
     **dict.fromkeys(("folder", "tracking", "checkpoint", "threads", "workers", "device", "failure"), True),
     "validation": {"every"},
 }
-_OTHER_RUN = "It is of another recipe or other images: choose another folder, or move it away."
+_OTHER_RUN = "It belongs to another recipe or other images: choose another folder, or move it away."
 
 
 class ImageRunAbout(Record):
-    """What checkpoint.json says of a dVAE's or a CLIP's run."""
+    """Description of a dVAE or CLIP run in checkpoint.json."""
 
     run: str
-    """`identity_of` the run."""
+    """Fingerprint of the run, from `identity_of`."""
 
 
 def shards_digest(raw: str) -> str:
-    """The fingerprint of raw shards, wherever they lie."""
+    """The fingerprint of raw shards: their names, sizes and checksums. It does not depend on their location."""
     return fingerprint({"shards": [[shard.name, shard.bytes, shard.checksum] for shard in list_raw_shards(raw)]})
 
 
 def identity_of(stage: str, recipe: Config, shards: str) -> str:
-    """The fingerprint of all that decides the result: the recipe (`data.raw` aside) and the digest of the raw shards."""
+    """The fingerprint of everything that determines the result: the recipe without `data.raw`, and the digest of the shards."""
     settings = recipe.model_dump(mode="json", exclude=_NOT_IDENTITY)
     return fingerprint({"stage": stage, **settings, "data": {**settings["data"], "raw": shards}})
 
 
 def finished_report(path: Path, identity: str) -> dict[str, Any] | None:
-    """The report of a finished run; None where there is none. Raises DataError where it is damaged or of another run."""
+    """Read the report of a finished run. Returns None if the file does not exist.
+
+    Raises:
+        DataError: the report is damaged.
+        FingerprintMismatch: the report belongs to another run.
+    """
     if not path.exists():
         return None
     try:
@@ -63,9 +68,9 @@ def finished_report(path: Path, identity: str) -> dict[str, Any] | None:
 
 
 class ImageCheckpoints:
-    """The checkpoints of one run, whose whole state every rank holds: the main rank writes it, all read it.
+    """The checkpoints of one run. Every rank holds the whole state, so the main rank writes it and all ranks read it.
 
-    All ranks call every method together.
+    All ranks must call every method together.
     """
 
     def __init__(self, folder: Path, identity: str, n_kept: int, ranks: Ranks) -> None:
@@ -77,14 +82,15 @@ class ImageCheckpoints:
         return self._store.url
 
     def check_disk_space(self, n_parameters: int) -> None:
-        """Raises UserError where the folder can't be written to, or checkpoints would fill the disk."""
+        """Raises UserError if the folder is not writable or its disk is too small for the checkpoints."""
         self._store.check_disk_space(n_parameters * BYTES_PER_PARAMETER, self._ranks)
 
     def newest(self) -> dict[str, Any] | None:
-        """The state that the run goes on from; None where it is new.
+        """Load the state to resume from. Returns None for a new run.
 
         Raises:
-            DataError: all checkpoints are damaged. FingerprintMismatch: they are of another run.
+            DataError: all checkpoints are damaged.
+            FingerprintMismatch: the checkpoint belongs to another run.
         """
         checkpoint = self._store.newest(self._ranks)
         if checkpoint is None:
@@ -94,7 +100,7 @@ class ImageCheckpoints:
             return torch.load(file, map_location="cpu", weights_only=True)
 
     def save(self, update: int, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the disk refuses it."""
+        """Commit `state` as the checkpoint of `update`. Raises UserError if it cannot be written."""
 
         def write(folder: Path) -> None:
             if self._ranks.is_main:
@@ -105,14 +111,14 @@ class ImageCheckpoints:
 
 
 class ImageTrainer(ABC):
-    """The loop over the updates of a dVAE or a CLIP, and when it measures, saves and stops.
+    """The training loop of the dVAE and of CLIP: when to validate, save and stop.
 
-    A trainer sets `run`, `recipe`, `identity`, `shards`, `checkpoints`, `update` and `watch` before `train`.
+    A subclass sets `run`, `recipe`, `identity`, `shards`, `checkpoints`, `update` and `watch` before `train` is called.
     """
 
     stage: ClassVar[str]
     title: ClassVar[str]
-    """What the progress bar says."""
+    """Title of the progress bar."""
 
     run: TrainingRun
     recipe: Any
@@ -123,7 +129,7 @@ class ImageTrainer(ABC):
     watch: Stopwatch
 
     def train(self) -> dict[str, Any]:
-        """Do the updates that are left. Returns the report, on every rank."""
+        """Do the remaining updates. Returns the report, on every rank."""
         recipe, run, resumed_at = self.recipe, self.run, self.update
         run.start_tracking(
             recipe,
@@ -154,12 +160,18 @@ class ImageTrainer(ABC):
 
     @abstractmethod
     def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
-        """One update. Takes whether this rank was asked to stop. Returns metrics, some still on the device, and whether any
-        rank was asked to stop."""
+        """Do one update.
+
+        Args:
+            stop_requested: whether this rank was asked to stop.
+
+        Returns:
+            Metrics, some of them tensors on the device; and whether any rank was asked to stop.
+        """
 
     @abstractmethod
     def _validate(self) -> Any:
-        """Measure on the validation split, and tell the tracker."""
+        """Measure on the validation split, and log the results to the tracker."""
 
     @abstractmethod
     def _save(self) -> None:
@@ -167,4 +179,4 @@ class ImageTrainer(ABC):
 
     @abstractmethod
     def _finish(self) -> dict[str, Any]:
-        """Measure and write the results. Returns the report."""
+        """Validate and write the results. Returns the report."""

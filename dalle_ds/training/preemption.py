@@ -1,4 +1,4 @@
-"""The life of a long-running command: asked to stop, left by its launcher, or started twice on one folder."""
+"""Preemption of a long-running command: stop signals, a dead launcher, a second start in the same folder."""
 
 import fcntl
 import json
@@ -17,17 +17,19 @@ from dalle_ds.errors import UserError
 log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 143
-"""Exit code of a command that was asked to stop and saved its state: 128 + SIGTERM, as shells report it."""
+"""Exit code of a command that was asked to stop and has saved its state: 128 + SIGTERM, as in shells."""
 
 LAUNCHER_VARIABLE = "DALLE_DS_LAUNCHER_PID"
-"""Set by launchers whose death must end the work; without it the launching process chain is found by itself."""
+"""Environment variable with the process id of a launcher whose death must end the command.
+
+Launchers among the parent processes are found without it."""
 
 
 class StopFlag:
-    """Becomes true on SIGTERM or SIGINT, and when the process that launched the work is gone.
+    """Is set on SIGTERM or SIGINT, and when a launching process has died.
 
-    A signal only sets the flag; the step boundary saves and leaves. The second SIGINT acts at once, as people expect.
-    An orphan must stop too: a killed shell leaves its children running, and they would fight with the restarted run.
+    A signal only sets the flag; after the current update the trainer saves and exits. A second SIGINT raises KeyboardInterrupt
+    at once. Orphans must stop too: a killed shell leaves its children running, and they would conflict with the restarted run.
     """
 
     def __init__(self, poll_seconds: float = 1.0) -> None:
@@ -59,9 +61,9 @@ class StopFlag:
     def _watch_launchers(self) -> None:
         while not self._done.wait(self._poll_seconds):
             for process in self._launchers:
-                # psutil compares the creation time too, so a recycled pid does not pass for the launcher
+                # psutil also compares the creation time, so a reused pid is not mistaken for the launcher
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    self._request(f"the launching process {process.pid} is gone")
+                    self._request(f"the launching process {process.pid} has died")
                     return
 
     def _request(self, reason: str) -> None:
@@ -69,10 +71,11 @@ class StopFlag:
 
 
 def _launching_processes() -> list[psutil.Process]:
-    """The processes whose death must end this one: the one named in the environment, and the launchers above us.
+    """The processes whose death must end this one: the process of `LAUNCHER_VARIABLE`, and launchers among the parents.
 
-    DeepSpeed's launcher of one node without its runner above it was started by ssh: then the ssh session is a launcher too, for
-    it ends when the host where the job began, or what ran there, is gone. Other sessions may end: people log out.
+    If DeepSpeed's node launcher (`deepspeed.launcher.launch`) has no runner among its parents, ssh started it. Then the ssh
+    session counts as a launcher too, because it ends when the host or the process that started the job is gone. Other ssh
+    sessions do not count: they end when a user logs out.
     """
     found = []
     named = os.environ.get(LAUNCHER_VARIABLE, "")
@@ -94,10 +97,10 @@ def _launching_processes() -> list[psutil.Process]:
 
 
 class RunLock:
-    """One process at a time works in a folder: an advisory lock that dies with its holder, so a crash leaves none behind.
+    """Lets only one process at a time work in a folder. The advisory lock (flock) ends with its process, also after a crash.
 
     Raises:
-        UserError: the folder is still in use after `wait_seconds` (a stopping run needs a moment to save), naming its holder.
+        UserError: the folder is still in use after `wait_seconds`, which a stopping run needs to save. Names the holder.
     """
 
     def __init__(self, folder: Path, wait_seconds: float = 60.0) -> None:
@@ -116,7 +119,7 @@ class RunLock:
             except BlockingIOError:
                 holder = self._holder()
                 if time.monotonic() > deadline:
-                    raise UserError(f"{self._path.parent} is in use by {holder}: wait for it, or stop it first") from None
+                    raise UserError(f"{self._path.parent} is in use by {holder}: wait for it to end, or stop it") from None
                 if not told:
                     log.info("%s is in use by %s; waiting up to %.0f s", self._path.parent, holder, self._wait_seconds)
                     told = True

@@ -1,4 +1,4 @@
-"""A training run, whatever it trains: one process in its folder, asked to stop, tracked, ended with a status."""
+"""What every training run has: an exclusive run folder, a stop request, MLflow tracking, a final status."""
 
 import logging
 import time
@@ -25,9 +25,9 @@ DAY = 86_400.0
 
 
 class TrainingRun:
-    """What the trainers share. `open_run` makes it; every rank has one.
+    """State that the trainers share. `open_run` creates it, one on every rank.
 
-    `tracker` keeps nothing until `start_tracking`, and on ranks other than the main one.
+    `tracker` discards everything until `start_tracking` is called. On ranks other than the main one it always does.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, stop: StopFlag) -> None:
@@ -37,13 +37,17 @@ class TrainingRun:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop: ranks have to agree before they act on it."""
+        """Whether this rank was asked to stop. Ranks have to agree before they act on it."""
         return self._stop.requested
 
     def start_tracking(
         self, recipe: Config, tracking: TrackingConfig, *, tags: Mapping[str, Any], params: Mapping[str, Any], text: str = ""
     ) -> None:
-        """Keep the recipe in the folder, and begin or continue the folder's MLflow run; `text` describes it, in Markdown."""
+        """Write the recipe to the run folder, and create or resume the folder's MLflow run.
+
+        Args:
+            text: Markdown description of the MLflow run.
+        """
         if not self.ranks.is_main:
             return
         self.write(RECIPE_FILE, dump_recipe(recipe))
@@ -59,7 +63,7 @@ class TrainingRun:
         self.tracker.artifact(self.folder / RECIPE_FILE)
 
     def write(self, name: str, text: str) -> Path:
-        """A file of the folder, atomically. Raises UserError where it can't be written."""
+        """Write a file of the run folder atomically. Returns its path. Raises UserError if it cannot be written."""
         path = self.folder / name
         try:
             with atomic_write(path, one_writer=True) as temporary:
@@ -69,41 +73,42 @@ class TrainingRun:
         return path
 
     def leave_stopped(self, update: int, checkpoints: str) -> NoReturn:
-        """End a run that was asked to stop and has saved its state. All ranks call it together.
+        """End a run that was asked to stop and has saved its state. All ranks must call it together.
 
         Raises:
             SystemExit: with `EXIT_STOPPED`.
         """
         self._status = "KILLED"
         reason = self._stop.reason or "another rank"
-        log.info("asked to stop (%s) at update %d: the same command goes on from %s", reason, update, checkpoints)
+        log.info("asked to stop (%s) at update %d: repeat the command to resume from %s", reason, update, checkpoints)
         self.end_tracking()
-        self.ranks.barrier()  # launchers end the other ranks once one has left
+        self.ranks.barrier()  # a launcher kills the other ranks as soon as one exits
         raise SystemExit(EXIT_STOPPED)
 
     def finished(self) -> None:
-        """The run has done all its updates and written its results."""
+        """Set the final status to FINISHED: the run has done all its updates and written its results."""
         self._status = "FINISHED"
 
     def end_tracking(self) -> None:
-        """Deliver what waits for MLflow, and the run's status. May wait for the server, up to a minute."""
+        """Send the pending tracking records and the final status to MLflow. May wait up to a minute for the server."""
         tracker, self.tracker = self.tracker, NullTracker()
         tracker.close(self._status)
 
 
 @contextmanager
 def open_run(folder: str | Path, ranks: Ranks = ALONE, collective_timeout: float = DAY) -> Iterator[TrainingRun]:
-    """A run that only these ranks work on, with exact fp32. A signal asks it to stop; the loss of a rank ends it.
+    """Open a run for these ranks alone, in exact fp32 (`exact_fp32`). A signal requests a stop. A lost rank ends the run.
 
     Args:
-        collective_timeout: seconds that ranks wait for one of them; a process alone waits for nobody.
+        collective_timeout: seconds that a collective may wait for a rank. Unused in a single process.
 
     Raises:
-        UserError: another process works in the folder. RankLost: another rank died, failed or hangs.
+        UserError: another process works in the folder.
+        RankLost: another rank died, failed or hangs.
     """
     folder = Path(folder)
     exact_fp32()
-    # only the main rank holds the lock: the others are its own
+    # only the main rank takes the lock: the other ranks belong to the same run
     with StopFlag() as stop, RunLock(folder) if ranks.is_main else nullcontext():
         ranks.barrier()  # the lock is held before any rank reads the folder
         run = TrainingRun(folder, ranks, stop)
@@ -111,23 +116,23 @@ def open_run(folder: str | Path, ranks: Ranks = ALONE, collective_timeout: float
             with RankWatch(ranks, collective_timeout) as watch:
                 watch.before_exit = run.end_tracking
                 yield run
-        finally:  # after the watch has told the other ranks of an error: this may take a minute
+        finally:  # this may take a minute, so it comes after the watch has reported an error to the other ranks
             run.end_tracking()
 
 
 class Stopwatch:
-    """Seconds of work over all starts of a run."""
+    """Training time of a run, summed over its restarts."""
 
     def __init__(self, before: float) -> None:
-        """`before`: seconds of the earlier starts."""
+        """`before`: seconds that the run took before this start."""
         self._before, self._began = before, time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """In all."""
+        """Seconds over all starts."""
         return self._before + self.since_start
 
     @property
     def since_start(self) -> float:
-        """Of this start."""
+        """Seconds since this start."""
         return time.monotonic() - self._began

@@ -1,4 +1,4 @@
-"""Images drawn by the program: coloured shapes with true captions, for tests and for where nothing can be fetched."""
+"""Procedurally drawn images: coloured shapes with exact captions, for tests and for machines without network access."""
 
 import math
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ COLOURS: Final = {
     "grey": (140, 144, 150),
 }
 SHAPES: Final = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "bar")
-SIZES: Final = {"small": 0.11, "": 0.17, "large": 0.23}  # radius as a share of the image's side
-# Where the second shape lies, seen from the first.
+SIZES: Final = {"small": 0.11, "": 0.17, "large": 0.23}  # radius as a fraction of the image's side
+# Position of the first shape relative to the second -> direction (x, y) from the first shape to the second.
 PLACES: Final = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
-OVERSAMPLING: Final = 2  # edges are smoothed by drawing larger
+OVERSAMPLING: Final = 2  # draw at this multiple of the size, to smooth edges
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """An image with its caption; drawings of equal captions differ only in small shifts, so the caption is their group."""
+    """An image with its caption. Drawings with equal captions differ only slightly, so the caption is their group."""
 
     caption: str
     image: Image.Image
 
 
 def draw(seed: int, size: int = 256) -> Drawing:
-    """One or two shapes on a pale ground; the same seed gives the same image."""
+    """Draw one or two shapes on a pale background. The same seed gives the same image."""
     rng = np.random.default_rng(seed)
     first, second = _pick_shape(rng), _pick_shape(rng)
     is_pair = rng.random() < 0.7 and first[:2] != second[:2]

@@ -1,4 +1,4 @@
-"""Where demo images come from: packages of public registries, pinned by version and checksum; or our own drawing."""
+"""Sources of the demo's images: packages of public registries, pinned by version and checksum, or drawn images."""
 
 import base64
 import hashlib
@@ -27,12 +27,12 @@ DOWNLOAD_SECONDS: Final = 900
 
 
 class SourceUnavailable(Exception):
-    """A source that cannot be had here: no network, no npm, another checksum. The next one is tried."""
+    """A source is not available: no network, no npm, wrong checksum. fetch then tries the next source."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """One image of a source: `write` puts it into a file."""
+    """One image of a source. `write` writes the image to a path."""
 
     file: str
     caption: str | None
@@ -42,7 +42,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of captioned images. `credit` goes into source.json: what it is, its version, licence and origin."""
+    """A set of captioned images. `credit` goes into source.json: title, licence, package with version, checksum, captions."""
 
     name: str
     credit: dict[str, str]
@@ -55,7 +55,7 @@ class Source:
 
 FLUENT_PACKAGE: Final = "@lobehub/fluent-emoji-3d"
 FLUENT_VERSION: Final = "1.1.0"
-# What npm calls the integrity.
+# npm's `integrity` field.
 FLUENT_SHA512: Final = "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="
 SKIN_TONES: Final = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
@@ -75,16 +75,16 @@ def _emoji_names() -> dict[str, str]:
     try:
         import emoji
     except ImportError:
-        raise SourceUnavailable("the PyPI package `emoji`, which has the names, is not installed") from None
+        raise SourceUnavailable("the PyPI package `emoji`, which provides the captions, is not installed") from None
     names: dict[str, str] = {}
     for text, record in emoji.EMOJI_DATA.items():
-        # ":woman_student_medium_skin_tone:" -> "woman student medium skin tone"; the first, fully qualified, spelling counts.
+        # ":woman_student_medium_skin_tone:" -> "woman student medium skin tone". The first spelling, fully qualified, counts.
         names.setdefault(_without_variant([f"{ord(c):04x}" for c in text]), record["en"].strip(":").replace("_", " "))
     return names
 
 
 def _without_variant(points: list[str]) -> str:
-    # fe0f only asks for the coloured form; packages differ on whether a file name has it.
+    # fe0f only selects the coloured form; packages differ on whether file names contain it.
     return "-".join(point for point in points if point != "fe0f")
 
 
@@ -121,7 +121,8 @@ def _tuxpaint(scratch: Path) -> Iterator[Captioned]:
 
 
 def _openclipart(scratch: Path) -> Iterator[Captioned]:
-    # The images have no captions; the drawings they were made of do. Many images are links to others: copied, not moved.
+    # The PNGs have no captions, but the SVGs they were rendered from do. Many PNGs are links to others, so they are copied,
+    # not moved.
     images = _unpack_deb(CLIPART_PNG, scratch / "png") / "usr/share/openclipart/png"
     drawings = _unpack_deb(CLIPART_SVG, scratch / "svg") / "usr/share/openclipart/svg"
     for file in sorted(images.rglob("*.png")):
@@ -137,7 +138,7 @@ def _svg_title(file: Path) -> str | None:
 
 
 def _caption_group(caption: str | None) -> str | None:
-    # Images of one caption are often one thing drawn twice: they must not meet on both sides of the split.
+    # Images with the same caption often show the same object, so they must be in the same split.
     return caption.lower() if caption else None
 
 
@@ -159,7 +160,7 @@ def _unpack_deb(package: tuple[str, str, str], folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Our own
+# Drawn images
 # ---------------------------------------------------------------------------------------------------------------------
 
 N_DRAWN: Final = 3000
@@ -225,7 +226,7 @@ SOURCES: Final = (
 
 
 def cache_folder() -> Path:
-    """Where downloads stay: DALLE_DS_CACHE, or ~/.cache/dalle_ds."""
+    """Folder of cached downloads: DALLE_DS_CACHE, by default ~/.cache/dalle_ds."""
     return Path(os.environ.get("DALLE_DS_CACHE") or Path.home() / ".cache" / "dalle_ds")
 
 
@@ -234,12 +235,12 @@ def _cached(name: str, is_it: Callable[[Path], bool], download: Callable[[Path],
     if target.exists():
         if is_it(target):
             return target
-        log.warning("%s: its checksum is not the pinned one; fetched again", target)
+        log.warning("%s: its checksum differs from the pinned one; it is downloaded again", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         file = download(Path(folder))
         if not is_it(file):
-            raise SourceUnavailable(f"{file.name}: its checksum is not the pinned one; not used")
+            raise SourceUnavailable(f"{file.name}: the downloaded file's checksum differs from the pinned one")
         return file.replace(target)
 
 
@@ -250,7 +251,7 @@ def _command(command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise SourceUnavailable(f"{command[0]}: no end after {DOWNLOAD_SECONDS} s") from None
+        raise SourceUnavailable(f"{command[0]}: did not finish within {DOWNLOAD_SECONDS} s") from None
     if done.returncode:
         tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise SourceUnavailable(f"{' '.join(command)}: exit code {done.returncode}: {' | '.join(tail)}")
@@ -259,12 +260,16 @@ def _command(command: list[str], folder: Path) -> None:
 def _only_file(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise SourceUnavailable(f"{len(found)} files {pattern} were fetched, expected 1")
+        raise SourceUnavailable(f"{len(found)} files {pattern} were downloaded, expected 1")
     return found[0]
 
 
 def write_source(source: Source, folder: Path, limit: int | None, progress: Callable[..., object]) -> tuple[int, int]:
-    """Put a source's images, captions.jsonl and source.json into an empty folder; counts of images and of captions."""
+    """Write a source's images, captions.jsonl and source.json into an empty folder. Returns (n_images, n_captions).
+
+    Raises:
+        SourceUnavailable: the source has no captioned image, or cannot be downloaded.
+    """
     n_images = n_captions = 0
     with (
         tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder.parent) as scratch,
@@ -281,14 +286,18 @@ def write_source(source: Source, folder: Path, limit: int | None, progress: Call
                 captions.write(json.dumps(record, ensure_ascii=False) + "\n")
                 n_captions += 1
     if not n_captions:
-        raise SourceUnavailable("no captioned image in it")
+        raise SourceUnavailable("the source has no captioned image, expected at least one")
     record = {"source": source.name, **source.credit, "n_images": n_images, "n_captions": n_captions, "limit": limit}
     (folder / "source.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return n_images, n_captions
 
 
 def source_named(name: str) -> Source:
-    """DataError for a name that no source has."""
+    """The source with this name.
+
+    Raises:
+        DataError: no source has this name.
+    """
     for source in SOURCES:
         if source.name == name:
             return source

@@ -1,4 +1,4 @@
-"""One shard: raw images and captions to a committed token shard. It knows nothing of who schedules it."""
+"""Encode one shard: raw images and captions become a committed token shard, independently of the scheduler."""
 
 import tempfile
 import time
@@ -30,9 +30,9 @@ from dalle_ds.storage.weights import read_weights
 from preprocessing.configs import Precision
 from preprocessing.encoding.encoder import Encode, encoder_of
 
-# B images of a batch, H = W = image_size, C = 3, N tokens an image
+# B images per batch, H = W = image_size, C = 3, N tokens per image
 
-BATCHES_AHEAD = 2  # decoded while the encoder works
+BATCHES_AHEAD = 2  # batches decoded ahead of the encoder
 CHUNK_SAMPLES, CHUNK_BYTES = 16, 1 << 20
 Batch = list[tuple[RawSample, np.ndarray]]
 Chunk = list[RawSample | Dropped]
@@ -40,7 +40,7 @@ Chunk = list[RawSample | Dropped]
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What a worker needs, picklable and small: models are read from the data set's own copies."""
+    """One worker's task, picklable and small: a worker loads the models from the data set's own copies."""
 
     out: str
     info: DatasetInfo
@@ -51,7 +51,7 @@ class EncodeJob:
     precision: Precision = "fp32"
 
     def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
-        """Load the models, once a process."""
+        """Load the models, once per process. Returns the function that encodes one shard."""
         torch.set_num_threads(n_threads)
         dvae, fingerprint = load_dvae(objects.join(self.out, DVAE_FILE))
         require_same(f"dVAE of data set {self.out}", self.info.dvae, fingerprint)
@@ -64,15 +64,15 @@ class EncodeJob:
 def encode_shard(
     shard: RawShard, job: EncodeJob, encode: Encode, tokenizer: CaptionTokenizer, n_threads: int = 1
 ) -> ShardManifest | None:
-    """Encode and commit one shard; harmless where another worker does the same shard.
+    """Encode and commit one shard. Safe even if another worker encodes the same shard.
 
-    Images are decoded on `n_threads` threads and samples written on another, while the encoder works.
+    `n_threads` threads decode images and another thread writes samples while the encoder runs.
 
     Returns:
-        The manifest; None where the one of another worker stands.
+        The manifest. None if another worker has committed the shard.
 
     Raises:
-        DataError: the input is missing or damaged, or too many of its samples failed. Nothing is committed then.
+        DataError: the input is missing or damaged, or too many of its samples failed. Nothing is committed.
     """
     started = time.monotonic()
     if objects.exists(manifest_url(job.out, shard.name)):
@@ -106,7 +106,7 @@ def encode_shard(
             dropped += dropped_before
             tokens_BN = encode(np.stack([image for _, image in batch])) if batch else None
             if written:
-                written.result()  # one batch at most waits to be written
+                written.result()  # at most one batch waits to be written
             written = writing.submit(write, batch, tokens_BN) if tokens_BN is not None else None
         if written:
             written.result()
@@ -136,7 +136,7 @@ def encode_shard(
 
 
 def load_dvae(url: str) -> tuple[DVAE, str]:
-    """The dVAE in a file, and the fingerprint of its weights."""
+    """Load the dVAE of a file. Returns (dVAE, fingerprint of its weights)."""
     weights = read_weights(url, "dvae")
     dvae = DVAE(DVAEConfig(**weights.config))
     dvae.load_state_dict(weights.state)
@@ -144,18 +144,22 @@ def load_dvae(url: str) -> tuple[DVAE, str]:
 
 
 def identity_of(shard: RawShard) -> InputIdentity:
-    """The input, by checksum where a manifest gave one, else by the store's ETag."""
+    """Identity of the input: its checksum if a manifest has one, otherwise the ETag of its object."""
     etag = objects.etag(shard.url) if shard.checksum is None else None
     return InputIdentity(path=shard.url, bytes=shard.bytes, checksum=shard.checksum, etag=etag)
 
 
 def crop_of(sample: RawSample, image_size: int) -> np.ndarray:
-    """The image as the dVAE sees it, (H, W, C) uint8: decided by the sample alone. ImageProblem where there is none."""
+    """The dVAE's input image, (H, W, C) uint8. It depends on the sample only.
+
+    Raises:
+        ImageProblem: the image cannot be decoded or cropped.
+    """
     return prior_crop(decode_image(sample.image), image_size, seed_of(sample.key))
 
 
 def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
-    # Images, and what was dropped among them. In the stored order, so that a second attempt writes the same bytes.
+    # Yields (samples with crops, dropped samples before or among them), in stored order, so that a retry writes the same bytes.
     batch: Batch = []
     dropped: list[tuple[str, str]] = []
     for sample, crop in _crops(shard, job.info.image_size, n_threads):
@@ -170,7 +174,7 @@ def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[
 
 
 def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[Any, np.ndarray | str]]:
-    # Each sample with its image, or with the reason why it is dropped.
+    # Yields each sample with its crop, or with the reason why it is dropped.
     samples = read_raw_shard(shard)
     if n_threads == 1:
         yield from ((sample, _crop_or_reason(sample, image_size)) for sample in samples)
@@ -187,7 +191,7 @@ def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[A
 
 
 def _chunks(samples: Iterator[RawSample | Dropped]) -> Iterator[Chunk]:
-    # What a thread takes at a time: handing over one small image would take as long as decoding it.
+    # A thread decodes one chunk at a time: submitting a single small image would take as long as decoding it.
     chunk: Chunk = []
     n_bytes = 0
     for sample in samples:
@@ -214,7 +218,7 @@ def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]
     reasons = Counter(reason for _, reason in dropped)
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if not n_input:
-        raise DataError(f"{shard.url}: no samples in it")
+        raise DataError(f"{shard.url}: no samples, expected at least one")
     n_failed = sum(count for reason, count in reasons.items() if reason not in LISTED_REASONS)
     if n_failed / n_input > max_failure_rate:
         raise DataError(
@@ -222,13 +226,13 @@ def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]
         )
     if "damaged shard" in reasons and max_failure_rate < 1:
         raise DataError(
-            f"{shard.url}: the tar is damaged after {n_input - 1} samples, so an unknown number is lost; "
-            "mend it, or set `encode.max_failure_rate` to 1 to take what can be read"
+            f"{shard.url}: the tar is damaged after {n_input - 1} samples, so an unknown number of samples is lost; "
+            "repair it, or set `encode.max_failure_rate` to 1 to use the readable samples"
         )
 
 
 def code_usage(histogram: list[int]) -> dict[str, float | int]:
-    """Codes in use, and their perplexity, as summaries show them; 0 where nothing is encoded yet."""
+    """Codebook usage for summaries: n_codes, codes_used and perplexity. The last two are 0 if the histogram is empty."""
     if not any(histogram):
         return {"n_codes": len(histogram), "codes_used": 0, "perplexity": 0.0}
     usage = codebook_usage(np.array(histogram))

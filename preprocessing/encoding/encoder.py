@@ -1,4 +1,4 @@
-"""The dVAE encoder in three number formats, and how many of its tokens agree with those of fp32."""
+"""The dVAE encoder in fp32, bf16 or fp16, and the fraction of its tokens that agree with fp32."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -15,22 +15,23 @@ from dalle_ds.ops import exactness
 from dalle_ds.ops.kernel_compiler import kernel_problem
 from preprocessing.configs import Precision
 
-# B images of a batch, H = W = image_size, C = 3, N tokens an image
+# B images per batch, H = W = image_size, C = 3, N tokens per image
 
 log = logging.getLogger(__name__)
 
 Encode = Callable[[np.ndarray], np.ndarray]  # uint8 images (B, H, W, C) -> tokens (B, N)
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CHECKED_TOKENS: Final = 2**14  # enough to tell 99.5% from 99.3%
+CHECKED_TOKENS: Final = 2**14  # enough to distinguish 99.5% from 99.3%
 MAX_CHECKED_IMAGES: Final = 256
 
 
 def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False) -> Encode:
-    """Images to tokens; `dvae` goes to the device, in channels-last order, and is not to be used in another way after.
+    """Returns a function from images to tokens. Modifies `dvae`, which must not be used elsewhere afterwards.
 
-    In 16 bits only the residual branches are: the stream that they add to and the logits stay in fp32, which keeps most
-    tokens that plain autocast would change. With `tf32` a GPU takes the operands of fp32 convolutions with 10 bits of mantissa.
+    The dVAE moves to the device in channels-last order. In bf16 and fp16 only the residual branches run in 16 bits. The
+    residual stream and the logits stay in fp32, which preserves most of the tokens that plain autocast would change. With
+    `tf32`, a GPU rounds the operands of fp32 convolutions to a 10-bit mantissa.
     """
     exactness.exact_fp32()
     dvae = dvae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -43,11 +44,11 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False
             if problem is None:
                 dvae.encoder.compile(dynamic=True)  # the last batch of a shard is smaller
             else:
-                log.warning("the encoder runs uncompiled, slower: %s", problem)
+                log.warning("the encoder runs uncompiled and therefore slower: %s", problem)
 
     @torch.inference_mode()
     def encode(images_BHWC: np.ndarray) -> np.ndarray:
-        # without .contiguous(): images come in channels-last order already
+        # No .contiguous(): the images are already in channels-last order.
         images_BCHW = torch.from_numpy(images_BHWC).to(device).permute(0, 3, 1, 2)
         with exactness.tf32(tf32), torch.autocast(device, DTYPES.get(precision), enabled=precision != "fp32"):
             return dvae.tokens(images_BCHW).cpu().numpy()
@@ -58,7 +59,7 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False
 def agreement(
     shards: Iterable[RawShard], n_tokens: int, crop: Callable[[RawSample], np.ndarray], batch_size: int, sides: Sequence[Encode]
 ) -> float:
-    """Share of the tokens of the first usable images that both encoders give.
+    """Fraction of equal tokens of both encoders in `sides`, on the first usable images.
 
     Raises:
         DataError: there is no usable image.
@@ -66,7 +67,7 @@ def agreement(
     n_images = min(MAX_CHECKED_IMAGES, -(-CHECKED_TOKENS // n_tokens))
     crops = _first_crops(shards, crop, n_images)
     if not crops:
-        raise DataError("no usable image in the input to check encode.precision with; expected at least one")
+        raise DataError("no usable image in the input to check encode.precision on; expected at least one")
     batches = [np.stack(crops[start : start + batch_size]) for start in range(0, len(crops), batch_size)]
     ours, theirs = (np.concatenate([encode(batch) for batch in batches]) for encode in sides)
     return float((ours == theirs).mean())

@@ -1,4 +1,4 @@
-"""A sample of each token shard against the images that it was made of: the same tokens again, PSNR, an image for people."""
+"""Compare samples of each token shard with their source images: tokens, PSNR, and an image for visual inspection."""
 
 import io
 from dataclasses import dataclass
@@ -16,13 +16,17 @@ from dalle_ds.models.dvae import DVAE
 from dalle_ds.storage import objects
 from preprocessing.encoding.encode_shard import crop_of
 
-MIN_SAME_TOKENS = 0.95  # another device, or 16 bits, may turn a close decision; another image turns nearly all
+# Another device or a 16-bit format may change tokens whose best codes are nearly tied; another image changes nearly all tokens.
+MIN_SAME_TOKENS = 0.95
 MAX_SHOWN = 64
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A source crop beside its decoded tokens, both uint8 (H, W, C)."""
+    """A source crop and the image decoded from its tokens, both uint8 (H, W, C).
+
+    `same_tokens` is the fraction of stored tokens that equal those of the source, encoded again.
+    """
 
     key: str
     source_HWC: np.ndarray
@@ -31,17 +35,18 @@ class Pair:
 
     @property
     def psnr(self) -> float:
-        """Decibels; infinite for equal images."""
+        """PSNR in decibels; infinite for equal images."""
         return float(psnr(self.source_HWC[None], self.decoded_HWC[None])[0])
 
 
 def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_images: int, problems: list[str]) -> list[Pair]:
-    """`n_images` samples of each split of a shard, drawn by its name, with their sources; none where the raw shard is gone.
+    """`n_images` samples of each split of a shard, paired with their sources. Empty if the raw shard no longer exists.
 
-    Adds to `problems` the samples that their source does not have, or not as an image.
+    The shard's name seeds the choice of samples. Samples that are missing or unreadable in the raw shard are added to
+    `problems`.
 
     Raises:
-        DataError: the raw shard is another than the manifest names, or damaged.
+        DataError: the raw shard is damaged, or is not the one that the manifest names.
     """
     made_of = manifest.input
     if not objects.exists(made_of.path):
@@ -63,12 +68,12 @@ def pairs_of(root: str, manifest: ShardManifest, dvae: DVAE, n_images: int, prob
                 problems.append(f"shard {manifest.shard}, sample {sample.key}: its source is {problem.reason}")
             if not tokens:
                 break
-    problems += [f"shard {manifest.shard}, sample {key}: {made_of.path} does not have it" for key in tokens]
+    problems += [f"shard {manifest.shard}, sample {key}: {made_of.path} does not contain it" for key in tokens]
     return pairs
 
 
 def draw(pairs: list[Pair]) -> bytes:
-    """PNG: eight pairs a row, each source above its reconstruction."""
+    """PNG with eight pairs per row, at most MAX_SHOWN; each source is above its reconstruction."""
     columns = [np.concatenate([pair.source_HWC, pair.decoded_HWC]) for pair in pairs[:MAX_SHOWN]]
     columns += [np.full_like(columns[0], 255)] * (-len(columns) % 8)
     rows = [np.concatenate(columns[start : start + 8], axis=1) for start in range(0, len(columns), 8)]

@@ -1,4 +1,4 @@
-"""What a run leaves beside its output for `status`: how many shards there will be, and why some failed."""
+"""Progress records of a run for `status`, next to its output: the number of shards, and why shards failed."""
 
 import socket
 import time
@@ -11,13 +11,13 @@ FAILED, PLAN = "status/failed", "status/plan.json"
 
 
 class Plan(Record):
-    """All shards of the work, the finished ones included."""
+    """Total number of shards of the output, including finished ones."""
 
     n_shards: int
 
 
 class Failure(Record):
-    """Why a shard stayed open, at its last attempt."""
+    """Why a shard's last attempt failed."""
 
     shard: str
     reason: str
@@ -26,7 +26,7 @@ class Failure(Record):
 
 
 class Journal:
-    """The notes of a run that writes below `root`; every run on the same work writes the same plan."""
+    """Writes the progress records of a run below `root`. All runs with the same output write the same plan."""
 
     def __init__(self, root: str, n_shards: int) -> None:
         self._root = root
@@ -49,13 +49,13 @@ class Journal:
 
 
 def load_plan(root: str | Path) -> Plan | None:
-    """None where no run has begun."""
+    """The stored plan. None if no run has started."""
     url = objects.join(root, PLAN)
     return parse(Plan, objects.read_bytes(url), url) if objects.exists(url) else None
 
 
 def load_failures(root: str | Path) -> list[Failure]:
-    """In the order of the shards' names. A shard that another run has done since may still be among them."""
+    """Failed shards, sorted by name. May include a shard that another run has finished since."""
     return [parse(Failure, objects.read_bytes(url), url) for url in _failure_urls(root)]
 
 

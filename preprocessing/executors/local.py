@@ -1,4 +1,7 @@
-"""Shards over processes on this machine: spawned, restarted when one dies, gone when their parent is. Or over a Ray cluster."""
+"""Distribute shards over processes on this machine, or over a Ray cluster.
+
+Processes are spawned, restarted when one dies, and exit when their parent dies.
+"""
 
 import logging
 import multiprocessing
@@ -20,25 +23,25 @@ from preprocessing.executors.ray_cluster import settle_on_ray
 
 log = logging.getLogger(__name__)
 
-MAX_BROKEN_POOLS = 3  # in a row, without a shard done between them
-MAX_FAILURES_IN_A_ROW = 10  # then it is the storage or the set-up, not the shards
+MAX_BROKEN_POOLS = 3  # consecutive process pools that broke before they finished a shard
+MAX_FAILURES_IN_A_ROW = 10  # this many consecutive failures indicate a fault of storage or set-up, not of the shards
 
 
 class _GiveUp(Exception):
     pass
 
 
-_work: Callable[[Any], Any] | None = None  # of this worker process
+_work: Callable[[Any], Any] | None = None  # this worker process's function for one shard
 
 
 class Job(Protocol):
-    """What a worker process does. It is pickled once for each process; `start` loads what is heavy."""
+    """Task of a worker process, pickled once per process. `start` loads models and returns the function for one shard."""
 
     def start(self, n_threads: int) -> Callable[[Any], Any]: ...
 
 
 def n_cores() -> int:
-    """Cores this process may use: fewer than the machine has, under a container's or Slurm's affinity mask."""
+    """Number of cores this process may use. The affinity mask of a container or of Slurm may exclude cores."""
     return len(os.sched_getaffinity(0))
 
 
@@ -55,15 +58,19 @@ def run_shards(
     engine: Engine = "local",
     gpus_each: int = 0,
 ) -> tuple[list[Any], dict[str, str]]:
-    """Work on every shard, whatever happens to single ones.
+    """Process every shard. A failed shard does not stop the others, but MAX_FAILURES_IN_A_ROW consecutive failures end the run.
 
     Args:
-        name: of a shard, for messages. size: its samples (or other units), for the progress bar.
-        journal: where single failures are written down, for `status`.
-        engine: processes of this machine, or actors of a Ray cluster. gpus_each: of a Ray actor.
+        name: Returns a shard's name, for messages.
+        size: Returns a shard's number of samples (or other units), for the progress bar.
+        what: Name of the stage, for the progress bar.
+        unit: Unit of `size`, for the progress bar.
+        journal: Records failed shards for `status`.
+        engine: Processes on this machine, or actors of a Ray cluster.
+        gpus_each: Number of GPUs per Ray actor.
 
     Returns:
-        (results in order of completion, {name of a failed shard: why}).
+        (results in order of completion, {name of a failed shard: reason}).
     """
     results: list[Any] = []
     failures: dict[str, str] = {}
@@ -79,8 +86,8 @@ def run_shards(
             try:
                 results.append(outcome())
                 n_in_a_row = 0
-            except Exception as error:  # a fault of ours too: one shard in a hundred thousand must not end the night's work
-                # The other shards go on; this one has no manifest, so the next run takes it up again.
+            except Exception as error:  # bugs too: one bad shard in a hundred thousand must not end a long run
+                # The other shards continue. The failed shard has no manifest, so the next run processes it again.
                 is_expected = isinstance(error, UserError | OSError)
                 failures[name(shard)] = str(error) if is_expected else _last_line(error)
                 log.error("shard %s stays open: %s", name(shard), failures[name(shard)], exc_info=not is_expected)
@@ -97,17 +104,17 @@ def run_shards(
             else:
                 _settle_all(job, shards, n_workers, settle)
         except _GiveUp:
-            log.error("%d shards in a row failed: the rest is not tried", MAX_FAILURES_IN_A_ROW)
-            untried = f"not tried: {MAX_FAILURES_IN_A_ROW} shards in a row had failed"
+            log.error("%d consecutive shards failed: the remaining shards are not tried", MAX_FAILURES_IN_A_ROW)
+            untried = f"not tried: {MAX_FAILURES_IN_A_ROW} consecutive shards failed"
             failures |= {name(shard): untried for shard in shards if name(shard) not in settled}
         except BrokenProcessPool:
-            died = f"worker processes died {MAX_BROKEN_POOLS} times in a row; try fewer workers (memory?)"
+            died = f"worker processes died {MAX_BROKEN_POOLS} times in a row; if memory ran out, use fewer workers"
             failures |= {name(shard): died for shard in shards if name(shard) not in settled}
     return results, failures
 
 
 def _last_line(error: Exception) -> str:
-    """What a traceback ends with."""
+    """The last line of the exception's traceback."""
     return traceback.format_exception_only(error)[-1].strip().rpartition("\n")[2]
 
 
@@ -117,8 +124,8 @@ def _note(journal: Journal, shard: str, reason: str | None) -> None:
             journal.succeeded(shard)
         else:
             journal.failed(shard, reason)
-    except (UserError, OSError) as error:  # a note is no work: storage that is out of reach shows at the next shard
-        log.error("cannot note what became of shard %s: %s", shard, error)
+    except (UserError, OSError) as error:  # a record is not essential: unreachable storage also fails the next shard
+        log.error("cannot record the result of shard %s: %s", shard, error)
 
 
 Settle = Callable[[Any, Callable[[], Any]], None]
@@ -138,13 +145,13 @@ def _settle_all(job: Job, shards: Sequence[Any], n_workers: int, settle: Settle)
         if n_fruitless == MAX_BROKEN_POOLS:
             raise BrokenProcessPool
         if left:
-            log.warning("a worker process died (killed, or out of memory); %d shards are taken up again", len(left))
-            left = left[n_workers:] + left[:n_workers]  # one of the first may be what killed it: the others come before it
+            log.warning("a worker process died (killed, or out of memory); %d shards are tried again", len(left))
+            left = left[n_workers:] + left[:n_workers]  # one of the first shards may have killed it: try the others first
 
 
 def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Settle) -> list[Any]:
-    # Returns the shards that are not settled, if the pool broke.
-    # Spawn: a forked child would inherit S3 connections and locks that hang in it.
+    # Returns the unsettled shards; there are none unless the pool broke.
+    # Processes are spawned: a forked child would inherit S3 connections and locks, and hang.
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     threads = max(1, n_cores() // n_workers)
@@ -157,11 +164,11 @@ def _one_pool(job: Job, shards: list[Any], n_workers: int, settle: Settle) -> li
             for future in done:
                 if not isinstance(future.exception(), BrokenProcessPool):
                     settle(pending.pop(future), future.result)
-            if is_broken:  # what a dead worker had committed is found again by its manifest
+            if is_broken:  # a retry finds the manifest of a shard that the dead worker had committed
                 return list(pending.values())
         return []
     except BaseException:
-        for process in set(multiprocessing.active_children()) - others:  # don't wait for shards that nobody will count
+        for process in set(multiprocessing.active_children()) - others:  # the results of running shards are not needed
             process.terminate()
         raise
     finally:
@@ -178,7 +185,7 @@ def _start_worker(job: Job, n_threads: int) -> None:
 
 
 def _leave_with(parent: Any) -> None:
-    # A killed parent would leave idle workers behind for ever: they hold their own end of the queue open.
+    # Without this, idle workers would outlive a killed parent forever, because they hold their own end of the queue open.
     wait_for_sentinel([parent.sentinel])
     os._exit(1)
 

@@ -1,7 +1,7 @@
-"""Shards over a Ray cluster: an actor a worker or GPU, replaced when it or its node is lost.
+"""Distribute shards over a Ray cluster: one actor per worker or GPU, replaced when the actor or its node is lost.
 
-Ray carries the shards' names and their manifests; images go from storage to the actor that encodes them. Where the cluster's
-nodes were started (`ray start`), the project is installed, storage is in reach and AWS_* are set: the driver sends neither.
+Ray transfers only the shards' descriptions and manifests; an actor reads images from storage. On every node, the environment of
+`ray start` must have this project installed, access to storage, and AWS_* set: the driver sends neither code nor variables.
 """
 
 import logging
@@ -13,29 +13,29 @@ from dalle_ds.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
 
-MAX_LOST = 3  # actors: at one shard, or in a row before they took a shard
+MAX_LOST = 3  # lost actors: on one shard, or consecutive ones before they took a shard
 
 
 def join_cluster() -> Any:
-    """The `ray` module, connected to the cluster of RAY_ADDRESS, to one that runs on this machine, or to a new one.
+    """Returns the `ray` module, connected to the cluster of RAY_ADDRESS, to a running local cluster, or to a new local one.
 
     Raises:
-        UserError: ray is not installed, or the cluster is not in reach.
+        UserError: ray is not installed, or the cluster is not reachable.
     """
     try:
         import ray
     except ImportError:
-        raise UserError("engine ray: the package ray is not installed; pip install 'dalle-ds[ray]'") from None
+        raise UserError("engine ray: the package ray is not installed; run pip install 'dalle-ds[ray]'") from None
     if not ray.is_initialized():
         try:
             ray.init(logging_level=logging.WARNING)
         except ConnectionError as error:
-            raise UserError(f"engine ray: no cluster in reach: {error}") from None
+            raise UserError(f"engine ray: no cluster is reachable: {error}") from None
     return ray
 
 
 def n_of(resource: str) -> int:
-    """How many "CPU" or "GPU" the cluster has."""
+    """Number of CPUs or GPUs in the cluster; `resource` is "CPU" or "GPU"."""
     return int(join_cluster().cluster_resources().get(resource, 0))
 
 
@@ -47,10 +47,10 @@ def settle_on_ray(
     name: Callable[[Any], str],
     settle: Callable[[Any, Callable[[], Any]], None],
 ) -> None:
-    """Settle every shard. Workers beyond what the cluster can hold begin when nodes join it.
+    """Process every shard and pass its result to `settle`. Workers beyond the cluster's capacity start when nodes join it.
 
     Raises:
-        UserError: as a worker's start raised it, or workers are lost before they take a shard.
+        UserError: a worker's start raised it, or workers were lost before they took a shard.
     """
     ray = join_cluster()
     left = deque(shards)
@@ -66,26 +66,26 @@ def settle_on_ray(
     try:
         for _ in range(min(n_workers, len(left))):
             hire()
-        # A shard is given only to an actor that has begun: one that waits for a place in the cluster would keep it for ever.
+        # A shard is assigned only to a running actor: an actor that waits for resources would hold it forever.
         while left or any(shard is not None for _, shard in busy.values()):
             (reference,), _ = ray.wait(list(busy), num_returns=1)
             actor, shard = busy.pop(reference)
             try:
                 result, error = ray.get(reference)
             except ray.exceptions.RayActorError as lost:
-                ray.kill(actor)  # out of reach is not yet dead
-                what = "before it had begun" if shard is None else f"at shard {name(shard)}"
+                ray.kill(actor)  # an unreachable actor may still be alive
+                what = "before it had started" if shard is None else f"on shard {name(shard)}"
                 log.warning("a worker was lost %s: %s", what, str(lost).partition("\n")[0])
                 if shard is None:
                     n_lost_at_start += 1
                     if n_lost_at_start == MAX_LOST:
-                        raise UserError(f"engine ray: {MAX_LOST} workers were lost before they had begun: {lost}") from None
+                        raise UserError(f"engine ray: {MAX_LOST} workers were lost before they had started: {lost}") from None
                 else:
                     n_lost[name(shard)] += 1
                     if n_lost[name(shard)] < MAX_LOST:
                         left.append(shard)
                     else:
-                        settle(shard, _raising(DataError(f"{MAX_LOST} workers were lost at it (memory?)")))
+                        settle(shard, _raising(DataError(f"{MAX_LOST} workers were lost while processing it (out of memory?)")))
                 if left:
                     hire()
                 continue
@@ -114,7 +114,7 @@ def _raising(error: Exception) -> Callable[[], Any]:
 
 
 class _Worker:
-    """An actor: what a process of the local pool is. Expected errors are values here: Ray would wrap them."""
+    """An actor, the counterpart of a local worker process. Returns expected errors as values, since Ray would wrap them."""
 
     def __init__(self, job: Any) -> None:
         self._job = job

@@ -1,6 +1,6 @@
-"""The filters of the paper (appendix C), each a small class that gives the reason why a sample is left out.
+"""The paper's filters (appendix C). Each filter is a small class that returns the reason to drop a sample.
 
-The paper names the kinds of filters and not their thresholds, so these are ours and can be set.
+The paper names the filters but not their thresholds, so the thresholds are ours and configurable.
 """
 
 import re
@@ -14,30 +14,30 @@ from dalle_ds.data.raw import RawSample
 from preprocessing.configs import FilterConfig
 from preprocessing.filters.language import language_of
 
-FILTER_RULES: Final = 2  # part of the fingerprint of raw shards: change it when a filter judges otherwise
+FILTER_RULES: Final = 2  # part of the fingerprint of raw shards: increment it when a filter's decisions change
 
 
 class CaptionFilter(Protocol):
-    """The reason to drop a caption, or None."""
+    """Returns the reason to drop a caption. None keeps it."""
 
     def __call__(self, caption: str) -> str | None: ...
 
 
 class ImageFilter(Protocol):
-    """The reason to drop a picture, or None."""
+    """Returns the reason to drop an image. None keeps it."""
 
-    def __call__(self, picture: Image.Image) -> str | None: ...
+    def __call__(self, image: Image.Image) -> str | None: ...
 
 
 class EmptyCaption:
-    """Nothing but spaces."""
+    """Drops captions that are empty or contain only whitespace."""
 
     def __call__(self, caption: str) -> str | None:
         return None if caption.strip() else "empty caption"
 
 
 class ShortCaption:
-    """Too few letters, of any alphabet, to describe anything."""
+    """Drops captions with too few letters (of any alphabet) to describe an image."""
 
     def __init__(self, min_letters: int) -> None:
         self.min_letters = min_letters
@@ -47,7 +47,7 @@ class ShortCaption:
 
 
 class LongCaption:
-    """A whole page or binary rubbish instead of a caption."""
+    """Drops captions that are too long, such as a whole page or binary data."""
 
     def __init__(self, max_characters: int) -> None:
         self.max_characters = max_characters
@@ -57,7 +57,7 @@ class LongCaption:
 
 
 class DamagedCaption:
-    """Bytes that were no UTF-8, halves of surrogate pairs, or control characters."""
+    """Drops captions with invalid UTF-8 (decoded as U+FFFD), unpaired surrogates, or control characters."""
 
     def __call__(self, caption: str) -> str | None:
         is_damaged = any(c == "\ufffd" or "\ud800" <= c <= "\udfff" or (c < " " and c not in "\t\n\r") for c in caption)
@@ -92,7 +92,7 @@ _PHRASES: Final = re.compile(
 
 
 class Boilerplate:
-    """Mainly a date, a camera's file name or a stock phrase, such as "photographed on 3 May 2004"."""
+    """Drops captions that are mainly a date, a camera's file name or a stock phrase, as "photographed on 3 May 2004"."""
 
     def __init__(self, max_boilerplate: float) -> None:
         self.max_boilerplate = max_boilerplate
@@ -105,7 +105,10 @@ class Boilerplate:
 
 
 class OtherLanguage:
-    """Confidently in another language than `language`. Short captions stay unjudged, doubtful ones are kept."""
+    """Drops captions in a language other than `language`, if its probability exceeds `max_other`.
+
+    Captions that are too short to classify are kept.
+    """
 
     def __init__(self, language: str, max_other: float) -> None:
         self.language, self.max_other = language, max_other
@@ -115,28 +118,28 @@ class OtherLanguage:
         return "other language" if found and found[0] != self.language and found[1] > self.max_other else None
 
 
-class SmallPicture:
-    """A side under `min_side` pixels."""
+class SmallImage:
+    """Drops images with a side under `min_side` pixels."""
 
     def __init__(self, min_side: int) -> None:
         self.min_side = min_side
 
-    def __call__(self, picture: Image.Image) -> str | None:
-        return "too small" if min(picture.size) < self.min_side else None
+    def __call__(self, image: Image.Image) -> str | None:
+        return "too small" if min(image.size) < self.min_side else None
 
 
 class AspectRatio:
-    """Square crops of long pictures would cut off what the caption names."""
+    """Drops images that are too wide or too tall: a square crop may cut off the objects that the caption names."""
 
     def __init__(self, min_aspect: float, max_aspect: float) -> None:
         self.min_aspect, self.max_aspect = min_aspect, max_aspect
 
-    def __call__(self, picture: Image.Image) -> str | None:
-        return None if self.min_aspect <= picture.width / picture.height <= self.max_aspect else "aspect ratio"
+    def __call__(self, image: Image.Image) -> str | None:
+        return None if self.min_aspect <= image.width / image.height <= self.max_aspect else "aspect ratio"
 
 
 def caption_filters(config: FilterConfig) -> list[CaptionFilter]:
-    """In the order in which they are asked; the first reason counts."""
+    """The caption filters in the order in which they apply. The first reason counts."""
     filters: list[CaptionFilter] = [
         EmptyCaption(),
         LongCaption(config.max_characters),
@@ -148,24 +151,27 @@ def caption_filters(config: FilterConfig) -> list[CaptionFilter]:
 
 
 def image_filters(config: FilterConfig) -> list[ImageFilter]:
-    return [SmallPicture(config.min_side), AspectRatio(config.min_aspect, config.max_aspect)]
+    return [SmallImage(config.min_side), AspectRatio(config.min_aspect, config.max_aspect)]
 
 
 def judge_caption(caption: str, filters: list[CaptionFilter]) -> str | None:
-    """The first filter's reason, or None."""
+    """Returns the reason of the first filter that drops the caption. None if all filters keep it."""
     return next(filter(None, (check(caption) for check in filters)), None)
 
 
 def sample_judge(config: FilterConfig) -> Callable[[RawSample], str | None]:
-    """A function that gives the reason to drop a sample, or None; captions are judged first, since that needs no decoding."""
+    """Returns a function that maps a sample to the reason to drop it, or to None.
+
+    The function checks the caption first, because this needs no image decoding.
+    """
     captions, images = caption_filters(config), image_filters(config)
     return lambda sample: judge_caption(sample.caption, captions) or judge_image(sample.image, images, config.max_pixels)
 
 
 def judge_image(data: bytes, filters: list[ImageFilter], max_pixels: int) -> str | None:
-    """The reason to drop an encoded picture ("unreadable", "too large" or the first filter's), or None. Decodes it."""
+    """Decodes an image and returns the reason to drop it: "unreadable", "too large" or the first filter's. None keeps it."""
     try:
-        picture = decode_image(data, max_pixels=max_pixels)
+        image = decode_image(data, max_pixels=max_pixels)
     except ImageProblem as problem:
         return problem.reason
-    return next(filter(None, (check(picture) for check in filters)), None)
+    return next(filter(None, (check(image) for check in filters)), None)

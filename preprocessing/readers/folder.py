@@ -1,4 +1,4 @@
-"""A folder of images with captions: find both, and tell of every one that has no partner."""
+"""Read a folder of images with captions, and report every image without a caption and every caption without an image."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ CAPTION_COLUMNS: Final = ("caption", "text")
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample to be, or, with a `reason`, one that is dropped already."""
+    """One input sample. If `reason` is set, the sample is already dropped."""
 
     key: str
     group: str
@@ -31,17 +31,17 @@ class Entry:
 
 
 def read_folder(folder_url: str) -> list[Entry]:
-    """All samples of a folder, in the order of their paths.
+    """All samples of a folder, sorted by path.
 
     Captions come from captions.jsonl ({"file", "caption", "group"}), captions.tsv or captions.csv (the same columns), or from
-    NAME.txt beside NAME.jpg. Lines and images without a partner are entries with a reason.
+    NAME.txt next to NAME.jpg. Caption lines without an image and images without a caption become entries with a reason.
 
     Raises:
-        DataError: no such folder, no images, or no captions.
+        DataError: the folder, its images or its captions are missing.
     """
     files = {url.removeprefix(folder_url).lstrip("/"): (url, size) for url, size in objects.list_sizes(folder_url).items()}
     if not files:
-        raise DataError(f"{folder_url}: no such folder, or it is empty; expected images with captions")
+        raise DataError(f"{folder_url}: the folder does not exist or is empty; expected images with captions")
     images = {path: found for path, found in files.items() if _extension(path) in IMAGE_EXTENSIONS}
     if not images:
         raise DataError(f"{folder_url}: no images among its {len(files)} files; expected {', '.join(IMAGE_EXTENSIONS)}")
@@ -51,13 +51,13 @@ def read_folder(folder_url: str) -> list[Entry]:
     else:
         lines = list(_read_text_files(images, files))
     if not any(line.path for line in lines):
-        raise DataError(f"{folder_url}: no captions: expected {', '.join(CAPTION_FILES)}, or NAME.txt beside each image")
+        raise DataError(f"{folder_url}: no captions: expected {', '.join(CAPTION_FILES)}, or NAME.txt next to each image")
     return _pair(images, lines)
 
 
 @dataclass(frozen=True)
 class _Line:
-    source: str  # for the report of dropped samples
+    source: str  # file and line of the caption, for the list of dropped samples
     path: str = ""
     caption: str = ""
     group: str = ""
@@ -108,13 +108,13 @@ def _read_captions(url: str) -> Iterator[_Line]:
     if name.endswith(".jsonl"):
         records = ((n, _parse_json(line)) for n, line in enumerate(text.splitlines(), start=1) if line.strip())
     else:
-        # In tsv files a quote is a character like any other; csv files use it as Excel does.
+        # In tsv files a quote is an ordinary character; csv files quote as Excel does.
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
         reader = csv.DictReader(io.StringIO(text, newline=""), **style)  # type: ignore[arg-type]
         columns = set(reader.fieldnames or ())
         if not columns & set(FILE_COLUMNS) or not columns & set(CAPTION_COLUMNS):
             raise DataError(
-                f"{url}: its first line names the columns {sorted(columns)}; expected `file`, `caption` and, "
+                f"{url}: the first line has the columns {sorted(columns)}; expected `file`, `caption` and, "
                 "if samples belong together, `group`"
             )
         records = enumerate(reader, start=2)
@@ -132,7 +132,7 @@ def _parse_json(line: str) -> object:
 def _is_text(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and no file can hold
+    except UnicodeEncodeError:  # an unpaired surrogate: JSON can express it, UTF-8 cannot
         return False
     return True
 
@@ -147,5 +147,5 @@ def _line(source: str, record: object) -> _Line:
         return _Line(source, reason="bad caption line")
     if not _is_text(path + caption + group):
         return _Line(source, reason="damaged caption")
-    # A path that leaves the folder is not in the listing, so it ends as a missing image and is never opened.
+    # A path outside the folder is not in the listing, so it is dropped as a missing image and never opened.
     return _Line(source, str(PurePosixPath(path)), caption.strip(), group)

@@ -1,4 +1,4 @@
-"""What ingest reads: a folder of images, WebDataset tars (img2dataset's too) or parquet files, cut into shards."""
+"""Inputs of ingest: a folder of images, WebDataset tars (including img2dataset's) or parquet files, cut into shards."""
 
 import re
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from preprocessing.readers.parquet import read_parquet
 
 @dataclass(frozen=True)
 class FolderPart:
-    """Some images of a folder."""
+    """A part of a folder's images: the input of one shard."""
 
     entries: tuple[Entry, ...]
 
     @property
     def bytes(self) -> int:
-        """Of the images that are not dropped already."""
+        """Size of the images that are not yet dropped."""
         return sum(entry.bytes for entry in self.entries if not entry.reason)
 
     def samples(self) -> Iterator[RawSample | Dropped]:
@@ -32,7 +32,7 @@ class FolderPart:
 
 @dataclass(frozen=True)
 class TarPart:
-    """One WebDataset tar. Its `name` goes before each key, since other tars may count from zero too."""
+    """One WebDataset tar. Its `name` is the prefix of each key, since keys of different tars may be equal."""
 
     name: str
     url: str
@@ -64,13 +64,13 @@ Part = FolderPart | TarPart | ParquetPart
 
 
 def list_parts(url: str, columns: ColumnsConfig) -> list[TarPart | ParquetPart]:
-    """The tars or parquet files at `url` (one such file, or a folder of them), by path; none where it is a folder of images.
+    """The tars or parquet files at `url` (a file, or a folder of files), sorted by path. Empty for a folder of images.
 
-    img2dataset puts a parquet file and NNNNN_stats.json beside each tar, or beside folders of images: they are its log of
-    downloads, not samples.
+    img2dataset writes a parquet file and NNNNN_stats.json next to each tar or folder of images. They are its download log, not
+    samples, and are ignored.
 
     Raises:
-        DataError: a folder of both tars and images, where one of them would be left out unsaid.
+        DataError: the folder contains both tars and images.
     """
     if url.endswith((".tar", ".parquet")) and objects.exists(url):
         files = {url: objects.size(url)}
@@ -80,7 +80,7 @@ def list_parts(url: str, columns: ColumnsConfig) -> list[TarPart | ParquetPart]:
     tars = [TarPart(name, file, files[file]) for file, name in names.items() if file.endswith(".tar")]
     has_images = any(file.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)) for file in files)
     if tars and has_images:
-        raise DataError(f"{url}: holds both tars and loose images; give the one or the other as `ingest.images`")
+        raise DataError(f"{url}: contains both tars and loose images; expected only one kind in `ingest.images`")
     if tars or has_images:
         return list(tars)
     return [ParquetPart(name, file, files[file], columns) for file, name in names.items() if file.endswith(".parquet")]
@@ -91,7 +91,7 @@ def _name(path: str) -> str:
 
 
 def read_entry(entry: Entry) -> tuple[bytes, str | None]:
-    """(the image's bytes, None) or (b"", the reason why there are none)."""
+    """Returns (the image's bytes, None), or (b"", the reason why they cannot be read)."""
     try:
         return objects.read_bytes(entry.url), None
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Parquet files of encoded images with captions, read batch by batch, where nothing damaged goes uncounted."""
+"""Read parquet files of encoded images with captions batch by batch, and count every damaged row."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -12,22 +12,22 @@ from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from preprocessing.configs import ColumnsConfig
 
-BATCH_ROWS: Final = 32  # with their images in memory at once
-MAX_ROWS: Final = 10**8  # a footer that tells of more lies
+BATCH_ROWS: Final = 32  # rows in memory at the same time, with their images
+MAX_ROWS: Final = 10**8  # a footer with more rows is treated as damaged
 
 
 def read_parquet(url: str, name: str, columns: ColumnsConfig) -> Iterator[RawSample | Dropped]:
-    """The rows of a file in stored order; a row that cannot be a sample is a Dropped. Keys are NAME/ROW.
+    """The rows of a file in stored order. A row that cannot become a sample is a Dropped. Keys are NAME/ROW.
 
-    Memory: some pages of the file. A writer with default settings puts up to 1024 images into a page.
+    Memory: a few pages of the file. A writer with default settings puts up to 1024 images into a page.
 
     Raises:
-        DataError: the file is missing, or has not the columns.
+        DataError: the file or one of its columns is missing, or a column has the wrong type.
     """
     try:
         with objects.local_copy(url) as path:
             try:
-                # With a buffer of its own each column is read page by page, else a whole row group of images is held.
+                # With buffer_size, each column is read page by page; otherwise a whole row group of images is in memory.
                 file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
             except (pa.ArrowException, OSError):
                 yield Dropped(name, "damaged shard")
@@ -38,7 +38,7 @@ def read_parquet(url: str, name: str, columns: ColumnsConfig) -> Iterator[RawSam
             with file:
                 yield from _read_rows(file, name, _pick(file, columns.image, url), _pick(file, columns.caption, url))
     except FileNotFoundError:
-        raise DataError(f"{url}: the file is gone") from None
+        raise DataError(f"{url}: the file does not exist") from None
 
 
 def _read_rows(file: pq.ParquetFile, name: str, image: str, caption: str) -> Iterator[RawSample | Dropped]:
@@ -51,7 +51,7 @@ def _read_rows(file: pq.ParquetFile, name: str, image: str, caption: str) -> Ite
                     yield _sample(f"{name}/{row:08d}", data, text)
                     row += 1
         except (pa.ArrowException, OSError):
-            pass  # a damaged page: what its group still holds is counted, the next group is read
+            pass  # a damaged page: the remaining rows of its row group are dropped, and the next row group is read
         for lost in range(row, end):
             yield Dropped(f"{name}/{lost:08d}", "damaged shard")
         row = end
@@ -72,7 +72,7 @@ def _sample(key: str, image: Any, caption: Any) -> RawSample | Dropped:
 
 
 def _values(column: pa.Array) -> list[bytes | None]:
-    # As bytes: a string column may hold what is no UTF-8, which Arrow does not check.
+    # Read as bytes: a string column may contain invalid UTF-8, which Arrow does not check.
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_struct(column.type):
@@ -84,7 +84,7 @@ def _pick(file: pq.ParquetFile, names: tuple[str, ...], url: str) -> str:
     schema = file.schema_arrow
     found = next((name for name in names if name in schema.names), None)
     if found is None:
-        raise DataError(f"{url}: has the columns {schema.names}; expected one of {list(names)}")
+        raise DataError(f"{url}: the columns are {schema.names}; expected one of {list(names)}")
     kind = schema.field(found).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
@@ -93,5 +93,5 @@ def _pick(file: pq.ParquetFile, names: tuple[str, ...], url: str) -> str:
     if not any(
         check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_string, pa.types.is_large_string)
     ):
-        raise DataError(f"{url}: column {found!r} holds {kind}; expected bytes or text")
+        raise DataError(f"{url}: column {found!r} has the type {kind}; expected bytes or text")
     return found

@@ -1,4 +1,4 @@
-"""Duplicates: images that look like another one, or like one of an evaluation set, go onto the raw shards' drop list."""
+"""Dedup: put images that resemble an earlier image or an image of an evaluation set on the raw shards' drop list."""
 
 import hashlib
 import io
@@ -31,10 +31,10 @@ from dalle_ds.storage import objects
 from preprocessing.configs import DuplicatesConfig
 from preprocessing.executors.local import n_cores, run_shards
 
-# N images, the evaluation sets' first; U different hashes among them
+# N images, starting with those of the evaluation sets; U unique hashes
 
-HASH_RULE: Final = "phash-64/v1"  # part of the names of stored hashes
-MIN_CONTRAST: Final = 2.0  # standard deviation of 32x32 grey levels; a plainer image's hash says nothing
+HASH_RULE: Final = "phash-64/v1"  # part of the file names of stored hashes
+MIN_CONTRAST: Final = 2.0  # standard deviation of 32x32 grey levels; below it a hash carries no information
 NOT_COMPARED: Final = 0
 NEAR_DUPLICATE, IN_EVALUATION = LISTED_REASONS
 N_EXAMPLES: Final = 24
@@ -43,7 +43,7 @@ TILE: Final = 128  # pixels
 
 @dataclass(frozen=True)
 class HashJob:
-    """Hashes go below `out`, a file a shard, so that a restart computes what is missing."""
+    """One worker's task. Writes one file of hashes per shard below `out`, so that a restart computes only missing ones."""
 
     out: str
 
@@ -52,23 +52,24 @@ class HashJob:
 
 
 def run(config: DuplicatesConfig) -> Outcome:
-    """Hash all images, find those that are near to an earlier one, and publish the drop list.
+    """Hash all images, find images close to an earlier image, and publish the drop list.
 
-    Every reader of the raw shards leaves out what the list names. Memory: about 140 bytes an image. Time: the decoding of
-    every image, and a comparison of each pair whose hashes agree in one of max_distance + 1 bands of bits, which for a
-    distance of 3 grows with the square of the images: fine for 20 million, while 250 million want a distance of 2 or less.
+    Every reader of the raw shards skips the samples on the list. Memory: about 140 bytes an image. Time: decoding every
+    image, plus one comparison for each pair of hashes that agree in one of max_distance + 1 bands of bits. At a distance of 3
+    the number of comparisons grows with the square of the number of images: acceptable for 20 million, while 250 million need
+    a distance of 2 or less.
 
     Raises:
-        DataError: no raw shards that ingest made.
+        DataError: there are no raw shards made by ingest, or `config.raw` is also an evaluation set.
     """
     started = time.monotonic()
     roots = [*config.against, config.raw]
     if config.raw in config.against:
-        raise DataError(f"{config.raw}: is both the data and an evaluation set; every image would be dropped")
+        raise DataError(f"{config.raw}: is both the training data and an evaluation set, so every image would be dropped")
     shards_of = {root: [without_drop_list(shard) for shard in list_raw_shards(root)] for root in roots}
     for root, found in shards_of.items():
         if any(shard.checksum is None for shard in found):
-            raise DataError(f"{root}: has tars without manifests; `dalle-ds data ingest` makes raw shards of them")
+            raise DataError(f"{root}: has tars without manifests; convert them to raw shards with `dalle-ds data ingest`")
     shards = [shard for root in roots for shard in shards_of[root]]
     todo = [shard for shard in shards if not objects.exists(hashes_url(config.raw, shard))]
     _, failures = run_shards(
@@ -80,7 +81,7 @@ def run(config: DuplicatesConfig) -> Outcome:
         what="hash",
         unit="image",
     )
-    if failures:  # half a comparison would be taken for a whole one
+    if failures:  # publish no drop list: an incomplete comparison would look complete
         return Outcome({"raw": config.raw, "failed_shards": failures}, is_complete=False)
     per_shard = [_load(config.raw, shard)[0] for shard in shards]
     hashes_N = np.concatenate([np.zeros(0, np.uint64), *per_shard])
@@ -124,7 +125,7 @@ def run(config: DuplicatesConfig) -> Outcome:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay the same, or nearly, where size, format, colours or sharpness change; NOT_COMPARED if it is plain."""
+    """64-bit pHash, nearly invariant to size, format, colours and sharpness. NOT_COMPARED if the contrast is too low."""
     grey = image.convert("L")
     if np.asarray(grey.resize((32, 32), Image.Resampling.BOX)).std() < MIN_CONTRAST:
         return NOT_COMPARED
@@ -132,15 +133,15 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def find_duplicates(hashes_N: np.ndarray, n_against: int, max_distance: int) -> np.ndarray:
-    """For each image the index of the earlier, kept one that it is near to, or -1 if it is kept itself, (N,) int64.
+    """For each image, the index of the earlier kept image that it duplicates, or -1 if the image is kept: (N,) int64.
 
-    The first `n_against` images are always kept. Near is at most `max_distance` bits, measured to an image that is kept:
-    chains of small steps don't join images that are far apart.
+    The first `n_against` images are always kept. A duplicate differs in at most `max_distance` bits from a kept image.
+    Comparing only with kept images prevents chains of small differences from joining dissimilar images.
     """
     earlier_N = np.full(len(hashes_N), -1, np.int64)
     compared = np.flatnonzero(hashes_N != NOT_COMPARED)
     hashes_U, first, inverse = np.unique(hashes_N[compared], return_index=True, return_inverse=True)
-    first_U = compared[first]  # np.unique tells the first place of each
+    first_U = compared[first]  # np.unique returns the first index of each value
     pairs = [np.zeros((0, 2), np.int64)]
     for one, other in _near_pairs(hashes_U, max_distance):
         swap = first_U[one] > first_U[other]
@@ -159,7 +160,7 @@ def find_duplicates(hashes_N: np.ndarray, n_against: int, max_distance: int) -> 
 
 
 def _near_pairs(hashes_U: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    # Two hashes that differ in d bits agree in at least one of d + 1 bands, so only such pairs are compared.
+    # Two hashes that differ in at most d bits agree in at least one of d + 1 bands. Compare only pairs that agree in a band.
     n_bands = max_distance + 1
     edges = [64 * band // n_bands for band in range(n_bands + 1)]
     for low, high in zip(edges, edges[1:], strict=False):
@@ -180,7 +181,7 @@ def hashes_url(root: str, shard: RawShard) -> str:
 
 
 def hash_shard(shard: RawShard, out_url: str) -> str:
-    """Write the perceptual hash and the key of each sample of a shard, in stored order."""
+    """Write the perceptual hash and the key of each sample of a shard, in stored order. Returns `out_url`."""
     hashes, keys = [], []
     for sample in read_raw_shard(shard):
         if isinstance(sample, RawSample):
@@ -205,7 +206,8 @@ def _load(root: str, shard: RawShard) -> tuple[np.ndarray, list[str]]:
 
 
 def _draw_examples(url: str, shards: list[RawShard], starts: np.ndarray, hashes_N: np.ndarray, earlier_N: np.ndarray) -> None:
-    # Kept left, dropped right; of each group its farthest pair, the farthest first: they show whether `max_distance` is right.
+    # Kept image left, dropped image right. One pair per group, its most distant; pairs are sorted by descending distance, so
+    # the first rows show whether `max_distance` is too large.
     dropped = np.flatnonzero(earlier_N >= 0)
     distance = np.bitwise_count(hashes_N[dropped] ^ hashes_N[earlier_N[dropped]])
     dropped = dropped[np.argsort(-distance.astype(int), kind="stable")]

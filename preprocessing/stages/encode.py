@@ -1,4 +1,4 @@
-"""Encode: raw shards, a dVAE and a tokenizer become a token data set, shard by shard, exactly once."""
+"""Encode: convert raw shards to a token data set with a dVAE and a tokenizer. Each shard is committed exactly once."""
 
 import json
 import logging
@@ -40,18 +40,19 @@ from preprocessing.executors.ray_cluster import n_of
 log = logging.getLogger(__name__)
 
 MAX_CODES = 2**16  # codes are stored in 16 bits
-TYPICAL_SAMPLES_PER_MB = 20  # only for the progress bar, where nothing tells a shard's samples
+TYPICAL_SAMPLES_PER_MB = 20  # for the progress bar and the disk check, if a shard's number of samples is unknown
 
 
 def run(config: EncodeConfig) -> Outcome:
-    """Encode every shard that is not done, then write the merged manifest.
+    """Encode every unfinished shard, then write the merged manifest.
 
     Raises:
-        DataError: no input, no dVAE, no room; FingerprintMismatch: `out` was made with another dVAE, tokenizer or crop.
+        DataError: input or dVAE is missing, or disk space is too small.
+        FingerprintMismatch: `out` was made with another dVAE, tokenizer or crop rule.
     """
     started = time.monotonic()
     shards = list_raw_shards(config.raw)
-    first = len(shards) * config.machine // config.machines % len(shards)  # Slurm's arrays may begin at 1
+    first = len(shards) * config.machine // config.machines % len(shards)  # modulo: indices of Slurm arrays may start at 1
     shards = shards[first:] + shards[:first]
     device = _device(config)
     info = _claim(config, shards, device)
@@ -59,10 +60,10 @@ def run(config: EncodeConfig) -> Outcome:
     if done:
         _require_same_inputs(config, shards, load_shard_manifests(config.out, ShardManifest))
     todo = [shard for shard in shards if shard.name not in done]
-    sample_bytes = 2 * info.n_tokens + 256  # with its key and caption, about
+    sample_bytes = 2 * info.n_tokens + 256  # 256: approximate size of key and caption
     objects.check_disk_space(config.out, sum(map(_samples, todo)) * sample_bytes, "the token shards")
     if not todo:
-        log.info("%s: all %d shards are encoded already; nothing to do", config.out, len(shards))
+        log.info("%s: all %d shards are already encoded; nothing to do", config.out, len(shards))
     job = EncodeJob(
         config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device, config.precision
     )
@@ -118,12 +119,13 @@ def _summary(
 
 
 def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> DatasetInfo:
-    # dataset.json goes first: of two runs with different models into one output, one is refused before it writes anything.
+    # dataset.json is written first: if two runs encode with different models into one output, the second is refused before
+    # it writes anything.
     weights = read_weights(config.dvae, "dvae")
     try:
         dvae = DVAEConfig(**weights.config)
     except ValidationError as error:
-        raise DataError(f"{config.dvae}: its config does not fit this version's DVAEConfig: {error}") from None
+        raise DataError(f"{config.dvae}: its config does not match DVAEConfig of this version: {error}") from None
     _require_live_codebook(config, weights.extra)
     if dvae.n_codes > MAX_CODES:
         raise DataError(f"{config.dvae}: {dvae.n_codes} codes, expected at most {MAX_CODES}")
@@ -150,23 +152,23 @@ def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> Dataset
 
 def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str) -> dict[str, Any]:
     if config.tf32 and device != "cuda":
-        raise DataError(f"encode.tf32 is true on {device}, which has no TF32; expected false there")
+        raise DataError(f"encode.tf32 is true on {device}, which has no TF32; expected false")
     if config.precision == "fp32" and not config.tf32:
         return {}
     if config.precision == "fp16" and device != "cuda":
-        raise DataError(f"encode.precision is fp16 on {device}; expected fp32 or bf16 there")
+        raise DataError(f"encode.precision is fp16 on {device}; expected fp32 or bf16")
     dvaes = [load_dvae(config.dvae)[0] for _ in range(2)]
     sides = encoder_of(dvaes[0], "fp32", device), encoder_of(dvaes[1], config.precision, device, config.tf32)
     size = dvaes[0].config
     share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch_size, sides)
     what = config.precision + " with TF32" * config.tf32
-    log.info("%s: %.2f%% of the tokens of the first images are those of fp32", what, 100 * share)
+    log.info("%s: %.2f%% of the tokens of the first images equal those of fp32", what, 100 * share)
     if share < config.min_agreement:
         raise DataError(
-            f"encode.precision {what}: {share:.2%} of the tokens of the first images are those of "
+            f"encode.precision {what}: {share:.2%} of the tokens of the first images equal those of "
             f"fp32, encode.min_agreement expects {config.min_agreement:.2%}; use fp32"
         )
-    # what is usual goes without saying: data sets from before these fields keep their fingerprints
+    # Default values are stored as None and omitted, so data sets that predate these fields keep their fingerprints.
     return {
         "precision": None if config.precision == "fp32" else config.precision,
         "tf32": config.tf32 or None,
@@ -178,27 +180,27 @@ def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
     trained = extra.get("validation_fraction")
     if trained is not None and float(trained) < config.validation_fraction:
         log.warning(
-            "%s was trained with validation_fraction %s, encode.validation_fraction is %g: it has seen some of the "
-            "images that are validation here",
+            "%s was trained with validation_fraction %s, but encode.validation_fraction is %g: the dVAE was trained on some "
+            "images of this validation split",
             config.dvae,
             trained,
             config.validation_fraction,
         )
     if "validation" not in extra:
-        log.info("%s carries no validation report: how much of its codebook it uses is not known", config.dvae)
+        log.info("%s has no validation report: its codebook usage is unknown", config.dvae)
         return
     validation = json.loads(extra["validation"])
     used, n_codes = validation["codes_used"], validation["n_codes"]
     if used < config.min_codes_used * n_codes:
         raise DataError(
             f"{config.dvae} used {used} of its {n_codes} codes on validation images, expected at least "
-            f"{config.min_codes_used:.0%}: a prior would learn little from its tokens. Train it better, or lower "
+            f"{config.min_codes_used:.0%}: a prior would learn little from its tokens. Improve the dVAE, or lower "
             "encode.min_codes_used"
         )
 
 
 def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> None:
-    hint = "Another data set needs another `encode.out`."
+    hint = "Choose another `encode.out` for another data set."
     for part in ("dvae", "tokenizer"):
         require_same(f"{part} of data set {out}", getattr(there, part), getattr(ours, part), hint)
     differing = {name: (value, getattr(ours, name)) for name, value in there if value != getattr(ours, name)}
@@ -209,7 +211,7 @@ def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> Non
 
 
 def _require_same_inputs(config: EncodeConfig, shards: list[RawShard], manifests: list[ShardManifest]) -> None:
-    # Shards are known by name: another raw folder with the same names must not pass for done.
+    # Shards are identified by name: shards of another raw folder with the same names must not count as done.
     inputs = {manifest.shard: manifest.input for manifest in manifests}
     for shard in shards:
         made_of = inputs.get(shard.name)
@@ -217,7 +219,7 @@ def _require_same_inputs(config: EncodeConfig, shards: list[RawShard], manifests
             raise DataError(
                 f"{config.out}: shard {shard.name} was made from {made_of.path} ({made_of.bytes} bytes, checksum "
                 f"{made_of.checksum}), which is not {shard.url} ({shard.bytes} bytes, checksum {shard.checksum}); "
-                "another raw set needs another `encode.out`"
+                "choose another `encode.out` for another raw set"
             )
 
 
@@ -242,7 +244,7 @@ def _device(config: EncodeConfig) -> str:
     has_gpu = n_of("GPU") > 0 if config.engine == "ray" else torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         where = "the Ray cluster has no GPU" if config.engine == "ray" else "torch sees no CUDA device"
-        raise DataError(f"encode.device is cuda, but {where}; expected cpu or auto")
+        raise DataError(f"encode.device is cuda but {where}; expected cpu or auto")
     if config.device == "auto":
         return "cuda" if has_gpu and gpus_are_wanted() else "cpu"
     return config.device

@@ -1,4 +1,4 @@
-"""Fetch: a folder of real captioned images for the demo, from the first source that can be had here."""
+"""Fetch: download a folder of real captioned images for the demo, from the first available source."""
 
 import json
 import logging
@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 
 
 def run(config: FetchConfig) -> Outcome:
-    """Make the folder, whole or not at all.
+    """Create the folder atomically: it is complete or absent.
 
     Raises:
-        DataError: `out` holds something else, or no source can be had.
+        DataError: `out` has other content, or no source is available.
     """
     started = time.monotonic()
     out = Path(config.out.removeprefix("file://"))
     record = _already_there(out, config)
     if record is not None:
-        log.info("%s: fetched already (%s); nothing to do", out, record["source"])
+        log.info("%s: already fetched (%s); nothing to do", out, record["source"])
         return _outcome(out, record, started)
     if config.source == "scenes":
         _fetch_scenes(out, config)
@@ -40,7 +40,7 @@ def run(config: FetchConfig) -> Outcome:
             return _outcome(out, json.loads((out / "source.json").read_text()), started)
         except SourceUnavailable as error:
             failures.append(f"{source.name}: {error}")
-            log.warning("source %s cannot be had: %s", source.name, error)
+            log.warning("source %s is not available: %s", source.name, error)
     raise DataError("no images could be fetched:\n  " + "\n  ".join(failures))
 
 
@@ -50,7 +50,7 @@ def _fetch(source: Source, out: Path, limit: int | None) -> None:
         folder = Path(scratch) / "images"
         folder.mkdir()
         write_source(source, folder, limit, partial(progress, what=f"fetch {source.name}", unit="image"))
-        folder.rename(out)  # onto nothing or an empty folder; fails if another process has filled it meanwhile
+        folder.rename(out)  # `out` is absent or empty; the rename fails if another process has filled it meanwhile
 
 
 def _fetch_scenes(out: Path, config: FetchConfig) -> None:
@@ -71,12 +71,12 @@ def _already_there(out: Path, config: FetchConfig) -> dict[str, Any] | None:
         record = json.loads((out / "source.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(
-            f"{out}: not empty, and not made by fetch (no source.json); choose another `fetch.out`. "
-            "A folder of your own goes to `ingest.images` directly"
+            f"{out}: not empty and not created by fetch (no source.json); choose another `fetch.out`. "
+            "To use your own images, set `ingest.images` to their folder"
         ) from None
     if config.source not in ("auto", record["source"]) or config.limit != record["limit"]:
         raise DataError(
-            f"{out}: holds {record['source']} images (limit {record['limit']}), asked for {config.source} "
+            f"{out}: contains {record['source']} images (limit {record['limit']}), expected {config.source} "
             f"(limit {config.limit}); choose another `fetch.out`"
         )
     if config.source == "scenes" and record["scenes"] != config.scenes.model_dump():

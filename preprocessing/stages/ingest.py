@@ -1,4 +1,4 @@
-"""Ingest: captioned images in folders, tars or parquet become raw shards, filtered, with every sample accounted for."""
+"""Ingest: convert captioned images in folders, tars or parquet files to filtered raw shards; every sample is accounted for."""
 
 import hashlib
 import io
@@ -37,7 +37,7 @@ RAW_INFO = "raw.json"
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The inputs of one shard: known before any work, so that a restart makes the same shards."""
+    """The inputs of one shard. The plan is made before any work, so that a restart makes the same shards."""
 
     name: str
     part: Part
@@ -45,7 +45,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class IngestJob:
-    """One worker's task, picklable: `start` gives the function of one shard."""
+    """One worker's task, picklable. `start` returns the function that processes one shard."""
 
     out: str
     filters: FilterConfig
@@ -57,10 +57,11 @@ class IngestJob:
 
 
 def run(config: IngestConfig) -> Outcome:
-    """Make all raw shards that are not there yet.
+    """Make all missing raw shards.
 
     Raises:
-        DataError: no images or captions, or no room; FingerprintMismatch: `out` holds shards of other inputs or filters.
+        DataError: images or captions are missing, or disk space is too small.
+        FingerprintMismatch: `out` has shards of other inputs or filters.
     """
     started = time.monotonic()
     plans, listing = _plan(config)
@@ -69,7 +70,7 @@ def run(config: IngestConfig) -> Outcome:
     todo = [plan for plan in plans if plan.name not in done]
     objects.check_disk_space(config.out, sum(plan.part.bytes for plan in todo), "the raw shards")
     if not todo:
-        log.info("%s: all %d raw shards are there already; nothing to do", config.out, len(plans))
+        log.info("%s: all %d raw shards already exist; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, raw_fingerprint)
     n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
     _, failures = run_shards(
@@ -103,7 +104,7 @@ def run(config: IngestConfig) -> Outcome:
 
 
 def _plan(config: IngestConfig) -> tuple[list[ShardPlan], list[list[object]]]:
-    # The shards, and what tells these inputs from others.
+    # Returns the shards, and the listing of the inputs that goes into the fingerprint.
     url = config.images.rstrip("/")
     parts = list_parts(url, config.columns)
     if parts:
@@ -117,7 +118,10 @@ def _plan(config: IngestConfig) -> tuple[list[ShardPlan], list[list[object]]]:
 
 
 def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
-    """Judge what needs no pixels: captions, then equal files. Of equal files the first with a usable caption is kept."""
+    """Apply the checks that need no pixels: caption filters, then duplicate files.
+
+    Of byte-identical files, the first with a usable caption is kept.
+    """
     checks = caption_filters(config)
     judged = [entry if entry.reason else replace(entry, reason=judge_caption(entry.caption, checks)) for entry in entries]
     by_size = Counter(entry.bytes for entry in judged if not entry.reason)
@@ -134,7 +138,7 @@ def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
 
 
 def plan_shards(entries: list[Entry], samples_per_shard: int) -> list[ShardPlan]:
-    """Cut the entries, the dropped ones included, into shards of equal length."""
+    """Cut the entries, including dropped ones, into shards of equal length; the last may be shorter."""
     starts = range(0, len(entries), samples_per_shard)
     return [
         ShardPlan(f"{number:05d}", FolderPart(tuple(entries[start : start + samples_per_shard])))
@@ -143,7 +147,7 @@ def plan_shards(entries: list[Entry], samples_per_shard: int) -> list[ShardPlan]
 
 
 def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], str | None]) -> RawShardManifest:
-    """Read, judge and pack the samples of one shard, and commit it."""
+    """Read, filter and pack the samples of one shard, and commit it. `judge` returns the reason to drop a sample, or None."""
     started = time.monotonic()
     attempt = new_attempt()
     dropped: list[tuple[str, str]] = []
@@ -186,16 +190,16 @@ def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], s
 
 
 class RawInfo(Record):
-    """raw.json: what the shards under a root were made of."""
+    """raw.json: the inputs of the raw shards under a root."""
 
     fingerprint: str
     images: str
-    n_input: int  # samples of a folder; tars or parquet files
+    n_input: int  # number of samples of an image folder, or number of tars or parquet files
     samples_per_shard: int
 
 
 def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
-    # Which samples go into which shard must not change between a run and its restart.
+    # The assignment of samples to shards must not change between a run and its restart.
     rules = {"filters": config.filters.model_dump(), "version": FILTER_RULES, "samples_per_shard": config.samples_per_shard}
     raw_fingerprint = fingerprint(rules, {"listing": listing})
     info = RawInfo(
@@ -208,8 +212,8 @@ def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
             f"raw shards at {config.out}",
             there.fingerprint,
             raw_fingerprint,
-            f"They were made of {there.n_input} inputs of {there.images}; images, captions or filters "
-            "have changed since. Choose another `ingest.out`, or remove that one.",
+            f"They were made from {there.n_input} inputs of {there.images}; images, captions or filters "
+            "have changed since. Choose another `ingest.out`, or remove the existing one.",
         )
     return raw_fingerprint
 
@@ -220,6 +224,6 @@ def _digest(entry: Entry) -> str:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # time and owner stay 0: equal samples give equal bytes
+    member = tarfile.TarInfo(name)  # time and owner stay 0, so that equal samples give equal bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

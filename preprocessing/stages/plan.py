@@ -1,4 +1,4 @@
-"""Plan: what so many pairs become and need, from a finished encode or from figures that are given."""
+"""Plan: estimate size, time and cost of preprocessing a number of pairs, from a finished encode or from given rates."""
 
 from dalle_ds.console import Outcome
 from dalle_ds.data.manifest import load_manifest
@@ -8,14 +8,15 @@ from dalle_ds.storage.names import DATASET_FILE
 from preprocessing.configs import DataPlanConfig
 
 TOKENS, CODE_BYTES = 1024, 2
-OTHER_BYTES = 90  # of a sample: key, caption and group, tar headers, its share of the manifest
+OTHER_BYTES = 90  # per sample, in addition to the codes: key, caption, group, tar headers, and manifest bytes / samples
 
 
 def run(config: DataPlanConfig) -> Outcome:
-    """Shards, bytes and hours of `config.pairs` raw pairs; figures that are given go before measured ones.
+    """Shards, bytes and hours for `config.pairs` raw pairs. Given values override measured ones.
 
     Raises:
-        ConfigError: a figure out of range, or no rate at all; DataError: nothing is finished under `config.measured`.
+        ConfigError: a value is out of range, or no rate is given or measured.
+        DataError: nothing is finished under `config.measured`.
     """
     pairs, measured, gpu_rate, price = config.pairs, config.measured, config.gpu_rate, config.price
     shard_samples, workers = config.shard_samples, config.workers
@@ -39,7 +40,7 @@ def run(config: DataPlanConfig) -> Outcome:
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value}, expected a number above 0")
     if figures["accepted"] > 1:
-        raise ConfigError(f"--accepted is {figures['accepted']}, expected a share of at most 1")
+        raise ConfigError(f"--accepted is {figures['accepted']}, expected a fraction of at most 1")
     samples = pairs * figures["accepted"]
     sample_bytes = found.get("sample_bytes", TOKENS * CODE_BYTES + OTHER_BYTES)
     worker_hours = pairs / figures["rate"] / 3600 if figures["rate"] else None
@@ -75,7 +76,7 @@ def _measured(root: str) -> dict[str, float]:
     n_samples = sum(manifest.n_samples.values())
     seconds = sum(shard.seconds for shard in manifest.shards)
     if not n_samples or seconds <= 0:
-        raise DataError(f"{root}: {n_samples} samples in {seconds} s of work tell no rate")
+        raise DataError(f"{root}: {n_samples} samples in {seconds} s of work; expected above 0, to compute a rate")
     n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
     return {
         "rate": n_input / seconds,

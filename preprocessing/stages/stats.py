@@ -1,4 +1,4 @@
-"""Stats: what a data set holds, from its manifests; as numbers, and as a page to look at."""
+"""Stats: summarize a data set from its manifests, as numbers and as an HTML page."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ PAGE = "stats.html"
 
 
 def run(config: StatsConfig) -> Outcome:
-    """Sum up the manifests, and write the page.
+    """Summarize the manifests and write the page.
 
     Raises:
-        DataError: no data set there, no shard of it is done, or `page` cannot be written.
+        DataError: there is no data set, none of its shards is done, or `page` cannot be written.
     """
     started = time.monotonic()
     is_tokens = objects.exists(objects.join(config.root, DATASET_FILE))
@@ -37,7 +37,8 @@ def _write(page: str, config: StatsConfig) -> str | None:
     except OSError as error:
         if config.page is not None:
             raise DataError(f"the page cannot be written to {url}: {error}") from None
-        log.warning("there is no page: %s; stats.page names another place for it", error)  # the numbers are what was asked for
+        # The numbers are the main result, so a failure to write the default page is only a warning.
+        log.warning("no page was written: %s; set stats.page to another location", error)
         return None
     return url
 
@@ -102,7 +103,7 @@ def _projection(n_bytes: int, n_samples: int, work_seconds: float, project_to: i
 
 
 def _lengths(manifest: DatasetManifest) -> dict[str, float]:
-    # Quantiles of the BPE tokens a caption, over the train split.
+    # Quantiles of the number of BPE tokens per caption, over the train split.
     lengths = sorted(manifest.caption_lengths.items())
     total = sum(count for _, count in lengths)
     if not total:

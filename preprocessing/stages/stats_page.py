@@ -1,4 +1,4 @@
-"""The page of `stats`: one HTML file that needs nothing else, for people who want to see what is in a data set."""
+"""The HTML page of `stats`: one self-contained file that shows the content of a data set."""
 
 import base64
 import html
@@ -45,7 +45,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere; max-height: 6em; overflow
 
 
 def page_of_tokens(summary: Mapping[str, object], manifest: DatasetManifest, examples: Sequence[Example]) -> str:
-    """HTML for a token data set. `examples` are decoded from its tokens."""
+    """HTML page of a token data set. `examples` are images decoded from its tokens, with their captions."""
     charts = [_bars("Dropped, by reason", manifest.dropped)] if manifest.dropped else []
     if manifest.caption_lengths:
         charts.append(_lengths(manifest.caption_lengths))
@@ -54,12 +54,15 @@ def page_of_tokens(summary: Mapping[str, object], manifest: DatasetManifest, exa
 
 
 def page_of_raw(summary: Mapping[str, object], dropped: Mapping[str, int], examples: Sequence[Example]) -> str:
-    """HTML for raw shards."""
-    return _page(summary, [_bars("Dropped, by reason", dropped)] if dropped else [], examples, "as they were taken in")
+    """HTML page of raw shards. `examples` are source images with their captions."""
+    return _page(summary, [_bars("Dropped, by reason", dropped)] if dropped else [], examples, "as ingested")
 
 
 def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Example]:
-    """The first samples of the train split, by the data set's own dVAE; one after another, which takes seconds at full size."""
+    """The first `n` samples of the train split, decoded by the data set's own dVAE.
+
+    Samples are decoded one at a time, which takes seconds at full size.
+    """
     if n == 0:
         return []
     try:
@@ -79,13 +82,13 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
 
 
 def raw_examples(root: str, n: int) -> list[Example]:
-    """The first images of raw shards."""
+    """The first `n` samples of raw shards; unreadable images are skipped."""
     found = (sample for shard in list_raw_shards(root) for sample in read_raw_shard(shard))
     examples = []
     for sample in islice((sample for sample in found if isinstance(sample, RawSample)), n):
         try:
             examples.append((decode_image(sample.image), sample.caption))
-        except ImageProblem:  # counted when it is encoded
+        except ImageProblem:  # encode counts it
             continue
     return examples
 

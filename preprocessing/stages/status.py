@@ -1,4 +1,4 @@
-"""Status: how far an ingest or encode is, while it runs or after, from its manifests and the notes of its runs."""
+"""Status: show the progress of an ingest or encode, during or after a run, from its manifests and progress records."""
 
 import time
 from collections import Counter
@@ -11,20 +11,20 @@ from dalle_ds.storage.names import DATASET_FILE
 from preprocessing.configs import StatusConfig
 from preprocessing.executors.journal import load_failures, load_plan
 
-RATE_SECONDS = 600  # before the last finished shard: the rate is that of these minutes
+RATE_SECONDS = 600  # the rate is averaged over this time before the last finished shard
 
 
 def run(config: StatusConfig) -> Outcome:
-    """Count what is done, open and failed.
+    """Count finished, open and failed shards.
 
     Raises:
-        DataError: no ingest or encode has begun there.
+        DataError: no ingest or encode has started there.
     """
     is_tokens = objects.exists(objects.join(config.root, DATASET_FILE))
     plan = load_plan(config.root)
     manifests = load_shard_manifests(config.root, ShardManifest if is_tokens else RawShardManifest)
     if not manifests and plan is None:
-        raise DataError(f"{config.root}: neither ingest nor encode has begun here")
+        raise DataError(f"{config.root}: neither ingest nor encode has started here")
     n_shards = plan.n_shards if plan else None
     done = {manifest.shard for manifest in manifests}
     failures = [failure for failure in load_failures(config.root) if failure.shard not in done]
@@ -52,7 +52,7 @@ def run(config: StatusConfig) -> Outcome:
 
 
 def _pace(manifests: list[ShardManifest] | list[RawShardManifest], n_left: int | None) -> dict[str, float | None]:
-    # From when the first of the last minutes' shards was begun to when the last was finished, over all machines.
+    # Over all machines: from the start of the earliest shard finished within RATE_SECONDS to the end of the last shard.
     finished = [(manifest.finished, manifest) for manifest in manifests if manifest.finished is not None]
     if not finished:
         return {"images_per_second": None, "eta_seconds": None, "last_shard_seconds_ago": None}

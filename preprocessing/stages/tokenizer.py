@@ -1,4 +1,4 @@
-"""Tokenizer: BPE trained on the captions of the train split of the raw shards."""
+"""Tokenizer: train a BPE tokenizer on the captions of the raw shards' train split."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Made(Record):
-    """OUT.json, beside the model: from what it was trained."""
+    """OUT.json, next to the model: identifies its training data and settings."""
 
     inputs: str
     tokenizer: str
@@ -24,10 +24,11 @@ class Made(Record):
 
 
 def run(config: TokenizerConfig) -> Outcome:
-    """Train, unless the file there was trained on the same captions with the same settings.
+    """Train the tokenizer, unless `config.out` was already trained on the same captions with the same settings.
 
     Raises:
-        DataError: no raw shards, or no captions in their train split; ConfigError: the vocabulary is too small.
+        DataError: there are no raw shards, or no captions in their train split.
+        ConfigError: the vocabulary is too small.
     """
     started = time.monotonic()
     shards = list_raw_shards(config.raw)
@@ -37,7 +38,7 @@ def run(config: TokenizerConfig) -> Outcome:
     if made is None:
         made = _train(config, shards, inputs)
     else:
-        log.info("%s: trained already on the same captions; nothing to do", config.out)
+        log.info("%s: already trained on the same captions; nothing to do", config.out)
     model = CaptionTokenizer(config.out)
     return Outcome(
         {

@@ -1,4 +1,4 @@
-"""Verify: read back every manifest and every object it names, and tell all that is not as written."""
+"""Verify: read back every manifest and every object that it names, and report every deviation."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ IMAGE = "verify/images.png"
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one shard holds, and what is wrong with it."""
+    """Result of checking one shard."""
 
     problems: list[str]
     n_samples: int
@@ -56,7 +56,7 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """One worker's task; `info` is None for raw shards."""
+    """One worker's task. `info` is None for raw shards."""
 
     root: str
     info: DatasetInfo | None
@@ -69,16 +69,16 @@ class VerifyJob:
         torch.set_num_threads(n_threads)
         try:
             dvae = load_dvae(objects.join(self.root, DVAE_FILE))[0].eval()
-        except UserError:  # told with the other files of the data set
+        except UserError:  # _check_dataset reports it with the data set's other files
             dvae = None
         return lambda manifest: check_shard(self, manifest, dvae)
 
 
 def run(config: VerifyConfig) -> Outcome:
-    """Check everything under the root; the outcome is complete only if nothing is wrong.
+    """Check everything under the root. The outcome is complete only if there are no problems.
 
     Raises:
-        DataError: neither raw shards nor a token data set lie there.
+        DataError: there are neither raw shards nor a token data set.
     """
     started = time.monotonic()
     problems: list[str] = []
@@ -134,15 +134,15 @@ def run(config: VerifyConfig) -> Outcome:
 
 
 def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest, dvae: DVAE | None = None) -> ShardReport:
-    """Read one shard back as a reader would, and compare it with its manifest, and with a dVAE also with its source."""
+    """Read one shard back as a reader would, and compare it with its manifest. With a dVAE, compare it with its source too."""
     problems: list[str] = []
     pairs: list[Pair] = []
     if manifest.fingerprint != job.fingerprint:
         problems.append(f"shard {manifest.shard}: fingerprint {manifest.fingerprint}, expected {job.fingerprint}")
     if manifest.n_input != manifest.n_samples + sum(manifest.dropped.values()):
         problems.append(
-            f"shard {manifest.shard}: {manifest.n_input} inputs are not {manifest.n_samples} samples and "
-            f"{sum(manifest.dropped.values())} dropped ones"
+            f"shard {manifest.shard}: {manifest.n_input} inputs, expected the sum of {manifest.n_samples} samples and "
+            f"{sum(manifest.dropped.values())} dropped samples"
         )
     try:
         if isinstance(manifest, ShardManifest):
@@ -151,8 +151,8 @@ def check_shard(job: VerifyJob, manifest: ShardManifest | RawShardManifest, dvae
             if dvae is not None:
                 pairs = pairs_of(job.root, manifest, dvae, job.images_per_shard, problems)
                 problems += [
-                    f"shard {manifest.shard}, sample {pair.key}: {pair.same_tokens:.1%} of its tokens are those of "
-                    f"its source, expected {MIN_SAME_TOKENS:.0%}"
+                    f"shard {manifest.shard}, sample {pair.key}: {pair.same_tokens:.1%} of its tokens equal those of "
+                    f"its source image, expected at least {MIN_SAME_TOKENS:.0%}"
                     for pair in pairs
                     if pair.same_tokens < MIN_SAME_TOKENS
                 ]
@@ -186,12 +186,14 @@ def _check_tokens(root: str, info: DatasetInfo, manifest: ShardManifest, problem
                 if split_of(group, info.validation_fraction) != split
             ]
             if astray:
-                problems.append(f"{url}, block {block.name}: {len(astray)} samples are not of the {split} split: {astray[:3]}")
+                problems.append(
+                    f"{url}, block {block.name}: {len(astray)} samples do not belong to the {split} split: {astray[:3]}"
+                )
             keys += record["keys"]
         if part.n_samples != sum(block.n_samples for block in part.blocks):
-            problems.append(f"{url}: {part.n_samples} samples are not the sum of its blocks")
+            problems.append(f"{url}: {part.n_samples} samples, which is not the sum over its blocks")
     if histogram.tolist() != manifest.code_histogram:
-        problems.append(f"shard {manifest.shard}: its code histogram is not that of its tokens")
+        problems.append(f"shard {manifest.shard}: the manifest's code histogram does not match the tokens")
     return keys
 
 
@@ -204,12 +206,12 @@ def _check_raw(root: str, manifest: RawShardManifest, problems: list[str]) -> li
         else:
             keys.append(sample.key)
     if len(keys) != manifest.n_samples:
-        problems.append(f"{shard.url}: {len(keys)} samples, its manifest says {manifest.n_samples}")
+        problems.append(f"{shard.url}: {len(keys)} samples, expected {manifest.n_samples} as in its manifest")
     if manifest.dropped_path:
         url = objects.join(root, manifest.dropped_path)
         reasons = Counter(json.loads(line)["reason"] for line in objects.read_bytes(url).splitlines())
         if reasons != manifest.dropped:
-            problems.append(f"{url}: {dict(reasons)}, its manifest says {manifest.dropped}")
+            problems.append(f"{url}: {dict(reasons)}, expected {manifest.dropped} as in its manifest")
     return keys
 
 
@@ -217,12 +219,12 @@ def _whole_object(url: str, part: Part) -> bytes:
     try:
         data = objects.read_bytes(url)
     except FileNotFoundError:
-        raise DataError(f"{url}: the manifest names this object, but it is gone") from None
+        raise DataError(f"{url}: the manifest names this object, but it does not exist") from None
     if len(data) != part.bytes:
-        raise DataError(f"{url}: {len(data)} bytes, its manifest says {part.bytes}")
+        raise DataError(f"{url}: {len(data)} bytes, expected {part.bytes} as in its manifest")
     digest = hashlib.sha256(data).hexdigest()
     if digest != part.checksum:
-        raise DataError(f"{url}: SHA-256 {digest}, its manifest says {part.checksum}")
+        raise DataError(f"{url}: SHA-256 {digest}, expected {part.checksum} as in its manifest")
     return data
 
 
@@ -240,14 +242,14 @@ def _check_dataset(root: str, info: DatasetInfo, manifests: list[ShardManifest])
             problems.append(str(error))
             continue
         if found != expected:
-            problems.append(f"{url}: fingerprint {found}, dataset.json says {expected}")
+            problems.append(f"{url}: fingerprint {found}, expected {expected} as in dataset.json")
     url = objects.join(root, MANIFEST_FILE)
     if not objects.exists(url):
-        return [*problems, f"{url}: missing; the encode run has not come to its end"]
+        return [*problems, f"{url}: missing; the encode run is not complete"]
     try:
         merged = parse(DatasetManifest, objects.read_bytes(url), url)
         if merged != merge(info, manifests, complete=True):
-            problems.append(f"{url}: is not the merge of the {len(manifests)} shard manifests; run encode again")
+            problems.append(f"{url}: does not match the merged {len(manifests)} shard manifests; run encode again")
     except UserError as error:
         problems.append(str(error))
     return problems
@@ -264,7 +266,7 @@ def _raw_fingerprint(root: str) -> str:
 def _repeated_keys(reports: list[ShardReport]) -> list[str]:
     hashes = np.concatenate([report.key_hashes for report in reports]) if reports else np.zeros(0, dtype=np.uint64)
     n_repeated = len(hashes) - len(np.unique(hashes))
-    return [f"{n_repeated} samples have a key that another sample has too"] if n_repeated else []
+    return [f"{n_repeated} samples have the same key as another sample"] if n_repeated else []
 
 
 def _orphans(root: str, manifests: list[ShardManifest] | list[RawShardManifest]) -> dict[str, int]:

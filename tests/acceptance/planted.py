@@ -1,4 +1,4 @@
-"""Steps that do what their names say. They need no torch, so that they start at once."""
+"""Steps for tests: each fails in the way that its name describes. They start fast, because they don't import torch."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
         raise ValueError("41 is not 42")
     if name == "crashes":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if name == "spawns":  # as launchers do: not in our session, and deaf to what is sent to it
+    if name == "spawns":  # like a launcher: its process is in another session, and signals to our session don't reach it
         other = subprocess.Popen(["sleep", "600"], start_new_session=True)
         record.tell("other", other.pid)
     if name in ("hangs", "spawns"):

@@ -1,4 +1,4 @@
-"""Which of plan's machines a GPU is."""
+"""Mapping from a GPU's device name and memory to a machine of `plan`."""
 
 import pytest
 import torch

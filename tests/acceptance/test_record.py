@@ -1,4 +1,4 @@
-"""Verdicts, and what is left of a step that dies while it writes."""
+"""Verdicts of rows, and the rows of a step that dies while it writes."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from dalle_ds.acceptance.record import Record, read_record
 
 @pytest.fixture
 def rows(tmp_path):
-    """Verdicts of what is recorded, by name."""
+    """A record, and a function that returns the (verdict, expected) of its rows by name."""
     file = tmp_path / "step.jsonl"
     record = Record(file)
     return record, lambda: {row["what"]: (row["verdict"], row["expected"]) for row in read_record(file)[0]}
@@ -52,4 +52,4 @@ def test_what_a_dying_step_has_left(tmp_path):
     found, details = read_record(file)
     assert [row["measured"] for row in found] == ["inf"] and details == {"list": [1, 2]}
     Record(file)
-    assert read_record(file) == ([], {}), "another try begins anew"
+    assert read_record(file) == ([], {}), "a repeated step starts with an empty record"

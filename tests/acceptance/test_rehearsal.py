@@ -1,4 +1,4 @@
-"""Every step, small, on the CPU: each comes to its end and finds nothing wrong."""
+"""Rehearsal of every step, at small sizes on the CPU: each ends, and no row is WRONG."""
 
 import pytest
 
@@ -24,8 +24,8 @@ def test_all_steps(tmp_path, monkeypatch):
     assert summary["ok"] and not summary["not_ok"] and "rehearsed on a CPU" in told.splitlines()[-1], told
     for step in summary["steps"]:
         judged = [row for row in step["rows"] if row["verdict"] != "-"]
-        assert all(row["why"] and row["expected"] for row in judged), "each verdict has its expectation and its reason"
-        assert judged or step["name"] == "encoder", "whose rates a CPU has no expectation of"
+        assert all(row["why"] and row["expected"] for row in judged), "each verdict has an expected value and a reason"
+        assert judged or step["name"] == "encoder", "only `encoder` has no expected values on a CPU"
 
 
 def test_every_fused_function_has_its_case():

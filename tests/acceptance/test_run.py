@@ -1,4 +1,4 @@
-"""Steps that fail in every way are told as such, and the others run; a run that was killed goes on."""
+"""If a step fails in any way, its outcome is reported and the other steps run. A killed run can be resumed."""
 
 import json
 import os
@@ -49,9 +49,9 @@ def test_each_way_to_fail_is_told_and_the_others_run(tmp_path):
     assert summary["wrong"] == 1 and json.loads((tmp_path / SUMMARY).read_text()) == summary
     assert "last words of raises" in found["raises"]["tail"] and "ValueError: 41 is not 42" in found["raises"]["tail"]
     assert found["crashes"]["tail"].endswith("(SIGSEGV)") and "redrawn" not in found["crashes"]["tail"]
-    assert "planted.py" in found["hangs"]["tail"] and "in run" in found["hangs"]["tail"], "the stack at its limit"
-    assert found["fine"]["tail"] == "" and all(step["rows"] for step in found.values()), "what was found before stays"
-    wait_for(lambda: not psutil.pid_exists(measured(found["spawns"], "other")), "end of what a step had started")
+    assert "planted.py" in found["hangs"]["tail"] and "in run" in found["hangs"]["tail"], "the stack at the time limit"
+    assert found["fine"]["tail"] == "" and all(step["rows"] for step in found.values()), "rows from before a failure are kept"
+    wait_for(lambda: not psutil.pid_exists(measured(found["spawns"], "other")), "end of the process that a step had started")
     text = table(summary)
     assert "HUNG after " in text and "| ValueError: 41 is not 42" in text and "\nfine: what fine (" in text
     assert "WRONG: wrong, answer. by definition" in text
@@ -63,8 +63,8 @@ def test_steps_for_which_there_is_no_time(tmp_path, monkeypatch):
     steps = [Step("hangs", MODULE, 60, ""), *planted("fine")]
     found = by_name(accept(tmp_path, steps=steps, minutes=1.5 / 60))
     assert [step["outcome"] for step in found.values()] == ["out of time", "out of time"]
-    assert "last words of hangs" in found["hangs"]["tail"], "begun, and ended with the whole"
-    assert found["fine"]["tail"].startswith("not begun") and found["fine"]["rows"] == []
+    assert "last words of hangs" in found["hangs"]["tail"], "started, and ended when the time of the run was over"
+    assert found["fine"]["tail"].startswith("not started") and found["fine"]["rows"] == []
     again = by_name(accept(tmp_path, steps=steps, names=["fine"]))
     assert again["fine"]["outcome"] == "ended" and again["hangs"]["outcome"] == "out of time"
 
@@ -95,7 +95,7 @@ def test_a_killed_run_takes_its_step_along_and_goes_on(tmp_path):
 
 def test_a_terminal_that_interrupts_ends_the_step_too(tmp_path):
     program = (
-        # a job in the background of a shell inherits that the signal is ignored
+        # a background job of a shell inherits that SIGINT is ignored
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from dalle_ds.acceptance.run import accept; from dalle_ds.acceptance.table import Step; "
         f"accept(Path({str(tmp_path)!r}), steps=[Step('hangs', {MODULE!r}, 60, '')])"
@@ -117,7 +117,7 @@ def test_progress_names_the_step_and_the_latest_end(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="no step 'coffee'; there are fine, last"):
+    with pytest.raises(ConfigError, match="no step 'coffee'; the steps are fine, last"):
         accept(tmp_path, steps=planted("fine", "last"), names=["coffee"])
     accept(tmp_path, steps=planted("fine"))
     with pytest.raises(ConfigError, match="'rehearsal': False.*'rehearsal': True"):

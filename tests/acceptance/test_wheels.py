@@ -1,4 +1,4 @@
-"""What travels to a node without a registry is all that the steps import."""
+"""The wheels for a node without a package registry include all packages that the steps import."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ for name in sys.argv[2].split(","):
 
 
 def installed_with(names):
-    """All that comes with these packages, as pip would install them."""
+    """Returns the packages `names` with all their dependencies, as pip would install them."""
     found, queue = set(), list(names)
     while queue:
         name = queue.pop().lower().replace("_", "-")

@@ -1,4 +1,4 @@
-"""Every benchmark on a tiny shape, as people type it; and that the other side computes the same thing."""
+"""Every benchmark on a tiny shape through its command line, and that both sides of a comparison compute the same thing."""
 
 import json
 import math
@@ -31,7 +31,7 @@ needs_peer = pytest.mark.skipif(find_spec("dalle_pytorch") is None, reason="dall
 
 @pytest.fixture
 def type_in(monkeypatch, capsys):
-    """A command line in this process -> exit code, stdout, stderr."""
+    """Returns a function that runs a command line in this process and returns (exit code, stdout, stderr)."""
 
     def run(line):
         monkeypatch.setattr(cli, "setup_logging", lambda: None)
@@ -139,12 +139,12 @@ def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):
 def test_without_the_peer_the_message_says_what_to_install(type_in, monkeypatch):
     monkeypatch.setattr(peer_package, "find_spec", lambda name: None)
     code, _, err = type_in(f"dalle-ds bench peers {SHAPE} --positions 1")
-    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "environment of its own" in err
+    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "separate environment" in err
 
 
 @pytest.mark.parametrize("pattern", Pattern)
 def test_attention_sides_agree_on_the_fused_projection(pattern):
-    """What is timed is right: outputs and gradients in raster order, whichever order the backend wants."""
+    """The timed functions are correct: outputs and gradients are in raster order, whichever order the backend needs."""
     settings, cpu = AttentionBenchConfig(text_len=4, grid=4, conv_kernel=3, heads=2), torch.device("cpu")
     fused = torch.randn(2, settings.n_slots, 3, 2, 64)
     results = []
@@ -170,7 +170,7 @@ def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
         torch.manual_seed(2)
         scaling.scaled_step(prior, side(prior), 2)()
         steps.append(torch.cat([p.detach().flatten() for p in prior.parameters()]) - before)
-    assert torch.equal(*steps) and steps[0].norm() > 0.1, "both start with the same power of two, and those are exact"
+    assert torch.equal(*steps) and steps[0].norm() > 0.1, "both start with the same power of two, which scales exactly"
 
 
 def test_underflow_is_of_the_last_blocks_under_one_scale_and_of_none_with_a_scale_each(type_in, tmp_path):
@@ -204,7 +204,7 @@ def test_every_way_of_sampling_gives_the_logits_of_the_whole_sequence(captions, 
     prior = Prior(TINY)
     initialise(prior, torch.Generator().manual_seed(1))
     for parameter in (*prior.embed.parameters(), prior.heads.image.weight):
-        parameter.mul_(30)  # logits that depend on what was read
+        parameter.mul_(30)  # so that logits depend on the tokens read before
     use_attention(prior, "dense", torch.device("cpu"))
     ways = (decoding.OurSampler, decoding.DenseSampler, decoding.UncachedSampler)
     samplers = [way(prior, captions, candidates) for way in ways]
@@ -212,7 +212,7 @@ def test_every_way_of_sampling_gives_the_logits_of_the_whole_sequence(captions, 
         for sampler in samplers:
             sampler.go_to(start)
         image_BN = samplers[0].image_CN.repeat_interleave(candidates, 0).clone()
-        samplers[2].logits_BV = samplers[0].logits_BV  # it has read nothing yet
+        samplers[2].logits_BV = samplers[0].logits_BV  # the uncached sampler has computed no logits yet
         for position in range(start, 15):
             image_BN[:, position] = samplers[0].draw()
             for sampler in samplers:
@@ -241,7 +241,7 @@ def test_peak_memory_of_a_fresh_process():
 @torch.no_grad()
 @pytest.mark.parametrize("conv", [False, True])
 def test_the_peers_cache_gives_its_own_logits(conv):
-    """Else its time would be that of something that nobody can use."""
+    """The cached logits equal those of the full forward pass; otherwise the benchmark would time wrong results."""
     settings = PeersBenchConfig(
         text_len=4, grid=4, conv_kernel=3, heads=2, layers=3, vocab_size=20, n_codes=30, positions="1", rounds=1
     )

@@ -1,4 +1,4 @@
-"""The fake CUDA device counts what it should, refuses what CUDA refuses, and leaves no trace."""
+"""The fake CUDA device counts kernels, bytes and waits, raises CUDA's errors, and is removed completely."""
 
 from collections import Counter
 from contextlib import suppress
@@ -65,7 +65,7 @@ def test_kernels_and_bytes(call):
     kib = {name: (sum(c.read.values()) / KIB, sum(c.written.values()) / KIB) for name, c in found.items()}
     assert kib["product"] == (12, 2) and kib["twice the same"] == (4, 4) and kib["in place"] == (4, 4)
     assert kib["views"] == kib["nothing"] == (0, 0)
-    assert kib["overwritten"] == (4, 8)  # neither reads what it overwrites
+    assert kib["overwritten"] == (4, 8)  # neither operator reads the tensor that it overwrites
     assert kib["repeated"] == (4 + 64 / KIB, 4)
     assert kib["compiled"] == (4, 2)
     names = {name: by_name(c.kernels) for name, c in found.items()}
@@ -149,7 +149,7 @@ def test_refuses_what_cuda_refuses(call):
     said = call(mistakes)
     assert set(said) == {"generator", "devices", "dtypes", "recording"}
     assert "'cuda'" in said["generator"] and "'cpu'" in said["generator"] and "two devices" in said["devices"]
-    assert "torch.float16" in said["dtypes"] and "not permitted while a CUDA graph is recorded" in said["recording"]
+    assert "torch.float16" in said["dtypes"] and "not permitted while a CUDA graph is captured" in said["recording"]
 
 
 def values() -> dict[str, Any]:
@@ -223,7 +223,7 @@ def too_late() -> str:
 
 
 def test_says_that_it_came_too_late(call):
-    assert "before the first backward pass of the process" in in_fresh_process(too_late)
+    assert "before the process's first backward pass" in in_fresh_process(too_late)
 
 
 def test_says_that_there_is_no_compiler(monkeypatch, tmp_path):

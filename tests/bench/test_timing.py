@@ -1,4 +1,4 @@
-"""The measuring function, under a clock that the measured functions push forward themselves."""
+"""Timing in turns, with a simulated clock that the timed functions advance."""
 
 import time
 
@@ -10,7 +10,7 @@ from dalle_ds.bench.harness.timing import Comparison, Ratio, clock_for, take_tur
 
 
 class Workshop:
-    """Named work of known lengths; `log` is the order in which it was done."""
+    """Named functions of known durations. `log` has the order of their calls."""
 
     def __init__(self):
         self.now, self.log = 0.0, []
@@ -38,7 +38,7 @@ def test_every_variant_runs_between_two_baselines():
 
 def test_ratio_is_the_mean_of_the_neighbouring_baselines_over_the_variant():
     shop = Workshop()
-    # first numbers: the warm-up, which counts for nothing
+    # the first numbers are the warm-up, which is not counted
     variants = {"dense": shop.work("dense", 100, 2, 4, 8, 16), "ours": shop.work("ours", 900, 1, 2, 24)}
     turns = take_turns(variants, "dense", 3, shop.clock)
     assert turns.runs == {"dense": [2, 4, 8, 16], "ours": [1, 2, 24]}
@@ -63,7 +63,7 @@ def test_two_variants_are_compared_round_by_round():
 
 @pytest.mark.parametrize("names, baseline, rounds", [("a", "a", 1), ("ab", "c", 1), ("ab", "a", 0)])
 def test_nothing_to_compare(names, baseline, rounds):
-    with pytest.raises(ValueError, match="expected it among others"):
+    with pytest.raises(ValueError, match="expected the baseline and others"):
         take_turns(dict.fromkeys(names, print), baseline, rounds, time.monotonic)
 
 

@@ -1,4 +1,4 @@
-"""The `dalle-ds` command as people type it."""
+"""Tests of the `dalle-ds` command line."""
 
 import json
 import os
@@ -25,8 +25,8 @@ BENCHMARKS = [verb for verb in VERBS if verb.name.startswith("bench ")]
 
 @pytest.fixture
 def dalle_ds(monkeypatch, capsys):
-    """The command in this process (a new one spends seconds on importing torch) -> exit code, stdout, stderr."""
-    monkeypatch.setattr(cli, "setup_logging", lambda: None)  # it would take over pytest's handlers
+    """Run the command in this process, since a new process needs seconds to import torch. Returns exit code, stdout, stderr."""
+    monkeypatch.setattr(cli, "setup_logging", lambda: None)  # it would replace pytest's log handlers
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["dalle-ds", *map(str, arguments)])
@@ -52,7 +52,7 @@ def export(tmp_path_factory):
 
 
 def surface():
-    """Every verb with its inputs and options, a line each."""
+    """Yields one line per verb, with its inputs and options."""
     for verb in VERBS:
         options = [
             option
@@ -64,7 +64,7 @@ def surface():
 
 
 def test_verbs_and_options_are_these():
-    """What people type: a change of it is a change of this file, which everybody sees."""
+    """A change of the command line must show up as a change of verbs.txt."""
     assert "\n".join(surface()) + "\n" == FROZEN.read_text()
 
 
@@ -92,7 +92,7 @@ def test_help_has_examples_of_known_options(verb, dalle_ds, monkeypatch):
 
 
 def test_examples_are_read_as_they_stand(dalle_ds, monkeypatch):
-    """Each one is typed, up to the point where the verb would begin to work."""
+    """Parse each example with --show-config, so that the verb does not run."""
     monkeypatch.chdir(ROOT)
     for verb in VERBS:
         for example in verb.examples:
@@ -112,7 +112,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_sample_and_repeat(export, tmp_path, dalle_ds):
-    """In processes of their own: the same images, and the summary is all there is on stdout."""
+    """A repeated run gives the same images. The first run is a separate process: stdout has only the summary."""
     caption, out = "A red square at the top.", tmp_path / "one"
     done = in_process("sample", export, "--caption", caption, "--n", 2, "--seed", 3, "--out", out, "--json")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -140,7 +140,7 @@ def test_plan(dalle_ds):
 
 
 def on_paper():
-    """Commands of `dalle-ds plan` in recipes and pages: (page, arguments)."""
+    """Yields (page, arguments) for every `dalle-ds plan` command in recipes and pages."""
     for page in [*(ROOT / "launchers" / "recipes").glob("*.yaml"), *(ROOT / "launchers").glob("*.md")]:
         for line in page.read_text().splitlines():
             if line.lstrip("# ").startswith("dalle-ds plan "):
@@ -149,14 +149,14 @@ def on_paper():
 
 @pytest.mark.parametrize(("page", "arguments"), list(on_paper()))
 def test_plans_of_recipes_and_pages_fit_and_say_what_is_written_there(page, arguments, dalle_ds, monkeypatch):
-    """Memory, days, MFU in a recipe's comment and GPU-hours on the page are the command's, to 10 %."""
+    """Memory, days and MFU in a recipe's comment, and GPU-hours on the page, equal those of the command to 10 %."""
     monkeypatch.chdir(ROOT)
     code, out, _ = dalle_ds(*arguments, "--json")
     summary = json.loads(out)
     assert code == 0 and summary["fits_estimate"] and "warnings" not in summary
     if page.endswith(".yaml"):
         text = (ROOT / "launchers" / "recipes" / page).read_text()
-        gib, days, mfu = re.search(r"On paper: (\d+) GiB, ([\d.]+) days .* at (\d+)% MFU", text).groups()
+        gib, days, mfu = re.search(r"Computed by `plan`: (\d+) GiB, ([\d.]+) days .* at (\d+)% MFU", text).groups()
         assert float(gib) == pytest.approx(summary["memory_gib_per_gpu_estimate"], rel=0.1)
         assert float(days) == pytest.approx(summary["days_estimate"], rel=0.1)
         assert float(mfu) == pytest.approx(100 * summary["mfu_estimate"], rel=0.1)
@@ -185,14 +185,14 @@ def test_doctor(tmp_path, dalle_ds, monkeypatch):
     assert code == 0 and outcome["ok"] and outcome["failed"] == []
     names = {finding["name"] for finding in outcome["findings"]}
     assert {"python", "torch", "deepspeed", "kernels", "disk", f"write {tmp_path}"} <= names
-    assert list(tmp_path.iterdir()) == []  # the probe is gone
+    assert list(tmp_path.iterdir()) == []  # the test file is removed
     blocker = tmp_path / "file"
     blocker.write_text("")
     options = (blocker / "below", "--min-free-gib", 1e9, "--mlflow-uri", "http://127.0.0.1:9", "--json")
     code, out, _ = dalle_ds("doctor", *options)
     outcome = json.loads(out.splitlines()[-1])
     assert code == 1 and outcome["failed"] == ["disk", f"write {blocker / 'below'}"]
-    assert "tracking" in outcome["warnings"]  # training does without
+    assert "tracking" in outcome["warnings"]  # training does not need the tracking server
     monkeypatch.setattr("dalle_ds.ops.devices.use_cuda", lambda: True)
     monkeypatch.setattr("dalle_ds.ops.kernel_compiler.kernel_problem", lambda: "no gcc here")
     code, out, _ = dalle_ds("doctor", "--min-free-gib", 0.001)
@@ -206,13 +206,13 @@ def test_accept(tmp_path, dalle_ds):
     code, out, _ = dalle_ds(*options, "--json")
     assert code == 0 and json.loads(out)["steps"][0]["name"] == "products"
     code, out, _ = dalle_ds("accept", "--rehearse", "--out", tmp_path, "--steps", "engine", "--minutes", "0.01")
-    assert code == 1 and "not begun" in out and "NOT ACCEPTED" in out.splitlines()[-1]
+    assert code == 1 and "not started" in out and "NOT ACCEPTED" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("accept", "--steps", "coffee"), "no step 'coffee'; there are environment"),
+        (("accept", "--steps", "coffee"), "no step 'coffee'; the steps are environment"),
         (("sample", "nowhere", "--caption", "x"), "nowhere is not an export folder"),
         (("sample", "nowhere"), "exactly one of --caption, --captions and --validation"),
         (("sample", "nowhere", "--caption", "x", "--n", "0"), "n = 0"),
@@ -220,20 +220,20 @@ def test_accept(tmp_path, dalle_ds):
         (("plan", "--preset", "13b"), "preset '13b': expected one of tiny, 0.3b"),
         (("plan", "--mfu", "1.5"), "mfu = 1.5"),
         (("plan", "--machine", "B300"), "machine 'B300': expected one of V100, A100-40"),
-        (("plan", "replicas.count=2"), "replicas.count=2: no option of a plan; it would change a recipe, and none is named"),
-        (("plan", "old.yaml"), "unknown section 'folder'; settings stand below the name of their section, such as 'plan'"),
+        (("plan", "replicas.count=2"), "replicas.count=2: not an option of plan, and there is no recipe to override"),
+        (("plan", "old.yaml"), "unknown section 'folder'; settings belong under the name of their section, such as 'plan'"),
         (("train", "prior", "a.yaml", "b.yaml"), "two recipes, a.yaml and b.yaml: expected one"),
         (("sample", "x", "--caption", "c", "limit="), "unknown key 'limit'"),
         (("eval", "loss", "x", "limit="), "limit = ''"),
         (("train", "dvae", "folder=old.yaml/run", "data.raw=r"), "Not a directory"),
-        (("config", "coffee"), "no settings of 'coffee'"),
-        (("data", "encode", "a", "b", "c"), "'c' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected raw out"),
-        (("plan", "--master", "none"), "master none needs moments low_bit"),
-        (("plan", "--gpus", "8", "--shard-gpus", "64"), "shard_gpus is 64, expected at most the 8 gpus"),
+        (("config", "coffee"), "unknown verb 'coffee'"),
+        (("data", "encode", "a", "b", "c"), "'c', neither RECIPE.yaml nor KEY=VALUE: expected inputs are raw out"),
+        (("plan", "--master", "none"), "master none requires moments low_bit"),
+        (("plan", "--gpus", "8", "--shard-gpus", "64"), "shard_gpus is 64, expected at most gpus, which is 8"),
         (("plan", "--pcie", "--nvlink-gbps", "100"), "pcie and nvlink_gbps 100"),
         (
             ("plan", "--recipe", str(ROOT / "launchers" / "recipes" / "12b.yaml"), "--gpus", "8"),
-            "replicas.count 16, expected at most one for each of 8",
+            "replicas.count is 16, expected at most the number of GPUs, 8",
         ),
         (("mlflow-sync", "nowhere"), "no run was tracked"),
         (("train", "dvae", "nowhere.yaml"), "nowhere.yaml cannot be read"),
@@ -260,7 +260,7 @@ def test_config_lists_every_key(dalle_ds):
 
 
 def test_what_goes_before_what(dalle_ds, tmp_path):
-    """Defaults, then the recipe, then KEY=VALUE, then options."""
+    """Precedence: defaults < recipe < KEY=VALUE < options."""
     (tmp_path / "r.yaml").write_text("sample: {export: e, n: 2, keep: 2, seed: 5, batch: 7}\n")
     code, out, _ = dalle_ds("sample", tmp_path / "r.yaml", "n=3", "keep=1", "--n", "4", "--show-config")
     shown = yaml.safe_load(out)["sample"]
@@ -277,7 +277,7 @@ def test_a_string_is_taken_as_it_is_typed(dalle_ds, text):
 
 
 def test_keys_may_carry_their_sections_name(dalle_ds):
-    """As messages and recipes name them."""
+    """A key may be written with its section, as in messages and recipes."""
     words = ("raw=r", "out=o", "dvae=d", "tokenizer=t", "encode.min_codes_used=0")
     code, out, _ = dalle_ds("data", "encode", *words, "--show-config")
     assert code == 0 and yaml.safe_load(out)["encode"]["min_codes_used"] == 0
@@ -286,7 +286,7 @@ def test_keys_may_carry_their_sections_name(dalle_ds):
 def test_a_run_of_another_kind_is_not_exported(dalle_ds, tmp_path):
     (tmp_path / "recipe.yaml").write_text("dvae: {folder: runs/dvae}\n")
     code, _, err = dalle_ds("export", tmp_path, tmp_path / "out")
-    assert code == 2 and "is no run of a prior: its recipe.yaml has the sections dvae" in err
+    assert code == 2 and "is not the folder of a prior run: its recipe.yaml has the sections dvae" in err
 
 
 def test_a_store_without_credentials_is_one_message():

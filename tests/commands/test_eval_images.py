@@ -1,4 +1,4 @@
-"""From images to scores: the real Inception network with weights drawn here, a small CLIP, the command, the cache."""
+"""`dalle-ds eval images`: the real Inception network with random weights, a small CLIP, the command, the cache."""
 
 import hashlib
 import importlib.util
@@ -31,7 +31,7 @@ NEEDS_FIDELITY = pytest.mark.skipif(FIDELITY is None, reason="no torch-fidelity 
 
 
 def save_images(folder, n, *, seed=0, noise=0.0, side=32):
-    """Smooth random images, the same for equal seeds but for the noise, with a samples.json; two images a caption."""
+    """Write smooth random images with a samples.json, two per caption. Equal seeds give equal images except for the noise."""
     folder.mkdir(parents=True)
     rng, noise_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     images = []
@@ -46,7 +46,7 @@ def save_images(folder, n, *, seed=0, noise=0.0, side=32):
 
 
 def pixel_extractor(mark="v1", calls=None):
-    """Features for these tests: the image in eight by eight blocks, each as its pixels' mean and spread."""
+    """A feature extractor for tests: mean and standard deviation of the pixels in 8 x 8 blocks of the image."""
 
     def features(images_BHWC):
         if calls is not None:
@@ -64,7 +64,7 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
-    """A weights file as torch-fidelity's: its network with other weights, large enough that features differ by image."""
+    """A weights file for torch-fidelity's network, with random weights large enough that features differ between images."""
     network_class = inception._network_class()
     module = sys.modules[network_class.__module__]
 
@@ -88,7 +88,7 @@ def inception_weights(tmp_path_factory):
 
 @pytest.fixture
 def fidelity_metrics(monkeypatch):
-    """torch-fidelity's two modules of scores, without the parts of the package that want torchvision."""
+    """Import torch-fidelity's two metric modules without the parts of the package that need torchvision."""
     bare = ModuleType("torch_fidelity")
     bare.__path__ = list(FIDELITY.submodule_search_locations)
     monkeypatch.setitem(sys.modules, "torch_fidelity", bare)
@@ -111,7 +111,7 @@ def test_scores_are_those_of_torch_fidelity_on_the_same_features(fidelity_metric
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(theirs, rel=1e-3)
 
     logits = draw(500, 40, 3, shift=0)
-    order = np.random.default_rng(0).permutation(len(logits))  # theirs shuffles by another generator
+    order = np.random.default_rng(0).permutation(len(logits))  # torch-fidelity shuffles with a different generator
     theirs = metric_isc.isc_features_to_metric(torch.from_numpy(logits[order]), splits=10, shuffle=False)
     ours = inception_score(logits, n_splits=10)
     assert ours.score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
@@ -157,10 +157,10 @@ def test_inception_from_a_weights_file_by_the_command(inception_weights, tmp_pat
     torch.testing.assert_close(logits[0], logits_BK[0], rtol=1e-3, atol=1e-3)
 
     ours, theirs = ours.double().numpy(), theirs.double().numpy()
-    basis = np.linalg.qr(np.concatenate([ours, theirs]).T)[0]  # a rotation into the few directions that 24 images span
+    basis = np.linalg.qr(np.concatenate([ours, theirs]).T)[0]  # a rotation into the subspace that 24 images span
     assert result["fid"] == pytest.approx(plain_fid(ours @ basis, theirs @ basis), rel=1e-3)
     assert result["inception_score"] == pytest.approx(inception_score(logits.numpy()).score, rel=1e-6)
-    assert result["fid"] > 0.05 and result["inception_score"] > 1.01  # neither is a difference of nothing
+    assert result["fid"] > 0.05 and result["inception_score"] > 1.01  # neither score is trivial
     assert Image.open(tmp_path / "out" / "image_metrics.png").width > 600
 
 
@@ -200,7 +200,7 @@ def test_clip_features_and_clip_score_by_the_command(clip_folder, tmp_path):
 
 
 def test_blur_hides_what_only_high_frequencies_tell(tmp_path):
-    """The paper's reading of figure 9: samples that are right but for fine detail come close when both sides are blurred."""
+    """Figure 9: if samples differ from real images only in fine detail, blurring both sides lowers the FID."""
     samples, real = save_images(tmp_path / "samples", 80, noise=40), save_images(tmp_path / "real", 80)
     result = evaluate_images(str(samples), tmp_path / "out", reference=[str(real)], extractor=pixel_extractor())
     fids = [row["fid"] for row in result["by_blur"]]
@@ -220,7 +220,7 @@ def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path)
     first, second, third = [], [], []
     fids = measure(first)
     assert first == [4, 2, 4, 4, 2] * 2 and len(list(cache.iterdir())) == 2
-    assert measure(second) == fids and second == [4, 2] * 2  # the reference is not looked at again
+    assert measure(second) == fids and second == [4, 2] * 2  # the reference is not extracted again
     files = sorted(map(str, cache.iterdir()))
     assert measure(third, reference=files) == fids and third == second
     for change, message in (
@@ -230,7 +230,7 @@ def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path)
     ):
         with pytest.raises(DataError, match=message):
             measure([], reference=files, **change)
-    Image.new("RGB", (32, 32)).save(tmp_path / "real" / "000.png")  # another reference now
+    Image.new("RGB", (32, 32)).save(tmp_path / "real" / "000.png")  # changes the reference
     fourth = []
     assert measure(fourth) != fids and len(fourth) == 10
     with pytest.raises(ConfigError, match="expected one set of images"):
@@ -242,9 +242,9 @@ def test_extractors_that_cannot_be(tmp_path, clip_folder):
         load_extractor("resnet")
     with pytest.raises(ConfigError, match="--inception-weights"):
         load_extractor("inception")
-    with pytest.raises(ConfigError, match="nothing to measure with"):
+    with pytest.raises(ConfigError, match="no score to compute"):
         evaluate_images(str(tmp_path), tmp_path)
-    with pytest.raises(ConfigError, match="a reference without an extractor"):
+    with pytest.raises(ConfigError, match="--reference needs --extractor"):
         evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))
     (tmp_path / "damaged.png").write_bytes(b"none")
     with pytest.raises(DataError, match="image damaged.png is unreadable"):

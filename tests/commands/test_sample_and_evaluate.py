@@ -1,4 +1,4 @@
-"""An export is shown in its own MLflow run; scores say whether captions matter."""
+"""Samples and scores of an export appear in its MLflow run, and the caption gap shows whether the model uses captions."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ A_RED_BAR = SampleSource(captions=["A red bar."])
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory, empty_store):
-    """An export whose config.json names a real run in a real (SQLite) store."""
+    """An export whose config.json names a run in a SQLite MLflow store."""
     folder = tmp_path_factory.mktemp("report")
     shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +92,7 @@ def test_an_export_of_a_mix_is_evaluated_on_all_its_sets(export, tmp_path):
 
 
 def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
-    """Cut the way of the text: the gap must vanish exactly, and not for lack of sensitivity."""
+    """Cut off the text input: the gap must be exactly zero. Without the cut it is not, so the measure is sensitive."""
     deaf = make_export(tmp_path, n_validation=40)
     weights = read_weights(deaf / "model.safetensors", "prior")
     for name in ("embed.text.weight", "embed.pad", "embed.text_position"):
@@ -101,7 +101,7 @@ def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
     edit_config(deaf, fingerprint=mark)
     assert evaluate_export(str(deaf), tmp_path / "deaf")["caption_gap"] == pytest.approx(0, abs=1e-6)
     hearing = evaluate_export(str(export), tmp_path / "hearing")
-    assert abs(hearing["caption_gap"]) > 1e-3 and not hearing["right_captions_win"]  # it listens, but was never taught
+    assert abs(hearing["caption_gap"]) > 1e-3 and not hearing["right_captions_win"]  # the model uses captions, but is untrained
 
 
 def test_samples_are_tracked_with_their_record(export, tmp_path):

@@ -1,7 +1,7 @@
-"""Triton's interpreter, with what it lacks for kernels that Inductor writes. For child processes only, as pretended_gpu.py.
+"""Triton's interpreter, with additions that kernels from Inductor need. Only for child processes, like pretended_gpu.py.
 
-It computes a kernel program by program with numpy. It cannot show races, how CUDA's own exp2, erf and the like round (they are
-numpy's here), or the order in which a GPU takes sums.
+The interpreter computes a kernel program by program with numpy. It cannot show races, the rounding of CUDA's exp2, erf and
+similar functions (numpy computes them here), or a GPU's order of summation.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ _LIBDEVICE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "isinf": np.isinf,
     "erf": lambda x: torch.erf(torch.from_numpy(x)).numpy(),
 }
-"""Functions of CUDA's libdevice by their numpy twins: the interpreter knows only their names."""
+"""numpy equivalents of functions in CUDA's libdevice, of which the interpreter knows only the names."""
 
 
 def complete() -> None:
-    """Put in what the interpreter lacks."""
+    """Add the missing functions to the interpreter."""
     for name, value in list(vars(libdevice).items()):
-        if getattr(value, "__module__", None) == libdevice.__name__:  # else they all give None
+        if getattr(value, "__module__", None) == libdevice.__name__:  # without a replacement, they all return None
             setattr(libdevice, name, _on_blocks(_LIBDEVICE[name]) if name in _LIBDEVICE else _missing(name))
     ReduceOps.generic_reduce = _reduce_by_halves
     InterpreterBuilder.create_fma = _fma
@@ -42,7 +42,7 @@ def _on_blocks(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[tl.ten
     def call(x: tl.tensor) -> tl.tensor:
         values = function(x.handle.data)
         is_question = values.dtype == np.bool_
-        dtype = tl.int32 if is_question else x.dtype  # C has no truth values
+        dtype = tl.int32 if is_question else x.dtype  # C has no booleans
         values = values.astype(np.int32 if is_question else x.handle.data.dtype)
         return tl.tensor(TensorHandle(values, dtype), tl.block_type(dtype, x.shape) if x.type.is_block() else dtype)
 
@@ -51,20 +51,21 @@ def _on_blocks(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[tl.ten
 
 def _missing(name: str) -> Callable[..., None]:
     def call(*_: tl.tensor) -> None:
-        raise NotImplementedError(f"libdevice.{name} has no twin in {__name__}: write one")
+        raise NotImplementedError(f"libdevice.{name} has no numpy equivalent in {__name__}: add one")
 
     return call
 
 
 def _fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-    """Rounded once, as the instruction is; the interpreter rounds the product too. Products of fp32 are exact in fp64."""
+    """Fused multiply-add with one rounding, like the instruction. The interpreter's own also rounds the product. Products of
+    fp32 are exact in fp64."""
     return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(z.data.dtype), z.dtype)
 
 
 def _reduce_by_halves(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> list[tl.tensor]:
-    """Reduce by any function, as a GPU does: halves are combined element by element. Lengths are powers of two.
+    """Reduce with any function as a GPU does: combine two halves elementwise, repeatedly. Lengths must be powers of two.
 
-    The interpreter's own way takes one element at a time, seconds for a block.
+    The interpreter's own reduction takes one element at a time, which is seconds per block.
     """
     inputs, axis = self.unravel(inputs, self.axis)
     dtypes = [x.dtype for x in inputs]

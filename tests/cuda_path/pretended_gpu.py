@@ -1,7 +1,7 @@
-"""A process that takes a GPU for present: torch.compile writes the CUDA kernels that it would write there.
+"""Pretend that a GPU is present, so that torch.compile generates the CUDA kernels that it would generate there.
 
-For child processes only: torch, Inductor and Triton are changed for good. TRITON_INTERPRET=1 must be in the environment, for
-kernels are computed by Triton's interpreter (interpreter.py), on CPU tensors that stand behind the "cuda" ones.
+Only for child processes: torch, Inductor and Triton are changed permanently. TRITON_INTERPRET=1 must be in the environment,
+because Triton's interpreter (interpreter.py) computes the kernels, on CPU tensors that stand behind the "cuda" tensors.
 """
 
 import math
@@ -63,23 +63,23 @@ CARDS = {
         **_ALIKE,
     ),
 }
-"""By compute capability: what CUDA's own query says of these cards, as far as Inductor reads it."""
+"""Device properties by compute capability, as CUDA reports them for these GPUs. Only properties that Inductor reads."""
 
 
 @dataclass
 class Record:
-    """What was compiled and launched."""
+    """Compiled sources and launched kernels."""
 
     sources: list[str] = field(default_factory=list)
-    """Inductor's modules, each with its kernels and the function that launches them."""
+    """Source code of Inductor's modules. Each has kernels and the function that launches them."""
     launched: list[str] = field(default_factory=list)
-    """Names of kernels, those of torch's own operators between them too."""
+    """Names of launched kernels, including torch's own operators between them."""
     read: set[int] = field(default_factory=set)
-    """Addresses of what the kernels were given."""
+    """Addresses of the tensors passed to the kernels."""
 
 
 class PretendedGPU:
-    """The one GPU of this process. Sources that are to be compiled for it go to `folder`."""
+    """The only GPU of this process. `save` writes generated sources to `folder`."""
 
     def __init__(self, sm: int, folder: Path) -> None:
         self._record = Record()
@@ -92,13 +92,13 @@ class PretendedGPU:
         self.become(sm, folder)
 
     def become(self, sm: int, folder: Path) -> None:
-        """From here on it is the card of compute capability `sm`, whose sources go to `folder`."""
+        """Become the GPU of compute capability `sm`, whose sources go to `folder`."""
         folder.mkdir(parents=True)
         self._folder, self._card = folder, CARDS[sm]
         target = GPUTarget("cuda", sm, 32)
         driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
         torch._dynamo.reset()
-        for module in (torch._inductor.utils, torch.utils._triton):  # they remember what the last card could do
+        for module in (torch._inductor.utils, torch.utils._triton):  # they cache the capabilities of the previous GPU
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
@@ -106,7 +106,8 @@ class PretendedGPU:
 
     @contextmanager
     def recording(self, *, computing: bool) -> Iterator[Record]:
-        """Without `computing`, kernels are written and counted but not interpreted: results hold what memory held."""
+        """Record compiled and launched kernels. Without `computing`, kernels are generated and counted but not computed, and
+        results are uninitialised memory."""
         before, self._record, self._computing = (self._record, self._computing), Record(), computing
         try:
             yield self._record
@@ -115,26 +116,26 @@ class PretendedGPU:
             self._behind.clear()
 
     def save(self, record: Record, name: str) -> None:
-        """Keep the sources for the compiler (ptxas.py), as NAME 0.py and so on."""
+        """Write the sources for the compiler (ptxas.py), as "NAME 0.py", "NAME 1.py" and so on."""
         for i, source in enumerate(record.sources):
             (self._folder / f"{name} {i}.py").write_text(source)
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A "cuda" tensor of the same layout, for compiled functions: they read and write `tensor` behind it."""
+        """Returns a fake "cuda" tensor of the same layout. Compiled functions that get it read and write `tensor`."""
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         with self._mode, torch.no_grad():
             fake = torch.empty(size, dtype=tensor.dtype, device=CUDA)
             fake = fake.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
         fake.requires_grad_(tensor.requires_grad)
-        self._behind[id(fake)] = (fake, tensor)  # the fake one too: an id of the dead may be given again
+        self._behind[id(fake)] = (fake, tensor)  # keeps the fake tensor alive, so that its id isn't reused
         return fake
 
     def _into_inductor(self) -> None:
-        # both look for patterns by tracing them on the device, minutes long; none is in what is compiled here
+        # both trace their patterns on the device, which takes minutes; no function compiled here contains such a pattern
         joint_graph.lazy_init = lambda *_: None
         post_grad.lazy_init = lambda *_: None
         torch._inductor.runtime.triton_helpers.set_driver_to_gpu = lambda: None
-        torch._C._dynamo.guards._empty_strided_cuda = self._allocate  # what the generated launchers call
+        torch._C._dynamo.guards._empty_strided_cuda = self._allocate  # called by the generated launchers
         GraphLowering.save_output_code = staticmethod(lambda source: self._record.sources.append(source))
         _fold_constants_on_the_cpu()
         compile_fx, launch = torch._inductor.compile_fx.compile_fx, CachingAutotuner.run
@@ -144,7 +145,7 @@ class PretendedGPU:
 
             def run(*inputs: Any) -> Any:
                 if not any(isinstance(i, FakeTensor) for i in inputs):
-                    return compiled(*inputs)  # compile_fx calls itself where it is given options
+                    return compiled(*inputs)  # if it has options, compile_fx calls itself
                 values = [self._behind[id(i)][1] if isinstance(i, FakeTensor) else i for i in inputs]
                 with _Operators(self._notice):
                     return compiled(*values)
@@ -156,7 +157,7 @@ class PretendedGPU:
             self._record.read.update(arg.data_ptr() for arg in args if isinstance(arg, Tensor))
             if not self._computing:
                 return
-            # any candidate of autotuning must be right, and the one with the fewest programs is the cheapest to interpret
+            # every autotuning candidate must be correct, and the one with the fewest programs is the cheapest to interpret
             tuner.configs = [min(tuner.configs, key=lambda config: math.prod(tuner._interpret_args_grid(args, config)[1]))]
             with self._quiet():
                 launch(tuner, *args, **kwargs)
@@ -179,13 +180,13 @@ class PretendedGPU:
     def _allocate(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         with self._quiet():
             tensor = torch.empty_strided(size, stride, dtype=dtype)
-            if self._computing:  # a gap that a kernel leaves will show
+            if self._computing:  # shows elements that a kernel doesn't write
                 tensor.fill_(math.nan if dtype.is_floating_point else -1)
         return tensor
 
 
 class _Operators(TorchDispatchMode):
-    """Notice torch's own operators, but for views."""
+    """Record torch's own operators, except views."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class _OnCPU(TorchDispatchMode):
 
 
 def _fold_constants_on_the_cpu() -> None:
-    """Inductor computes constants of one element on the graph's own device."""
+    """Compute one-element constants on the CPU. Inductor would compute them on the graph's device."""
     deduce = UniformValueConstantFolder._deduce_value
 
     def on_the_cpu(folder: UniformValueConstantFolder, node: torch.fx.Node) -> Any:
@@ -214,7 +215,7 @@ def _fold_constants_on_the_cpu() -> None:
 
 
 def _into_torch(card: Callable[[], SimpleNamespace]) -> None:
-    """What a CUDA build of torch has and a CPU build lacks. A function for each name: Dynamo refuses one that has two."""
+    """Add functions that only a CUDA build of torch has. Each name gets its own function: Dynamo rejects one with two names."""
     functions = {
         "_cuda_getDeviceCount": lambda: 1,
         "_cuda_getDevice": lambda: 0,
@@ -228,5 +229,5 @@ def _into_torch(card: Callable[[], SimpleNamespace]) -> None:
     torch.cuda._initialized = True
     torch.cuda._exchange_device, torch.cuda._maybe_exchange_device = (lambda i: 0), (lambda i: 0)
     torch.cuda._get_device_properties = lambda i: card()
-    # Dynamo keeps the state of random numbers while it traces
+    # Dynamo saves and restores the random state while it traces
     torch.cuda.get_rng_state, torch.cuda.set_rng_state = (lambda *_: torch.zeros(16, dtype=torch.uint8)), (lambda *_: None)

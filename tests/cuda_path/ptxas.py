@@ -1,6 +1,6 @@
-"""Kernels that Inductor wrote, compiled for the GPU that they name down to machine code. A child process of test_kernels.py:
+"""Compile Inductor's kernels to machine code for their GPU. Child process of test_kernels.py:
 
-python -m tests.cuda_path.ptxas FOLDER      FOLDER/80/*.py, FOLDER/90/*.py -> FOLDER/code.json
+python -m tests.cuda_path.ptxas FOLDER      reads FOLDER/80/*.py and FOLDER/90/*.py, writes FOLDER/code.json
 """
 
 import contextlib
@@ -28,8 +28,8 @@ _FTZ = re.compile(r"(\w+)[\w.]*\.ftz")
 
 @cache
 def compile_kernel(name: str, source: str) -> list[dict[str, Any]]:
-    """Of each candidate of autotuning: registers of a thread, threads and bytes of shared memory of a block, bytes a thread
-    spills (written and read), and instructions that flush subnormals to zero."""
+    """Returns for each autotuning candidate: registers per thread, threads and bytes of shared memory per block, spilled bytes
+    per thread (written plus read), and instructions that flush subnormals to zero."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{name}.py")
         path.write_text(source)
@@ -55,9 +55,9 @@ def _figures(tuner: CachingAutotuner, config: Any) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    knobs.compilation.always_compile = True  # what comes from Triton's cache comes without ptxas' report
+    knobs.compilation.always_compile = True  # kernels from Triton's cache have no ptxas report
     knobs.nvidia.dump_ptxas_log = True
-    torch._inductor.config.use_static_cuda_launcher = False  # it keeps no more of a kernel than launching takes
+    torch._inductor.config.use_static_cuda_launcher = False  # it keeps only the data for launching
     torch._inductor.runtime.triton_helpers.set_driver_to_gpu = lambda: None
     driver.set_active(SimpleNamespace(get_current_device=lambda: 0))
     found: dict[str, dict[str, Any]] = {"80": {}, "90": {}}

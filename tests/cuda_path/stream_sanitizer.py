@@ -1,13 +1,14 @@
-"""A stream sanitizer without a GPU: which stream touches which memory without being ordered behind who touched it before.
+"""A stream sanitizer without a GPU: finds accesses to memory that are not ordered after earlier accesses on other streams.
 
-DeepSpeed's CPU accelerator is given streams and events that hold vector clocks and nothing else. A dispatch mode looks at every
-torch operator: it reads and writes storages on the stream that is current, or, if it is a collective, on the stream of its
-process group, as NCCL's do. An access must happen after the last write of the storage, a write after all reads since; and when
-a storage is freed, what other streams did with it must be over on the stream that allocated it, whose next allocation may get
-the memory, unless `record_stream` told the allocator.
+DeepSpeed's CPU accelerator gets streams and events that only hold vector clocks. A dispatch mode inspects every torch operator.
+An operator accesses storages on the current stream; a collective accesses them on the stream of its process group, as with
+NCCL. An access must happen after the last write of the storage, and a write after all reads since then. When a storage is
+freed, the accesses of other streams must have happened before on the allocating stream, whose next allocation may reuse the
+memory; with `record_stream` the allocator waits for them.
 
-It sees what Python calls torch for. It does not see streams inside C++ and kernels, copies from pinned memory, offloading, and
-what the host reads but by `item`, `tolist` and `cpu`. Accesses to different parts of one storage count as to the same.
+The sanitizer sees torch calls from Python. It does not see streams inside C++ and kernels, copies from pinned memory,
+offloading, and host reads other than `item`, `tolist` and `cpu`. Accesses to different parts of one storage count as accesses
+to the same.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 TORCH = str(Path(torch.__file__).parent)
 
 Clock = dict[str, int]
-"""Stream -> how many of its operations have happened."""
+"""Number of operations that have happened, by stream."""
 
 
 def join(clock: Clock, other: Clock) -> None:
@@ -38,19 +39,19 @@ def join(clock: Clock, other: Clock) -> None:
 
 
 HOST: Clock = {}
-"""What the host has waited for: all that it launches from now on comes after."""
+"""Operations that the host has waited for. Everything that it launches from now on comes after them."""
 
 WAITS: Counter[tuple[str, str]] = Counter()
-"""(method, function that called it): every wait there was."""
+"""Number of waits by (method, calling function)."""
 
 without: set[tuple[str, str]] = set()
-"""Those of `WAITS` that are left out, to see whether the sanitizer misses them."""
+"""Keys of `WAITS` whose waits are removed, to test whether the sanitizer notices."""
 
 WRAPPERS = ("/contextlib.py", "/deepspeed/utils/nvtx.py", "/deepspeed/comm/comm.py", "/deepspeed/comm/torch.py")
 
 
 def _is_wrapper(frame: FrameType) -> bool:
-    """Of what a reader looks for: torch's and DeepSpeed's own ways around it, and this file."""
+    """Whether a frame only wraps the call of interest: it belongs to torch, to DeepSpeed's wrappers or to this file."""
     name = frame.f_code.co_filename
     return name == __file__ or name.startswith(TORCH) or name.endswith(WRAPPERS)
 
@@ -66,7 +67,7 @@ def _is_left_out(method: str) -> bool:
 
 
 class Stream:
-    """As `torch.cuda.Stream`."""
+    """Stand-in for `torch.cuda.Stream`."""
 
     n_made = 0
 
@@ -116,7 +117,7 @@ def on(stream: Stream | None) -> Iterator[None]:
 
 
 class Event:
-    """As `torch.cuda.Event`. None is ever over by itself: what holds only if a device is quick is no order."""
+    """Stand-in for `torch.cuda.Event`. `query` always returns False, since an order must not depend on the device's speed."""
 
     def __init__(self, **_: Any) -> None:
         self.clock: Clock = {}
@@ -160,20 +161,20 @@ class Access(NamedTuple):
 
 @dataclass
 class Memory:
-    """One storage."""
+    """Accesses of one storage."""
 
     allocated_on: Stream | None
-    """None: before the sanitizer was switched on."""
+    """None if the storage was allocated before the sanitizer was active."""
     writer: Access | None = None
     readers: dict[str, Access] = field(default_factory=dict)
-    """The last of each stream since the last write."""
+    """Last read of each stream since the last write."""
     users: dict[str, Access] = field(default_factory=dict)
-    """The last of each stream at all."""
+    """Last access of each stream."""
     recorded: list[Stream] = field(default_factory=list)
 
 
 class Work:
-    """Of an asynchronous collective. NCCL's holds its tensors until somebody waits for it, as this does."""
+    """Work of an asynchronous collective. Like NCCL's, it holds its tensors until `wait`."""
 
     def __init__(self, work: Any, clock: Clock, tensors: list[Tensor]) -> None:
         self._work, self._clock, self._tensors = work, clock, tensors
@@ -187,11 +188,11 @@ class Work:
 
 WITHOUT_MEMORY = {"aten::record_stream", "aten::set_", "aten::is_pinned"}
 FACTORIES = ("aten::empty", "aten::new_empty")
-"""Allocate, and leave what is in there."""
+"""Operators that allocate memory without writing it."""
 
 
 class StreamSanitizer(TorchDispatchMode):
-    """While active: `races`, each described by both accesses, and how often it was seen; `n`, operators looked at."""
+    """While active, counts `races`, each described by both accesses, and `n`, the number of operators checked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class StreamSanitizer(TorchDispatchMode):
         _active = self
         return super().__enter__()
 
-    # ---- what torch does --------------------------------------------------------------------------------------------------
+    # ---- operators --------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -294,7 +295,7 @@ class StreamSanitizer(TorchDispatchMode):
         if owner is None:
             return
         clock = dict(HOST)
-        for stream in (owner, *memory.recorded):  # the allocator waits for what was launched there up to now
+        for stream in (owner, *memory.recorded):  # the allocator waits for all work launched on these streams so far
             join(clock, stream.clock)
         for access in memory.users.values():
             if access.stream is not owner and not access.is_before(clock):
@@ -307,13 +308,13 @@ class StreamSanitizer(TorchDispatchMode):
     # ---- the host ---------------------------------------------------------------------------------------------------------
 
     def on_host(self, tensors: Iterable[Tensor]) -> None:
-        """These aren't on the device, nor is what is made of them alone."""
+        """Mark tensors as host tensors. Tensors computed only from host tensors are on the host too."""
         for tensor in tensors:
             self._memory(tensor)
             self._on_host.add(id_of(tensor))
 
     def host_waits(self, tensor: Tensor) -> None:
-        """The host reads values: it waits for all that is before them on the current stream."""
+        """The host reads values, and so waits for all earlier work on the current stream."""
         if id_of(tensor) not in self._on_host and not _is_left_out("read"):
             join(HOST, current().clock)
 
@@ -322,7 +323,7 @@ class StreamSanitizer(TorchDispatchMode):
 
 
 _active = StreamSanitizer()
-"""The last that was switched on."""
+"""The sanitizer that was activated last."""
 
 
 def id_of(tensor: Tensor) -> int:
@@ -334,7 +335,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def calling_lines(n: int = 3) -> str:
-    """The innermost lines of this project and of DeepSpeed that are running."""
+    """Returns the innermost `n` running lines of this project and of DeepSpeed."""
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < n:
@@ -360,7 +361,7 @@ ASYNCHRONOUS = (
 
 
 def install() -> None:
-    """Give this process's DeepSpeed streams to work with, for good. Before the engine is built, after the group is joined."""
+    """Give DeepSpeed streams, permanently. Call after joining the process group, before building the engine."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.comm import comm
 
@@ -369,7 +370,7 @@ def install() -> None:
     if accelerator.current_stream is current:
         return
     for name in ("is_synchronized_device", "resolves_data_dependency", "handles_memory_backpressure"):
-        setattr(accelerator, name, lambda: False)  # as CUDA's
+        setattr(accelerator, name, lambda: False)  # as on CUDA
     type(accelerator).Stream, type(accelerator).Event = Stream, Event
     accelerator.stream, accelerator.current_stream, accelerator.synchronize = on, current, synchronize
     accelerator.default_stream = lambda *_: DEFAULT
@@ -394,7 +395,7 @@ def install() -> None:
     def watched(collective: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: _active.work(collective(*args, **kwargs))
 
-    # in the package alone: torch's own module compares its functions by identity
+    # only in the package `torch.distributed`: its module distributed_c10d compares its functions by identity
     for name in ASYNCHRONOUS:
         if hasattr(dist, name):
             setattr(dist, name, watched(getattr(dist, name)))

@@ -1,4 +1,4 @@
-"""Memory of the full-size dVAE, on fake tensors: shapes and lifetimes are real, values and workspaces of cuDNN are not."""
+"""Memory of the full-size dVAE, on fake tensors: shapes and lifetimes are real; values and cuDNN's workspaces don't exist."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def peak(model: nn.Module, work: Callable[[], object]) -> int:
-    """Bytes of all tensors that live at once, the model's among them."""
+    """Returns the peak bytes of live tensors, including the model's."""
     with MemTracker() as tracker:
         tracker.track_external(model)
         work()
@@ -23,7 +23,7 @@ def peak(model: nn.Module, work: Callable[[], object]) -> int:
 
 
 def test_validation_at_256_pixels_fits_a_gpu_of_16_gib() -> None:
-    """It was 25.5 GiB at 64 images a batch. Beside it lie moments, the average and its swapped copy: 1.5 GiB."""
+    """With batches of 64 images it took 25.5 GiB. AdamW's moments, the EMA and its swapped copy take 1.5 GiB in addition."""
     config = DVAEConfig()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = DVAE(config)

@@ -1,5 +1,7 @@
-"""Every way to a GPU switches TF32 and 16-bit sums off first; on a CPU the switches are there too. Joining a job does it in
-tests/distributed/cases/replicas.py."""
+"""Every code path to a GPU switches TF32 and 16-bit sums off first. The switches also exist on a CPU.
+
+tests/distributed/cases/replicas.py tests the code path of joining a job.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from dalle_ds.bench.harness.machine import machine_for
-from dalle_ds.bench.harness.settings import OneMachine
+from dalle_ds.bench.harness.settings import MachineBenchConfig
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.ops.exactness import exact_fp32, has_tf32
 from dalle_ds.pretrained.clip import Clip
@@ -41,7 +43,7 @@ def test_training_runs(tmp_path: Path) -> None:
 
 
 def test_benchmarks() -> None:
-    with machine_for(OneMachine()):
+    with machine_for(MachineBenchConfig()):
         require_exact()
 
 

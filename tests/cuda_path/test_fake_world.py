@@ -1,7 +1,7 @@
-"""The real engine as the first, a middle and the last rank of jobs of 8, 256 and 1,024: what it sends, what it holds, what its
-host does, what grows.
+"""The real engine as the first, a middle and the last rank of jobs of 8, 256 and 1,024 ranks: communication, memory, host work
+and memory growth.
 
-A layer has four matrices, 12 d^2 parameters, and eight vectors, 13 d: two norms and four biases.
+A layer has four matrices with 12 d^2 parameters, and eight vectors with 13 d parameters: two norms and four biases.
 """
 
 import json
@@ -21,21 +21,21 @@ from tests.support.launching import ROOT
 
 SHIPPED = json.loads((ROOT / "ds_configs" / "zero3_fp16.json").read_text())
 N_LAYERS, D = 2, 40
-"""40 is divisible by 8 ranks, and neither by 256 nor by 1,024."""
+"""40 is a multiple of 8 ranks, but not of 256 or 1,024."""
 CONFIG = PriorConfig(n_layers=N_LAYERS, n_heads=5, d_head=8, text_len=8, grid=4, vocab_size=64, n_codes=32, conv_kernel=3)
 LIMITS_OF_WIDTH = 8192
-"""Of which 1.2 layers are live at a time: in two layers there is one that is gathered twice."""
+"""At this width, DeepSpeed's limits keep 1.2 layers gathered, so that one of two layers is gathered twice."""
 
 FLAT = [(rank, n) for n in (8, 256, 1024) for rank in (0, n // 2 - 1, n - 1)]
 REPLICAS = [(rank, 1024) for rank in (0, 515, 1023)]
 
 
 def facts(ranks: Ranks, n_replicas: int, compression: str) -> dict[str, Any]:
-    """Of an engine that has made some updates: what one more sends, and sizes."""
+    """Returns the messages of one update after two others, and sizes of shards and buffers."""
     tree = miniature(SHIPPED, CONFIG, LIMITS_OF_WIDTH)
     engine = make_engine(ranks, CONFIG, tree, n_replicas=n_replicas, compression=compression)
     batches = random_batches(CONFIG, 1)
-    for _ in range(2):  # in the third ZeRO-3 knows the order of modules
+    for _ in range(2):  # ZeRO-3 knows the order of modules from the third update on
         engine.update(batches, 1e-4)
     with Sent() as sent:
         report = engine.update(batches, 1e-4)
@@ -57,7 +57,7 @@ def facts(ranks: Ranks, n_replicas: int, compression: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> Any:
-    """(rank, world size, number of replicas, compression) -> `facts`, made once."""
+    """Returns a cached function from (rank, world size, number of replicas, compression) to `facts`."""
     cache: dict[Any, dict[str, Any]] = {}
 
     def of(rank: int, world_size: int, n_replicas: int = 1, compression: str = "none") -> dict[str, Any]:
@@ -71,25 +71,25 @@ def found() -> Any:
 
 
 def assert_shards_and_traffic(seen: dict[str, Any], n: int) -> None:
-    """In a group of n ranks."""
+    """Check shards and traffic in a shard group of n ranks."""
     part = {name: math.ceil(numel / n) for name, numel in seen["whole"].items()}
     assert seen["shards"] == part
     assert seen["gradients"] == sum(part.values())
-    assert seen["bucket"] == seen["bucket_size"] == D**2 - 1, "no matrix fits: none is copied into it"
+    assert seen["bucket"] == seen["bucket_size"] == D**2 - 1, "no matrix fits, so none is copied into the bucket"
 
     padded = {name: n * numel for name, numel in part.items()}
     matrices = sum(padded[name] for name in seen["halves"])
     others = sum(padded.values()) - matrices
     of_layers = sum(padded[name] for name in seen["halves"] if name.startswith("layers.0."))
     assert matrices == N_LAYERS * of_layers
-    # forward and backward, 2 + 2 bytes a parameter; the last layer stays in between. A message a matrix.
+    # forward and backward, 2 + 2 bytes per parameter; the last layer stays gathered in between. One message per matrix.
     times = 2 * N_LAYERS - 1
     assert seen["sent"]["all_gather", "float16", n] == (4 * times, 2 * times * of_layers)
-    # resident ones after the step, one by one; embeddings and unembeddings where they are used
+    # resident parameters after the step, one by one; embeddings and unembeddings when they are used
     calls, size = seen["sent"]["all_gather", "float32", n]
     assert size == 4 * others
     assert calls <= 8 * N_LAYERS + 14
-    # 4 bytes a parameter. A message a matrix (here embeddings are some), vectors in buckets.
+    # 4 bytes per parameter. One message per matrix (embeddings included), vectors in buckets.
     calls, size = seen["sent"]["reduce_scatter", "float32", n]
     assert size == 4 * sum(padded.values())
     assert 4 * N_LAYERS < calls <= 5 * N_LAYERS + 7
@@ -100,7 +100,7 @@ def test_flat_each_matrix_is_gathered_twice_in_fp16_and_reduced_once_in_fp32(fou
     seen = found(rank, n)
     assert seen["report"]["took_step"]
     assert_shards_and_traffic(seen, n)
-    # token counts (2), losses, wishes and flags (5 + one a block); DeepSpeed's norm and whether it is finite
+    # token counts (2); losses, stop requests and flags (5 + one per residual block); DeepSpeed's norm and its finite flag
     assert seen["sent"].pop(("all_reduce", "float64", n)) == (4, 8 * (2 + 5 + 2 * N_LAYERS + 2))
     assert {key[0] for key in seen["sent"]} == {"all_gather", "reduce_scatter"}
 
@@ -115,10 +115,10 @@ def test_replicas_of_8_ranks_send_shards_of_gradients_to_their_peers(found: Any,
     plainly = [name for name in seen["whole"] if compression == "none" or name not in seen["halves"]]
     assert plain == 4 * sum(seen["shards"][name] for name in plainly)
     assert seen["sent"]["all_reduce", "float32", n // 8] == (1, plain)
-    # to all ranks what they agree on, inside a replica DeepSpeed's norm
+    # among all ranks: the values that they agree on; inside a replica: DeepSpeed's norm
     assert seen["sent"]["all_reduce", "float64", n] == (2, 8 * (2 + 5 + 2 * N_LAYERS))
     assert seen["sent"]["all_reduce", "float64", 8] == (2, 8 * 2)
-    if compression == "power_sgd":  # codes of both factors, padded to whole bytes for every peer
+    if compression == "power_sgd":  # codes of both factors, padded to whole bytes per peer
         for collective in ("all_to_all", "all_gather"):
             calls, size = seen["sent"][collective, "uint8", n // 8]
             assert calls == 2
@@ -129,7 +129,7 @@ def test_replicas_of_8_ranks_send_shards_of_gradients_to_their_peers(found: Any,
 
 def test_no_rank_slices_gradients_more_often_than_it_has_peers_in_its_shard_group(found: Any) -> None:
     flat_8, flat_1024, in_replicas = found(0, 8), found(0, 1024), found(0, 1024, 128)
-    # DeepSpeed cuts every gradient into a slice a rank, in Python: why 1,024 GPUs are never one shard group
+    # DeepSpeed slices every gradient once per rank, in Python: this is why 1,024 GPUs must not be one shard group
     assert flat_1024["dispatches"] > 20 * flat_8["dispatches"]
     assert in_replicas["dispatches"] < 1.5 * flat_8["dispatches"]
 
@@ -139,9 +139,10 @@ def test_what_the_host_does_for_a_layer() -> None:
         seen: HostTime = call(host_time, SHIPPED, 3968, rounds=1, depths=(6, 8))
     micro_step, plain = seen.micro_step, seen.plain
     print(
-        f"host, a layer and micro-step: {micro_step} against {plain}, ratio {seen.ratio:.1f}; an update beside: {seen.update}"
+        f"host, per layer and micro-step: {micro_step} against {plain}, ratio {seen.ratio:.1f}; rest of update: {seen.update}"
     )
-    # counts: a bound on time would fail on a busy machine. 8,800 calls, 470 operators, 3,300 calls.
+    # Bounds are on counts, because a bound on time would fail on a busy machine. Current: 8,800 calls, 470 operators, 3,300
+    # calls.
     assert micro_step.calls < 10_000
     assert micro_step.dispatches < 540
     assert seen.update.calls < 4_000

@@ -1,4 +1,4 @@
-"""Groups of replicas at the size of a cluster: how many this rank takes part in making. NCCL itself is not here."""
+"""Process groups of replicas at cluster size: how many a rank takes part in creating. NCCL itself does not run."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dalle_ds.parallel.replicas.groups import Replicas
 
 @pytest.fixture
 def calls() -> Iterator[list[str]]:
-    """An entry for each group that is made, whoever is in it."""
+    """A list with one entry for each process group that is created, whichever ranks are in it."""
     made: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -29,7 +29,7 @@ def calls() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(("rank", "world_size", "n_replicas"), [(0, 1024, 128), (517, 1024, 128), (11, 12, 3), (7, 8, 8)])
 def test_a_rank_makes_its_own_two_groups_and_no_other(calls: list[str], rank: int, world_size: int, n_replicas: int) -> None:
-    """128 replicas of 8 took 136 calls, with NCCL each of them a collective of all 1,024 ranks."""
+    """Before, 128 replicas of 8 took 136 calls. With NCCL, each call is a collective of all 1,024 ranks."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         place = Replicas(n_replicas, rank, world_size)
@@ -45,7 +45,7 @@ def test_a_rank_makes_its_own_two_groups_and_no_other(calls: list[str], rank: in
 
 @pytest.mark.parametrize("world_size", [8, 96, 512, 1024])
 def test_one_split_tells_all_groups_apart(world_size: int) -> None:
-    """By a number that torch makes of a group's ranks: two equal ones would make one group of two."""
+    """torch passes NCCL a color computed from a group's ranks. Two groups with equal colors would become one group."""
     for n_shards in (n for n in (1, 2, 4, 8, 16, 32) if world_size % n == 0):
         n_replicas = world_size // n_shards
         shards = [list(range(i * n_shards, (i + 1) * n_shards)) for i in range(n_replicas)]

@@ -1,4 +1,4 @@
-"""Kernels that torch.compile writes for GPUs: they fit an A100 and an H100, and compute the right numbers. No GPU is needed."""
+"""Kernels that torch.compile generates for GPUs fit an A100 and an H100, and compute correct numbers. No GPU is needed."""
 
 import importlib.util
 import json
@@ -14,23 +14,25 @@ from tests.support.launching import ROOT, run
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton: the extra `kernels` has it, for Linux"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is missing: install the extra `kernels` (Linux)"
+    ),
     pytest.mark.skipif(stub_problem() is not None, reason=f"no fake CUDA: {stub_problem()}"),
 ]
 
 SHARED = {"80": 163 << 10, "90": 227 << 10}
-"""Bytes of shared memory that a block may have, by compute capability."""
+"""Maximum bytes of shared memory per block, by compute capability."""
 REGISTERS = 1 << 16
-"""That the threads of a block share."""
+"""Registers that the threads of a block share."""
 ROUNDED = 2.0**-22
-"""Of a result in fp32, and of the last sum that makes it."""
+"""Rounding error of an fp32 result, and of the last sum that produces it."""
 SPILLED = {("80", "forward"): 128, ("80", "backward"): 256, ("90", "forward"): 320, ("90", "backward"): 0}
-"""Bytes that a thread of flex attention writes to memory and reads again for want of registers: little more than torch 2.13's.
-Thousands would mean that it crawls."""
+"""Limits of spilled bytes per thread of FlexAttention (written plus read), slightly above torch 2.13's. With thousands of bytes
+the kernel would be very slow."""
 
 
 def child(module: str, folder: Path, *, interpret: bool) -> None:
-    """Run a module of this folder. What compilers cache is this run's own."""
+    """Run a module of this folder in a child process, with its own compiler caches."""
     settings = {
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
@@ -44,7 +46,7 @@ def child(module: str, folder: Path, *, interpret: bool) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of kernels written for both cards."""
+    """Folder with the kernels generated for both GPUs."""
     folder = tmp_path_factory.mktemp("kernels")
     child("cases.kernels", folder, interpret=True)
     return folder
@@ -52,13 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
-    """What their interpretation gave, by case."""
+    """Results of the interpreted kernels, by case."""
     return json.loads((folder / "found.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def code(folder: Path) -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
-    """Machine code by compute capability, module and kernel: figures of each candidate of autotuning."""
+    """Figures of the machine code by compute capability, module and kernel, for each autotuning candidate."""
     child("ptxas", folder, interpret=False)
     return json.loads((folder / "code.json").read_text())
 
@@ -66,13 +68,13 @@ def code(folder: Path) -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
 @pytest.mark.parametrize("n_slots", [88, 356, 1280])
 @pytest.mark.parametrize("pattern", list(Pattern))
 def test_flex_computes_attention_and_its_gradients(pattern: Pattern, n_slots: int, found: dict[str, Any]) -> None:
-    """On q, k, v as the fused projection leaves them, against fp64: the limit is tighter than `verify_attention`'s. Without a
-    copy of q, k, v, the result or their gradients."""
+    """Against fp64, for q, k, v in the layout of the fused projection. The limit is tighter than `verify_attention`'s. Nothing
+    copies q, k, v, the result or their gradients."""
     case = found[f"flex {pattern} {n_slots}"]
     for what, (ours, dense) in case["errors"].items():
         assert ours <= 1.6 * dense and ours < 4e-4, what
     assert case["moved"] == []
-    # the second sums rows of out * grad
+    # the second kernel sums rows of out * grad
     assert [name.rstrip("_0123456789").removeprefix("triton_") for name in case["kernels"]] == [
         "tem_fused_flex_attention",
         "per_fused_flex_attention_backward",
@@ -103,8 +105,8 @@ def test_every_kernel_fits_its_card(code: dict[str, Any]) -> None:
 
 
 def test_low_bit_adamw_is_eager_adamw(found: dict[str, Any], code: dict[str, Any]) -> None:
-    """Codes of both moments to the last bit, weights to one unit in the last place. It is one kernel, and no instruction of it
-    takes subnormals for zero: the smallest codes are decoded through them."""
+    """Codes of both moments are bitwise equal, weights within one unit in the last place. It is one kernel. No instruction
+    flushes subnormals to zero, because the smallest codes are decoded through subnormals."""
     case = found["low_bit_adamw"]
     assert case["moved"] > 8000 and case["codes"] == [0, 0] and case["ulp"] <= 1
     assert len(case["kernels"]) == 1
@@ -123,7 +125,7 @@ def test_fused_functions_are_as_exact_as_plain_ones(found: dict[str, Any]) -> No
 
 
 def test_fused_functions_are_as_few_kernels_as_they_say(found: dict[str, Any]) -> None:
-    """At their worst among the shapes of the paper's runs."""
+    """The maximum over the shapes of the paper's runs."""
     cases = {name: case for name, case in found.items() if "declared" in case}
     counted = {name: max(map(len, case["kernels"].values())) for name, case in cases.items()}
     assert counted == {name: case["declared"] for name, case in cases.items()}

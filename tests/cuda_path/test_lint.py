@@ -1,5 +1,5 @@
-"""The CUDA path on a machine without CUDA: devices, generators and formats are right, the host waits where we know, and what a
-GPU is given to do stays within bounds. `dalle-ds bench cuda-path` prints the same counts."""
+"""The CUDA path on a machine without CUDA: devices, generators and dtypes are correct, the host waits only in known places, and
+GPU work stays within bounds. `dalle-ds bench cuda-path` prints the same counts."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def call() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def bench() -> CudaPath:
-    """Rank 1 of 8 of the shipped configuration, at the width of 12b: a few updates."""
+    """Counts from a few updates of rank 1 of 8 with the shipped DeepSpeed config, at the width of 12b."""
     if problem := stub_problem():
         pytest.skip(f"fake CUDA: {problem}")
     return cuda_path.run(
@@ -44,30 +44,30 @@ def engine(bench: CudaPath) -> EngineCounts:
 def test_bench_says_what_it_counted(bench: CudaPath, engine: EngineCounts, capsys: pytest.CaptureFixture[str]) -> None:
     bench.print_table(to_stderr=False)
     table, summary = capsys.readouterr().out, json.loads(json.dumps(bench.summary()))
-    assert f"d {engine.d_model:>6}" in table and "the host waits 1 times in a micro-step" in table
+    assert f"d {engine.d_model:>6}" in table and "1 host synchronisations in one micro-step" in table
     assert summary["bench"] == "cuda-path" and summary["widths"]["3968"]["kernels"] == engine.kernels
 
 
 def test_kernels_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
-    """264 and 50 before they were fused, of attention 4."""
+    """Before operators were fused: 264 (4 of them attention) and 50."""
     assert engine.kernels <= 68
     assert engine.zero_kernels <= 28
 
 
 def test_bytes_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
-    """541 an element and 86 a parameter before."""
+    """Before operators were fused: 541 bytes per element and 86 per parameter."""
     assert engine.bytes_per_element <= 220
     assert engine.bytes_per_parameter["all"] <= 30
-    assert engine.bytes_per_parameter["cast"] < 0.1  # weights are gathered as fp16, and used as they come
+    assert engine.bytes_per_parameter["cast"] < 0.1  # weights are gathered as fp16 and used without a cast
 
 
 def test_the_host_waits_once_a_micro_step(engine: EngineCounts) -> None:
-    """For ZeRO-3's reduction. It was eight times; two of them were DeepSpeed's timer of throughput."""
+    """The wait is for ZeRO-3's reduction. Before, there were eight waits, two of them in DeepSpeed's throughput timer."""
     assert engine.micro_step.sync_places() == {f"stream.synchronize: {ZERO3}.independent_gradient_partition_epilogue": 1}
 
 
 def test_where_the_host_waits_in_an_update(engine: EngineCounts) -> None:
-    """However many layers there are. It was 11 times, and once a parameter for a while."""
+    """The number of waits doesn't depend on the number of layers. Before, there were 11, and once one per parameter."""
     places = engine.update.sync_places()
     assert sum(places.values()) <= 7, places
     assert places.keys() <= {
@@ -80,7 +80,7 @@ def test_where_the_host_waits_in_an_update(engine: EngineCounts) -> None:
 
 
 def test_memory_of_a_layer_under_the_engine(engine: EngineCounts) -> None:
-    """Of the shard on 8 ranks: 16 bytes a parameter, and 4 while DeepSpeed steps. Of one sample: the layer's input."""
+    """A shard on 8 ranks takes 16 bytes per parameter, and 4 more during DeepSpeed's step. A sample takes the layer's input."""
     d = engine.d_model
     parameters = 12 * d**2 + 13 * d
     assert engine.layer_bytes <= 1.02 * (20 * parameters / 8 + 4 * engine.n_slots * d)
@@ -98,14 +98,14 @@ def test_prior_of_12b_without_the_engine(call: Callable[..., Any]) -> None:
 
 
 def test_prior_of_1_2b_without_recomputation_fits_8_samples(call: Callable[..., Any]) -> None:
-    """Weights and gradients, 384 MiB a layer, and what 8 samples keep of it."""
+    """Memory per layer: weights and gradients, 384 MiB, and the saved activations of 8 samples."""
     found = call(lint_cases.prior_step, n_heads=32, n_samples=8, recomputed=False, low_bit=False)
     assert found["layer_mib"] <= 960 and not found["syncs"] and not found["syncs_optimizer"]
 
 
 @pytest.mark.parametrize("in_fp16", [False, True], ids=["fp32", "fp16"])
 def test_sampling(in_fp16: bool, call: Callable[..., Any]) -> None:
-    """A step can be recorded, and nothing waits from token to token."""
+    """A step can be captured as a CUDA graph, and the host doesn't wait between tokens."""
     found = call(lint_cases.sampling, 62, in_fp16)
     assert not found["syncs_token"] and found["kernels_token"] <= 12
     assert found["kernels_layer"] <= (45 if in_fp16 else 29)
@@ -121,7 +121,7 @@ def test_dvae(call: Callable[..., Any], tmp_path: Path) -> None:
     found = call(lint_cases.dvae_update, str(tmp_path))
     assert found["device"] == "cuda" and found["gib"] <= 12 and found["gib_validation"] <= 9
     assert found["syncs"] == {
-        "item: dalle_ds/training/dvae/trainer.py DVAETrainer._step": 2  # torch's GradScaler: was it finite, the scale
+        "item: dalle_ds/training/dvae/trainer.py DVAETrainer._step": 2  # torch's GradScaler reads the finite flag and the scale
     }
 
 

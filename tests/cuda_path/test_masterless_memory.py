@@ -1,5 +1,5 @@
-"""What a rank of eight holds with matrices that have no masters: bytes a parameter, how much an update works on, and both
-together at the width of 12b."""
+"""Memory of one of eight ranks with matrices without master weights: bytes per parameter, temporary memory of an update, and
+the sum of both at the width of 12b."""
 
 import gc
 import json
@@ -22,11 +22,11 @@ SMALL_MEMORY = json.loads((ROOT / "ds_configs" / "zero3_fp16_16gb.json").read_te
 CONFIG = {"n_heads": 4, "d_head": 32, "text_len": 8, "grid": 4, "vocab_size": 64, "n_codes": 32, "conv_kernel": 3}
 D, N_RANKS, N_SLOTS = 128, 8, 24
 MATRICES, VECTORS = 12 * D**2, 13 * D
-"""Values of a layer."""
+"""Number of parameters of a layer."""
 
 
 def held_and_worked_on(ranks: Any, n_layers: int) -> tuple[int, int]:
-    """Bytes of all tensors between two updates, and at most above them in one."""
+    """Returns the bytes of all tensors between two updates, and the peak above them during an update."""
     config = PriorConfig(n_layers=n_layers, **CONFIG)
     engine = make_engine(ranks, config, miniature(SMALL_MEMORY, config, 3968), moments="low_bit", master="none")
     batches = random_batches(config, 1)
@@ -53,13 +53,13 @@ def fewer_and_more() -> list[tuple[int, int]]:
 
 def test_a_matrix_takes_eight_bytes_a_parameter_and_all_else_sixteen(fewer_and_more: list[tuple[int, int]]) -> None:
     (fewer, _), (more, _) = fewer_and_more
-    vectors = VECTORS * (16 / N_RANKS + 4)  # gathered and resident too
+    vectors = VECTORS * (16 / N_RANKS + 4)  # vectors are also resident in fp32
     assert (more - fewer) / 4 == pytest.approx(8 * MATRICES / N_RANKS + vectors, rel=0.02)
 
 
 def test_an_update_works_on_two_layers_at_a_time_however_many_there_are(fewer_and_more: list[tuple[int, int]]) -> None:
     (_, fewer), (_, more) = fewer_and_more
-    assert more - fewer <= 1.05 * 4 * 4 * N_SLOTS * D, "the layers' inputs alone"
+    assert more - fewer <= 1.05 * 4 * 4 * N_SLOTS * D, "only the layers' inputs"
     two_layers, largest = 2 * 2 * MATRICES, 4 * 4 * D**2
     assert fewer < two_layers + 3 * largest + 4 * 4 * N_SLOTS * D + UNEMBEDDINGS
 
@@ -68,7 +68,7 @@ UNEMBEDDINGS = 3 * 4 * D * (CONFIG["vocab_size"] + CONFIG["n_codes"])
 
 
 def test_the_papers_replica_of_8_as_it_is_planned() -> None:
-    """At the width of 12b, with PowerSGD between replicas, on fake CUDA: 64 layers take what few of them promise."""
+    """At the width of 12b, with PowerSGD between replicas, on fake CUDA. Depths 1 and 3 are extrapolated to 64 layers."""
     if problem := stub_problem():
         pytest.skip(f"fake CUDA: {problem}")
     settings = {"n_replicas": 2, "compression": "power_sgd", "moments": "low_bit", "master": "none"}

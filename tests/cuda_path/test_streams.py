@@ -1,5 +1,5 @@
-"""Does the real engine, with everything that it does between updates, touch memory that another stream may be at? And would we
-notice, if DeepSpeed lost one of the waits that keep it from doing so?"""
+"""The real engine, with all work between updates, never touches memory that another stream may use at the same time. If
+DeepSpeed loses one of the waits that guarantee this, the sanitizer notices."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -35,7 +35,7 @@ def watch(
     accumulation: int = 1,
     **how: Any,
 ) -> Seen:
-    """Updates, and with `between` what a run does between them."""
+    """Take updates under the sanitizer. With `between`, also do the work that a run does between updates."""
     stream_sanitizer.install()
     tree = miniature(SHIPPED, CONFIG, LIMITS_OF_WIDTH)
     if not with_residents:
@@ -65,7 +65,7 @@ def watch(
             engine.snapshot({}, average.averages)
             update()
             scale = engine.scaler.scale.clone()
-            engine.scaler.scale.fill_(2.0**60)  # overflows: a vetoed step
+            engine.scaler.scale.fill_(2.0**60)  # causes an overflow, so that the step is vetoed
             update()
             engine.scaler.scale.copy_(scale)
             update()
@@ -74,7 +74,8 @@ def watch(
 
 @pytest.fixture(scope="module")
 def watched() -> Iterator[Callable[..., Seen]]:
-    """`watch` as rank 0 of a job of so many ranks. A process for each job: in it one engine is made after the other."""
+    """Returns a function that runs `watch` as rank 0 of a job of `n_ranks`. Each job has one process, which builds one engine
+    after the other."""
     with ExitStack() as stack:
         jobs: dict[int, Any] = {}
 
@@ -111,7 +112,7 @@ def test_matrices_without_masters_race_with_nothing(watched: Callable[..., Seen]
 
 
 LOST_WAITS = {
-    "reduction before the backward pass is there": (
+    "reduction before the backward pass has computed gradients": (
         [("wait_stream", "__add_grad_to_ipg_bucket")],
         ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/precision/fp16_branches.py", "(backward)"],
     ),
@@ -123,12 +124,12 @@ LOST_WAITS = {
         [("wait_stream", "_fetch_sub_module_impl")],
         ["on default", "dalle_ds/", "on stream", "fp16_gather.py"],
     ),
-    "weights used before they have come": (
+    "weights used before the all-gather has ended": (
         [("wait", "wait")],
         ["on default", "dalle_ds/", "_allgather_base_ on NCCL", "fp16_gather.py"],
     ),
     "weights gathered while the step writes them": (
-        [("read", "update")],  # of the norm, after the step
+        [("read", "update")],  # the host reads the norm after the step
         ["on stream", "(_all_gather_dtype)", "on default", "(_reassign_or_swap_out_partitioned_parameters)"],
     ),
     "gathered weights freed while in use": (
@@ -140,15 +141,17 @@ LOST_WAITS = {
         ["freed for default", "(partition_grads)", "on stream"],
     ),
 }
-"""Waits of DeepSpeed and of ours that keep the engine right, and what a report names when they are missing."""
+"""Waits in DeepSpeed and in this project that prevent races, and strings in the report if they are missing."""
 
 NEEDS_NO_RESIDENTS = "weights gathered while the step writes them"
-"""Resident parameters are gathered after the step, and all streams waited for then."""
+"""With resident parameters, this race can't occur: they are gathered after the step, and all streams are waited for then."""
 
 
 @pytest.mark.parametrize("what", LOST_WAITS)
 def test_a_lost_wait_is_noticed(watched: Callable[..., Seen], what: str) -> None:
     without, named = LOST_WAITS[what]
     seen = watched(8, without=tuple(without), n_updates=2, with_residents=what != NEEDS_NO_RESIDENTS)
-    assert seen.waits.issuperset(without), "DeepSpeed waits elsewhere now: see what protects us, and adapt the list"
+    assert seen.waits.issuperset(without), (
+        "DeepSpeed now waits elsewhere: find the wait that protects the engine, adapt LOST_WAITS"
+    )
     assert any(all(part in race for part in named) for race in seen.races), "\n".join(seen.races) or "no race reported"

@@ -1,4 +1,4 @@
-"""How many variants of a compiled function a run needs, and that it may have them. Counted by Dynamo; no compiler is needed."""
+"""How many variants of a compiled function a run needs, and that Dynamo's limit allows them. No compiler is needed."""
 
 import json
 import threading
@@ -19,8 +19,8 @@ CASE = Path(__file__).parent / "cases" / "flex_run.py"
 
 @pytest.mark.launch
 def test_a_whole_run_fits_into_dynamos_cache(tmp_path: Path) -> None:
-    """Three masks: verified at the shape that training uses, with gradients; training's forward pass without, whose layers are
-    recomputed with; validation; the batch that proves an export."""
+    """The variants for each of the three masks are: verification at training's shape, with gradients, shared by recomputation;
+    training's forward pass, without gradients; validation; the batch of the parity proof of an export."""
     root = make_token_set(tmp_path / "set", n_samples=64, n_validation=16)
     overrides = [
         f"data.dataset={root}",
@@ -45,7 +45,7 @@ def test_a_whole_run_fits_into_dynamos_cache(tmp_path: Path) -> None:
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A compiled function of one variant for each shape, with Dynamo as new."""
+    """A compiled function with one variant per shape, with Dynamo reset."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=8):
@@ -54,7 +54,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], Tenso
 
 
 def test_a_function_may_have_many_variants_in_any_thread(double: Callable[[Tensor], Tensor]) -> None:
-    """Recomputed layers run in autograd's threads on CUDA, which don't see what is set in the main one."""
+    """On CUDA, recomputed layers run in autograd's threads, which don't see settings of the main thread."""
     done = []
 
     def work(sizes: range) -> None:

@@ -1,4 +1,4 @@
-"""Images: the paper's crops against brute-force twins, and hostile bytes."""
+"""Images: the paper's crops against brute-force references, and malformed bytes."""
 
 import struct
 import zlib
@@ -56,7 +56,7 @@ def test_prior_crop_is_a_function_of_image_and_seed() -> None:
 
 
 def test_prior_crop_stays_near_the_centre_and_is_never_flipped() -> None:
-    # Each column's colour tells its place: brightness grows to the right.
+    # Each column's colour encodes its position: brightness grows to the right.
     width = 96
     image = np.repeat(np.linspace(0, 255, width)[None, :, None], 32, axis=0).repeat(3, axis=2).astype(np.uint8)
     slack = width - 32
@@ -79,10 +79,10 @@ def test_dvae_augment_covers_the_paper_s_ranges() -> None:
         starts.append(min(row[0], row[-1]))
     slopes = np.array(slopes)
     assert 0.35 < (slopes > 0).mean() < 0.65  # flips
-    # Resized sides run from 36 to 48: one target pixel is 64/48 to 64/36 source pixels.
+    # Resized sides range from 36 to 48: one target pixel is 64/48 to 64/36 source pixels.
     assert abs(slopes).min() > 63 / 47 - 0.1
     assert abs(slopes).max() < 63 / 35 + 0.1
-    assert min(starts) < 8  # crops anywhere, not only near the centre
+    assert min(starts) < 8  # crops are anywhere, not only near the centre
     assert max(starts) > 35
 
 
@@ -109,7 +109,7 @@ def test_small_images_are_never_enlarged() -> None:
 def test_every_mode_becomes_rgb(mode: str) -> None:
     kind = {"CMYK": "TIFF", "I": "TIFF", "F": "TIFF", "YCbCr": "TIFF"}.get(mode, "PNG")
     image = Image.new(mode, (4, 4))
-    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12.3 can't read its own without
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # without it, Pillow 12.3 cannot read its own file
     decoded = decode_image(encoded(image, kind, **options))
     assert decoded.mode == "RGB"
     assert decoded.size == (4, 4)
@@ -136,7 +136,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 
 def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotation by 90 degrees
     assert decode_image(encoded(Image.new("RGB", (10, 20)), "JPEG", exif=exif)).size == (20, 10)
 
 
@@ -174,7 +174,7 @@ def test_hostile_bytes_are_unreadable() -> None:
     for data in hostile:
         with pytest.raises(ImageProblem, match="unreadable"):
             decode_image(data)
-    for _ in range(200):  # flipped bytes: an image or a problem, never another exception
+    for _ in range(200):  # changed bytes give an image or an ImageProblem, never another exception
         data = bytearray(encoded(Image.effect_noise((16, 16), 50), ["PNG", "GIF", "WEBP", "TIFF", "BMP"][rng.integers(5)]))
         for position in rng.integers(0, len(data), 8):
             data[position] = rng.integers(256)

@@ -1,4 +1,4 @@
-"""A token data set in a program's own DataLoader: the order of training, its resume, on any number of ranks."""
+"""A token data set in a user's DataLoader: the order and resume of training, on any number of ranks."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from dalle_ds.errors import FingerprintMismatch
 from tests.data.token_sets import make_token_set
 
 SETTINGS = {"text_len": 24, "global_batch": 12, "micro_batch": 2, "seed": 5, "caption_dropout": 0.2}
-N_UPDATES = 15  # of 12 in an epoch
+N_UPDATES = 15  # an epoch has 12
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def second(tmp_path_factory, root) -> str:
 
 
 def of_training(mix: TokenMix, n_updates: int, **settings) -> list[TokenBatch]:
-    """The micro-batches that a training rank gets."""
+    """The micro-batches of a training rank."""
     ranks = {"rank": 0, "world_size": 1, "bpe_dropout": 0.1, **SETTINGS, **settings}
     with TokenStream(mix, **ranks) as stream:
         return [batch for update in itertools.islice(stream, n_updates) for batch in update]
@@ -58,7 +58,7 @@ def test_batches_are_those_of_a_training_rank(root, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("n_given", [0, 4, 6, 73])  # of 6 micro-batches an update, or 2 on each of three ranks
+@pytest.mark.parametrize("n_given", [0, 4, 6, 73])  # an update has 6 micro-batches, or 2 on each of three ranks
 def test_a_resumed_loop_goes_on_exactly(root, world_size, n_given):
     for rank in range(world_size):
         ranks = {"rank": rank, "world_size": world_size}
@@ -67,7 +67,7 @@ def test_a_resumed_loop_goes_on_exactly(root, world_size, n_given):
             assert_same(take(batches, n_given), expected[:n_given])
             state = json.loads(json.dumps(batches.state_dict()))
             assert (state["update"], state["given"]) == divmod(n_given, batches.batches_per_update)
-            assert_same(take(batches, 9), expected[n_given:])  # another loop goes on
+            assert_same(take(batches, 9), expected[n_given:])  # a second loop continues
             batches.load_state_dict(state)
             assert_same(take(batches, 9), expected[n_given:])
         with dalle_ds.data.open(root, **SETTINGS, **ranks) as batches:
@@ -92,7 +92,7 @@ def test_another_number_of_ranks_goes_on_after_an_update(root):
     found: list[list[TokenBatch]] = []
     for rank in range(3):
         with dalle_ds.data.open(root, rank=rank, world_size=3, **SETTINGS) as batches:
-            with pytest.raises(dalle_ds.UserError, match="world_size is 3, expected that of the state, 1, inside update 3"):
+            with pytest.raises(dalle_ds.UserError, match="world_size is 3, expected the state's 1, inside update 3"):
                 batches.load_state_dict(inside)
             batches.load_state_dict(state)
             found.append(take(batches, 12))
@@ -127,7 +127,7 @@ def test_validation_is_that_of_training(root, world_size):
                 assert_same(list(loader), expected)
 
 
-# What does not fit is refused ---------------------------------------------------------------------------------------------
+# Incompatible settings are refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -150,8 +150,8 @@ def test_workers_are_refused(root, split, start):
         ({"bpe_dropout": 2.0}, "bpe_dropout 2.0"),
         ({"caption_dropout": 1.0}, "caption_dropout 1.0"),
         ({"split": "test"}, "split 'test': expected one of train, validation"),
-        ({"limit": 4}, "limit 4: only validation ends"),
-        ({"split": "validation", "start_update": 3}, "start_update 3: a validation pass"),
+        ({"limit": 4}, "limit 4: expected None for split 'train'"),
+        ({"split": "validation", "start_update": 3}, "start_update 3: expected 0 for split 'validation'"),
         ({"split": "validation", "micro_batch": 60}, "expected at least 60"),
     ],
 )
@@ -172,7 +172,7 @@ def test_data_that_is_not_there_is_refused(root, second, tmp_path):
 def test_the_state_of_another_order_is_refused(root, second):
     with dalle_ds.data.open(root, **SETTINGS) as batches:
         state = batches.state_dict()
-        with pytest.raises(dalle_ds.UserError, match="seed is 5, expected that of the state, 6"):
+        with pytest.raises(dalle_ds.UserError, match="seed is 5, expected the state's 6"):
             batches.load_state_dict({**state, "seed": 6})
         with pytest.raises(dalle_ds.UserError, match="state lacks data"):
             batches.load_state_dict({key: value for key, value in state.items() if key != "data"})

@@ -1,4 +1,4 @@
-"""A mixture of sets: each gives its share of every stretch of updates, and its own epochs have no sample twice."""
+"""Mixture of data sets: each yields its quota over any range of updates, and no sample twice in its own epoch."""
 
 from collections import Counter
 
@@ -64,12 +64,12 @@ def test_ranks_and_seeks_give_the_same_samples(world_size):
 
 
 def test_a_set_keeps_its_slots_and_walks_through_its_windows():
-    """Each slot but the shared ones reads one set for good; a slot reads a window to its end before the next."""
+    """Every slot except the shared ones always reads the same data set. A slot finishes a window before it starts the next."""
     reading = MixtureOrder([[256] * 400, [256] * 400], (0.7, 0.3), seed=0, global_batch=8)
     blocks = [reading.locations(update, range(8)).block for update in range(600)]
     of_slot = np.array(blocks) // 400
     is_fixed = (of_slot == of_slot[0]).all(0)
-    assert is_fixed.sum() == 7  # 5 and 2; the remainders 0.6 and 0.4 share a slot
+    assert is_fixed.sum() == 7  # 5 and 2 dedicated slots; the remainders 0.6 and 0.4 share a slot
     for slot in np.flatnonzero(is_fixed):
         assert len({of_update[slot] for of_update in blocks}) <= 16
     for number in (0, 1):
@@ -80,14 +80,14 @@ def test_a_set_keeps_its_slots_and_walks_through_its_windows():
 def test_mixes_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="expected numbers above 0"):
         order((1.0, 0.0))
-    with pytest.raises(ConfigError, match="less than one sample in 1000 global batches"):
+    with pytest.raises(ConfigError, match="expected at least one sample in 1000 global batches"):
         order((1.0, 1e-9))
-    with pytest.raises(DataError, match="420 samples in 60 blocks of set 1 do not fill its share of 990 samples"):
+    with pytest.raises(DataError, match="420 samples in 60 blocks of set 1 do not fill its part of 990 samples"):
         order((0.99, 0.01), global_batch=1000)
 
 
 def test_the_order_of_a_mix_is_pinned():
-    """Golden: a change of this list breaks the resume of every mixed run that is under way."""
+    """Golden values: a change of this list breaks the resume of every existing run on a mix."""
     assert order().locations(5, range(12)).index.tolist() == PINNED
 
 

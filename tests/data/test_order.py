@@ -1,4 +1,4 @@
-"""The reading order covers each epoch once, whatever the number of ranks, and scales to a billion samples."""
+"""The reading order covers each epoch once for any number of ranks, and scales to a billion samples."""
 
 import tracemalloc
 
@@ -64,7 +64,7 @@ def test_a_seek_equals_walking_there():
     batches = [indices(walked, update) for update in range(60)]
     for update in (59, 0, 33, 34, 16, 17, 18):
         assert indices(order(), update) == batches[update]
-    assert indices(walked, 5) == batches[5]  # backwards as well
+    assert indices(walked, 5) == batches[5]  # also backwards
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_what_they_leave_out():
@@ -78,7 +78,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_what_they_leave_out():
 
 
 def test_the_order_is_pinned():
-    """Golden: a change of this list breaks the resume of every run that is under way."""
+    """Golden values: a change of this list breaks the resume of every existing run."""
     assert indices(order(), 0) == PINNED
 
 
@@ -92,7 +92,7 @@ def test_the_example_in_the_docstring_is_true():
 
 
 def test_a_batch_mixes_the_whole_split():
-    """Samples of one batch come from far apart, although a slot reads one window after another."""
+    """Samples of one batch are far apart in the data set, although a slot reads one window after another."""
     reading = MixtureOrder([[256] * 400], seed=0, global_batch=64)
     for update in (0, 100, 1000):
         assert len(set(reading.locations(update, range(64)).block.tolist())) > 50
@@ -101,9 +101,9 @@ def test_a_batch_mixes_the_whole_split():
 def test_a_slot_needs_few_blocks_at_a_time():
     reading = MixtureOrder([[256] * 4000], seed=0, global_batch=16, window_blocks=8)
     blocks = [int(reading.locations(update, [5]).block[0]) for update in range(8 * 256)]
-    assert len(set(blocks)) <= 16  # two windows at most: a slot starts in the middle of one
+    assert len(set(blocks)) <= 16  # at most two windows: a slot starts in the middle of a window
     every = {int(reading.locations(update, [5]).block[0]) for update in range(reading.updates_per_epoch[0])}
-    assert len(every) <= reading.updates_per_epoch[0] / 256 + 2 * 8  # read about once
+    assert len(every) <= reading.updates_per_epoch[0] / 256 + 2 * 8  # each block is read about once
 
 
 def test_a_quarter_billion_samples_cost_two_integers_a_block():
@@ -114,7 +114,7 @@ def test_a_quarter_billion_samples_cost_two_integers_a_block():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert reading.updates_per_epoch == (250_000,) and len(set(batch)) == 8
-    assert peak < 100e6  # a list of the samples would be 2e9 bytes
+    assert peak < 100e6  # a list of all samples would take 2e9 bytes
 
 
 def test_too_few_samples_are_refused():

@@ -1,4 +1,4 @@
-"""Prefetching loses nothing, passes errors on, and its thread ends."""
+"""Prefetch yields every item, passes errors on, and ends its thread."""
 
 import gc
 import itertools
@@ -17,7 +17,7 @@ def threads(name: str) -> list[threading.Thread]:
 def test_items_come_in_order_and_then_the_end():
     ahead = Prefetch(iter(range(50)), 3, "order")
     assert list(ahead) == list(range(50))
-    assert list(ahead) == []  # the end stays the end
+    assert list(ahead) == []  # an exhausted iterator stays exhausted
     ahead.close()
 
 
@@ -32,7 +32,7 @@ def test_at_most_depth_items_are_made_ahead():
             yield i
 
     ahead = Prefetch(source(), 2, "ahead")
-    for _ in range(3):  # two in the queue, one in the hands of the thread
+    for _ in range(3):  # two items in the queue, and one held by the thread
         may_go.acquire()
     assert next(ahead) == 0
     may_go.acquire()

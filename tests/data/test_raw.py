@@ -1,4 +1,4 @@
-"""Raw shards: samples come back, damage is counted, groups keep to one split."""
+"""Raw shards: samples are read back, damaged samples are counted, a group stays in one split."""
 
 import io
 import json
@@ -91,7 +91,7 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
         "h": "duplicate key",
         "i": "unreadable caption",
     }
-    # A key that comes back after others would be half a sample, twice.
+    # A key that is repeated after other keys would give two incomplete samples.
     assert [d.reason for d in found if isinstance(d, Dropped) and d.key == "a"] == ["no image", "duplicate key"]
     assert [s.key for s in found if isinstance(s, RawSample)] == ["good"]
 
@@ -133,10 +133,10 @@ def test_a_shard_that_changed_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("a.png", IMAGE), ("a.json", record())])
     (shard,) = list_raw_shards(tmp_path)
     path.write_bytes(path.read_bytes() + b"\0" * 512)
-    with pytest.raises(DataError, match="the shard changed or is cut short"):
+    with pytest.raises(DataError, match="the shard has changed or is truncated"):
         list(read_raw_shard(shard))
     path.unlink()
-    with pytest.raises(DataError, match="gone"):
+    with pytest.raises(DataError, match="does not exist"):
         list(read_raw_shard(shard))
 
 
@@ -151,7 +151,7 @@ def test_the_split_follows_the_group() -> None:
     assert 0.08 < drawn.count("validation") / len(drawn) < 0.12
     assert drawn == [split_of(f"group {i}", 0.1) for i in range(5000)]
     assert {split_of(f"g{i}", 0.0) for i in range(100)} == {"train"}
-    # A larger fraction only adds: validation samples stay validation.
+    # A larger fraction only adds samples: validation samples stay in the validation split.
     assert all(split_of(f"group {i}", 0.2) == "validation" for i, split in enumerate(drawn) if split == "validation")
 
 

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and the use of a codebook against values known by hand."""
+"""PSNR, SSIM and codebook usage against values computed by hand."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ def test_psnr_of_known_errors():
     real = np.full((3, 3, 4, 4), 100, dtype=np.uint8)
     other = real.copy()
     other[0] += 16
-    other[1] -= 1  # below: an unsigned difference would wrap around to 255
+    other[1] -= 1  # negative: an unsigned difference would wrap around to 255
     values = psnr(real, other)
     assert values[0] == pytest.approx(20 * np.log10(255 / 16)) == pytest.approx(24.05, abs=0.01)
     assert values[1] == pytest.approx(20 * np.log10(255))
@@ -28,7 +28,7 @@ def test_what_would_be_misread_is_refused(measure):
 
 def test_ssim_of_flat_and_of_unrelated_images():
     flat = np.full((1, 3, 16, 16), 100, dtype=np.uint8)
-    # without structure the luminance term alone is left: (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2
+    # Without structure only the luminance term remains: (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2
     c = (0.01 * 255) ** 2
     assert ssim(flat, flat + 50) == pytest.approx((2 * 100 * 150 + c) / (100**2 + 150**2 + c), rel=1e-6)
     rng = np.random.default_rng(0)

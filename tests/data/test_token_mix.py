@@ -1,4 +1,4 @@
-"""A mix of token data sets: shares by weight, whole epochs of each, the same on any number of ranks, resumed exactly."""
+"""Mix of token data sets: samples by weight, complete epochs of each, equal on any number of ranks, exact resume."""
 
 import itertools
 from collections import Counter
@@ -26,7 +26,7 @@ def roots(tmp_path_factory) -> list[str]:
 
 def mix(roots: list[str], weights=(0.65, 0.35), split="train") -> TokenMix:
     sets = [TokenDataset(root, split) for root in roots]
-    for dataset in sets:  # the sets' dVAEs are drawn by their seeds
+    for dataset in sets:  # the data sets' dVAEs depend on their seeds
         dataset.info = dataset.info.model_copy(update={"dvae": "same"})
     return TokenMix(sets, weights)
 
@@ -55,7 +55,7 @@ def test_a_stream_of_a_mix_resumes_exactly_at_another_world_size(roots):
     for keys, rows, _, shards in whole:
         for key, row, shard in zip(keys, rows, shards, strict=True):
             texts.setdefault(shard + key, set()).add(tuple(row))
-    assert max(map(len, texts.values())) > 1  # epochs of its own, with other draws
+    assert max(map(len, texts.values())) > 1  # the data set has its own epochs, with other dropout draws
 
 
 def test_sets_that_differ_are_refused_with_both_names(roots):
@@ -75,7 +75,7 @@ def test_a_mix_is_named_by_its_sets_and_weights_and_validates_on_all(roots):
         assert getattr(both, name) == " + ".join(
             f"{weight} * {getattr(dataset, name)}" for dataset, weight in zip(both.sets, (0.65, 0.35), strict=True)
         )
-    assert mix(roots, (0.65, 0.35000001)).fingerprint != mix(roots, (0.65, 0.35)).fingerprint  # other quotas at large batches
+    assert mix(roots, (0.65, 0.35000001)).fingerprint != mix(roots, (0.65, 0.35)).fingerprint  # quotas differ at large batches
     batches = validation_batches(both, text_len=24, batch=5, rank=0, world_size=1)
     shards = [shard for batch in batches for shard in batch.shards]
     assert Counter(shard.partition("/data/")[0] for shard in shards) == {roots[0]: 20, roots[1]: 30}

@@ -1,4 +1,4 @@
-"""The tokenizer obeys the paper's splitting rule; BPE dropout is deterministic."""
+"""The tokenizer follows the paper's splitting rule; BPE dropout is deterministic."""
 
 import itertools
 import logging
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory) -> CaptionTokenizer:
 
 
 def odd_captions(n: int, seed: int = 0) -> list[str]:
-    """Words of the captions, cut, glued and mixed with capitals, digits, scripts, emoji, controls, half surrogates."""
+    """Words of the captions, cut, joined and mixed with capitals, digits, scripts, emoji, controls, unpaired surrogates."""
     rng = random.Random(seed)
     words = " ".join(CAPTIONS).split()
     spice = [
@@ -76,7 +76,7 @@ def odd_captions(n: int, seed: int = 0) -> list[str]:
 
 
 def piece(tokenizer: CaptionTokenizer, token: int) -> str:
-    """How the vocabulary spells a token; a space is U+2581, a byte <0x..>."""
+    """The vocabulary's text of a token: a space is U+2581, a byte is <0x..>."""
     return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes).id_to_piece(token)
 
 
@@ -94,7 +94,7 @@ def test_every_merged_piece_is_letters_alone(tokenizer):
 
 def test_all_ascii_singles_and_frequent_others_have_a_piece(tokenizer):
     pieces = {piece(tokenizer, i) for i in range(tokenizer.vocab_size)}
-    assert set(string.ascii_lowercase + string.digits + string.punctuation + SPACE) <= pieces  # q, z and 7 are in no caption
+    assert set(string.ascii_lowercase + string.digits + string.punctuation + SPACE) <= pieces  # no caption contains q, z or 7
     assert {"é", "ñ"} <= pieces
 
 
@@ -149,7 +149,7 @@ def test_dropout_is_a_function_of_the_generator_and_keeps_the_text(tokenizer):
 
 
 def test_kept_states_merge_as_the_plain_algorithm(tokenizer, monkeypatch):
-    """Word by word, draw by draw, while states are thrown away and long words go past them."""
+    """Compares word by word, draw by draw, while cached states are cleared and long words bypass the cache."""
     monkeypatch.setattr(bpe_dropout, "MAX_WAYS", 200)
     monkeypatch.setattr(bpe_dropout, "DRAWS", 7)
     letters = random.Random(4)
@@ -170,7 +170,7 @@ def test_kept_states_merge_as_the_plain_algorithm(tokenizer, monkeypatch):
 @pytest.mark.parametrize("n", [3, 40])
 def test_samples_are_seeded_as_numpy_does(seed, n):
     epochs, indices = np.arange(n) % 3, np.arange(n) * 104_729 + (2**32 - 2**21)
-    for below in (2**32, 2**40):  # words of 32 bits, and longer ones
+    for below in (2**32, 2**40):  # seeds of one 32-bit word, and longer seeds
         seeded = sample_generators(seed, 2, epochs, indices % below)
         for bits, epoch, index in zip(seeded, epochs.tolist(), (indices % below).tolist(), strict=True):
             expected = np.random.PCG64(np.random.SeedSequence((seed, 2, epoch, index)))
@@ -183,7 +183,7 @@ def test_dropout_of_everything_leaves_characters(tokenizer):
 
 
 def test_dropout_rate_matches_the_algorithm(tmp_path):
-    """ "ab" has one merge: it is dropped with chance p, and then no candidate is left, so the word stays split."""
+    """ "ab" has one merge. If it is dropped, with probability p, no candidate is left and the word stays split."""
     pair = train_tokenizer(["ab ab ab"], 400, tmp_path / "ab.model")
     rng = np.random.default_rng(0)
     n_split = sum(len(encode_with_dropout(pair, "ab", 0.1, rng)) == 2 for _ in range(4000))
@@ -262,5 +262,5 @@ def test_models_of_another_splitting_rule_are_refused(tmp_path):
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(DataError, match="merges more than a-z"):
+    with pytest.raises(DataError, match="merges characters other than a-z"):
         CaptionTokenizer(tmp_path / "usual.model")

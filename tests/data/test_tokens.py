@@ -1,4 +1,4 @@
-"""Token batches: the right samples on every number of ranks, exact resume, refusal of what does not fit, storage outages."""
+"""Token batches: correct samples on any number of ranks, exact resume, refused incompatible settings, storage outages."""
 
 import itertools
 import logging
@@ -42,7 +42,7 @@ def read(dataset: TokenDataset, n_updates: int, **settings) -> list[list[TokenBa
 
 
 def joined(updates: list[list[TokenBatch]]) -> list[tuple[list[str], torch.Tensor, torch.Tensor]]:
-    """Per update: keys, text, image tokens, over the micro-batches."""
+    """For each update: keys, text tokens and image tokens of all micro-batches."""
     return [
         (
             [key for batch in update for key in batch.keys],
@@ -78,7 +78,7 @@ def test_batches_hold_the_samples_that_were_written(root):
             written |= {key: (row, caption, part.path) for row, key, caption in zip(tokens_nN, keys, captions, strict=True)}
     updates = read(dataset, 12, bpe_dropout=0.0)
     seen = [key for update in updates for batch in update for key in batch.keys]
-    assert len(seen) == len(set(seen)) == 144  # one epoch, six samples left out
+    assert len(seen) == len(set(seen)) == 144  # one epoch, which skips six samples
     for update in updates:
         assert [len(batch) for batch in update] == [2] * 6
         for batch in update:
@@ -104,7 +104,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(root, world_size):
         )
         for parts in zip(*ranks, strict=True)
     ]
-    assert_same(together, alone)  # dropout draws included
+    assert_same(together, alone)  # including dropout draws
 
 
 def test_a_resumed_stream_continues_exactly(root):
@@ -146,7 +146,7 @@ def test_long_captions_are_cut_and_counted(root):
 def test_a_small_cache_gives_the_same_and_says_so(root, caplog):
     with caplog.at_level(logging.WARNING):
         small = joined(read(TokenDataset(root, cache_bytes=1), 13))
-    assert "blocks will be read many times over" in caplog.text
+    assert "blocks will be read repeatedly" in caplog.text
     assert_same(small, joined(read(TokenDataset(root), 13)))
 
 
@@ -163,7 +163,7 @@ def test_an_epoch_reads_each_block_once_where_the_cache_holds_them(root):
         ({"world_size": 5}, ConfigError, "global batch 12 .* x 5 ranks = 10"),
         ({"global_batch": 152}, DataError, "150 samples in 12 blocks do not fill one global batch of 152"),
         ({"bpe_dropout": 1.2}, ConfigError, "bpe_dropout 1.2"),
-        ({"caption_dropout": 1.0}, ConfigError, "caption_dropout 1.0: expected a chance of at least 0 and below 1"),
+        ({"caption_dropout": 1.0}, ConfigError, "caption_dropout 1.0: expected a probability of at least 0 and below 1"),
         ({"caption_dropout": -0.1}, ConfigError, "caption_dropout -0.1"),
         ({"caption_dropout": float("nan")}, ConfigError, "caption_dropout nan"),
         ({"start_update": -1}, ConfigError, "start_update -1"),
@@ -183,11 +183,11 @@ def test_a_closed_stream_leaves_no_thread(root):
     assert not any(thread.name == "token-stream-3" for thread in threading.enumerate())
 
 
-# Captions dropped ---------------------------------------------------------------------------------------------------------
+# Caption dropout ----------------------------------------------------------------------------------------------------------
 
 
 def texts_by_sample(updates: list[list[TokenBatch]], updates_per_epoch: int = 12) -> dict[tuple[int, str], list[int]]:
-    """(epoch, key) -> text row."""
+    """{(epoch, key): row of text tokens}."""
     return {
         (number // updates_per_epoch, key): row
         for number, update in enumerate(updates)
@@ -203,8 +203,8 @@ def test_dropped_captions_are_all_pad_and_kept_ones_have_the_same_pieces(root):
     assert before.keys() == after.keys() and len(before) == 3 * 144
     assert all(row[0] != PAD for row in before.values())
     dropped = {sample for sample, row in after.items() if row == [PAD] * 23}
-    assert 130 < len(dropped) < 216  # 432 * 0.4 = 173, four standard deviations are 41
-    assert all(after[sample] == before[sample] for sample in before.keys() - dropped)  # BPE dropout's draws included
+    assert 130 < len(dropped) < 216  # 432 * 0.4 = 173; four standard deviations are 41
+    assert all(after[sample] == before[sample] for sample in before.keys() - dropped)  # including the draws of BPE dropout
     for update, other in zip(full, some, strict=True):
         for batch, twin in zip(update, other, strict=True):
             assert torch.equal(batch.image_BN, twin.image_BN) and batch.captions == twin.captions
@@ -228,7 +228,7 @@ def test_which_captions_are_dropped_has_nothing_to_do_with_which_merges_are(tmp_
             pieces = [piece for piece in batch.text_BT[number].tolist() if piece != PAD]
             whole.append(pieces == dataset.tokenizer.encode(batch.captions[number])[:23])
     assert len(whole) > 40
-    assert sum(whole) > len(whole) / 2  # by the same draws, each of them would have lost a merge
+    assert sum(whole) > len(whole) / 2  # with the same draws for both dropouts, each of them would have lost a merge
 
 
 def test_other_captions_are_dropped_in_another_epoch_or_run(root):
@@ -237,9 +237,9 @@ def test_other_captions_are_dropped_in_another_epoch_or_run(root):
         return {key for (e, key), row in texts.items() if e == epoch and row[0] == PAD}
 
     first = dropped(0)
-    # halves of 150 samples that know nothing of each other share a quarter, 37; four standard deviations are 21
+    # Two independent halves of 150 samples share a quarter, 37; four standard deviations are 21.
     assert len(first & dropped(1)) < 58 and len(first & dropped(0, seed=6)) < 58 < len(first)
-    assert set() < dropped(0, chance=0.2) < first  # a smaller chance drops a part of the same captions
+    assert set() < dropped(0, chance=0.2) < first  # a smaller probability drops a subset of the same captions
 
 
 @pytest.mark.parametrize("world_size", [2, 6])
@@ -257,7 +257,7 @@ def test_dropped_captions_are_the_same_on_any_number_of_ranks_and_after_a_resume
         )
         for parts in zip(*ranks, strict=True)
     ]
-    assert_same(together, alone[5:])  # the second epoch begins at 12
+    assert_same(together, alone[5:])  # the second epoch starts at update 12
     assert any((text == PAD).all(1).any() for _, text, _ in alone[5:])
 
 
@@ -272,7 +272,7 @@ def test_dropped_captions_are_not_counted_as_cut(root):
 
 def test_validation_drops_no_caption(root):
     dataset = TokenDataset(root, "validation")
-    # the same samples as training data would lose captions
+    # As training data, the same samples would lose captions.
     assert any((text == PAD).all(1).any() for _, text, _ in joined(read(dataset, 4, caption_dropout=0.5)))
     for batch in validation_batches(TokenMix([dataset]), text_len=24, batch=5, rank=0, world_size=1):
         for caption, row in zip(batch.captions, batch.text_BT.tolist(), strict=True):
@@ -280,7 +280,7 @@ def test_validation_drops_no_caption(root):
             assert row == ids + [PAD] * (23 - len(ids))
 
 
-# What does not fit is refused ---------------------------------------------------------------------------------------------
+# Incompatible settings are refused ----------------------------------------------------------------------------------------
 
 
 def test_missing_data_set(tmp_path):
@@ -312,13 +312,13 @@ def test_another_tokenizer(own_root):
 
 def test_edited_data_set_description(own_root):
     edit_json(f"{own_root}/dataset.json", grid=8)
-    with pytest.raises(FingerprintMismatch, match="changed by hand"):
+    with pytest.raises(FingerprintMismatch, match="was edited"):
         TokenDataset(own_root)
 
 
 def test_empty_split(tmp_path):
     root = make_token_set(tmp_path / "tokens", n_samples=20, n_validation=0)
-    with pytest.raises(DataError, match="no samples in split 'validation', 20 in all"):
+    with pytest.raises(DataError, match="no samples in split 'validation', 20 samples in all splits"):
         TokenDataset(root, "validation")
 
 
@@ -359,7 +359,7 @@ def test_a_read_that_stands_still_is_named_again_and_again(root, monkeypatch, ca
     read_block = token_dataset.read_block
 
     def slow(*args):
-        while caplog.text.count("stood still") < 3:
+        while caplog.text.count("no item for") < 3:
             time.sleep(0.01)
         return read_block(*args)
 
@@ -367,7 +367,7 @@ def test_a_read_that_stands_still_is_named_again_and_again(root, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         read(TokenDataset(root), 1)
     for seconds in ("0.1", "0.2", "0.4"):
-        assert re.search(rf"token-stream-0 has stood still for {seconds} s, waiting for .*.tar, block .* others", caplog.text)
+        assert re.search(rf"token-stream-0: no item for {seconds} s, waiting for .*.tar, block .* others", caplog.text)
 
 
 def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
@@ -378,7 +378,7 @@ def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
     with pytest.raises(DataError, match="image token 32, expected codes below 32"):
         read(TokenDataset(root), 1)
     wrong(np.zeros((16, 64), dtype=np.uint16))
-    with pytest.raises(DataError, match=r"shape \(16, 64\), expected 16 a sample \(grid 4x4\)"):
+    with pytest.raises(DataError, match=r"shape \(16, 64\), expected 16 per sample \(grid 4x4\)"):
         read(TokenDataset(root), 1)
 
 
@@ -402,7 +402,7 @@ def test_validation_has_equal_counts_and_no_sample_twice(root, world_size):
 def test_validation_limit_spreads_over_the_shards(root):
     mix = TokenMix([TokenDataset(root, "validation")])
     batches = validation_batches(mix, text_len=24, batch=5, rank=0, world_size=1, limit=34)
-    assert [len(batch) for batch in batches] == [5] * 6  # 4 of 34 fill no batch
+    assert [len(batch) for batch in batches] == [5] * 6  # the last 4 of 34 samples fill no batch
     assert len({shard for batch in batches for shard in batch.shards}) > 1
     everything = validation_batches(mix, text_len=24, batch=5, rank=0, world_size=1, limit=10**6)
     assert sum(map(len, everything)) == 50

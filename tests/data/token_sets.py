@@ -1,4 +1,4 @@
-"""Small token data sets for tests: captions of a small grammar, and codes that image them, so that a prior can learn them."""
+"""Small token data sets for tests: captions of a small grammar, with codes that depict them, so that a prior can learn them."""
 
 import json
 import tempfile
@@ -41,12 +41,13 @@ def make_token_set(
     seed: int = 0,
     complete: bool = True,
 ) -> str:
-    """Write a valid token data set below `root` (a path or url) and return its url; equal arguments give equal data.
+    """Write a valid token data set below `root` (a path or URL) and return its URL. Equal arguments give equal data.
 
     Args:
-        n_samples: of the train split, `n_validation` more of the other one; dealt over `n_shards`.
-        n_codes: at least 8: background, colours; the chance `noise` replaces a cell's code by any other.
-        complete: False leaves out manifest.json, as while an encode run is under way.
+        n_samples, n_validation: samples of the train and the validation split, distributed over `n_shards`.
+        n_codes: at least 8, for background and colours.
+        noise: probability of replacing a cell's code by a random code.
+        complete: False omits manifest.json, as during an encode run.
     """
     root = str(root)
     rng = np.random.default_rng(seed)
@@ -77,7 +78,7 @@ def make_token_set(
 
 
 def image(color: str, shape: str, place: str, grid: int, n_codes: int) -> np.ndarray:
-    """The codes (grid*grid,) that a caption names, without noise."""
+    """The codes (grid*grid,) that a caption describes, without noise."""
     cy, cx = (fraction * grid for fraction in PLACES[place])
     y, x = np.mgrid[:grid, :grid] + 0.5
     dy, dx, r = abs(y - cy), abs(x - cx), grid / 4
@@ -151,5 +152,5 @@ def _write_shard(
 
 
 def edit_json(url: str, **changes: object) -> None:
-    """Replace fields of a stored JSON file: how tests damage a data set."""
+    """Replace fields of a stored JSON file, to damage a data set."""
     objects.write_bytes(url, json.dumps(json.loads(objects.read_bytes(url)) | changes).encode())

@@ -1,4 +1,5 @@
-"""The engine on two real ranks against one plain process. One launch serves all tests: it takes longer than they do."""
+"""The engine on two real ranks, compared with one plain process.
+All tests share one launch, since launching takes longer than the tests."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,7 @@ def assert_close(found: list[list[float]], expected: list[list[float]], toleranc
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_on_two_ranks_is_one_plain_process(outcome: dict[str, Any], mode: str) -> None:
     found, expected = outcome["rank0"]["modes"][mode], outcome["plain"]
-    if mode == "fp32_zero0":  # DeepSpeed does not tell the norm without ZeRO
+    if mode == "fp32_zero0":  # without ZeRO, DeepSpeed does not report the norm
         found, expected = ([update[:2] for update in updates] for updates in (found, expected))
     assert_close(found, expected, tolerance(mode))
 
@@ -47,7 +48,7 @@ def test_a_global_batch_may_have_few_captions_or_none(outcome: dict[str, Any], m
 
 
 def test_ranks_report_the_same(outcome: dict[str, Any]) -> None:
-    for case in outcome["rank0"].keys() - {"averaging"}:  # of which only the main rank knows what to expect
+    for case in outcome["rank0"].keys() - {"averaging"}:  # only the main rank has the expected values of "averaging"
         assert outcome["rank0"][case] == outcome["rank1"][case], case
 
 
@@ -86,7 +87,7 @@ def test_calibration_finds_scales_that_are_finite_and_leaves_nothing_else(outcom
     assert found["untouched"], "without trials scales stay as they were"
     assert found["calibrated"] == found["given"]
     assert all(report["took_step"] for report in found["calibrated"][:3])
-    # sums of other ranks are other sums: a trial at the edge may fall to the other side
+    # sums over ranks round differently, so a trial near overflow may have another result
     assert found["found"] == pytest.approx(outcome["plain_calibration"], abs=50 / 2**TRIALS + 1e-3)
     assert min(found["found"]) > 18, "far above where the paper starts"
 
@@ -130,12 +131,12 @@ def test_low_bit_moments_follow_fp32_ones_and_resume_to_the_last_digit(
     found = outcome["rank0"][case]
     assert_close(found["losses"], outcome["plain"], within)
     assert found["found"] == found["expected"]
-    # 36,864 parameters in the layers' matrices, 6,696 others; a little more for padding
+    # 36,864 parameters in the layers' matrices, 6,696 others; padding adds a little
     assert found["bytes_before"] == 0
     assert found["bytes"] == found["bytes_after_load"] == pytest.approx((36_864 * 4 + 6_696 * 8) / 43_560, rel=0.01)
 
 
 def test_low_bit_moments_are_at_work(outcome: dict[str, Any]) -> None:
     assert outcome["rank0"]["low_bit"]["losses"] != outcome["rank0"]["modes"]["fp32_zero3"]
-    # offloaded, DeepSpeed sums the norm in another order
+    # with offloading, DeepSpeed sums the norm in another order
     assert_close(outcome["rank0"]["low_bit_offloaded"]["losses"], outcome["rank0"]["low_bit"]["losses"], 1e-5)

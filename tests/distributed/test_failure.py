@@ -1,4 +1,4 @@
-"""A run that loses a rank, its data or its numbers: it ends soon, says why, and goes on by the same command."""
+"""A run that loses a rank or its data, or diverges, ends soon with the reason. The same command resumes it."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
-    """Its tests go on with one run, in their order."""
+    """Folder of one run, which the tests continue in their order."""
     home = tmp_path_factory.mktemp("home")
     make_token_set(home / "runs" / "demo" / "tokens", n_samples=512, block_samples=4)
     shutil.copy(empty_store, home / "mlflow.db")
@@ -63,7 +63,7 @@ def checkpoints(home: Path) -> list[Path]:
 
 
 def tracked(home: Path) -> Any:
-    (run,) = MlflowClient(f"sqlite:///{home}/mlflow.db").search_runs(["1"])  # one MLflow run over all restarts
+    (run,) = MlflowClient(f"sqlite:///{home}/mlflow.db").search_runs(["1"])  # a single MLflow run for all restarts
     return run
 
 
@@ -106,10 +106,10 @@ def test_a_killed_rank_is_named_and_the_job_is_gone(home: Path) -> None:
         launching.wait_for(lambda: tracked(home).info.status == "RUNNING", "the MLflow run to go on", process=process)
         victim = launching.ranks_of(process.pid)[1]
         victim.kill()
-        out, err = process.communicate(timeout=240)  # less than the ten minutes after which torch itself gives up
+        out, err = process.communicate(timeout=240)  # less than torch's own timeout of ten minutes
         assert process.returncode != 0 and not launching.family(process.pid)
-    assert f"error on rank 0: rank 1 (process {victim.pid}) " in err and "the same command goes on" in err
-    # once in a while the launcher takes note of its end before the other rank does
+    assert f"error on rank 0: rank 1 (process {victim.pid}) " in err and "run the same command again" in err
+    # the launcher sometimes notices the end of the rank before the other rank does
     assert "was killed by SIGKILL" in err or "return code = -9" in out
     assert "Traceback" not in err
     assert tracked(home).info.status == "FAILED"
@@ -121,7 +121,7 @@ def test_a_rank_that_hangs_does_not_hang_the_others(home: Path) -> None:
         ranks = launching.ranks_of(process.pid)
         ranks[1].send_signal(signal.SIGSTOP)
         launching.wait_for(lambda: not ranks[0].is_running(), "end of the rank that waits")
-        launching.kill_tree(process.pid)  # the launcher would give the stopped rank half a minute
+        launching.kill_tree(process.pid)  # the launcher would wait half a minute for the stopped rank
         err = process.communicate()[1]
     assert "no answer from another rank within 5 s (failure.collective_timeout)" in err
     assert f"stopped: rank 1 (process {ranks[1].pid})" in err
@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_does_not_hang_the_others(home: Path) -> None:
 
 
 def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
-    """A GPU may wait for a dead rank without an error: here a plain sleep does."""
+    """A GPU may wait for a dead rank without an error. Here, a sleep stands in for the GPU."""
     program = """if True:
         import os, signal, sys, time, torch, torch.distributed as dist
         from dalle_ds.parallel.ranks import Ranks
@@ -154,7 +154,7 @@ def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
         )
         for rank in (0, 1)
     ]
-    out, err = ranks[0].communicate(timeout=240)  # less than the ten minutes after which torch itself gives up
+    out, err = ranks[0].communicate(timeout=240)  # less than torch's own timeout of ten minutes
     assert ranks[1].wait() == -signal.SIGABRT
     assert (ranks[0].returncode, out) == (75, "told\n")
     assert f"error on rank 0: rank 1 (process {ranks[1].pid}) was killed by SIGABRT" in err
@@ -162,7 +162,7 @@ def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def diverged(home: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The run goes on with a weight in its last block that fp16 can't hold."""
+    """The run resumes with a weight in its last residual block that exceeds fp16's range."""
     newest = checkpoints(home)[-1]
     key = "weights/layers.1.mlp.branch.expand.weight"
     commit = json.loads((newest / "checkpoint.json").read_text())
@@ -185,8 +185,9 @@ def test_a_run_without_finite_losses_stops_and_names_the_block(
 ) -> None:
     done, folder = diverged
     assert done.returncode == 2
-    assert "no finite loss in 3 updates in a row (failure.nonfinite_losses). First not finite: layers.1.mlp" in done.stderr
-    assert done.stderr.count("First not finite") == 1, "once, not from each rank"
+    assert "no finite loss in 3 consecutive updates (failure.nonfinite_losses)." in done.stderr
+    assert "(failure.nonfinite_losses). First non-finite value: layers.1.mlp" in done.stderr
+    assert done.stderr.count("First non-finite value") == 1, "once, not from each rank"
     assert f"dalle-ds diagnose {folder.relative_to(home)}" in done.stderr
     about = json.loads((folder / "diagnosis.json").read_text())
     assert about["event"] == "layers.1.mlp, forward pass" and about["image_loss"] == "NaN"
@@ -208,7 +209,7 @@ def test_a_diagnosis_is_replayed_on_another_number_of_ranks_and_in_another_forma
     diverged: tuple[subprocess.CompletedProcess[str], Path], home: Path, tmp_path: Path
 ) -> None:
     _, folder = diverged
-    moved = shutil.move(folder, tmp_path / "diagnosis")  # it needs nothing beside it, not even the data
+    moved = shutil.move(folder, tmp_path / "diagnosis")  # a diagnosis needs no other files, not even the data
     shutil.rmtree(home / "runs")
     before = {path: path.stat().st_mtime_ns for path in [*home.rglob("*"), *moved.rglob("*")]}
     replays = [

@@ -1,4 +1,4 @@
-"""Nothing grows with the updates of a run, of which the largest model makes 430,000."""
+"""Memory use does not grow with the number of updates. The largest model trains for 430,000 updates."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from tests.support import launching
 
 CASE = Path(__file__).parent / "cases" / "growth.py"
 ENVIRONMENT = {
-    "PYTHONMALLOC": "malloc",  # so that the heap's own count has Python's objects too
-    "TORCH_FR_BUFFER_SIZE": "0",  # torch's recorder of collectives fills up to 2,000 entries
+    "PYTHONMALLOC": "malloc",  # so that the heap's counters include Python objects
+    "TORCH_FR_BUFFER_SIZE": "0",  # torch's flight recorder of collectives grows up to 2,000 entries
 }
 
 

@@ -1,4 +1,4 @@
-"""Matrices without fp32 masters on two and three real ranks, against one plain process with the same roundings."""
+"""Matrices without fp32 masters on two and three real ranks, compared with one plain process with the same roundings."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.support import launching
 pytestmark = pytest.mark.launch
 
 TOLERANCE = 2e-3
-"""Sums of other orders move some codes by their last place, and with them some weights."""
+"""Sums in another order change the last place of some codes, and so of some weights."""
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("masterless")
     cases = Path(__file__).parent / "cases" / "masterless.py"
-    for n_ranks in (2, 3):  # three take the checkpoint of two
+    for n_ranks in (2, 3):  # three ranks load the checkpoint of two
         launching.run_ranks(n_ranks, cases, str(folder), cwd=folder)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
@@ -65,7 +65,7 @@ def test_or_that_of_its_block(outcome: dict[str, Any]) -> None:
 
 def test_gradients_between_replicas_gather_in_the_errors_that_power_sgd_carries(outcome: dict[str, Any]) -> None:
     found = outcome["0-of-2"]["compressed"]
-    assert_close(found["full"], outcome["plain"], 5e-3)  # the factors are rounded to 1-6-9
+    assert_close(found["full"], outcome["plain"], 5e-3)  # factors are rounded to 1-6-9
     assert [loss for *loss, _ in found["low"]] == [pytest.approx(loss, rel=1e-2) for *loss, _ in found["masters"]]
     assert found["one_buffer"] and found["skipped"]
     assert found["found"] == found["expected"], "after a checkpoint"

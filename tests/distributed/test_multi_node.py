@@ -1,6 +1,7 @@
-"""One job on two hosts, for real: ssh and pdsh, Open MPI, Slurm; stopped, killed and going on, without anything left behind.
+"""One real job on two hosts, started by ssh and pdsh, Open MPI and Slurm. It is stopped, killed and resumed, and leaves no
+process behind.
 
-The tests go on with one run, each from where the one before left it; each alone starts it.
+The tests share one run: each test resumes it where the previous one left it. A test that runs alone starts the run itself.
 """
 
 import json
@@ -37,7 +38,7 @@ SMALL = [
 ]
 SECRET = 'a $key with "signs"'
 NO_SERVER = "http://127.0.0.1:9"
-# Debian's hosts resolve their own names to a loopback address, where gloo would listen
+# Debian hosts resolve their own names to a loopback address, on which gloo would listen
 PASSED_ON = {
     "AWS_SECRET_ACCESS_KEY": SECRET,
     "DALLE_DS_RETRY_SECONDS": "77",
@@ -57,7 +58,7 @@ PASSED_ON = {
 }
 NOT_PASSED_ON = {"CUDA_VISIBLE_DEVICES": "7", "NVIDIA_VISIBLE_DEVICES": "7", "OF_NOBODY": "1"}
 
-# Python runs it at the start of each process: what the environment was, as the process ends, by host and rank.
+# Python runs this at the start of each process. When the process ends, it writes its environment to a file per host and rank.
 NOTE_ENVIRONMENT = """
 import atexit, json, os, pathlib, sys
 def note():
@@ -78,7 +79,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder from which jobs are started; both hosts see it."""
+    """The folder in which jobs are started. Both hosts share it."""
     home = tmp_path_factory.mktemp("home")
     make_token_set(home / "tokens", n_samples=96, n_validation=32)
     (home / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
@@ -100,19 +101,19 @@ def arguments(home: Path, folder: str = "run", **overrides: object) -> list[str]
 
 
 def newest(home: Path, folder: str = "run") -> int:
-    """The update of the newest checkpoint; 0 where there is none."""
+    """Update number of the newest checkpoint. 0 if there is no checkpoint."""
     found = (home / folder / "checkpoints").glob("update_*/checkpoint.json")
     return max((json.loads(path.read_text())["update"] for path in found), default=0)
 
 
 def has_trained(home: Path) -> bool:
-    """Whether an update was made; records wait in the spool, for there is no server."""
-    return any('"loss/train"' in path.read_text() for path in (home / "run" / "mlflow_spool").glob("values/*.jsonl"))
+    """Whether the run has made an update. Its metrics are in the spool, since there is no MLflow server."""
+    return any('"loss/train/total"' in path.read_text() for path in (home / "run" / "mlflow_spool").glob("values/*.jsonl"))
 
 
 @contextmanager
 def started(hosts: Hosts, command: list[str], home: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A command on node-a; at the end all that it left on the hosts is killed."""
+    """Start a command on node-a. When the context ends, kill all processes that are left on the hosts."""
     try:
         with launching.started(hosts["node-a"].inside(command, home), home, env) as process:
             yield process
@@ -150,7 +151,7 @@ def test_pdsh_trains_as_one_host_does_passes_the_environment_on_and_ends_by_ctrl
     with started(hosts, command, home, {**env, "DS_LAUNCH_ARGS": "--hostfile hosts"}) as process:
         launching.wait_for(lambda: has_trained(home), "first update", process=process)
         require_one_rank_each(hosts)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
         out, err = process.communicate(timeout=900)
         wait_until_all_ended(hosts)
     assert (update := newest(home)) > 0, f"nothing was saved:\n{out[-2000:]}\n{err[-4000:]}"
@@ -163,7 +164,7 @@ def test_pdsh_trains_as_one_host_does_passes_the_environment_on_and_ends_by_ctrl
         assert LAUNCHER_VARIABLE not in found, "a process number means nothing on another host"
     assert SECRET not in out + err and "AWS_SECRET" not in out + err
     assert (home / ".environment").stat().st_mode & 0o777 == 0o600
-    # the same updates by two ranks of one host
+    # the same updates on two ranks of one host
     two_cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *arguments(home, "one_host", updates=update)]
     done = launching.run(["taskset", "-c", two_cores, *command], home, env)
@@ -179,7 +180,7 @@ def test_a_rank_that_dies_on_the_far_host_ends_the_job_on_both(hosts: Hosts, hom
     with started(hosts, command, home, {"PYTHONPATH": env["PYTHONPATH"]}) as process:
         launching.wait_for(lambda: newest(home) > before, "checkpoint", process=process)
         hosts["node-b"].ranks()[1].kill()
-        out, err = process.communicate(timeout=240)  # torch itself gives up after ten minutes
+        out, err = process.communicate(timeout=240)  # less than torch's own timeout of ten minutes
         wait_until_all_ended(hosts)
     assert process.returncode != 0
     assert "lost the connection to another rank" in out + err
@@ -202,7 +203,7 @@ def test_open_mpi_goes_on(hosts: Hosts, home: Path, env: dict[str, str]) -> None
     assert (found["WORLD_SIZE"], found["LOCAL_RANK"], found["AWS_SECRET_ACCESS_KEY"]) == ("2", "0", SECRET)
 
 
-# A rank's place in its job, without training: below the launcher of its node, which ssh started.
+# Stands in for a rank without training: a process below its node's launcher, which ssh has started.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[2:]])"
 RANK = """
 import pathlib, time
@@ -223,7 +224,7 @@ def test_a_rank_stops_when_its_ssh_session_is_gone(hosts: Hosts, tmp_path: Path,
         launching.wait_for((tmp_path / "watching").exists, "rank", process=process)
         launching.kill_tree(process.pid)
         wait_until_all_ended(hosts)
-    assert "is gone" in (tmp_path / "reason").read_text()
+    assert "has died" in (tmp_path / "reason").read_text()
 
 
 @pytest.mark.skipif(
@@ -232,7 +233,7 @@ def test_a_rank_stops_when_its_ssh_session_is_gone(hosts: Hosts, tmp_path: Path,
 def test_slurm_job_saves_when_preempted_queues_itself_again_and_goes_on(
     hosts: Hosts, home: Path, env: dict[str, str], tmp_path: Path
 ) -> None:
-    """Preemption sends the steps of a job what `scancel --signal=TERM` sends them, and so does a time limit that is near."""
+    """Preemption and an approaching time limit send the same signal to a job's steps as `scancel --signal=TERM`."""
     slurm = start_slurm(hosts, tmp_path)
 
     def call(*command: str) -> str:
@@ -256,7 +257,7 @@ def test_slurm_job_saves_when_preempted_queues_itself_again_and_goes_on(
         assert "exit code 143, queued again" in log.read_text()
         assert not any(host.ranks() for host in hosts.values())
         saved = newest(home)
-        call("scontrol", "update", f"jobid={job}", "StartTime=now+3")  # not in the second in which its first start ended
+        call("scontrol", "update", f"jobid={job}", "StartTime=now+3")  # not within the second in which the first start ended
         launching.wait_for(lambda: newest(home) > saved, "checkpoint of the second start")
         require_one_rank_each(hosts)
         call("scancel", job)

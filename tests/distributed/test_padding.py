@@ -1,4 +1,4 @@
-"""Numbers of ranks that divide nothing: what ZeRO pads its shards with must never count. One launch for each number."""
+"""Numbers of ranks that don't divide the parameters: ZeRO's padding must not affect results. One launch per number of ranks."""
 
 import json
 import math
@@ -23,13 +23,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path, outcome: dict[int, Any]) -> list[float]:
-    """(text loss, image loss, norm) of a first update in one process."""
+    """(text loss, image loss, norm) of the first update in one process."""
     return json.loads((folder / "plain.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def outcome(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """By number of ranks: what each of them found."""
+    """Results of all ranks, by number of ranks."""
     found = {}
     for n in N_RANKS:
         launching.run_ranks(n, CASES, str(folder), cwd=folder)
@@ -55,7 +55,7 @@ def test_only_the_first_rank_draws_weights_and_all_have_a_plain_models(outcome: 
 
 
 def test_what_3_ranks_saved_5_go_on_with(outcome: dict[int, Any]) -> None:
-    """Weights, their average and moments, after an update that left one block out."""
+    """Compares weights, EMA and moments after an update that skipped one block."""
     saved, loaded = (outcome[n][0]["run"] for n in N_RANKS)
     for ours, theirs in zip(loaded["seen"], saved["seen"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

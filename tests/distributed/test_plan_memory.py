@@ -1,4 +1,4 @@
-"""`dalle-ds plan` against what two ranks of a small engine really allocate."""
+"""Compares `dalle-ds plan` with the memory that two ranks of a small engine allocate."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.support import launching
 
 pytestmark = pytest.mark.launch
 
-# large allocations are returned when freed: what is resident is what is in use
+# large allocations are returned to the system when freed, so resident memory is the memory in use
 RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "262144"}
 
 
@@ -25,5 +25,5 @@ def test_memory_of_a_rank(tmp_path: Path) -> None:
         for name in ("parameters", "gradients", "optimizer"):
             assert real[name] == pytest.approx(planned[f"{name}_gib_per_gpu"], rel=1e-3), "ZeRO pads to whole shards"
         beside_state = planned["memory_gib_per_gpu_estimate"] - planned["state_gib_per_gpu"]
-        # CPUs compute fp16 products through fp32 copies, which the plan of a GPU does not have
+        # CPUs compute fp16 products with fp32 copies, which are not in the plan for a GPU
         assert 0.7 < real["peak"] / beside_state < 1.5, f"{real['peak'] / 2**20:.0f} MiB, planned {beside_state / 2**20:.0f}"

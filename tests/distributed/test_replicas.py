@@ -1,4 +1,5 @@
-"""Two replicas of two ranks against one plain process, and PowerSGD against the plain average. One launch serves all tests."""
+"""Two replicas of two ranks equal one plain process; PowerSGD is compared with the plain average.
+All tests share one launch."""
 
 import json
 import math
@@ -70,7 +71,7 @@ def test_power_sgd_learns_as_the_plain_average_does_with_a_fifth_of_the_bytes(ou
     first = runs["none"]["losses"][0]
     final = {name: sum(run["losses"][-20:]) / 20 for name, run in runs.items()}
     assert first > 0.97 * math.log(8) and final["none"] < 1.5, "something is learned"
-    assert abs(final["power_sgd"] - final["none"]) < 0.1, final  # two seeds of the weights differ by 0.17
+    assert abs(final["power_sgd"] - final["none"]) < 0.1, final  # two weight seeds differ by 0.17
 
     plain, ours = runs["none"], runs["power_sgd"]
     matrices = ours["matrix_bytes"]
@@ -126,7 +127,7 @@ def test_mean_of_the_errors_is_all_that_matters(outcome: dict[str, Any]) -> None
 
 @pytest.mark.launch
 def test_recipe_trains_replicas_and_goes_on_with_more_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two replicas of one rank, then four of one: weights of the first, errors of all, averages and the export."""
+    """Two replicas of one rank, resumed as four replicas of one rank: weights of the first, errors of all, EMA and export."""
     make_token_set(tmp_path / "runs" / "demo" / "tokens", n_samples=96, n_validation=32)
     env = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     sgd, few = "replicas.compression=power_sgd", ["ema.every=1", "validation.every=100"]

@@ -1,4 +1,4 @@
-"""A checkpoint of two ranks goes on at one, two and three, and at another ZeRO stage."""
+"""A checkpoint of two ranks resumes on one, two and three ranks, and at another ZeRO stage."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_same_ranks_go_on_to_the_last_digit(outcome: dict[str, Any], case: str) -> None:
     found, expected = outcome["load-2"][f"{case} as {case}"], outcome["save-2"][case]
-    assert json.dumps(found) == json.dumps(expected)  # as text: without ZeRO the norm is not known, and NaN equals nothing
+    assert json.dumps(found) == json.dumps(expected)  # compared as text: without ZeRO the norm is NaN, which equals nothing
 
 
 @pytest.mark.parametrize("n_ranks", [1, 3])

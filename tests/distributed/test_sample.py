@@ -1,4 +1,4 @@
-"""Samples on two ranks under the real launcher, gone on with after a kill: the images of one process."""
+"""Sampling on two ranks with the real launcher, killed and resumed, gives the same images as one process."""
 
 import signal
 import sys
@@ -53,6 +53,6 @@ def test_killed_alone_and_gone_on_with_on_two_ranks_is_one_run(tmp_path: Path) -
     source = SampleSource(captions=CAPTIONS, image_prompt=image, prompt_rows=1)
     sample_export(str(export), tmp_path / "alone", SamplingConfig(n=6, batch=2), source)
     names = sorted(path.name for path in (tmp_path / "alone").glob("*.png"))
-    assert len(names) == 242  # with grid.png and image_prompt.png
+    assert len(names) == 242  # includes grid.png and image_prompt.png
     for name in [*names, "codes.npy"]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

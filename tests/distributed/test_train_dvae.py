@@ -1,4 +1,4 @@
-"""The dVAE on two ranks under the real launchers: the run of one process, stopped, killed, gone on with."""
+"""Training the dVAE on two ranks with the real launchers, stopped, killed and resumed, gives the run of one process."""
 
 import shutil
 import signal
@@ -24,7 +24,7 @@ def torchrun() -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run was stopped by SIGTERM to one rank, went on, and was killed; copied as it was then."""
+    """Folder of a run that was stopped by SIGTERM to one rank, resumed, and killed. "fewer" is a copy of it after the kill."""
     home = tmp_path_factory.mktemp("dvae")
     make_raw(home / "raw")
     (home / "recipe.yaml").write_text(dump_recipe(recipe(home, "killed")))
@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         launching.wait_for(lambda: saved() - at_the_stop, "another checkpoint", process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=900)
-    assert "going on from update" in errors
+    assert "resuming at update" in errors
     assert not (home / "killed" / "dvae_report.json").exists(), "it was faster than the kill"
     shutil.copytree(home / "killed", home / "fewer")
     return home
@@ -63,8 +63,8 @@ def test_two_ranks_do_what_one_does(home: Path, on_two_ranks: dict[str, Any]) ->
     alone, whole = trained(recipe(home, "alone")), on_two_ranks["whole"]
     assert len(whole["seen"]) == 40 and whole["seen"][-1][3] > 10, "unusable images were met"
     for (*found, unusable), (*expected, other_unusable) in zip(whole["seen"], alone["seen"], strict=True):
-        # ranks sum in another order, and from some update on a hidden unit is switched on one side and not on the other: some
-        # CPUs come to that within these 40
+        # Two ranks sum in another order. So from some update on, a hidden unit is active in one of the two runs only. On some
+        # CPUs this happens within these 40 updates.
         assert found == pytest.approx(expected, rel=1e-5 if found[0] <= 30 else 2e-3, abs=1e-5) and unusable == other_unusable
     assert_same_weights(home, "whole", "alone", 3e-4)
     for name in ("psnr", "ssim", "perplexity", "kl_per_cell", "elb_hard", "elb_relaxed"):

@@ -1,4 +1,4 @@
-"""launchers/train_prior.sh under the real launchers: every way to start it, to stop it and to go on."""
+"""launchers/train_prior.sh with the real launchers: every way to start, stop and resume it."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ PHASES = ("data_wait", "forward", "backward", "reduce", "step", "other")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory as the demo leaves it: the default recipe finds its data there."""
+    """A working directory like the one that the demo leaves, with the data of the default recipe."""
     home = tmp_path_factory.mktemp("home")
     make_token_set(home / "runs" / "demo" / "tokens", n_samples=96, n_validation=32)
     return home
@@ -82,9 +82,9 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     scales = [name for name in run.data.metrics if name.startswith("scale_log2/")]
     assert sorted(scales) == [f"scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
     for name in (
-        "loss/train",
-        "loss/train_text",
-        "loss/train_image",
+        "loss/train/total",
+        "loss/train/text",
+        "loss/train/image",
         "optimizer/gradient_norm",
         "optimizer/skipped_updates",
         "optimizer/learning_rate",
@@ -92,7 +92,7 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
         "memory/cpu_peak_gigabytes",
     ):
         assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == list(range(1, 9)), name
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation_image")]
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/validation/image")]
     assert steps == [0, 4, 8]
     info = json.loads((home / "runs" / "demo" / "tokens" / "dataset.json").read_text())
     assert {key: run.data.tags[f"provenance.{key}"] for key in ("dvae", "tokenizer")} == {
@@ -118,7 +118,7 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
 def test_killed_run_ends_as_the_uninterrupted_one(
     uninterrupted: dict[str, Any], home: Path, env: dict[str, str], s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpoints on object storage, and nothing else left: another machine goes on."""
+    """Another machine resumes the run. Only the checkpoints on object storage are left of it."""
     place = f"{s3.url}/killed"
     there = settings("killed", f"checkpoint.folder={place}")
     command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *there]
@@ -132,7 +132,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(
     for key in ("loss/validation/image", "loss/validation/text", "updates", "skipped_updates"):
         assert resumed[key] == uninterrupted[key], key
     monkeypatch.chdir(home)
-    for run in ("killed", place):  # by the merged recipe in the run's folder, and by the place itself
+    for run in ("killed", place):  # by the merged recipe in the run folder, and by the checkpoint folder's URL
         assert export_checkpoint(run, home / "export_s3")["update"] == 8
 
 
@@ -182,7 +182,7 @@ def test_samples_while_training_are_those_of_the_export(
     weights = dict(export.prior.named_parameters())
     again = np.asarray(sheets.draw(weights, update=8))
     other = np.asarray(sheets.draw({name: -weight for name, weight in weights.items()}, update=8))
-    # the engine gathers branches as fp16: few tokens may differ
+    # the engine gathers the branches' weights as fp16, so a few tokens may differ
     assert (drawn != again).mean() < 0.05 < (drawn != other).mean()
 
 
@@ -193,7 +193,7 @@ def losses(home: Path, env: dict[str, str], folder: str, name: str) -> list[floa
 
 @pytest.fixture(scope="module")
 def dropped(home: Path, env: dict[str, str]) -> dict[str, Any]:
-    """Two updates in which captions are dropped, after a calibration."""
+    """A run of two updates with dropped captions, after a calibration."""
     tree = json.loads((launching.ROOT / "ds_configs" / "zero3_fp16_cpu.json").read_text())
     tree["fp16"]["calibration_trials"] = 4
     (home / "calibrated.json").write_text(json.dumps(tree))
@@ -211,8 +211,11 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
     uninterrupted: dict[str, Any], dropped: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
-    for name, is_same in (("loss/validation_text", True), ("loss/validation_image", True), ("loss/train_text", False)):
-        first, of_whole = losses(home, env, "dropped", name)[0], losses(home, env, "whole", name)[0]  # equal weights still
+    for name, is_same in (("loss/validation/text", True), ("loss/validation/image", True), ("loss/train/text", False)):
+        first, of_whole = (
+            losses(home, env, "dropped", name)[0],
+            losses(home, env, "whole", name)[0],
+        )  # before the first update, weights are equal
         assert (first == of_whole) == is_same, f"{name}: {first}, {of_whole} without dropout"
     for folder, expected in (("whole", 0.0), ("dropped", 0.5)):
         export_checkpoint(folder, home / f"export_{folder}")
@@ -222,23 +225,24 @@ def test_captions_dropped_in_training_alone_and_recorded_in_the_export(
 def test_matrices_without_masters_are_trained_saved_and_exported(
     uninterrupted: dict[str, Any], home: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the recipe alone. The first weights are equal but for their rounding to fp16, and the losses fall as with masters."""
+    """Only the recipe switches masters off. The initial weights are
+    equal up to rounding to fp16, and losses fall as with masters."""
     monkeypatch.chdir(home)
     done = train(home, env, "masterless", "optimizer.master=none", "optimizer.moments=low_bit")
     assert done["updates"] == 8 and done["skipped_updates"] == 0
-    ours, whole = (losses(home, env, folder, "loss/train") for folder in ("masterless", "whole"))
+    ours, whole = (losses(home, env, folder, "loss/train/total") for folder in ("masterless", "whole"))
     assert ours == pytest.approx(whole, rel=0.01) and ours[-1] < ours[0]
-    export_checkpoint("masterless", home / "export_masterless")  # which proves that it gives the run's losses
+    export_checkpoint("masterless", home / "export_masterless")  # the export checks that it gives the run's losses
     assert load_export(home / "export_masterless").record.caption_dropout == 0.0
 
 
 def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict[str, str]) -> None:
-    """`deepspeed launchers/train_prior.sh` without any argument; then `bash launchers/train_prior.sh` in the same folder."""
+    """Run `deepspeed launchers/train_prior.sh` without arguments, then `bash launchers/train_prior.sh` in the same folder."""
     folder = home / "runs" / "demo" / "prior"
     command = [*launching.deepspeed(None), launching.TRAIN_PRIOR]
     with launching.started(command, home, env) as process:
         launching.wait_for((folder / "recipe.yaml").exists, "start of training", process=process)
-        # the launcher itself does not pass the signal on: its ranks must notice that it is gone
+        # the launcher does not forward the signal, so its ranks must notice that the launcher is gone
         process.terminate()
         launching.wait_for(lambda: list(folder.glob("checkpoints/update_*/checkpoint.json")), "saved state")
         launching.wait_for(lambda: not launching.ranks_of(process.pid), "end of the ranks", timeout=900)

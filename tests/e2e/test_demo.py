@@ -1,5 +1,5 @@
-"""The whole way by its one command, on drawn images and a few updates: killed in the middle, started again, then finished.
-And what the pages for each role tell to type after it."""
+"""The demo command on drawn images with a few updates: killed in the middle, restarted, then finished. Afterwards, the commands
+on the pages for each role."""
 
 import json
 import re
@@ -24,13 +24,13 @@ DEMO = str(launching.ROOT / "launchers" / "demo.sh")
 
 @pytest.fixture(scope="module")
 def env() -> dict[str, str]:
-    """The environment that runs these tests is the demo's too: nothing is installed again."""
+    """The demo uses the environment that runs these tests, so that nothing is installed again."""
     return {"DALLE_DS_VENV": sys.prefix}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is to its user what the project's is: the demo goes to runs/demo."""
+    """A folder that stands for the project's folder. The demo writes to runs/demo in it."""
     home = tmp_path_factory.mktemp("home")
     for room in ("launchers", "ds_configs"):
         (home / room).symlink_to(launching.ROOT / room)
@@ -63,7 +63,7 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     runs = MlflowClient(f"sqlite:///{out}/mlflow.db").search_runs(["1"])
     prior = next(run for run in runs if run.data.tags["stage"] == "train_prior")
     dvae = next(run for run in runs if run.data.tags["stage"] == "dvae")
-    assert prior.data.tags["provenance.dvae"] == dvae.data.tags["dvae"], "the lineage leads from samples back to the codebook"
+    assert prior.data.tags["provenance.dvae"] == dvae.data.tags["dvae"], "provenance leads from samples back to the dVAE"
     assert "validation/caption_gap" in prior.data.metrics
     pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
@@ -72,12 +72,12 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     again = launching.run(command, home, env)
     assert again.returncode == 0
     assert (out / "prior" / "summary.json").stat().st_mtime_ns == trained
-    assert again.stderr.count("is up to date") == 4 and "=== 6/10" in again.stderr, "a finished demo does nothing"
+    assert again.stderr.count("is up to date") == 4 and "=== 6/10" in again.stderr, "a finished demo repeats no stage"
 
 
 @pytest.mark.parametrize("page", ["INFRA.md", "DATA.md", "RESEARCH.md"])
 def test_what_a_page_says_works(home: Path, env: dict[str, str], page: str) -> None:
-    """Every block of a page, in its order, after the demo, in the same MLflow store."""
+    """Run every block of a page in order, after the demo and with the same MLflow store."""
     env = {**env, "MLFLOW_TRACKING_URI": f"sqlite:///{home}/runs/demo/mlflow.db"}
     text = (launching.ROOT / "launchers" / page).read_text()
     blocks = re.findall(r"^```bash( server)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)

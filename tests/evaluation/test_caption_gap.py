@@ -11,7 +11,7 @@ def test_classes_join_equal_captions_and_groups_through_each_other():
     captions = ["A cat", "a  CAT", "dog", "wolf", "bird"]
     groups = ["g1", "g2", "g2", "g3", "g4"]
     classes = caption_classes(captions, groups)
-    assert classes[0] == classes[1] == classes[2]  # 0-1 by caption, 1-2 by group
+    assert classes[0] == classes[1] == classes[2]  # 0 and 1 share a caption, 1 and 2 a group
     assert len({classes[0], classes[3], classes[4]}) == 3
 
 
@@ -32,7 +32,7 @@ def test_seeds_give_different_derangements():
 
 @pytest.mark.parametrize("sizes", [[1], [3, 2], []])
 def test_impossible_derangements_are_refused(sizes):
-    with pytest.raises(DataError, match="at most half of them alike"):
+    with pytest.raises(DataError, match="at most half of them in one class"):
         derangement(np.repeat(np.arange(len(sizes)), sizes).astype(np.int64))
 
 
@@ -70,13 +70,13 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
         right, wrong = rng.normal(4, 1, (60, 4)), rng.normal(4.2, 1, (60, 4))
         gap = measure_gap(right, wrong, np.arange(60), confidence=0.9, n_resamples=200)
         n_held += gap.gap_low < 0.2 < gap.gap_high
-    assert 0.84 < n_held / n_trials < 0.95  # 0.9 give or take three standard errors, a little less for a small bootstrap
+    assert 0.84 < n_held / n_trials < 0.95  # 0.9 plus or minus three standard errors; a small bootstrap covers slightly less
 
 
 def test_map_by_position_is_in_raster_order():
     nll = np.tile(np.arange(9.0), (5, 1))
     assert (position_map(nll) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]).all()
-    with pytest.raises(ValueError, match="8 tokens a sample are no square grid"):
+    with pytest.raises(ValueError, match="8 tokens per sample: expected a square"):
         position_map(nll[:, :8])
 
 

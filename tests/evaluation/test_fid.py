@@ -1,4 +1,4 @@
-"""FID and Inception Score against other ways to compute them, and their intervals against true repetitions."""
+"""FID and Inception Score against plain formulas, and their intervals against true repetitions."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from dalle_ds.evaluation.inception_score import inception_score
 
 
 def plain_fid(a, b):
-    """The formula as it is written, with a matrix square root."""
+    """The plain formula, with a matrix square root."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     means = np.square(a.mean(0) - b.mean(0)).sum()
@@ -43,13 +43,13 @@ def test_fewer_images_than_features():
     a, b = draw(20, 128, 1), draw(30, 128, 2)
     rank = moments(a).factor_RD
     assert rank.shape == (20, 128) and np.allclose(rank.T @ rank, np.cov(a.astype(np.float64), rowvar=False))
-    # two sets in planes of their own: covariances whose product is zero leave both traces
+    # two sets in orthogonal planes: the product of the covariances is zero, so both traces remain
     first, second = np.zeros((6, 8)), np.zeros((6, 8))
     first[:, :2], second[:, 4:6] = np.random.default_rng(0).normal(size=(2, 6, 2))
     traces = np.cov(first, rowvar=False).trace() + np.cov(second, rowvar=False).trace()
     expected = traces + np.square(first.mean(0) - second.mean(0)).sum()
     assert frechet_distance(moments(first), moments(second)) == pytest.approx(expected, rel=1e-12)
-    # nearly singular: the plain formula's matrix root is good to a few digits there
+    # nearly singular: the matrix square root of the plain formula is accurate only to a few digits
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(plain_fid(a, b), rel=1e-4)
 
 
@@ -69,7 +69,7 @@ def test_the_interval_is_as_wide_as_fid_varies_between_draws():
     fids = np.array([frechet_distance(moments(features), reference) for features in draws])
     widths = []
     for features, fid in zip(draws[:8], fids, strict=False):
-        features = features[features[:, 0].argsort()]  # resamples must not care for the order
+        features = features[features[:, 0].argsort()]  # resampling must not depend on the order
         low, high = fid_interval(features, reference, fid, n_resamples=60)
         assert low < fid < high
         widths.append(high - low)
@@ -78,13 +78,13 @@ def test_the_interval_is_as_wide_as_fid_varies_between_draws():
 
 
 def test_interval_about_a_score_is_normal():
-    spread = np.random.default_rng(0).normal(7, 2, 4000)  # off the score, as resamples of a biased one are
+    spread = np.random.default_rng(0).normal(7, 2, 4000)  # off the score, like resamples of a biased score
     assert interval_about(5.0, spread) == pytest.approx((5 - 1.96 * 2, 5 + 1.96 * 2), abs=0.2)
 
 
 @pytest.mark.parametrize("features", [np.zeros((1, 4)), np.array([[0.0], [np.nan]])])
 def test_what_has_no_covariance_is_refused(features):
-    with pytest.raises(ValueError, match="expected two or more, all finite"):
+    with pytest.raises(ValueError, match="expected two or more images, all features finite"):
         moments(features)
 
 
@@ -95,10 +95,10 @@ def test_features_of_different_lengths_are_refused():
 
 def test_inception_score_of_known_classes():
     sure = 60 * np.eye(5)[np.arange(1000) % 5]
-    # images of five classes beyond doubt score five, less what a random split's unequal counts cost
+    # images with certain classes, five classes in all, score five, slightly less because random splits have unequal counts
     assert inception_score(sure).score == pytest.approx(5, rel=0.05)
     assert inception_score(sure, n_splits=1).score == pytest.approx(5)
-    assert inception_score(np.zeros((40, 7))).score == pytest.approx(1)  # no image says anything
+    assert inception_score(np.zeros((40, 7))).score == pytest.approx(1)  # uniform class distribution for every image
     assert inception_score(60 * np.eye(5)[np.zeros(40, dtype=int)]).score == pytest.approx(1)  # all of one class
 
 

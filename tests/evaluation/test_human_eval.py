@@ -1,4 +1,4 @@
-"""The human evaluation from images to the tally; the page is used in a real browser."""
+"""The human evaluation from images to the count of votes. The page runs in a real browser."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from dalle_ds.evaluation.human_page import build_pages
 from dalle_ds.evaluation.human_votes import TallyConfig, tally
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
 
-OURS, THEIRS = (200, 0, 0), (0, 0, 200)  # who made an image shows in its colour
+OURS, THEIRS = (200, 0, 0), (0, 0, 200)  # the colour of an image shows which model made it
 CAPTIONS = ["a cat", 'a "quoted" <b>caption</b> </script><script>alert(1)</script>', "ein Bär, größer", "a house", "a tree"]
 
 FIRST_RED = """async () => {
@@ -28,7 +28,7 @@ FIRST_RED = """async () => {
 
 
 def make_set(folder: Path, colour: tuple[int, int, int], captions: list[str]) -> Path:
-    """Two plain images a caption, the second one green: only the first is to be shown."""
+    """Two plain images per caption, the second one green. Pages must show only the first."""
     folder.mkdir()
     images = []
     for i, caption in enumerate(captions):
@@ -51,7 +51,7 @@ def command(*arguments):
 
 @NEEDS_CHROMIUM
 def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
-    """All five find our images more realistic; captions go by the caption's text, so that each answer is met."""
+    """Five voters find our images more realistic. Their answer on captions depends on the caption, so that each occurs."""
     done = command("build", *sets, tmp_path / "pages", "--json")
     assert done.exit_code == 0
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -62,14 +62,14 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
     sides_seen = set()
     with browser_page(900, 950) as page:
         page.context.set_offline(True)
-        page.clock.install()  # thinking takes no time of the test's
+        page.clock.install()  # fake clock: voters' thinking time takes no real time
         page.goto(page_file.as_uri())
         for person in range(5):
             page.reload()
             page.get_by_label("Your name").fill(f"worker {person}")
             page.get_by_role("button", name="Begin").click()
             for number in range(5):
-                if (person, number) == (1, 3):  # closed, and opened again
+                if (person, number) == (1, 3):  # close the page, and open it again
                     page.reload()
                     page.get_by_label("Your name").fill("worker 1")
                     page.get_by_role("button", name="Begin").click()
@@ -82,7 +82,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
                 sides_seen.add(ours)
                 realism, match = page.get_by_role("group").nth(0), page.get_by_role("group").nth(1)
                 if person == number == 0:
-                    page.get_by_role("button", name="Next").click()  # without answers there is no next
+                    page.get_by_role("button", name="Next").click()  # without answers, Next does nothing
                     assert page.locator("#count").inner_text() == "1 of 5"
                 page.clock.run_for(5000)
                 realism.get_by_label(ours).check()
@@ -105,7 +105,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
 
 
 def test_a_page_does_not_tell_whose_image_is_whose(sets, tmp_path):
-    for side in sets:  # another format, with the name of its maker
+    for side in sets:  # another file format, with the model's name in its metadata
         for file in side.glob("*.png") if side == sets[1] else ():
             Image.open(file).save(file, "JPEG", comment=b"made by theirs")
     build_pages(*sets, tmp_path / "pages", per_page=2)
@@ -131,7 +131,7 @@ def test_sides_and_order_are_drawn_by_the_seed(tmp_path):
 
 def test_sets_without_a_common_caption_are_refused(tmp_path):
     ours, theirs = make_set(tmp_path / "ours", OURS, ["a"]), make_set(tmp_path / "theirs", THEIRS, ["b"])
-    with pytest.raises(DataError, match="no caption with an image in both"):
+    with pytest.raises(DataError, match="share no caption"):
         build_pages(ours, theirs, tmp_path / "pages")
     (theirs / "samples.json").unlink()
     with pytest.raises(DataError, match="image 0-0.png has no caption"):
@@ -139,7 +139,7 @@ def test_sets_without_a_common_caption_are_refused(tmp_path):
 
 
 class Study:
-    """Vote files for a key of `n` tasks; our image is on the left of the even ones."""
+    """Write vote files and a key of `n` tasks. In even tasks, our image is on the left."""
 
     def __init__(self, folder: Path, n: int) -> None:
         self.folder, self.files = folder, []
@@ -148,7 +148,7 @@ class Study:
         self.key.write_text(json.dumps({"study": "s", "tasks": self.tasks}))
 
     def vote(self, worker, realism, caption=None, seconds=9.0, study="s"):
-        """`realism`, `caption`: a letter a task: o ours, t theirs, n neither, - no vote."""
+        """Write a vote file. `realism` and `caption` have one letter per task: o ours, t theirs, n neither, - no vote."""
         votes = [
             {
                 "task": task["task"],
@@ -176,11 +176,11 @@ def test_majorities_ties_and_intervals(tmp_path):
     study.vote("c", "oooooootto", "otntnotttn")
     study.vote("d", "ttttttto--", "tottootott")
     found = study.tally(n_votes=4)
-    # realism: 3 of 4 for ours on the first seven; 2:2 on the eighth; the ninth theirs, the last 2:1 for theirs
+    # realism: 3 of 4 votes for ours on the first seven tasks; 2:2 on the eighth; the ninth is theirs, the last 2:1 for theirs
     assert (found["realism_ours"], found["realism_theirs"], found["realism_tie"]) == (0.7, 0.2, 0.1)
     shares = [found[f"caption_{side}"] for side in ("ours", "theirs", "neither", "tie")]
     assert shares == pytest.approx([0.3, 0.2, 0.2, 0.3])
-    # Wilson's interval by its formula
+    # formula of Wilson's interval
     p, n, z = 0.7, 10, 1.959964
     middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     bounds = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
@@ -212,13 +212,13 @@ def test_votes_that_do_not_belong_are_refused(tmp_path):
         study.tally()
     study.files.pop()
     study.vote("b", "oo", study="other")
-    with pytest.raises(DataError, match="votes on study other, but .*key.json is of study s"):
+    with pytest.raises(DataError, match="votes on study other, but .*key.json is the key of study s"):
         study.tally()
     study.files.pop()
     vote = {"task": "t0", "realism": 3, "caption": 1, "seconds": 1}  # there is no third image
     for text in ("{", json.dumps({"study": "s", "page": "p", "worker": "w", "votes": [vote]})):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(DataError, match="bad.json is no file of votes"):
+        with pytest.raises(DataError, match="bad.json is not a file of votes"):
             tally([tmp_path / "bad.json"], study.key)
-    with pytest.raises(DataError, match="is no key of a study"):
+    with pytest.raises(DataError, match="is not the key of a study"):
         tally(study.files, study.files[0])

@@ -1,4 +1,4 @@
-"""Sets of images: what they hold, how they are told apart, how images are prepared; statistics in files."""
+"""Sets of images: content, fingerprints, preparation of images; files of statistics."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def test_a_folder_a_record_and_shards(tmp_path):
     assert [entry.caption for entry in plain] == [None, "a caption beside", None, None, None]
     assert plain[3].data == (folder / "p0003.png").read_bytes()
 
-    record = {"images": [{"file": f"p000{i}.png", "caption": f"c{i}"} for i in (3, 1)]}  # the folder's others are no samples
+    record = {"images": [{"file": f"p000{i}.png", "caption": f"c{i}"} for i in (3, 1)]}  # not all of the folder
     (folder / "samples.json").write_text(json.dumps(record))
     for source in (folder, folder / "samples.json"):
         assert [(entry.key, entry.caption) for entry in open_images(source)] == [("p0003.png", "c3"), ("p0001.png", "c1")]
@@ -80,15 +80,15 @@ def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         open_images(tmp_path / "empty")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="expected a folder or samples.json"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no raw shards"):
+    with pytest.raises(DataError, match="has no raw shards"):
         open_images(draw_folder(tmp_path / "folder", 2), validation_fraction=0.5)
     (tmp_path / "samples.json").write_text('{"images": [{"file": "gone.png", "caption": "c"}]}')
-    with pytest.raises(DataError, match="1 of them are not there: gone.png"):
+    with pytest.raises(DataError, match="of which 1 are missing: gone.png"):
         open_images(tmp_path / "samples.json")
     (tmp_path / "samples.json").write_text("{}")
-    with pytest.raises(DataError, match="no record of samples"):
+    with pytest.raises(DataError, match="not a record of samples"):
         open_images(tmp_path)
 
 
@@ -99,7 +99,7 @@ def test_images_are_cut_and_blurred():
     sharp = prepare(entry, 64, 0)
     assert (sharp == pixels[:, 16:80]).all()
     blurred = prepare(entry, 64, 2.0)
-    # the radius is the deviation in pixels; Pillow makes the Gaussian of a few box filters
+    # the radius is the standard deviation in pixels; Pillow approximates the Gaussian by a few box filters
     expected = gaussian_filter(sharp.astype(float), (2.0, 2.0, 0))
     assert np.abs(blurred - expected).max() < 6 and blurred.max() < 240
     assert np.abs(prepare(entry, 64, 1.0) - expected).max() > 30

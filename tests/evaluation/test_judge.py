@@ -1,4 +1,4 @@
-"""The judge: knows a good choice, a blind one and a wrong one; refuses what cannot be compared."""
+"""The test of reranking tells good, random and bad choices apart, and rejects records that cannot be compared."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_what_cannot_be_compared(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             judge(a, other)
-    with pytest.raises(ConfigError, match="1 candidate for each caption"):
+    with pytest.raises(ConfigError, match="1 candidate per caption"):
         judge(record(a, [[1.0]], "a"), record(b, [[1.0]], "b"))
     b.write_text("{}")
     with pytest.raises(DataError, match="not a record of samples"):

@@ -1,4 +1,4 @@
-"""A model opens from wherever it lies, with the same weights, or the error says what was expected."""
+"""`dalle_ds.load` opens a model from every kind of source with the same weights; errors state what was expected."""
 
 import functools
 import http.server
@@ -31,7 +31,7 @@ def codes(export):
 
 
 def in_parts(export, folder):
-    """The same export with its prior in several files."""
+    """The same export, with its prior split into several files."""
     shutil.copytree(export, folder)
     weights = read_weights(folder / "model.safetensors", "prior")
     write_weights(folder / "model.safetensors", kind="prior", config=weights.config, state=weights.state, max_file_bytes=20_000)
@@ -71,7 +71,7 @@ def test_a_web_server(export, codes, tmp_path):
         url = f"http://127.0.0.1:{server.server_port}"
         assert [sample.codes.tolist() for sample in dalle_ds.load(url, "cpu").sample(CAPTION, n=2)] == codes
         (parts / "dvae.safetensors").unlink()
-        with pytest.raises(dalle_ds.UserError, match=r"no file dvae.safetensors; it is not an export"):
+        with pytest.raises(dalle_ds.UserError, match=r"no file dvae.safetensors; this is not an export"):
             dalle_ds.load(url, "cpu")
         server.shutdown()
 
@@ -101,7 +101,7 @@ def test_a_registered_model_brings_its_scorer(empty_store, tmp_path, monkeypatch
     found, expected = model.sample(CAPTION, n=5, keep=2), dalle_ds.load(export, "cpu").sample(CAPTION, n=5, keep=2, scorer=clip)
     assert [(sample.seed, sample.score) for sample in found] == [(sample.seed, sample.score) for sample in expected]
     assert [sample.codes.tolist() for sample in found] == [sample.codes.tolist() for sample in expected]
-    with pytest.raises(dalle_ds.UserError, match="choosing needs a scorer"):  # version 1 is what it was
+    with pytest.raises(dalle_ds.UserError, match="choosing needs a scorer"):  # version 1 is unchanged
         dalle_ds.load("models:/drawn/1", "cpu").sample(CAPTION, n=5, keep=2)
     with pytest.raises(dalle_ds.UserError, match="models:/drawn/3 cannot be fetched from MLflow at sqlite:///"):
         dalle_ds.load("models:/drawn/3")
@@ -112,9 +112,9 @@ def test_what_is_not_there_is_an_error(export, tmp_path):
         dalle_ds.load(tmp_path / "nothing")
     with pytest.raises(dalle_ds.UserError, match="device is 'tpu', expected auto, or cpu"):
         dalle_ds.load(export, "tpu")
-    with pytest.raises(dalle_ds.UserError, match="memory://nothing: no file config.json; it is not an export folder"):
+    with pytest.raises(dalle_ds.UserError, match="memory://nothing: no file config.json; this is not an export folder"):
         dalle_ds.load("memory://nothing")
-    with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another url that fsspec reads"):
+    with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another URL that fsspec supports"):
         dalle_ds.load("nosuch://a/b")
     with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing"):
         dalle_ds.load(export, "cpu", scorer=tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""The Python interface gives what the commands give: images, codes, losses; errors name value and expectation."""
+"""The Python interface gives the same images, codes and losses as the commands; errors name value and expectation."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def test_image_to_image_is_that_of_the_command(export, model, tmp_path):
 
 
 def test_options_have_the_names_and_types_of_the_settings():
-    """`SampleOptions` is there for editors: defaults and bounds are those of `SamplingConfig` alone."""
+    """`SampleOptions` only helps editors: `SamplingConfig` defines names, types, defaults and bounds."""
     assert {name: field.annotation for name, field in SamplingConfig.model_fields.items()} == SampleOptions.__annotations__
 
 
@@ -118,7 +118,7 @@ def test_a_scorer_of_ones_own(model):
 
 
 def test_codes_are_those_of_the_encode_stage(export, model):
-    """Sizes that need a crop, modes that need a conversion, a rotation: as preprocessing decodes, crops and encodes them."""
+    """Images that need a crop, a conversion or a rotation give the same codes as in preprocessing."""
     dvae, _ = load_dvae(str(export / "dvae.safetensors"))
     encode = encoder_of(dvae, "fp32", "cpu")
     wide, tall = (Image.fromarray(random_images(1, *size, seed=3)[0]) for size in ((23, 41), (64, 30)))
@@ -143,7 +143,7 @@ def test_codes_are_those_of_the_encode_stage(export, model):
 
 
 def test_one_image_has_the_same_codes_in_every_form(model):
-    images_BHWC = random_images(40, 19, 14)  # more than are encoded at once
+    images_BHWC = random_images(40, 19, 14)  # more than one batch of the encoder
     codes_BN = model.encode(images_BHWC)
     assert torch.equal(model.encode(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)), codes_BN)
     assert torch.equal(model.encode([Image.fromarray(image) for image in images_BHWC]), codes_BN)
@@ -186,7 +186,7 @@ def test_the_loss_of_images_is_that_of_their_codes(model):
     assert not torch.equal(loss.per_token, model.loss(CAPTIONS[::-1], images_BHWC).per_token)
 
 
-# What does not fit is refused ---------------------------------------------------------------------------------------------
+# Invalid input is rejected ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_loss_of_images_is_that_of_their_codes(model):
         ([], "no images: expected"),
         (
             [Image.new("RGB", (8, 8)), Image.new("RGB", (40, 7))],
-            "image 1 is too small, 40x7 pixels: expected at least 8 a side",
+            "image 1 is too small, 40x7 pixels: expected at least 8 per side",
         ),
     ],
 )
@@ -215,13 +215,13 @@ def test_images_of_another_kind_are_refused(model, images, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.sample("a", n=2, keep=5), "keep 5 of n 2: expected at most as many as are drawn"),
+        (lambda model: model.sample("a", n=2, keep=5), "keep 5 of n 2: expected keep to be at most n"),
         (lambda model: model.sample("a", n=4, keep=2), "keep 2 of n 4: choosing needs a scorer"),
         (lambda model: model.sample("a", temprature=0.5), "unknown key 'temprature' = 0.5; known here: batch, guidance"),
         (lambda model: model.sample("a", n=0), "n = 0: Input should be greater than or equal to 1"),
         (lambda model: model.sample(["a", " "]), "2 captions, 1 of them empty"),
-        (lambda model: model.sample("a", guidance=2.0), "guidance 2 needs a prior that knows"),
-        (lambda model: model.sample("a", prompt_rows=2), "prompt_rows 2 .*expected an image_prompt"),
+        (lambda model: model.sample("a", guidance=2.0), "guidance 2 requires a prior trained"),
+        (lambda model: model.sample("a", prompt_rows=2), "prompt_rows 2 .*expected image_prompt"),
         (lambda model: model.sample("a", image_prompt="nothing.png"), "image nothing.png cannot be read"),
         (lambda model: model.sample("a", image_prompt=Image.new("RGB", (8, 8)), prompt_rows=4), "rows 4: expected 0 to 3"),
         (lambda model: model.sample("a", scorer=3), "scorer is a int: expected a CLIP's folder"),
@@ -231,9 +231,9 @@ def test_images_of_another_kind_are_refused(model, images, message):
             r"\(1, 9\): expected integers \(B, 16\) from 0 to 31",
         ),
         (lambda model: model.decode(torch.zeros(1, 16)), r"torch.float32 \(1, 16\): expected"),
-        (lambda model: model.decode(torch.full((1, 16), 32)), "codes run from 32 to 32: expected"),
-        (lambda model: model.decode([torch.zeros(16), torch.zeros(9)]), "codes are no tensor of one shape"),
-        (lambda model: model.loss(["a"], random_images(2, 8, 8)), "1 captions for 2 images: expected one for each"),
+        (lambda model: model.decode(torch.full((1, 16), 32)), "codes range from 32 to 32: expected"),
+        (lambda model: model.decode([torch.zeros(16), torch.zeros(9)]), "codes do not form one tensor"),
+        (lambda model: model.loss(["a"], random_images(2, 8, 8)), "1 captions for 2 images: expected one caption per image"),
         (lambda model: model.loss(["a"], random_images(1, 8, 8), batch=0), "batch 0: expected at least 1"),
         (lambda model: model.encode(random_images(2, 8, 8), keys=["a"]), "1 keys for 2 images"),
     ],

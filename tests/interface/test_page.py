@@ -1,4 +1,4 @@
-"""The blocks of launchers/PYTHON.md and the README's block run as they stand, on a small export where the demo's would be."""
+"""The code blocks of launchers/PYTHON.md and README.md run unchanged, on a small export in place of the demo's."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ PAGE, README = launching.ROOT / "launchers" / "PYTHON.md", launching.ROOT / "REA
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, empty_store):
-    """A folder with runs/demo: export, tokens, clip/model and mlflow.db."""
+    """A folder with runs/demo, which contains export, tokens, clip/model and mlflow.db."""
     home = tmp_path_factory.mktemp("home")
     demo = home / "runs" / "demo"
     demo.mkdir(parents=True)
@@ -37,7 +37,7 @@ def test_a_page_runs_as_it_stands(home, page):
     printed = run_python_page(page, home, {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/runs/demo/mlflow.db"})
     if page == PAGE:
         assert "16 pixels, 8x8 tokens of 32 codes, on cpu" in printed
-        assert "keep 9 of n 4: expected at most as many as are drawn" in printed
+        assert "keep 9 of n 4: expected keep to be at most n" in printed
         assert len(list(home.glob("heart_*.png"))) == 4
 
 

@@ -1,6 +1,6 @@
-"""Ranks of a job on this machine, forked from one process that has imported what each of them would: half of a rank's start.
+"""Ranks of a job on this machine, forked from one process that has done their imports, which take half of a rank's start.
 
-python ranks.py N_RANKS SCRIPT [ARGUMENTS]      exit code: that of the first rank that fails; the others are ended then
+python ranks.py N_RANKS SCRIPT [ARGUMENTS]      if a rank fails, kills the others and exits with the code of that rank
 """
 
 import os
@@ -10,13 +10,13 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  which torch's optimizers import
+import torch._dynamo  # noqa: F401  imported by torch's optimizers
 
 import dalle_ds.parallel.engine  # noqa: F401
 
 
 def become(rank: int, script: str, arguments: list[str]) -> int:
-    """As `python script arguments` would be it -> exit code."""
+    """Run `python script arguments` in this process. Returns its exit code."""
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
     try:

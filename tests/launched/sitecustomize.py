@@ -1,8 +1,8 @@
-"""Run at the start of every Python process that the tests launch (it is on their PYTHONPATH).
+"""Python runs this file at the start of every process that the tests launch, because its folder is on their PYTHONPATH.
 
-DeepSpeed imports its autotuner everywhere, and that imports mlflow if it can: half of the CPU time in which a launcher or rank
-starts, in hundreds of processes. Its engine asks of every optimizer whether it is Muon, whose module sets up torch's compiler:
-a sixth of a rank's start. Nothing here uses either; whoever else imports mlflow gets it.
+It skips two slow imports of DeepSpeed that no test uses. DeepSpeed always imports its autotuner, which imports mlflow if it is
+installed: half of the CPU time in which a launcher or rank starts, in hundreds of processes. DeepSpeed's engine checks whether
+an optimizer is Muon, and Muon's module sets up torch's compiler: a sixth of a rank's start. All other code can import mlflow.
 """
 
 import sys

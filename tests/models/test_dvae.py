@@ -1,4 +1,4 @@
-"""The dVAE is the released one: same outputs with the same weights, same parameter counts, same initialisation."""
+"""The dVAE equals the released one: same outputs with the same weights, same parameter counts, same initialisation."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ def test_full_size_parameter_counts() -> None:
 
 @pytest.fixture(scope="module")
 def released() -> tuple[torch.nn.Module, torch.nn.Module]:
-    # The released classes take no narrower widths and fewer codes than these.
+    # The released classes allow no smaller widths and no fewer codes.
     dall_e = pytest.importorskip("dall_e", reason="the reference package of the test extra is not installed")
     torch.manual_seed(0)
     encoder = dall_e.Encoder(n_hid=64, n_blk_per_group=2, vocab_size=512)
     decoder = dall_e.Decoder(n_init=16, n_hid=64, n_blk_per_group=2, vocab_size=512)
-    with torch.no_grad():  # biases start at 0: random ones, or a lost bias would not show
+    with torch.no_grad():  # biases start at 0; with random biases, a missing bias is noticed
         for parameter in (*encoder.parameters(), *decoder.parameters()):
             if parameter.ndim == 1:
                 parameter.normal_(std=0.1)

@@ -1,4 +1,4 @@
-"""The prior: exact, causal, of the paper's sizes, and the same token by token."""
+"""The prior is exact and causal, has the paper's sizes, and decodes token by token to the same logits."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CONFIG = PriorConfig(n_layers=4, n_heads=2, d_head=16, text_len=5, grid=4, vocab
 def prior() -> Prior:
     prior = Prior(CONFIG)
     initialise(prior, torch.Generator().manual_seed(0))
-    with torch.no_grad():  # embeddings as large as after training: every path carries weight
+    with torch.no_grad():  # embeddings as large as after training, so that every path matters
         for name, parameter in prior.named_parameters():
             if name.startswith("embed."):
                 parameter.mul_(30)
@@ -63,7 +63,8 @@ def test_the_largest_model_is_initialised_without_memory() -> None:
 
 
 class _GeneratorsElsewhere(TorchDispatchMode):
-    """Refuse a generator for a parameter of `model`, as torch does where the parameter is on a GPU and the generator is not."""
+    """Fail if an operation draws with a generator into a parameter of `model`. torch
+    fails like this if the parameter is on a GPU and the generator on the CPU."""
 
     def __init__(self, model: Prior) -> None:
         super().__init__()
@@ -79,7 +80,8 @@ class _GeneratorsElsewhere(TorchDispatchMode):
 
 @pytest.mark.parametrize("drawn_at_once", [16, 1 << 20])
 def test_weights_are_drawn_where_the_generator_is(drawn_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generator of the CPU serves parameters on any device, and gives what one call for each parameter gives."""
+    """A CPU generator works for parameters on any device. Drawing
+    in pieces gives the same numbers as one call per parameter."""
     monkeypatch.setattr("dalle_ds.models.prior._DRAWN_AT_ONCE", drawn_at_once)
     prior, generator = Prior(CONFIG), torch.Generator().manual_seed(7)
     with _GeneratorsElsewhere(prior):
@@ -114,7 +116,8 @@ def test_twelve_billion_is_1280_slots() -> None:
 
 
 def test_no_slot_sees_its_future(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Change one image token: the logits up to and including its own prediction must not move, some later one must."""
+    """Changing one image token must not change the logits up to and
+    including its own prediction, but must change later ones."""
     text, image = batch
     before = prior.image_logits(text, image)
     for position in range(16):
@@ -140,7 +143,7 @@ def test_text_is_causal_and_seen_by_every_image_token(prior: Prior, batch: tuple
 def test_pads_are_keys_with_a_vector_for_each_position(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     text, image = batch
     before = prior.image_logits(text, image)
-    prior.embed.pad[3] += 1.0  # slot 3 is a pad in samples 0 and 1, a token in sample 2
+    prior.embed.pad[3] += 1.0  # slot 3 is a pad in samples 0 and 1, and a token in sample 2
     moved = (prior.image_logits(text, image) - before).abs().amax((1, 2))
     assert moved[0] > 0 and moved[1] > 0 and moved[2] == 0
 
@@ -186,7 +189,7 @@ def test_logits_and_losses_are_fp32_under_autocast(prior: Prior) -> None:
 
 @pytest.mark.parametrize("given", [0, 1, 6, 15])
 def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor], given: int) -> None:
-    """After a prefix of captions and any number of given image tokens, read at once."""
+    """Decoding continues from captions and image prompts of any length, which `prefill` reads in one pass."""
     text, image = batch
     logits, cache = prior.prefill(text, image[:, :given])
     steps = [logits] + [prior.decode(image[:, j], cache) for j in range(given, 15)]
@@ -195,7 +198,8 @@ def test_token_by_token_equals_the_whole_sequence(prior: Prior, batch: tuple[tor
 
 @pytest.mark.parametrize("numerics", ["fp32", "fp16"])
 def test_all_1024_steps_of_the_papers_sequence(numerics: str) -> None:
-    """Row, column and conv layers at 256 + 1024 slots, two candidates of one caption, to 1e-5 of the full forward pass."""
+    """Row, column and conv layers at 256 + 1024 slots, for two candidates of one caption.
+    Decoding agrees with the full forward pass to 1e-5 in fp32."""
     config = PriorConfig(n_layers=3, n_heads=2, d_head=16, vocab_size=50, n_codes=40)
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))
@@ -216,7 +220,7 @@ def test_all_1024_steps_of_the_papers_sequence(numerics: str) -> None:
 
 
 def test_decoding_keeps_shapes_and_places(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """What a recorded CUDA graph needs: each step writes into the tensors of the one before. The text is not copied."""
+    """A recorded CUDA graph needs each step to write into the tensors of the previous step. The text part is not copied."""
     text, image = batch
     _, first = prior.prefill(text)
     cache = first.expand(2)
@@ -233,7 +237,7 @@ def test_decoding_keeps_shapes_and_places(prior: Prior, batch: tuple[torch.Tenso
 
 
 def test_one_prefix_serves_many_candidates(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Two captions, three candidates each: every candidate sees its own caption and its own tokens."""
+    """Two captions with three candidates each: every candidate sees its own caption and its own tokens."""
     text, image = batch
     _, cache = prior.prefill(text[:2])
     cache = cache.expand(3)
@@ -252,7 +256,7 @@ def test_every_backend_gives_the_same_model(prior: Prior, batch: tuple[torch.Ten
 
 
 def test_layers_that_want_columns_first_get_and_give_them(prior: Prior, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """The order that FlexAttention wants on CUDA, on any machine: dense attention on transposed states."""
+    """Tests the column-major order of FlexAttention on any device, by dense attention on transposed states."""
     text, image = batch
     expected = prior.image_nll(text, image)
     column = prior.layers[1].attention.branch

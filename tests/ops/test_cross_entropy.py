@@ -1,4 +1,4 @@
-"""Chunked linear cross-entropy against torch's, which holds all logits."""
+"""Chunked linear cross-entropy, compared with torch's on all logits."""
 
 from collections import Counter
 from typing import Any
@@ -22,7 +22,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(n_rows: int = N_ROWS, ignored: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias as leaves, and targets of which some are ignored."""
+    """x, weight and bias as leaf tensors, and targets, some of which are ignored."""
     generator = torch.Generator().manual_seed(n_rows)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((n_rows, WIDTH), (VOCAB, WIDTH), (VOCAB,)))
     targets = torch.randint(0, VOCAB, (n_rows,), generator=generator)
@@ -35,7 +35,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, reduction: s
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators, and notes the most rows of any result with a column for each token."""
+    """Counts operators, and records the largest number of rows of any result that has one column per token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("ignored", [0, 1, N_ROWS - 1])
 @pytest.mark.parametrize("n_rows", [N_ROWS, 2 * CHUNK])
 def test_value_and_gradients_are_torchs(n_rows: int, ignored: int, products: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by the products that run on GPUs."""
+    """Also tests the products that are used on GPUs."""
     monkeypatch.setattr(cross_entropy, "_products_on", lambda device: getattr(cross_entropy, products))
     x, weight, bias, targets = inputs(n_rows, min(ignored, n_rows - 1))
     leaves = x, weight, bias
     loss, expected = linear_cross_entropy(x, weight, bias, targets, IGNORED), plain(x, weight, bias, targets)
     assert loss.shape == () and loss.dtype is torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    scale = -0.3  # what the trainer multiplies with reaches the gradients
+    scale = -0.3  # factors that the trainer multiplies into the loss must reach the gradients
     for found, wanted in zip(
         torch.autograd.grad(loss * scale, leaves), torch.autograd.grad(expected * scale, leaves), strict=True
     ):
@@ -97,7 +97,7 @@ def test_gradients_only_where_asked_for() -> None:
     with Watch() as watch:
         linear_cross_entropy(x, weight, bias, targets).backward()
     n_chunks = -(-N_ROWS // CHUNK)
-    # logits and x's gradient: a product each
+    # one product for the logits, one for x's gradient
     assert watch.calls["addmm"] == n_chunks and watch.calls["mm"] == n_chunks and not watch.calls["addmm_"]
     assert weight.grad is None
     expected = torch.autograd.grad(plain(x, weight, bias, targets), (x, bias))

@@ -1,4 +1,4 @@
-"""Machines with GPUs, as they look from here: the CPU where it is asked for, and no more ranks than GPUs."""
+"""Choice of the device and of the number of ranks, on simulated machines with GPUs."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_ds.bench.harness.machine import machine_for
-from dalle_ds.bench.harness.settings import OneMachine
+from dalle_ds.bench.harness.settings import MachineBenchConfig
 from dalle_ds.ops.devices import default_device, resolve_device
 from preprocessing.configs import EncodeConfig
 from preprocessing.stages.encode import _device
@@ -18,14 +18,14 @@ from tests.support import launching
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch says that there is one."""
+    """Make torch report a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 def test_deepspeeds_accelerator_decides_where_auto_is(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     encode = EncodeConfig(raw="raw", dvae="d", tokenizer="t", out="o")
-    with machine_for(OneMachine()) as machine:
+    with machine_for(MachineBenchConfig()) as machine:
         assert {default_device(), _device(encode)} == {"cpu"}
         assert {resolve_device("auto"), machine.device} == {torch.device("cpu")}
     for value in ("cuda", None):
@@ -60,7 +60,7 @@ def test_launched_tests_see_no_gpu() -> None:
 def test_a_machine_takes_a_rank_for_each_gpu_and_two_without(
     tmp_path: Path, n_gpus: int, accelerator: str | None, ranks: int
 ) -> None:
-    """What the demo and the pages ask, on machines whose torch says so."""
+    """Number of ranks from launchers/ranks.sh, which the demo and the pages use. A fake torch module reports the GPUs."""
     there = f"class cuda:\n    is_available = lambda: {n_gpus > 0}\n    device_count = lambda: {n_gpus}\n"
     (tmp_path / "torch.py").write_text(there + "Tensor = device = None\n")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -1,4 +1,4 @@
-"""Flags of CUDA's products, which are there without a GPU too. Who sets them: tests/cuda_path/test_exact_fp32.py."""
+"""torch's TF32 and accumulation flags, which exist without a GPU too. tests/cuda_path/test_exact_fp32.py: who sets them."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def flags_as_before() -> Iterator[None]:
 
 
 def loosen() -> None:
-    """As NVIDIA's containers start, and then some."""
+    """Allow everything that NVIDIA's containers allow, and more."""
     PRODUCTS.allow_tf32 = CUDNN.allow_tf32 = True
     PRODUCTS.allow_fp16_reduced_precision_reduction = PRODUCTS.allow_bf16_reduced_precision_reduction = True
     PRODUCTS.allow_fp16_accumulation = True
@@ -30,11 +30,11 @@ def test_fp32_is_fp32_and_sums_of_16_bit_products_are() -> None:
     assert not has_tf32() and not PRODUCTS.allow_tf32 and not CUDNN.allow_tf32
     assert not PRODUCTS.allow_fp16_reduced_precision_reduction and not PRODUCTS.allow_bf16_reduced_precision_reduction
     assert not PRODUCTS.allow_fp16_accumulation
-    assert torch.get_float32_matmul_precision() == "highest"  # what FlexAttention's fp32 kernels go by
+    assert torch.get_float32_matmul_precision() == "highest"  # FlexAttention's fp32 kernels read this setting
 
 
 def test_a_general_wish_for_tf32_does_not_come_back_through_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN's switch alone, once off, hands the question on to this one."""
+    """If only cuDNN's older switch is off, `torch.backends.fp32_precision` decides."""
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
     CUDNN.allow_tf32 = False
     assert has_tf32()
@@ -50,7 +50,7 @@ def test_tf32_lasts_as_long_as_it_was_asked_for() -> None:
             assert not has_tf32()
         assert has_tf32()
     assert not has_tf32() and not PRODUCTS.allow_tf32 and not CUDNN.allow_tf32
-    CUDNN.allow_tf32 = True  # as torch begins
+    CUDNN.allow_tf32 = True  # torch's default
     with tf32(False):
         assert not has_tf32()
     assert CUDNN.allow_tf32 and not PRODUCTS.allow_tf32

@@ -1,4 +1,4 @@
-"""fp16 products: rounded once, summed in fp32, the same with and without fp16 units."""
+"""fp16 products are summed in fp32 and rounded once, with the same results on devices with and without fp16 units."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_linear_is_the_exact_product_rounded_once(operands: tuple[torch.Tensor, 
     exact = x.double() @ weight.half().double().T + bias.double()
     result = fp16.linear_fp16(x, weight, bias)
     assert result.dtype is torch.float16
-    # half a unit in the last place of fp16, and a little for the order of the fp32 sum
+    # tolerance: half a unit in fp16's last place, plus a little for the order of the fp32 sum
     torch.testing.assert_close(result.double(), exact, rtol=2**-11 * 1.01, atol=1e-3)
 
 

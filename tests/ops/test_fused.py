@@ -1,4 +1,4 @@
-"""Fused functions: plain on CPUs, one call for all their operations on a GPU."""
+"""Fused functions run uncompiled on CPUs, and as one compiled call on a GPU."""
 
 from typing import Any
 
@@ -48,11 +48,12 @@ def test_where_nothing_can_compile_it_runs_plainly_and_says_so_once(
 
 
 def test_a_compiled_function_takes_many_variants(double: Fused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than Dynamo's 8, which a run would meet in the middle: formats, sizes, with and without gradients."""
+    """A run needs more variants than Dynamo's default of 8: dtypes, sizes, with and without gradients.
+    It would reach the limit in the middle of training."""
     monkeypatch.setattr(fused_module, "compile_problem", lambda: None)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
-    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would leave it without any
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would delete the setting at the end
         compiled = double._compiled
         for n_dims in range(1, 13):
             assert compiled(torch.ones([2] * n_dims), float(n_dims)).flatten()[0] == 2 + n_dims

@@ -1,4 +1,4 @@
-"""What Triton lacks in slim containers is said before a run, with what to install."""
+"""Messages about what Triton lacks in slim containers, with the packages to install."""
 
 import subprocess
 import sysconfig
@@ -22,13 +22,13 @@ def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.skipif(subprocess.run(["which", "gcc"], capture_output=True).returncode != 0, reason="no gcc here")
 def test_with_a_compiler_and_headers_nothing_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher_problem() is None
-    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))  # a Python without its headers
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))  # Python without headers
     assert f"no Python.h in {tmp_path}" in launcher_problem()
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "no gcc, clang or CC here (Debian: gcc python3-dev)" in launcher_problem()
+    assert "found no gcc, clang or CC (Debian: gcc python3-dev)" in launcher_problem()
     monkeypatch.setenv("CC", "/gone/gcc")
     assert "can't be compiled: /gone/gcc: No such file" in launcher_problem()
     broken = tmp_path / "clang"

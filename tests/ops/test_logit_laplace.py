@@ -1,4 +1,4 @@
-"""The logit-Laplace density is a density, the pixel map inverts, the location is the pixel."""
+"""The logit-Laplace density integrates to 1, the pixel mapping is invertible, and the location gives the pixel."""
 
 import math
 
@@ -12,7 +12,7 @@ from dalle_ds.ops.logit_laplace import location_pixels, log_density, map_pixels,
 def test_density_integrates_to_one(mu: float, b: float) -> None:
     x = torch.linspace(0, 1, 400_001, dtype=torch.float64)[1:-1]
     density = log_density(x, torch.tensor(mu, dtype=torch.float64), torch.tensor(math.log(b), dtype=torch.float64)).exp()
-    # The last few thousandths are missing where the density is unbounded (b > 1).
+    # The numerical integral misses a few thousandths if the density is unbounded (b > 1).
     assert torch.trapezoid(density, x).item() == pytest.approx(1.0, abs=5e-3)
 
 

@@ -1,4 +1,4 @@
-"""16-bit formats bit by bit, against a slow reference in exact fractions."""
+"""16-bit formats, compared bit by bit with a slow reference in exact fractions."""
 
 import math
 from fractions import Fraction
@@ -12,7 +12,7 @@ FORMATS = pytest.mark.parametrize("fmt", [FORMAT_1_6_9, FORMAT_0_6_10], ids=lamb
 
 
 def slow_value(code: int, fmt: LowBitFormat) -> Fraction:
-    """What the 16 bits of `code` mean, by the definition."""
+    """The value of `code` by the format's definition."""
     sign = -1 if fmt.signed and code >> 15 else 1
     exponent, mantissa = (code >> fmt.mantissa) & 63, Fraction(code % 2**fmt.mantissa, 2**fmt.mantissa)
     if exponent == 0:
@@ -21,7 +21,7 @@ def slow_value(code: int, fmt: LowBitFormat) -> Fraction:
 
 
 def slow_code(value: float, fmt: LowBitFormat) -> int:
-    """The nearest code, ties to an even one, by arithmetic on exact fractions."""
+    """The nearest code, ties to even, computed with exact fractions."""
     sign = 2**15 if fmt.signed and math.copysign(1, value) < 0 else 0
     top = 2 ** (6 + fmt.mantissa) - 1
     if math.isnan(value) or math.isinf(value):
@@ -47,7 +47,7 @@ def test_every_code_means_what_the_definition_says_and_comes_back(fmt: LowBitFor
     values = decode(all_codes(), fmt)
     assert values.dtype is torch.float32
     assert [Fraction(v) for v in values.tolist()] == [slow_value(code, fmt) for code in range(2**16)]
-    assert torch.equal(encode(values, fmt), all_codes())  # minus zero included
+    assert torch.equal(encode(values, fmt), all_codes())  # includes minus zero
 
 
 @FORMATS
@@ -90,7 +90,7 @@ def test_values_of_all_sizes_round_as_the_reference(fmt: LowBitFormat) -> None:
         2.0**-149,
     ]
     values = torch.cat([patterns.to(torch.int32).view(torch.float32), near, torch.tensor(edges), -torch.tensor(edges)])
-    finite_or_positive = ~(values.isnan() & values.signbit())  # a NaN's sign is no number's
+    finite_or_positive = ~(values.isnan() & values.signbit())  # the sign of a NaN has no meaning
     values = values[finite_or_positive]
     expected = [slow_code(v, fmt) for v in values.tolist()]
     assert as_unsigned(encode(values, fmt)) == expected

@@ -1,4 +1,4 @@
-"""Packed products against plain ones; none where they would not be right."""
+"""Packed products equal plain ones, and are not used if they would be wrong."""
 
 import pytest
 import torch

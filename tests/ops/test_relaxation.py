@@ -1,4 +1,4 @@
-"""The relaxed sample is a categorical sample in the limit; the KL is that of the plain logits."""
+"""The relaxed sample becomes a categorical sample as tau goes to 0. The KL is that of the plain logits."""
 
 import math
 
@@ -50,10 +50,10 @@ def test_kl_against_torch_and_its_ends() -> None:
 
 
 def test_mean_kl_sees_unused_codes_but_not_sharp_ones() -> None:
-    one_hot = 1e4 * torch.eye(8).view(1, 8, 8, 1)  # every cell is sure, every code is used once
+    one_hot = 1e4 * torch.eye(8).view(1, 8, 8, 1)  # every cell is certain of its code, and every code is used once
     assert mean_kl_to_uniform(one_hot).item() == pytest.approx(0.0, abs=1e-5)
     assert kl_to_uniform(one_hot).mean().item() == pytest.approx(math.log(8))
-    same = one_hot[:, :, :1].expand(1, 8, 8, 1)  # every cell takes code 0
+    same = one_hot[:, :, :1].expand(1, 8, 8, 1)  # every cell has code 0
     assert mean_kl_to_uniform(same).item() == pytest.approx(math.log(8))
     logits = torch.randn(2, 8, 3, 3) * 2
     assert 0 < mean_kl_to_uniform(logits) < kl_to_uniform(logits).mean()

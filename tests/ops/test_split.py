@@ -1,4 +1,4 @@
-"""Products of split factors are as exact as fp32's, measured against fp64."""
+"""Products of split factors are as exact as fp32 products, measured against fp64."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def test_error_is_that_of_fp32(name: str) -> None:
     a, b = CASES[name]
     true = a.double() @ b.double()
     ours, fp32 = error(split_matmul(Split.of(a), Split.of(b)), true), error(a @ b, true)
-    tf32 = error((a.half().double() @ b.half().double()), true)  # as TF32 rounds factors: to 11 bits
-    # fp32's sums of a few hundred terms are good to 1e-7 here; on GPUs, which add one by one, to several times that
+    tf32 = error((a.half().double() @ b.half().double()), true)  # TF32 rounds factors to 11 bits too
+    # The errors of fp32 sums of a few hundred terms are 1e-7 here, and several times that on GPUs, which add terms one by one.
     assert ours <= 1.5 * fp32 + 1e-7, f"{name}: {ours:.1e}, fp32 {fp32:.1e}"
     assert ours < tf32 / 100, f"{name}: {ours:.1e}, factors of 11 bits {tf32:.1e}"
 

@@ -1,4 +1,4 @@
-"""Rounding fp32 to fp16 at random, right on average."""
+"""Stochastic rounding of fp32 to fp16 is right on average."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ ALL_NOISE = torch.arange(2**NOISE_BITS, dtype=torch.int32)
 
 
 def values(n: int, lowest: int, highest: int) -> Tensor:
-    """Of both signs, over many binades."""
+    """Values of both signs, over many binades."""
     generator = torch.Generator().manual_seed(5)
     return torch.randn(n, generator=generator).sign() * torch.empty(n).uniform_(lowest, highest, generator=generator).exp2()
 

@@ -1,4 +1,4 @@
-"""AdamW with 16-bit moments against torch's."""
+"""AdamW with 16-bit moments, compared with torch's AdamW."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ def parameter(n: int) -> nn.Parameter:
 
 
 def gradient(n: int, step: int) -> torch.Tensor:
-    """Of very unequal sizes, as in a deep model."""
+    """Gradients of very different magnitudes, as in a deep model."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(6).exp2().clamp_max(4) * 1e-2
 
@@ -63,7 +63,7 @@ def test_low_bit_is_torchs_with_moments_rounded_after_each_step() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, pieces = parameter(1000), parameter(1000)
     run(LowBitAdamW([whole], **SETTINGS), whole, range(3))
-    monkeypatch.setattr(adamw, "_PLAIN_CHUNK", 7)  # 1000 is no multiple of it
+    monkeypatch.setattr(adamw, "_PLAIN_CHUNK", 7)  # 1000 is not a multiple of 7
     run(LowBitAdamW([pieces], **SETTINGS), pieces, range(3))
     assert torch.equal(whole, pieces)
 
@@ -75,7 +75,7 @@ def test_the_compiled_loop_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
     run(a, plain, range(5))
     run(b, compiled, range(5))
     assert adamw._can_compile and adamw._compiled_loop.cache_info().currsize == 1
-    # the compiler may join a product and a sum, which rounds once less
+    # the compiler may fuse a multiplication and an addition, which rounds once instead of twice
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
     for key in ("exp_avg", "exp_avg_sq"):
         assert (a.state[plain][key].int() - b.state[compiled][key].int()).abs().max() <= 1
@@ -83,7 +83,7 @@ def test_the_compiled_loop_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def compiling_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing that was compiled before, or on another day, serves."""
+    """Compile again: ignore functions that this process has compiled or that are cached on disk."""
     monkeypatch.setattr(adamw, "_can_compile", True)
     adamw._compiled_loop.cache_clear()
     torch.compiler.reset()
@@ -103,11 +103,11 @@ def test_without_a_compiler_it_goes_on_operation_by_operation(compiling_anew: No
 
 @pytest.mark.parametrize("when", ["while it compiles", "in the loop"])
 def test_any_other_error_ends_the_step(compiling_anew: None, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """Going on operation by operation takes more memory, not less, and would hide what is wrong."""
+    """The uncompiled loop takes more memory, not less, so continuing with it would only hide the error."""
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
         if when == "while it compiles":
-            raise torch.OutOfMemoryError("CUDA out of memory")  # as where it tries kernels out
+            raise torch.OutOfMemoryError("CUDA out of memory")  # as during autotuning
         return lambda *args: torch.empty(2**62, dtype=torch.uint8)
 
     compiled = torch.compile(adamw._update_chunk, dynamic=True, fullgraph=True, backend=backend)
@@ -119,7 +119,7 @@ def test_any_other_error_ends_the_step(compiling_anew: None, monkeypatch: pytest
 
 
 def test_it_learns_as_torchs_does() -> None:
-    """200 updates of a small network on a function: losses within 2 % of torch's at the end, and far below the start."""
+    """200 updates of a small network that learns a function. Final losses are within 2 % of torch's and far below the first."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 8, generator=generator)
     y = (x[:, :4] * x[:, 4:]).sum(1, keepdim=True)
@@ -148,12 +148,12 @@ def test_it_learns_as_torchs_does() -> None:
 def test_a_huge_gradient_leaves_a_variance_of_five(moments: str) -> None:
     p = nn.Parameter(torch.zeros(2))
     optimizer = LowBitAdamW([p], moments=moments, **{**SETTINGS, "weight_decay": 0.0})
-    p.grad = torch.tensor([1e3, 1.0])  # 0.04 * 1e6 would be 40,000
+    p.grad = torch.tensor([1e3, 1.0])  # unclipped, the variance would be 0.04 * 1e6 = 40,000
     optimizer.step()
     variance = optimizer.state[p]["exp_avg_sq"]
     variance = decode(variance, FORMAT_0_6_10) if moments == "low_bit" else variance
     assert variance[0] == 5.0 and variance[1] == pytest.approx(0.04, rel=1e-3)
-    # clipped before the parameter is updated: mean 100, bias corrections 0.1 and 0.04
+    # the variance is clipped before the parameter is updated; the mean is 100, the bias corrections are 0.1 and 0.04
     assert p[0].item() == pytest.approx(-1e-2 * (100 / 0.1) / (5 / 0.04) ** 0.5, rel=1e-5)
     p.grad = torch.zeros(2)
     optimizer.step()
@@ -190,13 +190,13 @@ def test_moments_of_another_format_are_refused() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="moments 'fp8': expected one of fp32, low_bit"):
+    with pytest.raises(ValueError, match="moments is 'fp8', expected one of fp32, low_bit"):
         LowBitAdamW([{"params": [parameter(1)], "moments": "fp8"}], lr=1.0)
-    with pytest.raises(ValueError, match="variance_clip 9"):
+    with pytest.raises(ValueError, match="variance_clip is 9"):
         LowBitAdamW([parameter(1)], lr=1.0, variance_clip=9)
     p = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
-    with pytest.raises(ValueError, match="fp32 master weights"):
+    with pytest.raises(ValueError, match=r"bfloat16, expected fp32 \(master weights\)"):
         LowBitAdamW([p], lr=1.0).step()
 
 

@@ -1,4 +1,4 @@
-"""The average against the formula, its warm start, and that borrowing it leaves the weights as they were."""
+"""The EMA equals its formula, with plain and warm start. Evaluating with it does not change the weights."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_background_gives_the_same_bits_of_the_weights_at_the_call() -> None:
         moving["w"].normal_(generator=generator)
         for average in sides:
             average.update(moving)
-        moving["w"].zero_()  # training goes on
+        moving["w"].zero_()  # training continues while the thread averages
     assert torch.equal(sides[0].averages["w"], sides[1].averages["w"])
 
 

@@ -1,4 +1,4 @@
-"""What decays."""
+"""Parameter groups: which parameters have weight decay and low-bit moments."""
 
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.optim.groups import decay_groups, describe_groups

@@ -1,4 +1,4 @@
-"""Warm-up, halvings, cosine."""
+"""Learning rate of the prior: warm-up, halvings, cosine."""
 
 import pytest
 from pydantic import ValidationError
@@ -28,5 +28,5 @@ def test_cosine_ends_at_its_fraction() -> None:
 def test_halvings_beside_a_cosine_are_refused() -> None:
     with pytest.raises(ValidationError, match="halve_at"):
         LearningRateConfig(shape="cosine", halve_at=(5,))
-    with pytest.raises(ValidationError, match="plateau has no meaning with shape 'cosine'"):
+    with pytest.raises(ValidationError, match="plateau needs shape 'constant'"):
         LearningRateConfig(shape="cosine", plateau={})

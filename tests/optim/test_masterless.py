@@ -1,4 +1,4 @@
-"""AdamW of fp16 weights without masters, against torch's on fp32 ones that are rounded between steps."""
+"""AdamW for fp16 weights without masters, compared with `LowBitAdamW` on fp32 weights that are rounded after each step."""
 
 import zlib
 from functools import partial
@@ -21,14 +21,14 @@ def start() -> Tensor:
 
 
 def gradients(step: int) -> Tensor:
-    """Codes, of very unequal sizes."""
+    """Codes of gradients with very different magnitudes."""
     generator = torch.Generator().manual_seed(step)
     sizes = torch.randn(N, generator=generator).mul(8).exp2().clamp_max(4)
     return encode(torch.randn(N, generator=generator) * sizes * 1e-3, FORMAT_1_6_9)
 
 
 def plainly_rounded(values: Tensor, name: str, step: int) -> Tensor:
-    """The rounding once more, in NumPy's 64 bits: noise below the last place of fp16, then cut off."""
+    """Reference of the stochastic rounding in 64-bit NumPy: round up if the part below fp16's last place exceeds the noise."""
     x = np.arange(len(values), dtype=np.uint64) * 0x9E3779B1 % 2**32
     x ^= np.uint64((zlib.crc32(f"{name} {step} {SEED}".encode()) - 2**31) % 2**32)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -59,7 +59,7 @@ def test_a_step_is_low_bit_adamws_rounded() -> None:
 
 
 def test_a_stretch_is_stepped_as_it_is_within_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any number of ranks, in chunks of any size."""
+    """Parts of a parameter are updated like the whole, for any number of ranks and any chunk size."""
     monkeypatch.setattr("dalle_ds.optim.masterless._CPU_CHUNK", 1000)
     whole, parts = start(), [part.clone() for part in start().split([17, 20_000, N - 20_017])]
     a, b = MasterlessAdamW(**SETTINGS, seed=SEED), MasterlessAdamW(**SETTINGS, seed=SEED)
@@ -76,7 +76,7 @@ def test_noise_differs_by_name_step_and_seed() -> None:
         weights, optimizer = start(), MasterlessAdamW(**SETTINGS, seed=seed)
         optimizer.state[weights] = {"step": torch.tensor(float(before))}
         optimizer.step([Stretch(name, weights, partial(torch.zeros, N, dtype=torch.int16))], torch.tensor(1.0))
-        return weights  # decay alone moves it, by a twentieth of the last place
+        return weights  # only weight decay moves it, by a twentieth of the unit in the last place
 
     first = rounded(NAME, 0)
     assert torch.equal(first, rounded(NAME, 0))
@@ -91,6 +91,6 @@ def test_variance_is_the_formats_too() -> None:
 
 
 def test_fp32_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"float32: expected fp16 weights"):
+    with pytest.raises(ValueError, match=r"float32, expected fp16 weights"):
         stretch = Stretch(NAME, torch.zeros(3), partial(torch.zeros, 3, dtype=torch.int16))
         MasterlessAdamW(**SETTINGS, seed=0).step([stretch], torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""Halving on plateaus: where the loss stops falling, not before, and not more often than asked."""
+"""The learning rate is halved when the loss stops falling, not earlier, and not more often than configured."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def test_a_flat_loss_halves_after_the_patience_and_at_most_so_often() -> None:
     plateau = Plateau(CONFIG)
     fired = [update for update in range(1500) if plateau.observe(update, noisy(max(4.0, 8 - update / 100), update))]
     assert plateau.state.halvings == fired and len(fired) == 2 and plateau.factor == 0.25
-    # it falls until update 400; the smoothed loss follows some 20 to 100 updates behind
+    # the loss falls until update 400; the smoothed loss lags by 20 to 100 updates
     assert 500 <= fired[0] <= 650 and fired[1] - fired[0] >= 100
 
 

@@ -1,4 +1,4 @@
-"""Schedules against the paper's numbers."""
+"""Schedules reproduce the paper's numbers."""
 
 import pytest
 
@@ -13,12 +13,12 @@ def test_half_cosine_starts_ends_and_holds() -> None:
     values = [half_cosine(n, 0.0, 6.6, 50) for n in range(60)]
     assert values == sorted(values)
     assert values[25] == pytest.approx(3.3)
-    assert values[5] < 3.3 / 5 * 1.1  # flat at the start, unlike a line
+    assert values[5] < 3.3 / 5 * 1.1  # half a cosine starts flat, unlike a line
 
 
 def test_no_updates_means_constant() -> None:
     assert HalfCosineConfig(start=3.0, end=2.0, updates=0).at(0) == 2.0
-    with pytest.raises(ValueError, match="-1 updates"):
+    with pytest.raises(ValueError, match="updates is -1, expected 0"):
         HalfCosineConfig(start=3.0, end=2.0, updates=-1)
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: layers run twice, nothing else changes."""
+"""Activation checkpointing runs layers twice and changes no results."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CONFIG = PriorConfig(n_layers=5, n_heads=2, d_head=16, text_len=5, grid=4, vocab
 
 
 def results(set_up: Callable[[Prior], Any], fp16: bool = False) -> tuple[list[Tensor], list[int]]:
-    """(losses and all gradients, how often each layer ran) of one forward and backward pass."""
+    """One forward and backward pass. Returns the losses with all gradients, and how often each layer ran."""
     prior = Prior(CONFIG)
     initialise(prior, torch.Generator().manual_seed(0))
     if fp16:

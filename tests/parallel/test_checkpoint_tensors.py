@@ -1,4 +1,4 @@
-"""What any number of ranks wrote, any other stretch of it can be read."""
+"""Any range of a parameter can be read from the files of any number of ranks."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ VALUES = {"matrix": torch.arange(35.0).view(7, 5), "gain": torch.tensor([1.5, 2.
 
 
 def write(folder: Path, world_size: int, kinds: tuple[str, ...] = (WEIGHTS,)) -> None:
-    """As ZeRO-3 shards: all of one length, the last ones padded."""
+    """Shards like those of ZeRO-3: all have the same length, the last ones are padded."""
     folder.mkdir(exist_ok=True)
     for rank in range(world_size):
         parts = StateParts(SHAPES, steps={"matrix": 4.0, "gain": 4.0})

@@ -1,4 +1,4 @@
-"""What a rank takes from its launcher. Real launchers on two hosts: tests/distributed/test_multi_node.py."""
+"""Environment variables of a rank. tests/distributed/test_multi_node.py runs the real launchers on two hosts."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ STEP = {
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment, empty but for PATH; tests fill it."""
+    """An environment that only has PATH. Tests add variables to it."""
     environment = {"PATH": os.environ["PATH"]}
     monkeypatch.setattr(os, "environ", environment)
     return environment
@@ -71,9 +71,9 @@ def test_a_rank_takes_the_gpu_of_its_number_or_one_that_it_alone_sees(told: dict
 
 @pytest.mark.parametrize("given", [{}, BATCH_SCRIPT, {"SLURM_STEP_NUM_TASKS": "1"}])
 def test_more_ranks_than_gpus_are_refused_by_the_rank_that_has_none(told: dict[str, str], given: dict[str, str]) -> None:
-    """The deepspeed launcher and torchrun show all GPUs to every rank, inside a Slurm job too."""
+    """The deepspeed launcher and torchrun show all GPUs to every rank, even inside a Slurm job."""
     told |= {**given, "RANK": "1", "LOCAL_RANK": "1"}
-    with pytest.raises(ConfigError, match=r"rank 1 is number 1 on .* sees 1 GPUs: .* \(--num_gpus 1\)"):
+    with pytest.raises(ConfigError, match=r"rank 1 has LOCAL_RANK 1 on .* sees 1 GPUs: .* \(--num_gpus 1\)"):
         take_gpu(1)
 
 
@@ -106,8 +106,9 @@ print(json.dumps({"pid": os.getpid(), "arguments": sys.argv, "threads": torch._i
 
 
 def test_torch_and_the_loader_of_libraries_take_what_a_rank_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LD_LIBRARY_PATH too, which a process reads once, as it starts: network plugins of NCCL are found by it."""
-    for name in (COMPILE_THREADS, *ALLOCATORS_NAMES):  # what a run within this process has set
+    """This includes LD_LIBRARY_PATH, by which NCCL's network plugins are found.
+    A process reads it only once, when it starts."""
+    for name in (COMPILE_THREADS, *ALLOCATORS_NAMES):  # runs within this process may have set them
         monkeypatch.delenv(name, raising=False)
     rank = [sys.executable, "-u", "-c", SETTINGS_OF_A_RANK]
     alone = launching.last_json(launching.run(rank, tmp_path, {"LOCAL_SIZE": str(os.cpu_count())}).stdout)

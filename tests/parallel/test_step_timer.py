@@ -1,4 +1,4 @@
-"""Phases of an update and the share of its collectives, on a process group of one."""
+"""Times of an update's phases and the fraction of time in collectives, on a process group of one rank."""
 
 import sys
 import time
@@ -68,7 +68,7 @@ def test_spans_are_those_of_the_profilers_event_objects(group: None) -> None:
 
 
 def test_no_event_objects_are_made(group: None) -> None:
-    """They took 80 us each: minutes for an update of a large model, for which all other ranks wait."""
+    """An event object takes 80 us. For an update of a large model that is minutes, while all other ranks wait."""
     made = 0
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -89,7 +89,7 @@ def test_no_event_objects_are_made(group: None) -> None:
 def test_events_of_a_gpu() -> None:
     device = torch.device("cuda")
     timer, a = PhaseTimer(device), torch.ones(2048, 2048, device=device)
-    for _ in range(2000):  # more than are kept
+    for _ in range(2000):  # more than KEPT_EVENTS
         with timer("forward"):
             a @ a
     seconds = timer.take()

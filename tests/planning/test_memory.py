@@ -1,4 +1,4 @@
-"""Memory on paper against tensors that are really there."""
+"""Estimated memory against the memory of real tensors."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_power_sgd_keeps_what_is_planned(shards):
 
 
 class _LikeFlex(torch.autograd.Function):
-    """Saves what FlexAttention's kernels save: queries, keys, values, the result, a sum for each query. Values don't matter."""
+    """Saves what FlexAttention's kernels save: queries, keys, values, the result, a sum per query. The values do not matter."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -66,7 +66,7 @@ class _Attend:
 
 
 def test_a_layer_keeps_as_many_bytes_as_counted():
-    """What autograd holds between forward and backward pass of fp16 branches with scaled edges."""
+    """Bytes that autograd saves between forward and backward pass of fp16 branches with gradient scaling."""
     config = PriorConfig(n_layers=2, n_heads=4, text_len=8, grid=8, vocab_size=32, n_codes=32, conv_kernel=3)
     prior = Prior(config)
     ResblockGradScaler(prior, ResblockScalingConfig())
@@ -80,7 +80,7 @@ def test_a_layer_keeps_as_many_bytes_as_counted():
     def note(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes(), storage  # held, so that no other takes its place
+            kept[storage.data_ptr()] = storage.nbytes(), storage  # a reference keeps its address from being reused
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
@@ -116,7 +116,7 @@ def test_the_papers_replica_of_8_takes_3_and_a_half_gib_more_for_power_sgd():
 
 
 def without_masters(n_replicas):
-    """The plan of a recipe with replicas of 8 as the paper has them."""
+    """The plan of a recipe with replicas of 8 GPUs, as in the paper."""
     run = PriorRunConfig.model_validate(
         {
             "folder": "none",

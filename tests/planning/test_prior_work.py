@@ -1,4 +1,4 @@
-"""Time of the prior's updates: an earlier estimate, and how each setting moves it."""
+"""Estimated time of the prior's updates: against an earlier estimate, and the effect of each setting."""
 
 from dataclasses import replace
 
@@ -24,11 +24,11 @@ BEFORE = replace(
     heads="fp32",
     products_a_head_product=1,
 )
-"""Counts of the CUDA path before the edges of residual blocks were fused."""
+"""Counts of the CUDA path before the scaling at the edges of residual blocks was fused."""
 
 
 def on_h100(preset, batch, *, counts=NOW, **settings):
-    """-> (workload, machine)"""
+    """Returns (workload, machine)."""
     chosen = PlanInputsConfig(machine="H100", global_batch=batch, **settings)
     return prior_workload(PRESETS[preset], chosen, chosen.build_machine(), counts), chosen.build_machine()
 
@@ -51,7 +51,7 @@ def on_h100(preset, batch, *, counts=NOW, **settings):
     ],
 )
 def test_mfu_of_an_earlier_estimate_by_other_arithmetic(preset, settings, percent):
-    """Of the code before its edges were fused, from the same counts; the code of now does better in every row."""
+    """Estimates for the code before the edges were fused, from the same counts. The current code is faster in every row."""
     workload, machine = on_h100(preset, counts=BEFORE, **settings)
     assert 100 * workload.mfu(machine) == pytest.approx(percent, rel=0.3)
     better, _ = on_h100(preset, **settings)
@@ -67,7 +67,7 @@ def test_what_binds():
     assert times(large.micro_step, machine).host == times(small.micro_step, machine).host
     paper = PlanInputsConfig(machine="V100", shard_gpus=32)
     slow = prior_workload(PRESETS["12b"], paper, paper.build_machine())
-    # 98 GB of which three quarters enter a node of four, at 100 Gb/s
+    # 98 GB, of which three quarters enter each of four nodes, at 100 Gb/s
     found = times(slow.micro_step, paper.build_machine())
     assert found.binds == "links between nodes" and found.between > 98e9 * 3 / 4 / 12.5e9
     inside = paper.model_copy(update={"shard_gpus": 8})
@@ -86,7 +86,7 @@ def test_sharding_over_many_gpus_costs_the_host():
 
 
 def test_exchange_between_replicas():
-    """By hand: PowerSGD sends 14.1 % of the matrices' values, in 2 bytes instead of 4, and the rest as it is."""
+    """Computed by hand: PowerSGD sends 14.1 % of the matrices' values in 2 bytes instead of 4, and the rest uncompressed."""
     config, plain = PRESETS["12b"], PlanInputsConfig(gpus=64, shard_gpus=8)
     power_sgd = plain.model_copy(update={"compression": "power_sgd"})
     matrices, rest = 12 * 3968**2 * 64, 197_361_152 + 3_301_376

@@ -1,4 +1,4 @@
-"""The arithmetic of time against runs that others measured, with one set of constants for all of them."""
+"""Estimated times against published runs of other projects, with one set of constants for all."""
 
 import re
 from pathlib import Path

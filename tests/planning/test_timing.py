@@ -1,4 +1,4 @@
-"""Times of products, collectives and whole updates, by hand."""
+"""Times of products, collectives and whole updates, against calculations by hand."""
 
 import pytest
 
@@ -23,11 +23,11 @@ def test_collectives_by_hand():
     inside = Collective(8e9, Group.of_neighbours(8, 8))
     assert inside.between_seconds(H100) == 0
     assert inside.inside_seconds(H100) == pytest.approx(7e9 / (450e9 * timing.LINK_SHARE) + 7 * timing.STEP_SECONDS)
-    # four nodes of 400 GB/s: three quarters of all enter each of them, once
+    # four nodes of 400 GB/s: three quarters of the data enter each node, once
     across = Collective(8e9, Group.of_neighbours(32, 8), calls=10)
     latency = 10 * (28 * timing.STEP_SECONDS + 3 * timing.NODE_STEP_SECONDS)
     assert across.between_seconds(H100) == pytest.approx(6e9 / (400e9 * timing.NETWORK_SHARE) + latency)
-    # shards of 8 on 16 nodes: each adapter carries what its own GPU averages with 15 others
+    # shards of 8 on 16 nodes: each adapter carries the data that its GPU averages with 15 others
     peers = Collective(1e9, Group.of_peers(16, 8, 8))
     assert peers.group == Group(16, 16, 8) and peers.inside_seconds(H100) == 0
     latency = 15 * timing.NODE_STEP_SECONDS

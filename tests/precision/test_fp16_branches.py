@@ -1,4 +1,4 @@
-"""Products of branches: which of them are computed, and the format of weights that come narrowed already."""
+"""fp16 products of residual branches: which of them are computed, and fp16 weights with fp32 gradients."""
 
 from collections import Counter
 

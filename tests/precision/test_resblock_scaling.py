@@ -1,4 +1,4 @@
-"""Per-resblock scaling: exact where nothing over- or underflows, and alive where one global scale is not."""
+"""Per-resblock scaling is exact if nothing over- or underflows, and keeps gradients that any single global scale loses."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_gradients_equal_fp32_up_to_rounding(power: int) -> None:
 
 
 class _Damp(torch.autograd.Function):
-    """Identity forward; backward times 2^-power."""
+    """Identity in the forward pass. The backward pass multiplies by 2^-power."""
 
     @staticmethod
     def forward(ctx, x: Tensor, power: int) -> Tensor:
@@ -65,7 +65,8 @@ class _Damp(torch.autograd.Function):
 
 
 class Damped(nn.Module):
-    """Residual blocks whose gradients shrink by 2^-13 from each to the one before: 2^-39 from last to first of four."""
+    """Four residual blocks. Gradients shrink by 2^-13 from each block
+    to the previous one, so by 2^-39 from the last to the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ def test_gradients_over_forty_powers_of_two_need_a_scale_each() -> None:
     sizes = [max(p.grad.abs().max().item() for p in block.parameters()) for block in reference.blocks]
     assert math.log2(sizes[3] / sizes[0]) > 38
 
-    for power in range(0, 48, 4):  # any global scale: either the early blocks are lost or the last overflows
+    for power in range(0, 48, 4):  # with any global scale, either the first blocks underflow or the last overflows
         model, scaler = run_damped([power] * 4)
         lost = lost_share(model.blocks[0])
         assert lost > 0.5 or scaler.found_nonfinite.any(), f"global scale 2^{power} loses {lost:.0%} of the first block"
@@ -162,7 +163,7 @@ def test_policy_follows_the_paper() -> None:
     scaler = ResblockGradScaler(prior, ResblockScalingConfig())
     fine, bad = torch.zeros(6), torch.zeros(6)
     bad[2] = 1
-    scaler.update(bad)  # the first event counts: no back-off came before it
+    scaler.update(bad)  # the first non-finite gradient lowers the scale: there was no back-off before
     assert scaler.scale[2].item() == pytest.approx(2**12.5)
     assert scaler.scale[0].item() == pytest.approx(2 ** (13 + 1 / 1000))
     for _ in range(124):
@@ -192,7 +193,7 @@ def test_calibrated_scales_are_the_highest_finite_ones_less_a_margin() -> None:
     found = scaler.scale.clone()
     assert not backward_flags(prior, scaler).any()
     for i in range(len(scaler.names)):
-        for powers, is_finite in ((0.9, True), (2.1, False)):  # eight halvings of 120 leave a half
+        for powers, is_finite in ((0.9, True), (2.1, False)):  # eight bisections of 120 powers leave an interval of about 0.5
             scaler.scale.copy_(found)
             scaler.scale[i] *= 2**powers
             assert backward_flags(prior, scaler)[i] == (not is_finite), f"{scaler.names[i]}, 2^{powers} above what was found"
@@ -205,7 +206,7 @@ def test_calibration_is_not_deceived_by_overflows_that_hide_others(trials: int) 
 
     def attempt() -> Tensor:
         powers, bad = scaler.scale.log2(), torch.zeros(6)
-        for i in reversed(range(6)):  # while a later block overflows, a block takes six powers more
+        for i in reversed(range(6)):  # while a later block overflows, a block tolerates six more powers of two
             bad[i] = powers[i] > limits[i] + (6 if bad.any() else 0)
         return bad
 
@@ -248,10 +249,10 @@ def test_state_round_trip_and_refusal() -> None:
     a.update(bad)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.scale, b.scale) and torch.equal(a.since_backoff, b.since_backoff)
-    with pytest.raises(ValueError, match="scales are of blocks"):
+    with pytest.raises(ValueError, match="saved scales are for blocks"):
         ResblockGradScaler(Damped(), ResblockScalingConfig()).load_state_dict(a.state_dict())
 
 
 def test_limits_out_of_order_are_refused() -> None:
-    with pytest.raises(ValueError, match="not in this order"):
+    with pytest.raises(ValueError, match="min <= initial <= max"):
         ResblockScalingConfig(initial_scale_power=5)

@@ -1,4 +1,4 @@
-"""A small world for the later stages: raw shards of drawn images, a tiny dVAE with random weights, a tokenizer."""
+"""Shared fixtures of the stage tests: raw shards of drawn images, a tiny dVAE with random weights, a tokenizer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ N_SHARDS = 15
 
 
 def write_dvae(path: Path, seed: int = 0, image_size: int = 32, extra: dict[str, str] | None = None) -> str:
-    """A tiny dVAE of random weights (8x8 codes out of 32) and its fingerprint."""
+    """Write a tiny dVAE with random weights (8x8 tokens, 32 codes). Returns its fingerprint."""
     torch.manual_seed(seed)
     config = DVAEConfig(image_size=image_size, n_groups=3, n_blk_per_group=1, n_hid=16, n_init=8, n_codes=32)
     dvae = DVAE(config)
@@ -30,7 +30,7 @@ def write_dvae(path: Path, seed: int = 0, image_size: int = 32, extra: dict[str,
 
 
 def part_checksums(root: str) -> dict[str, dict[str, str]]:
-    """{shard: {split: SHA-256}}: equal for equal content."""
+    """{shard: {split: SHA-256}}, equal for equal content."""
     return {
         manifest.shard: {split: part.checksum for split, part in manifest.splits.items()}
         for manifest in load_shard_manifests(root, ShardManifest)
@@ -39,9 +39,9 @@ def part_checksums(root: str) -> dict[str, dict[str, str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny convolutions on two threads that share their cores with others spend their time waiting for each other.
+    """Use one thread: on shared cores, two threads of a tiny convolution spend their time waiting for each other.
 
-    Of the session, as `world` is: what that runs would leave two threads to all files after these.
+    The scope is the session, as for `world`: otherwise the stages that `world` runs would leave two threads to all later tests.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "n_cores", lambda: 1)
@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """Paths of the inputs; `config` makes an encode config that can be varied."""
+    """Paths of the inputs. `config` returns an encode config with given changes."""
 
     images: Path
     raw: str
@@ -75,7 +75,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What an encode run without any trouble writes."""
+    """Checksums of the parts that an undisturbed encode run writes."""
     from preprocessing.stages import encode
 
     out = str(tmp_path_factory.mktemp("undisturbed") / "tokens")
@@ -85,5 +85,5 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture
 def is_undisturbed(undisturbed: dict[str, dict[str, str]]) -> Callable[[str], bool]:
-    """Whether a root holds, byte for byte, what an undisturbed run writes."""
+    """Returns a function: whether the parts below a root equal those of an undisturbed run, byte for byte."""
     return lambda root: part_checksums(root) == undisturbed

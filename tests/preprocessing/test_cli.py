@@ -1,4 +1,4 @@
-"""The commands as people type them: help, summaries, exit codes, messages instead of tracebacks."""
+"""The commands as users run them: help, summaries, exit codes, error messages instead of tracebacks."""
 
 import json
 import os
@@ -52,8 +52,8 @@ def test_from_images_to_raw_shards(tmp_path: Path) -> None:
         (("ingest", "picturs=x", "out=y"), "unknown key 'picturs'"),
         (("ingest",), "images: required, but not set"),
         (("ingest", "missing.yaml"), "recipe missing.yaml cannot be read"),
-        (("ingest", "/not/there", "y"), "/not/there: no such folder"),
-        (("ingest", "x", "y", "z"), "'z' is no RECIPE.yaml, no KEY=VALUE, and one input too many: expected images out"),
+        (("ingest", "/not/there", "y"), "/not/there: the folder does not exist"),
+        (("ingest", "x", "y", "z"), "'z', neither RECIPE.yaml nor KEY=VALUE: expected inputs are images out"),
         (("ingest", "x", "y", "--samples-per-shard", "0"), "samples_per_shard = 0"),
         (("stats", "/not/there"), "/not/there: neither"),
     ],

@@ -1,4 +1,4 @@
-"""Encode under disturbance: killed, doubled, its S3 server shot. The result is always the undisturbed one."""
+"""Encode under disturbance: killed workers, two concurrent runs, a killed S3 server. The result equals the undisturbed one."""
 
 import json
 import os
@@ -24,11 +24,11 @@ from tests.conftest import S3
 from tests.preprocessing.conftest import N_IMAGES, N_SHARDS, World
 
 Check = Callable[[str], bool]
-N_KILLS = 4  # two of each run: without a shard done between them, three would end it
+N_KILLS = 4  # two per run: three in a row without a finished shard would end a run
 
 
 def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[str]:
-    """The command as people type it."""
+    """Start the command as a user would."""
     values = {
         "raw": world.raw,
         "dvae": world.dvae,
@@ -41,7 +41,7 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
         "device": "cpu",
     }
     words = [f"{name}={value}" for name, value in values.items()]
-    # What a SIGKILL leaves in TMPDIR goes with the test's own folder.
+    # A SIGKILL leaves files in TMPDIR; they are deleted with the test's own folder.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(world.images.parent)}
     return subprocess.Popen(
         [sys.executable, "-m", "preprocessing", "encode", "--json", *words],
@@ -85,7 +85,7 @@ def test_a_killed_run_is_finished_by_the_next(
     assert not alive, "workers outlived their parent"
     n_done = len(done_shards(out))
     assert not (tmp_path / "tokens" / "manifest.json").exists()
-    assert problems(out) == 1  # only that the merged manifest is missing: what is committed is whole
+    assert problems(out) == 1  # only the merged manifest is missing: committed shards are complete
     assert encode.run(world.config(out)).summary["shards_made_now"] == N_SHARDS - n_done
     assert is_undisturbed(out)
     assert problems(out) == 0
@@ -94,14 +94,14 @@ def test_a_killed_run_is_finished_by_the_next(
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     workers = []
     for child in psutil.Process(process.pid).children():
-        with suppress(psutil.Error):  # it has ended since
+        with suppress(psutil.Error):  # the process has ended meanwhile
             if "spawn_main" in " ".join(child.cmdline()):
                 workers.append(child)
     return workers
 
 
 def test_workers_of_two_runs_are_killed_at_random(world: World, tmp_path: Path, is_undisturbed: Check) -> None:
-    """Two whole commands on one output; whenever another shard is done, a worker of one of them is shot, in turns."""
+    """Two commands encode into one output. After each new shard, a worker of one command is killed, alternating."""
     out, draw = str(tmp_path / "tokens"), random.Random(0)
     processes = [start_encode(world, out, workers=2) for _ in range(2)]
     n_killed = n_seen = 0
@@ -157,7 +157,7 @@ def test_the_whole_pipeline_on_s3(world: World, s3: S3, is_undisturbed: Check) -
 
 @pytest.mark.s3
 def test_the_server_is_killed_in_the_middle(world: World, s3: S3, is_undisturbed: Check) -> None:
-    """SIGKILL while shards are being written: the run waits for the server and ends well."""
+    """Kill the server with SIGKILL while shards are being written: the run waits for the server and succeeds."""
     out = f"{s3.url}/tokens"
     process = start_encode(world, out)
     wait_for_shards(out, 3, lambda: process.poll() is None)
@@ -178,7 +178,7 @@ def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
     out = f"{s3.url}/tokens"
     monkeypatch.setattr(local, "progress", killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
-    with pytest.raises(Exception, match=r"cannot .* s3://.*: tried for 0 s, last answer:"):
+    with pytest.raises(Exception, match=r"cannot .* s3://.*: tried for 0 s, last error:"):
         encode.run(world.config(out))
     monkeypatch.undo()
     for name, value in s3.server.environment.items():
@@ -191,7 +191,7 @@ def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
 
 
 def killing_progress(kill: Callable[[], None], after: int) -> Callable[..., object]:
-    """In the place of `local.progress`. The bar ticks after each shard: an exact place between two shards."""
+    """Replaces `local.progress`. The bar is updated after each shard, so it runs code exactly between two shards."""
 
     class Bar:
         n = 0

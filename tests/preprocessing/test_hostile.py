@@ -1,4 +1,4 @@
-"""Hostile inputs: each is kept or counted under its reason, none is fatal, nothing outside the output is written."""
+"""Malicious inputs: each is kept or counted under its reason, none is fatal, and no file outside the output is written."""
 
 import io
 import json
@@ -27,14 +27,14 @@ def jpeg(mode: str = "RGB", **options: object) -> bytes:
 
 
 def with_lying_height(data: bytes, height: int) -> bytes:
-    """A JPEG whose frame header tells of more rows than there are."""
+    """A JPEG whose frame header claims more rows than it has."""
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + height.to_bytes(2, "big") + data[at + 2 :]
 
 
 def rotated() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = 6  # rotation by 90 degrees
     return encoded(Image.new("RGB", (80, 45)), "JPEG", exif=exif)
 
 
@@ -47,7 +47,7 @@ BOMB = png(20_000, 20_000, "1")
 CUT = jpeg()[:900]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EndProlog\nshowpage\n%%EOF\n"
 
-# name in the tar -> (image, what stands beside it (json if bytes), reason)
+# name in the tar -> (image, caption (a .json member if bytes), reason)
 IMAGES = {
     "cmyk.jpg": (jpeg("CMYK"), KEPT),
     "grey.jpg": (jpeg("L"), KEPT),
@@ -68,7 +68,7 @@ IMAGES = {
     "cut.jpg": (CUT, "unreadable"),
     "half.png": (encoded(Image.effect_noise((64, 64), 50))[:1000], "unreadable"),
     "lying.jpg": (with_lying_height(jpeg(), 60_000), "aspect ratio"),
-    "lying_a_bit.jpg": (with_lying_height(jpeg(), 90), KEPT),  # the decoder fills up with grey, as browsers do
+    "lying_a_bit.jpg": (with_lying_height(jpeg(), 90), KEPT),  # the decoder fills the missing rows with grey, as browsers do
     "html.jpg": (b"<html>404</html>", "unreadable"),
     "script.png": (EPS, "unreadable"),
     "none.jpg": (b"", "unreadable"),
@@ -103,7 +103,7 @@ NAMES = {
 
 
 def write_hostile_tar(path: Path) -> dict[str, str | None]:
-    """The tar, and what must become of each key."""
+    """Write the tar. Returns the expected result of each key."""
     expected: dict[str, str | None] = {}
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
 
@@ -136,7 +136,7 @@ def write_hostile_tar(path: Path) -> dict[str, str | None]:
         expected["link"] = "no image"
         add("hard.png", b"", tarfile.LNKTYPE, "../../escape")
         add("fifo.png", b"", tarfile.FIFOTYPE)
-        add("._mac.png", b"rubbish")  # these three are no samples
+        add("._mac.png", b"rubbish")  # these three members are not samples
         add("alone.png", png())
         expected["alone"] = "no caption"
         add("unreal.xyz", b"?")
@@ -158,7 +158,7 @@ def test_every_hostile_input_is_kept_or_counted(tmp_path: Path) -> None:
     summary = outcome.summary
     assert summary["inputs"] == summary["samples"] + sum(summary["dropped"].values())
 
-    def own(key: str) -> str:  # without the name of its tar
+    def own(key: str) -> str:  # removes the tar's name from a key
         return key.removeprefix("deep/0/").removeprefix("cut/")
 
     found: dict[str, dict[str, str | None]] = {}
@@ -169,7 +169,7 @@ def test_every_hostile_input_is_kept_or_counted(tmp_path: Path) -> None:
         for line in objects.read_bytes(objects.join(root, path)).splitlines() if path else ():
             record = json.loads(line)
             found[shard.name][own(record["key"])] = record["reason"]
-    cut, whole_shard, empty, rubbish = (found[name] for name in ("00000", "00001", "00002", "00003"))  # in order of their paths
+    cut, whole_shard, empty, rubbish = (found[name] for name in ("00000", "00001", "00002", "00003"))  # sorted by path
     assert whole_shard == expected
     assert list(cut.values())[-1] == "damaged shard"
     assert len(cut) > 10 and all(whole_shard[key] == reason for key, reason in cut.items() if reason != "damaged shard")
@@ -210,7 +210,7 @@ def test_hostile_lines_of_a_captions_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["script.png", "bomb.png"])
 def test_no_decoder_is_started_for_what_only_claims_to_be_a_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ghostscript would be run for the first, half a gigabyte taken for the second.
+    # Pillow would start Ghostscript for the first file and allocate half a gigabyte for the second.
     from PIL import EpsImagePlugin, ImageFile
 
     from dalle_ds.data.images import ImageProblem, decode_image

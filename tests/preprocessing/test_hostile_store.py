@@ -1,4 +1,4 @@
-"""Encode through a proxy that spoils answers of a real S3 server: the result is the undisturbed one, or tells what lacks."""
+"""Encode through a proxy that corrupts responses of a real S3 server: the result is correct, or the error names the cause."""
 
 import hashlib
 import os

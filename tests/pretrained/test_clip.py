@@ -1,4 +1,4 @@
-"""CLIP: a folder written by transformers, opened by our code."""
+"""CLIP: a folder written by transformers, opened by `Clip.load`."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def clip(folder) -> Clip:
 
 def test_features_are_those_of_the_plain_model_on_pixels_prepared_by_hand(clip):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 75, 3), dtype=np.uint8))
-    resized = image.resize((48, 32), Image.Resampling.BICUBIC)  # the shortest side to 32, then the middle
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC)  # short side to 32, then a centre crop
     pixels_HWC = np.asarray(resized.crop((8, 0, 40, 32)), dtype=np.float64) / 255
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of the released CLIP
     pixels_HWC = (pixels_HWC - mean) / std
@@ -36,11 +36,11 @@ def test_features_are_those_of_the_plain_model_on_pixels_prepared_by_hand(clip):
         plain = clip.model(
             pixel_values=torch.tensor(pixels_HWC.transpose(2, 0, 1)[None], dtype=torch.float32), input_ids=torch.tensor([ids])
         )
-    image, text = clip.image_features([image]), clip.text_features(["A  red cat"])
-    torch.testing.assert_close(image, plain.image_embeds, rtol=0, atol=1e-5)
+    features, text = clip.image_features([image]), clip.text_features(["A  red cat"])
+    torch.testing.assert_close(features, plain.image_embeds, rtol=0, atol=1e-5)
     torch.testing.assert_close(text, plain.text_embeds, rtol=0, atol=1e-5)
-    assert image.norm().item() == pytest.approx(1) and text.norm().item() == pytest.approx(1)
-    torch.testing.assert_close(clip.image_features(np.asarray(image)[None]), image)
+    assert features.norm().item() == pytest.approx(1) and text.norm().item() == pytest.approx(1)
+    torch.testing.assert_close(clip.image_features(np.asarray(image)[None]), features)
 
 
 def test_a_caption_does_not_depend_on_its_neighbours(clip):
@@ -78,7 +78,7 @@ def test_what_is_no_whole_clip_is_refused(folder, tmp_path):
 
     for file, key, value, message in (
         ("config.json", "model_type", "bert", "model_type 'bert', expected 'clip'"),
-        ("preprocessor_config.json", "crop_size", {"height": 16, "width": 16}, "the model expects 32 a side"),
+        ("preprocessor_config.json", "crop_size", {"height": 16, "width": 16}, "the model expects 32 pixels per side"),
     ):
         other = shutil.copytree(folder, tmp_path / key)
         (other / file).write_text(json.dumps({**json.loads((other / file).read_text()), key: value}))

@@ -1,4 +1,4 @@
-"""The released files' form: whole pickled modules of the reference package, read without it and without running their code."""
+"""Files in the form of OpenAI's release (pickled modules of its package), read without the package and without running code."""
 
 import os
 from pathlib import Path
@@ -61,7 +61,7 @@ class _Attack:
 def test_code_in_a_file_does_not_run(released, tmp_path: Path) -> None:
     torch.save({"blocks.input.w": _Attack(tmp_path / "owned")}, tmp_path / "encoder.pkl")
     torch.save(released[1], tmp_path / "decoder.pkl")
-    with pytest.raises(DataError, match=r"encoder.pkl cannot be read as one of OpenAI's files: .*unsupported GLOBAL.*mkdir"):
+    with pytest.raises(DataError, match=r"encoder.pkl cannot be read as OpenAI's encoder or .*: .*unsupported GLOBAL.*mkdir"):
         import_openai(str(tmp_path / "encoder.pkl"), str(tmp_path / "decoder.pkl"), str(tmp_path / "out.safetensors"))
     assert not (tmp_path / "owned").exists() and not (tmp_path / "out.safetensors").exists()
 
@@ -71,7 +71,7 @@ def test_mistakes(released, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     torch.save(released[1], tmp_path / "old.pkl", _use_new_zipfile_serialization=False)
     torch.save([1], tmp_path / "list.pkl")
     for decoder, message in (
-        ("encoder.pkl", "not the two halves"),
+        ("encoder.pkl", "not the encoder and decoder"),
         ("old.pkl", "save it again"),
         ("list.pkl", "list without weights"),
         ("none.pkl", "none.pkl: no such file"),

@@ -1,4 +1,4 @@
-"""A small export for tests: a prior with random weights beside the dVAE and tokenizer of a drawn data set."""
+"""A small export for tests: a prior with random weights, and the dVAE and tokenizer of a synthetic data set."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from tests.data.token_sets import make_token_set
 
 
 def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int = 0, **data_options: Any) -> Path:
-    """folder/tokens (a data set) and folder/export; returns the latter. The prior is untrained, but far from uniform."""
+    """Write folder/tokens (a data set) and folder/export, and return the latter. The untrained prior is far from uniform."""
     data = make_token_set(folder / "tokens", **data_options)
     export = folder / "export"
     tokenizer = CaptionTokenizer(objects.join(data, "tokenizer.model"))
@@ -39,7 +39,7 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
     )
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # stronger heads and texts: tokens depend on captions and on each other
+    with torch.no_grad():  # scale heads and text embeddings up, so that tokens depend on captions and on each other
         prior.heads.image.weight.mul_(15)
         prior.embed.text.weight.mul_(40)
     mark = write_weights(export / "model.safetensors", kind="prior", config=config.model_dump(), state=prior.state_dict())
@@ -72,12 +72,12 @@ def draw_samples(
     image_prompt: ImagePrompt | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Samples of these captions in `out`, as the command draws them. Returns the content of samples.json."""
+    """Sample captions into `out` as the command does. Returns the content of samples.json."""
     return SampleFolder(export, Request(tuple(captions), settings, image_prompt), out, **options).run()
 
 
 def repeat_samples(export: Export, record_file: Path, out: Path) -> dict[str, Any]:
-    """The images of a samples.json again."""
+    """Reproduce the images of a samples.json in another folder."""
     return SampleFolder.repeating(export, record_file, out).run()
 
 

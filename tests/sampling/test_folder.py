@@ -1,4 +1,4 @@
-"""Folders of samples: the best are kept, a stopped run goes on, given rows stay, and records repeat it all."""
+"""Folders of samples: the best are kept, a stopped run resumes, rows of an image prompt stay, records reproduce images."""
 
 import gc
 import hashlib
@@ -38,7 +38,7 @@ def clip(tmp_path_factory):
 
 
 class RedScorer:
-    """How red an image is."""
+    """A scorer that returns the redness of an image."""
 
     name, fingerprint = "red", "0123"
 
@@ -96,7 +96,7 @@ def test_images_are_gone_once_they_are_scored(export):
 
 
 def test_a_batch_is_scored_while_the_next_one_is_drawn(export):
-    """The scorer waits for the next batch's first row: were they in turns, it would wait for ever."""
+    """The scorer waits for the first row of the next batch. If scoring and sampling did not overlap, it would hang."""
     second_is_drawn = threading.Event()
 
     class Waiting(RedScorer):
@@ -159,11 +159,11 @@ def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
         def scores(self, captions, images):
             return [float("nan")] * len(images)
 
-    with pytest.raises(DataError, match="scorer red gives nan"):
+    with pytest.raises(DataError, match="scorer red gave nan"):
         draw_samples(export, CAPTIONS, SamplingConfig(n=2, keep=1), tmp_path, scorer=Broken())
 
 
-# ---- given images ----
+# ---- image prompts ----
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_variations_need_no_caption(export, photo):
 
 
 def test_images_that_cannot_be_given(export, photo):
-    with pytest.raises(DataError, match="is unreadable: expected an image file of at least 8 pixels"):
+    with pytest.raises(DataError, match="is unreadable: expected an image file of 8 pixels"):
         make_image_prompt(export, b"no image")
     with pytest.raises(DataError, match="is too small"):
         make_image_prompt(export, encoded(Image.new("RGB", (7, 400))))

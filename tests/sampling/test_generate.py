@@ -1,4 +1,4 @@
-"""Drawing tokens: against a full forward pass, against the softmax, and independent of what is drawn beside."""
+"""Sampling tokens: against full forward passes and the softmax, and independent of the rest of the batch."""
 
 from copy import deepcopy
 
@@ -28,7 +28,7 @@ SEEDS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
 def slow_twin(prior, text_T, seed, temperature):
-    """One image by full forward passes and a draw of its own for every token."""
+    """Sample one image by a full forward pass and a separate draw for every token."""
     n = prior.config.n_image
     draws = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     codes = torch.zeros(1, n, dtype=torch.int64)
@@ -74,7 +74,7 @@ def test_the_prefix_is_computed_once_for_all_candidates(prior, monkeypatch):
 @torch.no_grad()
 def test_given_rows_are_kept_and_the_rest_follows_from_them(prior):
     free = generate(prior, TEXT, SEEDS)
-    # the first two rows of what was sampled, given: the rest must come out as before
+    # give the first two sampled rows as prime codes: the remaining rows must come out as before
     for c in range(3):
         again = generate(prior, TEXT[c : c + 1], [SEEDS[c][:1]], prime_codes_CP=free[c, :1, :8])
         assert torch.equal(again[0, 0], free[c, 0])
@@ -87,7 +87,7 @@ def test_given_rows_are_kept_and_the_rest_follows_from_them(prior):
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
 def test_guidance_moves_logits_from_no_caption_towards_the_caption(prior, guidance):
-    """Every token is the likeliest of u + g (c - u), with c and u from full forward passes."""
+    """Every token is the most likely one under u + g (c - u), with c and u from full forward passes."""
     codes_CN = generate(prior, TEXT, [[1]] * 3, temperature=0, guidance=guidance)[:, 0]
     with_caption, without = (prior.image_logits(text, codes_CN) for text in (TEXT, torch.full_like(TEXT, -1)))
     assert torch.equal(codes_CN, (without + guidance * (with_caption - without)).argmax(-1))
@@ -151,7 +151,7 @@ def test_every_token_is_reported_once(prior):
 def test_draws_follow_the_softmax():
     logits = torch.tensor([[2.0, 0.0, -1.0, float("-inf"), 1.0]])
     n = 20_000
-    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # evenly spread: no luck involved
+    draws = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # evenly spaced, so that the test is deterministic
     counts = torch.bincount(pick(logits.expand(n, -1), draws, temperature=0.5), minlength=5)
     assert torch.allclose(counts / n, (logits[0] / 0.5).softmax(0), atol=2 / n)
     assert counts[3] == 0
@@ -167,7 +167,7 @@ def test_limits_keep_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(1000, -1)
     draws = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
     assert set(pick(logits, draws, 1.0, top_k=2).tolist()) == {1, 3}
-    # probabilities 0.64, 0.24, 0.09, 0.03: 0.7 needs two, 0.95 three, a tiny one keeps the likeliest
+    # probabilities 0.64, 0.24, 0.09, 0.03: top_p 0.7 keeps two, 0.95 keeps three, a tiny top_p keeps the most likely token
     assert set(pick(logits, draws, 1.0, top_p=0.7).tolist()) == {1, 3}
     assert set(pick(logits, draws, 1.0, top_p=0.95).tolist()) == {1, 2, 3}
     assert set(pick(logits, draws, 1.0, top_p=1e-9).tolist()) == {1}
@@ -194,7 +194,7 @@ def test_impossible_settings_are_refused(prior, options, message):
 
 def test_every_caption_needs_equally_many_seeds(prior):
     for seeds in ([[1], [2]], [[1], [2], [3, 4]], [[], [], []]):
-        with pytest.raises(ValueError, match="expected as many for each"):
+        with pytest.raises(ValueError, match="expected equally many for each"):
             generate(prior, TEXT, seeds)
 
 

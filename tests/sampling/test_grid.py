@@ -1,4 +1,4 @@
-"""The sheet of images: everything is on it, nothing overlaps."""
+"""Image grids: nothing is missing, and nothing overlaps."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_captions_are_under_their_images():
     rows, columns = np.nonzero((with_text != empty[: with_text.shape[0]]).any(-1))
     assert len(rows) > 50
     assert rows.min() >= MARGIN + 128  # below the image
-    assert columns.min() >= 128 + 2 * MARGIN  # of the second one
+    assert columns.min() >= 128 + 2 * MARGIN  # below the second image
     assert columns.max() < 2 * (128 + MARGIN)
 
 

@@ -1,4 +1,4 @@
-"""The page as people see it, in a real browser, and as scripts call it."""
+"""The web page in a real browser, and its API as scripts call it."""
 
 import time
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ LIMITS = PageLimitsConfig(max_n=12, max_caption=40, max_upload_mb=0.1, max_waiti
 
 
 class Slow(Sampler):
-    """Draws as ever, with a pause after each row, and notes what it draws."""
+    """A sampler that pauses after each row, and records its requests."""
 
     def __init__(self, *parts: object, pause: float = 0.0) -> None:
         super().__init__(*parts)
@@ -112,13 +112,13 @@ def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slo
     for i, (client, caption) in enumerate(zip(clients, captions, strict=True)):
         jobs.append(client.submit(caption, 2, 1, 1, i, 0, 1, api_name="/draw"))
         deadline = time.monotonic() + 10
-        while jobs[-1].status().rank is None and not jobs[-1].done():  # it has its place in the queue
+        while jobs[-1].status().rank is None and not jobs[-1].done():  # until it is queued
             assert time.monotonic() < deadline
             time.sleep(0.005)
     outcomes = [job.result(timeout=900) for job in jobs]
     assert slowly.began == captions
     assert (slowly.most_at_once, slowly.ended) == (1, 20)
-    assert all("drawn in" in status and len(images) == 1 for status, images, _ in outcomes)
+    assert all("sampled in" in status and len(images) == 1 for status, images, _ in outcomes)
 
 
 def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
         call(client, "x" * 100)
     with pytest.raises(AppError, match="Value 13 is greater than maximum value 12"):
         call(client, "a red circle", n=13)
-    with pytest.raises(AppError, match="keep 5 of n 4: expected at most as many"):
+    with pytest.raises(AppError, match="keep 5 of n 4: expected keep to be at most n"):
         call(client, "a red circle", keep=5)
     (tmp_path / "words.png").write_text("no image")
     with pytest.raises(AppError, match="the image prompt is unreadable: expected an image file"):
@@ -137,9 +137,9 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
     (tmp_path / "large.png").write_bytes(bytes(200_000))
     with pytest.raises(ValueError, match="exceeds the maximum file size of 100000 bytes"):
         call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "large.png"), 2))
-    with (tmp_path / "large.png").open("rb") as file:  # whatever the client thinks of it
+    with (tmp_path / "large.png").open("rb") as file:  # bypasses the checks of the client
         assert requests.post(f"{url}/gradio_api/upload", files={"files": file}, timeout=10).status_code == 413
-    assert "4 drawn in" in call(client, "a red circle")[0], "still there"
+    assert "4 sampled in" in call(client, "a red circle")[0], "still there"
 
 
 def wait_for_status(page: Page, text: str) -> None:
@@ -157,7 +157,7 @@ def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
         page.click("#draw")
         wait_for_status(page, "row ")
         page.wait_for_selector("#images img")
-        wait_for_status(page, "drawn in")
+        wait_for_status(page, "sampled in")
         page.wait_for_function("document.querySelectorAll('#images .grid-container img').length == 4")
         assert "score" in page.inner_text("#images")
         assert "--keep 4" in page.input_value("#command textarea")
@@ -168,7 +168,7 @@ def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
         page.wait_for_selector("#image img")
         page.click("#draw-2")
         wait_for_status(page, "row ")
-        wait_for_status(page, "drawn in")
+        wait_for_status(page, "sampled in")
         assert "--image-prompt noise.png --prompt-rows" in page.input_value("#command textarea")
         page.screenshot(path=tmp_path / "image.png")
     assert slowly.began == ["a red circle", ""]

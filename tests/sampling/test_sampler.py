@@ -1,4 +1,4 @@
-"""From an export folder to images that repeat bit for bit."""
+"""Loading an export, and sampling images that are reproducible bit for bit."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_files_and_record(export, tmp_path):
 
 
 def test_guidance_is_for_priors_that_know_images_without_captions(export, copy, tmp_path):
-    with pytest.raises(ConfigError, match="guidance 3 needs a prior .* was trained with data.caption_dropout 0"):
+    with pytest.raises(ConfigError, match="guidance 3 requires a prior .* was trained with data.caption_dropout 0"):
         draw_samples(export, CAPTIONS, SamplingConfig(guidance=3.0), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     edit_config(copy, caption_dropout=0.1)
@@ -108,7 +108,7 @@ def test_no_captions(export, tmp_path):
     (tmp_path / "captions.txt").write_text("\n one \n\ntwo\n")
     assert read_captions(tmp_path / "captions.txt") == ["one", "two"]
     (tmp_path / "captions.txt").write_text("\n")
-    with pytest.raises(DataError, match="holds no caption"):
+    with pytest.raises(DataError, match="contains no caption"):
         read_captions(tmp_path / "captions.txt")
     with pytest.raises(DataError, match="missing.txt"):
         read_captions(tmp_path / "missing.txt")
@@ -177,13 +177,13 @@ def test_held_out_captions_are_of_different_groups(export):
     assert all(key.startswith("validation-") for key in validation.keys)
     assert validation.keys == choose_validation(export, 8, seed=3).keys != choose_validation(export, 8, seed=4).keys
     assert torch.equal(validation.text_ST, export.text(validation.captions))
-    with pytest.raises(DataError, match="1000 validation captions wanted, but the validation split has"):
+    with pytest.raises(DataError, match="1000 validation captions requested, but the validation split has"):
         choose_validation(export, 1000)
 
 
 def test_held_out_samples_carry_their_groups(export):
     validation = read_validation(export)
-    assert len(validation) == 32 and validation.groups == validation.captions  # the drawn set groups by caption
+    assert len(validation) == 32 and validation.groups == validation.captions  # the synthetic set groups by caption
 
 
 def test_a_data_set_of_another_dvae_is_refused(copy, tmp_path):

@@ -1,4 +1,4 @@
-"""Atomic writes: the old file or the new one, and nothing beside it."""
+"""Atomic writes leave the old or the new file, and no temporary file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The block cache keeps what was used last, inside its bound."""
+"""The block cache keeps the most recently used blocks within its capacity."""
 
 import threading
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def test_a_request_larger_than_the_capacity_is_served_whole():
 
 
 def test_missing_blocks_are_loaded_side_by_side():
-    together = threading.Barrier(4, timeout=30)  # passes only if four loads stand in it at once
+    together = threading.Barrier(4, timeout=30)  # passes only if four loads wait at the same time
 
     def load(number: int) -> Item:
         together.wait()

@@ -1,4 +1,4 @@
-"""The disk cache keeps what was used last inside its bound, survives damage and bad disks, and spares the store."""
+"""The disk cache keeps recently used pieces within its capacity, survives damage and bad disks, and saves storage reads."""
 
 import fcntl
 import logging
@@ -27,7 +27,7 @@ SETTINGS = {"text_len": 24, "global_batch": 12, "micro_batch": 2, "rank": 0, "wo
 def size(folder: Path) -> int:
     total = 0
     for path in folder.glob("??/*"):
-        with suppress(FileNotFoundError):  # renamed or removed since it was listed
+        with suppress(FileNotFoundError):  # renamed or removed after it was listed
             total += path.stat().st_size
     return total
 
@@ -44,17 +44,17 @@ def test_the_least_recently_used_goes_when_there_is_no_room(tmp_path):
     assert cache.get("0") == bytes(10) and cache.get("9") is None
     cache.put("4", b"4" * 10)
     kept = [name for name in map(str, range(5)) if cache.get(name) is not None]
-    assert kept == ["0", "3", "4"] and size(tmp_path) == 30  # 38 are kept when room is made
+    assert kept == ["0", "3", "4"] and size(tmp_path) == 30  # eviction keeps at most 38 bytes
     cache.put("large", bytes(41))
     assert cache.get("large") is None and size(tmp_path) == 30
-    assert DiskCache(tmp_path, 40).get("4") == b"4" * 10  # another process
+    assert DiskCache(tmp_path, 40).get("4") == b"4" * 10  # as another process
 
 
 def test_what_killed_processes_left_is_counted_anew_and_removed(tmp_path):
     cache = DiskCache(tmp_path, 100)
     for number in range(4):
         cache.put(f"{number}", bytes(20))
-    (tmp_path / ".lock").write_text("")  # killed between its two writes
+    (tmp_path / ".lock").write_text("")  # a process was killed between its two writes
     old, young = (cache._path("0").with_name(f"x{n}.part") for n in range(2))
     for path in (old, young):
         path.write_bytes(bytes(10))
@@ -78,7 +78,7 @@ def test_processes_share_a_folder_inside_its_bound(tmp_path):
         worker.start()
     largest = 0
     while any(worker.is_alive() for worker in workers):
-        with (tmp_path / ".lock").open("a") as lock:  # no piece comes or goes while they are added up
+        with (tmp_path / ".lock").open("a") as lock:  # no piece is added or removed while the sizes are summed
             fcntl.flock(lock, fcntl.LOCK_EX)
             largest = max(largest, sum(path.stat().st_size for path in tmp_path.glob("??/*") if not path.suffix))
     assert all(worker.exitcode == 0 for worker in workers)
@@ -103,7 +103,7 @@ def test_a_bad_disk_is_told_once_and_nothing_is_lost(tmp_path, monkeypatch, capl
             cache.put("a", bytes(10))
             assert cache.get("a") is None
     assert not list(folder.glob("??/*"))
-    assert len(caplog.records) == 1 and "read from the store" in caplog.text
+    assert len(caplog.records) == 1 and "read from storage" in caplog.text
 
 
 def test_a_second_epoch_from_the_cache_makes_no_request(tmp_path, s3, monkeypatch, caplog):
@@ -119,9 +119,9 @@ def test_a_second_epoch_from_the_cache_makes_no_request(tmp_path, s3, monkeypatc
     expected = read(None)
     ranges.clear()
     assert read(DiskCache(tmp_path / "cache", 10**7)) == expected
-    assert len(ranges) == len(set(ranges)) == 10  # each block once, over two epochs
+    assert len(ranges) == len(set(ranges)) == 10  # each block is read once in two epochs
     ranges.clear()
-    assert read(DiskCache(tmp_path / "cache", 10**7)) == expected and not ranges  # another process of the machine
+    assert read(DiskCache(tmp_path / "cache", 10**7)) == expected and not ranges  # as another process on the machine
     (damaged, *_) = (tmp_path / "cache").glob("??/*")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert read(DiskCache(tmp_path / "cache", 10**7)) == expected

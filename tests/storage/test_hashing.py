@@ -1,4 +1,4 @@
-"""Hashes: fixed numbers, since splits, crops and samples rest on them."""
+"""Hashes have fixed values, since splits, crops and samples depend on them."""
 
 import hashlib
 from pathlib import Path

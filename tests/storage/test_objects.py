@@ -1,4 +1,4 @@
-"""Storage: the same small functions on local disks and on a real S3 server; objects are whole or absent."""
+"""Storage: the same functions on local disks and on a real S3 server; objects are complete or absent."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ def test_write_read_list_delete(any_root: str) -> None:
     objects.delete(url)
     objects.delete(url)
     assert not objects.exists(url)
-    # SeaweedFS still shows an emptied folder: a prefix is no sign of anything.
+    # SeaweedFS still lists an emptied folder, so a prefix does not prove that an object exists.
     assert not objects.exists(objects.join(any_root, "folder"))
     assert objects.list_files(objects.join(any_root, "folder")) == []
 
@@ -64,7 +64,7 @@ def test_create_exclusive_has_one_winner(any_root: str) -> None:
 
 
 def test_create_exclusive_does_not_lose_against_itself(any_root: str) -> None:
-    # A retry after a lost reply finds its own object there.
+    # A retry after a lost response finds its own object.
     url = objects.join(any_root, "manifest.json")
     assert objects.create_exclusive(url, b"attempt 1")
     assert objects.create_exclusive(url, b"attempt 1")
@@ -106,7 +106,7 @@ def test_listings_leave_hidden_names_out(tmp_path: Path) -> None:
 def test_file_urls_and_unknown_schemes(tmp_path: Path) -> None:
     objects.write_bytes(f"file://{tmp_path}/a", b"1")
     assert objects.read_bytes(tmp_path / "a") == b"1"
-    with pytest.raises(DataError, match="gopher://x: unknown kind of storage"):
+    with pytest.raises(DataError, match="gopher://x: unknown URL scheme"):
         objects.read_bytes("gopher://x")
 
 
@@ -121,7 +121,7 @@ def test_disk_space_that_lacks_is_told_in_figures(tmp_path: Path, monkeypatch: p
     objects.check_disk_space("s3://bucket/x", 2**80, "anything")
     monkeypatch.setattr(objects, "free_bytes", lambda url: 3 * 2**20)
     objects.check_disk_space(tmp_path, 3 * 2**20, "shards")
-    with pytest.raises(DataError, match=r"no room in .*: 3\.0 MiB free, 2\.50 GiB needed for shards"):
+    with pytest.raises(DataError, match=r"no space in .*: 3\.0 MiB free, 2\.50 GiB needed for shards"):
         objects.check_disk_space(tmp_path, 2.5 * 2**30, "shards")
 
 
@@ -131,7 +131,7 @@ def test_a_wrong_key_is_told_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch) ->
     started = time.monotonic()
     with pytest.raises(PermissionError, match="AWS_SECRET_ACCESS_KEY"):
         objects.read_bytes(f"{s3.url}/x")
-    assert time.monotonic() - started < 30  # far below the time that outages are retried for
+    assert time.monotonic() - started < 30  # far below the retry time for outages
 
 
 @pytest.mark.s3
@@ -158,7 +158,7 @@ def test_large_ranges_are_read_in_parts(any_root: str, monkeypatch: pytest.Monke
     target = bytearray(60)
     objects.read_into(url, 30, memoryview(target))
     assert target == bytes(range(30, 90))
-    with pytest.raises(DataError, match="cut short"):
+    with pytest.raises(DataError, match="truncated"):
         objects.read_into(url, 41, memoryview(target))
 
 

@@ -1,4 +1,4 @@
-"""Tensors that lie in pieces of files come back as they were, and files that are none are refused."""
+"""Tensors stored in pieces of files are read back unchanged, and invalid files are refused."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_any_cut_of_any_pieces(tmp_path: Path) -> None:
             assert bytes(found.tolist()) == joined[start : start + n]
     with pytest.raises(ValueError, match="pieces end 2 bytes too early"):
         cut(pieces, 10, 7)
-    with pytest.raises(ValueError, match="pieces hold 5 bytes, torch.float32 of shape \\(2,\\) needs 8"):
+    with pytest.raises(ValueError, match="pieces have 5 bytes, torch.float32 of shape \\(2,\\) needs 8"):
         StoredTensor(torch.float32, torch.Size([2]), cut(pieces, 0, 5))
 
 
@@ -33,7 +33,7 @@ def test_any_cut_of_any_pieces(tmp_path: Path) -> None:
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
         {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},  # the file ends before
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},  # the file ends too early
         {"a": {"shape": [1]}},
         {"a": 1},
         [],

@@ -1,4 +1,4 @@
-"""Weights files: what was written comes back, and what was not is refused."""
+"""Weights files are read back unchanged, and other files are refused."""
 
 from pathlib import Path
 
@@ -47,9 +47,9 @@ def test_files_are_what_the_library_reads_and_writes(tmp_path: Path) -> None:
     assert metadata["fingerprint"] == mark
     found = load_file(tmp_path / "ours")
     assert found.keys() == state.keys() and all(found[n].view(-1).tolist() == state[n].view(-1).tolist() for n in state)
-    save_file(state, tmp_path / "theirs", metadata=metadata)  # as all files were written once
+    save_file(state, tmp_path / "theirs", metadata=metadata)  # as in older versions
     assert read_weights(tmp_path / "theirs", "dvae").fingerprint == verified_fingerprint(tmp_path / "theirs", "dvae") == mark
-    with pytest.raises(ValueError, match="c is torch.complex64, which weights files cannot hold"):
+    with pytest.raises(ValueError, match="c has dtype torch.complex64, which weights files do not support"):
         write_weights(tmp_path / "complex", kind="dvae", config={}, state={"c": torch.zeros(1, dtype=torch.complex64)})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "theirs"], "nothing is left of a failed write"
 
@@ -72,10 +72,10 @@ def test_several_files(any_root: str) -> None:
     with pytest.raises(DataError, match="damaged: its content has fingerprint"):
         read_weights(url, "prior")
     objects.write_bytes(files[2], objects.read_bytes(files[1]))
-    with pytest.raises(DataError, match="its files lack t4, which the index names"):
+    with pytest.raises(DataError, match="its files lack t4, but the index names them"):
         read_weights(url, "prior")
     objects.delete(files[0])
-    with pytest.raises(DataError, match="model-00001-of-00003.safetensors: no such file, though .*index.json names it"):
+    with pytest.raises(DataError, match="model-00001-of-00003.safetensors: no such file, but .*index.json names it"):
         read_weights(url, "prior")
     objects.write_bytes(f"{url}.index.json", b"{}")
     with pytest.raises(DataError, match="not an index of weights files"):
@@ -114,7 +114,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lacks config, fingerprint, kind"):
         read_weights(file, "dvae")
     write_weights(file, kind="prior", config={}, state={"a": torch.ones(1)})
-    with pytest.raises(DataError, match="holds a prior, expected a dvae"):
+    with pytest.raises(DataError, match="contains a prior, expected a dvae"):
         read_weights(file, "dvae")
     with pytest.raises(DataError, match="not a safetensors file|no such"):
         read_weights(tmp_path, "dvae")

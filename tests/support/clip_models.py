@@ -1,4 +1,4 @@
-"""A small CLIP folder for tests, written by `transformers` itself: random weights, a BPE vocabulary made here."""
+"""A small CLIP folder for tests, written by `transformers`: random weights and a generated BPE vocabulary."""
 
 import string
 from pathlib import Path
@@ -13,8 +13,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def make_clip(
     folder: Path, *, image_size: int = 32, width: int = 32, n_features: int = 16, text_len: int = 32, seed: int = 0
 ) -> Path:
-    """Config, weights, tokenizer and preprocessing of a two-layer CLIP in `folder`; captions are read letter by letter, with
-    two merged pairs."""
+    """Write config, weights, tokenizer and preprocessing of a two-layer CLIP to `folder`. The tokenizer splits captions into
+    letters, except for two merged pairs."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     merges = [("r", "e"), ("re", "d</w>")]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
@@ -29,7 +29,7 @@ def make_clip(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPModel(config)
-        with torch.no_grad():  # far from the near-constant features that small initial weights give
+        with torch.no_grad():  # larger weights than the initial ones, which give almost constant features
             for name, weight in model.named_parameters():
                 if weight.ndim > 1 and "position" not in name:
                     weight.normal_(std=0.5 if "embedding" in name else 1.5 * weight[0].numel() ** -0.5)

@@ -1,4 +1,4 @@
-"""A process of its own in which tests use fake CUDA: autograd must not have run in it before."""
+"""A new process in which tests use fake CUDA, because autograd must not have run in it before."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ from dalle_ds.bench.fake_cuda.stub import stub_problem
 
 @contextmanager
 def fake_cuda_process() -> Iterator[Callable[..., Any]]:
-    """-> calls importable functions there; what they return must be picklable. Skips the test where fake CUDA can't be had."""
+    """Yields a function that calls importable functions in a new process; their results must be picklable. If fake CUDA can't
+    run on this machine, the test is skipped."""
     problem = stub_problem()
     if problem is not None:
         pytest.skip(f"fake CUDA: {problem}")
@@ -23,4 +24,4 @@ def fake_cuda_process() -> Iterator[Callable[..., Any]]:
 
 
 def _want_gpus() -> None:
-    os.environ["DS_ACCELERATOR"] = "cuda"  # other tests want the CPU
+    os.environ["DS_ACCELERATOR"] = "cuda"  # conftest.py sets "cpu" for other tests

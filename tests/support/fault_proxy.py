@@ -1,4 +1,4 @@
-"""Faults in front of a real S3 server: a proxy on loopback that spoils some of the answers, in a fixed order."""
+"""Faults before a real S3 server: a proxy on loopback that spoils some responses, in a fixed order."""
 
 import asyncio
 import itertools
@@ -13,17 +13,22 @@ SLOW_DOWN = (
 )
 DENIED = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 READING = (b"GET", b"HEAD")
-# busy: 503 SlowDown; reset: cut off before the server hears of it; lost: done by the server, its answer is lost;
-# cut: half of the answer's body; slow: a body with pauses; stalled: half of a body, then silence
+# busy: 503 SlowDown. reset: the connection is cut before the request reaches the server. lost: the server executes the request,
+# but its response is lost. cut: half of the response's body. slow: a pause in the body. stalled: half of the body, then nothing
 FAULTS = ("busy", "reset", "lost", "cut", "slow", "stalled")
 
 
 class FaultProxy:
-    """Every `every`-th request suffers the next of `faults`; what names `unreachable` in its path is never served.
+    """A proxy that applies the next of `faults` to every `every`-th request.
 
     Args:
-        upstream: endpoint of the server, http://host:port. pause: seconds of a slow body's rest. stall: of a stalled one's.
-        read_only: whatever would write is denied.
+        upstream: endpoint of the server, http://host:port.
+        faults: names of faults from `FAULTS`, repeated in this order.
+        every: one in this many requests gets a fault.
+        pause: seconds before the second half of a slow body.
+        stall: seconds before the second half of a stalled body.
+        unreachable: requests with this string in their path always get 503 SlowDown.
+        read_only: deny all requests except GET and HEAD.
     """
 
     def __init__(
@@ -71,11 +76,11 @@ class FaultProxy:
         return next(self._faults) if self._n_requests % self._every == 0 else ""
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # One request a connection: the answer then ends where its connection does.
+        # One request per connection, so the end of the connection marks the end of the response.
         try:
             await self._answer(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # either side left: the client sees the end of its connection
+            pass  # one side closed the connection, and the client sees that
         finally:
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
 

@@ -1,4 +1,4 @@
-"""Small captioned test images, drawn here: folders as `preprocessing ingest` takes them, and bytes of every awkward kind."""
+"""Small drawn test images with captions: folders as input for `preprocessing ingest`, and encoded bytes in any format."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from preprocessing.demo.drawn import draw
 
 
 def draw_folder(folder: Path, n_images: int, size: int = 48) -> Path:
-    """A folder of `n_images` PNG files with captions.jsonl; every fourth shares its group with the one before."""
+    """Write `n_images` PNG files and captions.jsonl to `folder`. Every fourth image shares its group with the previous one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "captions.jsonl").open("w") as captions:
         for i in range(n_images):
@@ -23,7 +23,7 @@ def draw_folder(folder: Path, n_images: int, size: int = 48) -> Path:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """The bytes of an image file."""
+    """Returns the image as the bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Start real jobs with the real launchers, and always end what was started."""
+"""Start real jobs with the real launchers, and always end all their processes."""
 
 import json
 import os
@@ -22,16 +22,16 @@ TINY = ["--recipe", str(ROOT / "launchers" / "recipes" / "tiny.yaml")]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The launchers of this Python first on the PATH; nothing of a job around the tests leaks in."""
+    """Returns a job's environment: this Python's launchers first on the PATH, without variables of a surrounding job."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    env["DS_ACCELERATOR"], env["CUDA_VISIBLE_DEVICES"] = "cpu", ""  # on machines with GPUs too
+    env["DS_ACCELERATOR"], env["CUDA_VISIBLE_DEVICES"] = "cpu", ""  # even on a machine with GPUs
     env["PYTHONPATH"] = f"{ROOT}:{QUICK_START.parent}"
     return {**env, **(extra or {})}
 
 
 def deepspeed(n_ranks: int | None = 2) -> list[str]:
-    """The launcher with a port of its own: tests may run side by side with other jobs."""
+    """Returns the deepspeed launcher's command with a free port, so that tests can run in parallel with other jobs."""
     ranks = [] if n_ranks is None else ["--num_gpus", str(n_ranks)]
     return ["deepspeed", *ranks, "--master_port", str(free_port())]
 
@@ -45,14 +45,14 @@ def free_port() -> int:
 def run(
     command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output captured."""
+    """Run a command to its end and capture its output."""
     with started(command, cwd, extra_env) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def run_ranks(n_ranks: int, script: Path, *arguments: str, cwd: Path, extra_env: Mapping[str, str] | None = None) -> None:
-    """A script on several ranks, without a launcher, which would take as long to start as they do."""
+    """Run a script on several ranks without a launcher: a launcher takes as long to start as the ranks."""
     job = {**(extra_env or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = run([sys.executable, str(RANKS), str(n_ranks), str(script), *arguments], cwd, job)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -60,7 +60,7 @@ def run_ranks(n_ranks: int, script: Path, *arguments: str, cwd: Path, extra_env:
 
 @contextmanager
 def started(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A running job in its own session; at the end of the context its whole tree is gone."""
+    """Start a job in its own session. At the end of the context, all its processes are killed."""
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -85,7 +85,7 @@ def started(command: list[str], cwd: Path, extra_env: Mapping[str, str] | None =
 
 
 def family(pid: int) -> set[psutil.Process]:
-    """All processes of the session that `pid` leads, so also those whose parent is gone, and their descendants in others."""
+    """Returns all processes of the session that `pid` leads, including orphans, and their descendants in other sessions."""
     found = set()
     for process in psutil.process_iter():
         try:
@@ -97,7 +97,7 @@ def family(pid: int) -> set[psutil.Process]:
 
 
 def ranks_of(pid: int) -> dict[int, psutil.Process]:
-    """The training processes themselves by rank, without launchers and without what they started."""
+    """Returns the training processes by rank, without launchers and without the processes that ranks started."""
     found = {}
     for process in family(pid):
         with suppress(psutil.Error):
@@ -107,7 +107,7 @@ def ranks_of(pid: int) -> dict[int, psutil.Process]:
 
 
 def wait_for(condition: Any, what: str, timeout: float = 120, process: subprocess.Popen[str] | None = None) -> None:
-    """Poll until `condition()` is true. Fails with the process's output if it ends first."""
+    """Poll until `condition()` is true. If `process` ends first, fail with its output."""
     deadline = time.monotonic() + timeout
     while not condition():
         if process is not None and process.poll() is not None:
@@ -126,5 +126,5 @@ def kill_tree(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def last_json(text: str) -> dict[str, Any]:
-    """The summary that --json puts on the last line of stdout; the deepspeed launcher logs there too, after it."""
+    """Returns the summary, the last JSON line of stdout with --json. The deepspeed launcher may log more lines after it."""
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])

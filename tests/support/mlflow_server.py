@@ -1,4 +1,4 @@
-"""A real `mlflow server` for tests, that can be killed and brought back."""
+"""A real `mlflow server` for tests, which can be killed and restarted."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class MlflowServer:
-    """An `mlflow server` process on a port of its own."""
+    """An `mlflow server` process on a free port."""
 
     def __init__(self, folder: Path, empty_store: Path, *options: str) -> None:
         """`options` go to launchers/mlflow_server.sh."""
@@ -51,6 +51,6 @@ class MlflowServer:
 
     def kill(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the server and its worker
+            os.killpg(self.process.pid, signal.SIGKILL)  # the process group of the server and its worker
             self.process.wait()
             self.process = None

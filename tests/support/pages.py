@@ -1,4 +1,4 @@
-"""Code blocks of a page, run as they stand."""
+"""Run the code blocks of a page unchanged."""
 
 import re
 import sys
@@ -8,10 +8,10 @@ from tests.support import launching
 
 
 def run_python_page(page: Path, home: Path, env: dict[str, str]) -> str:
-    """Run the page's commands, then its Python blocks as one program, in the folder `home` -> what the program printed."""
+    """Run a page's Python blocks as one program in the folder `home`; on PYTHON.md, its commands first. Returns the output."""
     text = page.read_text()
     bash, python = (re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for kind in ("bash", "python"))
-    assert python, f"{page} has no Python"
+    assert python, f"{page} has no Python block"
     commands = [["bash", "-euo", "pipefail", "-c", block] for block in bash] if page.name == "PYTHON.md" else []
     for command in [*commands, [sys.executable, "-c", "\n".join(python)]]:
         done = launching.run(command, home, env)

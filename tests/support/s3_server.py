@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on loopback, that can be killed and brought back."""
+"""A real S3 server for tests: SeaweedFS on loopback, which can be killed and restarted."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PORT_FLAGS = (
 
 
 class S3Server:
-    """`weed server` with data in `folder`. All ports are given explicitly, so that a restart has the same ones."""
+    """`weed server` with data in `folder`. All ports are set explicitly, so that they stay the same after a restart."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What clients need."""
+        """Environment variables for clients."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -50,14 +50,14 @@ class S3Server:
         return self._process is not None and self._process.poll() is None
 
     def start(self, *, wait: bool = True) -> None:
-        """Start, or start again on the same data. With `wait`, return when a PUT is accepted."""
+        """Start, or restart with the same data. With `wait`, return only when a PUT succeeds."""
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
         config = self.folder / "s3.json"
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         config.write_text(json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": actions}]}))
         with (self.folder / "weed.log").open("ab") as log:
-            # Telemetry is on by default, and so is listening on the machine's outside address.
+            # By default, telemetry is on and the server listens on the machine's external address.
             self._process = subprocess.Popen(
                 [
                     _weed(),
@@ -83,7 +83,7 @@ class S3Server:
             self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        """Until a PUT and a GET work; the server listens seconds before it can write."""
+        """Wait until a PUT and a GET succeed. The server listens seconds before it can write."""
         deadline = time.monotonic() + START_SECONDS
         last: Exception | None = None
         while time.monotonic() < deadline:
@@ -93,14 +93,14 @@ class S3Server:
             try:
                 _round_trip(self)
                 return
-            except Exception as error:  # all kinds, while it comes up
+            except Exception as error:  # any kind, while the server starts
                 last = error
                 time.sleep(0.3)
         tail = (self.folder / "weed.log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"weed accepted no PUT in {START_SECONDS} s (last: {last}); its log ends:\n{tail}")
 
     def kill(self) -> None:
-        """SIGKILL, as a power cut; data that was acknowledged is on disk."""
+        """Send SIGKILL, like a power cut. Acknowledged data is on disk."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait(timeout=30)
@@ -139,8 +139,8 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    # Below the range from which the kernel hands out ports of outgoing connections: one of those could take a port of ours
-    # while the server is down. Far from others' tests by process id.
+    # Below the kernel's range of ports for outgoing connections, which could take one of our ports while the server is down.
+    # The offset by process id keeps parallel tests apart.
     ports: list[int] = []
     candidate = 12000 + os.getpid() % 1000 * 16
     while len(ports) < count:

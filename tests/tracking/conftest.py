@@ -1,4 +1,4 @@
-"""What tests of tracked runs share."""
+"""Fixtures for tests of tracked runs."""
 
 import shutil
 
@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture
 def database(tmp_path, empty_store, monkeypatch):
-    """An SQLite store of its own, where runs below tmp_path look for it by default."""
+    """A new SQLite store, at the default path for runs in tmp_path."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return shutil.copy(empty_store, tmp_path / "mlflow.db")

@@ -1,4 +1,4 @@
-"""Charts show what they are given."""
+"""Charts show the values that they get."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def pixels(image):
 
 
 def near(image, colour):
-    """Where the image has this colour (0 to 1), about."""
+    """Mask of the pixels with about this colour (components 0 to 1)."""
     return np.abs(pixels(image) - np.array(colour[:3]) * 255).sum(-1) < 40
 
 
@@ -27,7 +27,7 @@ def test_curves_draw_each_series():
 
 
 def test_scales_are_shown_as_powers_of_two():
-    # 13, 20, 27: equal steps of the power must be equal steps on the chart
+    # equal steps of the power (13, 20, 27) must be equal distances in the chart
     chart = gradient_scales(list(range(40)), {f"block {power}": [2.0**power] * 40 for power in (13, 20, 27)})
     heights = []
     for place in (0.0, 0.46, 0.92):
@@ -35,7 +35,7 @@ def test_scales_are_shown_as_powers_of_two():
         assert found.any()
         heights.append(np.nonzero(found)[0].mean())
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=1.5)
-    assert heights[0] > heights[1]  # larger scales are higher up
+    assert heights[0] > heights[1]  # larger scales are higher in the chart
 
 
 def test_many_blocks_and_bad_scales_are_drawn():

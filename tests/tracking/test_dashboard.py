@@ -1,4 +1,4 @@
-"""What people see of a run: a real server with artifacts on S3, its page in a real browser, the model that it hands out."""
+"""MLflow's page of a run: a real server with artifacts on S3, the page in a real browser, a model from the registry."""
 
 import io
 import os
@@ -44,14 +44,14 @@ CHARTS = {
 }
 HAS_IMAGE = "[...document.images].some(image => image.src.includes('loss~by_position') && image.naturalWidth > 0)"
 HAS_SAMPLES = "[...document.images].some(image => image.src.includes('get-artifact') && image.naturalWidth == 300)"
-# of MLflow's own page: it asks for the user of a server that knows none, and its charts resize themselves
+# errors of MLflow's own page: it requests the user from a server without users, and its charts resize themselves
 HARMLESS = ("404 (Not Found)", "ResizeObserver")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, empty_store, s3_server):
     folder = tmp_path_factory.mktemp("dashboard")
-    with pytest.MonkeyPatch.context() as patch:  # the server alone has the keys of the store
+    with pytest.MonkeyPatch.context() as patch:  # only the server has the keys of the store
         for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         server = MlflowServer(folder / "server", empty_store, "--artifacts", f"s3://{BUCKET}/dashboard")
@@ -62,7 +62,7 @@ def server(tmp_path_factory, empty_store, s3_server):
 
 @pytest.fixture(scope="module")
 def run(server, tmp_path_factory):
-    """Thirty updates, told as training tells them."""
+    """Thirty updates, logged as training logs them."""
     recipe = load_recipe(PriorRunConfig, REPOSITORY / "launchers" / "recipes" / "tiny.yaml", ["tracking.every=1"])
     text = describe(recipe, n_parameters=2_800_000, world_size=2)
     folder = tmp_path_factory.mktemp("run")
@@ -96,7 +96,7 @@ def test_images_go_through_the_server_to_s3(server, run, s3, tmp_path, monkeypat
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     file = MlflowClient(server.uri).download_artifacts(run.run_id, "images/samples.png", str(tmp_path))
-    assert np.asarray(Image.open(file)).mean() == 240, "the newest"
+    assert np.asarray(Image.open(file)).mean() == 240, "the newest sheet"
 
 
 @NEEDS_CHROMIUM
@@ -173,7 +173,7 @@ def test_registered_model_draws_in_a_fresh_process(server, run, tmp_path, monkey
     ],
 )
 def test_server_names_the_package_that_is_missing(options, told, tmp_path):
-    python = tmp_path / "python"  # one that has no packages
+    python = tmp_path / "python"  # a Python without packages
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "PYTHONPATH": ""}

@@ -1,4 +1,4 @@
-"""The tracker against real stores: an SQLite file, and an `mlflow server` process that is killed and started again."""
+"""The tracker with real stores: a SQLite file, and an `mlflow server` process that is killed and restarted."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def history(uri, run_id, name):
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.1)
 
 
@@ -94,7 +94,7 @@ def test_spool_has_one_reader_and_waits_for_segments_of_live_writers(tmp_path):
     first.append({"n": 0})
     second.append({"n": 1})
     records, position = second.read(limit=100)
-    assert [record["n"] for record in records] == [0] and position.segment == 1  # more may come there
+    assert [record["n"] for record in records] == [0] and position.segment == 1  # the first may still append there
     first.append({"n": 2})
     first.close()
     assert second.lock()
@@ -218,11 +218,11 @@ def test_stages_of_a_pipeline_are_children_of_one_run(tmp_path, database, monkey
     second.close("FAILED")
     pipeline, run = (client(uri).get_run(run_id) for run_id in (parent, first.run.run_id))
     assert client(uri).get_run(second.run.run_id).data.tags["mlflow.parentRunId"] == parent
-    assert (pipeline.info.run_name, pipeline.info.status) == ("demo", "FAILED"), "the state of the stage that ended last"
+    assert (pipeline.info.run_name, pipeline.info.status) == ("demo", "FAILED"), "the status of the stage that ended last"
     assert run.info.end_time >= run.info.start_time and pipeline.info.end_time >= run.info.end_time
     assert run.data.tags["mlflow.note.content"] == f"Look at [it](x?run_uuid={first.run.run_id})."
 
-    # somebody tidies up on the page: the stage goes on, with the words that they wrote
+    # a user deletes the parent and edits the description: the stage continues and keeps the user's description
     client(uri).delete_run(parent)
     client(uri).set_tag(first.run.run_id, "mlflow.note.content", "Mine.")
     again = Tracker.start(tmp_path / "dvae", description="Look.")
@@ -239,7 +239,7 @@ def test_a_refused_record_is_named_and_the_others_arrive(tmp_path, database, cap
     tracker.metrics({"good": 2.0}, step=2)
     assert tracker.close()
     assert history(f"sqlite:///{database}", tracker.run.run_id, "good") == {0: 1.0, 2: 2.0}
-    assert "left out" in caplog.text and "bad" in caplog.text
+    assert "dropped" in caplog.text and "bad" in caplog.text
 
 
 def test_attach_adds_to_a_run_and_leaves_its_state(tmp_path, database):
@@ -281,7 +281,7 @@ def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
 
 @pytest.mark.mlflow
 def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
-    # a run that ends before the server is there at all: the log says how to send it later
+    # a run that ends before the server has started: the log gives the command to send the records later
     early = Tracker.start(tmp_path / "early", uri=server.uri)
     early.metrics({"loss": 1.0}, step=1)
     early.image("grid", Image.new("RGB", (4, 4)))
@@ -293,7 +293,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
     assert client(server.uri).list_artifacts(run.info.run_id, "images")[0].path == "images/grid.png"
 
-    # a server that goes away in the middle of a run and comes back
+    # a server that is killed in the middle of a run and restarted
     caplog.clear()
     tracker = Tracker.start(tmp_path / "run", uri=server.uri, experiment="outage", params={"a": 1})
     tracker.metrics({"loss": 0.0}, step=0)
@@ -302,7 +302,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     for step in range(1, 40):
         tracker.metrics({"loss": float(step)}, step=step)
     tracker.image("samples", Image.new("RGB", (16, 16), "green"), step=39)
-    wait_for(lambda: "MLflow does not answer" in caplog.text)
+    wait_for(lambda: "MLflow delivery failed" in caplog.text)
     server.start()
     tracker.metrics({"loss": 40.0}, step=40)
     assert tracker.close(timeout=120)
@@ -312,7 +312,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     assert client(server.uri).get_run(tracker.run.run_id).info.status == "FINISHED"
 
 
-# ---- never in the way ----
+# ---- tracking must not disturb training ----
 
 
 def test_calls_do_not_wait_for_a_server_that_is_not_there(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoint folders: nothing half-written is taken for whole, a damaged one gives way to the one before."""
+"""Checkpoint folders: a half-written checkpoint is never used, and a damaged one falls back to the one before."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_saved_is_found_with_what_was_said_of_it(store: CheckpointStore[Said]) -
     assert (commit["update"], commit["world_size"]) == (7, 1)
     assert sorted(name.partition("/")[2] for name in commit["files"]) == ["a.bin", "b.bin"]
     assert store.find("update_00000007") == store.find(None) == found
-    with pytest.raises(DataError, match="no checkpoint 'update_8'; there are update_00000007"):
+    with pytest.raises(DataError, match="no checkpoint 'update_8', expected one of update_00000007"):
         store.find("update_8")
 
 
@@ -75,11 +75,11 @@ def test_killed_while_writing_leaves_the_one_before(store: CheckpointStore[Said]
 def test_killed_before_the_commit_leaves_the_one_before(store: CheckpointStore[Said]) -> None:
     save(store, 1, write)
     store.begin(2, write, Said(), ALONE)
-    killed = CheckpointStore(store.url, Said, keep=2)  # the process that comes after
+    killed = CheckpointStore(store.url, Said, keep=2)  # the restarted process
     assert killed.committed() == ["update_00000001"]
     assert len(objects.list_files(store.url, "a.bin")) == 2
     killed.check_disk_space(1, ALONE)
-    assert {url.split("/")[-3] for url in objects.list_files(store.url, ".bin")} == {"update_00000001"}, "leftovers are removed"
+    assert {url.split("/")[-3] for url in objects.list_files(store.url, ".bin")} == {"update_00000001"}, "leftovers are deleted"
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "commit"])
@@ -102,7 +102,7 @@ def test_damaged_one_pushes_out_nothing_that_came_before_it(store: CheckpointSto
     for update in (10, 30):
         save(store, update, write)
     objects.delete(objects.join(store.newest(ALONE).data, "a.bin"))
-    for update in (15, 20):  # gone on from 10
+    for update in (15, 20):  # resumed from 10
         save(store, update, write)
     assert store.committed() == ["update_00000015", "update_00000020", "update_00000030"]
 
@@ -122,7 +122,7 @@ def test_same_update_saved_again_replaces(store: CheckpointStore[Said]) -> None:
     save(store, 5, write)
     save(store, 5, lambda folder: write(folder, "other"))
     assert text_of(store.newest(ALONE)) == "other"
-    assert len(objects.list_files(store.url, "a.bin")) == 1, "the first attempt is gone"
+    assert len(objects.list_files(store.url, "a.bin")) == 1, "the first attempt is deleted"
 
 
 def test_another_format_is_no_damage(store: CheckpointStore[Said]) -> None:

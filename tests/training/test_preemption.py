@@ -1,4 +1,4 @@
-"""Asked to stop, left by the launcher, started twice."""
+"""Preemption: stop signals, a dead launcher, a second start in the same folder."""
 
 import os
 import signal

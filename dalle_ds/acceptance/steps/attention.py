@@ -1,4 +1,4 @@
-"""Sparse attention: as exact as dense attention against fp64, each pattern, and faster than even the merely causal kernel."""
+"""Sparse attention, for each pattern: as exact as dense attention, against fp64, and faster than the dense causal kernel."""
 
 from collections import Counter
 
@@ -22,18 +22,18 @@ def run(record: Record, is_rehearsal: bool) -> None:
         batch=place.pick(8, 1), heads=place.pick(32, 2), dtype=place.pick("fp16", "fp32"), rounds=place.pick(3, 1), **shape
     )
     name = choose_backend(place.device, settings.grid)
-    why = "the fast backend of this device; the log of this step says why another was taken"
+    why = "the fast backend of this device; if another was chosen, the log of this step has the reason"
     record.should("backend", name, name == place.pick("flex", "structured"), place.pick("flex", "structured"), why)
     _exactness(record, place, settings, name)
     _speed(record, place, settings)
 
 
 def _exactness(record: Record, place: Place, settings: AttentionBenchConfig, name: str) -> None:
-    why = "relative error against dense attention in fp64, at most twice what dense attention in the same format has"
+    why = "relative error against dense attention in fp64, at most twice the error of dense attention in the same dtype"
     for pattern in Pattern:
         mask = SparseMask(pattern, settings.text_len, settings.grid, settings.conv_kernel)
         attend = attention_backend(name, mask, place.device)
-        # each is compiled for itself: no more of them than show something of their own
+        # each combination compiles separately, so only combinations that can reveal different faults are tested
         for dtype, heads in place.pick(((torch.float16, 62), (torch.bfloat16, 2)), ((torch.float32, 2),)):
             errors = errors_against_dense(attend, mask, heads, settings.d_head, dtype, place.device)
             for what, (ours, dense) in errors.items():
@@ -42,11 +42,11 @@ def _exactness(record: Record, place: Place, settings: AttentionBenchConfig, nam
 
 
 def _speed(record: Record, place: Place, settings: AttentionBenchConfig) -> None:
-    """As `dalle-ds bench attention` measures it, forward and backward."""
+    """Measure forward and backward as `dalle-ds bench attention` does."""
     machine = Machine(place.device, 1, clock_for(place.device, 1))
     seen = {pattern: compare(settings, machine, pattern, with_backward=True) for pattern in Pattern}
     patterns = Counter(layer_patterns(settings.mix_layers))
-    why = "masks leave out most pairs: sparse attention that is slower than causal attention has lost its reason"
+    why = "the masks exclude most pairs: sparse attention that is slower than causal attention is useless"
     for other in ("dense", "causal"):
         for pattern, turns in seen.items():
             record.tell(f"{pattern}: times faster than {other}", turns.ratio("ours", other).median)

@@ -1,4 +1,4 @@
-"""The discrete VAE at 256 pixels: a training step, the memory of a validation, tokens equal to the CPU's."""
+"""The discrete VAE at 256 pixels: a training step, the memory of a validation, tokens equal to those from the CPU."""
 
 from importlib.util import find_spec
 
@@ -13,9 +13,10 @@ from dalle_ds.parallel.ranks import Ranks
 
 SMALL = {"image_size": 32, "n_groups": 3, "n_blk_per_group": 1, "n_hid": 32, "n_init": 64, "n_codes": 512}
 EQUAL_SHARE = 0.998
-"""Of the tokens of random images in fp32: convolutions add in another order. TF32, with 10 bits of 23, changes more."""
+"""Fraction of equal fp32 tokens of random images: convolutions sum in another order. TF32, with a mantissa of 10 bits instead
+of 23, changes more tokens."""
 ROOM_GIB = 22.0
-"""REPRODUCE.md: any GPU of 24 GiB, less what driver and fragments take."""
+"""REPRODUCE.md: any GPU of 24 GiB, minus the driver's memory and fragmentation."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -28,8 +29,8 @@ def run(record: Record, is_rehearsal: bool) -> None:
     expected = model.tokens(images_BCHW[:2])
     model.to(place.device, memory_format=torch.channels_last)
     share = float((model.tokens(images_BCHW[:2].to(place.device)).cpu() == expected).float().mean())
-    why = "workers on CPUs and GPUs encode one data set, whose fingerprint says one thing"
-    record.must("share of fp32 tokens as on a CPU", share, share >= EQUAL_SHARE, f"at least {EQUAL_SHARE}", why)
+    why = "workers on CPUs and GPUs encode one data set under one fingerprint"
+    record.must("fraction of fp32 tokens equal to a CPU's", share, share >= EQUAL_SHARE, f"at least {EQUAL_SHARE}", why)
     _step(record, place, model, images_BCHW)
     _validation(record, place, model, images_BCHW)
 
@@ -45,7 +46,7 @@ def _step(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) 
         (kl_to_uniform(logits_BKhw).mean() / images_BCHW[0].numel() - density).backward()
 
     place.forget_peak()
-    record.tell(f"training step of {micro_batch}: images a second", micro_batch / place.seconds(step, 3))
+    record.tell(f"training step of {micro_batch}: images per second", micro_batch / place.seconds(step, 3))
     model.zero_grad(set_to_none=True)
     if not place.is_rehearsal:
         _fits(record, place, f"training step of {micro_batch}: peak GiB")
@@ -53,17 +54,17 @@ def _step(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) 
 
 def _validation(record: Record, place: Place, model: DVAE, images_BCHW: torch.Tensor) -> None:
     if find_spec("skimage") is None:
-        record.tell("validation", "not run", "scikit-image, which measures structural similarity, is not installed")
+        record.tell("validation", "not run", "scikit-image, which computes structural similarity, is not installed")
         return
     from dalle_ds.training.dvae.metrics import measure
 
     place.forget_peak()
     validation, _ = measure(model, images_BCHW, 0.5, None, Ranks(0, 1, place.device))
-    record.equal("images of a validation", validation.n_images, len(images_BCHW), "every one is measured")
+    record.equal("images of a validation", validation.n_images, len(images_BCHW), "a validation measures every image")
     if not place.is_rehearsal:
         _fits(record, place, "validation: peak GiB")
 
 
 def _fits(record: Record, place: Place, what: str) -> None:
-    why = "REPRODUCE.md promises that the codebook trains on any GPU of 24 GiB, its validations included"
+    why = "REPRODUCE.md promises that the dVAE trains on any GPU of 24 GiB, including its validations"
     record.should(what, place.peak_gib(), place.peak_gib() <= ROOM_GIB, f"at most {ROOM_GIB:g}", why)

@@ -1,4 +1,4 @@
-"""The training engine: updates as plain fp32 takes them, a resume, a skipped update, other batch sizes, no growth."""
+"""The training engine: updates equal to plain fp32, a resume, a skipped update, other batch sizes, no memory growth."""
 
 import math
 import tempfile
@@ -18,14 +18,14 @@ from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.ranks import join, leave
 
 LOSS_TOLERANCE = 2e-4
-"""Relative. fp16 rounds what a branch adds by 2^-11 at each of its matrices; single tokens differ by 1e-3, means over thousands
-of tokens by less than 1e-4. A wrong mask, scale or weight decay shows in the second digit."""
+"""Relative difference. fp16 rounds a branch's output by 2^-11 at each of its matrices; losses of single tokens differ by 1e-3,
+means over thousands of tokens by less than 1e-4. A wrong mask, scale or weight decay changes the second digit."""
 NORM_TOLERANCE = 1e-2
-"""Relative: the norm of a gradient is one number of the whole backward pass, in which fp16 rounds twice as often."""
+"""Relative difference. The gradient norm summarises the whole backward pass, in which fp16 rounds twice as often."""
 KEPT_BYTES = 1 << 20
-"""ZeRO-3 may keep another small parameter gathered than before. Activations or gradients that stay are far more."""
+"""ZeRO-3 may keep a different small parameter gathered than before. Leaked activations or gradients are far larger."""
 NATS_BETWEEN_BATCH_SIZES = 2e-3
-"""A sample's loss alone and beside others: other sizes take other kernels, which round in another order."""
+"""Between a sample's loss in a batch of one and in a larger batch: other sizes use kernels that sum in another order."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -48,7 +48,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
 
 
 def plain_updates(config: PriorConfig, device: torch.device, batches: list[Batch]) -> Iterator[tuple[float, float, float]]:
-    """What the engine does, without DeepSpeed, fp16 and sparse kernels -> (text loss, image loss, gradient norm) of each."""
+    """Take the engine's updates without DeepSpeed, fp16 and sparse kernels. Yields (text loss, image loss, gradient norm)."""
     prior = Prior(config)
     initialise(prior, torch.Generator().manual_seed(0))
     prior.to(device)
@@ -68,15 +68,15 @@ def plain_updates(config: PriorConfig, device: torch.device, batches: list[Batch
 
 
 def told(report: UpdateReport) -> tuple[float, float, float]:
-    """What `plain_updates` tells, of the engine."""
+    """Returns the engine's (text loss, image loss, gradient norm), as `plain_updates` yields them."""
     return report.text_loss, report.image_loss, report.grad_norm
 
 
 def against_plain(record: Record, found: list[tuple[float, ...]], expected: list[tuple[float, ...]], label: str = "") -> None:
-    """Rows for the largest differences of updates from the plain ones."""
+    """Add rows for the largest differences between the engine's updates and the plain ones."""
     record.detail(f"{label}updates", found)
     record.detail(f"{label}plain_updates", expected)
-    why = f"{len(found)} updates against plain fp32 with dense attention, the later ones after as many optimizer steps"
+    why = f"{len(found)} consecutive updates, against plain fp32 with dense attention"
     for i, (name, tolerance) in enumerate(
         (("text loss", LOSS_TOLERANCE), ("image loss", LOSS_TOLERANCE), ("gradient norm", NORM_TOLERANCE))
     ):
@@ -91,12 +91,12 @@ def _resume(record: Record, engine: PriorEngine, folder: Path, batch: Batch) -> 
     for _ in range(2):
         note = engine.load(folder)["note"]
         again.append(told(engine.update([batch], LEARNING_RATE)))
-    why = "the same update from the same state, twice: kernels that add in any order would show here"
+    why = "the same update from the same state, twice: kernels with a nondeterministic order of sums differ"
     spread = max(map(_relative, *again))
     record.should("one update repeated: relative difference", spread, spread == 0, "0", why)
-    why = "an update after a load equals the one after the save, as far as one repeats itself"
+    why = "an update after load equals the one after save, up to the difference of a repeated update"
     record.at_most("resumed update: relative difference", max(map(_relative, again[0], first)), 10 * spread, why)
-    record.equal("client state of the checkpoint", note, 7, "what the training loop resumes from")
+    record.equal("client state of the checkpoint", note, 7, "the training loop resumes from it")
 
 
 def _skip(record: Record, engine: PriorEngine, batch: Batch) -> None:
@@ -105,25 +105,25 @@ def _skip(record: Record, engine: PriorEngine, batch: Batch) -> None:
     block = engine.scaler.names[1]
     with overflowing(engine.module.get_submodule(block).branch):
         hit = engine.update([batch], LEARNING_RATE)
-    why = "an Inf in one block: the paper skips the update and lowers that block's scale alone"
+    why = "an Inf in one block: the paper skips the update and lowers only that block's scale"
     record.equal("update with an overflow took its step", hit.took_step, False, why)
     record.equal("blocks that overflowed", ", ".join(hit.nonfinite_blocks), block, why)
     changed = [name for name, shard in engine.shards().items() if not torch.equal(shard, before[name])]
-    record.equal("parameters changed by it", len(changed), 0, why)
+    record.equal("parameters that the skipped update changed", len(changed), 0, why)
     after = [engine.update([batch], LEARNING_RATE) for _ in range(2)]
-    why = "a skipped update must leave nothing behind: no NaN in ZeRO's padding, no counter"
-    record.equal("the next two took their steps", [r.took_step for r in after] == [True, True], True, why)
+    why = "a skipped update must leave no state behind: no NaN in ZeRO's padding, no changed counter"
+    record.equal("the next two updates took their steps", [r.took_step for r in after] == [True, True], True, why)
     finite = all(math.isfinite(r.grad_norm) and math.isfinite(r.loss) for r in after)
-    record.equal("with finite loss and norm", finite, True, why)
+    record.equal("the next two updates have finite loss and norm", finite, True, why)
 
 
 def _sizes(record: Record, engine: PriorEngine, config: PriorConfig) -> None:
-    """Validation's last batch and a checkpoint's parity batch are of other sizes: compiled kernels have a variant for each."""
+    """Check other batch sizes, such as validation's last batch and a checkpoint's parity batch: each compiles other kernels."""
     text_BT, image_BN = random_batch(config, 3, 99)
     alone = torch.cat([engine.image_nll(text_BT[i : i + 1], image_BN[i : i + 1]) for i in range(3)])
     difference = float((engine.image_nll(text_BT, image_BN).mean(1) - alone.mean(1)).abs().max())
-    why = "a sample's mean loss must not depend on what is beside it"
-    record.at_most("3 samples at once: nats from alone", difference, NATS_BETWEEN_BATCH_SIZES, why)
+    why = "a sample's mean loss must not depend on the other samples of its batch"
+    record.at_most("batch of 3: difference from single samples, nats", difference, NATS_BETWEEN_BATCH_SIZES, why)
 
 
 def _growth(record: Record, place: Place, engine: PriorEngine, batch: Batch) -> None:
@@ -133,7 +133,7 @@ def _growth(record: Record, place: Place, engine: PriorEngine, batch: Batch) -> 
         return 0 if place.is_rehearsal else torch.cuda.memory_allocated()
 
     used = [allocated() for _ in range(4)]
-    record.at_most("bytes that three more updates keep", used[-1] - used[0], KEPT_BYTES, "430,000 updates multiply what stays")
+    record.at_most("bytes of memory growth in three updates", used[-1] - used[0], KEPT_BYTES, "430,000 updates multiply a leak")
 
 
 def _relative(ours: float, other: float) -> float:

@@ -1,4 +1,4 @@
-"""Fused functions: compiled for this GPU they compute what their plain forms do, in as few kernels as they say.
+"""Fused functions: compiled for this GPU, they match their eager forms and use no more kernels than they declare.
 
 B samples, L slots, D width.
 """
@@ -21,8 +21,9 @@ from dalle_ds.optim.masterless import updated_half
 from dalle_ds.precision.resblock_scaling import add_half, norm_to_half, norm_to_half_backward, scale_to_half
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.int16: 2e-4}
-"""Relative, by the result's format. Both sides compute in fp32, in another order: a result on the edge between two fp16 numbers
-may round to either, which for all of them at once would be 2e-4. The same goes for codes of 16 bits (int16)."""
+"""Relative tolerance by dtype of the result. Both sides compute in fp32, in a different order. A result on the boundary between
+two fp16 numbers may round to either; if all results did, the difference would be 2e-4. The same holds for 16-bit codes
+(int16)."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -32,7 +33,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
 
 
 def arguments(place: Place) -> dict[Fused, tuple[Any, ...]]:
-    """Of each fused function: 8 samples of a 2048-wide layer; some entries of gradients are Inf or NaN."""
+    """Returns the arguments of each fused function: 8 samples, width 2048. Some entries of gradients are Inf or NaN."""
     generator = torch.Generator().manual_seed(0)
     shape = place.pick((8, 1280, 2048), (2, 5, 64))
 
@@ -47,7 +48,7 @@ def arguments(place: Place) -> dict[Fused, tuple[Any, ...]]:
     x_BLD, y_BLD = random(*shape), random(*shape, dtype=torch.float16)
     weight_D, bias_D, scale = random(shape[-1]), random(shape[-1]), torch.tensor(2.0**13, device=place.device)
     _, mean, inverse = torch.native_layer_norm(x_BLD, weight_D.shape, weight_D, bias_D, 1e-5)
-    # not in the backward pass of the norm: one Inf makes the sums over all rows Inf, and nothing is left to compare
+    # no Inf in the backward pass of the norm: a single Inf makes the sums over all rows Inf, which leaves nothing to compare
     half_BLD = random(*shape, dtype=torch.float16)
     flat = 1e-3 * random(place.pick(1 << 24, 640))
     codes, squares = encode(flat, FORMAT_1_6_9), encode(flat.square(), FORMAT_0_6_10)
@@ -69,16 +70,16 @@ def _compare(record: Record, place: Place, function: Fused, args: tuple[Any, ...
     ours, plain = (_tuple(f(*args)) for f in (function, function.plain))
     error = max(_error(a, b) / TOLERANCE[b.dtype] for a, b in zip(ours, plain, strict=True))
     in_fp32, in_fp16 = TOLERANCE[torch.float32], TOLERANCE[torch.float16]
-    why = f"against the same operations one by one; tolerances {in_fp32:g} in fp32, {in_fp16:g} in fp16"
+    why = f"against the same operations in eager mode; tolerances {in_fp32:g} in fp32, {in_fp16:g} in fp16"
     record.at_most(f"{function.name}: difference, in tolerances", error, 1.0, why)
     finite = all(torch.equal(torch.isfinite(a), torch.isfinite(b)) for a, b in zip(ours, plain, strict=True))
-    record.equal(f"{function.name}: Inf and NaN where the plain form has them", finite, True, "filters must not change")
+    record.equal(f"{function.name}: Inf and NaN where the eager form has them", finite, True, "filters must not change")
     if not place.is_rehearsal:
-        why = "what the compiler is taken to make of it; more cost time alone"
+        why = "the number of kernels that Inductor is expected to generate; more kernels only cost time"
         n = _kernels(lambda: function(*args))
         record.should(f"{function.name}: kernels", n, n <= function.kernels, f"at most {function.kernels}", why)
     times = place.seconds(lambda: function.plain(*args), 3) / place.seconds(lambda: function(*args), 3)
-    record.tell(f"{function.name}: times faster than its plain form", times)
+    record.tell(f"{function.name}: times faster than its eager form", times)
 
 
 def _kernels(work: Callable[[], object]) -> int:
@@ -93,7 +94,7 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def _error(ours: Tensor, plain: Tensor) -> float:
-    """Relative, over finite entries."""
+    """Returns the relative error over finite entries."""
     both = torch.isfinite(ours) & torch.isfinite(plain)
     a, b = ours[both].double(), plain[both].double()
     return float((a - b).norm() / b.norm())

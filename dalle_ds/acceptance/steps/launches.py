@@ -1,4 +1,4 @@
-"""Kernels and host waits of one layer and micro-step, by torch's profiler, and where a GPU's time goes."""
+"""Kernels and host synchronisations of one layer and micro-step, from torch's profiler, and the longest kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,40 +15,40 @@ from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
 
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
-"""Not cudaDeviceSynchronize, which the profiler itself calls."""
+"""Without cudaDeviceSynchronize, which the profiler itself calls."""
 CPU_WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
-"""What waits on a GPU: a rehearsal counts them."""
+"""Operators that synchronise the host on a GPU. A rehearsal counts these."""
 TOP, SHOWN = 25, 5
 
 KERNELS = 110
-"""Of a layer and micro-step: tests/cuda_path allows 68 of its own and 28 of ZeRO-3 on a pretended GPU; large sums are several
-on a real one."""
+"""Limit per layer and micro-step. On the fake GPU, tests/cuda_path allows 68 of the layer's own and 28 of ZeRO-3; on a real
+GPU, a large sum takes several kernels."""
 WAITS_OF_A_MICRO_STEP = 1
-"""For ZeRO-3's reduction."""
+"""One host synchronisation, for ZeRO-3's reduction."""
 DEPTHS = (1, 5)
-"""Four more layers are one period of the patterns, three rows and a column."""
+"""The depths differ by four layers, one period of the patterns: three row layers and one column layer."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
-    """Two depths: what they differ by is of the layers, whatever embeddings, unembeddings and the engine launch."""
+    """Count at two depths. Their difference belongs to the layers, and excludes embeddings, unembeddings and the engine."""
     place = Place(is_rehearsal)
     ranks = join()
     shallow, deep = place.pick(DEPTHS, (1, 2))
     few, many = (_profiled(place, ranks, depth) for depth in (shallow, deep))
     per_layer = (many["kernels"] - few["kernels"]) / (deep - shallow)
-    why = "`dalle-ds bench cuda-path` counts them without a GPU; more are operations that were not fused (see the longest)"
+    why = "`dalle-ds bench cuda-path` counts them without a GPU; more mean that operations were not fused (see the longest)"
     if is_rehearsal:
-        record.tell("operations of a layer and micro-step", per_layer)
+        record.tell("operators per layer and micro-step", per_layer)
     else:
-        record.should("kernels of a layer and micro-step", per_layer, per_layer <= KERNELS, f"at most {KERNELS}", why)
-    record.tell("the same outside of layers", few["kernels"] - shallow * per_layer)
+        record.should("kernels per layer and micro-step", per_layer, per_layer <= KERNELS, f"at most {KERNELS}", why)
+    record.tell("the same outside layers", few["kernels"] - shallow * per_layer)
     waits = (many["waits"] - few["waits"]) / (deep - shallow)
-    why = "a host that waits in every layer cannot run ahead of the GPU"
-    record.should("host waits of a layer and micro-step", waits, waits < 0.5, "0", why)
-    once, why = few["waits"] - shallow * waits, "each lets the GPU run dry: `dalle-ds bench cuda-path` names their lines"
-    record.should("host waits of a micro-step", once, once <= WAITS_OF_A_MICRO_STEP, f"at most {WAITS_OF_A_MICRO_STEP}", why)
+    why = "if the host waits in every layer, it cannot run ahead of the GPU"
+    record.should("host waits per layer and micro-step", waits, waits < 0.5, "0", why)
+    once, why = few["waits"] - shallow * waits, "each leaves the GPU idle: `dalle-ds bench cuda-path` lists their lines of code"
+    record.should("host waits per micro-step", once, once <= WAITS_OF_A_MICRO_STEP, f"at most {WAITS_OF_A_MICRO_STEP}", why)
     if many["seconds"]:
-        record.tell("ms of a layer's kernels in a micro-step", 1e3 * (many["seconds"] - few["seconds"]) / (deep - shallow))
+        record.tell("ms of kernels per layer and micro-step", 1e3 * (many["seconds"] - few["seconds"]) / (deep - shallow))
     for name, count, milliseconds in many["longest"][:SHOWN]:
         record.tell(f"longest: {name[:60]}", f"{count} x, {milliseconds:.3g} ms in all")
     record.detail("longest", many["longest"])
@@ -65,7 +65,7 @@ def _profiled(place: Place, ranks: Ranks, n_layers: int) -> dict[str, Any]:
 
 
 def _count(place: Place, engine: PriorEngine, data: list[Any]) -> dict[str, Any]:
-    """Of forward and backward: kernels, waits, kernel seconds, and the kernels that take longest."""
+    """Profile forward and backward. Returns kernels, host waits, kernel seconds, and the longest kernels."""
     activities = [ProfilerActivity.CPU, *([] if place.is_rehearsal else [ProfilerActivity.CUDA])]
     profilers = []
 

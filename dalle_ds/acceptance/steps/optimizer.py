@@ -1,4 +1,4 @@
-"""AdamW with 16-bit moments: the compiled loop against the same operations one by one, and against the memory's rate."""
+"""AdamW with 16-bit moments: the compiled loop against the same operations in eager mode, and against memory bandwidth."""
 
 import math
 
@@ -9,35 +9,35 @@ from dalle_ds.acceptance.record import Record
 from dalle_ds.optim.adamw import LowBitAdamW
 
 BYTES = 20
-"""That an update moves for each value: weight read and written, gradient read, two moments of 2 bytes read and written."""
+"""Bytes that an update moves per value: weight read and written, gradient read, two moments of 2 bytes read and written."""
 CODES_APART = 1e-5
-"""Share of the codes. Both ways compute in fp32; a compiler may contract a product and a sum, which moves a last bit, and a
-code where it lies between two."""
+"""Fraction of codes that may differ. Both sides compute in fp32. A compiler may fuse a product and a sum, which changes the
+last bit, and a code if the value lies on the boundary between two codes."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
     place = Place(is_rehearsal)
     n = place.pick(1 << 26, 1 << 14)
     plain, compiled = (_optimizer(place, n, compile_from) for compile_from in (n + 1, place.pick(1, n + 1)))
-    for seed in range(3):  # gradients of ordinary size first
+    for seed in range(3):  # gradients of ordinary size in the first update
         gradient = _gradient(place, n, seed)
         for weight, optimizer in (plain, compiled):
             weight.grad = gradient
             optimizer.step()
     states = [optimizer.state[weight] for weight, optimizer in (plain, compiled)]
-    why = "the same numbers from both: what CPU runs and checkpoints hold is what a GPU goes on from"
+    why = "both must give the same numbers, because a GPU resumes from checkpoints of CPU runs"
     for key in ("exp_avg", "exp_avg_sq"):
         apart = float((states[0][key] != states[1][key]).float().mean())
-        record.at_most(f"{key}: share of codes that differ", apart, CODES_APART, why)
+        record.at_most(f"{key}: fraction of codes that differ", apart, CODES_APART, why)
     ours, theirs = (one[0].detach() for one in (compiled, plain))
     difference = float(((ours - theirs).abs() / theirs.abs().clamp(min=1e-6)).max())
     record.at_most("weights: largest relative difference", difference, 1e-5, why)
     is_finite = bool(torch.isfinite(ours).all())
-    record.equal("weights are finite after gradients of 2^-60 to 2^20", is_finite, True, "the formats' whole range")
+    record.equal("weights are finite after gradients of 2^-60 to 2^20", is_finite, True, "the whole range of the formats")
     seconds = {name: place.seconds(one[1].step, 3) for name, one in (("plain", plain), ("compiled", compiled))}
     for name, spent in seconds.items():
         record.tell(f"{name}: G values/s", n / spent / 1e9)
-    why = "one loop over memory; far below, it was not compiled (the log of this step says why)"
+    why = "one loop over memory; if far below, it was not compiled (the log of this step has the reason)"
     hoped = None if is_rehearsal else place.copied_gbps()
     record.rate("compiled: GB/s moved", BYTES * n / seconds["compiled"] / 1e9, hoped, 0.4, why)
 

@@ -1,4 +1,4 @@
-"""An export: weights written from a GPU engine give that engine's losses on a CPU, as `dalle-ds export` demands."""
+"""Export parity: weights written from a GPU engine give that engine's losses on a CPU, as `dalle-ds export` requires."""
 
 import tempfile
 from pathlib import Path
@@ -17,7 +17,7 @@ from dalle_ds.storage.weights import open_weights, write_weights
 from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 
 UPDATES, LEARNING_RATE = 4, 1e-2
-"""Few and large: then logits lie as far apart as a trained model's, and rounding moves losses by as much."""
+"""A few large updates spread the logits as far as in a trained model, so that rounding changes losses by as much."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -35,13 +35,13 @@ def run(record: Record, is_rehearsal: bool) -> None:
         save_file({"text": text_BT, "image": image_BN, "image_nll": nll_BN}, folder / PARITY_FILE)
         state = SavedState(folder).of_kind(WEIGHTS)
         write_weights(model, kind="prior", config=config.model_dump(), state=state)
-        why = "the proof without which no export is written: engine and CPU round fp16 in different orders"
+        why = "no export is written without this proof; the engine and the CPU sum and round fp16 in different orders"
         try:
             proof = prove_parity(str(folder), config, open_weights(model, "prior").tensors, fp16_branches=True)
         except DataError as error:
-            record.must("export's proof", str(error), False, "passes", why)
+            record.must("parity proof", str(error), False, "passes", why)
         else:
-            record.must("export's proof", "passes", True, "passes", why)
+            record.must("parity proof", "passes", True, "passes", why)
             for key, value in proof.items():
                 record.tell(key.replace("_", " "), value)
     leave()

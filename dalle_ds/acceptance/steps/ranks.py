@@ -1,6 +1,6 @@
-"""The engine on all GPUs and on one fewer, under torchrun: numbers of any number of ranks, shards that don't divide, traffic.
+"""The engine under torchrun on all GPUs and on one fewer: equal results, uneven ZeRO shards, communication rates.
 
-`python -m dalle_ds.acceptance.steps.ranks full|rehearsal FOLDER` is one rank; the step starts them.
+The step starts the ranks; each runs `python -m dalle_ds.acceptance.steps.ranks full|rehearsal GLOBAL_BATCH FOLDER`.
 """
 
 import json
@@ -28,16 +28,16 @@ from dalle_ds.parallel.ranks import Ranks, join, leave
 UPDATES = 3
 REHEARSED_RANKS = 3
 SAME = 1e-4
-"""Relative: other numbers of ranks sum in another order, and fp16 rounds parts of another size."""
+"""Relative difference: another number of ranks sums in another order, and fp16 rounds partial sums of another size."""
 RANK_SECONDS = 170
-"""After which a rank prints its stacks and ends; more than it takes, less than the step has."""
+"""After this time a rank prints its stacks and exits. It is longer than a rank takes, and shorter than the step's limit."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
     place = Place(is_rehearsal)
     n_all = REHEARSED_RANKS if is_rehearsal else torch.cuda.device_count()
     if n_all == 1:
-        record.tell("ranks", "not run: one GPU; on a node with more, this step runs on all of them")
+        record.tell("ranks", "not run: the node has one GPU; on a node with more, this step uses all of them")
         return
     config = small_prior(place)
     global_batch = n_all * (n_all - 1)
@@ -49,7 +49,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
         _rows(record, n, found)
     first, second = told_by.values()
     difference = max(abs(a - b) / abs(b) for a, b in zip(first["resumed"], second["resumed"], strict=True))
-    why = "a checkpoint of all ranks goes on at one fewer: what a node that lost a GPU does"
+    why = "a run must resume on another number of ranks, as on a node that lost a GPU"
     record.at_most(f"update resumed on {n_all - 1} ranks: relative difference", difference, SAME, why)
 
 
@@ -57,32 +57,32 @@ def _launched(n: int, global_batch: int, is_rehearsal: bool, folder: Path) -> di
     from torch.distributed.run import main as torchrun
 
     mode = "rehearsal" if is_rehearsal else "full"
-    # in this process: a launcher of its own would import torch once more
+    # torchrun runs in this process, because a separate launcher process would import torch again
     torchrun(["--standalone", "--nproc_per_node", str(n), "-m", __name__, mode, str(global_batch), str(folder)])
     return json.loads((folder / f"{n}.json").read_text())
 
 
 def _rows(record: Record, n: int, found: dict[str, Any]) -> None:
-    why = f"d_model {found['d_model']}, {n} ranks: where they don't divide it, ZeRO pads, and no NaN may stay in there"
-    record.equal(f"{n} ranks: an overflow on the last skipped the update on all", found["skipped"], True, why)
-    record.equal(f"{n} ranks: the next two took their steps", found["stepped"], True, why)
+    why = f"d_model {found['d_model']}, {n} ranks: if d_model is not a multiple, ZeRO pads, and the padding must not keep a NaN"
+    record.equal(f"{n} ranks: an overflow on the last rank skipped the update on all", found["skipped"], True, why)
+    record.equal(f"{n} ranks: the next two updates took their steps", found["stepped"], True, why)
     if found["gather_gbps"] is not None:
-        why = "NVLink where GPUs reach each other's memory, else PCIe; environment's details have `nvidia-smi topo -m`"
+        why = "NVLink if GPUs reach each other's memory, else PCIe; the details of `environment` have `nvidia-smi topo -m`"
         for name in ("gather", "scatter"):
-            record.rate(f"{n} ranks: {name}, GB/s a rank", found[f"{name}_gbps"], found["hoped_gbps"], expected.SLOWER, why)
+            record.rate(f"{n} ranks: {name}, GB/s per rank", found[f"{name}_gbps"], found["hoped_gbps"], expected.SLOWER, why)
 
 
 # ---- one rank --------------------------------------------------------------------------------------------------------------
 
 
 def one_rank(is_rehearsal: bool, global_batch: int, folder: Path) -> None:
-    """Updates, an overflow on the last rank, and a checkpoint, which the first job writes and the next one reads."""
+    """Take updates, save or load a checkpoint, overflow on the last rank. The first job saves, the second loads."""
     place, ranks = Place(is_rehearsal), join()
     config = small_prior(place)
     engine = make_engine(place, ranks, config, micro_batch=global_batch // ranks.world_size)
     updates = [told(engine.update([_share(config, global_batch, seed, ranks)], LEARNING_RATE)) for seed in range(UPDATES)]
     if not (folder / "state").exists():
-        ranks.barrier()  # all have looked
+        ranks.barrier()  # all ranks have checked for the folder
         engine.save(folder / "state", {})
         ranks.barrier()
     else:
@@ -102,7 +102,7 @@ def _share(config: PriorConfig, global_batch: int, seed: int, ranks: Ranks) -> B
 
 
 def _overflow(engine: PriorEngine, config: PriorConfig, global_batch: int, ranks: Ranks) -> tuple[bool, bool]:
-    """-> (the update was skipped, the next two were not), as the main rank saw it."""
+    """Returns (whether the update was skipped, whether the next two were taken), as this rank saw it."""
     assert engine.scaler is not None
     branch, batch = engine.scaler.blocks[1].branch, _share(config, global_batch, 9, ranks)
     if ranks.rank == ranks.world_size - 1:
@@ -115,7 +115,7 @@ def _overflow(engine: PriorEngine, config: PriorConfig, global_batch: int, ranks
 
 
 def _traffic(ranks: Ranks) -> dict[str, float | None]:
-    """Rates of the two collectives that ZeRO-3 lives on, by what leaves or reaches a rank."""
+    """Returns the rates of ZeRO-3's two collectives, in GB/s that each rank sends or receives, and the expected rate."""
     n = (1 << 28) // ranks.world_size
     part = torch.zeros(n, dtype=torch.float16, device=ranks.device)
     whole = torch.zeros(n * ranks.world_size, dtype=torch.float16, device=ranks.device)

@@ -1,4 +1,4 @@
-"""Sampling: a recorded step draws what the CPU draws, and how near a token comes to reading every weight once."""
+"""Sampling: a step captured as a CUDA graph samples the CPU's tokens, and its rate against reading every weight once."""
 
 import time
 
@@ -11,8 +11,8 @@ from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.sampling.generate import generate
 
 PARTED = 1
-"""Images of six. Random numbers come from the CPU; one that falls within rounding of a step between two tokens draws the
-other, and what follows in that image differs: one token in a million."""
+"""Images of six that may differ. Random numbers come from the CPU. If one falls within rounding of the boundary between two
+tokens (one token in a million), it selects the other token, and the rest of that image differs."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -28,9 +28,9 @@ def _equality(record: Record, place: Place) -> None:
     seeds_CK = [[1, 2, 3], [4, 5, 6]]
     expected = generate(prior, text_CT, seeds_CK)
     found = generate(prior.to(place.device), text_CT, seeds_CK)
-    why = "a seed names an image on every machine: `dalle-ds sample --repeat` relies on it"
+    why = "a seed gives the same image on every machine: `dalle-ds sample --repeat` relies on it"
     parted = int((expected != found).flatten(0, 1).any(1).sum())
-    record.at_most("images of 6 that are not the CPU's", parted, PARTED, why)
+    record.at_most("images of 6 that differ from the CPU's", parted, PARTED, why)
 
 
 def _rates(record: Record, place: Place) -> None:
@@ -44,9 +44,9 @@ def _rates(record: Record, place: Place) -> None:
         began = time.perf_counter()
         generate(prior, text_CT, [list(range(n))])
         rate = config.n_image / (time.perf_counter() - began)
-        record.tell(f"{n} images at once: tokens a second", n * rate)
-        why = "the fp32 weights are read once a step, at the rate of copying memory; the rest goes to keys and small kernels"
-        record.rate(f"{n} images at once: steps a second", rate, bound, 0.4, why)
+        record.tell(f"batch of {n} images: tokens per second", n * rate)
+        why = "a step reads the fp32 weights once, at the rate of a memory copy; the rest is reading keys, and small kernels"
+        record.rate(f"batch of {n} images: steps per second", rate, bound, 0.4, why)
     if not place.is_rehearsal:
         record.tell("peak GiB", place.peak_gib())
 

@@ -1,6 +1,6 @@
-"""Time, MFU and memory of a stack of 2048-wide layers under the engine, in several settings, against what `plan` says.
+"""Time, MFU and memory of a stack of layers of width 2048 under the engine, in several settings, against `plan`'s estimates.
 
-Each setting is a process of its own: DeepSpeed keeps references to an engine, so that the memory of all before would count.
+Each setting runs in its own process: DeepSpeed keeps references to engines, so the memory of earlier settings would count.
 """
 
 import json
@@ -27,7 +27,7 @@ SETTING_SECONDS = 120
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs from run to run."""
+    """The options that differ between runs."""
 
     samples: int
     recompute: bool = True
@@ -36,7 +36,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        kept = "" if self.recompute else ", nothing recomputed"
+        kept = "" if self.recompute else ", no activation checkpointing"
         moments = ", low-bit moments" if self.moments == "low_bit" else ""
         return f"{self.samples} samples{kept}{moments}{', no masters' if self.master == 'none' else ''}"
 
@@ -49,8 +49,9 @@ SETTINGS = (
 )
 REHEARSED = (Setting(2), Setting(2, recompute=False, moments="low_bit", master="none"))
 SAME_LOSS = 2e-3
-"""Relative, of settings with the same samples after as many updates: how a step is computed and stored must not show. Rounding
-fp16 weights stochastically, without masters, moves single weights by 2^-11 and a loss by far less."""
+"""Relative difference between settings with the same samples after the same number of updates: recomputation and storage
+formats must not change the loss. Without master weights, stochastic rounding of fp16 weights changes single weights by 2^-11,
+and a loss by far less."""
 
 
 def run(record: Record, is_rehearsal: bool) -> None:
@@ -69,26 +70,27 @@ def run(record: Record, is_rehearsal: bool) -> None:
             master=setting.master,
         )
         if room and hoped.memory_gib and hoped.memory_gib > room:
-            record.tell(f"{setting.label}: not run, GiB expected", hoped.memory_gib)
+            record.tell(f"{setting.label}: not run, expected GiB exceed the GPU", hoped.memory_gib)
             continue
         command = [sys.executable, "-m", __name__, json.dumps([is_rehearsal, asdict(setting)])]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(child.stdout)
         if child.returncode:
-            why = "the log of this step has its last words; the other settings are independent"
+            why = "the log of this step has the error; the other settings are independent"
             record.must(f"{setting.label}: exit code", child.returncode, False, "0", why)
             continue
         found = json.loads(child.stdout.splitlines()[-1])
         _rows(record, place, config, setting, found, hoped)
         first = losses.setdefault(setting.samples, found["loss"])
-        why = "the first setting with these samples: recomputation, low-bit moments and fp16 weights change how, not what"
+        why = "against the first setting with these samples: recomputation and storage formats must not change the loss"
         difference = abs(found["loss"] - first) / first
         record.at_most(f"{setting.label}: loss, relative difference", difference, SAME_LOSS, why)
 
 
 def measure(is_rehearsal: bool, setting: Setting) -> dict[str, Any]:
-    """Some updates, after as many to warm up -> seconds and CPU seconds of a micro-batch, peak memory, phases."""
-    from dalle_ds.acceptance.engines import LEARNING_RATE, make_engine  # DeepSpeed, which the process above doesn't need
+    """Time some updates after the same number of warm-up updates. Returns seconds and CPU seconds per micro-batch, peak memory,
+    loss and phases."""
+    from dalle_ds.acceptance.engines import LEARNING_RATE, make_engine  # DeepSpeed, which the parent process does not need
     from dalle_ds.parallel.ranks import join, leave
 
     place = Place(is_rehearsal)
@@ -126,17 +128,17 @@ def _rows(
 ) -> None:
     label, seconds, why = setting.label, found["seconds"], expected.WHY
     record.detail(label, {**found, "plan_says_that_binds": hoped.binds})
-    record.size(f"{label}: s a micro-step", seconds, hoped.seconds, 1 / expected.SLOWER - 1, why)
-    record.tell(f"{label}: tokens a second", setting.samples * config.n_slots / seconds)
+    record.size(f"{label}: s per micro-step", seconds, hoped.seconds, 1 / expected.SLOWER - 1, why)
+    record.tell(f"{label}: tokens per second", setting.samples * config.n_slots / seconds)
     rate, peak = expected.useful_flops(config, setting.samples) / seconds / 1e12, known_peak_tflops(place.device)
     record.tell(f"{label}: TFLOP/s", rate)
     if peak:
         record.rate(f"{label}: MFU", rate / peak, hoped.mfu, expected.SLOWER, why)
     if not place.is_rehearsal:
-        why = "`dalle-ds plan` counts state to the byte and estimates what passes and step need beside it"
+        why = "`dalle-ds plan` counts state to the byte and estimates the memory of forward, backward and optimizer step"
         record.size(f"{label}: peak GiB", found["peak_gib"], hoped.memory_gib, expected.LARGER, why)
-    why = "near 1 and above, the GPU waits for the host: take more samples at once, or faster cores"
-    record.tell(f"{label}: host's CPU s over wall s", found["cpu_seconds"] / seconds, why)
+    why = "near or above 1, the GPU waits for the host: use a larger micro-batch or faster cores"
+    record.tell(f"{label}: host CPU s divided by wall s", found["cpu_seconds"] / seconds, why)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""A CUDA device that is not there: run the CUDA path on fake tensors, count what a GPU would be given."""
+"""A fake CUDA device: run the CUDA path on fake tensors without a GPU, and count its work."""

@@ -1,4 +1,4 @@
-"""Stand-ins for what Triton compiles on a GPU: they give tensors of the right shapes and count as the kernels they are."""
+"""Stand-ins for functions that Triton compiles on a GPU: they return tensors of the right shapes and count as kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ from dalle_ds.ops.attention import backends, flex
 from dalle_ds.optim import adamw
 
 ATTENTION = "flex_attention"
-"""The name that kernels of attention are counted by; a forward is one, a backward two (the second sums rows of out * grad)."""
+"""The name under which attention kernels count: one per forward, two per backward (one of the two sums rows of out * grad)."""
 
 
 @contextmanager
 def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
-    """FlexAttention, the loop of low-bit AdamW and fused functions, on `gpu`; all around them is real."""
+    """Replace FlexAttention, the loop of low-bit AdamW and fused functions by stand-ins on `gpu`. All other code is real."""
 
     def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, **_: object) -> Tensor:
         return _Attention.apply(gpu, q_BHLD, k_BHLD, v_BHLD)
@@ -48,7 +48,7 @@ def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
         try:
             yield
         finally:
-            backends.attention_backend.cache_clear()  # what was made holds fake tensors
+            backends.attention_backend.cache_clear()  # backends made in this context hold fake tensors
 
 
 class _Attention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What a GPU was given to do: kernels, bytes, host synchronisations, collectives, each with the place in the code."""
+"""Counts of GPU work: kernels, bytes, host synchronisations and collectives, each by line of code."""
 
 import math
 from collections import Counter
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
-"""Matrix products: bound by arithmetic, so their bytes are counted apart."""
+"""Matrix products. They are bound by arithmetic, so their bytes are counted separately."""
 
 
 class Site(NamedTuple):
-    """An operator, and the innermost line of this project or of DeepSpeed that ran it; else the autograd node."""
+    """An operator, and the innermost line of this project or of DeepSpeed that ran it (if there is none: the autograd node)."""
 
     what: str
     file: str
@@ -23,31 +23,31 @@ class Site(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Without the line, which moves with every edit: what tests compare."""
+        """Operator, file and function. Tests compare this, because the line number changes with every edit."""
         return f"{self.what}: {self.file} {self.function}"
 
     @property
     def by_zero(self) -> bool:
-        """DeepSpeed's own work: gathering weights, reducing and accumulating gradients. Its linear layer is the model's."""
+        """Whether this is DeepSpeed's work: gathering weights, reducing gradients. Its linear layer counts as the model's."""
         return self.file.startswith("deepspeed/") and not self.file.endswith("zero/linear.py")
 
 
 @dataclass
 class Counts:
-    """Numbers by place. They add, subtract and scale: what one more layer costs is the difference of two runs.
+    """Counts by site. Counts add, subtract and scale: the cost of one more layer is the difference of two runs.
 
-    A kernel is an operator that computes or copies something on the GPU, a compiled function as many as it says.
-    Bytes are those of the elements that a kernel must read and write once, whatever caches and atomics do beyond that.
+    An operator that computes or copies something on the GPU is one kernel; a compiled function declares its number of kernels.
+    Bytes are those of the elements that a kernel must read and write once. Caches and atomics are ignored.
     """
 
     kernels: Counter[Site] = field(default_factory=Counter)
     read: Counter[Site] = field(default_factory=Counter)
     written: Counter[Site] = field(default_factory=Counter)
     syncs: Counter[Site] = field(default_factory=Counter)
-    """Where the host waits for the GPU."""
+    """Host synchronisations: the host waits for the GPU."""
     collectives: Counter[Site] = field(default_factory=Counter)
     sent: Counter[Site] = field(default_factory=Counter)
-    """Bytes of the largest tensor of each collective: the whole of what is gathered, scattered or summed."""
+    """Bytes of the larger side of each collective: the whole tensor that is gathered, scattered or summed."""
 
     def __add__(self, other: "Counts") -> "Counts":
         return self._with(other, lambda mine, theirs: mine + theirs)
@@ -67,7 +67,7 @@ class Counts:
         return Counts(**{f.name: counter(f.name) for f in fields(self)})
 
     def where(self, keep: Callable[[Site], bool]) -> "Counts":
-        """Only the sites that `keep` says yes to."""
+        """Returns the counts of the sites for which `keep` is true."""
         return Counts(
             **{f.name: Counter({site: n for site, n in getattr(self, f.name).items() if keep(site)}) for f in fields(self)}
         )
@@ -85,14 +85,14 @@ class Counts:
         return math.fsum(self.syncs.values())
 
     def sync_places(self) -> dict[str, float]:
-        """Times by kind, file and function, without lines."""
+        """Returns the number of host synchronisations by operator, file and function, without line numbers."""
         places: Counter[str] = Counter()
         for site, times in self.syncs.items():
             places[site.place] += times
         return dict(places)
 
     def table(self, n: int = 20) -> str:
-        """The `n` sites with the most bytes, for people."""
+        """Returns a readable table of the `n` sites with the most bytes."""
         total = Counter(self.read)
         total.update(self.written)
         rows = sorted(total, key=lambda site: -total[site])[:n]

@@ -1,7 +1,7 @@
-"""One CUDA device without values: tensors on it are fake, those on the CPU are real, and `torch.cuda` says that it is there.
+"""A fake CUDA device without values: tensors on it are fake, CPU tensors are real, and `torch.cuda` reports one device.
 
-Code runs on it as it would on a GPU, up to the values: shapes, devices, dtypes, autograd, hooks and streams are those of the
-CUDA path. What the host reads from it is zero, unless the host wrote it there and nobody has touched it since.
+Code runs as it would on a GPU, except for values: shapes, devices, dtypes, autograd, hooks and streams are those of the CUDA
+path. A value that the host reads from the device is zero, unless the host wrote it and no operator has changed it since.
 """
 
 import math
@@ -42,20 +42,20 @@ NO_KERNEL = frozenset(
         "_local_scalar_dense",
     }
 )
-"""Operators that neither compute nor copy, beside views."""
+"""Operators other than views that neither compute nor copy."""
 ONLY_WRITES = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"})
-"""In-place operators that don't read what they overwrite."""
+"""In-place operators that don't read the tensor that they overwrite."""
 PICKS = frozenset({"embedding", "index_select", "gather", "index"})
 """Operators that read as many elements of their first argument as they write."""
 PUTS = frozenset({"index_copy_", "index_put_", "_index_put_impl_", "index_add_", "scatter_", "scatter_add_"})
-"""Operators that write as many elements of their first argument as their last one has."""
+"""Operators that write as many elements of their first argument as their last argument has."""
 SAME_DTYPES = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
-"""Arguments of matrix products that must have one dtype: fake tensors let others pass, CUDA does not."""
+"""Arguments of matrix products that must have the same dtype: CUDA raises otherwise, fake tensors don't."""
 DRAWS = frozenset({"normal_", "uniform_", "random_"})
 REMEMBERED = 2**16
-"""Elements up to which a tensor's values are remembered when the host writes them to the device."""
+"""Largest number of elements of a tensor whose values are remembered when the host writes them to the device."""
 ALLOCATION = 512
-"""Bytes in multiples of which CUDA's allocator gives memory."""
+"""CUDA's caching allocator rounds allocations up to a multiple of this number of bytes."""
 
 COMPOSITE = "CompositeImplicitAutograd"
 READ_BY_HOST = frozenset({"_local_scalar_dense", "nonzero"})
@@ -68,16 +68,16 @@ _PLUMBING = (
     "/deepspeed/utils/nvtx.py",
     "/deepspeed/comm/",
 )
-"""Frames that say nothing about whose work it is."""
+"""Stack frames to skip when an operator is attributed to a line of code."""
 
 
 @contextmanager
 def fake_cuda() -> Iterator["FakeGPU"]:
-    """The fake device, for as long as the context lasts.
+    """Install the fake device for the duration of the context, and yield it.
 
     Raises:
-        ConfigError: it can't be had on this machine, see `stub_problem`.
-        RuntimeError: autograd ran in this process before: start another (`bench.memory.in_fresh_process`).
+        ConfigError: fake CUDA can't run on this machine, see `stub_problem`.
+        RuntimeError: autograd already ran in this process. Use a new one (`bench.harness.memory.in_fresh_process`).
     """
     stub.install()
     try:
@@ -93,12 +93,12 @@ def fake_cuda() -> Iterator["FakeGPU"]:
 
 
 class _FakeMode(FakeTensorMode):
-    # it looks at torch.cuda.is_available(), and would make real tensors there
+    # FakeTensorMode checks torch.cuda.is_available(), and would then create real tensors on the device
     avoid_device_init = True
 
 
 class FakeGPU(TorchDispatchMode):
-    """The device itself: every operator passes through it."""
+    """The fake device. Every operator is dispatched through it."""
 
     device = torch.device("cuda", 0)
 
@@ -111,11 +111,11 @@ class FakeGPU(TorchDispatchMode):
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._pinned: dict[int, Tensor] = {}
 
-    # ---- what is asked of it ---------------------------------------------------------------------------------------------
+    # ---- interface -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def counting(self) -> Iterator[Counts]:
-        """Count what is done in the context."""
+        """Count the work in the context."""
         counts = Counts()
         self._counts.append(counts)
         try:
@@ -125,13 +125,13 @@ class FakeGPU(TorchDispatchMode):
 
     @contextmanager
     def measuring_peak(self) -> Iterator[Callable[[], int]]:
-        """-> gives the most bytes that were in use at once since the context began."""
+        """Yields a function that returns the peak of allocated bytes since the context began."""
         self.peak_bytes = self.live_bytes
         yield lambda: self.peak_bytes
 
     @contextmanager
     def compiled(self, name: str, n_kernels: int, reads: Sequence[Tensor], writes: list[Tensor]) -> Iterator[None]:
-        """The context is one compiled function: it counts as `n_kernels`, which read and write these tensors once in all.
+        """Count the context as one compiled function: `n_kernels` kernels, which together read and write these tensors once.
 
         `writes` may be filled in the context.
         """
@@ -147,15 +147,15 @@ class FakeGPU(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def host_waits(self, what: str) -> None:
-        """The host waits for all that was launched."""
+        """Count one host synchronisation: the host waits for all launched work."""
         if self._is_recording:
-            raise RuntimeError(f"{what}: the host waits for the device, which is not permitted while a CUDA graph is recorded")
+            raise RuntimeError(f"{what}: the host waits for the device, which is not permitted while a CUDA graph is captured")
         for counts in self._counts:
             counts.syncs[self._site(what)] += 1
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """A CUDA graph is recorded: whatever makes the host wait is an error."""
+        """Capture of a CUDA graph: a host synchronisation in the context raises RuntimeError."""
         self._is_recording = True
         try:
             yield
@@ -203,7 +203,7 @@ class FakeGPU(TorchDispatchMode):
         return out
 
     def _on_cpu(self, kind: "_Kind", func: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Done for real, but for long draws of random numbers: no one will read them."""
+        """Run the operator on the CPU. Large random draws are skipped, because nothing reads their values."""
         if kind.name in DRAWS and args[0].numel() > REMEMBERED:
             return args[0]
         pin = kwargs.get("pin_memory") or kind.name == "_pin_memory"
@@ -224,14 +224,14 @@ class FakeGPU(TorchDispatchMode):
         if name == "_local_scalar_dense":
             with unset_fake_temporarily():
                 return self._value(tensor).item()
-        # as if all were true: the most that can follow
+        # the largest possible result: all elements are nonzero
         places = torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device=self.device)
         self._track([places])
         self._count_kernel(self._site(name), 1, _n_bytes(tensor), _n_bytes(places))
         return places
 
     def _between_devices(self, name: str, source: Tensor, func: OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A copy from host to device or back. The host waits, unless it asked not to and its memory is pinned."""
+        """Copy from host to device or back. The host waits unless the copy is non_blocking and the host memory is pinned."""
         to_host = isinstance(source, FakeTensor)
         non_blocking = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
         on_host = (args[0] if name == "copy_" else None) if to_host else source
@@ -247,7 +247,7 @@ class FakeGPU(TorchDispatchMode):
             return args[0].copy_(value) if name == "copy_" else value.to(kwargs.get("dtype") or value.dtype, copy=True)
 
     def _collective(self, kind: "_Kind", args: tuple) -> Any:
-        """Goes nowhere, and is done at once."""
+        """Count a collective. It sends nothing and completes at once."""
         if "barrier" in kind.name:
             self.host_waits(kind.name)
         site, written, read = self._site(kind.name), [], []
@@ -271,7 +271,7 @@ class FakeGPU(TorchDispatchMode):
         _collect((args[i] if i < len(args) else kwargs.get(name) for i, name in kind.targets), targets)
         written = {id(tensor): _n_bytes(tensor) for tensor in [*targets, *outputs]}
         if not any(written.values()):
-            return  # nothing is launched for it
+            return  # an operator with empty outputs launches no kernel
         unread = {id(tensor) for tensor in targets} if kind.only_writes else set()
         on_gpu = (tensor for tensor in tensors if isinstance(tensor, FakeTensor))
         read = {id(tensor): _n_bytes(tensor) for tensor in on_gpu if id(tensor) not in unread}
@@ -319,7 +319,7 @@ class FakeGPU(TorchDispatchMode):
     # ---- values ----------------------------------------------------------------------------------------------------------
 
     def _value(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor on the device, as far as the host knows them, on the CPU."""
+        """Returns the values of a device tensor on the CPU: remembered ones, or zeros if none are known."""
         known = self._values.get(tensor)
         with unset_fake_temporarily():
             if known is not None and known[1] == tensor._version:
@@ -327,7 +327,7 @@ class FakeGPU(TorchDispatchMode):
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     def _remember(self, tensor: Tensor, value: Tensor) -> None:
-        if value.numel() <= REMEMBERED and not tensor.is_inference():  # which doesn't say when it is overwritten
+        if value.numel() <= REMEMBERED and not tensor.is_inference():  # inference tensors have no version counter
             with unset_fake_temporarily():
                 self._values[tensor] = value.detach().to(tensor.dtype, copy=True), tensor._version
 
@@ -338,20 +338,20 @@ class FakeGPU(TorchDispatchMode):
 
 
 class _Kind(NamedTuple):
-    """What an operator's name and schema say of it."""
+    """Properties of an operator, from its name and schema."""
 
     name: str
     is_composite: bool
-    """Made of others, which inference mode hides."""
+    """Decomposes into other operators, which inference mode hides from dispatch."""
     is_collective: bool
     is_special: bool
-    """There is more to do than to run it."""
+    """Needs more than a plain call: host reads, copies between devices, argument checks."""
     is_view: bool
     is_kernel: bool
     targets: tuple[tuple[int, str], ...]
-    """Positions and names of the arguments that it writes to."""
+    """Positions and names of the arguments that the operator writes to."""
     only_writes: bool
-    """It reads nothing of these."""
+    """The operator doesn't read its `targets`."""
     gives_tensors: bool
 
 
@@ -374,7 +374,7 @@ def _kind(func: OpOverload) -> _Kind:
 
 
 def _check(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
-    """What CUDA refuses and fake tensors don't."""
+    """Raises RuntimeError for arguments that CUDA rejects and fake tensors accept."""
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
@@ -385,7 +385,7 @@ def _check(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
-    """The tensors among arguments, in lists of lists too. torch's own way takes several times as long."""
+    """Append the tensors in `values`, including nested lists, to `found`. torch's own pytree takes several times as long."""
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
@@ -401,14 +401,14 @@ def _without_device(arg: Any) -> Any:
 
 
 def _n_bytes(tensor: Tensor) -> int:
-    """Of its different elements: what `expand` repeats is there once."""
+    """Bytes of the distinct elements: elements that `expand` repeats count once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
     return math.prod(sizes) * tensor.element_size()
 
 
 @cache
 def _short_name(file: str) -> str | None:
-    """From the package on, for files whose work is counted by line."""
+    """Returns the path from the package on. For files to which no work is attributed: None."""
     if any(part in file for part in _PLUMBING):
         return None
     return next((file[file.rindex(package) + 1 :] for package in _PACKAGES if package in file), None)

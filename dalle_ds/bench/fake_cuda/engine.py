@@ -1,4 +1,4 @@
-"""The real engine under the real DeepSpeed on the fake device: what a layer, a micro-step and an update give a GPU to do.
+"""The real engine under the real DeepSpeed on the fake device: GPU work of a layer, a micro-step and an update.
 
 B samples of a micro-batch, D model width, P parameters of a layer's matrices.
 """
@@ -19,56 +19,58 @@ from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import PriorConfig
 
 DEPTHS = (1, 5)
-"""Layers of two models: four more are one period of the patterns, three rows and a column."""
+"""Layers of the two models. They differ by four layers, one period of the patterns: three row layers and one column layer."""
 RANK = 1
 PRODUCTS = GEMMS | {ATTENTION}
-"""Kernels that are bound by arithmetic."""
+"""Operators that are bound by arithmetic."""
 
 
 @dataclass(frozen=True)
 class EngineCounts:
-    """Of a model of width `d_model`; differences between runs, so that what happens once is left out.
+    """Counts for a model of width `d_model`. They are differences between runs, which excludes work that happens only once.
 
-    A layer is one of many: its weights are gathered for the forward pass, freed, and gathered again.
+    A layer is counted as one of many: its weights are gathered for the forward pass, freed, and gathered again for the backward
+    pass.
     """
 
     d_model: int
     n_slots: int
     layer: Counts
-    """A layer in a micro-step of one sample, forward, recomputed, backward."""
+    """One layer in a micro-step of one sample: forward, recomputation, backward."""
     sample: Counts
-    """What one more sample in the micro-batch adds to `layer`."""
+    """Added to `layer` by each further sample in the micro-batch."""
     micro_step: Counts
-    """All of a micro-step of a model of `DEPTHS[1]` layers, one sample."""
+    """A whole micro-step of one sample, in a model of `DEPTHS[1]` layers."""
     update: Counts
-    """What an update does beside its micro-steps: agreement, un-scaling, norm, AdamW, in that model."""
+    """An update without its micro-steps, in the same model: agreement between ranks, un-scaling, norm, AdamW."""
     layer_bytes: float
-    """Memory that a layer adds to the peak of an update: this rank's state, and what is kept for the backward pass."""
+    """Bytes that a layer adds to the peak of an update: this rank's state, and tensors saved for the backward pass."""
 
     @property
     def kernels(self) -> float:
-        """A layer's own kernels in a micro-step, attention's and autograd's included."""
+        """Kernels of a layer in a micro-step, including those of attention and autograd, without DeepSpeed's."""
         return self.layer.where(lambda site: not site.by_zero).n_kernels
 
     @property
     def zero_kernels(self) -> float:
-        """Kernels that DeepSpeed launches for a layer in a micro-step, collectives not counted."""
+        """Kernels that DeepSpeed launches for a layer in a micro-step, without collectives."""
         return self.layer.where(lambda site: site.by_zero).n_kernels
 
     @property
     def bytes_per_element(self) -> float:
-        """Read and written by a layer outside of products, for an element of the residual stream (slots x D)."""
+        """Bytes that a layer reads and writes outside of `PRODUCTS`, per element of the residual stream (slots x D)."""
         return self.sample.where(lambda site: site.what not in PRODUCTS).n_bytes / (self.n_slots * self.d_model)
 
     @property
     def bytes_per_parameter(self) -> dict[str, float]:
-        """Read and written in a micro-step for a parameter of the layer's matrices, whatever the micro-batch, by purpose."""
+        """Bytes read and written in a micro-step per parameter of the layer's matrices, by purpose. Bytes that depend on the
+        size of the micro-batch are excluded."""
         weights, n = self.layer - self.sample, 12 * self.d_model**2
         found = {name: weights.where(lambda site, name=name: _purpose(site) == name).n_bytes / n for name in PURPOSES}
         return {**found, "all": weights.n_bytes / n}
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, with places in the code for host synchronisations."""
+        """Returns the numbers, and the host synchronisations by place in the code."""
         return {
             "kernels": self.kernels,
             "zero_kernels": self.zero_kernels,
@@ -89,7 +91,7 @@ _GATHERS = ("zero/partition_parameters.py", "zero/partitioned_param_coordinator.
 
 
 def _purpose(site: Site) -> str:
-    """What bytes of weights and of their gradients are moved for."""
+    """Returns the purpose for which `site` moves bytes of weights or of their gradients."""
     if site.what in PRODUCTS:
         return "product"
     if "reduce_scatter" in site.what or any(part in site.file for part in _REDUCES):
@@ -102,10 +104,10 @@ def _purpose(site: Site) -> str:
 
 
 def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: int = 8) -> EngineCounts:
-    """Rank 1 of `world_size`, at the paper's sequence and vocabularies. For a process of its own: `memory.in_fresh_process`.
+    """Count as rank 1 of `world_size`, with the paper's sequence and vocabularies. Call in a new process: `in_fresh_process`.
 
     Raises:
-        ConfigError: fake CUDA can't be had on this machine.
+        ConfigError: fake CUDA can't run on this machine.
     """
     with _one_rank(world_size) as (gpu, ranks):
         fewer, more = (_count_updates(gpu, ranks, PriorConfig(n_layers=n, n_heads=n_heads), deepspeed_json) for n in DEPTHS)
@@ -127,8 +129,10 @@ def count_engine(n_heads: int, deepspeed_json: Mapping[str, Any], world_size: in
 def engine_peaks(
     depths: Sequence[int], n_heads: int, deepspeed_json: Mapping[str, Any], world_size: int = 8, **settings: Any
 ) -> list[int]:
-    """For models of so many layers: the most bytes that rank 1 of `world_size` has allocated in an update, with state and one
-    sample. `settings` are `make_engine`'s. For a process of its own; raises as `count_engine`."""
+    """Returns, for a model of each depth, the peak of allocated bytes on rank 1 of `world_size` in an update of one sample.
+
+    The peak includes all model state. `settings` go to `make_engine`. Call in a new process; raises as `count_engine`.
+    """
     peaks = []
     with _one_rank(world_size) as (gpu, ranks):
         for n_layers in depths:
@@ -144,7 +148,7 @@ def engine_peaks(
 
 
 def _engine(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json: Mapping[str, Any], **settings: Any) -> Any:
-    """After two updates, in which ZeRO-3 learns the order of modules, and moments come to be."""
+    """Returns an engine after two updates, in which ZeRO-3 traces the order of modules and AdamW's moments are allocated."""
     engine = make_engine(ranks, config, deepspeed_json, **settings)
     use_attention(engine.module, "flex", gpu.device)
     for _ in range(2):
@@ -154,17 +158,18 @@ def _engine(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json: Mappi
 
 @contextmanager
 def _one_rank(world_size: int) -> Iterator[tuple[FakeGPU, Any]]:
-    """The fake device as the GPU of rank 1, alone on its node. Rank 0 would draw first weights, numbers that nobody reads."""
+    """Install the fake device as the GPU of rank 1, alone on its node. Rank 0 would draw initial weights that nothing uses."""
     place = {"RANK": RANK, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
     os.environ.update({name: str(value) for name, value in place.items()}, DS_ACCELERATOR="cuda")
-    with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):  # DeepSpeed misses a CUDA toolkit, loudly
+    # redirected: DeepSpeed prints that the CUDA toolkit is missing
+    with redirect_stdout(io.StringIO()), fake_cuda() as gpu, compiled_stand_ins(gpu):
         yield gpu, join_alone(RANK, world_size)
 
 
 @dataclass(frozen=True)
 class _Runs:
     updates: dict[tuple[int, int], Counts]
-    """By samples of a micro-batch and number of micro-batches."""
+    """Keys: samples per micro-batch, number of micro-batches."""
     peak_bytes: int
 
 
@@ -174,7 +179,7 @@ def _count_updates(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json
 
     def update(n_samples: int, n_micro_batches: int) -> Counts:
         engine._engine.set_train_batch_size(ranks.world_size * n_micro_batches)
-        engine._accumulation = n_micro_batches  # one engine for all: making it takes as long as an update
+        engine._accumulation = n_micro_batches  # all runs share one engine: creating one takes as long as an update
         with gpu.counting() as counts:
             engine.update(random_batches(config, n_samples, n_micro_batches), lr=1e-4)
         return counts
@@ -186,7 +191,10 @@ def _count_updates(gpu: FakeGPU, ranks: Any, config: PriorConfig, deepspeed_json
 
 
 def _as_in_a_deep_model(deepspeed_json: Mapping[str, Any]) -> dict[str, Any]:
-    """ZeRO-3 keeps gathered weights up to `stage3_max_live_parameters`, five of the largest layers or twenty of 2,048: all that
-    there are here would stay from forward to backward pass. Here each is gathered when it is needed, and freed."""
+    """Returns a JSON with which ZeRO-3 gathers each layer when it is needed and then frees it, as in a deep model.
+
+    ZeRO-3 keeps gathered weights up to `stage3_max_live_parameters`: five of the largest layers, or twenty of width 2,048.
+    Without this change, all layers of these shallow models would stay gathered from the forward to the backward pass.
+    """
     zero = {**deepspeed_json["zero_optimization"], "stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0}
     return {**deepspeed_json, "zero_optimization": zero}

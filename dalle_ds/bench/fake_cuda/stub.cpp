@@ -1,7 +1,8 @@
-// A CUDA device that is not there: torch takes it for present, and nothing is ever computed on it.
+// A stub of a CUDA device: torch sees one device, and nothing is ever computed on it.
 //
-// FakeTensor computes shapes without a device, but autograd asks torch's CUDA half for streams and devices, and a CPU build of
-// torch has none. Here is as much of one as autograd asks for. `fake_cuda_install` puts it in, `fake_cuda_remove` takes it out.
+// FakeTensor computes shapes without a device, but autograd calls torch's CUDA backend for streams and devices, and a CPU build
+// of torch has no CUDA backend. This file implements the calls that autograd makes. `fake_cuda_install` installs the stub,
+// `fake_cuda_remove` removes it.
 #include <ATen/core/Generator.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -34,7 +35,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
 };
 
-// Draws nothing: fake tensors have no values. It is there for its device, which callers check.
+// Draws nothing, since fake tensors have no values. It exists because callers check the device of a generator.
 struct Generator final : c10::GeneratorImpl {
   uint64_t seed_ = c10::default_rng_seed_val;
   Generator() : GeneratorImpl(only_device, c10::DispatchKeySet(c10::DispatchKey::CUDA)) {}
@@ -59,7 +60,7 @@ struct Hooks final : at::CUDAHooksInterface {
   at::Generator getNewGenerator(DeviceIndex) const override { return at::make_generator<Generator>(); }
 };
 
-// torch made its hooks when it was imported and hands out references to them: ours take their place in memory.
+// torch creates its hooks at import and hands out references to them, so our hooks overwrite them in place.
 static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
 auto* hooks() { return const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks()); }
 auto& guards() { return c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)]; }

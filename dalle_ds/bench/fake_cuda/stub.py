@@ -1,4 +1,4 @@
-"""Build the stub of a CUDA device with the C++ compiler of this machine, load it, put it in and take it out."""
+"""Build, load, install and remove the stub of a CUDA device (`stub.cpp`)."""
 
 import ctypes
 import hashlib
@@ -17,20 +17,20 @@ SOURCE = Path(__file__).with_name("stub.cpp")
 
 
 def stub_problem() -> str | None:
-    """Why fake CUDA can't be had on this machine, or None. Tests skip with it."""
+    """Returns why fake CUDA can't run on this machine, or None if it can. Tests use this as their skip reason."""
     if torch.version.cuda is not None or torch.version.hip is not None:
-        return f"torch {torch.__version__} has a CUDA of its own, which the stub must not replace; the CPU build has none"
+        return f"torch {torch.__version__} has a CUDA backend, which the stub must not replace; install the CPU build of torch"
     if _built() is None and _compiler() is None:
         return f"no C++ compiler: install g++, or name one in CXX (now {os.environ.get('CXX') or 'unset'})"
     return None
 
 
 def install() -> None:
-    """Make torch believe in one CUDA device, for autograd's sake; `remove` ends it.
+    """Make autograd see one CUDA device. `remove` undoes this.
 
     Raises:
-        ConfigError: no compiler, a CUDA build of torch, or the compiler's own complaint.
-        RuntimeError: autograd ran in this process before it knew of the device: its threads are made once.
+        ConfigError: there is no compiler, torch is a CUDA build, or the compiler fails.
+        RuntimeError: autograd ran in this process before the device was installed. It starts its device threads only once.
     """
     library = _library()
     library.fake_cuda_install()
@@ -40,11 +40,11 @@ def install() -> None:
         remove()
         if "device_ready_queues_" not in str(error):
             raise
-        raise RuntimeError("fake CUDA must be installed before the first backward pass of the process: start another") from None
+        raise RuntimeError("fake CUDA must be installed before the process's first backward pass: use a new process") from None
 
 
 def remove() -> None:
-    """torch has no CUDA again."""
+    """Restore torch's own CUDA hooks."""
     _library().fake_cuda_remove()
 
 
@@ -59,12 +59,12 @@ def _try_backward() -> None:
 def _library() -> ctypes.CDLL:
     problem = stub_problem()
     if problem:
-        raise ConfigError(f"fake CUDA can't be had: {problem}")
+        raise ConfigError(f"fake CUDA can't run on this machine: {problem}")
     return ctypes.CDLL(str(_built() or _build()))
 
 
 def _place() -> Path:
-    """Of the library: another torch or another source is another file."""
+    """Returns the path of the built library. Each version of torch and of the source has its own file."""
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode() + torch.__file__.encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "dalle_ds", f"fake_cuda-{key}.so")
@@ -80,7 +80,8 @@ def _compiler() -> str | None:
 
 
 def _build() -> Path:
-    """Three seconds. Written aside and renamed: processes that build at the same time don't see each other's halves."""
+    """Compile the stub, which takes three seconds. The library is written to a temporary file and renamed, so that processes
+    that build at the same time never load a partial file."""
     place, torch_root = _place(), Path(torch.__file__).parent
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
@@ -101,6 +102,6 @@ def _build() -> Path:
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise ConfigError(f"fake CUDA can't be built: {' '.join(command)}\n{done.stderr[-2000:]}")
+            raise ConfigError(f"building fake CUDA failed: {' '.join(command)}\n{done.stderr[-2000:]}")
         target.replace(place)
     return place

@@ -1,4 +1,4 @@
-"""What `torch.cuda` says and does while its one device is fake: it is there, streams are empty, waiting is counted."""
+"""Stand-ins for `torch.cuda` while its one device is fake: the device is available, streams are empty, waits are counted."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 NAME, CAPABILITY, MEMORY = "fake CUDA", (9, 0), 80 * 2**30
-"""A GPU on which no option of the code is ruled out."""
+"""Properties of a GPU that supports every option of this project."""
 
 
 class Stream:
-    """All work is done, in order, before anyone could wait for it."""
+    """A stream whose work is complete as soon as it is launched, in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -34,7 +34,7 @@ class Stream:
 
 
 class Event:
-    """Between any two of them passes no time."""
+    """An event. The elapsed time between two events is always 0."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -56,7 +56,7 @@ class Event:
 
 
 class CUDAGraph:
-    """Records nothing: `torch.cuda.graph` below runs the step once, and refuses what a recording refuses."""
+    """Captures nothing. The stand-in for `torch.cuda.graph` runs the step once, and raises if the host waits meanwhile."""
 
     def replay(self) -> None:
         pass
@@ -91,12 +91,12 @@ def _host_waits(what: str) -> None:
 def one_fake_device(
     host_waits: Callable[[str], None], recording: Callable[[], AbstractContextManager[None]], live_bytes: Callable[[], int]
 ) -> Iterator[None]:
-    """Put stand-ins into `torch.cuda` for as long as the context lasts.
+    """Replace functions of `torch.cuda` by stand-ins for the duration of the context.
 
     Args:
-        host_waits: called with a name whenever the host would wait for the device.
-        recording: gives the context in which a CUDA graph is recorded.
-        live_bytes: bytes in use.
+        host_waits: called with the function's name whenever the host would wait for the device.
+        recording: returns the context in which a CUDA graph is captured.
+        live_bytes: returns the number of allocated bytes.
     """
     major, minor = CAPABILITY
     properties = SimpleNamespace(name=NAME, major=major, minor=minor, total_memory=MEMORY, multi_processor_count=132)
@@ -122,7 +122,7 @@ def one_fake_device(
         "synchronize": lambda *_: host_waits("synchronize"),
         "empty_cache": lambda: host_waits("empty_cache"),
     }
-    # a function for each name: torch's compiler, which DeepSpeed imports, refuses one that has two
+    # one function object per name: torch's compiler, which DeepSpeed imports, rejects a function that has two names
     stand_ins |= {name: _giving(None) for name in _DO_NOTHING} | {name: lambda *_: live_bytes() for name in _GIVE_BYTES}
     with ExitStack() as stack:
         _waiting.append(host_waits)
@@ -137,7 +137,7 @@ def one_fake_device(
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value for an attribute, for as long as the context lasts."""
+    """Set an attribute for the duration of the context, then restore it."""
     missing = object()
     before = getattr(owner, name, missing)
     setattr(owner, name, value)

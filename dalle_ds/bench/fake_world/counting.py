@@ -1,4 +1,4 @@
-"""What a piece of work does, in counts: collectives, operators, calls and live objects, whatever else the machine is doing."""
+"""Counts of work: collectives, operators, function calls and live objects. Other load on the machine doesn't change them."""
 
 import gc
 import sys
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Traffic:
-    """Collectives of one kind: calls, and bytes of the whole tensor that all ranks of the group together gather or reduce."""
+    """Collectives of one kind: number of calls, and bytes of the whole tensors that the group gathers or reduces."""
 
     calls: int = 0
     bytes: int = 0
@@ -36,13 +36,13 @@ _COLLECTIVES = {
     "broadcast_": "broadcast",
     "barrier": "barrier",
 }
-"""torch's operators by the names that people use; others count under their own."""
+"""Usual names of torch's c10d operators. An operator that is missing here counts under its own name."""
 
 
 class Sent(TorchDispatchMode):
-    """While active: `traffic` by (collective, dtype, size of its group), and `dispatches`, torch's operators by name.
+    """While active, counts `traffic` by (collective, dtype, group size), and `dispatches` of torch operators by name.
 
-    Operators inside a collective of the fake group aren't seen: a real one has none.
+    Operators inside a collective of the fake group aren't counted: a real collective has none.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Sent(TorchDispatchMode):
         if namespace != "c10d":
             self.dispatches[name] += 1
         else:
-            # the larger side of a gather or a scatter is the whole tensor
+            # in a gather or a scatter, the larger side is the whole tensor
             sides = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args]
             whole = max(sides, key=_nbytes)
             group = next(
@@ -74,7 +74,7 @@ def _nbytes(tensors: list[Tensor]) -> int:
 
 
 def python_calls(work: Callable[[], object]) -> int:
-    """How many functions `work` calls, in Python and from Python: host time as a count that no other work disturbs."""
+    """Returns how many functions `work` calls, Python and C functions: a measure of host time that other load can't change."""
     n = 0
 
     def count(frame: FrameType, event: str, arg: object) -> None:
@@ -91,31 +91,31 @@ def python_calls(work: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Alive:
-    """What this process holds: Python objects by type, entries of its lists, dictionaries and sets, and the bytes of all
-    storages that Python's tensors are views of. A list that only grows makes no object."""
+    """Memory that this process holds: Python objects by type; entries of all lists, dictionaries, sets and deques; bytes of all
+    storages behind Python tensors. Entries are counted because a growing list creates no new object."""
 
     objects: Counter[str]
     entries: int
     tensor_bytes: int
 
     def grown_since(self, before: "Alive") -> dict[str, int]:
-        """Types of which there are more, and how many more."""
+        """Returns the types whose number of objects has grown, with the increase."""
         return dict(self.objects - before.objects)
 
 
 def alive() -> Alive:
-    """After a collection of cycles."""
+    """Returns the live objects after a garbage collection."""
     gc.collect()
     things = gc.get_objects()
     tensors = [thing for thing in things if isinstance(thing, Tensor) and thing.layout is torch.strided]
-    # asked for before objects are counted: a storage's Python object is made when it is first asked for
+    # read storages before objects are counted: the first access creates a storage's Python object
     storages = {storage._cdata: storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)}
     objects: Counter[str] = Counter()
     entries = 0
     for thing in gc.get_objects():
         kind = type(thing)
         objects[f"{kind.__module__}.{kind.__qualname__}"] += 1
-        is_ours = thing is things or thing is tensors or kind is Counter  # of earlier results
+        is_ours = thing is things or thing is tensors or kind is Counter  # Counters belong to earlier results
         if issubclass(kind, list | dict | set | deque) and not is_ours:
             entries += len(thing)
     return Alive(objects, entries, sum(storages.values()))

@@ -1,4 +1,4 @@
-"""How busy the host is with a layer: the engine under DeepSpeed against the plain model, in CPU time and in counts."""
+"""The host's work per layer: the engine under DeepSpeed against the plain model, in CPU time and in counts."""
 
 import math
 import time
@@ -22,7 +22,7 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class HostWork:
-    """What the host does: CPU seconds (the least of several rounds), functions called by Python, torch operators."""
+    """Work of the host: CPU seconds (the minimum over the rounds), function calls from Python, dispatched torch operators."""
 
     seconds: float
     calls: float
@@ -36,8 +36,8 @@ class HostWork:
 
 
 def host_work(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, HostWork]:
-    """Of each of `works`, which take turns on the clock, after some runs: only in the third does ZeRO-3 know the order of
-    modules, and what it gathers ahead settles a little later."""
+    """Measure `works` in turns, after `WARM_UP` runs of each. ZeRO-3 knows the order of modules only in the third run, and its
+    prefetching settles a little later. With 0 rounds, seconds are NaN."""
     for work in works.values():
         for _ in range(WARM_UP):
             work()
@@ -56,13 +56,17 @@ def host_work(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 HOST_CONFIG = {"n_heads": 4, "d_head": 8, "text_len": 8, "grid": 4, "vocab_size": 64, "n_codes": 32, "conv_kernel": 3}
-"""So small that the host's work hides all computation."""
+"""A model so small that the host's work dominates all computation."""
 
 
 @dataclass(frozen=True)
 class HostTime:
-    """Of one layer: in a micro-step after the first, forward and backward, under the engine and in the plain model (the same
-    fp16 branches, gradient scales and recomputation, without DeepSpeed); and in what an update takes beside its micro-step."""
+    """The host's work for one layer.
+
+    `micro_step`: forward and backward of a micro-step after the first, under the engine. `plain`: the same in the plain model,
+    with the same fp16 branches, gradient scales and activation checkpointing, but without DeepSpeed. `update`: an update
+    without its micro-step.
+    """
 
     micro_step: HostWork
     plain: HostWork
@@ -70,7 +74,7 @@ class HostTime:
 
     @property
     def ratio(self) -> float:
-        """CPU time of the engine's micro-step over the plain model's."""
+        """CPU time of the engine's micro-step divided by the plain model's."""
         return self.micro_step.seconds / self.plain.seconds
 
 
@@ -82,9 +86,11 @@ def host_time(
     recompute_every: int = 1,
     depths: tuple[int, int] = (8, 12),
 ) -> HostTime:
-    """Differences between models of two depths, and updates of one and two micro-steps, that gather and reduce as those of
-    width `d_model` do. For `in_fake_world`; the JSON is one with per-resblock scaling. With 0 rounds there are only counts,
-    which are the same every time; seconds are NaN.
+    """Measure the host's work per layer, as the difference between models of two depths and between updates of one and two
+    micro-steps. The models gather and reduce as a model of width `d_model` does, see `miniature`.
+
+    Call through `in_fake_world`. The JSON must use per-resblock scaling. With 0 rounds only counts are taken, which are
+    reproducible; seconds are NaN.
     """
     works: dict[str, Callable[[], object]] = {}
     for n_layers in depths:

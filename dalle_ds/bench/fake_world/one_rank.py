@@ -1,8 +1,8 @@
 """One rank of a job of any size in one process: the real engine under the real DeepSpeed, on torch's fake process group.
 
-Its messages go nowhere: a gather repeats this rank's shard, a reduction sees other ranks' gradients as zero, a sum of counts
-and losses sees the same on every rank. Losses and norms therefore mean nothing. What is sent, how large shards and buffers
-are, what the host does and what grows is what it would be in a job of that size, on GPUs too: it depends on no values.
+Messages go nowhere: a gather repeats this rank's shard, a reduction takes other ranks' gradients as zero, a sum of counts
+and losses takes the same values for every rank. Losses and norms are therefore meaningless. Messages, sizes of shards and
+buffers, host work and memory growth are those of a job of that size, on GPUs too, because they depend on no values.
 
     with in_fake_world(0, 1024) as call:            # a child process, rank 0 of 1,024
         found = call(some_importable_function, 3)   # some_importable_function(ranks, 3), in that child
@@ -33,18 +33,22 @@ from dalle_ds.parallel.ranks import Ranks, join
 GPUS_PER_NODE = 8
 
 ONLY_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-"""Environment of the children: DeepSpeed chooses its accelerator when it is imported, torch its threads."""
+"""Environment of the child processes: DeepSpeed chooses its accelerator at import, torch its number of threads."""
 
 PRELOADED = [__name__, "dalle_ds.parallel.engine", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-"""What children would import; the last two come with the first engine and its optimizer, and take seconds."""
+"""Modules that the child processes need. The first engine and its optimizer would import the last two, which takes seconds."""
 
 
 @contextlib.contextmanager
 def in_fake_world(rank: int, world_size: int) -> Iterator[Callable[..., Any]]:
-    """A child process that is rank `rank` of `world_size` -> what calls importable functions there, with its `Ranks` first.
+    """Start a child process as rank `rank` of `world_size`. Yields a function that calls an importable function in the child,
+    with the child's `Ranks` as first argument.
 
-    DeepSpeed keeps its groups and hooks in module globals, so a process can be one rank of one world only. Children are
+    DeepSpeed keeps its groups and hooks in module globals, so a process can be one rank of one world only. Child processes are
     forked from a server that has imported torch and DeepSpeed once.
+
+    Raises:
+        ValueError: `rank` is not a rank of `world_size`.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size}, expected 0 to {world_size - 1}")
@@ -72,7 +76,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _EqualRanks(Ranks):
-    """All have the same batch: with losses divided by this rank's counts alone, fp16 gradients would overflow."""
+    """Ranks that all have this rank's batch. If losses were divided by one rank's counts, fp16 gradients would overflow."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         return super().sum(tensor).mul_(self.world_size)
@@ -85,26 +89,26 @@ def _join(rank: int, world_size: int) -> None:
     global _ranks
     local_size = min(GPUS_PER_NODE, world_size)
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local_size, "LOCAL_SIZE": local_size}
-    os.environ.update(ONLY_CPU)  # the server may have been started by somebody else
+    os.environ.update(ONLY_CPU)  # other code may have started the fork server, with another environment
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    gc.freeze()  # what the server imported stays: collections need not look at it, nor do counts of live objects
+    gc.freeze()  # imports of the server stay alive: garbage collections and counts of live objects can skip them
     joined = join_alone(rank, world_size)
     _ranks = _EqualRanks(joined.rank, joined.world_size, joined.device)
 
 
 def join_alone(rank: int, world_size: int) -> Ranks:
-    """Be that rank on torch's fake process group, which sends nothing and takes what it holds for what others sent."""
+    """Join torch's fake process group as rank `rank`. The group sends nothing and takes this rank's data for the others'."""
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
     from deepspeed.utils import logger
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     logger.disabled = True
-    # these compare with what rank 0 sends, which isn't there
+    # these modules compare integers with those of rank 0, which doesn't exist
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
         module.assert_ints_same_as_other_ranks = lambda ints: None
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return join()  # which finds that process group
+    return join()  # uses the existing process group
 
 
 def _call(work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,10 +119,12 @@ def _call(work: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def miniature(deepspeed_json: Mapping[str, Any], config: PriorConfig, d_model: int) -> dict[str, Any]:
-    """`deepspeed_json` for the layers of `config`, with buckets and limits as many of them long as they are in a model of width
-    `d_model`: the same matrices are gathered and reduced together, as many layers are kept gathered, and all vectors and no
-    matrix of a branch stay resident. DeepSpeed always fills `stage3_max_live_parameters`, 5.3 layers of the largest model and
-    20 of 2,048: only a deeper one is gathered twice."""
+    """Returns `deepspeed_json` with buckets and limits scaled down from layers of width `d_model` to those of `config`.
+
+    The same matrices are then gathered and reduced together, the same number of layers stays gathered, and all vectors but no
+    matrix of a branch stay resident. DeepSpeed always fills `stage3_max_live_parameters`, which is 5.3 layers of the largest
+    model and 20 of width 2,048: only the layers of a deeper model are gathered twice.
+    """
     ratio = (config.d_model / d_model) ** 2
     zero = dict(deepspeed_json["zero_optimization"])
     defaults = {
@@ -129,7 +135,7 @@ def miniature(deepspeed_json: Mapping[str, Any], config: PriorConfig, d_model: i
     }
     real = {key: zero.get(key, default) for key, default in defaults.items()}
     zero |= {key: max(1, int(size * ratio)) for key, size in real.items()}
-    if real["reduce_bucket_size"] < d_model**2:  # no matrix fits; vectors share messages
+    if real["reduce_bucket_size"] < d_model**2:  # no matrix fits into the bucket; vectors share messages
         zero["reduce_bucket_size"] = config.d_model**2 - 1
     zero["stage3_param_persistence_threshold"] = 8 * config.d_model
     return {**deepspeed_json, "zero_optimization": zero}
@@ -148,9 +154,9 @@ def make_engine(
     moments: str = "fp32",
     master: str = "fp32",
 ) -> Any:
-    """A `PriorEngine` of this rank, with dense attention and activation checkpointing as a run sets it (0: none), and small
-    random weights in its shards: initial ones would come from rank 0, which isn't there, padding has none."""
-    # imported here, in a child: DeepSpeed would choose another accelerator in a process that sees GPUs
+    """Returns this rank's `PriorEngine` with dense attention and small random weights in its shards: rank 0, which would send
+    the initial weights, doesn't exist. `recompute_every` sets activation checkpointing as in a run (0: none)."""
+    # imported here, in the child process: in a process that sees GPUs, DeepSpeed would choose another accelerator
     from dalle_ds.optim.build import OptimizerSettings
     from dalle_ds.parallel.engine import PriorEngine
     from dalle_ds.parallel.engine_config import load_engine_config
@@ -175,7 +181,7 @@ def make_engine(
 
 
 def random_batches(config: PriorConfig, micro_batch: int, accumulation: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """(text, image) micro-batches of one update."""
+    """Returns the random (text, image) micro-batches of one update."""
     return [
         (
             torch.randint(config.vocab_size, (micro_batch, config.text_len - 1)),

@@ -1,4 +1,4 @@
-"""A prior drawing images token by token, one timed step at a call: with our cache, a dense cache, none.
+"""Sample image tokens from a prior, one timed step per call: with our cache, with a dense cache, without a cache.
 
 C captions, K candidates of each, B = C * K images, P image tokens read before, V vocabulary.
 """
@@ -20,16 +20,16 @@ class Sampler(Protocol):
     """One side of a comparison."""
 
     def go_to(self, position: int) -> None:
-        """Have read the caption and `position` image tokens."""
+        """Read the caption and `position` image tokens, so that `step` samples the next one."""
         ...
 
     def step(self) -> None:
-        """Draw a token from the last logits and read it."""
+        """Sample a token from the last logits and feed it to the model."""
         ...
 
 
 class PriorSampler:
-    """What the ways of sampling a prior have in common: random captions and tokens, and the draw."""
+    """Shared by all ways of sampling a prior: random captions and tokens, and the draw."""
 
     def __init__(self, prior: Prior, captions: int, candidates: int) -> None:
         config, device = prior.config, prior.embed.row.device
@@ -41,12 +41,15 @@ class PriorSampler:
         self.logits_BV = torch.empty(0)
 
     def draw(self) -> Tensor:
-        """-> (B,) one token an image, from the last logits."""
+        """Returns tokens (B,), one per image, sampled from the last logits."""
         return pick(self.logits_BV, self.draws_B, 1.0)
 
 
 class OurSampler(PriorSampler):
-    """As `generate` does it: on a GPU by a recorded graph, on CPUs with packed weights, which the other sides must not get."""
+    """Samples as `generate` does: on a GPU with a CUDA graph, on a CPU with packed weights.
+
+    Copies the prior, because the other sides must not get the packed weights.
+    """
 
     def __init__(self, prior: Prior, captions: int, candidates: int) -> None:
         super().__init__(deepcopy(prior), captions, candidates)
@@ -63,7 +66,7 @@ class OurSampler(PriorSampler):
 
 
 class DenseSampler(PriorSampler):
-    """Keeps the keys of every slot for every candidate, and reads all of them under the mask."""
+    """Caches keys and values of every slot for every candidate, and attends to all of them under the mask."""
 
     def go_to(self, position: int) -> None:
         self.decoder, self.position = DenseDecoder(self.prior, len(self.text_CT)), position
@@ -78,7 +81,7 @@ class DenseSampler(PriorSampler):
 
 
 class UncachedSampler(PriorSampler):
-    """Reads all slots again for every token."""
+    """Runs the model on all slots again for every token."""
 
     def go_to(self, position: int) -> None:
         self.text_BT = self.text_CT.repeat_interleave(self.candidates, 0)
@@ -94,6 +97,6 @@ class UncachedSampler(PriorSampler):
 
 
 def position_weights(positions: Sequence[int], n_image: int) -> dict[int, float]:
-    """How many of the `n_image` tokens each measured position stands for: those nearest to it (trapezoids, flat ends)."""
+    """Returns, for each measured position, the number of the `n_image` tokens nearest to it (trapezoid rule with flat ends)."""
     ends = [0.0, *((a + b) / 2 for a, b in zip(positions, positions[1:], strict=False)), float(n_image)]
     return {position: end - start for position, start, end in zip(positions, ends, ends[1:], strict=False)}

@@ -1,4 +1,4 @@
-"""Where a benchmark runs and in which number format: the device by name, threads, dtypes."""
+"""The machine and the precision of a benchmark: device, threads, clock, dtypes."""
 
 import platform
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and how to time it."""
+    """A device, its number of CPU threads, and the clock that times it."""
 
     device: torch.device
     threads: int
@@ -28,7 +28,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """For people and tables: chip, threads, torch."""
+        """Readable name for tables: processor, CPU threads, torch version."""
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -37,7 +37,7 @@ class Machine:
 
 @contextmanager
 def machine_for(settings: MachineBenchConfig) -> Iterator[Machine]:
-    """The machine that the settings ask for, with its threads set while it is used."""
+    """Yields the machine of the settings, and sets torch's number of threads for the duration of the context."""
     device = resolve_device(settings.device)
     exact_fp32()
     threads_before = torch.get_num_threads()
@@ -49,7 +49,7 @@ def machine_for(settings: MachineBenchConfig) -> Iterator[Machine]:
 
 
 def in_precision(model: nn.Module, dtype: Dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Prepare fp32 `model` for `dtype`; -> the context for its forward pass. No gradient scaling, see scaling.py."""
+    """Prepare fp32 `model` for `dtype`. Returns the context for its forward pass. Gradients aren't scaled, see scaling.py."""
     if dtype == "fp16":
         use_fp16_branches(model)
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()

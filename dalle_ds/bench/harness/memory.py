@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak, above what is held before it starts."""
+"""Peak memory of a piece of work, above the memory that is allocated before it starts."""
 
 import sys
 import threading
@@ -22,13 +22,13 @@ R = TypeVar("R")
 
 
 def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call an importable function in a new interpreter: memory that earlier work left to the allocator is not there."""
+    """Call an importable function in a new interpreter, where the allocator holds no memory of earlier work."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Run `work` once -> its peak: allocated bytes on a GPU, else resident bytes, looked at every millisecond."""
+    """Run `work` once. Returns its peak: allocated bytes on a GPU; on a CPU resident bytes, sampled every millisecond."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -56,15 +56,15 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 @dataclass
 class PeakMemory(TorchDispatchMode):
-    """While active: the most bytes of storages alive at a time that were allocated meanwhile, and which lines held them.
+    """While active, records the peak of live bytes allocated since activation, and the lines of code that allocated them.
 
-    Counts what torch's operators return: no workspace inside a kernel, no rounding of an allocator. On a CPU that includes
-    the fp32 copies that fp16 products are made through (`ops/fp16.py`), which a GPU doesn't have: `by_line` tells them apart.
+    Counts the storages that torch's operators return. Workspaces inside kernels and the allocator's rounding aren't counted. On
+    a CPU, fp16 matrix products use fp32 copies (`ops/fp16.py`), which a GPU doesn't have; `by_line` lists these separately.
     """
 
     peak_bytes: int = 0
     by_line: Counter[str] = field(default_factory=Counter)
-    """At the peak: line of this project, or DeepSpeed's where none is nearer, and its bytes."""
+    """Bytes at the peak by the innermost line of this project or of DeepSpeed."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def calling_line() -> str:
-    """The innermost line of this project outside of `bench`, or of DeepSpeed, that is running: "parallel/engine.py:210"."""
+    """Returns the innermost running line of this project outside of `bench`, or of DeepSpeed, as "parallel/engine.py:210"."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The prior that a benchmark measures, and a training step of it.
+"""The prior that a benchmark measures, and its training step.
 
 B batch, T text slots, N image tokens.
 """
@@ -20,14 +20,14 @@ WEIGHT_DECAY = 0.045  # the paper's
 
 
 def prior_to_train(settings: TrainingBenchConfig, machine: Machine) -> Prior:
-    """Of the size asked for, else of one that a step on this device takes seconds for."""
+    """Returns a prior of the size in the settings. If unset, the size is such that a step on this device takes seconds."""
     on_gpu = machine.device.type == "cuda"
     layers = settings.layers or (GPU_LAYERS if on_gpu else CPU_LAYERS)
     return build_prior(settings, machine, layers, settings.heads or (GPU_HEADS if on_gpu else CPU_HEADS))
 
 
 def build_prior(settings: PriorBenchConfig, machine: Machine, layers: int, heads: int) -> Prior:
-    """The same weights at every call."""
+    """Returns a prior with the same weights at every call."""
     config = PriorConfig(
         n_layers=layers,
         n_heads=heads,
@@ -44,12 +44,12 @@ def build_prior(settings: PriorBenchConfig, machine: Machine, layers: int, heads
 
 
 def prior_step(prior: Prior, batch: int, precision: AbstractContextManager[None]) -> Callable[[], None]:
-    """Train `prior` on random tokens, a step at each call."""
+    """Returns a function that trains `prior` on random tokens, one step per call."""
     return training_step(random_loss(prior, batch, precision), decay_groups(prior.named_parameters(), WEIGHT_DECAY))
 
 
 def random_loss(prior: Prior, batch: int, precision: AbstractContextManager[None]) -> Callable[[], torch.Tensor]:
-    """The training loss of random tokens, the same at every call."""
+    """Returns a function that computes the training loss on random tokens, the same tokens at every call."""
     config, device = prior.config, prior.embed.row.device
     text_BT = torch.randint(config.vocab_size, (batch, config.text_len - 1), device=device)
     image_BN = torch.randint(config.n_codes, (batch, config.n_image), device=device)
@@ -63,12 +63,12 @@ def random_loss(prior: Prior, batch: int, precision: AbstractContextManager[None
 
 
 def adamw(parameters: list[nn.Parameter] | list[dict]) -> torch.optim.AdamW:
-    """With the paper's settings."""
+    """Returns AdamW with learning rate 1e-4 and the paper's betas."""
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.96))
 
 
 def training_step(loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter] | list[dict]) -> Callable[[], None]:
-    """Forward, backward and AdamW, whoever's model it is."""
+    """Returns a function that runs one training step (forward, backward, AdamW) of any model per call."""
     optimizer = adamw(parameters)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""The package dalle-pytorch as the other side: import it, build its model, train a step of it, sample with its cache.
+"""The package dalle-pytorch as the other side: import it, build its model, train one step, sample with its cache.
 
 B batch, P image tokens read before, V vocabulary.
 """
@@ -25,8 +25,8 @@ TYPES = {Pattern.ROW: "axial_row", Pattern.COLUMN: "axial_col", Pattern.CONV: "c
 
 @contextmanager
 def _placeholders() -> Iterator[None]:
-    """Stands in for what the package imports and the measured part of it never uses: loaders of pretrained image codebooks
-    (they want a pytorch-lightning below 1.8) and pkg_resources, which setuptools has dropped."""
+    """Placeholder modules for imports of the package that the measured code never uses: loaders of pretrained image codebooks
+    (they need pytorch-lightning below 1.8) and pkg_resources, which setuptools has dropped."""
     names = {
         "taming": (),
         "taming.models": (),
@@ -49,7 +49,11 @@ def _placeholders() -> Iterator[None]:
 
 
 def import_peer() -> Any:
-    """The package's main module. Raises UserError where it is not installed, or not with what it needs."""
+    """Returns the package's main module.
+
+    Raises:
+        UserError: the package or one of its dependencies is not installed.
+    """
     if find_spec("dalle_pytorch") is None:
         raise UserError(_missing("dalle_pytorch is not installed here"))
     try:
@@ -62,24 +66,26 @@ def import_peer() -> Any:
 
 def _missing(what: str) -> str:
     return (
-        f"{what}. It is no dependency of this project: in an environment of its own, which has this project installed,\n"
+        f"{what}. It is not a dependency of this project. In a separate environment that also has this project, run\n"
         "  pip install dalle-pytorch==1.6.6\n"
-        "or, to keep the torch that is there and leave out what the benchmark does not need,\n"
+        "or, to keep the installed torch and skip dependencies that the benchmark does not need,\n"
         "  pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch requests"
     )
 
 
 def build_peer(settings: PeersBenchConfig, machine: Machine, *, conv: bool, cached: bool) -> nn.Module:
-    """Its model with its sparse types in the paper's places; without `conv` the last layer is axial_row too.
+    """Returns the package's model, with its sparse attention types in the paper's order of patterns.
 
-    `cached`: its `optimize_for_inference`, the only form of its axial layers whose cache gives the right logits (in the other
-    one all layers share a cache key); it trains faster without.
+    Args:
+        conv: use conv_like in the last layer; otherwise axial_row.
+        cached: set `optimize_for_inference`. Without it, the cache of axial layers gives wrong logits, because all layers
+            share one cache key; but training is faster without it.
     """
     peer = import_peer()
     torch.manual_seed(0)
     last = TYPES[Pattern.CONV if conv else Pattern.ROW]
     types = [*(TYPES[pattern] for pattern in layer_patterns(settings.layers)[:-1]), last]
-    # Its model wants an image codebook for its sizes only: one layer of halving, one channel
+    # The model uses the VAE only for its sizes: one layer that halves the resolution, one channel
     vae = peer.DiscreteVAE(
         image_size=2 * settings.grid, num_layers=1, num_tokens=settings.n_codes, codebook_dim=1, hidden_dim=1
     )
@@ -98,7 +104,7 @@ def build_peer(settings: PeersBenchConfig, machine: Machine, *, conv: bool, cach
 
 
 def peer_step(model: Any, batch: int, precision: AbstractContextManager[None]) -> Callable[[], None]:
-    """Train it on random tokens, a step at each call."""
+    """Returns a function that trains the model on random tokens, one step per call."""
     device = model.logits_mask.device
     text = torch.randint(1, model.num_text_tokens - model.text_seq_len, (batch, model.text_seq_len), device=device)
     image = torch.randint(model.num_image_tokens, (batch, model.image_seq_len), device=device)
@@ -111,24 +117,24 @@ def peer_step(model: Any, batch: int, precision: AbstractContextManager[None]) -
 
 
 class PeerSampler:
-    """A loop like that of its `generate_images`, with the cache handed to the model.
+    """The sampling loop of the package's `generate_images`, but with the cache passed to the model.
 
-    Its own loop, called with `use_cache=True`, drops the cache on the way at the default `cond_scale` of 1 and reads all
-    tokens again for each new one.
+    `generate_images(use_cache=True)` drops the cache at the default `cond_scale` of 1, and reads all tokens again for each new
+    token.
     """
 
     def __init__(self, model: Any, images: int) -> None:
         self.model, self.images, self.peer = model.eval(), images, import_peer()
         device = model.logits_mask.device
         generator = torch.Generator().manual_seed(0)
-        n_text_tokens = model.num_text_tokens - model.text_seq_len  # its own count includes pads
+        n_text_tokens = model.num_text_tokens - model.text_seq_len  # the package's count includes padding tokens
         self.text_1T = torch.randint(1, n_text_tokens, (1, model.text_seq_len), generator=generator).to(device)
         self.image_1N = torch.randint(model.num_image_tokens, (1, model.image_seq_len), generator=generator).to(device)
 
     def go_to(self, position: int) -> None:
-        """Have read the caption and `position` image tokens: once, then shared out to all images.
+        """Read the caption and `position` image tokens once, then repeat the cache for all images.
 
-        Read in one go, as here, its token shift remembers other values than token by token; time and shapes are the same.
+        A prefill in one pass stores other values for the token shift than reading token by token. Time and shapes are the same.
         """
         cache: dict[Any, Any] = {}
         logits = self.model(self.text_1T, self.image_1N[:, :position], cache=cache)
@@ -138,7 +144,7 @@ class PeerSampler:
         self.image_BP = self.image_1N[:, :position].repeat_interleave(self.images, 0)
 
     def step(self) -> None:
-        """Draw a token its way (the better half of all, Gumbel noise) and read it."""
+        """Sample a token as the package does (top half of the logits, Gumbel noise) and feed it to the model."""
         token_B = self.peer.gumbel_sample(self.peer.top_k(self.logits_BV)) - self.model.num_text_tokens
         self.image_BP = torch.cat([self.image_BP, token_B[:, None]], 1)
         self.logits_BV = self.model(self.text_BT, self.image_BP, cache=self.cache)[:, -1]

@@ -1,4 +1,4 @@
-"""Other libraries' readers of training samples, where they are installed: the same samples in their own formats."""
+"""Readers of other libraries, if installed: the same samples in their own formats."""
 
 import importlib
 import logging
@@ -20,13 +20,15 @@ Sample = Mapping[str, Any]  # "caption", and "tokens": uint16 (N,)
 
 
 def open_readers(dataset: TokenDataset, folder: str, batch: int, encode: Callable[[Sample], object]) -> dict[str, DataLoader]:
-    """Write the data set's samples below `folder` for each reader that can be imported. Each iteration of a loader is one
-    shuffled epoch in batches, without the last incomplete one, read in this process."""
+    """Write the data set's samples below `folder` for each reader that can be imported. Returns a loader per reader.
+
+    Each iteration of a loader is one shuffled epoch of batches without the last incomplete batch, read in this process.
+    """
     loaders = {}
     for name, (package, write_and_open) in READERS.items():
         try:
             module = importlib.import_module(package)
-        except (ImportError, RuntimeError) as error:  # the latter: torchvision, which streaming needs, for another torch
+        except (ImportError, RuntimeError) as error:  # RuntimeError: streaming's torchvision was built for another torch
             log.info("%s is not measured: it cannot be imported (%s)", name, error)
             continue
         source = write_and_open(module, str(Path(folder) / name), dataset, batch)

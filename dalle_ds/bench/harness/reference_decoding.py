@@ -1,6 +1,6 @@
-"""The other side of sampling: a prior's own weights, decoded with a dense key-value cache, or with none.
+"""Reference for sampling: decode with a dense key-value cache, as a cache does that doesn't use sparse patterns.
 
-Every past key is kept and read under the row of the pattern's mask: what a cache is before it knows of sparse patterns.
+Every past key is kept, and attention reads all of them under the rows of the pattern's mask.
 
 B batch, L slots, H heads, D head width, C model width, V vocabulary, T text slots.
 """
@@ -15,7 +15,7 @@ from dalle_ds.models.prior import Prior
 
 
 class DenseDecoder:
-    """Reads slots in order; remembers the keys and values of all of them."""
+    """Reads slots in order and caches the keys and values of all slots."""
 
     def __init__(self, prior: Prior, batch: int) -> None:
         self.prior, self.length = prior, 0
@@ -26,7 +26,7 @@ class DenseDecoder:
         self.masks = {mask: mask.dense().to(like.device) for mask in masks}
 
     def read(self, x_BLC: Tensor) -> Tensor:
-        """The next slots, embedded -> logits (B, V) of the image token after the last of them."""
+        """Read the next slots, embedded (B, L, C). Returns logits (B, V) of the image token after the last slot."""
         end = self.length + x_BLC.shape[1]
         for layer, kv in zip(self.prior.layers, self.kv, strict=True):
             x_BLC, h_BLC = layer.attention.to_branch(x_BLC)
@@ -45,5 +45,5 @@ class DenseDecoder:
 
 
 def embed(prior: Prior, text_BT: Tensor, image_BN: Tensor) -> Tensor:
-    """Captions and the image tokens read so far -> (B, T + 1 + n, C): all slots up to the one that predicts the next token."""
+    """Embed captions and n image tokens. Returns (B, T + 1 + n, C): all slots up to the one that predicts the next token."""
     return torch.cat([prior.embed.text_slots(text_BT), prior.embed.image_slots(image_BN)], 1)

@@ -1,4 +1,4 @@
-"""What a benchmark says at its end: a table for people, and the summary that --json prints."""
+"""Result of a benchmark: a readable table, and the summary that --json prints."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ Key = TypeVar("Key")
 
 @dataclass
 class Report:
-    """Rows of one benchmark. `against` names the other side of a row."""
+    """Rows of one benchmark: what was measured, the other side, seconds of ours, seconds of the other side, ratio."""
 
     bench: str
     device: str
@@ -21,18 +21,18 @@ class Report:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def add(self, what: str, other: str, ours_seconds: float, other_seconds: float, ratio: Ratio) -> None:
-        """One comparison: `ratio` is ours against `other`, above 1 is better."""
+        """Add one comparison. `ratio` is the speed of ours relative to `other`: above 1, ours is faster."""
         self.rows.append((what, other, ours_seconds, other_seconds, ratio))
-        self.seconds.setdefault(f"{what}_ours", ours_seconds)  # of the first comparison, where there are several
+        self.seconds.setdefault(f"{what}_ours", ours_seconds)  # with several comparisons, seconds of the first
         self.seconds[f"{what}_{other}"] = other_seconds
 
     def note(self, **facts: Any) -> "Report":
-        """Facts beside the ratios: numbers and names."""
+        """Add facts other than ratios: numbers and names."""
         self.notes.update(facts)
         return self
 
     def summary(self) -> dict[str, Any]:
-        """One JSON object."""
+        """Returns one JSON object."""
         return {
             "bench": self.bench,
             "device": self.device,
@@ -43,7 +43,7 @@ class Report:
         }
 
     def print_table(self, to_stderr: bool) -> None:
-        """On stderr where stdout belongs to the JSON line."""
+        """Print the table to stdout, or to stderr if stdout is reserved for the JSON line."""
         out = sys.stderr if to_stderr else sys.stdout
         width = max(len(row[0]) for row in self.rows)
         against = max(len(row[1]) for row in self.rows)
@@ -58,9 +58,10 @@ class Report:
 
 
 def mixed(weights: Mapping[Key, float], seen: Mapping[Key, Comparison], other: str) -> tuple[float, float, Ratio]:
-    """Turns on several cases, such as patterns of a model, as one -> (mean seconds of ours, of the other side, ratio).
+    """Combine comparisons of several cases, such as the patterns of a model, with the given weights.
 
-    In the ratio, ours is the other side over each case's ratio: a machine that slowed down between two cases changes nothing.
+    Returns (mean seconds of ours, mean seconds of the other side, ratio). For the ratio, the seconds of ours are the other
+    side's seconds divided by each case's ratio, so that a slowdown of the machine between two cases has no effect.
     """
     total = sum(weights.values())
     ours, theirs = (sum(weights[key] * seen[key].seconds(side) for key in weights) / total for side in ("ours", other))

@@ -1,4 +1,4 @@
-"""Take turns on the clock: every variant between two runs of a baseline, so that a busy machine slows both sides alike."""
+"""Time variants in turns: each between two runs of a baseline, so that a busy machine slows both sides alike."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster one side is than another: median over the rounds, with the smallest and the largest."""
+    """Speed of one side relative to the other: median, smallest and largest over the rounds."""
 
     median: float
     low: float
@@ -21,18 +21,18 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `take_turns` saw: seconds of every run, and each round's ratio of every variant to the baseline."""
+    """Result of `take_turns`: seconds of every run, and per round the speed of every variant relative to the baseline."""
 
     baseline: str
     runs: dict[str, list[float]]
     rounds: dict[str, list[float]]
 
     def seconds(self, name: str) -> float:
-        """Median of one run."""
+        """Returns the median seconds of a run of variant `name`."""
         return statistics.median(self.runs[name])
 
     def ratio(self, ours: str, other: str) -> Ratio:
-        """Speed of `ours` against `other`, above 1 where ours is faster; `other` is the baseline or another variant."""
+        """Returns the speed of `ours` relative to `other`, the baseline or another variant. Above 1, `ours` is faster."""
         pairs = zip(self._against_baseline(ours), self._against_baseline(other), strict=True)
         ratios = [mine / theirs for mine, theirs in pairs]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
@@ -44,15 +44,15 @@ class Comparison:
 def take_turns(
     variants: Mapping[str, Callable[[], object]], baseline: str, rounds: int, clock: Clock, *, warm_up: bool = True
 ) -> Comparison:
-    """Run all `variants` in turns. A ratio is the mean of the baseline right before and right after, over the variant.
+    """Run all `variants` in turns. A ratio is the mean time of the baseline runs before and after, divided by the variant's.
 
     Raises:
-        ValueError: nothing to compare, or no baseline among the variants.
+        ValueError: `baseline` is not among the variants, there is no other variant, or `rounds` is below 1.
     """
     others = [name for name in variants if name != baseline]
     if baseline not in variants or not others or rounds < 1:
         raise ValueError(
-            f"baseline {baseline!r} of {list(variants)}, {rounds} rounds: expected it among others, 1 or more rounds"
+            f"baseline {baseline!r} of {list(variants)}, {rounds} rounds: expected the baseline and others, 1 or more rounds"
         )
     if warm_up:
         for run in variants.values():
@@ -76,8 +76,8 @@ def take_turns(
 
 
 def clock_for(device: torch.device, threads: int) -> Clock:
-    """One CPU thread: the process's CPU time, which others on the machine hardly disturb. Else the wall clock, on a GPU
-    after all its work is done."""
+    """Returns the clock. With one CPU thread it is the process's CPU time, which other load hardly disturbs. With more threads
+    it is the wall clock; on a GPU, the wall clock after all queued work has finished."""
     if device.type == "cuda":
 
         def synchronised() -> float:

@@ -1,4 +1,4 @@
-"""`dalle-ds eval human`: the paper's human evaluation."""
+"""`dalle-ds eval human`: human evaluation with the paper's two questions: build the pages, then count the votes."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Images to scores: FID, Inception Score and CLIP score of samples against real images, over the paper's blur radii.
+"""`dalle-ds eval images`: FID and Inception Score over the paper's blur radii, and the CLIP score.
 
-B images at once, N in all, H and W pixels, D features, K classes.
+B images per batch, N images in all, H and W pixels, D features, K classes.
 """
 
 import json
@@ -36,14 +36,18 @@ from dalle_ds.tracking.export_run import track
 log = logging.getLogger(__name__)
 
 PAPER_RADII = (0.0, 1.0, 2.0, 4.0, 8.0)  # figure 9
-IS_SPLITS = 10  # of every published Inception Score
+IS_SPLITS = 10  # published Inception Scores use ten splits
 METRICS, CHART = "image_metrics.json", "image_metrics.png"
-WORKERS = 4  # threads that decode: the extractor is what takes the time
+WORKERS = 4  # decoding threads; the extractor takes most of the time
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Images uint8 (B, H, W, 3) -> features (B, D) and, of a classifier, logits (B, K)."""
+    """A feature extractor.
+
+    `features` maps uint8 images (B, H, W, 3) to features (B, D) and logits (B, K). The logits of an extractor without classes
+    are None.
+    """
 
     name: str
     fingerprint: str
@@ -51,10 +55,17 @@ class Extractor:
 
 
 def load_extractor(name: str, *, inception_weights: Path | None = None, device: str = "cpu") -> Extractor:
-    """ "inception" with its weights file, or "clip:PATH". Raises ConfigError for another name or lacking weights."""
+    """Load the extractor `name`: "inception" or "clip:PATH".
+
+    Args:
+        inception_weights: torch-fidelity's weights file. "inception" requires it.
+
+    Raises:
+        ConfigError: another name, or "inception" without weights.
+    """
     if name == "inception":
         if inception_weights is None:
-            raise ConfigError("extractor inception needs --inception-weights: the path of torch-fidelity's weights file")
+            raise ConfigError("extractor inception needs --inception-weights, the path of torch-fidelity's weights file")
         network = Inception(inception_weights, device)
         return Extractor(name, network.fingerprint, network.features)
     kind, _, path = name.partition(":")
@@ -81,25 +92,28 @@ def evaluate_images(
     seed: int = 0,
     export: str | None = None,
 ) -> dict[str, Any]:
-    """Score a set of images; writes image_metrics.json and a chart over blur radii to `out`, returns the former's content.
+    """Score a set of images. Writes image_metrics.json and a chart over blur radii to `out`. Returns the content of the JSON.
 
     Args:
-        images: as `image_sets.open_images`; `reference` likewise, or .npz files of statistics, one for each radius.
-        extractor: gives FID where there is a reference, and Inception Score where it has classes.
-        clip: gives the CLIP score of images whose captions are known.
-        radii: of the blur on both sides; the first scores alone are printed.
-        size: pixels a side that both sides are cut to; None: the short side of the first image.
-        limit: images of each side at most. validation_fraction: of a reference of raw shards.
-        cache: folder that keeps the reference's statistics.
-        export: where the images come from: its MLflow run gets scores and chart.
+        images: samples to score, a source as in `image_sets.open_images`.
+        reference: real images, a source as in `image_sets.open_images`; or .npz files of statistics, one for each radius.
+        extractor: with a reference, measures FID; if the extractor has classes, also measures the Inception Score.
+        clip: measures the CLIP score. Every sample needs a caption.
+        radii: radii of the blur, applied to samples and reference. The scores at the first radius are the headline scores.
+        size: side in pixels that samples and reference are cropped to. If None: the short side of the first sample.
+        limit: largest number of samples, and largest number of reference images.
+        validation_fraction: if the reference is raw shards, use only their validation split at this fraction.
+        cache: folder where the reference's statistics are kept.
+        export: export that the samples come from. Its MLflow run gets the scores and the chart.
 
     Raises:
-        ConfigError: nothing to measure with. DataError: images that can't be used, or statistics by another measure.
+        ConfigError: neither `extractor` nor `clip`, or a reference without an extractor.
+        DataError: unusable images, or statistics made with another extractor, size or blur.
     """
     if extractor is None and clip is None:
-        raise ConfigError("nothing to measure with: give --extractor, --clip or both")
+        raise ConfigError("no score to compute: expected --extractor, --clip or both")
     if reference and extractor is None:
-        raise ConfigError("a reference without an extractor tells nothing: give --extractor")
+        raise ConfigError("--reference needs --extractor: FID compares features of an extractor")
     record = None if export is None else read_export_record(export)
     samples = open_images(images, limit=limit)
     result: dict[str, Any] = {"images": images, "images_fingerprint": samples.fingerprint, "seed": seed}
@@ -169,7 +183,13 @@ def _track(export: str, record: ExportRecord, out: Path, result: dict[str, Any])
 def extract(
     extractor: Extractor, images: ImageSet, size: int, blur: float, *, batch: int = 32
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Features (N, D) and logits (N, K) or None, fp32, of all images; at most two batches of pixels are in memory."""
+    """Extract features (N, D) and logits (N, K) of all images, both fp32. The logits of an extractor without classes are None.
+
+    At most two batches of pixels are in memory.
+
+    Raises:
+        DataError: fewer than two images, or features that are not finite.
+    """
     features, logits = [], []
     with ThreadPoolExecutor(WORKERS) as pool, progress(what=f"features, blur {blur:g}", unit="image") as bar:
         for entries in _batches(images, batch):
@@ -186,17 +206,19 @@ def extract(
 
 
 def clip_score(clip: Clip, images: ImageSet, *, batch: int = 32, seed: int = 0) -> dict[str, Any]:
-    """100 x cosine between image and caption, mean and 95 % interval; images of one caption count as one witness.
+    """CLIP score: mean of 100 x cosine similarity between image and caption, with a 95 % interval.
+
+    The interval resamples captions: images of one caption are not independent.
 
     Raises:
-        DataError: an image's caption is not known.
+        DataError: an image without a caption.
     """
     scores, captions = [], []
     with progress(what="CLIP score", unit="image") as bar:
         for entries in _batches(images, batch):
             for entry in entries:
                 if entry.caption is None:
-                    raise DataError(f"{images.source}: image {entry.key} has no caption; a CLIP score needs one for each")
+                    raise DataError(f"{images.source}: image {entry.key} has no caption; the CLIP score needs one per image")
                 captions.append(entry.caption)
             images_BD = clip.image_features([decode(entry) for entry in entries])
             texts_BD = clip.text_features([str(entry.caption) for entry in entries])
@@ -209,7 +231,7 @@ def clip_score(clip: Clip, images: ImageSet, *, batch: int = 32, seed: int = 0) 
 
 
 class _Reference:
-    """Statistics of the real images at each radius: from .npz files, from the cache, or extracted."""
+    """Statistics of the real images at each blur radius: read from .npz files or from the cache, or extracted."""
 
     def __init__(
         self,
@@ -229,7 +251,7 @@ class _Reference:
         self.images = (
             None if self.files or not sources else open_images(sources[0], limit=limit, validation_fraction=validation_fraction)
         )
-        for blur in radii if self.files else ():  # before hours of extraction
+        for blur in radii if self.files else ():  # fail before hours of extraction
             self._of_files(self.measure(blur))
 
     def measure(self, blur: float) -> Measure:
@@ -245,7 +267,7 @@ class _Reference:
         if kept is not None and kept.exists():
             found = Statistics.load(kept)
             require_comparable(measure, found.measure, kept)
-            log.info("statistics of %s from %s", self.images.source, kept)
+            log.info("statistics of %s read from %s", self.images.source, kept)
             return found
         features_ND, _ = extract(self.extractor, self.images, self.size, blur, batch=self.batch)
         made = Statistics(measure, self.images.source, self.images.fingerprint, moments(features_ND))
@@ -277,7 +299,11 @@ def _scores(
     if reference is not None:
         fewest = min(n, reference.moments.n)
         if fewest < n_features:
-            log.warning("%d images for %d features: FID is far too high, compare at equal numbers only", fewest, n_features)
+            log.warning(
+                "%d images for %d features: the FID is biased far upwards, compare it only at equal numbers of images",
+                fewest,
+                n_features,
+            )
         fid = frechet_distance(moments(features_ND), reference.moments)
         low, high = fid_interval(features_ND, reference.moments, fid, n_resamples=n_resamples, seed=seed)
         row |= {"n_reference": reference.moments.n, "reference_fingerprint": reference.images}
@@ -309,6 +335,6 @@ def _draw_chart(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         values, low, high = (np.array([row[name] for row in rows]) for name in (key, f"{key}_low", f"{key}_high"))
         axes.errorbar([row["blur"] for row in rows], values, np.abs([values - low, high - values]), marker=".", capsize=3)
-        axes.set(xlabel="blur radius on both sides, pixels", ylabel=names[key])
+        axes.set(xlabel="blur radius, pixels", ylabel=names[key])
         axes.grid(alpha=0.25)
     figure.savefig(path)

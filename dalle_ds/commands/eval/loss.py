@@ -1,4 +1,4 @@
-"""`dalle-ds eval loss`: the validation loss of an export with the right captions and with shuffled ones."""
+"""`dalle-ds eval loss`: validation loss of an export with the right captions and with shuffled captions."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,17 @@ def evaluate_export(
     batch: int = 16,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Validation image loss with the right captions and with shuffled ones; writes losses, evaluate.json, charts to `out`."""
+    """Measure the validation image loss with the right captions and with shuffled captions.
+
+    Writes the losses, evaluate.json and charts to `out`. Returns the summary.
+
+    Args:
+        url: export folder, a path or s3:// url.
+        data_url: root of a token data set. If None: the data sets that the export names.
+        limit: largest number of validation samples. If None: all.
+        seed: seed of the shuffled captions and of the confidence interval.
+        batch: samples per forward pass.
+    """
     export = load_export(url, str(resolve_device(device)))
     validation = read_validation(export, data_url, limit)
     order = derangement(caption_classes(validation.captions, validation.groups), seed)
@@ -56,7 +66,7 @@ def evaluate_export(
     objects.write_bytes(out / EVALUATION, json.dumps(result, indent=1).encode())
     charts = {
         "loss/by_position": position_heatmap(loss_map),
-        "caption_gap/by_position": position_heatmap(gap_map, "What captions tell, by position", diverging=True),
+        "caption_gap/by_position": position_heatmap(gap_map, "Caption gap by position", diverging=True),
     }
     for name, chart in charts.items():
         chart.save(out / f"{name.replace('/', '_')}.png")

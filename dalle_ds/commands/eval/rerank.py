@@ -1,4 +1,4 @@
-"""`dalle-ds eval rerank`: does one scorer's choice raise the scores of another one?"""
+"""`dalle-ds eval rerank`: does reranking by one scorer raise the score of an independent scorer?"""
 
 from typing import Any
 

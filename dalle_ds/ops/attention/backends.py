@@ -1,4 +1,4 @@
-"""Which attention backend runs: asked for by name, or the fastest that the device has.
+"""Choose the attention backend: by name, or the fastest one on the device.
 
 L slots, H heads, D head width.
 """
@@ -21,16 +21,16 @@ BackendName = Literal["flex", "structured", "dense"]
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 SMALL_GRID = 16
-"""Below this, a window's share of the sequence is too large for structured attention to pay on CPUs: 0.7 times the speed of
-dense attention at grid 8, 1.6 to 2 times at grid 16."""
+"""On grids smaller than this, the windows of structured attention cover too much of the sequence to be faster on CPUs: it has
+0.7 times the speed of dense attention at grid 8, and 1.6 to 2 times at grid 16."""
 
 
 @cache
 def attention_backend(name: str, mask: SparseMask, device: torch.device) -> Attention:
-    """The backend `name`, one of BACKENDS, for layers with this mask; made once for all of them.
+    """Return the backend `name`, one of BACKENDS, for layers with this mask. All these layers share one cached instance.
 
     Raises:
-        ConfigError: no such backend, or it can't run on `device`.
+        ConfigError: the backend does not exist or can't run on `device`.
     """
     problem = backend_problem(name, device)
     if problem:
@@ -45,9 +45,9 @@ def attention_backend(name: str, mask: SparseMask, device: torch.device) -> Atte
 
 
 def backend_problem(name: str, device: torch.device) -> str | None:
-    """Why backend `name` can't run on `device`, or None."""
+    """Return why backend `name` can't run on `device`. If it can, return None."""
     if name not in BACKENDS:
-        return f"there is none of this name; expected one of {', '.join(BACKENDS)}"
+        return f"no backend has this name; expected one of {', '.join(BACKENDS)}"
     if name == "structured":
         return structured_problem(device)
     if name == "flex":
@@ -58,26 +58,31 @@ def backend_problem(name: str, device: torch.device) -> str | None:
 
 
 def choose_backend(device: torch.device, grid: int) -> str:
-    """The fastest backend: flex on CUDA, structured elsewhere, dense on small grids; says in the log where it can't have it."""
+    """Choose the fastest backend: flex on CUDA, structured on CPUs, dense for small grids on CPUs.
+
+    If that backend can't run, logs a warning and returns "dense".
+    """
     if device.type != "cuda" and grid < SMALL_GRID:
         return "dense"
     first = "flex" if device.type == "cuda" else "structured"
     problem = backend_problem(first, device)
     if problem is None:
         return first
-    log.warning("attention: dense instead of %s, which is faster, since %s", first, problem)
+    log.warning("attention uses dense instead of %s, which is faster: %s", first, problem)
     return "dense"
 
 
 def errors_against_dense(
     attend: Attention, mask: SparseMask, n_heads: int, d_head: int, dtype: torch.dtype, device: torch.device, batch: int = 1
 ) -> dict[str, tuple[float, float]]:
-    """How exact a backend is: {"out" | "grad": (relative error of `attend`, of dense attention)}, both in `dtype`, against
-    dense attention in fp64, on seeded inputs laid out as the model's fused projection leaves them.
+    """Measure the relative errors of a backend and of dense attention, both in `dtype`, against dense attention in fp64.
 
-    `attend` runs once, with `batch` samples of `n_heads`: for its compiler, with those of training, that is the shape it has
-    there. All samples are the same two heads over and over, so that dense attention need compute no more than these; the error
-    is that of the worst sample.
+    Inputs are seeded random numbers with the strides of the model's fused projection. `attend` runs once, with `batch` samples
+    of `n_heads` heads, so with the values of training it compiles for the shapes of training. The samples repeat the same two
+    heads, so that dense attention only needs to compute these.
+
+    Returns:
+        {"out": (error of `attend`, error of dense attention), "grad": (...)}, each of the worst sample.
     """
     generator, n_different = torch.Generator().manual_seed(0), min(2, n_heads)
     qkv_1L3HD = torch.randn(1, mask.n_slots, 3, n_different, d_head, generator=generator).to(device, dtype)
@@ -93,8 +98,8 @@ def errors_against_dense(
         return {"out": out.detach(), "grad": qkv.grad}
 
     def worst(found: Tensor, true_1: Tensor) -> float:
-        # sample by sample: in fp64 all of them would take four times their memory; max() of torch keeps a NaN, which no limit
-        # admits
+        # One sample at a time, since all samples in fp64 would take four times their memory. torch's max() keeps NaN, which no
+        # limit accepts.
         return float(torch.stack([(one.double() - true_1[0]).norm() / true_1.norm() for one in found]).max())
 
     over_and_over = torch.arange(n_heads, device=device) % n_different

@@ -1,7 +1,7 @@
-"""Attention of one new image token to what was read before it: only keys within reach are kept, and only they are read.
+"""Attention of one new image token to the cached keys. Only image keys that later queries may see are cached.
 
-C captions, B = C * K candidates (K of each caption in a row), H heads, T text slots, D head width; N image slots,
-S slots of the ring, W keys within reach of a query.
+C captions, B = C * K candidates (the K candidates of a caption are consecutive), H heads, T text slots, D head width, N image
+slots, S slots of the ring buffer, W image keys within reach of a query.
 """
 
 from dataclasses import dataclass
@@ -16,30 +16,32 @@ from dalle_ds.ops.fp16 import batched_matmul_to_fp32
 
 @dataclass(frozen=True)
 class Reach:
-    """Where a layer keeps the image keys that a later query may still see. All shapes are the same at every step, and the step
-    is a tensor, so that a CUDA graph of one step serves all.
+    """Layout of a layer's ring buffer of image keys, and which of its slots each query reads.
 
-    At the paper's size: row S = W = 33; column S = 993, W = 32; conv S = 166, W = 61.
+    Shapes are the same at every step, and the step is a tensor, so one CUDA graph can replay every step. At the paper's size,
+    row layers have S = W = 33, column layers S = 993 and W = 32, the conv layer S = 166 and W = 61.
     """
 
     ring: int
-    """S: the furthest look back, and the query's own slot. Image slot j lives at j % S until slot j + S takes its place."""
+    """S: the distance to the furthest visible key, plus 1 for the query's own slot.
+    Image slot j is stored at j % S until slot j + S replaces it."""
     read_NW: Tensor | None
-    """Ring slots that query j reads, int64; None: the whole ring, W = S."""
+    """Ring slots that query j reads, int64. None means the whole ring, W = S."""
     hidden_NW: Tensor
-    """0 for a key that query j sees, -inf for one it does not (the first queries see fewer than W), fp32."""
+    """Mask added to the scores of query j, fp32: 0 for visible keys, -inf for others.
+    The first queries see fewer than W keys."""
 
 
 @cache
 def reach_of(mask: SparseMask, device: torch.device) -> Reach:
-    """The `Reach` of layers with this mask."""
+    """Compute the `Reach` of layers with this mask."""
     n = mask.grid * mask.grid
     slots = torch.arange(n, device="cpu")
     with torch.inference_mode(False):
         seen_NN = mask.image_may_attend(slots[:, None], slots[None, :])
         ring = int(((slots[:, None] - slots[None, :]) * seen_NN).max()) + 1
         width = int(seen_NN.sum(1).max())
-        # the keys of each query first, in order; where there are fewer than W, unseen ones fill up
+        # sort each query's visible keys first, in order; queries with fewer than W visible keys are filled up with hidden ones
         keys_NW = seen_NN.int().sort(dim=1, descending=True, stable=True).indices[:, :width]
         hidden_NW = torch.zeros(n, width).masked_fill_(~seen_NN.gather(1, keys_NW), float("-inf"))
         read_NW = keys_NW % ring
@@ -52,10 +54,10 @@ def reach_of(mask: SparseMask, device: torch.device) -> Reach:
 def attend_to_reach(
     q_BH1D: Tensor, text_k_CHTD: Tensor, text_v_CHTD: Tensor, k_BHWD: Tensor, v_BHWD: Tensor, hidden_W: Tensor
 ) -> Tensor:
-    """One softmax over all text keys, shared by the candidates of a caption, and each candidate's own W image keys
-    -> (B, H, 1, D) in q's dtype. Scores, softmax and sums are fp32.
+    """Attend to all text keys, which the candidates of a caption share, and to each candidate's own W image keys.
 
-    The queries of a caption's candidates are one matrix: its text keys are read once for all of them.
+    One softmax covers both. Scores, softmax and sums are fp32. Returns (B, H, 1, D) in q's dtype. The queries of a caption's
+    candidates form one matrix, so the caption's text keys are read once for all of them.
     """
     n_captions, n_heads, n_text, d_head = text_k_CHTD.shape
     q_CHKD = (q_BH1D * d_head**-0.5).view(n_captions, -1, n_heads, d_head).transpose(1, 2)

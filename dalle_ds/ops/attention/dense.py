@@ -1,4 +1,4 @@
-"""Masked self-attention: what every backend is, and the dense reference.
+"""Masked self-attention: the interface of all backends, and the dense reference.
 
 B batch, H heads, L slots, D head width.
 """
@@ -18,30 +18,30 @@ KERNELS_ON_CUDA = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attention(Protocol):
-    """Attention under one pattern: q, k, v (B, H, L, D) -> (B, H, L, D), in q's dtype."""
+    """Attention under one mask: q, k, v (B, H, L, D) -> (B, H, L, D), in q's dtype."""
 
     columns_first: bool
-    """The image part of q, k, v and the result comes column by column instead of row by row."""
+    """Whether the image parts of q, k, v and the result are in column-major order instead of raster order."""
 
     def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor: ...
 
 
 class DenseAttention:
-    """Scaled dot-product attention under a boolean mask: the reference that every other backend must equal.
+    """Scaled dot-product attention with a boolean mask: the reference that every other backend must equal.
 
-    Softmax and sums are fp32 inside the fused kernels. On CUDA without cuDNN's kernel, which gives NaN gradients for some
-    masked shapes (pytorch issue 196678); where no fused kernel runs, torch takes its plain operators.
+    Softmax and sums are fp32 inside the fused kernels. On CUDA, cuDNN's kernel is excluded, since it gives NaN gradients for
+    some masked shapes (pytorch issue 196678). If no fused kernel can run, torch uses its plain operators.
     """
 
     columns_first = False
 
     def __init__(self, mask: SparseMask, device: torch.device) -> None:
-        with torch.inference_mode(False):  # a mask first met while sampling must serve training too
+        with torch.inference_mode(False):  # a mask created while sampling may be used in training too
             self.mask_LL = mask.dense().to(device)
         self._choose_kernel = device.type == "cuda"
 
     def __call__(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor) -> Tensor:
-        """The whole sequence, or its first slots only."""
+        """Attend over the whole sequence, or over its first slots only."""
         q, k, v = through_fp32(q_BHLD, k_BHLD, v_BHLD)
         n = q.shape[2]
         with sdpa_kernel(KERNELS_ON_CUDA, set_priority=True) if self._choose_kernel else nullcontext():

@@ -1,7 +1,9 @@
-"""Which keys a query may see: the paper's sparse attention masks, one definition each (PAPER section 2.2, appendix B.1).
+"""The paper's sparse attention masks, with a single definition for all backends (PAPER section 2.2, appendix B.1).
 
-Sequence: `n_text` text slots, then grid * grid image slots in raster order. Text sees earlier text; every image slot sees
-all text and, of the image, what its layer's pattern allows; self is always included.
+A sequence has `n_text` text slots, then grid * grid image slots in raster order. A text slot sees earlier text slots. An image
+slot sees all text slots, and the image slots that its layer's pattern allows. Every slot sees itself.
+
+B batch, L slots.
 """
 
 from enum import StrEnum
@@ -13,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Pattern(StrEnum):
-    """Image-to-image pattern of one layer."""
+    """Pattern of one layer: which image slots an image slot sees."""
 
     ROW = "row"
     COLUMN = "column"
@@ -21,9 +23,10 @@ class Pattern(StrEnum):
 
 
 def layer_patterns(n_layers: int) -> list[Pattern]:
-    """The pattern of each layer: the last is convolutional; of the others layer i (1-based) is column if (i - 2) % 4 == 0.
+    """The pattern of each layer. The last layer is convolutional. Of the others, layer i (1-based) is column if (i - 2) % 4 ==
+    0, else row.
 
-    The last-layer rule goes first: at depths such as 6 or 18 the column rule would claim the last layer.
+    The rule for the last layer takes precedence: at depths such as 6 or 18, the last layer would otherwise be column.
     """
     if n_layers < 1:
         raise ValueError(f"n_layers is {n_layers}, expected at least 1")
@@ -31,26 +34,26 @@ def layer_patterns(n_layers: int) -> list[Pattern]:
 
 
 class SparseMask(NamedTuple):
-    """Which keys the queries of one layer may see: the one definition that every backend and cache is built from."""
+    """Which keys the queries of one layer may see. Every backend and cache is built from this definition."""
 
     pattern: Pattern
     n_text: int
     grid: int
-    """Image slots a side."""
+    """Image slots along one side."""
     conv_kernel: int
-    """Side of the window of convolutional layers, odd."""
+    """Side of the attention window in convolutional layers; odd."""
 
     @property
     def n_slots(self) -> int:
         return self.n_text + self.grid * self.grid
 
     def image_may_attend(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether image slot `query` sees image slot `key` (raster indices, broadcast against each other) -> bool tensor.
+        """Whether image slot `query` sees image slot `key`, as a bool tensor. Both are raster indices and are broadcast.
 
-        row: the previous `grid` slots and itself, running over row borders, so that the last one seen lies right above.
-        column: the same column in this and earlier rows.
-        conv: a centred causal window of conv_kernel x conv_kernel offsets dr * grid + dc, |dr|, |dc| <= conv_kernel // 2,
-        taken in raster order without regard to row borders (the Toeplitz reading of the paper's "wraparound").
+        - row: the slot itself and the previous `grid` slots, across row borders. The furthest one is directly above the slot.
+        - column: the same column in this and earlier rows.
+        - conv: a centred causal window of conv_kernel x conv_kernel offsets dr * grid + dc, |dr|, |dc| <= conv_kernel // 2, in
+          raster order and across row borders (the Toeplitz reading of the paper's "wraparound").
         """
         back = query - key
         if self.pattern is Pattern.ROW:
@@ -58,12 +61,12 @@ class SparseMask(NamedTuple):
         if self.pattern is Pattern.COLUMN:
             return (back >= 0) & (back % self.grid == 0)
         reach = self.conv_kernel // 2
-        # back = dr * grid + dc with 0 <= dr <= reach and |dc| <= reach, in closed form; right for windows wider than a row too
+        # closed form of back = dr * grid + dc, 0 <= dr <= reach, |dc| <= reach; also correct for windows wider than a row
         return (back >= 0) & (back <= reach * self.grid + reach) & ((back + reach) % self.grid <= 2 * reach)
 
     def dense(self) -> Tensor:
-        """All pairs, True = may attend, (L, L), query by key."""
-        # device named: masks are values, also while a model is built on the meta device
+        """The whole mask (L, L) as bool, query by key. True means that the query may attend to the key."""
+        # explicit device: the mask must have values even if a model is built on the meta device
         mask = torch.ones(self.n_slots, self.n_slots, dtype=torch.bool, device="cpu").tril_()
         image = torch.arange(self.grid * self.grid, device="cpu")
         mask[self.n_text :, self.n_text :] = self.image_may_attend(image[:, None], image[None, :])
@@ -71,7 +74,8 @@ class SparseMask(NamedTuple):
 
 
 class _TransposeGrid(torch.autograd.Function):
-    """Its own inverse, so its own backward pass: autograd would go back through slice, view and join one after another."""
+    """Transposes the image part. It is its own inverse, so it is also its own backward pass, in one step. autograd would go
+    back through slice, view and concatenation one by one."""
 
     @staticmethod
     def forward(ctx: Any, x_BL: Tensor, n_text: int, grid: int) -> Tensor:
@@ -89,5 +93,5 @@ class _TransposeGrid(torch.autograd.Function):
 
 
 def transpose_grid(x_BL: Tensor, n_text: int, grid: int) -> Tensor:
-    """(B, L, ...) with the image part column by column if it was row by row, and the other way round."""
+    """Transpose the image part of (B, L, ...): from raster order to column-major order, or back."""
     return _TransposeGrid.apply(x_BL, n_text, grid)

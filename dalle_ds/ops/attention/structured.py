@@ -1,9 +1,10 @@
-"""Sparse attention on CPUs without the pairs that no query may see: two flash calls merged by their log-sum-exps.
+"""Sparse attention on CPUs that skips most masked pairs: two flash attention calls, merged by their log-sum-exps.
 
-Text keys are one dense part, seen by every query. Image keys are a local part: blocks of queries, each with the window of
-keys that its pattern can reach. Both parts are strided views of q, k, v; nothing is copied or permuted, column layers included.
+The first call attends to the text keys, which every query sees. The second attends to image keys: queries are split into
+blocks, and each block has a window of the keys that its pattern can reach. Both calls use strided views of q, k and v. Nothing
+is copied or permuted, not even in column layers.
 
-B batch, H heads, L slots, T of them text, D head width, G grid side; n blocks of Q queries, W keys in a block's window.
+B batch, H heads, L slots, D head width, n blocks of Q queries, W keys in a block's window.
 """
 
 from typing import Any
@@ -15,23 +16,23 @@ from torch import Tensor
 from dalle_ds.ops.attention.masks import Pattern, SparseMask
 from dalle_ds.ops.fp16 import through_fp32
 
-# Private operators of torch: the public function returns no log-sum-exp. `structured_problem` says where they are missing.
+# Private operators of torch, since the public function returns no log-sum-exp. `structured_problem` checks that they exist.
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
 def structured_problem(device: torch.device) -> str | None:
-    """Why structured attention can't run on `device`, or None."""
+    """Return why structured attention can't run on `device`. If it can, return None."""
     if device.type != "cpu":
-        return f"it is made of CPU operators, the device is {device}"
+        return f"it uses CPU operators, but the device is {device}"
     missing = [name for name in (_FORWARD, _BACKWARD) if not hasattr(torch.ops.aten, name)]
     return f"torch {torch.__version__} lacks {', '.join(missing)}" if missing else None
 
 
 class StructuredAttention:
-    """Attention under one pattern: (q, k, v) (B, H, L, D) -> (B, H, L, D), equal to the dense form.
+    """Attention under one mask: q, k, v (B, H, L, D) -> (B, H, L, D), equal to `DenseAttention`.
 
-    fp16 goes through fp32 where the CPU has no fp16 units.
+    If the CPU has no fp16 units, fp16 inputs are computed in fp32.
     """
 
     columns_first = False
@@ -45,19 +46,20 @@ class StructuredAttention:
 
 
 class _Windows:
-    """The local part: which image keys the blocks of queries may reach, as views.
+    """Blocks of image queries, and for each block the window of image keys that it may reach, as views.
 
-    A block is one row of the grid, and its window the whole rows back to the furthest key; in column layers it is one column,
-    window and block alike, under a causal mask.
+    A block is one row of the grid. Its window is this row and the earlier rows back to the furthest reachable key. In column
+    layers, block and window are the same column, under a causal mask.
     """
 
     def __init__(self, mask: SparseMask) -> None:
         self.n_text, self.grid, self.by_column = mask.n_text, mask.grid, mask.pattern is Pattern.COLUMN
         reach = {Pattern.ROW: mask.grid, Pattern.COLUMN: 0, Pattern.CONV: mask.conv_kernel // 2 * (mask.grid + 1)}[mask.pattern]
         self.rows_back = min(-(-reach // mask.grid), mask.grid - 1)
-        # the first windows begin in the text, masked; where the text is too short for that, zeros come in front of it
+        # The first windows begin in the text part, where they are masked. If the text is too short, zeros are put in front of
+        # it.
         self.n_lead = max(0, self.rows_back * mask.grid - mask.n_text)
-        with torch.inference_mode(False):  # a mask first met while sampling must serve training too
+        with torch.inference_mode(False):  # a mask created while sampling may be used in training too
             n, width = mask.grid, (self.rows_back + 1) * mask.grid
             query_nQ1 = torch.arange(n * n, device="cpu").view(n, n, 1)
             key_n1W = (torch.arange(1, n + 1, device="cpu")[:, None] * n + torch.arange(-width, 0, device="cpu"))[:, None]
@@ -65,19 +67,20 @@ class _Windows:
             self._mask_1nQW = torch.zeros(seen_nQW.shape, device="cpu").masked_fill_(~seen_nQW, float("-inf"))[None]
 
     def blocks(self, x_HLD: Tensor) -> Tensor:
-        """The image part (H, L, D) as blocks (H, n, Q, D)."""
+        """View the image part of (H, L, D) as blocks (H, n, Q, D)."""
         x_HnQD = x_HLD[:, self.n_text :].unflatten(1, (self.grid, self.grid))
         return x_HnQD.transpose(1, 2) if self.by_column else x_HnQD
 
     def reach(self, x_HLD: Tensor) -> Tensor:
-        """Keys or values (H, lead + L, D) as overlapping windows (H, n, W, D)."""
+        """View keys or values (H, lead + L, D) as overlapping windows (H, n, W, D)."""
         if self.by_column:
             return self.blocks(x_HLD)
         first = self.n_lead + self.n_text - self.rows_back * self.grid
         return x_HLD[:, first:].unfold(1, (self.rows_back + 1) * self.grid, self.grid).transpose(2, 3)
 
     def collect(self, grad_HnWD: Tensor) -> Tensor:
-        """Gradients of windows -> of blocks (H, n, Q, D): for each key the sum over all windows that hold it, in place."""
+        """Gradients of windows (H, n, W, D) -> gradients of blocks (H, n, Q, D).
+        For each key, sum over all windows that hold it, in place."""
         own_HnQD = grad_HnWD[:, :, self.rows_back * self.grid :]
         for back in range(1, self.rows_back + 1):
             start = (self.rows_back - back) * self.grid
@@ -88,25 +91,26 @@ class _Windows:
         return F.pad(x_BHLD, (0, 0, self.n_lead, 0)) if self.n_lead else x_BHLD
 
     def options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The mask of the windows, as the flash operators take it."""
+        """Keyword arguments of the flash operators for the windows' mask."""
         return {"is_causal": True} if self.by_column else {"is_causal": False, "attn_mask": self._mask_1nQW.to(dtype)}
 
 
 class _TwoParts(torch.autograd.Function):
     """One softmax over text and window, from one flash call for each.
 
-    The backward pass runs each part's flash backward with the output and log-sum-exp of the whole: then its probabilities
-    exp(score - lse) and its row sums of grad * out are those of the joint softmax, and no gradient through lse is needed.
+    The backward pass calls flash backward for each part, with the output and log-sum-exp of the joint softmax. Then the
+    probabilities exp(score - lse) and the row sums of grad * out are those of the joint softmax, and no gradient through lse is
+    needed.
     """
 
     @staticmethod
     def forward(ctx: Any, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, windows: _Windows) -> Tensor:
         attend = getattr(torch.ops.aten, _FORWARD)
         q, k, v, n_text = q_BHLD, k_BHLD, v_BHLD, windows.n_text
-        # torch's causal mask starts at the top left: text sees earlier text, every image slot all text
+        # torch's causal mask is aligned at the top left: text slots see earlier text, and image slots see all text
         out, lse_BHL = attend(q, k[:, :, :n_text], v[:, :, :n_text], 0.0, True)
         led_k, led_v = windows.lead(k), windows.lead(v)
-        for b in range(len(q)):  # sample by sample, since heads and blocks of a fused projection have no common stride with B
+        for b in range(len(q)):  # per sample, since B can't be merged with heads and blocks into one stride
             local, local_lse = attend(
                 windows.blocks(q[b]), windows.reach(led_k[b]), windows.reach(led_v[b]), 0.0, **windows.options(q.dtype)
             )

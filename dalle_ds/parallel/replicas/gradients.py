@@ -1,4 +1,4 @@
-"""Between replicas: the gradients that ZeRO-3 reduced inside this replica become the average over all of them."""
+"""Average gradients between replicas, after ZeRO-3 has reduced them inside each replica."""
 
 import torch
 from safetensors.torch import load_file
@@ -18,9 +18,9 @@ ERROR = "error"
 
 
 class ReplicaGradients:
-    """The gradient shards of one rank: matrices of residual branches through PowerSGD where it is on, all else as they are.
+    """Averages one rank's gradient shards with its peers. If PowerSGD is on, it compresses the matrices of residual branches.
 
-    The paper compresses just these matrices; gains, biases, embeddings and unembeddings it sends whole, in fp32 (appendix D).
+    The paper compresses only these matrices. It sends gains, biases, embeddings and unembeddings whole, in fp32 (appendix D).
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ReplicaGradients:
         device: torch.device,
         masterless: MasterlessMatrices | None = None,
     ) -> None:
-        """`masterless` has the gradients of parameters that DeepSpeed's optimizer does not own."""
+        """`masterless` holds the gradients of parameters that DeepSpeed's optimizer does not own."""
         self._masterless, self._gradients = masterless, gradients
         self._parameters, self._peers = dict(model.named_parameters()), replicas.peers
         self._config, self._replicas = config, replicas
@@ -52,32 +52,36 @@ class ReplicaGradients:
         self._compressed = in_buckets(matrices, self._size, BUCKET_VALUES)
         self._plain = in_buckets([name for name in self._parameters if name not in matrices], self._size, BUCKET_VALUES)
         self.matrix_bytes = sum(shard.numel for shard in matrices.values()) * 4
-        """What the compressed shards would take in fp32."""
+        """Bytes that the compressed shards would take in fp32."""
         self.plain_bytes = sum(self._size(name) for bucket in self._plain for name in bucket) * 4
-        """Sent by this rank in one update as it is."""
+        """Bytes that this rank sends uncompressed in one update."""
 
     @property
     def bytes_sent(self) -> int:
-        """By this rank in one update: payload of all messages, whatever the collectives make of them."""
+        """Payload bytes of this rank's messages in one update. How collectives split messages is not counted."""
         return self.plain_bytes + (self.power_sgd.bytes_sent if self.power_sgd else 0)
 
     def describe(self) -> str:
-        """One line for the log at start-up."""
-        sent = f"{self.bytes_sent / 2**20:.1f} MiB a rank and update"
+        """One-line description for the log at start-up."""
+        sent = f"{self.bytes_sent / 2**20:.1f} MiB per rank and update"
         if self.power_sgd is None:
             return f"plain average, {sent}"
         saved = 1 - self.power_sgd.bytes_sent / self.matrix_bytes
         n, rank = len(self.power_sgd.shards), self.power_sgd.rank
-        return f"PowerSGD of rank {rank} on {n} matrices ({saved:.1%} fewer bytes than in fp32), {sent} in all"
+        return f"PowerSGD of rank {rank} on {n} matrices ({saved:.1%} fewer bytes than in fp32), {sent} in total"
 
     def any_nonfinite(self) -> Tensor:
-        """0-d, 1 where a gradient of this rank is beyond fp32, or its square sum is: then DeepSpeed would skip the update,
-        after the errors have moved on. It must be known on all ranks before `average`."""
+        """0-d, 1 if a gradient of this rank, or the sum of its squares, is not finite in fp32.
+
+        DeepSpeed would then skip the update, but only after the errors have been updated. So all ranks must know this flag
+        before `average`.
+        """
         norms = torch.stack([torch.linalg.vector_norm(self._gradient(name)) for name in self._parameters])
         return (~torch.isfinite(torch.linalg.vector_norm(norms))).float()
 
     def average(self) -> None:
-        """All ranks of all replicas call it together, with finite gradients."""
+        """Replace all gradients by their averages over the replicas. With `masterless`, the matrices' averages become
+        `masterless.factors`. All ranks of all replicas must call it together, with finite gradients."""
         for bucket in self._plain:
             averages = mean_in_fp32([self._gradient(name) for name in bucket], self._peers)
             for name, average in zip(bucket, averages, strict=True):
@@ -93,7 +97,7 @@ class ReplicaGradients:
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def collect(self, parts: StateParts) -> dict[str, dict[str, Tensor]]:
-        """Add the carried errors to `parts` -> by file name, the factors that a warm start goes on from. All ranks call it."""
+        """Add the carried errors to `parts`. Returns a warm start's factors, by file name. All ranks must call it together."""
         if self.power_sgd is None:
             return {}
         is_first, kind = self._replicas.index == 0, f"{ERROR}.{self._replicas.index}"
@@ -108,8 +112,11 @@ class ReplicaGradients:
         return {self._factors: {name: start.to("cpu", copy=True).contiguous() for name, start in self.power_sgd.starts.items()}}
 
     def load(self, saved: SavedState) -> None:
-        """Errors of a checkpoint of any number of ranks. Of as many replicas each gets its own again; otherwise each gets the
-        mean of all, which is what they add up to. A checkpoint without compression has none: then they stay zero."""
+        """Load the errors of a checkpoint, written by any number of ranks.
+
+        If the number of replicas is the same, each replica gets its own errors. Otherwise each gets the mean of all errors,
+        which keeps their mean. If the checkpoint has no errors because it was trained without compression, they stay zero.
+        """
         if self.power_sgd is None:
             return
         for name, shard in self.power_sgd.shards.items():
@@ -129,7 +136,7 @@ class ReplicaGradients:
 
     @property
     def _factors(self) -> str:
-        # useless to shards that are cut otherwise: these begin with random factors again
+        # The file name fixes the sharding: with other shards, these factors are useless, and random ones are used again.
         rank, n = self._replicas.shard_rank, self._replicas.n_shards
         return f"factors-{rank:05d}-of-{n:05d}.safetensors"
 

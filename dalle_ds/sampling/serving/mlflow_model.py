@@ -1,4 +1,4 @@
-"""An export as an MLflow model: captions in, PNG files out. MLflow runs this file when it loads the model."""
+"""An export as an MLflow model that takes captions and returns PNG files. MLflow runs this file when it loads the model."""
 
 import io
 from threading import Lock
@@ -17,10 +17,10 @@ from dalle_ds.sampling.settings import SamplingConfig
 
 
 class CaptionsToImages(PythonModel):
-    """Draws what `dalle-ds sample` would for the same captions, settings and `batch`."""
+    """Samples the same images as `dalle-ds sample` with the same captions, settings and `batch`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open the export and, where one was registered with it, the CLIP that chooses."""
+        """Load the export and, if it was registered with a CLIP, the scorer."""
         device = default_device()
         clip = context.artifacts.get("clip")
         scorer = load_scorer(clip, device) if clip else None
@@ -29,11 +29,11 @@ class CaptionsToImages(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """A row for each image: caption, candidate, seed, score (without CLIP none) and png, a file's bytes.
+        """Sample images. Returns one row per image: caption, candidate, seed, score (None without a CLIP), png (file bytes).
 
         Args:
-            model_input: column "caption".
-            params: as in `SamplingConfig`; keep 0 keeps all candidates.
+            model_input: table with a column "caption".
+            params: fields of `SamplingConfig`. keep 0 keeps all candidates.
         """
         given = dict(params or {})
         settings = SamplingConfig(**{**given, "keep": given.get("keep") or None})

@@ -1,6 +1,6 @@
-"""A page that draws: captions in, the best images out, row by row while they are drawn.
+"""The web page of `dalle-ds serve`: it samples images for a caption and shows them row by row while they are sampled.
 
-One drawing at a time; who asks meanwhile waits in a queue, first come, first served.
+Requests run one at a time; the others wait in a first-in, first-out queue.
 """
 
 import logging
@@ -29,19 +29,20 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 Shown = list[tuple[Image.Image, str]]
-"""Images with what stands below them."""
+"""Images and the text below each."""
 
 SHORTEST_PAUSE_S, SHARE_FOR_SHOWING = 0.3, 0.2
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# one look everywhere: the fonts of the system, none from another server; small images with their own pixels
+# System fonts: the page must not load any from another server. Small images are enlarged without smoothing.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 STYLE = "#images img { image-rendering: pixelated; }"
 
 
 def draw_rows(sampler: Sampler, request: Request) -> Iterator[tuple[str, Shown]]:
-    """What there is to see of a drawing, again and again, and at last the kept images. Closing it ends the drawing.
+    """Yields (status, images) while a request is sampled, at last with the kept images. Closing the generator ends sampling.
 
-    Raises what the drawing raises.
+    Raises:
+        Exception: any exception of sampling.
     """
     drawing = _Drawing(sampler, request)
     drawing.start()
@@ -76,10 +77,10 @@ class _Drawing(threading.Thread):
         try:
             chosen = [candidate for row in self._sampler.draw(self._request, self._show) for candidate in row]
             self.shown = list(zip(self._sampler.images(chosen), map(_label, chosen), strict=True))
-            self.status = f"{self._request.settings.n} drawn in {time.monotonic() - began:.1f} s"
+            self.status = f"{self._request.settings.n} sampled in {time.monotonic() - began:.1f} s"
         except _Abandoned:
-            log.info("a drawing was given up by who asked for it")
-        except Exception as error:  # whatever it is, the page tells it
+            log.info("the client closed the page: sampling was cancelled")
+        except Exception as error:  # the page shows any error
             self.error = error
         self.ended.set()
 
@@ -95,7 +96,7 @@ class _Drawing(threading.Thread):
         self.shown = [(image, f"{k + 1}") for k, image in zip(rows.item.candidates, images, strict=True)]
         self.status = f"row {rows.n_rows} of {grid}{batch}"
         self.changed.set()
-        # decoding for the eye takes its time from drawing: a share of it at most
+        # previews take time from sampling: wait, so that they take at most SHARE_FOR_SHOWING of the time
         seconds = time.monotonic() - began
         self._next_at = time.monotonic() + max(SHORTEST_PAUSE_S, seconds * (1 / SHARE_FOR_SHOWING - 1))
 
@@ -106,10 +107,10 @@ def _label(candidate: Candidate) -> str:
 
 
 def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | None = None) -> gr.Blocks:
-    """The page for an export, with a tab for captions and one for images that are drawn on.
+    """Build the web page of an export, with one tab for captions and one for image prompts.
 
     Args:
-        mlflow_url: page of the training run, for the link at the top.
+        mlflow_url: url of the training run's page, linked at the top.
     """
     export, has_scorer = sampler.export, sampler.scorer is not None
     grid, size = export.dvae.config.grid, export.dvae.config.image_size
@@ -147,17 +148,17 @@ def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | Non
                             height=220,
                             elem_id="image",
                         )
-                        # the file as it came: gradio would open it, with a message of its own where it is no image
+                        # pass the uploaded file on unopened: gradio would open it, and show its own error if it is not an image
                         image.preprocess = lambda payload: payload and payload.path
-                        rows = gr.Slider(0, grid - 1, round(PAPER_SHARE * grid), step=1, label="Rows kept from its top")
+                        rows = gr.Slider(0, grid - 1, round(PAPER_SHARE * grid), step=1, label="Rows kept from the top")
                         second_caption = gr.Textbox(
-                            label="Caption (none: variations of the image)", max_length=limits.max_caption, elem_id="caption-2"
+                            label="Caption (empty: variations of the image)", max_length=limits.max_caption, elem_id="caption-2"
                         )
                         second_button = gr.Button("Draw", variant="primary", elem_id="draw-2")
                 defaults = SamplingConfig(n=min(16, limits.max_n), keep=min(4, limits.max_n) if has_scorer else None)
-                settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Images drawn", elem_id="n")}
+                settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Images to sample", elem_id="n")}
                 if has_scorer:
-                    settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best ones kept")
+                    settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best images to keep")
                 settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
                 settings["seed"] = gr.Number(defaults.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
                 with gr.Accordion("More", open=False):
@@ -171,10 +172,10 @@ def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | Non
                     label="Images", columns=4, format="png", object_fit="contain", elem_id="images", buttons=["download"]
                 )
                 command = gr.Textbox(
-                    label="The same by command", interactive=False, lines=2, buttons=["copy"], elem_id="command"
+                    label="Equivalent command", interactive=False, lines=2, buttons=["copy"], elem_id="command"
                 )
         names, controls, results = list(settings), list(settings.values()), [status, gallery, command]
-        # one id for all: they share the one place in which something is drawn
+        # one concurrency id for all events: together they run one request at a time
         options: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress": "minimal"}
         gr.on([button.click, caption.submit], draw_from_caption, [caption, *controls], results, api_name="draw", **options)
         inputs = [second_caption, image, rows, *controls]
@@ -184,13 +185,13 @@ def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | Non
 
 
 def launch_page(page: gr.Blocks, limits: PageLimitsConfig, host: str, port: int, *, block: bool = True) -> None:
-    """Serve it; with `block` until the process is asked to stop.
+    """Serve the page. With `block`, the function returns when the process is asked to stop.
 
     Raises:
-        ConfigError: the port is taken, or is none of this machine's to use.
+        ConfigError: the port is in use, or this machine cannot bind to `host` and `port`.
     """
     if host not in LOOPBACK:
-        log.warning("bound to %s: everybody who reaches this machine can draw; put a proxy with a login before it", host)
+        log.warning("listening on %s: anyone who can reach it can use the page; put a proxy with a login in front of it", host)
     try:
         page.launch(
             server_name=host,
@@ -206,7 +207,7 @@ def launch_page(page: gr.Blocks, limits: PageLimitsConfig, host: str, port: int,
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise ConfigError(f"port {port} of {host} cannot be used ({error}); --port takes another") from None
+        raise ConfigError(f"port {port} of {host} cannot be used ({error}); choose another with --port") from None
     print(f"serving on http://{host}:{port}", flush=True)
     if block:
         page.block_thread()
@@ -215,7 +216,7 @@ def launch_page(page: gr.Blocks, limits: PageLimitsConfig, host: str, port: int,
 def _request(
     sampler: Sampler, limits: PageLimitsConfig, caption: str, file: str | None, rows: int, values: dict[str, Any]
 ) -> Request:
-    """Checked here, whatever the browser allowed: a script may send anything."""
+    """Build and check the request. The browser's limits are not enough, because a script can send any values."""
     caption = (caption or "").strip()
     if len(caption) > limits.max_caption:
         raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.max_caption}")

@@ -1,4 +1,4 @@
-"""What a training run of a small CLIP is: the tree behind a recipe file."""
+"""Recipe schema of a training run of a small CLIP."""
 
 from typing import ClassVar, Literal
 
@@ -10,14 +10,19 @@ from dalle_ds.tracking.config import TrackingConfig
 
 
 class ClipDataConfig(Config):
-    """Raw shards, in memory as a whole."""
+    """Source of the images, which are all held in memory."""
 
     raw: str = Field(description="root of raw shards: a path or s3:// url")
     validation_fraction: float = Field(
-        VALIDATION_FRACTION, gt=0, lt=1, description="share of the groups that no stage trains on"
+        VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
     )
-    fold: int = Field(0, ge=0, description="of `folds` parts of the training images, by hash of the group, the one to learn")
-    folds: int = Field(1, ge=1, description="several models that have no image in common can judge each other's choices")
+    fold: int = Field(0, ge=0, description="index of the fold to train on; the hash of its group assigns an image to a fold")
+    folds: int = Field(
+        1,
+        ge=1,
+        description="number of disjoint folds of the training images; a model of one fold can evaluate the reranking by a "
+        "model of another, as they share no image",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ClipDataConfig":
@@ -27,16 +32,16 @@ class ClipDataConfig(Config):
 
 
 class ClipModelConfig(Config):
-    """Two small transformers of one width."""
+    """Two small transformers of the same width."""
 
-    image_size: int = Field(32, ge=8, description="pixels a side; other images are resized to it")
+    image_size: int = Field(32, ge=8, description="width and height in pixels, to which images are resized")
     patch_size: int = Field(8, ge=1)
     width: int = Field(128, ge=8)
     heads: int = Field(4, ge=1)
     image_layers: int = Field(4, ge=1)
     text_layers: int = Field(2, ge=1)
-    text_len: int = Field(32, ge=3, description="tokens of a caption at most, with its two marks")
-    vocab_size: int = Field(2048, ge=514, description="tokens at most: 512 of bytes, two marks, merges")
+    text_len: int = Field(32, ge=3, description="maximum tokens in a caption, start and end token included")
+    vocab_size: int = Field(2048, ge=514, description="maximum vocabulary: 512 byte tokens, start and end token, merges")
     n_features: int = Field(64, ge=1)
 
     @model_validator(mode="after")
@@ -50,51 +55,51 @@ class ClipModelConfig(Config):
 
 
 class ClipOptimizerConfig(Config):
-    weight_decay: float = Field(0.2, ge=0, description="of matrices, as CLIP")
+    weight_decay: float = Field(0.2, ge=0, description="applied to matrices only, as in CLIP")
     beta2: float = Field(0.98, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0, description="global gradient norm")
+    clip: float = Field(1.0, gt=0, description="gradient clipping: maximum global norm")
 
 
 class ClipLearningRateConfig(Config):
-    """A half cosine from `peak` to 0 over the run, times a linear warm-up."""
+    """A half cosine from `peak` to 0 over the run, multiplied by a linear warm-up."""
 
     peak: float = Field(1e-3, gt=0)
     warmup_updates: int = Field(50, ge=0, description="updates of the linear warm-up")
 
     def at(self, update: int, n_updates: int) -> float:
-        """Rate for the update of that number (from 0) in a run of `n_updates`."""
+        """Learning rate of update number `update`, counted from 0, in a run of `n_updates`."""
         return half_cosine(update, self.peak, 0.0, n_updates) * linear_warmup(update, self.warmup_updates)
 
 
 class ClipCheckpointConfig(Config):
     every: int = Field(200, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
 
 
 class ClipValidationConfig(Config):
     every: int = Field(200, ge=1, description="updates between validations")
-    samples: int = Field(512, ge=1, description="validation images at most")
+    samples: int = Field(512, ge=1, description="maximum number of validation images")
 
 
 class ClipTrackingConfig(TrackingConfig):
     run_name: str = "clip"
-    every: int = Field(20, ge=1, description="updates between metrics")
+    every: int = Field(20, ge=1, description="updates between logged metrics")
 
 
 class ClipRunConfig(Config):
-    """One training job of a CLIP over all its restarts."""
+    """One training run of a CLIP, with all its restarts."""
 
     section: ClassVar = "clip"
-    folder: str = Field(description="checkpoint, model, report and the merged recipe go here")
+    folder: str = Field(description="run folder: checkpoints, model, report and the merged recipe")
     data: ClipDataConfig
     model: ClipModelConfig = ClipModelConfig()
     optimizer: ClipOptimizerConfig = ClipOptimizerConfig()
     learning_rate: ClipLearningRateConfig = ClipLearningRateConfig()
     updates: int = Field(2000, ge=1)
-    global_batch: int = Field(128, ge=2, description="images, each the others' wrong answer")
+    global_batch: int = Field(128, ge=2, description="image-caption pairs; the other pairs of a batch are the negatives")
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: torch's choice")
+    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: PyTorch's default")
     seed: int = 0
     checkpoint: ClipCheckpointConfig = ClipCheckpointConfig()
     validation: ClipValidationConfig = ClipValidationConfig()

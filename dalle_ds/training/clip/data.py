@@ -1,4 +1,4 @@
-"""Batches of images with captions for CLIP: a function of seed and update, so that a resumed run needs no position."""
+"""Batches of images and captions for CLIP. A batch is a function of seed and update, so checkpoints store no data position."""
 
 # B batch, S samples, H and W pixels, C channels
 
@@ -17,11 +17,12 @@ from dalle_ds.storage.hashing import hash_to_integer
 from dalle_ds.training.clip.config import ClipDataConfig
 
 KEPT_SCALE = 2
-"""Images are held at this multiple of the model's size: what a crop takes of a larger one is not seen."""
+"""Images are kept in memory at this multiple of the model's image size: crops are resized to the model's image size, so the
+detail of larger images would be lost anyway."""
 
 
 class Captioned(NamedTuple):
-    """A decoded image, no larger than need be, and what is said of it."""
+    """A decoded image, shrunk to `KEPT_SCALE` times the model's image size, with its caption."""
 
     key: str
     group: str
@@ -35,15 +36,15 @@ class CaptionedBatch(NamedTuple):
 
 
 def read_split(data: ClipDataConfig, split: str, image_size: int) -> list[Captioned]:
-    """All usable images of a split, of the training split those of the fold; in memory.
+    """Load all usable images of a split into memory; from the training split, only those of the fold.
 
     Raises:
-        DataError: there is none, or more than fits in memory.
+        DataError: no image is usable, or the shards hold more than 8 GiB.
     """
     samples = load_images(data.raw, split, data.validation_fraction)
     if split == "train":
         samples = [sample for sample in samples if _fold_of(sample.group, data.folds) == data.fold]
-    with ThreadPoolExecutor(os.cpu_count(), "clip-decode") as pool:  # Pillow lets other threads run
+    with ThreadPoolExecutor(os.cpu_count(), "clip-decode") as pool:  # Pillow releases the GIL
         found = list(pool.map(lambda sample: _decoded(sample, image_size), samples))
     usable = [sample for sample in found if sample is not None]
     if not usable:
@@ -55,24 +56,25 @@ def read_split(data: ClipDataConfig, split: str, image_size: int) -> list[Captio
 
 
 def one_of_each_group(samples: Sequence[Captioned]) -> list[Captioned]:
-    """The first image of every group, and of every caption: those of which each has one right answer."""
+    """Keep the first image of every group and, among these, one for every caption. Each image then has exactly one match."""
     first = {sample.group: sample for sample in reversed(samples)}
     return list({sample.caption.lower(): sample for sample in first.values()}.values())
 
 
 def crops(samples: Sequence[Captioned], image_size: int) -> np.ndarray:
-    """Each image as it is encoded for the prior: uint8 (S, H, W, C)."""
+    """Crop each image as for the prior's data. Returns uint8 (S, H, W, C)."""
     return np.stack([prior_crop(sample.pixels_HWC, image_size, seed_of(sample.key)) for sample in samples])
 
 
 def batches(
     samples: Sequence[Captioned], global_batch: int, image_size: int, seed: int, start: int
 ) -> Iterator[CaptionedBatch]:
-    """Batches of the updates from `start` on. An epoch takes one image of every group, so that no batch holds two of one
-    thing; each in a crop of its own.
+    """Iterate over the batches of the updates from `start` on, without end.
+
+    An epoch takes one image of every group, so that no batch holds two images of a group. Each image has its own random crop.
 
     Raises:
-        DataError: fewer groups than a batch needs.
+        DataError: there are fewer groups than `global_batch`.
     """
     groups: dict[str, list[Captioned]] = {}
     for sample in samples:

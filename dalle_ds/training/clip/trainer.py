@@ -1,4 +1,4 @@
-"""Train a small CLIP on raw shards: what scores the candidates of a prior that was trained on the same images."""
+"""Train a small CLIP on raw shards, which reranks the samples of a prior trained on the same images."""
 
 import json
 import logging
@@ -26,17 +26,17 @@ from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 log = logging.getLogger(__name__)
 
 MODEL_FOLDER, REPORT_FILE, PROVENANCE_FILE = "model", "clip_report.json", "provenance.json"
-MAX_LOGIT_SCALE = math.log(100)  # as CLIP's
+MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
 
 
 def train_clip(recipe: ClipRunConfig) -> dict[str, Any]:
-    """Train, or go on with, the run in `recipe.folder`; a finished run is left alone. Returns the report.
+    """Train or resume the run in `recipe.folder`. A finished run is not changed. Returns the report.
 
-    `recipe.folder`/model is what `Clip.load` and `transformers` open.
+    The model goes to `recipe.folder`/model, a folder that `Clip.load` and `transformers` open.
 
     Raises:
-        UserError: anything about the recipe, the data or the folder that would stop the run later.
-        SystemExit(143): asked to stop; the state is saved.
+        UserError: the recipe, the data or the folder has a problem that would stop the run later.
+        SystemExit(143): the run was asked to stop, and its state is saved.
     """
     with open_run(recipe.folder) as run:
         shards = shards_digest(recipe.data.raw)
@@ -50,7 +50,7 @@ def train_clip(recipe: ClipRunConfig) -> dict[str, Any]:
 
 
 class ClipTrainer(ImageTrainer):
-    """Everything that an unfinished run needs, where its newest checkpoint left it."""
+    """The state of an unfinished run, resumed from its newest checkpoint if there is one."""
 
     stage, title = "clip", "CLIP"
 
@@ -61,7 +61,7 @@ class ClipTrainer(ImageTrainer):
             torch.set_num_threads(recipe.threads)
         samples = read_split(recipe.data, "train", recipe.model.image_size)
         validation = one_of_each_group(read_split(recipe.data, "validation", recipe.model.image_size))
-        self.validation = validation[: recipe.validation.samples]  # each with one right caption among them
+        self.validation = validation[: recipe.validation.samples]  # each image matches exactly one caption
         torch.manual_seed(recipe.seed)
         captions = [sample.caption for sample in samples]
         self.tokenizer = train_clip_tokenizer(captions, recipe.model.vocab_size, recipe.model.text_len)
@@ -87,7 +87,7 @@ class ClipTrainer(ImageTrainer):
         self.batches = Prefetch(source, 4, "clip-images")
 
     def close(self) -> None:
-        """End the thread of the run."""
+        """Stop the prefetch thread."""
         self.batches.close()
 
     def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
@@ -118,7 +118,7 @@ class ClipTrainer(ImageTrainer):
         return metrics, stop_requested
 
     def _pixels(self, images_BHWC: np.ndarray) -> Tensor:
-        """As the image preprocessing that is saved with the model does it, for images of the right size."""
+        """Normalize images of the model's size, as the image processor saved with the model does. Returns (B, C, H, W) fp32."""
         pixels_BHWC = (on_device(torch.from_numpy(images_BHWC), self.device).float() / 255 - self._mean) / self._std
         return pixels_BHWC.permute(0, 3, 1, 2)
 
@@ -142,7 +142,7 @@ class ClipTrainer(ImageTrainer):
         return Clip(self.model.eval(), self.tokenizer, self.processor)
 
     def _finish(self) -> dict[str, Any]:
-        """Measure, write the model, then the report, which says that the run is finished."""
+        """Validate, write the model, then the report. The report marks the run as finished. Returns it."""
         numbers = self._validate()
         target, aside = self.folder / MODEL_FOLDER, self.folder / f"{MODEL_FOLDER}.incoming"
         for part in (self.model, self.tokenizer, self.processor):
@@ -161,14 +161,14 @@ class ClipTrainer(ImageTrainer):
         (aside / PROVENANCE_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
-        self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
+        self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # last, because it marks the run as finished
         self.run.tracker.tags({"clip": report["clip"]})
         for name in (MODEL_FOLDER, REPORT_FILE):
             self.run.tracker.artifact(self.folder / name)
         self.run.finished()
         return report
 
-    # ---- stopping and going on -------------------------------------------------------------------------------------------
+    # ---- stop and resume -------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         state = {
@@ -180,25 +180,25 @@ class ClipTrainer(ImageTrainer):
         self.checkpoints.save(self.update, state)
 
     def _restore(self, state: dict[str, Any] | None) -> float:
-        """Go to where the newest checkpoint was, if there is one -> seconds of the run up to there."""
+        """Load the state of the newest checkpoint, if any. Returns the seconds that the run had taken by then."""
         if state is None:
             return 0.0
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update = state["update"]
-        log.info("going on from update %d", self.update)
+        log.info("resuming at update %d", self.update)
         return state["seconds"]
 
 
 def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
-    """How often a caption finds its image among S, and an image its caption (their mean): as the first, among the first 5.
+    """Retrieval accuracy (top-1 and top-5) among S image-caption pairs, averaged over text-to-image and image-to-text.
 
-    `chance` is what top-1 would be by luck.
+    `chance` is the top-1 accuracy of random retrieval.
     """
     logits_SS = clip.text_features(captions) @ clip.image_features(images_SHWC).T
     ranks = []
     for logits in (logits_SS, logits_SS.T):
-        ranks.append((logits > logits.diagonal()[:, None]).sum(-1))  # how many are preferred to the right one
+        ranks.append((logits > logits.diagonal()[:, None]).sum(-1))  # how many score above the match
     ranks_2S = torch.stack(ranks).float()
     return {f"top{n}": (ranks_2S < n).float().mean().item() for n in (1, 5)} | {"chance": 1 / len(captions)}
 
@@ -218,6 +218,6 @@ def _new_model(run: ClipRunConfig, tokenizer: Any) -> Any:
 
 
 def _new_processor(image_size: int) -> Any:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other wants torchvision
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other one needs torchvision
 
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})

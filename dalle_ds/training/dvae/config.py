@@ -1,4 +1,4 @@
-"""What a dVAE training run is: the tree behind a recipe file. The defaults are the paper's (section 2.1 and appendix A)."""
+"""Recipe schema of a dVAE training run. The defaults are the paper's (section 2.1 and appendix A)."""
 
 from typing import ClassVar, Literal
 
@@ -13,21 +13,21 @@ from dalle_ds.tracking.config import TrackingConfig
 
 
 class DVAEDataConfig(Config):
-    """Raw shards, and how much of them is held in memory."""
+    """Source of the images, memory for them, and augmentation."""
 
     raw: str = Field(description="root of raw shards: a path or s3:// url")
     validation_fraction: float = Field(
-        VALIDATION_FRACTION, gt=0, lt=1, description="share of the groups that no stage trains on"
+        VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
     )
     window_mb: int = Field(
-        2048, ge=1, description="encoded images in memory of each rank; within such a window the order is shuffled"
+        2048, ge=1, description="MiB of encoded images per rank; images are shuffled within such a window of the data set"
     )
     decoded_mb: int = Field(
-        2048, ge=0, description="decoded images in memory of each rank; used where all shards fit one window"
+        2048, ge=0, description="MiB of decoded images cached per rank, if all shards fit in one window; otherwise unused"
     )
-    min_zoom: float = Field(9 / 8, ge=1, description="images are resized to this multiple of image_size, or a larger one")
-    max_zoom: float = Field(12 / 8, ge=1, description="and to this multiple at most")
-    prefetch: int = Field(4, ge=1, description="batches made ahead")
+    min_zoom: float = Field(9 / 8, ge=1, description="random resize before the crop: smallest multiple of image_size")
+    max_zoom: float = Field(12 / 8, ge=1, description="random resize before the crop: largest multiple of image_size")
+    prefetch: int = Field(4, ge=1, description="batches prepared in advance")
 
     @model_validator(mode="after")
     def _check(self) -> "DVAEDataConfig":
@@ -41,69 +41,75 @@ class DVAEOptimizerConfig(Config):
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
-    clip: float | None = Field(None, gt=0, description="global gradient norm; the paper names none for the dVAE")
+    clip: float | None = Field(
+        None, gt=0, description="gradient clipping: maximum global norm; unset: off (the paper names none for the dVAE)"
+    )
 
 
 class DVAEScheduleConfig(Config):
-    """Half cosines over updates; after them their end values hold."""
+    """Half cosines over updates. Each value then stays at its end."""
 
     tau: HalfCosineConfig = HalfCosineConfig(start=1.0, end=1 / 16, updates=150_000)
     kl_weight: HalfCosineConfig = HalfCosineConfig(start=0.0, end=6.6, updates=5_000)
 
 
 class DVAELearningRateConfig(Config):
-    """A half cosine from `peak` to `final`, times a linear warm-up."""
+    """A half cosine from `peak` to `final`, multiplied by a linear warm-up."""
 
     peak: float = Field(1e-4, gt=0)
-    final: float = Field(1.25e-6, ge=0, description="rate that holds after the half cosine")
+    final: float = Field(1.25e-6, ge=0, description="learning rate after the half cosine")
     decay_updates: int = Field(1_200_000, ge=0, description="updates of the half cosine, warm-up included")
     warmup_updates: int = Field(0, ge=0, description="updates of the linear warm-up; the paper names none")
 
     def at(self, update: int) -> float:
-        """Rate for the update of that number, from 0."""
+        """Learning rate of update number `update`, counted from 0."""
         return half_cosine(update, self.peak, self.final, self.decay_updates) * linear_warmup(update, self.warmup_updates)
 
 
 class DVAELossConfig(Config):
-    """What short runs add to the paper's loss; the defaults add nothing."""
+    """Changes to the paper's loss for short runs. The defaults change nothing."""
 
     ln_b_min: float | None = Field(
-        None, description="floor of ln b; without it large even areas shrink b until they alone make the gradient"
+        None,
+        description="lower limit of ln b; unset: none. Without a limit, large uniform areas shrink b until they dominate "
+        "the gradient",
     )
     usage_weight: float = Field(
-        0.0, ge=0, description="weight, in units of kl_weight, of KL(mean of q over the batch || uniform): keeps codes in use"
+        0.0,
+        ge=0,
+        description="weight, in units of kl_weight, of KL(mean of q over the micro-batch || uniform), which keeps codes in use",
     )
 
 
 class DVAECheckpointConfig(Config):
     every: int = Field(2000, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
 
 
 class DVAEValidationConfig(Config):
     every: int = Field(5000, ge=1, description="updates between validations")
-    samples: int = Field(4096, ge=1, description="validation images at most")
+    samples: int = Field(4096, ge=1, description="maximum number of validation images")
 
 
 class DVAETrackingConfig(TrackingConfig):
     run_name: str = "dvae"
-    every: int = Field(50, ge=1, description="updates between metrics")
+    every: int = Field(50, ge=1, description="updates between logged metrics")
 
 
 class DVAEFailureConfig(Config):
     collective_timeout: float = Field(
         1800,
         gt=0,
-        description="seconds that ranks wait for one of them, be it for its data, or for the main rank's validation "
-        "images, which it takes from the raw shards at each start",
+        description="seconds that a collective may wait for a rank: for its batch, or at each start for the main rank, which "
+        "reads the validation images from the raw shards",
     )
 
 
 class DVAERunConfig(Config):
-    """One training job of the dVAE over all its restarts."""
+    """One training run of the dVAE, with all its restarts."""
 
     section: ClassVar = "dvae"
-    folder: str = Field(description="checkpoint, weights, report and the merged recipe go here")
+    folder: str = Field(description="run folder: checkpoints, weights, report and the merged recipe")
     data: DVAEDataConfig
     model: DVAEConfig = DVAEConfig()
     optimizer: DVAEOptimizerConfig = DVAEOptimizerConfig()
@@ -114,12 +120,14 @@ class DVAERunConfig(Config):
     updates: int = Field(3_000_000, ge=1)
     global_batch: int = Field(512, ge=1)
     micro_batch: int | None = Field(
-        None, ge=1, description="images that go through at a time; unset: the whole batch. Several ranks share such parts out"
+        None, ge=1, description="images per forward pass; unset: global_batch. Micro-batches are distributed over the ranks"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp16", description="fp16, on CUDA only: one loss scale, as the paper")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1; of several ranks each has its own CUDA device")
-    workers: int = Field(1, ge=1, description="threads that each take a micro-batch of the update at the same time; for CPUs")
-    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: torch's choice")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp16", description="fp16 needs CUDA and uses one loss scale, as in the paper"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1; with several ranks each has its own CUDA device")
+    workers: int = Field(1, ge=1, description="threads that process micro-batches of an update in parallel; for CPUs")
+    threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: PyTorch's default")
     seed: int = 0
     checkpoint: DVAECheckpointConfig = DVAECheckpointConfig()
     validation: DVAEValidationConfig = DVAEValidationConfig()
@@ -128,16 +136,16 @@ class DVAERunConfig(Config):
 
     @property
     def part_size(self) -> int:
-        """Images of a part, which go through the model together."""
+        """Images of a part. A part is one micro-batch, or the whole batch if `micro_batch` is unset."""
         return self.micro_batch or self.global_batch
 
     @property
     def n_parts(self) -> int:
-        """Parts of each update's batch: their losses are averaged."""
+        """Number of parts in the batch of an update. Their losses are averaged."""
         return self.global_batch // self.part_size
 
     def parts_of(self, rank: int, world_size: int) -> range:
-        """The parts that a rank takes of every batch. Raises ConfigError where they do not divide among the ranks."""
+        """The parts of every batch that a rank processes. Raises ConfigError if the parts do not divide among the ranks."""
         n_of_each, left = divmod(self.n_parts, world_size)
         if left:
             raise ConfigError(
@@ -149,7 +157,7 @@ class DVAERunConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> "DVAERunConfig":
         if self.model.image_size < 11:
-            raise ValueError(f"model.image_size is {self.model.image_size}, expected at least 11: the window of SSIM")
+            raise ValueError(f"model.image_size is {self.model.image_size}, expected at least 11, the window of SSIM")
         if self.global_batch % self.part_size:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

@@ -1,6 +1,6 @@
-"""Batches of images for the dVAE: an endless order, a function of seed and position, made on a thread ahead of the step."""
+"""Image batches for the dVAE: an endless stream, determined by seed and position, prefetched by a thread."""
 
-# B batch, or a rank's part of it, C channels, H and W pixels
+# B batch or a rank's part of it, C channels, H and W pixels
 
 import itertools
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """Where the next sample is taken: a resumed run goes on there without reading what came before."""
+    """Position of the next sample in the stream. A resumed run starts there without reading earlier samples."""
 
     epoch: int = 0
     window: int = 0
@@ -35,18 +35,19 @@ START = Position()
 class ImageBatch(NamedTuple):
     images_BCHW: Tensor  # uint8
     next_position: Position
-    n_unusable: int  # images passed over since the stream began, in this process; the sum over ranks counts each once
+    n_unusable: int  # unusable images since this process began the stream; the sum over ranks counts each image once
 
 
 class ImageStream:
-    """Iterate over training batches; `close()` ends the thread.
+    """Iterates over training batches. `close()` ends the thread.
 
-    An epoch deals all shards, in a new order, into windows that fit in memory, and shuffles the images of each window.
-    Where everything fits one window it is read once and stays. A batch is the next `global_batch` places of this order,
-    whatever they hold; for an unusable image the next usable one of its window stands in, in a crop of its own.
+    An epoch distributes all shards, in a new order, over windows that fit in memory, and shuffles the images of each window.
+    If all shards fit in one window, they are read once and stay in memory. A batch consists of the next `global_batch`
+    positions of this order. An unusable image is replaced by the next usable image of its window, with a different crop.
 
-    Of several ranks each makes only its `places` of every batch (all, if None), and decodes no other images. It reads all
-    shards, and holds the window: any image may fall to any rank, and the order is known once the window is read.
+    Each rank decodes only its own `places`, the range of indices in every batch (all, if None). Every rank still reads all
+    shards and holds the whole window, because any image may be assigned to any rank and the order is known only once the
+    window has been read.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ImageStream:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the step has waited for images, in all."""
+        """Total time that training has waited for images."""
         return self._batches.wait_seconds
 
     def close(self) -> None:
@@ -82,8 +83,8 @@ class _BatchMaker:
         self.data, self.image_size, self.global_batch, self.seed, self.mine = data, image_size, global_batch, seed, mine
         self.shards = list_raw_shards(data.raw)
         self.fits_in_one = sum(shard.bytes for shard in self.shards) <= data.window_mb * 2**20
-        self.samples: list[RawSample] = []  # of one window
-        self.order = np.arange(0)  # of these
+        self.samples: list[RawSample] = []  # of the current window
+        self.order = np.arange(0)  # permutation of `samples`
         self.decoded = _DecodedCache(data.decoded_mb * 2**20 if self.fits_in_one else 0)
         self.unusable: Counter[str] = Counter()
 
@@ -98,7 +99,7 @@ class _BatchMaker:
             yield ImageBatch(stacked_BHWC.permute(0, 3, 1, 2), place._replace(offset=place.offset + 1), self.unusable.total())
 
     def _places(self, start: Position) -> Iterator[Position]:
-        # Each while `samples` and `order` are of its window.
+        # While a position is yielded, `samples` and `order` are those of its window.
         for epoch in itertools.count(start.epoch):
             n_places = 0
             for window, shards in enumerate(self._windows(epoch)):
@@ -110,7 +111,7 @@ class _BatchMaker:
                     n_places += 1
                     yield Position(epoch, window, offset)
             if n_places == 0 and epoch > start.epoch:
-                raise DataError(f"{self.data.raw}: no image in the train split; passed over: {dict(self.unusable)}")
+                raise DataError(f"{self.data.raw}: no image in the train split; unusable: {dict(self.unusable)}")
 
     def _windows(self, epoch: int) -> list[list[RawShard]]:
         if self.fits_in_one:
@@ -129,11 +130,11 @@ class _BatchMaker:
     def _read(self, shards: list[RawShard]) -> None:
         if self.fits_in_one and self.samples:
             return
-        self.samples = []  # first: two windows need not fit
+        self.samples = []  # free the old window first: memory may not hold two
         for shard in shards:
             for sample in read_raw_shard(shard):
                 if not isinstance(sample, RawSample):
-                    self.unusable[sample.reason] += 0 in self.mine  # all ranks read it
+                    self.unusable[sample.reason] += 0 in self.mine  # all ranks read it, one counts it
                 elif split_of(sample.group, self.data.validation_fraction) == "train":
                     self.samples.append(sample)
 
@@ -145,21 +146,21 @@ class _BatchMaker:
                 pixels_HWC = self.decoded.get(sample)
                 return dvae_augment(pixels_HWC, self.image_size, rng, min_zoom=self.data.min_zoom, max_zoom=self.data.max_zoom)
             except ImageProblem as problem:
-                if step == 0:  # others are counted at their own places
+                if step == 0:  # an unusable substitute is counted at its own position
                     self._count(sample, problem.reason)
         raise DataError(
-            f"{self.data.raw}: none of {len(self.order)} images is usable, which are all of a window "
-            f"(data.window_mb {self.data.window_mb}); passed over: {dict(self.unusable)}"
+            f"{self.data.raw}: none of {len(self.order)} images is usable, expected at least one in each window "
+            f"(data.window_mb {self.data.window_mb}); unusable: {dict(self.unusable)}"
         )
 
     def _count(self, sample: RawSample, reason: str) -> None:
         if not self.unusable[reason]:
-            log.warning("%s is passed over: %s; further ones of this kind are only counted", sample.key, reason)
+            log.warning("image %s is unusable and skipped: %s; further such images are only counted", sample.key, reason)
         self.unusable[reason] += 1
 
 
 class _DecodedCache:
-    """Decoded images by key, until `n_bytes` are full: where every epoch reads all once, eviction would gain nothing."""
+    """Decoded images by key, up to `n_bytes`. Nothing is evicted: every epoch reads each image once, so it would not help."""
 
     def __init__(self, n_bytes: int) -> None:
         self.room = n_bytes
@@ -176,10 +177,10 @@ class _DecodedCache:
 
 
 def validation_images(data: DVAEDataConfig, limit: int, image_size: int) -> Tensor:
-    """Validation images (B, C, H, W) uint8, cropped as they will be for the prior.
+    """Validation images (B, C, H, W) uint8, with the same crop as for the prior; at most `limit` of them.
 
     Raises:
-        DataError: none is usable.
+        DataError: no image is usable.
     """
     images = []
     for sample in iterate_images(data.raw, "validation", data.validation_fraction):

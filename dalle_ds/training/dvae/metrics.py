@@ -1,4 +1,4 @@
-"""What a dVAE is worth on validation images: numbers, and images to look at."""
+"""Validation of a dVAE: metrics, a grid of reconstructions, a chart of codebook usage."""
 
 # B batch, C channels, K codes, h and w grid cells, N = h*w
 
@@ -19,20 +19,22 @@ from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_ds.parallel.ranks import Ranks
 
 BATCH = 16
-"""Images at a time, whatever the training's: the paper's model takes 6 GiB for them in fp32. Results don't depend on it."""
+"""Images per forward pass in validation, independent of the training batch. The paper's model needs 6 GiB for it in fp32.
+The results do not depend on it."""
 COLLAPSED_BELOW = 0.1
-"""Share of the codes in use."""
+"""Fraction of codes in use below which the codebook counts as collapsed."""
 COLLAPSE_CAUSES = (
-    "usual causes: the weight of KL rises too fast or too high for the batch, tau falls too fast, the learning rate is too "
-    "high, ln b runs away (loss.ln_b_min), or the run is too short for the codebook (loss.usage_weight helps)"
+    "usual causes: the KL weight rises too fast or too high for the batch size, tau falls too fast, the learning rate is too "
+    "high, ln b diverges (set loss.ln_b_min), or the run is too short for the codebook (set loss.usage_weight)"
 )
 
 
 @dataclass(frozen=True)
 class DVAEValidation:
-    """Of validation images. PSNR is with hard codes: argmax, no noise, as the prior's data are encoded.
+    """Results on the validation images. PSNR and SSIM are of hard codes: argmax, no noise, as the prior's data are encoded.
 
-    The bounds are the true ones (KL weight 1), in nats a sub-pixel: with codes drawn from q, and with relaxed ones at `tau`.
+    Both evidence lower bounds (`elb`) use KL weight 1 and are in nats per sub-pixel: `elb_hard` with codes sampled from q,
+    `elb_relaxed` with codes relaxed at `tau`.
     """
 
     psnr: float  # dB, mean over images
@@ -48,17 +50,17 @@ class DVAEValidation:
 
     @property
     def has_collapsed(self) -> bool:
-        """Whether most codes are dead: the image is carried by a few, and the prior would learn those."""
+        """Whether most codes are unused: a few codes then carry the image, and the prior would learn only those."""
         return self.codes_used < COLLAPSED_BELOW * self.n_codes
 
     def metrics(self) -> dict[str, float]:
-        """As named in the tracker."""
+        """The metrics, by their names in the tracker."""
         values = {key: float(value) for key, value in asdict(self).items() if key not in ("tau", "n_images", "n_codes")}
         return {f"validation/{key}": value for key, value in values.items()}
 
 
 class _Measured(NamedTuple):
-    """Of a few images. Sums are over an image's cells or sub-pixels."""
+    """Results of one batch. The KL term and the log densities (hard, relaxed) are sums per image, in nats."""
 
     psnr_B: np.ndarray
     ssim_B: np.ndarray
@@ -72,9 +74,12 @@ class _Measured(NamedTuple):
 def measure(
     model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, ranks: Ranks
 ) -> tuple[DVAEValidation, np.ndarray]:
-    """Measure on uint8 images, in fp32 -> (numbers, how often each code is chosen (K,)), on every rank.
+    """Validate on uint8 images, in fp32. Each image has its own fixed noise.
 
-    All ranks pass the same images and share them out. Each image has its own noise, always the same.
+    All ranks must call it together, with the same images. Each rank measures a part of them.
+
+    Returns:
+        The results, and how often each code is chosen (K,). Same on every rank.
     """
     starts = range(0, len(images_BCHW), BATCH)[ranks.rank :: ranks.world_size]
     measured = {start: _measure(model, images_BCHW[start : start + BATCH], tau, ln_b_min, start) for start in starts}
@@ -113,15 +118,19 @@ def _measure(model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | Non
 def measured_tensors(
     model: DVAE, images_BCHW: Tensor, tau: float, ln_b_min: float | None, noises: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What measuring takes from the device at once -> hard codes (B, h, w), images made of them (uint8), and for each image
-    in nats the KL term and the log density under codes drawn from q and under relaxed ones, (B,) float64."""
+    """Compute on the device all tensors that the validation metrics need.
+
+    Returns:
+        Hard codes (B, h, w) and their reconstructions (uint8). Then, per image in nats, (B,) float64: the KL term, the log
+        density given codes sampled from q, and the log density given relaxed codes.
+    """
     pixels_BCHW = model.map_images(images_BCHW)
     logits_BKhw = model.encode_logits(pixels_BCHW)
     codes_Bhw = logits_BKhw.argmax(dim=1)
     made_BCHW = location_pixels(split_output(model.decoder.from_codes(codes_Bhw))[0], model.config.pixel_eps)
     singles = list(zip(logits_BKhw.split(1), noises, strict=True))
     relaxed_BKhw = torch.cat([gumbel_softmax(logits_1Khw, tau, noise) for logits_1Khw, noise in singles])
-    # the Gumbel maximum is a draw from q
+    # the argmax of logits + Gumbel noise is a sample from q
     drawn_Bhw = torch.cat([gumbel_softmax(logits_1Khw, 1.0, noise).argmax(dim=1) for logits_1Khw, noise in singles])
     densities = []
     for decode, codes in ((model.decoder.from_codes, drawn_Bhw), (model.decoder, relaxed_BKhw)):
@@ -131,19 +140,20 @@ def measured_tensors(
 
 
 def _sums(values: Tensor) -> Tensor:
-    """Of each image."""
+    """Sum over all elements of each image."""
     return values.flatten(1).sum(1, dtype=torch.float64)
 
 
 def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
-    """ln b, not below `minimum` where one is set."""
+    """ln b, clamped to at least `minimum` unless it is None."""
     return ln_b if minimum is None else ln_b.clamp(min=minimum)
 
 
 @torch.no_grad()
 def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pairs: int = 3, min_side: int = 64) -> Image.Image:
-    """Rows of validation images, each above its reconstruction from hard codes; small ones are enlarged without smoothing."""
-    # Spread over the set: neighbours in it are often alike.
+    """Grid of validation images, each row above its reconstructions from hard codes. Images below `min_side` are enlarged
+    without smoothing."""
+    # Take images spread over the set: neighbours are often similar.
     spread = torch.linspace(0, len(images_BCHW) - 1, min(columns * pairs, len(images_BCHW))).long()
     chosen_BCHW = images_BCHW[spread].to(next(model.parameters()).device)
     made_BCHW = torch.cat([model.decode_tokens(model.tokens(batch_BCHW)) for batch_BCHW in chosen_BCHW.split(BATCH)])
@@ -159,7 +169,7 @@ def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pai
 
 
 def usage_chart(counts_K: np.ndarray, title: str) -> Image.Image:
-    """How often each code is chosen, from the most to the least used, on a logarithmic scale."""
+    """Bar chart of how often each code is chosen, from the most to the least used, on a logarithmic scale."""
     figure = new_figure(7.5, 3.6)
     axes = figure.add_subplot()
     axes.bar(np.arange(len(counts_K)), np.sort(counts_K)[::-1], width=1.0)

@@ -1,4 +1,4 @@
-"""Train the dVAE: the story of a run, from recipe to weights, report and images, on one rank or several."""
+"""Train the dVAE: a run from its recipe to weights, report and reconstructions, on one or several ranks."""
 
 import json
 import logging
@@ -36,15 +36,16 @@ RECONSTRUCTIONS_FILE = "reconstructions.png"
 
 
 def train_dvae(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Train, or go on with, the run in `recipe.folder`; a finished run is left alone. Returns the report, on every rank.
+    """Train or resume the run in `recipe.folder`. A finished run is not changed. Returns the report, on every rank.
 
-    Ranks are replicas, each with its own parts of every batch: the same images and noise at any number of ranks, so that
-    losses differ by the order of sums alone, and a checkpoint goes on at any number of them. They share `recipe.folder`.
+    Ranks are data-parallel replicas; each processes its own parts of every batch. Images and noise are the same at any number
+    of ranks. Losses therefore differ only by the order of summation, and a checkpoint can be resumed at any number of ranks.
+    `recipe.folder` must be on a file system that all ranks share.
 
     Raises:
-        UserError: anything about the recipe, the data or the folder that would stop the run later.
+        UserError: the recipe, the data or the folder has a problem that would stop the run later.
         RankLost: another rank died, failed or hangs.
-        SystemExit(143): asked to stop; the state is saved.
+        SystemExit(143): the run was asked to stop, and its state is saved.
     """
     with open_run(recipe.folder, ranks, recipe.failure.collective_timeout) as run:
         shards = shards_digest(recipe.data.raw)
@@ -59,7 +60,9 @@ def train_dvae(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 @contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """Denormal numbers are very slow on CPUs, and codes that die make many. Afterwards the process has what it had."""
+    """Flush denormal numbers to zero within the context, then restore the setting.
+
+    Denormals are very slow on CPUs, and codes that fall out of use produce many of them."""
     flushed_before = bool(torch.tensor(2.0**-149) * 1 == 0)
     torch.set_flush_denormal(True)
     try:
@@ -69,7 +72,7 @@ def _denormals_flushed() -> Iterator[None]:
 
 
 class DVAETrainer(ImageTrainer):
-    """Everything that an unfinished run needs, where its newest checkpoint left it."""
+    """The state of an unfinished run, resumed from its newest checkpoint if there is one."""
 
     stage, title = "dvae", "dVAE"
 
@@ -82,7 +85,7 @@ class DVAETrainer(ImageTrainer):
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         torch.manual_seed(recipe.seed)
-        # channels_last: convolutions without reordering, and the codes of a cell side by side for the softmax.
+        # channels_last: convolutions need no reordering, and the logits of a cell are contiguous for the softmax
         self.model = DVAE(recipe.model).to(self.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
         self.checkpoints = ImageCheckpoints(run.folder, identity, recipe.checkpoint.keep, ranks)
@@ -99,9 +102,9 @@ class DVAETrainer(ImageTrainer):
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.ema = EMA(self._weights(), recipe.ema)
-        # Workers take whole micro-batches side by side. On a CPU that beats threads inside operations, which wait for others
-        # hundreds of times an update, and for ever longer where other programs hold a core. Each part has its own noise, and
-        # gradients are summed in order: the same losses in every run.
+        # Workers process whole micro-batches in parallel. On a CPU this is faster than threads inside operations, which
+        # synchronize hundreds of times in an update and wait even longer if another program occupies a core. Each part has its
+        # own noise, and gradients are summed in a fixed order, so every run has the same losses.
         self.pool = ThreadPoolExecutor(recipe.workers, "dvae", initializer=torch.set_flush_denormal, initargs=(True,))
         self.update, self.position = 0, Position()
         self.watch = Stopwatch(self._restore(saved))
@@ -113,7 +116,7 @@ class DVAETrainer(ImageTrainer):
         self.stream = ImageStream(recipe.data, image_size, recipe.global_batch, recipe.seed, self.position, places)
 
     def close(self) -> None:
-        """End the threads of the run."""
+        """Stop the threads of the run."""
         self.stream.close()
         self.pool.shutdown()
 
@@ -121,7 +124,7 @@ class DVAETrainer(ImageTrainer):
         return dict(self.model.named_parameters())
 
     def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
-        """One update of the parameters and of their average -> metrics, some still on the device; any rank's wish to stop."""
+        """One update of the parameters and their EMA. See `ImageTrainer._step`."""
         run, schedules = self.recipe, self.recipe.schedules
         tau, kl_weight = schedules.tau.at(self.update), schedules.kl_weight.at(self.update)
         lr = run.learning_rate.at(self.update)
@@ -155,9 +158,11 @@ class DVAETrainer(ImageTrainer):
         return metrics, stop_requested
 
     def _accumulate(self, images_BCHW: Tensor, tau: float, kl_weight: float) -> dict[str, Tensor]:
-        """Leave the (scaled) gradient of this rank's parts in the parameters -> its share of the loss and of its terms.
+        """Accumulate the gradients of this rank's parts, multiplied by the loss scale, in the parameters.
 
-        Shares are of the mean over all parts of the batch, so that their sum over ranks is that mean.
+        Returns:
+            This rank's contribution to the loss and to its terms, divided by the number of parts in the whole batch. The sum
+            over ranks is the mean over the batch.
         """
         n_parts = self.recipe.n_parts
 
@@ -175,28 +180,29 @@ class DVAETrainer(ImageTrainer):
         return sums
 
     def _noise(self, part: int) -> torch.Generator:
-        # A function of update and part: a resume needs no state of it, and any rank can take the part.
+        # seeded by update and part: a checkpoint needs no generator state, and any rank can process the part
         seed = np.random.SeedSequence((self.recipe.seed, self.update, part)).generate_state(1, np.uint64)
         return torch.Generator(self.device).manual_seed(int(seed[0]))
 
     def _over_ranks(self, sums: dict[str, Any]) -> dict[str, Any]:
-        """Sum the gradients in the parameters, and `sums`, over all ranks: one collective for all, in fp32."""
+        """All-reduce (sum) the gradients in the parameters together with `sums`: one collective, in fp32."""
         if self.ranks.world_size == 1:
             return sums
         values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in sums.values()])
         flat = self.ranks.sum(torch.cat([*(p.grad.flatten() for p in self.parameters), values]))
         *gradients, values = flat.split([*(p.numel() for p in self.parameters), len(sums)])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient.view(parameter.shape))  # whatever the memory format of either
+            parameter.grad.copy_(gradient.view(parameter.shape))  # copy_ converts between memory formats
         return dict(zip(sums, values.unbind(), strict=True))
 
     def _loss(
         self, images_BCHW: Tensor, tau: float, kl_weight: float, noise: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The bound, divided once, as a whole, by the number of sub-pixels (paper, appendix A.1), in nats."""
+        """Negative evidence lower bound with weight `kl_weight`, in nats, divided as a whole by the number of sub-pixels
+        (paper, appendix A.1). Returns the loss and its detached terms by name."""
         run = self.recipe
         images_BCHW = on_device(images_BCHW, self.device).contiguous(memory_format=torch.channels_last)
-        # No cache of cast weights: each is used once, and workers must not share what belongs to another's graph.
+        # no cache of cast weights: each is used once, and workers must not share tensors of another worker's autograd graph
         with torch.autocast(self.device.type, _DTYPES[run.precision], enabled=run.precision != "fp32", cache_enabled=False):
             pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, noise)
         n_subpixels = images_BCHW[0].numel()
@@ -213,7 +219,7 @@ class DVAETrainer(ImageTrainer):
     # ---- measuring -------------------------------------------------------------------------------------------------------
 
     def _validate(self) -> DVAEValidation:
-        """Measure the averaged weights on validation images; numbers and images go to the tracker."""
+        """Validate the EMA weights. Metrics and images are logged to the tracker."""
         tau = self.recipe.schedules.tau.at(self.update)
         with self.ema.in_place_of(self._weights()):
             numbers, counts_K = measure(self.model, self.validation, tau, self.recipe.loss.ln_b_min, self.ranks)
@@ -231,14 +237,14 @@ class DVAETrainer(ImageTrainer):
         return numbers
 
     def _finish(self) -> dict[str, Any]:
-        """Measure, and write the results -> the report."""
+        """Validate and write the results. Returns the report."""
         numbers = self._validate()
         report = self.ranks.from_main(self._write_results(numbers) if self.ranks.is_main else None)
         self.run.finished()
         return report
 
     def _write_results(self, numbers: DVAEValidation) -> dict[str, Any]:
-        """Write the averaged weights, then the report: the report says that the run is finished."""
+        """Write the EMA weights, then the report. The report marks the run as finished. Returns it."""
         model = self.recipe.model
         with self.ema.in_place_of(self._weights()):
             state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
@@ -265,13 +271,13 @@ class DVAETrainer(ImageTrainer):
             "parameters": sum(p.numel() for p in self.parameters),
             "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }
-        self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # which says that the run is finished
+        self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # last, because it marks the run as finished
         self.run.tracker.tags({"dvae": fingerprint})
         for name in (DVAE_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
             self.run.tracker.artifact(self.folder / name)
         return report
 
-    # ---- stopping and going on -------------------------------------------------------------------------------------------
+    # ---- stop and resume -------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         state = {
@@ -286,19 +292,19 @@ class DVAETrainer(ImageTrainer):
         self.checkpoints.save(self.update, state)
 
     def _restore(self, state: dict[str, Any] | None) -> float:
-        """Go to where the newest checkpoint was, if there is one -> seconds of the run up to there."""
+        """Load the state of the newest checkpoint, if any. Returns the seconds that the run had taken by then."""
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema.load_state_dict(state["ema"])
             self.scaler.load_state_dict(state["scaler"])
             self.update, self.position = state["update"], Position(*state["position"])
-            log.info("going on from update %d", self.update)
+            log.info("resuming at update %d", self.update)
         starts = self.ranks.gather_objects((self.update, self.identity))
         for rank, start in enumerate(starts):
             if start != starts[0]:
                 raise UserError(
-                    f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: they must see the "
+                    f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: all ranks must have the "
                     f"same {self.folder}, recipe and raw shards" % (*start, *starts[0])
                 )
         return 0.0 if state is None else state["seconds"]
@@ -308,10 +314,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The report of a finished run in this folder; None where there is none, or where its weights are to be written again."""
+    """Return the report of a finished run in this folder. None if the report or the weights file is missing.
+
+    Raises:
+        FingerprintMismatch: the weights file is not the one of the report.
+    """
     report = finished_report(folder / REPORT_FILE, identity)
     if report is None or not (folder / DVAE_FILE).exists():
-        return None  # the last checkpoint is complete: the weights are written again from it
+        return None  # the last checkpoint is complete, so the trainer writes the weights again from it
     fingerprint = read_weights(folder / DVAE_FILE, "dvae").fingerprint
     require_same(f"weights {folder / DVAE_FILE}", report.get("dvae", "none"), fingerprint)
     return report
@@ -322,9 +332,9 @@ def _device(run: DVAERunConfig, ranks: Ranks) -> torch.device:
     if ranks.world_size > 1:
         if run.device not in ("auto", ranks.device.type):
             raise ConfigError(
-                f"device is {run.device!r}, but rank {ranks.rank} of {ranks.world_size} has {ranks.device}: take device=auto"
+                f"device is {run.device!r}, but rank {ranks.rank} of {ranks.world_size} has {ranks.device}: set device=auto"
             )
         device = ranks.device
     if run.precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"precision is fp16, which needs a CUDA device (here: {device}); take precision=bf16 or fp32")
+        raise ConfigError(f"precision is fp16, which needs a CUDA device, but device is {device}; set precision=bf16 or fp32")
     return device

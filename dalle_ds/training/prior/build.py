@@ -1,4 +1,4 @@
-"""The engine that a recipe asks for."""
+"""Build the engine of a prior run from its recipe."""
 
 from dalle_ds.models.attention import use_attention, verify_attention
 from dalle_ds.models.prior import PriorConfig
@@ -11,7 +11,7 @@ from dalle_ds.training.prior.config import PriorRunConfig
 
 
 def read_engine_config(recipe: PriorRunConfig, ranks: Ranks) -> EngineConfig:
-    """The recipe's DeepSpeed JSON, completed. Raises ConfigError."""
+    """Read the recipe's DeepSpeed JSON and complete it from the recipe. Raises ConfigError if either is invalid."""
     accumulation = recipe.accumulation(ranks.world_size)
     return load_engine_config(
         recipe.deepspeed_path, micro_batch=recipe.micro_batch, accumulation=accumulation, clip=recipe.optimizer.clip
@@ -19,11 +19,11 @@ def read_engine_config(recipe: PriorRunConfig, ranks: Ranks) -> EngineConfig:
 
 
 def build_engine(recipe: PriorRunConfig, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks) -> PriorEngine:
-    """Model, optimizer and formats under DeepSpeed; attention in a backend that this machine computes right.
+    """Build model and optimizer under DeepSpeed, choose the attention backend and verify its results on this machine.
 
     Raises:
         ConfigError: the recipe does not fit the ranks or the machine.
-        RuntimeError: the attention backend computes wrong numbers here.
+        RuntimeError: the attention backend gives wrong results on this machine.
     """
     settings = recipe.optimizer
     engine = PriorEngine(
@@ -44,5 +44,5 @@ def build_engine(recipe: PriorRunConfig, model_config: PriorConfig, engine_confi
     use_attention(engine.module, recipe.attention, ranks.device)
     verify_attention(engine.module, engine_config.branch_dtype, ranks.device, recipe.micro_batch)
     if recipe.activation_checkpointing:
-        recompute_layers(engine.module, every=int(recipe.activation_checkpointing))  # true is 1: each of them
+        recompute_layers(engine.module, every=int(recipe.activation_checkpointing))  # True is 1: every layer
     return engine

@@ -1,11 +1,11 @@
-"""What a prior training run is: the tree behind a recipe file."""
+"""Recipe schema of a prior training run."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-import dalle_ds
+from dalle_ds import project_files
 from dalle_ds.data.manifest import DatasetInfo, Split
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import BPE_DROPOUT
@@ -24,7 +24,7 @@ from dalle_ds.tracking.config import TrackingConfig
 
 
 class PriorModelConfig(Config):
-    """A preset, and what differs from it. Grid and vocabularies follow from the data; set here, they must agree with it."""
+    """A preset, and overrides of its values. The data set determines grid and vocabularies; if set here, they must agree."""
 
     preset: Literal["tiny", "0.3b", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
     n_layers: int | None = Field(None, ge=1)
@@ -37,7 +37,7 @@ class PriorModelConfig(Config):
     n_codes: int | None = Field(None, ge=1)
 
     def resolve(self, data: DatasetInfo, vocab_size: int, source: str) -> PriorConfig:
-        """The geometry for the data set at `source`. Raises ConfigError where recipe and data disagree."""
+        """The model's geometry for the data set at `source`. Raises ConfigError if recipe and data disagree."""
         from_data = {"grid": data.grid, "n_codes": data.n_codes, "vocab_size": vocab_size}
         for key, found in from_data.items():
             wanted = getattr(self, key)
@@ -46,37 +46,37 @@ class PriorModelConfig(Config):
         return PriorConfig(**{**self.on_paper().model_dump(), **from_data})
 
     def on_paper(self) -> PriorConfig:
-        """The geometry before any data is seen: grid and vocabularies that are not set are the preset's."""
+        """The model's geometry without a data set: grid and vocabularies that are not set come from the preset."""
         own = {key: value for key, value in self.model_dump(exclude={"preset"}).items() if value is not None}
         return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own})
 
 
 class DataShareConfig(Config):
-    """A data set of a mix."""
+    """One data set of a mix."""
 
     dataset: str = Field(description="root of a token data set: a path or s3:// url")
-    weight: float = Field(gt=0, description="its part of the samples, as against the other sets' weights")
+    weight: float = Field(gt=0, description="fraction of the samples drawn from this data set is weight / sum of the weights")
 
 
 class CacheConfig(Config):
-    """Blocks of s3:// data sets on a disk of each machine, shared by its ranks, those used least recently removed."""
+    """Local disk cache for blocks of s3:// data sets. The ranks of a machine share it; the least recently used are deleted."""
 
-    folder: str = Field(pattern="^[^:]+$", description="a path, no url; of each machine")
-    gib: float = Field(gt=0, description="bound of its size")
+    folder: str = Field(pattern="^[^:]+$", description="path on a local disk of each machine; not a url")
+    gib: float = Field(gt=0, description="maximum size in GiB")
 
 
 class PriorDataConfig(Config):
-    """One `dataset`, or several in a `mix`."""
+    """Either one `dataset` or a `mix` of several."""
 
     dataset: str | None = Field(None, description="root of a token data set: a path or s3:// url")
-    mix: list[DataShareConfig] = Field([], description="several, each by its weight")
+    mix: list[DataShareConfig] = Field([], description="several data sets, sampled by weight; instead of `dataset`")
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
     bpe_dropout: float = Field(BPE_DROPOUT, ge=0, lt=1)
     caption_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of training captions left out, for classifier-free guidance; the paper has none"
+        0.0, ge=0, lt=1, description="fraction of training captions dropped, for classifier-free guidance; the paper drops none"
     )
-    prefetch: int = Field(2, ge=1, description="global batches read ahead")
+    prefetch: int = Field(2, ge=1, description="global batches to prefetch")
     cache: CacheConfig | None = None
 
     @model_validator(mode="after")
@@ -87,100 +87,106 @@ class PriorDataConfig(Config):
 
     @property
     def shares(self) -> list[DataShareConfig]:
-        """The data sets, one or many."""
+        """The data sets with their weights; a single `dataset` has weight 1."""
         return self.mix or [DataShareConfig(dataset=str(self.dataset), weight=1.0)]
 
     @property
     def sources(self) -> str:
-        """The data sets and their weights, for people."""
+        """The data sets and their weights as text for display."""
         return self.dataset or " + ".join(f"{share.weight:g} * {share.dataset}" for share in self.mix)
 
     def open(self, split: Split) -> TokenMix:
-        """The data sets, checked against each other."""
+        """Open a split of the data sets and check that they match each other (see `TokenMix` for the errors)."""
         disk = DiskCache(self.cache.folder, int(self.cache.gib * 2**30)) if self.cache else None
         return TokenMix.open([(share.dataset, share.weight) for share in self.shares], split, disk)
 
 
 class PriorOptimizerConfig(Config):
-    """AdamW; the defaults are the paper's (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
+    """AdamW. The defaults are the paper's (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.96, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(4.5e-2, ge=0)
-    clip: float = Field(4.0, gt=0, description="global gradient norm")
+    clip: float = Field(4.0, gt=0, description="gradient clipping: maximum global norm")
     moments: Moments = Field(
         "fp32",
-        description="low_bit: of the layers' matrices 16 bits each (1-6-9, 0-6-10), variance clipped at 5, as the paper has it",
+        description="low_bit: the layers' matrices have 16-bit moments (mean 1-6-9, variance 0-6-10, clipped at 5), as in the "
+        "paper",
     )
     master: Master = Field(
         "fp32",
-        description="none: the layers' matrices are fp16, rounded stochastically, and their gradients 1-6-9, as in the paper: "
-        "with moments low_bit, which it needs, 8 bytes a parameter instead of 16",
+        description="none: no fp32 master weights; the layers' matrices are fp16 with stochastic rounding and their gradients "
+        "1-6-9, as in the paper. Needs moments low_bit; together 8 bytes per parameter instead of 16",
     )
 
 
 class PriorCheckpointConfig(Config):
     folder: str | None = Field(
-        None, description="a path that all ranks share, or s3://, and then they need share nothing else; unset: in the run's"
+        None,
+        description="a path on a file system that all ranks share, or an s3:// url, with which they need no shared file "
+        "system; unset: checkpoints/ in the run folder",
     )
     every: int = Field(1000, ge=1, description="updates between checkpoints")
     keep: int = Field(2, ge=1)
-    background: bool = Field(True, description="write while training goes on; takes CPU memory for a copy of the state")
+    background: bool = Field(True, description="write while training continues; needs CPU memory for a copy of the state")
 
 
 class PriorValidationConfig(Config):
     every: int = Field(1000, ge=1, description="updates between validations")
-    samples: int | None = Field(8192, ge=1, description="validation samples at most; null: all")
+    samples: int | None = Field(8192, ge=1, description="maximum number of validation samples; null: all")
 
 
 class PriorTrackingConfig(TrackingConfig):
     run_name: str = "prior"
-    every: int = Field(10, ge=1, description="updates between metrics")
+    every: int = Field(10, ge=1, description="updates between logged metrics")
     samples_every: int | None = Field(
         None,
         ge=1,
-        description="updates between sheets of samples for validation captions, drawn by the main rank from a whole "
-        "copy of the model while the others wait: for small ones; unset: none",
+        description="updates between sample sheets for validation captions; unset: none. For small models only: the main rank "
+        "generates them from a full copy of the model while the other ranks wait",
     )
-    profile_every: int = Field(500, ge=1, description="updates between those in which the time of collectives is measured")
+    profile_every: int = Field(500, ge=1, description="updates between measurements of the time in collectives")
     peak_tflops: float | None = Field(
-        None, gt=0, description="16-bit peak of one device, for MFU; unset: known for common GPUs, else no MFU"
+        None, gt=0, description="16-bit peak of one device, for MFU; unset: the known peak of common GPUs, otherwise no MFU"
     )
 
 
 class PriorFailureConfig(Config):
-    """When a run ends rather than going on, or waiting, for nothing."""
+    """When to give up: hung collectives, and updates that make no progress."""
 
     collective_timeout: float = Field(
-        1800, gt=0, description="seconds that ranks wait for one of them, be it for its data, or for the main rank's disk"
+        1800, gt=0, description="seconds that a collective may wait for a rank, e.g. for its data or for the main rank's disk"
     )
-    nonfinite_losses: int = Field(20, ge=1, description="updates in a row whose loss is Inf or NaN, until a diagnosis")
+    nonfinite_losses: int = Field(
+        20, ge=1, description="consecutive updates with a loss of Inf or NaN after which the run stops with a diagnosis"
+    )
     updates_without_step: int = Field(
         1500,
         ge=1,
-        description="such updates in a row, of all blocks or of one, until a diagnosis; the paper's policy lowers a gradient "
-        "scale once in 125 updates by sqrt(2), so that 1500 bring it from its start, 2^13, to its floor, 2^7",
+        description="consecutive updates without an optimizer step, of the model or of one residual block, after which the run "
+        "stops with a diagnosis. The paper lowers a gradient scale by sqrt(2) at most every 125 updates: 1500 updates bring it "
+        "from its start, 2^13, to its floor, 2^7",
     )
 
 
 class PriorRunConfig(Config):
-    """One training job of the prior over all its nodes and restarts; the defaults are the paper's."""
+    """One training run of the prior, on all its nodes and with all its restarts. The defaults are the paper's."""
 
     section: ClassVar = "prior"
-    folder: str = Field(description="checkpoints, logs and the merged recipe go here")
+    folder: str = Field(description="run folder: checkpoints, logs and the merged recipe")
     deepspeed_config: str = Field(
-        "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, looked for here and then in the project's own folder"
+        "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, or the name of a shipped file"
     )
     updates: int = Field(430_000, ge=1)
     global_batch: int = Field(1024, ge=1)
-    micro_batch: int = Field(1, ge=1, description="samples a rank takes at a time, at most its share of the global batch")
+    micro_batch: int = Field(1, ge=1, description="samples per rank and forward pass; limited to global_batch / ranks")
     seed: int = 0
     attention: Literal["auto", BackendName] = Field(
-        "auto", description="backend; auto: flex on CUDA, structured on CPUs, or dense where these can't run"
+        "auto", description="backend; auto: flex on CUDA, structured on CPUs, dense if these are not available"
     )
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        True, description="recompute each layer in the backward pass, or with a number k every k-th one"
+        True, description="recompute the layers in the backward pass; a number k: only every k-th layer"
     )
     data: PriorDataConfig
     model: PriorModelConfig = PriorModelConfig()
@@ -200,31 +206,30 @@ class PriorRunConfig(Config):
         return self
 
     def require_default_inputs(self, recipe: Path) -> None:
-        """Of the project's own recipe, read where none was named. Raises DataError where the demo has not made its data yet."""
+        """Check the project's default `recipe`. Raises DataError if its data set, which the demo creates, does not exist."""
         dataset = self.data.dataset
         if dataset and "://" not in dataset and not Path(dataset, DATASET_FILE).exists():
             raise DataError(
-                f"no token data set at {dataset} (from {recipe}): `bash launchers/demo.sh` makes it, or name your recipe"
+                f"no token data set at {dataset} (from {recipe}): run `bash launchers/demo.sh` to create it, or pass your own "
+                "recipe"
             )
 
     @property
     def deepspeed_path(self) -> Path:
-        """Where the DeepSpeed JSON is, so that recipes of the project work from any folder."""
-        here = Path(self.deepspeed_config)
-        ours = Path(dalle_ds.__file__).resolve().parents[1] / here
-        return ours if not here.exists() and ours.exists() else here
+        """Path of the DeepSpeed JSON in the working folder, else of the shipped file of that name."""
+        return project_files.here_or_shipped(self.deepspeed_config)
 
     @property
     def checkpoint_folder(self) -> str:
         return self.checkpoint.folder or f"{self.folder}/checkpoints"
 
     def on_ranks(self, world_size: int) -> "PriorRunConfig":
-        """With a micro-batch no larger than a rank's share of the global batch: a recipe for one GPU starts on eight."""
+        """Limit the micro-batch to a rank's share of the global batch, so that a recipe for one GPU also runs on eight."""
         share, left = divmod(self.global_batch, world_size)
         return self if left or share >= self.micro_batch else self.model_copy(update={"micro_batch": share})
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches a rank takes for one update. Raises ConfigError where the batch does not divide among the ranks."""
+        """Micro-batches per rank and update. Raises ConfigError if micro_batch * world_size does not divide global_batch."""
         per_pass = self.micro_batch * world_size
         if self.global_batch % per_pass:
             raise ConfigError(

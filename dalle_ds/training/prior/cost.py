@@ -1,4 +1,4 @@
-"""What a run of the prior would take, on paper: memory, time and cost, computed and nothing measured."""
+"""Memory, time and cost of a prior run, computed without measuring anything."""
 
 from typing import Any
 
@@ -16,14 +16,15 @@ from dalle_ds.training.prior.config import PriorRunConfig
 GIB = 2**30
 
 TOO_MANY_SHARDS = 64
-"""GPUs of a ZeRO group above which a plan warns."""
+"""A plan warns if a ZeRO group has more GPUs than this."""
 
 
 def plan(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
-    """All numbers as one dict. Names that end in _estimate rest on assumptions beyond counting (named in planning/README.md).
+    """Compute all numbers of a plan, by name. Names that end in _estimate rest on assumptions beyond counting, which are
+    listed in planning/README.md.
 
     Raises:
-        ConfigError: no machine has the name that `settings` says.
+        ConfigError: `settings.machine` is not a known machine.
     """
     of_gpu = memory(config, settings)
     summary = {
@@ -48,13 +49,13 @@ def plan(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
 
 
 def settings_of(run: PriorRunConfig, gpus: int) -> dict[str, Any]:
-    """What a recipe says of a plan's settings, by their names; its DeepSpeed JSON included.
+    """The settings of a plan that a recipe and its DeepSpeed JSON determine, by name.
 
     Raises:
-        ConfigError: the JSON can't be read; more replicas than GPUs.
+        ConfigError: the JSON cannot be read, or there are more replicas than GPUs.
     """
     if run.replicas.count > gpus:
-        raise ConfigError(f"the recipe has replicas.count {run.replicas.count}, expected at most one for each of {gpus} GPUs")
+        raise ConfigError(f"the recipe's replicas.count is {run.replicas.count}, expected at most the number of GPUs, {gpus}")
     run = run.on_ranks(gpus)
     engine = load_engine_config(run.deepspeed_path, micro_batch=run.micro_batch, accumulation=1, clip=run.optimizer.clip)
     zero = engine.json.get("zero_optimization", {})
@@ -81,7 +82,7 @@ def _model(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     n_effective, n_embedding, n_other = count_parameters(config)
     n_parameters = n_effective + n_embedding + n_other
     forward = forward_flops(config)
-    train = 3 * forward  # one forward, twice as much backward; recomputation is not useful arithmetic
+    train = 3 * forward  # the backward pass costs twice the forward pass; recomputation does not count as useful FLOPs
     moments = state_bytes(config, settings.moments).moments
     return {
         "layers": config.n_layers,
@@ -122,9 +123,9 @@ def _memory(config: PriorConfig, settings: PlanInputsConfig, of_gpu: Memory) -> 
 
 def _traffic(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     shards, n_parameters = settings.shards, sum(count_parameters(config))
-    # a micro-batch gathers all weights for the forward and again for the backward pass, and scatters fp32 gradients
+    # a micro-batch all-gathers all weights for the forward and again for the backward pass, and reduce-scatters fp32 gradients
     sent = settings.n_micro_steps * n_parameters * (2 * GATHERED + REDUCED) * (shards - 1) / shards
-    between = 2 * exchanged_bytes(config, settings) * (1 - 1 / settings.replicas)  # scattered, then gathered
+    between = 2 * exchanged_bytes(config, settings) * (1 - 1 / settings.replicas)  # reduce-scatter, then all-gather
     return {
         "micro_batches_per_update": settings.n_micro_steps,
         "communication_gib_per_gpu_per_update": sent / GIB,
@@ -159,25 +160,28 @@ def _time(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
 def _warnings(config: PriorConfig, settings: PlanInputsConfig, of_gpu: Memory) -> list[str]:
     found = []
     if settings.gpus % settings.shards:
-        found.append(f"shard_gpus {settings.shards} does not divide the {settings.gpus} GPUs: no run starts so")
+        found.append(f"shard_gpus {settings.shards} does not divide the {settings.gpus} GPUs: such a run would not start")
     if settings.n_micro_steps % 1:
         found.append(
             f"global_batch {settings.global_batch} is not a multiple of {settings.gpus} GPUs x micro_batch "
-            f"{settings.micro_batch}: no run starts so"
+            f"{settings.micro_batch}: such a run would not start"
         )
     if settings.shards > TOO_MANY_SHARDS:
         found.append(
-            f"ZeRO-3 over {settings.shards} GPUs: for every tensor DeepSpeed loops over all of them in Python, and its "
-            f"collectives are rings of {settings.shards} steps; shard over 8 to 32 and set replicas.count"
+            f"ZeRO-3 over {settings.shards} GPUs: for every tensor DeepSpeed loops over all GPUs in Python, and its "
+            f"collectives are rings of {settings.shards} steps; shard over 8 to 32 GPUs and set replicas.count"
         )
     available = settings.build_machine().memory_gib - RESERVED_GIB
     if of_gpu.total / GIB > available:
-        found.append(f"{of_gpu.total / GIB:.1f} GiB, but a GPU has {available:g} ({RESERVED_GIB:g} are reserved)")
+        found.append(
+            f"the run needs {of_gpu.total / GIB:.1f} GiB per GPU, but a GPU has {available:g} GiB ({RESERVED_GIB:g} GiB are "
+            "reserved)"
+        )
     return found
 
 
 def _proposal(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any] | None:
-    """The fastest that fits; None: nothing does."""
+    """The fastest settings that fit in memory. None if none fit."""
     best = propose(config, settings)
     if best is None:
         return None
@@ -196,5 +200,5 @@ def _proposal(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]
 
 
 def _as_in_recipes(recompute: int) -> bool | int:
-    """As `activation_checkpointing` says it."""
+    """The value of `activation_checkpointing` in a recipe."""
     return recompute if recompute > 1 else bool(recompute)

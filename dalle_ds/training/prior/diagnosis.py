@@ -1,10 +1,10 @@
-"""Why a run can't go on: what every block computes on a batch that brings no step, kept with all it takes to see it again.
+"""Diagnosis of a diverged run: what every block computes on the failing batch, saved with everything needed to replay it.
 
 diagnosis/update_00000123/
-    diagnosis.json               blocks, ranks and samples that are not finite
-    magnitudes.png               the largest magnitudes of all blocks
-    batch/*.safetensors          the samples of each rank, keys and captions in the metadata
-    state/                       weights, moments and scales, as in a checkpoint
+    diagnosis.json               blocks, ranks and samples with non-finite values
+    magnitudes.png               chart of the largest magnitudes in all blocks
+    batch/*.safetensors          the samples of each rank; keys, captions and shards in the metadata
+    state/                       weights, moments and gradient scales, as in a checkpoint
     recipe.yaml, deepspeed.json  the settings
 """
 
@@ -55,14 +55,15 @@ class DiagnosisRecord(Record):
     text_loss: float
     image_loss: float
     problems: tuple[str, ...]
-    """Why the batch and the state could not be saved; empty: they were."""
+    """Why the batch and the state could not be saved. Empty if they were saved."""
     samples: tuple[dict[str, Any], ...]
     model: PriorConfig
     blocks: tuple[dict[str, Any], ...]
 
 
 class DivergenceMonitor:
-    """Counts updates in a row without a finite loss or without a step. The same on every rank, as reports are."""
+    """Counts consecutive updates without a finite loss or without an optimizer step. Reports are the same on every rank, so the
+    counts are too."""
 
     def __init__(self, limits: PriorFailureConfig) -> None:
         self._limits, self._n_losses, self._n_without_step = limits, 0, 0
@@ -74,12 +75,12 @@ class DivergenceMonitor:
         self._n_without_step = 0 if report.took_step else self._n_without_step + 1
         self._n_of_block = Counter({block: self._n_of_block[block] + 1 for block in report.nonfinite_blocks})
         if self._n_losses >= self._limits.nonfinite_losses:
-            return f"no finite loss in {self._n_losses} updates in a row (failure.nonfinite_losses)"
+            return f"no finite loss in {self._n_losses} consecutive updates (failure.nonfinite_losses)"
         if self._n_without_step >= self._limits.updates_without_step:
-            return f"no step in {self._n_without_step} updates in a row (failure.updates_without_step)"
+            return f"no optimizer step in {self._n_without_step} consecutive updates (failure.updates_without_step)"
         for block, n in self._n_of_block.most_common(1):
             if n >= self._limits.updates_without_step:
-                return f"no step of {block} in {n} updates in a row (failure.updates_without_step)"
+                return f"no optimizer step of {block} in {n} consecutive updates (failure.updates_without_step)"
         return None
 
 
@@ -92,10 +93,13 @@ def diagnose(
     reason: str,
     tracker: NullTracker,
 ) -> str:
-    """Keep the engine's state and this batch, look into it, and tell MLflow -> what to say to the user.
+    """Save the engine's state and this batch, repeat the update with every block observed, and log the result to MLflow.
 
-    Kept in the run's folder, or with its checkpoints where these have a folder of their own: the ranks may share no other.
-    All ranks call it together. The engine can't be trained on afterwards.
+    The files go to the run folder or, if `checkpoint.folder` is set, to that folder, because the ranks may share no other.
+    All ranks must call it together. The engine must not be used for training afterwards.
+
+    Returns:
+        The error message for the user.
     """
     ranks, url = engine.ranks, objects.join(run.checkpoint.folder or run.folder, FOLDER, f"update_{update:08d}")
     if ranks.is_main:
@@ -106,7 +110,7 @@ def diagnose(
         with _files_of(url) as folder:
             _save_batch(micro_batches, folder, ranks)
             engine.save(folder / STATE_FOLDER, {"update": update})
-    except (OSError, UserError) as error:  # no room for it, say: the rest is worth having all the same
+    except (OSError, UserError) as error:  # e.g. the disk is full: the rest of the diagnosis is still useful
         problem = f"rank {ranks.rank}: {error}"
     problems = [found for found in ranks.gather_objects(problem) if found]
     finding = look_into(engine, micro_batches, lr)
@@ -125,8 +129,8 @@ def diagnose(
             model=engine.module.config,
             blocks=tuple(asdict(block) for block in finding.blocks),
         )
-        log.error("update %d again:\n%s", update, finding.table())
-        chart = magnitudes_chart(finding, f"Update {update}, first not finite: {finding.event}")
+        log.error("update %d, repeated:\n%s", update, finding.table())
+        chart = magnitudes_chart(finding, f"Update {update}, first non-finite value: {finding.event}")
         tracker.image("diagnosis", chart, update)
         with _files_of(url) as folder:
             (folder / DIAGNOSIS_FILE).write_bytes(record.to_json())
@@ -134,34 +138,34 @@ def diagnose(
             shutil.copyfile(run.deepspeed_path, folder / DEEPSPEED_FILE)
             chart.save(folder / IMAGE_FILE)
             tracker.artifact(folder / DIAGNOSIS_FILE, FOLDER)
-    ranks.barrier()  # a launcher ends the others as soon as one is gone
+    ranks.barrier()  # a launcher kills the other ranks as soon as one exits
     recipe = f" {run.folder}/recipe.yaml" if objects.is_s3(url) else ""
     state = (
         f"The batch could not be saved ({problems[0]})."
         if problems
-        else f"The batch again, alone or on the ranks of a launcher:\n  dalle-ds diagnose {url}{recipe}"
+        else f"To replay the batch, in one process or under a launcher:\n  dalle-ds diagnose {url}{recipe}"
     )
     return f"stopped at update {update}: {reason}. {finding.describe()} All blocks: {url}/{DIAGNOSIS_FILE}. {state}"
 
 
 def replay(run: PriorRunConfig, url: str, ranks: Ranks) -> dict[str, Any]:
-    """Make the update of a diagnosis again, on any number of ranks and in whatever format the recipe says -> summary.
+    """Repeat the update of a diagnosis, on any number of ranks and in the number formats of the recipe. Returns a summary.
 
-    Nothing of the run that it came from is read or changed. All ranks call it together.
+    Does not read or change the run itself. All ranks must call it together.
 
     Raises:
-        DataError: there is no diagnosis at `url`, or one without its batch and state.
-        ConfigError: the recipe's batch is not the diagnosed one.
+        DataError: there is no diagnosis at `url`, or it has no batch and state.
+        ConfigError: the recipe's global_batch is not the size of the diagnosed batch.
     """
     record = read_record(DiagnosisRecord, objects.join(url, DIAGNOSIS_FILE))
     if record.problems:
-        raise DataError(f"{url} has no batch: {record.problems[0]}")
+        raise DataError(f"{url} has no batch, which could not be saved: {record.problems[0]}")
     run = run.on_ranks(ranks.world_size)
     engine = build_engine(run, record.model, read_engine_config(run, ranks), ranks)
     engine.load(objects.join(url, STATE_FOLDER))
     finding = look_into(engine, _load_batch(url, run, ranks), record.learning_rate)
     if ranks.is_main:
-        log.info("update %d again:\n%s\n%s", record.update, finding.table(), finding.describe())
+        log.info("update %d, repeated:\n%s\n%s", record.update, finding.table(), finding.describe())
     return {
         "diagnosis": url,
         "update": record.update,
@@ -174,12 +178,12 @@ def replay(run: PriorRunConfig, url: str, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-# ---- keeping -------------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _files_of(url: str) -> Iterator[Path]:
-    """An empty folder on this machine; what is in it at the end goes to `url`."""
+    """Yields an empty local folder. On success its files are moved to `url`."""
     parent = objects.local_path(url)
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +201,7 @@ def _save_batch(micro_batches: Sequence[TokenBatch], folder: Path, ranks: Ranks)
 
 
 def _load_batch(url: str, run: PriorRunConfig, ranks: Ranks) -> list[TokenBatch]:
-    """This rank's share of the samples of all files, in the recipe's micro-batches."""
+    """Load this rank's part of the diagnosed batch, in the recipe's micro-batches."""
     texts, images, names = [], [], {"keys": [], "captions": [], "shards": []}
     for file_url in sorted(objects.list_files(objects.join(url, BATCHES), ".safetensors")):
         with objects.local_copy(file_url) as path, safe_open(path, "pt") as file:

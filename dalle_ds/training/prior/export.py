@@ -1,6 +1,6 @@
-"""Export: from a sharded checkpoint to one folder that samples on any machine, in memory for two of its tensors.
+"""Export: convert a sharded checkpoint to one folder that any machine can sample from, in memory for two of its tensors.
 
-Tensors go from the ranks' files to the export's one at a time; the proof of parity then reads what was written.
+Tensors are copied one at a time from the ranks' files to the export. The parity check then reads the written files.
 """
 
 import json
@@ -31,24 +31,28 @@ from dalle_ds.training.prior.throughput import peak_gigabytes
 log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 5 * 10**9
-"""Above this a model is several files. The usual size: some file systems and object stores end at 5 GB for one upload."""
+"""A larger model is split into several files. 5 GB is common: some file systems and object stores limit one upload to it."""
 
 
 def export_checkpoint(
     run_folder: str | Path, out: str | Path, *, tag: str | None = None, ema: bool = True, max_file_bytes: int = MAX_FILE_BYTES
 ) -> dict[str, Any]:
-    """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the proof of parity.
+    """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the result of the parity check.
 
     Args:
-        run_folder: folder of the training run, or the s3:// url that its checkpoints go to.
-        out: the export's folder, a path or s3:// url.
+        run_folder: folder of the training run, or the s3:// url of its checkpoints.
+        out: folder of the export, a path or s3:// url.
         tag: name of the checkpoint, e.g. "update_00000500"; None: the newest.
-        ema: the averaged weights (what the paper samples from), or the last ones.
-        max_file_bytes: a larger model becomes several files with an index.
+        ema: export the EMA weights (the paper samples from them) instead of the non-averaged ones.
+        max_file_bytes: a larger model is split into several files with an index.
+
+    Returns:
+        The export's url, parts of its record, the parity result (None without `ema`), its size and the peak memory.
 
     Raises:
-        DataError: no such checkpoint, or one whose files don't fit each other; the exported model does not give the losses
-            that the engine had when it saved.
+        DataError: there is no such checkpoint, its files do not match each other, or the exported model does not reproduce
+            the losses that the engine computed at the save.
+        FingerprintMismatch: tokenizer or dVAE of the data set are not those that the run was trained with.
     """
     checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), PriorAbout, keep=1).find(tag)
     about = checkpoint.about
@@ -57,18 +61,18 @@ def export_checkpoint(
     inputs = {name: objects.join(dataset, name) for name in (TOKENIZER_FILE, DVAE_FILE)}
     tokenizer, dvae = CaptionTokenizer(inputs[TOKENIZER_FILE]), verified_fingerprint(inputs[DVAE_FILE], "dvae")
     for name, expected, found in ((TOKENIZER_FILE, about.tokenizer, tokenizer.fingerprint), (DVAE_FILE, about.dvae, dvae)):
-        require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the former.")
+        require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the expected one.")
     state = _weights(checkpoint, ema)
     n_bytes = sum(tensor.nbytes for tensor in state.values())
 
-    # first and last: a folder without config.json is not taken for an export, nor is one that was written in part
+    # config.json is deleted first and written last: without it, a partly written folder does not count as an export
     objects.delete(objects.join(out, RECORD_FILE))
     model = objects.join(out, PRIOR_FILE)
     with progress(total=n_bytes, what="export", unit="B", unit_scale=True) as bar:
         fingerprint = write_weights(
             model, kind="prior", config=about.model.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
         )
-    parity = _parity(checkpoint, model) if ema else None  # only of the average are losses
+    parity = _parity(checkpoint, model) if ema else None  # checkpoints hold losses of the EMA weights only
     record = ExportRecord(
         format=1,
         fingerprint=fingerprint,
@@ -100,10 +104,13 @@ def export_checkpoint(
 def _checkpoint_folder(run_folder: str) -> str:
     if objects.is_s3(run_folder):
         return run_folder
-    with suppress(FileNotFoundError):  # the merged recipe that the run left there
+    with suppress(FileNotFoundError):  # the merged recipe in the run folder
         recipe = yaml.safe_load(Path(run_folder, "recipe.yaml").read_text(encoding="utf-8"))
         if "prior" not in recipe:
-            raise DataError(f"{run_folder} is no run of a prior: its recipe.yaml has the sections {', '.join(recipe)}")
+            raise DataError(
+                f"{run_folder} is not the folder of a prior run: its recipe.yaml has the sections {', '.join(recipe)}, "
+                "expected `prior`"
+            )
         if folder := recipe["prior"]["checkpoint"]["folder"]:
             return folder
     return objects.join(run_folder, "checkpoints")
@@ -114,7 +121,7 @@ def _absolute(url: str) -> str:
 
 
 def _weights(checkpoint: Checkpoint[PriorAbout], ema: bool) -> dict[str, StoredTensor]:
-    """Where the weights lie, once it is known that they are this model's."""
+    """Return the stored weights, not yet read. Raises DataError if their names or shapes are not those of the model."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Prior(checkpoint.about.model).named_parameters()}
     tensors = SavedState(checkpoint.data).of_kind(AVERAGE if ema else WEIGHTS)
@@ -122,7 +129,7 @@ def _weights(checkpoint: Checkpoint[PriorAbout], ema: bool) -> dict[str, StoredT
     if found != shapes:
         different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
         named = ", ".join(different[:5])
-        raise DataError(f"{checkpoint.url} holds another model than its checkpoint.json says: {named} differ")
+        raise DataError(f"the tensors of {checkpoint.url} do not match the model of its checkpoint.json: {named} differ")
     return tensors
 
 
@@ -136,5 +143,5 @@ def _parity(checkpoint: Checkpoint[PriorAbout], model: str) -> dict[str, Any]:
             checkpoint.data, about.model, tensors, fp16_branches=about.fp16_branches, dtype=dtype, read=bar.update
         )
     difference = parity["max_difference_same_format"]
-    log.info("export equals the engine: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
+    log.info("export reproduces the engine's losses: largest difference %.1e nats on %d tokens", difference, parity["tokens"])
     return parity

@@ -1,4 +1,4 @@
-"""A prior run before anything is built: its recipe, checked against the data, the ranks and the newest checkpoint."""
+"""Checks of a prior run before its engine is built: the recipe against the data, the ranks and the newest checkpoint."""
 
 from dataclasses import dataclass
 
@@ -17,38 +17,40 @@ from dalle_ds.training.prior.state import PriorAbout, TrainedOn
 
 @dataclass(frozen=True)
 class PriorJob:
+    """The result of `check_job`: all that a trainer needs to build the run."""
+
     recipe: PriorRunConfig
     engine_config: EngineConfig
     model_config: PriorConfig
     train_set: TokenMix
     validation_set: TokenMix
     about: PriorAbout
-    """What checkpoints say; the MLflow run is added as they are saved."""
+    """Description of the run for checkpoint.json. The MLflow run is added when a checkpoint is saved."""
     checkpoints: CheckpointStore[PriorAbout]
     newest: Checkpoint[PriorAbout] | None
-    """Where the run goes on; None: it is new."""
+    """Checkpoint to resume from. None for a new run."""
     n_parameters: int
 
     @property
     def is_finished(self) -> bool:
-        """Whether a checkpoint holds all updates already."""
+        """Whether the newest checkpoint already has all updates of the recipe."""
         return self.newest is not None and self.newest.update >= self.recipe.updates
 
 
 def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
-    """Open the data sets, find the newest checkpoint. All ranks call it together.
+    """Open the data sets and find the newest checkpoint. All ranks must call it together.
 
     Raises:
         ConfigError: the recipe does not fit the data, the ranks, the DeepSpeed JSON or the checkpoint.
-        DataError: no data set, or one that is damaged; all checkpoints are damaged.
-        FingerprintMismatch: the data is not of the dVAE or the tokenizer that the recipe names.
+        DataError: a data set is missing or damaged, or all checkpoints are damaged.
+        FingerprintMismatch: the data set was made with another dVAE or tokenizer than the recipe requires.
     """
     engine_config = read_engine_config(recipe, ranks)
     train_set, validation_set = recipe.data.open("train"), recipe.data.open("validation")
     info = train_set.info
     for what, expected, found in (("dVAE", recipe.data.dvae, info.dvae), ("tokenizer", recipe.data.tokenizer, info.tokenizer)):
         if expected is not None:
-            require_same(f"{what} of data set {train_set.root_url}", expected, found, "The recipe asks for the former.")
+            require_same(f"{what} of data set {train_set.root_url}", expected, found, "The recipe requires the expected one.")
     model_config = recipe.model.resolve(info, train_set.tokenizer.vocab_size, train_set.root_url)
     about = PriorAbout(
         model=model_config,

@@ -1,4 +1,4 @@
-"""What every block of a model holds and computes in one update: largest magnitudes, and where Inf or NaN comes up first."""
+"""Observe every block of a model in one update: its largest magnitudes, and where Inf or NaN appears first."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +18,12 @@ from dalle_ds.tracking.charts import curves
 
 WEIGHTS, FORWARD, GRADIENT = "weights", "forward", "gradient"
 MAX_SAMPLES = 32
-"""Named in a finding."""
+"""Maximum number of samples in a finding."""
 
 
 @dataclass
 class Magnitude:
-    """Of some tensors: the largest finite absolute value, and whether other values are there too."""
+    """The largest finite absolute value in some tensors, and whether all their values are finite."""
 
     largest: float = 0.0
     is_finite: bool = True
@@ -39,21 +39,21 @@ class Magnitude:
 
 @dataclass
 class Block:
-    """What a part of the model held and computed: a residual block, the embeddings before them, or the heads behind them."""
+    """Observations of one part of the model: a residual block, the embeddings (`embed`) or the output heads (`heads`)."""
 
     name: str
     scale_log2: float | None
-    """Of its gradients, under per-resblock scaling."""
+    """log2 of its gradient scale. None without per-resblock scaling."""
     weights: Magnitude = field(default_factory=Magnitude)
     forward: Magnitude = field(default_factory=Magnitude)
-    """Its outputs: the identity path behind a block, the losses behind the heads."""
+    """Its outputs: of a residual block the identity path after it, of the heads the losses."""
     gradient: Magnitude = field(default_factory=Magnitude)
-    """Of its parameters, un-scaled, before ranks are averaged."""
+    """Gradients of its parameters, un-scaled, before the average over ranks."""
     ranks: list[int] = field(default_factory=list)
-    """Where its outputs or gradients were not finite."""
+    """Ranks on which its outputs or gradients were not finite."""
 
     def join(self, other: "Block") -> None:
-        """Take in what another rank saw."""
+        """Merge the observations of another rank."""
         for what in (WEIGHTS, FORWARD, GRADIENT):
             getattr(self, what).join(getattr(other, what))
         self.ranks += other.ranks
@@ -61,17 +61,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Finding:
-    """One update, looked at on all ranks."""
+    """The observations of one update, on all ranks."""
 
     report: UpdateReport
     blocks: list[Block]
-    """From the input on."""
+    """All blocks, in the order from the input to the heads."""
     samples: list[dict[str, Any]]
-    """Key, shard, caption and rank of those whose outputs were not finite, or of ranks where only gradients were not; some."""
+    """Key, shard, caption and rank of the samples whose outputs were not finite, at most MAX_SAMPLES. If only the gradients of
+    a rank were not finite, all samples of the rank are included."""
 
     @property
     def event(self) -> str:
-        """Where Inf or NaN comes up first: in the forward pass, else going backward from the heads."""
+        """The block and the pass in which Inf or NaN appears first, or "none". The backward pass runs from the heads."""
         forward = [block.name for block in self.blocks if not block.forward.is_finite]
         backward = [block.name for block in self.blocks if not block.gradient.is_finite]
         if forward:
@@ -80,24 +81,24 @@ class Finding:
 
     @property
     def block(self) -> Block | None:
-        """The block of the event."""
+        """The block of `event`. None if there is no event."""
         return next((block for block in self.blocks if block.name == self.event.partition(",")[0]), None)
 
     def describe(self) -> str:
-        """One sentence."""
+        """Describe the event in one sentence."""
         block = self.block
         if block is None:
-            return "In a repetition all blocks are finite."
+            return "When the update was repeated, all blocks were finite."
         scale = "" if block.scale_log2 is None else f", gradient scale 2^{block.scale_log2:.1f}"
-        weights = "" if block.weights.is_finite else ", and some are not finite"
+        weights = "" if block.weights.is_finite else ", and some weights are not finite"
         ranks = ", ".join(map(str, block.ranks[:8])) + (", ..." if len(block.ranks) > 8 else "")
         return (
-            f"First not finite: {self.event}, on rank {ranks}; "
-            f"its largest weight is {_power(block.weights.largest)}{weights}{scale}."
+            f"First non-finite value: {self.event}, on rank {ranks}; "
+            f"the block's largest weight is {_power(block.weights.largest)}{weights}{scale}."
         )
 
     def table(self) -> str:
-        """One line a block: powers of two, "!" where Inf or NaN is among the values."""
+        """Table with a line per block: magnitudes as powers of two, marked "!" if the values include Inf or NaN."""
         columns = ("block", "scale", WEIGHTS, FORWARD, GRADIENT)
         lines = ["{:<24}{:>9}{:>14}{:>14}{:>14}".format(*columns)]
         for block in self.blocks:
@@ -109,10 +110,10 @@ class Finding:
 
 
 def look_into(engine: PriorEngine, micro_batches: Sequence[TokenBatch], lr: float) -> Finding:
-    """Make an update of this rank's part of a global batch, with a look at every block. All ranks call it together."""
+    """Do an update with this rank's part of a global batch, and observe every block. All ranks must call it together."""
     names = ["embed", *(name for name, _ in resblocks_of(engine.module)), "heads"]
     scales = engine.scaler.log2_scales() if engine.scaler else {}
-    # hooks see gradients before they are un-scaled
+    # the hooks get gradients that are still scaled
     in_use = {name: 2**power * engine.scaler.n_micro_batches for name, power in scales.items()} if engine.scaler else {}
     seen = {name: Block(name, scales.get(name)) for name in names}
     for name, values in _own_weights(engine).items():
@@ -139,7 +140,7 @@ def look_into(engine: PriorEngine, micro_batches: Sequence[TokenBatch], lr: floa
 
 
 def magnitudes_chart(finding: Finding, title: str) -> Image.Image:
-    """Lines over the blocks, with gaps where they are not finite."""
+    """Line chart of the magnitudes over the blocks, with a gap for a block with non-finite values."""
     places = list(range(len(finding.blocks)))
     magnitudes = {what: [getattr(block, what) for block in finding.blocks] for what in (WEIGHTS, FORWARD, GRADIENT)}
     lines = {
@@ -151,7 +152,8 @@ def magnitudes_chart(finding: Finding, title: str) -> Image.Image:
 
 @contextmanager
 def _hooks(model: nn.Module, seen: dict[str, Block]) -> Iterator[set[tuple[int, int]]]:
-    """Within it, `seen` learns what blocks compute. Gives (micro-batch, row) of the samples that are not finite."""
+    """Context in which the passes of `model` are recorded in `seen`. Yields the (micro-batch, row) of samples with non-finite
+    outputs; the set fills as the passes run."""
     bad_rows: set[tuple[int, int]] = set()
     n_batches = 0
 
@@ -180,7 +182,7 @@ def _hooks(model: nn.Module, seen: dict[str, Block]) -> Iterator[set[tuple[int, 
 
 
 def _own_weights(engine: PriorEngine) -> dict[str, Tensor]:
-    """This rank's part of every parameter, without what pads it."""
+    """This rank's shard of every parameter, without the padding."""
     shards, parameters = engine.shards(), dict(engine.module.named_parameters())
     ends = {name: getattr(p, "ds_numel", p.numel()) - shard_start(p) for name, p in parameters.items()}
     return {name: shard.flatten()[: max(0, ends[name])] for name, shard in shards.items()}

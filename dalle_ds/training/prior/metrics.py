@@ -25,26 +25,26 @@ log = logging.getLogger(__name__)
 SAMPLES = "samples"
 
 CHART_POINTS = 1000
-"""Updates that the chart of gradient scales shows at most: more than it has pixels."""
+"""Maximum number of updates in the chart of gradient scales: more than its width in pixels."""
 
 
 def describe(run: PriorRunConfig, n_parameters: int, world_size: int) -> str:
-    """What the run is and where to look first: Markdown for its page."""
+    """Describe the run and its main metrics in Markdown, for the run's MLflow page."""
     lines = [
-        f"Prior `{run.model.preset}` of {n_parameters / 1e6:.1f} million parameters: {run.updates} updates of "
-        f"{run.global_batch} samples of `{run.data.sources}` on {world_size} ranks.",
+        f"Prior `{run.model.preset}` with {n_parameters / 1e6:.1f} million parameters: {run.updates} updates of "
+        f"{run.global_batch} samples from `{run.data.sources}` on {world_size} ranks.",
         "",
         "Where to look first, under *Model metrics*:",
-        "- `loss/validation/image`: nats an image token of the EMA on the validation split. It falls to the end; "
-        "where it rises while `loss/train/image` falls, the prior learns its images by heart.",
+        "- `loss/validation/image`: loss of the EMA weights on the validation split, in nats per image token. It should fall "
+        "to the end. If it rises while `loss/train/image` falls, the prior overfits.",
         "- `optimizer/skipped_updates`, and the image `optimizer/gradient_scales`: a few skipped updates and slowly rising "
-        "scales are healthy; a block whose scale keeps falling is not.",
-        "- `speed/tokens_per_second`, `speed/mfu` (where the peak of the device is known), `time_share/data_wait`: near 0, or "
-        "training waits for its data.",
+        "scales are healthy. A residual block whose scale keeps falling is not.",
+        "- `speed/tokens_per_second`, `speed/mfu` (if the peak of the device is known), `time_share/data_wait`: if the last is "
+        "not near 0, training waits for its data.",
         "- the images `samples/validation` and `loss/by_position`, by update.",
         "",
-        "Parameters are what differs from the paper's recipe and decides what is learned; all settings are in `recipe.yaml` "
-        "and `deepspeed.json` under *Artifacts*.",
+        "The parameters listed are those that affect the result and differ from the paper's recipe. All settings are in "
+        "`recipe.yaml` and `deepspeed.json` under *Artifacts*.",
     ]
     if run.tracking.samples_every:
         lines += ["", f"![Newest samples](get-artifact?path=images%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
@@ -52,7 +52,7 @@ def describe(run: PriorRunConfig, n_parameters: int, world_size: int) -> str:
 
 
 class PriorMetrics:
-    """Logs from the main rank alone; all ranks call it together."""
+    """Logs metrics of a prior run. All ranks must call every method together; only the main rank logs."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class PriorMetrics:
 
     @contextmanager
     def profile(self) -> Iterator[None]:
-        """Around an update: where it is due, measure the share of its time that collectives take."""
+        """Wrap an update. Every `tracking.profile_every` updates, measures the fraction of its time spent in collectives."""
         if not self._is_main or not self._state.update or self._state.update % self._profile_every:
             yield
             return
@@ -86,7 +86,7 @@ class PriorMetrics:
         self._tracker.metrics({"time_share/collectives": share.value}, self._state.update)
 
     def log(self, report: UpdateReport, lr: float) -> None:
-        """After every update, which the state counts already."""
+        """Call after every update, when `state` has already counted it."""
         if report.took_step and not self._optimizer_bytes:
             self._log_optimizer_bytes()
         if not self._is_main:
@@ -95,12 +95,16 @@ class PriorMetrics:
         self.bar.update(1)
         self._throughput.add()
         if report.nonfinite_blocks:
-            what = "left out some blocks" if report.took_step else "skipped"
+            what = "skipped some blocks" if report.took_step else "skipped"
             log.warning("update %d %s: non-finite gradient in %s", state.update, what, ", ".join(report.nonfinite_blocks))
         elif not report.took_step and report.loss_scale is not None:
             log.warning("update %d skipped: non-finite gradient at loss scale 2^%g", state.update, math.log2(report.loss_scale))
         elif not report.took_step:
-            log.warning("update %d skipped: gradient norm %s, but every resblock is finite", state.update, report.grad_norm)
+            log.warning(
+                "update %d skipped: gradient norm %s, but the gradients of all residual blocks are finite",
+                state.update,
+                report.grad_norm,
+            )
         if state.update % self._every and report.took_step:
             return
         values = {
@@ -115,7 +119,7 @@ class PriorMetrics:
             "speed/captions_cut": self._stream.n_truncated,
             **peak_gigabytes(self._engine.ranks.device),
         }
-        if len(self._stream.n_drawn) > 1:  # as data.mix numbers the sets
+        if len(self._stream.n_drawn) > 1:  # set 1 is the first in data.mix
             values |= {f"data/samples_of_set_{i}": n for i, n in enumerate(self._stream.n_drawn, start=1)}
         if math.isfinite(report.grad_norm):
             values["optimizer/gradient_norm"] = report.grad_norm
@@ -131,12 +135,13 @@ class PriorMetrics:
         )
 
     def log_validation(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
-        """Log the EMA's validation losses; `nll_BN` of some samples makes a map of the image loss by grid position."""
+        """Log the validation losses of the EMA weights, and a map of the image loss by grid position, from `nll_BN` of some
+        samples."""
         if not self._is_main:
             return
         update, grid, scaler = self._state.update, self._grid, self._engine.scaler
         self._tracker.metrics({"loss/validation/text": text_loss, "loss/validation/image": image_loss}, update)
-        log.info("update %d: validation image loss %.4f, text loss %.4f nats a token", update, image_loss, text_loss)
+        log.info("update %d: validation image loss %.4f, text loss %.4f nats per token", update, image_loss, text_loss)
         chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"validation loss by position, update {update}")
         self._tracker.image("loss/by_position", chart, update)
         if scaler:
@@ -147,25 +152,25 @@ class PriorMetrics:
                 self._tracker.image("optimizer/gradient_scales", gradient_scales(updates, lines), update)
 
     def log_samples(self, sheet: Image.Image) -> None:
-        """Images for validation captions: over time among the charts, the newest one in the run's description."""
+        """Log a sample sheet twice: by update among the charts, and as the newest sheet in the run's description."""
         self._tracker.image("samples/validation", sheet, self._state.update)
         self._tracker.image(SAMPLES, sheet)
 
     def log_scales(self, what: str) -> None:
-        """The range of the blocks' gradient scales, in the log."""
+        """Write the smallest and the largest gradient scale to the log. `what` starts the line."""
         if self._is_main and self._engine.scaler:
             powers = sorted((power, name) for name, power in self._engine.scaler.log2_scales().items())
             log.info("%s from 2^%.1f (%s) to 2^%.1f (%s)", what, *powers[0], *powers[-1])
 
     def _log_optimizer_bytes(self) -> None:
-        """Counted over real tensors, which the optimizer makes in its first step."""
+        """Log the optimizer bytes per parameter, counted over its tensors, which exist only after the first step."""
         self._optimizer_bytes = self._engine.optimizer_bytes_per_parameter()
         if self._is_main:
             self._tracker.tags({"optimizer_bytes_per_parameter": round(self._optimizer_bytes, 4)})
-            log.info("%s moments: %.2f bytes a parameter", self._moments, self._optimizer_bytes)
+            log.info("%s moments: %.2f bytes per parameter", self._moments, self._optimizer_bytes)
 
     def _keep_scales(self, update: int, scale: Tensor) -> None:
-        """For the chart: of a long run fewer updates, equally far apart."""
+        """Keep the scales for the chart. A long run keeps fewer updates, at equal distances."""
         self._n_scales += 1
         if self._n_scales % self._scale_stride:
             return

@@ -1,4 +1,4 @@
-"""Proof that written weights give the engine's losses, with one tensor of the model in memory at a time."""
+"""Parity check: an export must reproduce the engine's losses. One module's weights are in memory at a time."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,18 +17,19 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.stored_tensors import StoredTensor
 
 PARITY_FILE = "parity.safetensors"
-"""In a checkpoint: a few samples, and the losses that the engine gave them with the averaged weights."""
+"""File of a checkpoint: a few samples, and the engine's losses on them with the EMA weights."""
 
 MEAN_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Nats a token by which export and engine may differ, in the mean and at most, by the format of the engine's branches.
+"""Limits for the mean and the maximum difference between the losses of export and engine, in nats per token, by the number
+format of the engine's branches.
 
-Both round to that format, but a GPU sums in another order than this machine and rounds attention's probabilities too: two
-roundings of one model, each as far from fp32 as the other. Where this machine's own rounding moves losses that far, as in deep
-models, the limits are ROUNDINGS times what it moves them."""
+Both round to that format, but a GPU sums in another order than this machine and also rounds attention probabilities. The two
+results are independent roundings of one model, at similar distances from fp32. The rounding on this machine alone may change
+the losses by more than these limits, as in deep models. The limit is therefore at least ROUNDINGS times that change."""
 
 ROUNDINGS = (2, 3)
-"""In the mean, on a token. Two roundings that have nothing in common are the square root of two as far from each other as from
+"""Factors for the mean and for the maximum. The distance between two independent roundings is sqrt(2) times their distance from
 fp32."""
 
 
@@ -42,17 +43,20 @@ def prove_parity(
     dtype: torch.dtype = torch.float32,
     read: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Any]:
-    """Score the batch that the engine scored when it saved, with the weights as they were written.
+    """Compute the losses of the checkpoint's parity batch with the exported weights, and compare them with the engine's losses.
 
     Args:
         data: folder of a checkpoint's files.
-        tensors: where the weights lie; all are read once in fp32, and once more if the engine computed otherwise.
+        tensors: the stored weights. All are read once for fp32, and once more if the engine used another format.
         fp16_branches: whether the engine's branches were fp16.
-        dtype: the format of all weights in the engine; 16 bits under DeepSpeed's own fp16 and bf16.
-        read: called with the bytes of each tensor that was read.
+        dtype: dtype of all weights in the engine: 16-bit in DeepSpeed's built-in fp16 and bf16 modes.
+        read: called with the number of bytes of each tensor after it was read.
+
+    Returns:
+        Numbers of samples and tokens, the engine's mean loss, and the differences in nats per token.
 
     Raises:
-        DataError: the losses are not the engine's.
+        DataError: the losses differ from the engine's by more than the limits.
     """
     with objects.local_copy(objects.join(data, PARITY_FILE)) as file:
         saved = load_file(file)
@@ -76,7 +80,7 @@ def prove_parity(
         "on a token": max(MAX_DIFFERENCE[branches], ROUNDINGS[1] * rounding_BN.max().item()),
     }
     for where, difference in found.items():
-        if not (difference <= limits[where] and math.isfinite(difference)):  # where fp16 overflows, so does the limit
+        if not (difference <= limits[where] and math.isfinite(difference)):  # if fp16 overflows, the limit is not finite
             raise DataError(
                 f"export of {data} differs from the engine by {difference:.2e} nats {where}, expected at most "
                 f"{limits[where]:.0e} with branches in {str(branches).removeprefix('torch.')}"
@@ -99,8 +103,10 @@ def weights_from_files(
     read: Callable[[int], object] = lambda n: None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[None]:
-    """While the context lasts, each module of a model on the meta device reads its parameters when it is called, and drops them
-    when it is done. Parameters must be used where their module is called, which ZeRO-3 asks for too."""
+    """Context in which every module of a model on the meta device reads its parameters before its forward and frees them after.
+
+    As with ZeRO-3, a parameter must be used only in the forward of its own module.
+    """
     handles = []
     for path, module in model.named_modules():
         empty = dict(module.named_parameters(recurse=False))
@@ -112,12 +118,12 @@ def weights_from_files(
                 stored = tensors[f"{path}.{name}" if path else name]
                 value = stored.read().to(dtype)
                 if fp16_branches and isinstance(module, BranchLinear) and name == "weight":
-                    value = value.half()  # what the branch does at once; here the fp32 original goes first
+                    value = value.half()  # as the branch would do; here it frees the fp32 tensor first
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
                 read(stored.nbytes)
 
-        # the same empty parameters come back: new ones would stand in the heap's holes, and each layer's activations would need
-        # another
+        # restore the same meta parameters: new objects would fill the free gaps of the heap, and the activations of every layer
+        # would then need new memory
         def drop(module: nn.Module, _inputs: object, _output: object, empty: Mapping[str, nn.Parameter] = empty) -> None:
             for name, parameter in empty.items():
                 setattr(module, name, parameter)

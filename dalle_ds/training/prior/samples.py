@@ -1,4 +1,4 @@
-"""Sheets of samples while a prior trains: a few validation captions, always the same, with always the same noise."""
+"""Sample sheets during training of a prior: a few validation captions, with the same captions and seeds in every sheet."""
 
 # C captions, K candidates a caption, N image tokens
 
@@ -20,14 +20,14 @@ from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.storage.weights import read_weights
 
 CAPTIONS, CANDIDATES = 6, 4
-TEMPERATURE = 0.8  # small models need a plainer choice than the paper's 1 to show what they know
+TEMPERATURE = 0.8  # at the paper's 1, samples of small models are too random to show what they have learned
 
 
 class SampleSheets:
-    """Draws them on one rank, in fp32; holds the dVAE and the captions in between."""
+    """Generates sample sheets on one rank, in fp32. Keeps the dVAE and the captions in memory between sheets."""
 
     def __init__(self, config: PriorConfig, dataset: TokenDataset, device: torch.device) -> None:
-        """Raises DataError where the data set has no dVAE beside its tokens."""
+        """Raises DataError if the data set contains no dVAE weights."""
         self._config, self._device = config, device
         saved = read_weights(objects.join(dataset.root_url, DVAE_FILE), "dvae", str(device))
         with torch.device("meta"):
@@ -39,7 +39,11 @@ class SampleSheets:
         self._validation = validation.take(one_of_each[:: -(-len(one_of_each) // CAPTIONS)])
 
     def draw(self, weights: dict[str, Tensor], update: int) -> Image.Image:
-        """Real images (by their codes) and samples of the prior with these whole weights, a row for each caption."""
+        """Return a sheet with a row per caption: the real image, decoded from its codes, then samples of the prior.
+
+        Args:
+            weights: all weights of the prior, unsharded, by name.
+        """
         with torch.device("meta"):
             prior = Prior(self._config)
         prior.load_state_dict({name: weight.to(self._device) for name, weight in weights.items()}, assign=True)
@@ -50,5 +54,5 @@ class SampleSheets:
         codes_CKN = generate(prior, self._validation.text_ST, seeds_CK, temperature=TEMPERATURE)
         real_codes_C1N = self._validation.image_SN[:, None].to(codes_CKN)
         rows = [decode_images(self._dvae, codes_KN) for codes_KN in torch.cat([real_codes_C1N, codes_CKN], 1)]
-        titles = ["real, by its codes", *(f"sample {k + 1}" for k in range(CANDIDATES))]
+        titles = ["real image, decoded", *(f"sample {k + 1}" for k in range(CANDIDATES))]
         return image_grid(rows, captions, title=f"Update {update}, temperature {TEMPERATURE:g}", column_titles=titles)

@@ -1,4 +1,4 @@
-"""What a prior run's checkpoint says of the run: how far it is, what it is, and what the export of its weights needs."""
+"""Description of a prior run in its checkpoints: progress, identity, and what an export of the weights needs."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +12,10 @@ from dalle_ds.storage.record import Record
 
 @dataclass
 class TrainState:
-    """Progress of a run. The position in the data is `update` alone: the reading order is a function of it.
+    """Progress of a run. `update` is also the position in the data, because the reading order is a function of it.
 
-    `update` counts the attempts, `n_skipped` those without a step (a non-finite gradient).
+    `update` counts all updates; `n_skipped` counts those without an optimizer step (a non-finite gradient). `seconds` is the
+    training time over all starts.
     """
 
     update: int = 0
@@ -22,7 +23,7 @@ class TrainState:
     seconds: float = 0.0
 
     def advance(self, took_step: bool, seconds: float) -> None:
-        """Count an update; `seconds` are those of the run in all."""
+        """Count an update. `seconds` is the training time of the run so far, over all starts."""
         self.update += 1
         self.n_skipped += not took_step
         self.seconds = seconds
@@ -32,7 +33,7 @@ class TrainState:
 
 
 class TrainedOn(Record):
-    """A token data set of a run: where it was, its part of the samples, and its fingerprints."""
+    """A token data set of a run: its root, its weight in the mix, and its fingerprints."""
 
     dataset: str
     weight: float
@@ -41,11 +42,11 @@ class TrainedOn(Record):
 
 
 class PriorAbout(Record):
-    """What checkpoint.json says of a prior."""
+    """Description of a prior run in checkpoint.json."""
 
     model: PriorConfig
     data: str
-    """Fingerprint of the data, of a mix with the weights."""
+    """Fingerprint of the data set. For a mix it includes the weights."""
     content: str
     """Fingerprint of the samples alone."""
     global_batch: int
@@ -54,7 +55,7 @@ class PriorAbout(Record):
     master: Master
     fp16_branches: bool
     weight_dtype: str
-    """Format of all weights in the engine, as torch names it."""
+    """torch dtype of the weights in the engine, without "torch."."""
     caption_dropout: float
     dvae: str
     tokenizer: str
@@ -62,7 +63,7 @@ class PriorAbout(Record):
     mlflow: MlflowRun | None = None
 
     def require_same_run(self, saved: "PriorAbout", checkpoint: str) -> None:
-        """Raises ConfigError where going on from the checkpoint would make one result of two different runs."""
+        """Raises ConfigError if `saved`, the description in the checkpoint, is of another run than this one."""
         different = [
             f"{key}: checkpoint {getattr(saved, key)!r}, recipe {getattr(self, key)!r}"
             for key in ("model", "data", "content", "global_batch", "seed")
@@ -70,11 +71,11 @@ class PriorAbout(Record):
         ]
         if different:
             raise ConfigError(
-                f"{checkpoint} was trained with other settings; use another folder or the old settings:\n  "
+                f"{checkpoint} was trained with other settings; use another folder, or restore the settings:\n  "
                 + "\n  ".join(different)
             )
         if saved.moments != self.moments:
             raise ConfigError(
                 f"{checkpoint} has {saved.moments} moments, but the recipe's optimizer.moments is {self.moments}: "
-                f"set {saved.moments}"
+                f"set it to {saved.moments}"
             )

@@ -1,4 +1,4 @@
-"""What a run gets out of its devices: samples, tokens and useful arithmetic a second, and where its time goes."""
+"""Throughput of a run: samples, tokens and useful FLOPs per second, MFU, and the fraction of time in each phase."""
 
 import re
 import time
@@ -31,11 +31,11 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""16-bit matrix peak of a device without sparsity, by a part of its name, as makers state it."""
+"""Dense 16-bit matrix peak in TFLOPS as stated by the maker, by a substring of the device name. The first match counts."""
 
 
 def known_peak_tflops(device: torch.device) -> float | None:
-    """None for CPUs and for GPUs that are not in the table."""
+    """16-bit peak of `device` in TFLOPS. None for CPUs and for GPUs that are not in PEAK_TFLOPS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -43,9 +43,9 @@ def known_peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_gigabytes(device: torch.device) -> dict[str, float]:
-    """The most memory that this process had so far, by metric: of the CPU, where the system tells, and of a CUDA `device`."""
+    """Peak memory of this process so far, by metric: CPU memory if /proc reports it, and memory of a CUDA `device`."""
     peaks = {}
-    # not getrusage: its peak starts with that of the process from which this one was started
+    # not getrusage: its peak starts with the peak of the parent process
     with suppress(OSError):
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             peaks["memory/cpu_peak_gigabytes"] = round(int(found[1]) * 1024 / 1e9, 3)
@@ -55,32 +55,37 @@ def peak_gigabytes(device: torch.device) -> dict[str, float]:
 
 
 class Throughput:
-    """Rates and shares of time since they were last asked for.
+    """Rates and time fractions since the previous call of `metrics`.
 
-    FLOPs are useful ones: forward and backward, sparse attention counted by attended pairs, recomputed layers not counted.
+    FLOPs are useful FLOPs: forward and backward passes, sparse attention by attended pairs, without recomputed layers.
     """
 
     def __init__(
         self, config: PriorConfig, global_batch: int, peak_tflops: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`peak_tflops` of all devices together; None leaves MFU out."""
+        """`peak_tflops`: sum over all devices. None: no MFU."""
         self._batch, self._tokens = global_batch, config.n_slots
         self._flops = 3 * forward_flops(config)
         self._peak, self._clock = peak_tflops, clock
         self._since, self._updates, self._waited = clock(), 0, 0.0
 
     def add(self) -> None:
-        """One more update."""
+        """Count an update."""
         self._updates += 1
 
     def metrics(self, phase_seconds: Mapping[str, float], waited_seconds: float) -> dict[str, float]:
-        """Metrics by name. `phase_seconds` of the main rank since the last time; `waited_seconds` for data in all, so far."""
+        """Return the metrics by name.
+
+        Args:
+            phase_seconds: seconds of each phase on the main rank since the previous call.
+            waited_seconds: total seconds waited for data so far.
+        """
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
         samples = self._updates * self._batch / seconds
         shares = {"data_wait": (waited_seconds - self._waited) / seconds}
         shares |= {phase: spent / seconds for phase, spent in phase_seconds.items()}
-        # validation, checkpoints, reports, and agreement between the ranks
+        # "other": validation, checkpoints, logging, and agreement between the ranks
         shares["other"] = max(0.0, 1.0 - sum(shares.values()))
         self._since, self._updates, self._waited = now, 0, waited_seconds
         tflops = samples * self._flops / 1e12

@@ -1,4 +1,4 @@
-"""Train the prior: the story of a run, from recipe to last checkpoint."""
+"""Train the prior: a run from its recipe to the last checkpoint."""
 
 import json
 import logging
@@ -40,17 +40,18 @@ log = logging.getLogger(__name__)
 SUMMARY_FILE, DEEPSPEED_FILE = "summary.json", "deepspeed.json"
 PARITY_SAMPLES = 4
 COMPARED = ("updates", "global_batch", "seed", "model.", "optimizer.", "learning_rate.", "data.bpe_", "data.caption_")
-"""Settings that are MLflow parameters where they differ from the paper's; others are in recipe.yaml alone. Its page lists all
-parameters above each image, which a few leave in sight."""
+"""Prefixes of the settings that are logged as MLflow parameters if they differ from the defaults. All settings are in
+recipe.yaml. MLflow's page lists the parameters above each image, so a long list would push the images out of sight."""
 
 
 def train_prior(recipe: PriorRunConfig, ranks: Ranks) -> dict[str, Any]:
-    """Train, or go on with, the run in `recipe.folder`. All ranks call it; the summary is the same on each.
+    """Train or resume the run in `recipe.folder`. All ranks must call it. Returns the summary, the same on every rank.
 
     Raises:
-        UserError: anything about the recipe, the data or the disk that would stop the run later.
-        TrainingDiverged: losses or gradients stay non-finite; RankLost: another rank died, failed or hangs.
-        SystemExit(143): asked to stop; the state is saved.
+        UserError: the recipe, the data or the disk has a problem that would stop the run later.
+        TrainingDiverged: losses or gradients stay non-finite.
+        RankLost: another rank died, failed or hangs.
+        SystemExit(143): the run was asked to stop, and its state is saved.
     """
     recipe = recipe.on_ranks(ranks.world_size)
     with open_run(recipe.folder, ranks, recipe.failure.collective_timeout) as run:
@@ -61,7 +62,7 @@ def train_prior(recipe: PriorRunConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def _summary_of_finished(run: TrainingRun, last: Checkpoint[PriorAbout]) -> dict[str, Any]:
-    """For a job that has nothing to do, at any number of ranks."""
+    """Return the summary of a run that is already finished. Works at any number of ranks."""
     if run.ranks.is_main:
         log.info("%s is finished: %d updates; nothing to do", run.folder, last.update)
     path = run.folder / SUMMARY_FILE
@@ -70,7 +71,7 @@ def _summary_of_finished(run: TrainingRun, last: Checkpoint[PriorAbout]) -> dict
 
 
 class PriorTrainer:
-    """Everything that an unfinished run needs, where its newest checkpoint left it, and the loop over its updates."""
+    """The training loop, and the state of an unfinished run, resumed from its newest checkpoint if there is one."""
 
     def __init__(self, run: TrainingRun, job: PriorJob) -> None:
         recipe, ranks, config = job.recipe, run.ranks, job.model_config
@@ -92,7 +93,7 @@ class PriorTrainer:
             prefetch=recipe.data.prefetch,
         )
         self.engine = build_engine(recipe, config, job.engine_config, ranks)
-        limit_waiting(recipe.failure.collective_timeout)  # of the groups that the engine made as well
+        limit_waiting(recipe.failure.collective_timeout)  # again, for the process groups that the engine made
         self.ema = EMA(self.engine.shards(), recipe.ema, device="cpu", background=True)
         self.plateau = Plateau(recipe.learning_rate.plateau) if recipe.learning_rate.plateau else None
         self.divergence = DivergenceMonitor(recipe.failure)
@@ -107,7 +108,7 @@ class PriorTrainer:
     # ---- the loop --------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Do the updates that are left -> the summary."""
+        """Do the remaining updates. Returns the summary."""
         state, updates = self.state, self.recipe.updates
         with self.metrics.bar, self.stream:
             if state.update == 0:
@@ -118,7 +119,7 @@ class PriorTrainer:
                 batch = next(self.stream)
                 if state.update == 0 and self.engine.calibrate(_tensors(batch)):
                     self.metrics.log_scales("calibrated gradient scales")
-                with self.metrics.profile():  # forward, backward, reduce and step are in the engine's update
+                with self.metrics.profile():  # engine.update does forward, backward, reduce and step
                     report = self.engine.update(_tensors(batch), lr, self.run.stop_requested, self.checkpoints.is_writing)
                 state.advance(report.took_step, self.watch.seconds)
                 if report.took_step:
@@ -141,38 +142,38 @@ class PriorTrainer:
         return self.finish()
 
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next update."""
         rate = self.recipe.learning_rate.at(self.state.update, self.recipe.updates)
         return rate * (self.plateau.factor if self.plateau else 1.0)
 
     def is_due(self, every: int | None) -> bool:
-        """What is done every so many updates, and after the last one. None: neither."""
+        """Whether the update just done is a multiple of `every` or the last one. False if `every` is None."""
         return every is not None and (self.state.update % every == 0 or self.state.update == self.recipe.updates)
 
     def is_save_due(self, report: UpdateReport) -> bool:
-        """States without a finite loss must not take the places of good ones; the last state is saved whatever it is."""
+        """Whether to save now. A state with a non-finite loss must not replace a good checkpoint, unless it is the last one."""
         if self.state.update == self.recipe.updates:
             return True
         return (self.is_due(self.recipe.checkpoint.every) or report.stop_requested) and math.isfinite(report.loss)
 
     def watch_plateau(self, loss: float) -> None:
-        """After a step: halve the rate where the training loss has stopped falling (paper, appendix B.2)."""
+        """Call after a step. Halves the learning rate if the training loss has stopped falling (paper, appendix B.2)."""
         update = self.state.update
         if self.plateau and update > self.recipe.learning_rate.warmup_updates and self.plateau.observe(update, loss):
             log.info(
-                "update %d: the training loss has stopped falling (smoothed %.4f): learning rate halved, %d times now",
+                "update %d: the training loss has stopped falling (smoothed %.4f): learning rate halved (%d times so far)",
                 update,
                 self.plateau.state.smoothed,
                 len(self.plateau.state.halvings),
             )
 
     def average_weights(self) -> None:
-        """After a step: take the weights into their average, where a copy is due."""
+        """Call after a step. Updates the EMA if this update is a multiple of `ema.every`."""
         if self.state.update % self.recipe.ema.every == 0:
             self.ema.update(self.engine.shards())
 
     def validate(self) -> None:
-        """Losses of the averaged weights on the validation split."""
+        """Compute and log the losses of the EMA weights on the validation split."""
         with self._averaged():
             text_loss, image_loss = self.engine.evaluate(_tensors(self.validation))
             first = self.validation[0]
@@ -181,7 +182,7 @@ class PriorTrainer:
         self.metrics.log_validation(text_loss, image_loss, nll_BN)
 
     def draw_samples(self) -> None:
-        """A sheet of samples from the averaged weights, where the recipe asks for such sheets."""
+        """Log a sheet of samples from the EMA weights, if `tracking.samples_every` is set."""
         if self.recipe.tracking.samples_every is None:
             return
         with self._averaged():
@@ -190,13 +191,13 @@ class PriorTrainer:
             self.metrics.log_samples(self.sheets.draw(weights, self.state.update))
 
     def give_up(self, reason: str, batch: Sequence[TokenBatch], lr: float) -> NoReturn:
-        """Raises TrainingDiverged, with a diagnosis of the batch."""
+        """Diagnose the batch, then raise TrainingDiverged with the result."""
         self.checkpoints.finish(self.ranks)
         told = diagnose(self.recipe, self.engine, batch, lr, self.state.update, reason, self.run.tracker)
         raise TrainingDiverged(told)
 
     def stop(self) -> NoReturn:
-        """Raises SystemExit once the state is saved."""
+        """Commit the open save, then raise SystemExit(143)."""
         self.checkpoints.finish(self.ranks)
         self.run.leave_stopped(self.state.update, f"the newest state in {self.checkpoints.url}")
 
@@ -220,14 +221,15 @@ class PriorTrainer:
         return summary
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """Within, the engine has the averaged weights."""
+        """Context in which the engine has the EMA weights."""
         return self.ema.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin a checkpoint; in the background, it is committed after a later update, when all ranks have written."""
-        self.checkpoints.finish(self.ranks)  # so that memory holds one copy
+        """Start a checkpoint. If it is written in the background, it is committed after a later update, when all ranks have
+        written their files."""
+        self.checkpoints.finish(self.ranks)  # first, so that memory holds only one copy of the state
         with self._averaged():
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
         state = {
@@ -260,8 +262,10 @@ class PriorTrainer:
     # ---- construction ----------------------------------------------------------------------------------------------------
 
     def _validation_batches(self) -> tuple[list[TokenBatch], TokenBatch]:
-        """This rank's share of the validation samples; and a few, the same on every rank: an export must reproduce the losses
-        that the engine gives these."""
+        """Returns this rank's part of the validation samples, and the parity batch.
+
+        The parity batch has a few samples, the same on every rank. An export must reproduce the engine's losses on them.
+        """
         samples, ranks, text_len = self.job.validation_set, self.ranks, self.job.model_config.text_len
         n = min(self.recipe.validation.samples or samples.n_samples, samples.n_samples)
         batch = max(1, min(self.recipe.micro_batch, n // ranks.world_size))
@@ -315,7 +319,7 @@ class PriorTrainer:
 
 
 def _tensors(batches: Sequence[TokenBatch]) -> list[tuple[Tensor, Tensor]]:
-    """Text and image of each micro-batch, as the engine takes them."""
+    """(text, image) of each micro-batch, the arguments of the engine."""
     return [(batch.text_BT, batch.image_BN) for batch in batches]
 
 

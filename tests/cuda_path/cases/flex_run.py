@@ -1,4 +1,4 @@
-"""A whole run of the prior with flex attention on the CPU: Dynamo's real cache, torch's own operators as its backend."""
+"""A whole run of the prior with FlexAttention on the CPU: Dynamo's real cache, with torch's own operators as backend."""
 
 import json
 import sys
@@ -18,8 +18,8 @@ from dalle_ds.training.prior.trainer import train_prior
 
 
 def main(recipe: Path, overrides: list[str]) -> None:
-    # "eager" runs the traced graph operation by operation, backward too; the refusals are flex's own, of devices that its
-    # kernels can't train on
+    # "eager" runs the traced graph operator by operator, including the backward pass. The two checks that are disabled reject
+    # devices on which FlexAttention's kernels can't train.
     torch.compile = partial(torch.compile, backend="eager")
     flex_attention._validate_device = lambda *_: None
     flex.flex_problem = lambda _: None

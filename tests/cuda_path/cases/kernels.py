@@ -1,9 +1,10 @@
-"""Kernels that torch.compile writes for GPUs, computed by Triton's interpreter and compared. A child of test_kernels.py:
+"""Kernels that torch.compile generates for GPUs, computed by Triton's interpreter and compared. Child process of
+test_kernels.py:
 
     TRITON_INTERPRET=1 python -m tests.cuda_path.cases.kernels FOLDER
 
-FOLDER/found.json gets errors and names of kernels, FOLDER/80 and FOLDER/90 Inductor's sources for these compute capabilities.
-Everything is computed as an H100 would; for an A100 kernels have other sizes of tiles, and are written only.
+Writes errors and names of kernels to FOLDER/found.json, and Inductor's sources for compute capabilities 8.0 and 9.0 to
+FOLDER/80 and FOLDER/90. Kernels for an H100 are computed. Kernels for an A100, which have other tile sizes, are only generated.
 """
 
 import importlib
@@ -30,18 +31,18 @@ from tests.support.launching import ROOT
 
 PAPER = (256, 32, 11)
 GEOMETRIES = {(24, 8, 5): (2, 2), (100, 16, 7): (1, 1), PAPER: (1, 1)}
-"""(n_text, grid, conv_kernel): (batch, heads). Less than one block, blocks that the sequence does not fill, the paper's."""
+"""(n_text, grid, conv_kernel): (batch, heads). Sequences: shorter than one block, with partly filled blocks, the paper's."""
 D_HEAD = 64
 WIDTHS, SLOTS = (2048, 3968), 1280
 ADAMW = {"betas": (0.9, 0.96), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.045, "variance_clip": 5.0}
 
 Draw = Callable[..., Tensor]
-"""Normal numbers of a shape."""
+"""Draws normally distributed numbers of a given shape."""
 
 
 class Flex:
-    """The product's attention, its mask behind one on the GPU. `moved`: what came to its kernels as a copy, or left in another
-    order of dimensions than q, k, v have."""
+    """The project's FlexAttention, with its block mask on the pretended GPU. `moved` names tensors that reached the kernels as
+    a copy, or left them with another order of dimensions than q, k, v."""
 
     def __init__(self, gpu: PretendedGPU, mask: SparseMask, record: Record) -> None:
         self.gpu, self.record = gpu, record
@@ -109,22 +110,22 @@ def low_bit_adamw(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
 
 
 class Case(NamedTuple):
-    """Of one fused function."""
+    """Test case of one fused function."""
 
     arguments: Callable[[Draw, tuple[int, ...]], tuple[Any, ...]]
     exact: Callable[..., tuple[Tensor, ...]] | None = None
-    """Its results in fp64; None: it is elementwise, and the plain function's are right to the last bit."""
+    """Computes its results in fp64. None: the function is elementwise, and must be bitwise equal to its eager form."""
     by_row: bool = False
-    """It sums rows: the compiler goes another way for another width, and for another number of rows."""
+    """Whether it sums over rows. If so, the compiler generates other kernels for another width and another number of rows."""
 
     @property
     def trained(self) -> list[tuple[int, ...]]:
-        """Shapes of a run."""
+        """Shapes of training runs."""
         return [(batch, SLOTS, d) for d in WIDTHS for batch in (1, 8)] if self.by_row else [(8, SLOTS, WIDTHS[1])]
 
     @property
     def computed(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Pairs of shapes: one with a variant of its own, one for which another is compiled that takes any number of rows."""
+        """Pairs of shapes. The first compiles a static variant; the second compiles a variant for any number of rows."""
         widths = zip(WIDTHS, WIDTHS, strict=True) if self.by_row else [WIDTHS]
         return [((2, 3, first), (1, 5, second)) for first, second in widths]
 
@@ -152,7 +153,7 @@ def _norm_backward_arguments(draw: Draw, shape: tuple[int, ...]) -> tuple[Any, .
 
 
 def _codes(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return (8000 * draw(*shape)).to(torch.int16)  # any pattern is a code
+    return (8000 * draw(*shape)).to(torch.int16)  # any bit pattern is a valid code
 
 
 CASES = {
@@ -179,7 +180,7 @@ CASES = {
         )
     ),
 }
-"""One for each of FUSED."""
+"""One case for each function in `FUSED`."""
 
 
 def fused(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
@@ -190,8 +191,8 @@ def fused(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
         case = CASES[name]
         kernels = {}
         for shape in case.trained:
-            torch._dynamo.reset()  # or the second shape would be compiled for all
-            with torch.device("meta"):  # gigabytes, of which nobody reads a value
+            torch._dynamo.reset()  # without this, the second shape would compile a dynamic variant
+            with torch.device("meta"):  # gigabytes, whose values are not read
                 arguments = case.arguments(torch.empty, shape)
             with gpu.recording(computing=False) as record:
                 function(*_on(gpu, arguments))
@@ -202,8 +203,8 @@ def fused(gpu: PretendedGPU, found: dict[str, Any] | None) -> None:
 
 
 def _errors(gpu: PretendedGPU, function: Fused, case: Case) -> dict[str, list[Any]]:
-    """By shape, for each result: its error and that of plain operations on the CPU, both against fp64; of an elementwise
-    function how many values differ."""
+    """Returns, by shape and for each result, our error and the eager form's error on the CPU, both against fp64. For an
+    elementwise function: the number of values that differ."""
     generator, errors = torch.Generator().manual_seed(0), {}
 
     def draw(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the lint runs on the fake CUDA device, in a process of its own -> counts, synchronisations by place, peak memory."""
+"""Cases of test_lint.py, run on the fake CUDA device in a new process. They return counts, host waits and peak memory."""
 
 import io
 import json
@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 def first_weights(n_heads: int) -> str:
-    """Drawn on the CPU, as a run does it, for a model on the device -> the device of its weights."""
+    """Draw initial weights on the CPU, as in a run, for a model on the device. Returns the device of the weights."""
     with fake_cuda() as gpu:
         with gpu.device:
             prior = Prior(PriorConfig(n_layers=1, n_heads=n_heads))
@@ -44,7 +44,7 @@ def first_weights(n_heads: int) -> str:
 
 
 def prior_step(n_heads: int, n_samples: int, recomputed: bool, low_bit: bool) -> Found:
-    """The training step of one device, without DeepSpeed: of a layer its kernels and peak memory, of all what is waited for."""
+    """The training step of one device, without DeepSpeed: kernels and peak memory per layer, host waits of the whole step."""
     with fake_cuda() as gpu, compiled_stand_ins(gpu):
         fewer, more = (_step(gpu, n, n_heads, n_samples, recomputed, low_bit) for n in (1, 5))
     layer, update = ((more[i] - fewer[i]) / 4 for i in (0, 1))
@@ -86,8 +86,8 @@ def _step(
 
 
 def sampling(n_heads: int, in_fp16: bool) -> Found:
-    """`generate`, the last few tokens of 16 images of one caption. A step is recorded as a CUDA graph after two to warm up;
-    its replays launch nothing here, so that what remains of a token is what `generate` does beside."""
+    """Sample the last few tokens of 16 images of one caption with `generate`. After two warm-up steps, a step is captured as a
+    CUDA graph. Replays launch nothing on the fake device, so the remaining work per token is `generate`'s own."""
 
     def run(gpu: FakeGPU, n_layers: int, n_tokens: int) -> Counts:
         config = PriorConfig(n_layers=n_layers, n_heads=n_heads)
@@ -105,7 +105,7 @@ def sampling(n_heads: int, in_fp16: bool) -> Found:
         return run(gpu, n_layers, 1)  # the last token needs no step
 
     with fake_cuda() as gpu:
-        run(gpu, 5, 2)  # what is made once for all
+        run(gpu, 5, 2)  # allocates state that later runs share
         few, more = run(gpu, 1, 2), run(gpu, 1, 5)
         step = run(gpu, 5, 2) - prefilled(gpu, 5) - (few - prefilled(gpu, 1))
     return {
@@ -126,7 +126,7 @@ def dvae_update(folder: str) -> Found:
     )
     with fake_cuda() as gpu:
         trainer = DVAETrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", "lint")
-        trainer._step(False)  # which makes the optimizer's state
+        trainer._step(False)  # allocates the optimizer's state
         with gpu.counting() as update, gpu.measuring_peak() as peak:
             trainer._step(False)
         found = {"syncs": update.sync_places(), "gib": peak() / GIB, "device": str(trainer.device)}

@@ -1,4 +1,4 @@
-"""What the tests of the dVAE do on every rank: a whole run, and the rest of one that was stopped and killed."""
+"""dVAE test cases that run on every rank: a whole run, and the rest of a run that was stopped and killed."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,8 @@ from tests.training.dvae.runs import dvae_run
 
 
 def recipe(home: Path, name: str) -> DVAERunConfig:
-    """Four parts an update; eps is large since Adam makes a whole step of a gradient that is nothing but rounding."""
+    """A run with four micro-batches per update. eps is large, since Adam
+    would turn gradients that are only rounding errors into full steps."""
     return dvae_run(
         home / "raw",
         home / name,
@@ -30,7 +31,7 @@ def recipe(home: Path, name: str) -> DVAERunConfig:
 
 
 def trained(run: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The report, and (update, loss, gradient norm, unusable images so far) of every update; without MLflow."""
+    """Train without MLflow. Returns the report, and (update, loss, gradient norm, unusable images so far) of every update."""
     seen: list[tuple[int, float, float, float]] = []
     step = DVAETrainer._step
 

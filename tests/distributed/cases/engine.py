@@ -1,4 +1,4 @@
-"""What the engine tests do on every rank: results as JSON in the folder given."""
+"""Engine test cases that run on every rank. Results are written as JSON to the given folder."""
 
 import json
 import sys
@@ -33,9 +33,9 @@ from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, vocab_size=40, n_codes=32, conv_kernel=3)
 ADAMW = OptimizerSettings(lr=3e-3, betas=(0.9, 0.96), eps=1e-8, weight_decay=0.045)
 LOW_BIT = replace(ADAMW, moments="low_bit")
-UPDATES, GLOBAL_BATCH, CLIP = 5, 8, 0.5  # the norm starts near 1, so clipping is at work
+UPDATES, GLOBAL_BATCH, CLIP = 5, 8, 0.5  # the norm starts near 1, so clipping has an effect
 DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
-KEPT = (8, 4, 0, 1, 8)  # captions kept at each update where some are dropped: none on rank 1, none at all, ...
+KEPT = (8, 4, 0, 1, 8)  # captions kept per update in the cases with dropped captions; 4: none on rank 1, 0: none at all
 
 PER_RESBLOCK = {"enabled": True, "loss_scale": "per_resblock"}
 WIDE = {**PER_RESBLOCK, "min_scale_power": -10, "max_scale_power": 40}
@@ -62,16 +62,18 @@ MODES: dict[str, dict[str, Any]] = {
     "fp16_all_offload": {"fp16": PER_RESBLOCK, "offload": ["optimizer", "param"]},
     **{path.stem: {"shipped": path.name} for path in DS_CONFIGS.glob("*.json")},
 }
-"""Ways to train the same model: what `make_engine` and `losses` take."""
+"""Ways to train the same model, as arguments of `make_engine` and `losses`."""
 
 CAPTIONS_DROPPED: dict[str, dict[str, Any]] = {"fp32": {"accumulation": 2}, "fp16": {"fp16": PER_RESBLOCK}}
 
 
 def global_batch(update: int, n_captions: int = GLOBAL_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
-    """(text, image); only the first `n_captions` samples have a caption."""
+    """(text, image) of one global batch. Only the first `n_captions` samples have a caption."""
     generator = torch.Generator().manual_seed(update)
     text = torch.randint(0, 40, (GLOBAL_BATCH, 5), generator=generator)
-    lengths = torch.randint(1, 6, (GLOBAL_BATCH, 1), generator=generator)  # unequal: the mean must be over the global batch
+    lengths = torch.randint(
+        1, 6, (GLOBAL_BATCH, 1), generator=generator
+    )  # unequal lengths, so that the mean must be over the global batch
     lengths[n_captions:] = 0
     return text.masked_fill(torch.arange(5) >= lengths, -1), torch.randint(0, 32, (GLOBAL_BATCH, 16), generator=generator)
 
@@ -85,7 +87,7 @@ def micro_batches(
 
 
 def plain_run(kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES) -> list[list[float]]:
-    """One process, torch alone: (text loss, image loss, norm before clipping) of every update."""
+    """Train in one process with plain torch. Returns (text loss, image loss, norm before clipping) of every update."""
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     groups = [{k: v for k, v in g.items() if k != "names"} for g in decay_groups(model.named_parameters(), ADAMW.weight_decay)]
@@ -114,7 +116,8 @@ def make_engine(
     shipped: str | None = None,
     **more: Any,
 ) -> PriorEngine:
-    """`offload` names "optimizer", "param" or both; `shipped` is a file of ds_configs to take instead of all these."""
+    """Make an engine. `offload` lists "optimizer", "param" or both.
+    `shipped` names a file of ds_configs that is used instead of the other arguments."""
     path = folder / f"ds-{ranks.rank}.json"
     zero = {"stage": stage, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": threshold}
     zero |= {f"offload_{what}": {"device": "cpu", "pin_memory": True} for what in offload}
@@ -135,7 +138,7 @@ def losses(
     kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES,
     **how: Any,
 ) -> list[list[float]]:
-    """(text loss, image loss, norm before clipping) of every update."""
+    """Train with the engine. Returns (text loss, image loss, norm before clipping) of every update."""
     engine = make_engine(folder, ranks, accumulation=accumulation, **how)
     use_attention(engine.module, attention, ranks.device)
     reports = [engine.update(micro_batches(u, ranks, accumulation, kept[u]), ADAMW.lr) for u in range(UPDATES)]
@@ -157,7 +160,7 @@ class _Inf(torch.autograd.Function):
 
 @contextmanager
 def poisoned(module: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """On rank 1 the module meets an Inf in its backward pass."""
+    """Within this context, the module gets an Inf in its backward pass on rank 1."""
     whole = module.forward
     if ranks.rank == 1:
         module.forward = lambda *args: _Inf.apply(whole(*args))
@@ -177,12 +180,12 @@ CHECKPOINTING: dict[str, Callable[[Prior], None]] = {
     "torch_reentrant": _by(partial(checkpoint, use_reentrant=True)),
     "deepspeed": _by(deepspeed.checkpointing.checkpoint),
 }
-"""Kinds of activation checkpointing, and how a model is set to them. DeepSpeed's non-reentrant one is not among them: it holds
-parameters by reference, which are freed when a layer, a leaf of ZeRO-3, has been recomputed."""
+"""Kinds of activation checkpointing, as functions that apply them to a model. DeepSpeed's non-reentrant one is missing: it
+references parameters that are already freed when a layer, a ZeRO-3 leaf module, has been recomputed."""
 
 
 def inf_in_one_block(folder: Path, ranks: Ranks, kind: str) -> dict[str, Any]:
-    """At update 2 rank 1's block 3 meets an Inf in its backward pass."""
+    """At update 2, residual block 3 gets an Inf in its backward pass on rank 1."""
     engine, runs = make_engine(folder, ranks, PER_RESBLOCK), Counter()
     CHECKPOINTING[kind](engine.module)
     block = engine.scaler.blocks[3]
@@ -198,17 +201,17 @@ def inf_in_one_block(folder: Path, ranks: Ranks, kind: str) -> dict[str, Any]:
 
 
 def _weights_and_moments(engine: PriorEngine) -> dict[str, list[Tensor]]:
-    """This rank's, by block; what is in none by parameter."""
+    """This rank's weights and moments by residual block, or by parameter outside of residual blocks."""
     found: dict[str, list[Tensor]] = {}
     for fragment in fragments(engine._engine, engine._other_fragments()):
         of = next((name for name in engine.scaler.names if fragment.name.startswith(f"{name}.")), fragment.name)
-        moments = [entry for entry in fragment.state().values() if entry.any()]  # none is the same as zeros
+        moments = [entry for entry in fragment.state().values() if entry.any()]  # moments that are all zero count as none
         found.setdefault(of, []).extend(tensor.clone() for tensor in (fragment.values, *moments))
     return found
 
 
 def skipped_block(folder: Path, ranks: Ranks, accumulation: int = 1, **how: Any) -> dict[str, Any]:
-    """With "skip": "block" block 3 meets an Inf at updates 0 and 2, the final norm at update 3."""
+    """With "skip": "block", residual block 3 gets an Inf at updates 0 and 2, and the final norm at update 3."""
     engine = make_engine(folder, ranks, {**PER_RESBLOCK, "skip": "block"}, accumulation, **how)
     block, norm = engine.scaler.blocks[3].branch, engine.module.heads.norm
     victims, results = {0: block, 2: block, 3: norm}, []
@@ -234,7 +237,7 @@ def skipped_block(folder: Path, ranks: Ranks, accumulation: int = 1, **how: Any)
 
 
 def calibration(folder: Path, ranks: Ranks, **how: Any) -> dict[str, Any]:
-    """What calibration finds, and how training goes on: as in an engine that is given the same scales."""
+    """Calibrate one engine, give the same scales to a second engine, and train both."""
     engine, given = (
         make_engine(folder, ranks, {**WIDE, "calibration_trials": trials}, accumulation=2, **how) for trials in (TRIALS, 0)
     )
@@ -255,7 +258,7 @@ def calibration(folder: Path, ranks: Ranks, **how: Any) -> dict[str, Any]:
 
 
 def plain_calibration() -> list[float]:
-    """One process with all the micro-batches."""
+    """Calibrate in one process with all micro-batches."""
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     settings = {key: value for key, value in WIDE.items() if key not in ("enabled", "loss_scale")}
@@ -278,8 +281,8 @@ def plain_calibration() -> list[float]:
 def save_and_load(
     folder: Path, ranks: Ranks, name: str, fp16: dict[str, Any], weight_dtype: torch.dtype = torch.float32, **how: Any
 ) -> dict[str, Any]:
-    """Updates after a checkpoint: of the engine that wrote it, and of a new one that read it. `parity`: how far the written
-    weights are from the engine's losses on a token."""
+    """Compare updates after a checkpoint: in the engine that wrote it, and in a new engine that read it. `parity` is the
+    difference per token between the losses of the written weights and those of the engine."""
 
     def updates(engine: PriorEngine, numbers: Sequence[int]) -> list[dict[str, Any]]:
         return [asdict(engine.update(micro_batches(u, ranks, 1), ADAMW.lr)) for u in numbers]
@@ -318,7 +321,7 @@ def save_and_load(
 
 
 def low_bit_moments(folder: Path, ranks: Ranks, name: str, **how: Any) -> dict[str, Any]:
-    """A run with 16-bit moments; then a checkpoint of it, and how its engine and a new one go on from there."""
+    """Train with 16-bit moments, write a checkpoint, and continue in the same engine and in a new one."""
     first = make_engine(folder, ranks, adamw=LOW_BIT, **how)
     bytes_before = first.optimizer_bytes_per_parameter()
     losses = []
@@ -328,7 +331,7 @@ def low_bit_moments(folder: Path, ranks: Ranks, name: str, **how: Any) -> dict[s
     n_bytes = first.optimizer_bytes_per_parameter()
     checkpoint = folder / name
     checkpoint.mkdir(exist_ok=True)
-    snapshot = first.snapshot({})  # written later, as in the background: the updates between must not be in it
+    snapshot = first.snapshot({})  # written later, as in the background: it must not contain the updates in between
     expected = [first.update(micro_batches(u, ranks, 1), ADAMW.lr).loss for u in range(UPDATES, UPDATES + 3)]
     snapshot.write(checkpoint)
     ranks.barrier()
@@ -346,7 +349,7 @@ def low_bit_moments(folder: Path, ranks: Ranks, name: str, **how: Any) -> dict[s
 
 
 def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Evaluate with averaged weights; small parameters stay whole on every rank (threshold), as in real configurations."""
+    """Evaluate with the EMA. Small parameters stay gathered on every rank (`threshold`), as in real configurations."""
     engine = make_engine(folder, ranks, threshold=1000)
     average = EMA(engine.shards(), EMAConfig(decay=0.5))
     for update in range(3):
@@ -374,7 +377,7 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def at_the_least_scale(folder: Path, ranks: Ranks) -> list[tuple[bool, float]]:
-    """Whether updates took a step, and their loss scale, where every one overflows."""
+    """(took step, loss scale) of updates that all overflow."""
     engine = make_engine(folder, ranks, {**GLOBAL, "initial_scale_power": 1, "hysteresis": 1})
     engine.shards()["heads.norm.weight"].fill_(float("inf"))
     engine.refresh_gathered_parameters()

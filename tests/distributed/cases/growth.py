@@ -1,4 +1,4 @@
-"""Updates of the real engine on one rank, and what the process holds after each hundred of them: JSON in the folder given."""
+"""Updates of the real engine on one rank. The memory use after every hundred updates is written as JSON to the given folder."""
 
 import ctypes
 import gc
@@ -18,14 +18,14 @@ UPDATES, EVERY = 200, 100
 
 
 class _Mallinfo(ctypes.Structure):
-    """glibc's mallinfo2: bytes of the heap in use, and of blocks that have a mapping of their own."""
+    """glibc's mallinfo2, which counts the used bytes of the heap and of separately mapped blocks."""
 
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 def bytes_in_use() -> int:
-    """All that Python (with PYTHONMALLOC=malloc) and torch have allocated on the main thread."""
+    """Bytes that Python (with PYTHONMALLOC=malloc) and torch have allocated on the main thread."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo
     found = mallinfo2()

@@ -1,4 +1,4 @@
-"""What the tests of matrices without masters do on every rank: results as JSON in the folder given."""
+"""Test cases of matrices without masters that run on every rank. Results are written as JSON to the given folder."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ from tests.distributed.cases.engine import (
 )
 
 MASTERLESS = replace(LOW_BIT, master="none")
-BATCH = 12  # of 2 and of 3 ranks
+BATCH = 12  # divisible by 2 and by 3 ranks
 CHECKPOINT = "checkpoint"
 
 
@@ -56,7 +56,7 @@ def micro_batches(update: int, ranks: Ranks, accumulation: int = 1) -> list[tupl
 
 
 def plain_run(n_updates: int = UPDATES) -> list[list[float]]:
-    """One process, with the same roundings: (text loss, image loss, norm before clipping) of every update."""
+    """Train in one process with the same roundings. Returns (text loss, image loss, norm before clipping) of every update."""
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     scaler = ResblockGradScaler(model, ResblockScalingConfig())
@@ -107,7 +107,7 @@ def run(engine: PriorEngine, ranks: Ranks, updates: range, accumulation: int = 1
 
 
 def held(engine: PriorEngine) -> dict[str, list[Tensor]]:
-    """Weights and moments of this rank by parameter, copied."""
+    """Copies of this rank's weights and moments, by parameter."""
     own = engine._other_fragments()
     return {
         fragment.name: [t.clone() for t in (fragment.values, *(e for e in fragment.state().values() if e.any()))]
@@ -120,7 +120,7 @@ def same(a: dict[str, list[Tensor]], b: dict[str, list[Tensor]]) -> list[str]:
 
 
 def events(folder: Path, ranks: Ranks, skip: str) -> list[dict[str, Any]]:
-    """An Inf in block 3 at update 1, one in the final norm at update 3."""
+    """Residual block 3 gets an Inf at update 1, and the final norm at update 3."""
     engine = engine_of(folder, ranks, fp16={**PER_RESBLOCK, "skip": skip}, threshold=1000)
     victims, results = {1: engine.scaler.blocks[3].branch, 3: engine.module.heads.norm}, []
     for update in range(5):
@@ -132,7 +132,7 @@ def events(folder: Path, ranks: Ranks, skip: str) -> list[dict[str, Any]]:
 
 
 def save_and_load(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """A calibrated run with a block left out, its checkpoint, and how its engine and a new one go on from there."""
+    """A calibrated run in which one block is skipped, its checkpoint, and further updates in its engine and in a new one."""
     first = engine_of(folder, ranks, fp16={**WIDE, "skip": "block", "calibration_trials": 4})
     first.calibrate(micro_batches(0, ranks))
     average = EMA(first.shards(), EMAConfig(decay=0.5))
@@ -163,7 +163,7 @@ def save_and_load(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def _whole_is_written(engine: PriorEngine, ranks: Ranks) -> bool:
-    """Whether whole weights are what the shards hold."""
+    """Whether `whole_weights` equals the concatenated shards."""
     wholes, parts = engine.whole_weights(), ranks.gather_objects({n: t.float().flatten() for n, t in engine.shards().items()})
     if wholes is None:
         return True
@@ -171,7 +171,7 @@ def _whole_is_written(engine: PriorEngine, ranks: Ranks) -> bool:
 
 
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """The checkpoint of two ranks, on another number of them."""
+    """Load the checkpoint of two ranks on another number of ranks, and train."""
     engine = engine_of(folder, ranks, fp16=WIDE)
     engine.load(folder / CHECKPOINT)
     saved = SavedState(folder / CHECKPOINT)
@@ -185,7 +185,7 @@ def elsewhere(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def replicas(folder: Path, ranks: Ranks, optimizer: OptimizerSettings = MASTERLESS, **config: Any) -> PriorEngine:
-    """An engine of two replicas of a rank each."""
+    """An engine with two replicas of one rank each."""
     path = folder / f"replicas-{ranks.rank}.json"
     zero = {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
     path.write_text(json.dumps({"zero_optimization": zero, "fp16": PER_RESBLOCK}))
@@ -194,7 +194,8 @@ def replicas(folder: Path, ranks: Ranks, optimizer: OptimizerSettings = MASTERLE
 
 
 def compressed(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Gradients between replicas as factors: of full rank, and of a low one, with and without masters; then a checkpoint."""
+    """Train with PowerSGD between replicas, at full rank and at a low rank, with and without masters.
+    Then write a checkpoint."""
     full = run(replicas(folder, ranks, compression="power_sgd", rank=CONFIG.d_model), ranks, range(UPDATES))
     low = {"compression": "power_sgd", "rank": 4}
     masters = run(replicas(folder, ranks, LOW_BIT, **low), ranks, range(UPDATES))

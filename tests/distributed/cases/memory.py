@@ -1,4 +1,4 @@
-"""What a rank of a small engine really allocates: results as JSON in the folder given."""
+"""Measure the memory that a rank of a small engine allocates. Results are written as JSON to the given folder."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What the tests of padded shards do on every rank: results as JSON in the folder given."""
+"""Test cases of padded shards that run on every rank. Results are written as JSON to the given folder."""
 
 import json
 import sys
@@ -17,9 +17,9 @@ from tests.distributed.cases import engine as engine_cases
 from tests.distributed.cases.engine import ADAMW, PER_RESBLOCK, UPDATES, WIDE, make_engine, poisoned
 
 N_SAVED = 3
-"""Ranks that write the checkpoint."""
+"""Number of ranks that write the checkpoint."""
 SAMPLES = 30
-"""Of a global batch: for 3 ranks and for 5, in one micro-batch or two."""
+"""Samples per global batch. It can be divided among 3 or 5 ranks, in one or two micro-batches."""
 
 HOWS: dict[str, tuple[int, Sequence[str]]] = {
     "32": (16, ()),
@@ -27,7 +27,8 @@ HOWS: dict[str, tuple[int, Sequence[str]]] = {
     "4": (2, ()),
     "4, offloaded": (2, ["optimizer"]),
 }
-"""By d_model: width of each of two heads, what is offloaded. Of a norm's 4 values the last of 3 or of 5 ranks holds none."""
+"""(width of each of two heads, what is offloaded) by d_model.
+With d_model 4, a norm has 4 values, and the last of 3 or of 5 ranks holds none of them."""
 
 
 def micro_batches(update: int, ranks: Ranks, accumulation: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -37,7 +38,7 @@ def micro_batches(update: int, ranks: Ranks, accumulation: int = 1) -> list[tupl
 
 
 def padding(engine: PriorEngine, ranks: Ranks) -> int:
-    """Values of this rank's shards that belong to no parameter."""
+    """Number of padding values in this rank's shards."""
     n = 0
     for parameter in engine.module.parameters():
         size = parameter.ds_tensor.numel()
@@ -47,14 +48,14 @@ def padding(engine: PriorEngine, ranks: Ranks) -> int:
 
 @contextmanager
 def width(d_head: int) -> Iterator[None]:
-    """Engines that are made in here have heads of this width."""
+    """Within this context, new engines have heads of this width."""
     whole, engine_cases.CONFIG = engine_cases.CONFIG, engine_cases.CONFIG.model_copy(update={"d_head": d_head})
     yield
     engine_cases.CONFIG = whole
 
 
 def veto(folder: Path, ranks: Ranks, d_head: int, offload: Sequence[str]) -> dict[str, Any]:
-    """Calibration, of which each trial is an update without its step; and at update 1 rank 1 meets an Inf."""
+    """Calibrate, where each trial is an update without its step. Then train, with an Inf on rank 1 at update 1."""
     with width(d_head):
         engine = make_engine(folder, ranks, {**WIDE, "calibration_trials": 1}, offload=offload)
     assert sum(ranks.gather_objects(padding(engine, ranks))) > 0
@@ -67,7 +68,7 @@ def veto(folder: Path, ranks: Ranks, d_head: int, offload: Sequence[str]) -> dic
 
 
 def run(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """A run with averaged weights that leaves one block out of an update. 3 ranks save it and go on, 5 go on from there."""
+    """A run with an EMA that skips one block in an update. 3 ranks save a checkpoint and continue; 5 ranks resume from it."""
 
     def update(number: int) -> list[float]:
         report = engine.update(micro_batches(number, ranks), ADAMW.lr)
@@ -76,7 +77,9 @@ def run(folder: Path, ranks: Ranks) -> dict[str, Any]:
         return [report.text_loss, report.image_loss, report.grad_norm]
 
     def evaluate() -> list[tuple[float, float]]:
-        batch = [engine_cases.global_batch(9, SAMPLES)]  # all of it on each rank: as many samples whatever their number
+        batch = [
+            engine_cases.global_batch(9, SAMPLES)
+        ]  # each rank evaluates the whole batch, so the result does not depend on the number of ranks
         with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):
             averaged = engine.evaluate(batch)
         return [engine.evaluate(batch), averaged]

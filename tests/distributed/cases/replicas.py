@@ -1,4 +1,4 @@
-"""What the tests of replicas do on every rank: results as JSON in the folder given."""
+"""Test cases of replicas that run on every rank. Results are written as JSON to the given folder."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def short_run(
 
 
 def replica_difference(engine: PriorEngine) -> float:
-    """Largest difference between the weights of this rank and of its peers."""
+    """Largest difference between this rank's weights and those of its peers."""
     assert engine.replicas is not None
     weights = torch.cat([shard.detach().flatten().float() for shard in engine.shards().values()])
     first = weights.clone()
@@ -73,7 +73,7 @@ def replica_difference(engine: PriorEngine) -> float:
 
 
 def inf_in_one_block(folder: Path, ranks: Ranks) -> list[dict[str, Any]]:
-    """At update 2 rank 3's block 3 meets an Inf in its backward pass."""
+    """At update 2, residual block 3 gets an Inf in its backward pass on rank 3."""
     engine = make_engine(folder, ranks, replicas(rank=2), PER_BLOCK)
     branch = engine.scaler.blocks[3].branch
     whole, results = branch.forward, []
@@ -98,7 +98,8 @@ def inf_in_one_block(folder: Path, ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def nan_without_scaling(folder: Path, ranks: Ranks) -> list[dict[str, Any]]:
-    """At update 1 the gradient of one embedding is NaN on rank 2, in an engine without blocks whose flags could see it."""
+    """At update 1, the gradient of one embedding is NaN on rank 2.
+    The engine has no per-resblock scaling, so no block's flag shows it."""
     engine = make_engine(folder, ranks, replicas(rank=2))
     results, errors = [], engine.replica_gradients.power_sgd.errors
     for update in range(3):
@@ -113,7 +114,7 @@ def nan_without_scaling(folder: Path, ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def save_and_load(folder: Path, ranks: Ranks, name: str, **settings: Any) -> dict[str, Any]:
-    """Losses after a checkpoint: of the engine that wrote it, and of new ones that read it."""
+    """Losses after a checkpoint, in the engine that wrote it and in new engines that read it."""
     config, target = replicas(rank=2, **settings), folder / name
     first = make_engine(folder, ranks, config, PER_BLOCK)
     for update in range(3):
@@ -143,13 +144,13 @@ def save_and_load(folder: Path, ranks: Ranks, name: str, **settings: Any) -> dic
 
 
 def image_of(text: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """A rule to learn: cell j shows word 0 + j * word 1, and one cell in ten something else."""
+    """Batches that follow a rule: the token of cell j is word 0 + j * word 1, except for one random cell in ten."""
     image = (text[:, :1] + torch.arange(9) * text[:, 1:2]) % 8
     return torch.where(noise[:, 0] < 0.1, (noise[:, 1] * 8).long(), image)
 
 
 def real_run(folder: Path, ranks: Ranks, config: ReplicasConfig) -> dict[str, Any]:
-    """A small model learns a rule."""
+    """Train a small model on the rule of the batches."""
     engine = make_engine(folder, ranks, config, PER_BLOCK, model=RUN_CONFIG, batch=RUN_BATCH, threshold=20_000)
     mine = slice(ranks.rank * RUN_BATCH // ranks.world_size, (ranks.rank + 1) * RUN_BATCH // ranks.world_size)
     losses = []
@@ -172,7 +173,7 @@ def real_run(folder: Path, ranks: Ranks, config: ReplicasConfig) -> dict[str, An
 
 
 def wires(ranks: Ranks) -> dict[str, Any]:
-    """Means over the two peers, of sizes that don't divide by two."""
+    """Means over the two peers of tensors with odd sizes."""
     place = Replicas(N_REPLICAS, ranks.rank, ranks.world_size)
     generator = torch.Generator().manual_seed(ranks.rank)
     tensors = [torch.randn(3, 5, generator=generator), torch.randn(4, generator=generator)]

@@ -1,4 +1,4 @@
-"""Save on some ranks, load on others: resume.py save+load+store|load FOLDER."""
+"""Save on some number of ranks and load on another: resume.py save+load+store|load FOLDER."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from dalle_ds.training.checkpoint import CheckpointStore
 from tests.distributed.cases import engine as engine_cases
 from tests.distributed.cases.engine import ADAMW, make_engine, micro_batches
 
-engine_cases.GLOBAL_BATCH = 6  # for one, two and three ranks
+engine_cases.GLOBAL_BATCH = 6  # divisible by one, two and three ranks
 
 PER_RESBLOCK = {"enabled": True, "loss_scale": "per_resblock", "backoff_window": 0}
 CASES: dict[str, dict[str, Any]] = {
@@ -30,11 +30,11 @@ ACROSS_STAGES = {"zero2_bf16": "zero3_bf16", "zero3_bf16": "zero2_bf16"}
 
 
 class Said(Record):
-    """What these checkpoints say of their run: nothing."""
+    """Empty record: these checkpoints hold no data about their run."""
 
 
 def _go_on(engine: PriorEngine, average: EMA, ranks: Ranks) -> dict[str, Any]:
-    """Evaluation before anything moves, then two updates, then the averaged weights."""
+    """Evaluate before any update, train two updates, then evaluate with the EMA."""
     batch = [engine_cases.global_batch(9)]
     seen: dict[str, Any] = {"at_once": engine.evaluate(batch)}
     reports = [engine.update(micro_batches(update, ranks, 1), ADAMW.lr) for update in (3, 4)]
@@ -58,7 +58,7 @@ def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
             engine.update(micro_batches(update, ranks, 1), ADAMW.lr)
             average.update(engine.shards())
         if engine.scaler:
-            engine.scaler.update(torch.tensor([0, 1.0, 0, 0, 0, 0]))  # scales that differ from their start
+            engine.scaler.update(torch.tensor([0, 1.0, 0, 0, 0, 0]))  # so that the scales differ from the initial ones
         checkpoint = folder / case
         if ranks.is_main:
             checkpoint.mkdir()
@@ -66,7 +66,7 @@ def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
         snapshot = engine.snapshot({"note": case}, average.averages)
         results[case] = _go_on(engine, average, ranks)
         average.update(engine.shards())
-        snapshot.write(checkpoint)  # in the background it is late, too: all has changed since
+        snapshot.write(checkpoint)  # written late, as in the background, after everything has changed
         ranks.barrier()
     return results
 
@@ -83,7 +83,7 @@ def load(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """What all ranks make of a fault that only one of them has."""
+    """Errors on a single rank must be handled by all ranks."""
     checkpoints = CheckpointStore(folder / "store", Said, keep=2)
 
     def write(to: Path) -> None:
@@ -106,7 +106,7 @@ def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
     full = said(lambda: checkpoints.finish(ranks))
     found = [checkpoints.newest(ranks)]
     if ranks.is_main:
-        Path(found[0].data, "1.bin").write_text("stAte")  # the share of rank 1, which verifies it
+        Path(found[0].data, "1.bin").write_text("stAte")  # rank 1's file, which rank 1 verifies
     ranks.barrier()
     found.append(checkpoints.newest(ranks))
     own = folder / f"own-{ranks.rank}"

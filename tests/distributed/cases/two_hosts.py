@@ -1,7 +1,8 @@
-"""Two hosts of one core each on one machine: namespaces for network, processes, host name and mounts, and an sshd in each.
+"""Simulate two hosts of one core each on one machine: namespaces for network, processes, host name and mounts, with an sshd in
+each.
 
-All that runs on a host ends with the host, and a host with the process that made it. Files are shared, as on a cluster, and
-nothing of the machine outside of the namespaces is touched: keys, configuration and host names are in a folder of the test.
+All processes on a host end with the host, and a host ends with the process that created it. The hosts share files, as on a
+cluster. Nothing outside the namespaces is modified: keys, configuration and host names are in a folder of the test.
 """
 
 import os
@@ -21,7 +22,8 @@ NETWORK = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 SYSTEM = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
-# Runs as the first process of the host. sshd wants its own path; /etc/ssh is the test's, and a ~/.ssh does not count.
+# Runs as the first process of the host. sshd must be started by its full path. /etc/ssh is replaced by the test's, ~/.ssh is
+# ignored.
 START = """
 set -e
 hostname {name}
@@ -75,7 +77,7 @@ PartitionName=all Nodes=ALL Default=YES
 
 
 def why_not() -> str:
-    """Why this machine cannot have two hosts; empty where it can."""
+    """Return why this machine can't simulate two hosts. If it can, return an empty string."""
     if os.geteuid() != 0:
         return "namespaces with networks between them need root"
     if missing := missing_tools("unshare", "nsenter", "setpriv", "taskset", "ip", "ssh", "sshd", "pdsh"):
@@ -88,36 +90,36 @@ def why_not() -> str:
 
 
 def missing_tools(*tools: str) -> str:
-    """Those that are not installed."""
+    """Comma-separated names of the tools that are not installed."""
     return ", ".join(tool for tool in tools if not shutil.which(tool, path=SYSTEM["PATH"]))
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two."""
+    """One of the two simulated hosts."""
 
     name: str
     first: psutil.Process
-    """Process 1 of the host, as this machine sees it."""
+    """Process 1 of the host, with its process id outside the namespace."""
 
     def inside(self, command: list[str], cwd: Path) -> list[str]:
-        """The command that runs `command` on this host, in the folder `cwd`."""
+        """Wrap `command` so that it runs on this host, in the folder `cwd`."""
         return ["nsenter", "--target", str(self.first.pid), *NAMESPACES, "--", "env", f"--chdir={cwd}", *command]
 
     def run(self, *command: str) -> str:
-        """What a short command prints."""
+        """Run a short command on this host. Returns its stdout."""
         inside = self.inside(list(command), Path("/"))
         return subprocess.run(inside, env=SYSTEM, check=True, capture_output=True, text=True).stdout
 
     def answers(self, *command: str) -> str:
-        """The same, or nothing where the command fails."""
+        """Like `run`, but returns an empty string if the command fails."""
         try:
             return self.run(*command).strip()
         except subprocess.CalledProcessError:
             return ""
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs on this host now, without its first process."""
+        """All processes that run on this host now, except for its first process."""
         found = []
         for process in psutil.process_iter():
             with suppress(OSError):
@@ -126,7 +128,7 @@ class Host:
         return found
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Training processes by rank, whatever launcher started them."""
+        """Training processes of any launcher, by rank."""
         found = {}
         for process in self.processes():
             with suppress(psutil.Error):
@@ -139,7 +141,8 @@ class Host:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[dict[str, Host]]:
-    """Two running hosts by name, that reach each other by ssh; at the end they and all that runs on them are gone."""
+    """Two running hosts by name, which can reach each other by ssh.
+    When the context ends, the hosts and all their processes end."""
     ssh = folder / "ssh"
     ssh.mkdir()
     (ssh / "sshd_config").write_text(SSHD_CONFIG)
@@ -150,7 +153,7 @@ def two_hosts(folder: Path) -> Iterator[dict[str, Host]]:
     holders, hosts = [], {}
     try:
         for core, name in zip(sorted(os.sched_getaffinity(0)), NETWORK, strict=False):
-            # as Debian sets machines up: their own name is a loopback address
+            # as on Debian, a machine's own name is a loopback address
             (folder / f"hosts.{name}").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
             start = ["bash", "-c", START.format(name=name, folder=folder)]
             unshare = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
@@ -172,7 +175,7 @@ def two_hosts(folder: Path) -> Iterator[dict[str, Host]]:
 
 
 def start_slurm(hosts: dict[str, Host], folder: Path) -> dict[str, str]:
-    """A Slurm cluster of the two hosts; returns the environment of its commands."""
+    """Start a Slurm cluster on the two hosts. Returns the environment variables that Slurm's commands need."""
     config = folder / "slurm.conf"
     config.write_text(SLURM_CONFIG.format(folder=folder, NETWORK=NETWORK))
     environment = {"SLURM_CONF": str(config)}

@@ -1,4 +1,4 @@
-"""Every attention backend equals the dense reference, in outputs and gradients, and none sees the future."""
+"""Every attention backend equals the dense reference in outputs and gradients, and is causal."""
 
 import logging
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dalle_ds.ops.attention.masks import Pattern, SparseMask, transpose_grid
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(6, 4, 3), (3, 5, 5), (2, 8, 11), (5, 8, 5), (1, 1, 3), (4, 16, 11)]
-"""(n_text, grid, conv_kernel): text shorter than a window, windows wider than the grid, a grid of one slot."""
+"""(n_text, grid, conv_kernel). Includes text shorter than a window, windows wider than the grid, and a grid of one slot."""
 
 FULL = [(256, 32, 11)]
 
@@ -38,12 +38,12 @@ def test_structured_is_as_exact_as_dense_in_16_bits(
     mask = SparseMask(pattern, *geometry)
     errors = errors_against_dense(attention_backend("structured", mask, CPU), mask, 2, 64, dtype, CPU)
     for ours, dense in errors.values():
-        assert ours <= 1.4 * dense  # the merge rounds once more than dense attention does
+        assert ours <= 1.4 * dense  # merging the two parts rounds once more than dense attention
 
 
 @pytest.mark.parametrize("pattern", list(Pattern))
 def test_large_scores_cost_no_exactness(pattern: Pattern) -> None:
-    """Keys that stand out by e^60: half-precision scores would be off by 1.2e-1 here (ours keep them in fp32)."""
+    """Some keys have weights e^60 times those of others. Half-precision scores would be off by 0.12 here; ours are fp32."""
     mask = SparseMask(pattern, 16, 8, 5)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 1, 2, mask.n_slots, 64, generator=generator)
@@ -60,7 +60,7 @@ def test_large_scores_cost_no_exactness(pattern: Pattern) -> None:
 @pytest.mark.parametrize("name", ["dense", "structured"])
 @pytest.mark.parametrize("pattern", list(Pattern))
 def test_no_backend_sees_the_future(pattern: Pattern, name: str) -> None:
-    """Perturb every slot in turn: exactly the queries that the mask lets see it must move."""
+    """Perturb one slot after another. The results of exactly those queries must change that may attend to the slot."""
     mask = SparseMask(pattern, 5, 4, 3)
     backend, seen = attention_backend(name, mask, CPU), mask.dense()
     q, k, v = torch.randn(3, 1, 2, mask.n_slots, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_no_backend_sees_the_future(pattern: Pattern, name: str) -> None:
 
 
 class Branch(nn.Module):
-    """A fused projection, attention, and a way out: strides and graph as in the model."""
+    """A fused projection, attention and an output projection, with the strides and the graph of the model."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -138,7 +138,8 @@ def test_no_gradient_is_made_where_none_is_wanted(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", list(Pattern))
 @pytest.mark.parametrize("geometry", [(6, 4, 3), (128, 16, 11), (256, 32, 11)])
 def test_flex_masks_are_the_mask_in_the_order_of_the_layer(pattern: Pattern, geometry: tuple[int, int, int]) -> None:
-    """On any device: the mask function pair by pair, and which blocks hold a pair (FlexAttention has no CPU backward pass)."""
+    """Checks FlexAttention's mask function for every pair and its block mask, on any device.
+    FlexAttention itself has no backward pass on CPUs."""
     from torch.nn.attention.flex_attention import create_mask
 
     from dalle_ds.ops.attention.flex import BLOCK, FlexAttention
@@ -161,7 +162,8 @@ def test_flex_masks_are_the_mask_in_the_order_of_the_layer(pattern: Pattern, geo
 
 
 def test_transposed_columns_and_rows_leave_blocks_out() -> None:
-    """Live blocks of 128 x 128 at the paper's size; causal attention has 55, and so would columns in raster order."""
+    """Number of 128 x 128 blocks that are computed at the paper's size.
+    Causal attention has 55, and so would column layers in raster order."""
     from dalle_ds.ops.attention.flex import FlexAttention
 
     live = {p: int(FlexAttention(SparseMask(p, 256, 32, 11), CPU).block_mask.to_dense().sum()) for p in Pattern}
@@ -170,11 +172,11 @@ def test_transposed_columns_and_rows_leave_blocks_out() -> None:
 
 def test_impossible_backends_are_refused_with_the_reason() -> None:
     mask = SparseMask(Pattern.ROW, 4, 4, 3)
-    with pytest.raises(ConfigError, match="'flex' can't be used: it has no backward pass outside CUDA, the device is cpu"):
+    with pytest.raises(ConfigError, match="'flex' can't be used: its backward pass needs CUDA, but the device is cpu"):
         attention_backend("flex", mask, CPU)
-    with pytest.raises(ConfigError, match="'fast' can't be used: there is none of this name; expected one of flex, structured"):
+    with pytest.raises(ConfigError, match="'fast' can't be used: no backend has this name; expected one of flex, structured"):
         attention_backend("fast", mask, CPU)
-    assert "it is made of CPU operators" in backend_problem("structured", torch.device("cuda"))
+    assert "it uses CPU operators" in backend_problem("structured", torch.device("cuda"))
     assert {name for name in BACKENDS if backend_problem(name, CPU) is None} == {"structured", "dense"}
 
 

@@ -1,4 +1,4 @@
-"""What decoding keeps and reads: every key that the mask allows, and no other."""
+"""Decoding caches and reads every key that the mask allows, and no other key."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("pattern", list(Pattern))
 @pytest.mark.parametrize(("grid", "kernel"), [(1, 3), (4, 3), (5, 11), (8, 5), (32, 11)])
 def test_every_query_reads_exactly_its_keys(pattern: Pattern, grid: int, kernel: int) -> None:
-    """Follow the ring by hand: which image slot lies where when slot j has been written, and which of them j reads."""
+    """Simulate the ring buffer: where each image slot is stored after slot j was written, and which of them query j reads."""
     mask = SparseMask(pattern, 4, grid, kernel)
     reach, seen = reach_of(mask, CPU), mask.dense()[4:, 4:]
     held = torch.full((reach.ring,), -1)
@@ -25,7 +25,7 @@ def test_every_query_reads_exactly_its_keys(pattern: Pattern, grid: int, kernel:
 
 
 def test_sizes_at_the_papers_sequence() -> None:
-    """Text and 33, 32 or 61 image keys are read; only columns need a long memory."""
+    """A query reads the text and 33, 32 or 61 image keys. Only column layers need a large ring buffer."""
     reaches = {pattern: reach_of(SparseMask(pattern, 256, 32, 11), CPU) for pattern in Pattern}
     sizes = {pattern: (reach.ring, reach.hidden_NW.shape[1]) for pattern, reach in reaches.items()}
     assert sizes == {Pattern.ROW: (33, 33), Pattern.COLUMN: (993, 32), Pattern.CONV: (166, 61)}
@@ -33,7 +33,7 @@ def test_sizes_at_the_papers_sequence() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_softmax_over_shared_text_and_own_keys(dtype: torch.dtype) -> None:
-    """Two captions of three candidates, against attention over all keys laid out for each candidate, in fp64."""
+    """Two captions with three candidates each, compared in fp64 with attention over all keys, repeated for each candidate."""
     generator = torch.Generator().manual_seed(0)
     text_k, text_v = (torch.randn(2, 4, 7, 16, generator=generator).to(dtype) for _ in range(2))
     q, k, v = (torch.randn(6, 4, n, 16, generator=generator).to(dtype) for n in (1, 5, 5))

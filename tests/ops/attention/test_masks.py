@@ -1,4 +1,4 @@
-"""The masks against loops that follow the paper's words."""
+"""The masks, compared with loops that follow the paper's text."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns, tr
 
 
 def brute_force(pattern: Pattern, n_text: int, grid: int, kernel: int) -> torch.Tensor:
-    """Every pair by itself, in grid coordinates where the paper speaks of them."""
+    """Check every pair separately, in the grid coordinates that the paper uses."""
     n = n_text + grid * grid
     mask = torch.zeros(n, n, dtype=torch.bool)
     window = set()
@@ -38,7 +38,7 @@ def test_equals_brute_force(pattern: Pattern, n_text: int, grid: int, kernel: in
 def test_row_of_the_papers_toy_grid_sees_the_previous_five() -> None:
     image = SparseMask(Pattern.ROW, 6, 4, 3).dense()[6:, 6:]
     assert image.sum(1).tolist() == [1, 2, 3, 4] + [5] * 12
-    # the last one seen lies in the same column of the row above
+    # the furthest visible slot is in the same column of the row above
     assert image[9].nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
 
 

@@ -1,4 +1,4 @@
-"""PowerSGD's arithmetic with one rank as its only peer; several are in tests/distributed/test_replicas.py."""
+"""PowerSGD's arithmetic on a single rank. tests/distributed/test_replicas.py tests it with several replicas."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -59,18 +59,18 @@ def test_a_stretch_keeps_its_columns_and_comes_back(start: int, numel: int, n_pi
 
 
 def test_zeros_padding_takes_no_part() -> None:
-    """The last shard is longer than what is left of the matrix: whatever stands there, zeros come back."""
+    """The last shard is longer than the rest of the matrix. Any values in its padding become zeros."""
     shard = MatrixShard((4, 5), 12, 12)
     flat = torch.ones(12)
     flat[8:] = 77.0
     assert shard.matrix(flat).sum() == 8
     assert shard.flat(shard.matrix(flat)).tolist() == [1.0] * 8 + [0.0] * 4
-    sgd = power_sgd({"w": MatrixShard((4, 5), 24, 12)}, rank=2)  # nothing is left at all
+    sgd = power_sgd({"w": MatrixShard((4, 5), 24, 12)}, rank=2)  # only padding
     assert sgd.average({"w": flat})["w"].tolist() == [0.0] * 12
 
 
 def test_queries_keys_and_values_are_three_matrices() -> None:
-    """On each of two ranks the shard holds one of them and a half; its pieces never mix two."""
+    """On each of two ranks, the shard holds one and a half of the three matrices. None of its pieces mixes two matrices."""
     d = 4
     owner = torch.arange(3.0).repeat_interleave(d * d) + 1
     for start in (0, 24):
@@ -111,7 +111,7 @@ def test_bases_are_orthonormal_also_of_singular_and_zero_matrices() -> None:
 
 
 def hard_sketches(k: int, m: int, r: int) -> dict[str, Tensor]:
-    """(K, M, R) of each kind that gradients and fixed starts may make."""
+    """Matrices (K, M, R) of each kind that gradients and fixed starts may produce."""
     generator = torch.Generator().manual_seed(m * 100 + r)
 
     def normal(*shape: int) -> Tensor:
@@ -146,7 +146,7 @@ def hard_sketches(k: int, m: int, r: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("m", "r"), [(1, 1), (2, 2), (3, 3), (8, 8), (30, 5), (82, 82), (496, 82)])
 def test_bases_are_at_least_as_orthonormal_as_those_of_qr(m: int, r: int) -> None:
-    """fp32's resolution is 6e-8. QR does it to 1e-5, and fails on the largest numbers."""
+    """fp32's resolution is 6e-8. The errors of torch's QR reach 1e-5, and QR fails on the largest numbers."""
     for name, sketch in hard_sketches(1000 if m < 30 else 4, m, r).items():
         found, byqr = orthonormal(sketch).double(), torch.linalg.qr(sketch).Q.double()
         errors = [(q.mT @ q - torch.eye(r)).abs().max() for q in (found, byqr)]
@@ -157,10 +157,10 @@ def test_bases_are_at_least_as_orthonormal_as_those_of_qr(m: int, r: int) -> Non
 
 
 def test_equal_shapes_go_together_and_nothing_waits() -> None:
-    """A layer of the 12-billion-parameter model on 8 ranks: six matrices of two shapes. QR was a call and 82 dependent columns
-    for each of six; three small factorisations for each of two shapes are left."""
+    """A layer of the 12-billion-parameter model on 8 ranks has six matrices of two shapes. QR took one call with 82 dependent
+    columns for each matrix. Cholesky takes three small factorisations for each shape."""
     sketches = [torch.randn(3, 496, 82), torch.randn(1, 496, 82), torch.randn(1, 1984, 82), torch.randn(1, 496, 82)]
-    _by_shape(orthonormal, sketches)  # makes what is kept
+    _by_shape(orthonormal, sketches)  # fills the caches
     with Operations() as operations:
         bases = _by_shape(orthonormal, sketches)
     assert operations.counts["aten.linalg_cholesky_ex.default"] == 6
@@ -174,7 +174,7 @@ VIEWS = ("aten.transpose", "aten.expand", "aten.view", "aten._unsafe_view", "ate
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is asked of the device, by name."""
+    """Counts the operators that run, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,12 +196,13 @@ def test_what_was_applied_and_the_error_add_up_to_the_truth(number_format: str, 
     applied = sum(sgd.average({"w": gradient.flatten()})["w"] for gradient in steps)
     error, truth = as_fp32(sgd.errors["w"]), sum(steps).flatten()
     assert error.norm() > 0.1 * truth.norm(), "a rank of 2 leaves much out of noise"
-    tolerance = 1e-5 if number_format == "fp32" else 1e-2  # each of 30 errors was rounded to ten bits
+    tolerance = 1e-5 if number_format == "fp32" else 1e-2  # the error was rounded to ten bits in each of 30 updates
     assert (applied + error - truth).norm() < tolerance * truth.norm()
 
 
 def error_over_updates(noise: float, warm_start: bool) -> tuple[float, float]:
-    """The error's norm over that of a gradient, after 50 and after 400 updates of gradients around one mean."""
+    """Norm of the error, relative to that of a gradient, after 50 and after 400 updates.
+    Gradients are noise around a fixed mean."""
     generator = torch.Generator().manual_seed(1)
     mean = torch.randn(12, 20, generator=generator)
     sgd = power_sgd({"w": whole(12, 20)}, rank=2, warm_start=warm_start)
@@ -220,8 +221,8 @@ def test_error_of_noisy_gradients_stays_bounded(warm_start: bool) -> None:
 
 
 def test_without_noise_only_a_warm_start_keeps_the_error_bounded() -> None:
-    """The known price of the paper's fixed start: the errors add up to zero along it, so what they hold comes back only with
-    directions that new gradients bring."""
+    """This is a known cost of the paper's fixed start. The accumulated errors are zero along
+    the start, so they are only sent again if new gradients bring in other directions."""
     early, late = error_over_updates(noise=0.0, warm_start=True)
     assert late < 1.5 * early < 15
     early, late = error_over_updates(noise=0.0, warm_start=False)
@@ -278,12 +279,12 @@ def test_errors_change_their_format_and_forget_padding() -> None:
     full.set_error("w", low.errors["w"][:200])
     assert torch.equal(full.errors["w"][:200], decode(low.errors["w"][:200], FORMAT_1_6_9))
     assert not full.errors["w"][200:].any()
-    assert torch.equal(full.mean_errors()["w"], full.errors["w"])  # of one peer
+    assert torch.equal(full.mean_errors()["w"], full.errors["w"])  # the mean over one peer
 
 
 def test_factors_of_another_rank_are_refused() -> None:
     shards = {"w": whole(12, 20)}
-    with pytest.raises(ConfigError, match="factors are of rank 3, the recipe makes them 2"):
+    with pytest.raises(ConfigError, match="factors have rank 3, but the recipe sets rank 2"):
         power_sgd(shards, rank=2, warm_start=True).set_starts(power_sgd(shards, rank=3).starts)
 
 
@@ -301,7 +302,7 @@ def test_rank_follows_from_the_share_that_is_sent() -> None:
     [
         ({"count": 2, "rank": 4}, "rank would be ignored: compression is none"),
         ({"count": 1, "compression": "power_sgd"}, "with count 1 no gradients go between replicas"),
-        ({"count": 2, "compression": "power_sgd", "rank": 4, "sent_fraction": 0.2}, "set one of them"),
+        ({"count": 2, "compression": "power_sgd", "rank": 4, "sent_fraction": 0.2}, "set only one of them"),
         ({"count": 0}, "greater than or equal to 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pool: a dying worker costs nothing but time, a dying parent leaves nobody behind."""
+"""Process pool: a dead worker costs only time, and workers exit when their parent dies."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from preprocessing.executors.local import run_shards
 
 @dataclass(frozen=True)
 class Job:
-    """Squares numbers; dies once at `fatal`, raises at `wrong`."""
+    """Squares numbers. Its process dies once at `fatal`, and raises at `wrong`."""
 
     folder: Path
     fatal: int = -1
@@ -64,12 +64,12 @@ def test_a_shard_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_many_failures_in_a_row_end_it(tmp_path: Path, workers: int) -> None:
-    """A storage that stays away is not asked a thousand times."""
+    """Unreachable storage is not tried for every one of a thousand shards."""
     results, failures = run(Job(tmp_path, wrong_from=5), n=40, workers=workers)
     assert len(results) + len(failures) == 40
     n_tried = sum("damaged" in why for why in failures.values())
-    assert n_tried == 10 if workers == 1 else 10 <= n_tried < 35  # processes don't end in the order of the shards
-    assert failures["39"] == "not tried: 10 shards in a row had failed"
+    assert n_tried == 10 if workers == 1 else 10 <= n_tried < 35  # processes don't finish in the order of the shards
+    assert failures["39"] == "not tried: 10 consecutive shards failed"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,4 +1,4 @@
-"""Ray engine on a real cluster of two nodes on this machine, one of which is killed in the middle."""
+"""Ray engine on a real cluster with two nodes on this machine; one node is killed during the run."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -47,13 +47,13 @@ def test_a_lost_node_costs_nothing_but_time(
     out = str(tmp_path / "tokens")
     with monkeypatch.context() as patch:
         patch.setattr(local, "progress", killing_progress(lambda: kill_the_node_at_work(cluster), after=4))
-        outcome = encode.run(world.config(out, engine="ray", workers=1))  # the other node is idle, and takes over
+        outcome = encode.run(world.config(out, engine="ray", workers=1))  # the other node is idle and takes over
     assert outcome.is_complete
     assert len(cluster.worker_nodes) == 1
     assert is_undisturbed(out)
     assert verify.run(VerifyConfig(root=out, workers=1)).summary["n_problems"] == 0
 
-    # On what is left of the cluster: a failed shard is told as it is without Ray, and ingest runs too.
+    # On the remaining node: a failed shard is reported as without Ray, and ingest runs too.
     raw = str(tmp_path / "raw")
     assert (
         ingest.run(IngestConfig(images=str(world.images), out=raw, samples_per_shard=RAW_SAMPLES, engine="ray")).summary[
@@ -65,10 +65,10 @@ def test_a_lost_node_costs_nothing_but_time(
     tar.write_bytes(tar.read_bytes()[:-1])
     outcome = encode.run(world.config(tmp_path / "again", raw=raw, engine="ray", workers=None))
     assert list(outcome.summary["failed_shards"]) == ["00002"]
-    assert "cut short" in outcome.summary["failed_shards"]["00002"]
+    assert "truncated" in outcome.summary["failed_shards"]["00002"]
 
 
 def test_without_ray_the_engine_is_refused(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"ray is not installed; pip install 'dalle-ds\[ray\]'"):
+    with pytest.raises(UserError, match=r"ray is not installed; run pip install 'dalle-ds\[ray\]'"):
         encode.run(world.config(tmp_path / "tokens", engine="ray"))

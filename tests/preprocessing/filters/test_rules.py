@@ -1,11 +1,11 @@
-"""Filters: what they drop, and, as important, what they keep."""
+"""Filters: captions and images that they drop, and those that they keep."""
 
 import pytest
 from PIL import Image
-from tests.support.pictures import encoded
 
 from preprocessing.configs import FilterConfig
 from preprocessing.filters.rules import caption_filters, image_filters, judge_caption, judge_image
+from tests.support.images import encoded
 
 CONFIG = FilterConfig(min_letters=3, min_side=16)
 
@@ -54,7 +54,7 @@ CONFIG = FilterConfig(min_letters=3, min_side=16)
         ("старый дом у реки зимой", "other language"),
         ("roter B\u00e4r", None),
         ("le chat noir", None),
-        ("Kaffee und Kuchen", None),  # too short for a judgement on the language
+        ("Kaffee und Kuchen", None),  # too short to identify the language
         ("\u718a", "short caption"),
         ("Mona Lisa by Leonardo da Vinci", None),
         ("tacos al pastor with salsa verde", None),

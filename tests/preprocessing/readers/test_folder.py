@@ -1,4 +1,4 @@
-"""Folders of the user's own: every way to give captions, and every way to get it wrong."""
+"""Image folders: every caption format, and every input error."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_text_beside_the_image(tmp_path: Path) -> None:
     image(tmp_path / "sub" / "a.b.jpg")
     image(tmp_path / "lonely.jpg")
     (tmp_path / "sub" / "a.b.txt").write_text("  a caption\n")
-    assert pairs(tmp_path) == {"sub_a_b": ("a caption", "sub_a_b")}  # keys without dots: webdataset cuts there
+    assert pairs(tmp_path) == {"sub_a_b": ("a caption", "sub_a_b")}  # keys have no dots: webdataset cuts a key at the first dot
     assert reasons(tmp_path) == {"lonely": "no caption"}
 
 
@@ -90,7 +90,7 @@ def test_keys_are_unique(tmp_path: Path) -> None:
 
 
 def test_nothing_usable_is_an_error_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder, or it is empty"):
+    with pytest.raises(DataError, match="the folder does not exist or is empty"):
         read_folder(str(tmp_path / "missing"))
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="no images among its 1 files"):

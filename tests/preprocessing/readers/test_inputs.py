@@ -1,4 +1,4 @@
-"""What ingest reads besides folders: tars, img2dataset's output, parquet files; on disk and on S3."""
+"""Inputs of ingest other than image folders: tars, img2dataset's output, parquet files; on disk and on S3."""
 
 import json
 import os
@@ -45,13 +45,13 @@ def upload(folder: Path, url: str) -> None:
 
 
 def img2dataset_output(folder: Path) -> Path:
-    """Two tars as that tool writes them, its logs beside them; the second's keys go on, the third sample has no caption."""
+    """Two tars with logs, as img2dataset writes them. The second tar continues the keys; the third sample has no caption."""
     folder.mkdir()
     for shard in range(2):
         members = []
         for i in range(3):
             key = f"{shard:05d}{i:04d}"
-            # The caption column may have been left out of the json; then it is only in the txt.
+            # The json may lack the caption, which is then only in the txt.
             caption = f"bear number {key}"
             record = {
                 "key": key,
@@ -160,21 +160,21 @@ def test_parquet_of_bytes(any_root: str, tmp_path: Path) -> None:
 def test_spellings_of_a_image_column(tmp_path: Path, name: str, column: pa.Array) -> None:
     file = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"pixels": column, "title": pa.array(["first one", "second one", "third one"])}), file)
-    with pytest.raises(DataError, match=r"has the columns \['pixels', 'title'\]; expected one of \['image', "):
+    with pytest.raises(DataError, match=r"the columns are \['pixels', 'title'\]; expected one of \['image', "):
         list(ingest.list_parts(str(file), ColumnsConfig())[0].samples())
     columns = {"image": ["pixels"], "caption": ["title"]}
     run(file, tmp_path / "out", columns=columns)
     assert {key: s.image for key, s in samples(str(tmp_path / "out")).items()} == {
         f"{name}/{i:08d}": image(i) for i in range(3)
     }
-    with pytest.raises(DataError, match="column 'n' holds int64; expected bytes or text"):
+    with pytest.raises(DataError, match="column 'n' has the type int64; expected bytes or text"):
         pq.write_table(pa.table({"n": [1], "caption": ["x"]}), tmp_path / "n.parquet")
         list(ingest.list_parts(str(tmp_path / "n.parquet"), ColumnsConfig(image=("n",)))[0].samples())
 
 
 def test_rows_of_a_parquet_file_that_cannot_be_samples(tmp_path: Path) -> None:
     captions = pa.array([b"good one", b"caf\xe9 noir", None, b"", b"good too"], pa.binary())
-    captions = pa.Array.from_buffers(pa.string(), 5, captions.buffers())  # not UTF-8, and no one has checked
+    captions = pa.Array.from_buffers(pa.string(), 5, captions.buffers())  # invalid UTF-8, which Arrow does not check
     images = pa.array([image(0), image(1), image(2), image(3), None], pa.binary())
     write_parquet(tmp_path / "a.parquet", 5, caption=captions, image=images)
     assert run(tmp_path / "a.parquet", tmp_path / "out")["dropped"] == {
@@ -190,13 +190,13 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
     column = pq.ParquetFile(tmp_path / "in" / "broken.parquet").metadata.row_group(1).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
     broken = bytearray(whole)
-    broken[start : start + 64] = b"\xff" * 64  # the header of the second group's first page
+    broken[start : start + 64] = b"\xff" * 64  # the header of the first page of the second row group
     (tmp_path / "in" / "broken.parquet").write_bytes(broken)
     (tmp_path / "in" / "cut.parquet").write_bytes(whole[:-100])
     (tmp_path / "in" / "rubbish.parquet").write_bytes(os.urandom(3000))
     (tmp_path / "in" / "zero.parquet").write_bytes(b"")
     summary = run(tmp_path / "in", tmp_path / "out")
-    assert summary["samples"] == 8  # of the first group and the third
+    assert summary["samples"] == 8  # those of the first and third row groups
     assert summary["dropped"] == {"damaged shard": 4 + 3}
     shards = {manifest.shard: manifest.n_input for manifest in load_shard_manifests(tmp_path / "out", RawShardManifest)}
     assert shards == {"00000": 12, "00001": 1, "00002": 1, "00003": 1}
@@ -205,11 +205,11 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["12b", "tiny"])
 def test_recipes_fit(name: str) -> None:
     filters = load_recipe(IngestConfig, Path(__file__).parents[3] / "launchers" / "recipes" / f"{name}.yaml").filters
-    assert (filters.min_aspect, filters.max_aspect, filters.language) == (0.5, 2, "en")  # the paper's
+    assert (filters.min_aspect, filters.max_aspect, filters.language) == (0.5, 2, "en")  # as in the paper
 
 
 def test_tars_and_loose_images_together_are_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("0.png", image(0)), ("0.txt", b"an image")])
     (tmp_path / "b.png").write_bytes(image(1))
-    with pytest.raises(DataError, match="holds both tars and loose images"):
+    with pytest.raises(DataError, match="contains both tars and loose images"):
         run(tmp_path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Near-duplicates: found as a plain comparison of all pairs finds them, left out by every reader, evaluation sets respected."""
+"""Near-duplicates: equal to a plain comparison of all pairs; every reader skips them; evaluation sets are respected."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from preprocessing.stages.duplicates import NOT_COMPARED, find_duplicates, perce
 
 
 def plain_twin(hashes: list[int], n_against: int, max_distance: int) -> list[int]:
-    """The same by the definition: image by image, against all kept ones before it."""
+    """The definition: compare each image with all kept images before it."""
     earlier = [-1] * len(hashes)
     for i in range(n_against, len(hashes)):
         kept = (j for j in range(i) if earlier[j] < 0 and NOT_COMPARED not in (hashes[i], hashes[j]))
@@ -31,13 +31,13 @@ def test_banding_finds_what_all_pairs_find(max_distance: int, n_against: int) ->
     rng = np.random.default_rng(max_distance)
     centres = rng.integers(1, 2**64, 30, dtype=np.uint64)
     hashes = [int(centre) for centre in rng.choice(centres, 300)]
-    for i in range(300):  # near and not so near copies, and some too plain
+    for i in range(300):  # copies at different distances, and some images with too little contrast
         for bit in rng.integers(0, 64, rng.integers(0, 8)):
             hashes[i] ^= 1 << int(bit)
         if i % 17 == 0:
             hashes[i] = NOT_COMPARED
     found = find_duplicates(np.array(hashes, np.uint64), n_against, max_distance)
-    # Where several kept images are near, either may be named; which images go, and why, is decided.
+    # If several kept images are close, any of them may be returned; the dropped images and the reasons are unique.
     expected = plain_twin(hashes, n_against, max_distance)
     assert [i >= 0 for i in found] == [i >= 0 for i in expected]
     assert [0 <= i < n_against for i in found] == [0 <= i < n_against for i in expected]
@@ -84,8 +84,8 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
     images |= {f"white{i}": Image.new("RGB", (64, 64 + i), "white") for i in range(2)}
     evaluation = {"copy": images["05"].resize((100, 100)), "other": draw(3, 128).image}
     for root, these in (("raw", images), ("eval", evaluation)):
-        images = folder(tmp_path / f"{root}_images", these)
-        ingest.run(IngestConfig(images=str(images), out=str(tmp_path / root), samples_per_shard=6, workers=1))
+        image_folder = folder(tmp_path / f"{root}_images", these)
+        ingest.run(IngestConfig(images=str(image_folder), out=str(tmp_path / root), samples_per_shard=6, workers=1))
     before = {shard.name: identity_of(shard) for shard in list_raw_shards(tmp_path / "raw")}
     config = DuplicatesConfig(raw=str(tmp_path / "raw"), against=(str(tmp_path / "eval"),), workers=1)
     summary = duplicates.run(config).summary
@@ -97,14 +97,14 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
     assert found == dict.fromkeys(images) | copies | {"05": "in evaluation set"}
     assert set(reasons_of(tmp_path / "eval").values()) == {None}
     assert Image.open(str(summary["examples"])).width > 500
-    # Another list makes another input, so what was encoded before it is not taken for the same.
+    # A changed drop list changes the input's identity, so shards that were encoded before do not count as done.
     changed_shards = {shard.name for shard in list_raw_shards(tmp_path / "raw") if identity_of(shard) != before[shard.name]}
     assert changed_shards == set(json.loads((tmp_path / "raw" / "duplicates.json").read_text())["lists"])
     assert verify.run(VerifyConfig(root=str(tmp_path / "raw"), workers=1)).is_complete
-    # Again: the same from stored hashes, though readers leave those images out.
+    # A second run gives the same result from stored hashes, although readers skip the dropped images.
     monkeypatch.setattr(duplicates, "hash_shard", None)
     assert {**duplicates.run(config).summary, "seconds": 0} == {**summary, "seconds": 0}
-    with pytest.raises(DataError, match="both the data and an evaluation set"):
+    with pytest.raises(DataError, match="both the training data and an evaluation set"):
         duplicates.run(config.model_copy(update={"against": (config.raw,)}))
 
 

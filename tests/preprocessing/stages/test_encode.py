@@ -1,4 +1,4 @@
-"""Encode: the tokens are those of a plain twin, shards are committed once, other makings and bad shards are refused."""
+"""Encode: tokens equal those of a plain reference, shards are committed once, other settings and bad shards are refused."""
 
 import dataclasses
 import io
@@ -162,7 +162,7 @@ def test_another_raw_set_with_the_same_names_does_not_pass_for_done(world: World
     encode.run(world.config(tmp_path / "tokens"))
     images = draw_folder(tmp_path / "images", 20, size=64)
     ingest.run(IngestConfig(images=str(images), out=str(tmp_path / "raw"), samples_per_shard=4, workers=1))
-    with pytest.raises(DataError, match="shard 00000 was made from .*another raw set needs another"):
+    with pytest.raises(DataError, match="shard 00000 was made from .*for another raw set"):
         encode.run(world.config(tmp_path / "tokens", raw=str(tmp_path / "raw")))
 
 
@@ -181,7 +181,7 @@ def good_sample(i: int) -> tuple[str, bytes, str]:
 
 
 def test_plain_tars_and_bad_shards(world: World, tmp_path: Path) -> None:
-    """A folder of tars without manifests; bad samples are counted, bad shards stay open and are named, the rest is done."""
+    """Tars without manifests: bad samples are counted, bad shards stay open and are named, the others are encoded."""
     raw, out = tmp_path / "raw", str(tmp_path / "tokens")
     write_tar(raw / "good.tar", [good_sample(i) for i in range(10)])
     few_bad = [good_sample(i) for i in range(20, 40)] + [("bad", b"not an image", "x")]
@@ -222,7 +222,7 @@ def test_a_missing_shard_is_named_and_the_rest_done(world: World, tmp_path: Path
     Path(list_raw_shards(tmp_path / "raw")[1].url).unlink()
     outcome = encode.run(world.config(tmp_path / "tokens", raw=str(tmp_path / "raw")))
     assert outcome.summary["failed_shards"].keys() == {"00001"}
-    assert "gone" in outcome.summary["failed_shards"]["00001"]
+    assert "does not exist" in outcome.summary["failed_shards"]["00001"]
     assert outcome.summary["shards"] == 2
 
 
@@ -249,7 +249,7 @@ def test_bad_input_is_told_at_the_start(world: World, tmp_path: Path) -> None:
         ({"dvae": str(tmp_path / "missing")}, "no such dvae weights file"),
         ({"dvae": str(tmp_path / "text")}, "not a safetensors"),
         ({"dvae": world.tokenizer}, "not a safetensors"),
-        ({"dvae": str(tmp_path / "strange")}, "does not fit"),
+        ({"dvae": str(tmp_path / "strange")}, "does not match DVAEConfig"),
         ({"tokenizer": str(tmp_path / "missing")}, "no such file"),
         ({"tokenizer": world.dvae}, "sentencepiece"),
     ]:
@@ -313,10 +313,10 @@ def test_verify_finds_every_kind_of_damage(world: World, tmp_path: Path) -> None
 
     for damage, message in [
         (flip, "SHA-256"),
-        (cut, "bytes, its manifest says"),
-        (remove, "it is gone"),
+        (cut, "as in its manifest"),
+        (remove, "it does not exist"),
         (other_tokenizer, "tokenizer.model: fingerprint"),
-        (lose_manifest, "is not the merge"),
+        (lose_manifest, "does not match the merged"),
         (edit_histogram, "code histogram"),
     ]:
         found = problems_after(damage)
@@ -358,7 +358,7 @@ def test_tf32_is_for_cuda_and_belongs_to_the_data_set(world: World, tmp_path: Pa
     encode.run(world.config(out))
     file = out / "dataset.json"
     assert "tf32" not in json.loads(file.read_text())
-    file.write_bytes(load_dataset_info(str(out)).model_copy(update={"tf32": True}).sealed().to_json())  # as a GPU would
+    file.write_bytes(load_dataset_info(str(out)).model_copy(update={"tf32": True}).sealed().to_json())  # as on a GPU
     with pytest.raises(FingerprintMismatch, match="tf32 was True, is now None"):
         encode.run(world.config(out))
 
@@ -380,15 +380,15 @@ def test_verify_holds_decoded_tokens_against_their_source(
     config = VerifyConfig(root=out, workers=1, images_per_shard=2)
     outcome = verify.run(config)
     assert outcome.is_complete, outcome.problems
-    assert N_SHARDS < outcome.summary["images_compared"] <= 4 * N_SHARDS  # of two splits
+    assert N_SHARDS < outcome.summary["images_compared"] <= 4 * N_SHARDS  # samples of both splits
     assert outcome.summary["psnr_min"] <= outcome.summary["psnr_mean"]
     assert decode_image(objects.read_bytes(outcome.summary["image"])).width == 8 * 32
     taken = reconstruct.crop_of
     monkeypatch.setattr(reconstruct, "crop_of", lambda *arguments: 255 - taken(*arguments))  # sources of other samples
-    assert "of its tokens are those of its source" in verify.run(config).problems[0]
+    assert "of its tokens equal those of its source image" in verify.run(config).problems[0]
     monkeypatch.setattr(reconstruct, "read_raw_shard", lambda _: iter(()))
-    assert "does not have it" in verify.run(config).problems[0]
-    (Path(world.raw) / "data").rename(tmp_path / "moved")  # raw shards may be gone after an encode
+    assert "does not contain it" in verify.run(config).problems[0]
+    (Path(world.raw) / "data").rename(tmp_path / "moved")  # raw shards may be removed after an encode
     try:
         gone = verify.run(config)
     finally:

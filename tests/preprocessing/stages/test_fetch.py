@@ -1,4 +1,4 @@
-"""Fetch: a whole folder or none, and a next source where one cannot be had."""
+"""Fetch: the folder is complete or absent, and an unavailable source is replaced by the next."""
 
 import json
 from pathlib import Path
@@ -46,11 +46,11 @@ def test_a_download_with_another_checksum_is_not_used(tmp_path: Path, monkeypatc
         return folder / "x.tgz"
 
     monkeypatch.setattr(sources, "_npm_pack", pack)
-    with pytest.raises(DataError, match="its checksum is not the pinned one"):
+    with pytest.raises(DataError, match="file's checksum differs from the pinned one"):
         fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
-    # Nor a damaged file in the cache; it is fetched again.
+    # A damaged file in the cache is not used either; it is downloaded again.
     (tmp_path / "cache" / f"fluent-emoji-3d-{sources.FLUENT_VERSION}.tgz").write_bytes(b"damaged")
-    with pytest.raises(DataError, match="its checksum is not the pinned one; not used"):
+    with pytest.raises(DataError, match="file's checksum differs from the pinned one"):
         fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
 
 
@@ -72,11 +72,11 @@ def test_a_kill_in_the_middle_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match="not made by fetch"):
+    with pytest.raises(DataError, match="not created by fetch"):
         fetch.run(FetchConfig(out=str(tmp_path / "mine"), source="drawn"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["photo.jpg"]
     fetch.run(FetchConfig(out=str(tmp_path / "drawn"), source="drawn", limit=2))
-    with pytest.raises(DataError, match="holds drawn images"):
+    with pytest.raises(DataError, match="contains drawn images"):
         fetch.run(FetchConfig(out=str(tmp_path / "drawn"), source="fluent", limit=2))
 
 

@@ -1,4 +1,4 @@
-"""Ingest: every sample is accounted for, restarts make the same shards, damage is never fatal."""
+"""Ingest: every sample is accounted for, a restart makes the same shards, damaged input is never fatal."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def hostile_folder(folder: Path) -> Path:
     add("huge.png", encoded(Image.new("1", (12_000, 12_000))), "a decompression bomb")
     add("nocaption.png", encoded(Image.new("RGB", (40, 40), "red")), "  ")
     add("date.png", encoded(Image.new("RGB", (40, 41), "red")), "photographed on 3 May 2004")
-    add("twin-a.png", encoded(Image.new("RGB", (40, 42), "blue")), "")  # no caption of its own: the second twin is the kept one
+    add("twin-a.png", encoded(Image.new("RGB", (40, 42), "blue")), "")  # has no caption, so twin-b is kept
     add("twin-b.png", encoded(Image.new("RGB", (40, 42), "blue")), "the kept twin")
     add("twin-c.png", encoded(Image.new("RGB", (40, 42), "blue")), "the third twin")
     add("gone.png", None, "an image that is missing")

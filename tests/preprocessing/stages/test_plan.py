@@ -1,4 +1,4 @@
-"""The plan is the arithmetic of its figures, and says where each is from."""
+"""Plan: arithmetic on given or measured figures; the summary names the source of each figure."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_measured_figures_are_those_of_the_manifests(world: World, tmp_path: Pat
     [
         ([], "no rate"),
         (["--rate", "0"], "--rate is 0.0"),
-        (["--rate", "1", "--accepted", "2"], "share of at most 1"),
+        (["--rate", "1", "--accepted", "2"], "fraction of at most 1"),
         (["--measured", "/nowhere"], "no token data set"),
     ],
 )

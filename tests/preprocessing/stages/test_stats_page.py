@@ -1,4 +1,4 @@
-"""The page that `stats` writes, in a real browser."""
+"""The HTML page of `stats`, in a real browser."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_where_nothing_may_be_written_or_decoded_there_are_numbers(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         summary = stats.run(StatsConfig(root=out)).summary
         assert summary["page"] is None and summary["samples"]["train"] > 0
-        assert "stats.page names another place" in caplog.text and "dvae.safetensors" in caplog.text
+        assert "set stats.page to another location" in caplog.text and "dvae.safetensors" in caplog.text
         with pytest.raises(DataError, match=r"cannot be written to .*/page.html: not allowed to write"):
             stats.run(StatsConfig(root=out, page=f"{out}/page.html"))
         summary = stats.run(StatsConfig(root=out, page=str(tmp_path / "page.html"))).summary

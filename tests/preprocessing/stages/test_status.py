@@ -1,4 +1,4 @@
-"""Status: what is done, open and failed, told from what lies in the output."""
+"""Status: finished, open and failed shards, counted from the files in the output."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_failures_are_kept_until_a_later_run_mends_them(world: World, tmp_path: 
     seen = told(out)
     assert (seen["kind"], seen["shards"]) == ("tokens", {"all": N_SHARDS, "done": N_SHARDS - 1, "failed": 1, "open": 0})
     assert list(seen["failed_shards"]) == ["00002"]
-    assert "cut short" in seen["failed_shards"]["00002"]
+    assert "truncated" in seen["failed_shards"]["00002"]
     assert seen["samples"] == N_IMAGES - N_IMAGES // N_SHARDS
     assert seen["images_per_second"] > 0
     assert seen["eta_seconds"] > 0
@@ -53,5 +53,5 @@ def test_open_shards_and_the_time_they_will_take(world: World, tmp_path: Path) -
 
 
 def test_nothing_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="neither ingest nor encode has begun here"):
+    with pytest.raises(DataError, match="neither ingest nor encode has started here"):
         told(str(tmp_path))

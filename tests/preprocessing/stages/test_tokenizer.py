@@ -1,4 +1,4 @@
-"""Tokenizer stage: trained on the train split alone, once."""
+"""Tokenizer stage: trained only on the train split, and only once."""
 
 from pathlib import Path
 

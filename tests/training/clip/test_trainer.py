@@ -1,4 +1,4 @@
-"""Training of CLIP: it learns what a caption shows, goes on to the last digit after a stop, and is opened by the real code."""
+"""Training of CLIP: it learns, a resumed run has the same losses to the last digit, and `transformers` opens the model."""
 
 import io
 import json
@@ -29,7 +29,7 @@ N_IMAGES, FRACTION = 240, 0.2
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """Drawn images of shapes with their captions; the first three show one thing, one is no image."""
+    """Drawn images of shapes with captions. The first three are of one group; one file is not an image."""
     root = tmp_path_factory.mktemp("raw")
     with tarfile.open(root / "0.tar", "w") as tar:
         for i in range(N_IMAGES):
@@ -71,7 +71,7 @@ def clip_run(raw, folder, **changes):
 
 @pytest.fixture
 def tracked(monkeypatch):
-    """What is told to the tracker; and no MLflow, which takes seconds to start."""
+    """Metrics and status sent to the tracker. Also disables MLflow, which takes seconds to start."""
     told = []
 
     class Tracker(NullTracker):
@@ -89,7 +89,7 @@ def tracked(monkeypatch):
 def test_it_learns_and_is_opened_as_any_clip(raw, tmp_path, tracked, capfd):
     run = clip_run(raw, tmp_path, updates=100, tracking={"every": 10})
     report = train_clip(run)
-    assert capfd.readouterr().out == "", "stdout is for the summary"
+    assert capfd.readouterr().out == "", "stdout is reserved for the summary"
     losses = [values["loss/train/total"] for step, values in tracked[:-1] if "loss/train/total" in values]
     assert losses[0] > 3 and losses[-1] < 0.8 * losses[0]
     assert [step for step, values in tracked[:-1] if "validation/top1" in values] == [*range(6, 100, 6), 100]
@@ -133,7 +133,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
     tracked.clear()
-    assert train_clip(clip_run(raw, tmp_path / "parts")) == parts and tracked == [], "a finished run is left alone"
+    assert train_clip(clip_run(raw, tmp_path / "parts")) == parts and tracked == [], "a finished run is not changed"
     with pytest.raises(FingerprintMismatch, match="finished run"):
         train_clip(clip_run(raw, tmp_path / "parts", seed=1))
     (tmp_path / "parts" / "clip_report.json").unlink()
@@ -147,7 +147,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
 
 def test_batches_are_a_function_of_the_update_and_hold_each_thing_once(raw):
     samples = read_split(ClipDataConfig(raw=str(raw), validation_fraction=FRACTION), "train", 16)
-    assert "007" not in {sample.key for sample in samples}, "what cannot be decoded is left out"
+    assert "007" not in {sample.key for sample in samples}, "an image that cannot be decoded is skipped"
     of_caption = {sample.caption: sample.group for sample in samples}
     stream = batches(samples, 20, 16, seed=1, start=0)
     made = [next(stream) for _ in range(12)]

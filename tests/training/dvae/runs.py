@@ -1,4 +1,4 @@
-"""A small dVAE run and its raw shards, some of whose images are unusable."""
+"""A small dVAE run and its raw shards, which contain unusable images."""
 
 import io
 import json
@@ -22,7 +22,7 @@ TOO_SMALL, DAMAGED = TRAIN_KEYS[3], TRAIN_KEYS[30]
 
 
 def make_raw(root: Path, damaged: tuple[str, ...] = (DAMAGED,)) -> Path:
-    """Three shards of drawn images, 48 pixels wide: a coloured disc or square on white."""
+    """Write three shards of drawn images, 48 pixels wide: a coloured disc or square on white. Returns the root."""
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for shard in range(3):
@@ -52,7 +52,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERunConfig:
-    """A recipe of seconds."""
+    """A recipe that trains in seconds."""
     settings: dict[str, Any] = {
         "folder": str(folder),
         "data": {"raw": str(raw), "validation_fraction": 0.2},
@@ -78,5 +78,5 @@ def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERunConfig:
 
 
 def trainer_of(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> DVAETrainer:
-    """A trainer outside of a run: no lock, no tracking; the recipe's raw shards."""
+    """A trainer without a run around it: no lock and no tracking."""
     return DVAETrainer(TrainingRun(Path(recipe.folder), ranks, StopFlag()), recipe, "test", "shards")

@@ -1,4 +1,4 @@
-"""Validation of a dVAE: the numbers belong to the images, not to how many are looked at a time."""
+"""Validation of a dVAE: the results do not depend on the batch size."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""Training of the dVAE: it learns, it goes on to the last digit after a stop, it refuses what does not fit."""
+"""Training of the dVAE: it learns, a resumed run has the same losses to the last digit, and wrong input is refused."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, float]]:
-    """(update, loss, gradient norm) of every step that is taken; and no MLflow, which takes seconds to start."""
+    """(update, loss, gradient norm) of every step. Also disables MLflow, which takes seconds to start."""
     taken: list[tuple[int, float, float]] = []
     step = DVAETrainer._step
 
@@ -58,7 +58,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, float]]:
 
 
 class _StopAfter:
-    """Stands for StopFlag: asked to stop in the middle of the `update`-th step."""
+    """Replaces StopFlag: requests a stop during step number `update`."""
 
     reason = "test"
 
@@ -121,7 +121,7 @@ def test_killed_without_saving_repeats_from_the_last_checkpoint(
     (attempt / "state.pt").write_bytes(b"half a checkpoint")
     train_dvae(dvae_run(raw, tmp_path / "killed"))
     assert losses == whole[5:]  # checkpoint.every is 5
-    assert not attempt.exists(), "what a kill left is removed"
+    assert not attempt.exists(), "leftovers of a kill are deleted"
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
@@ -145,7 +145,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]]) -> None:
     run = dvae_run(raw, tmp_path / "run", updates=120)
     report = train_dvae(run)
-    assert torch.tensor(2.0**-149) * 1 > 0, "subnormal numbers are what they were, for whoever computes next in this process"
+    assert torch.tensor(2.0**-149) * 1 > 0, "flushing of denormals is switched off again for the rest of the process"
     assert losses[-1][1] < losses[0][1] - 0.5
     weights = read_weights(tmp_path / "run" / "dvae.safetensors", "dvae")
     assert weights.fingerprint == report["dvae"]
@@ -193,7 +193,7 @@ def test_a_collapsed_codebook_is_named(
     report = train_dvae(dvae_run(raw, tmp_path / "run", updates=6, validation={"every": 3, "samples": 64}))
     assert report["codes_used"] < 4
     told = [record.message for record in caplog.records if "COLLAPSED" in record.message]
-    assert len(told) == 1, "at update 3 the weight of KL is still rising, at 6 it is not"
+    assert len(told) == 1, "at update 3 the KL weight is still rising, at update 6 it is not"
     assert f"{report['codes_used']} of 32 codes" in told[0] and "tau falls too fast" in told[0]
 
 
@@ -208,7 +208,7 @@ def test_each_part_of_each_update_has_its_own_noise(raw: Path, tmp_path: Path) -
 
 def test_ranks_that_do_not_see_the_same_folder_are_told_so(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "gather_objects", lambda _, mine: [mine, (5, "test")] if mine == (0, "test") else [mine])
-    with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: they must see"):
+    with pytest.raises(UserError, match="rank 1 starts at update 5 of run test, rank 0 at update 0 of run test: all ranks"):
         trainer_of(dvae_run(raw, tmp_path))
 
 
@@ -217,7 +217,7 @@ def test_loss_is_divided_once(raw: Path, tmp_path: Path) -> None:
     with closing(trainer_of(run)) as trainer:
         images = validation_images(run.data, run.validation.samples, 16)[:4]
         loss, terms = trainer._loss(images, 0.5, 6.6, torch.Generator())
-    # per image: sum of 768 sub-pixels' nll + 6.6 times the sum of 64 cells' KL; the whole by 768
+    # per image: the NLL summed over 768 sub-pixels plus 6.6 times the KL summed over 64 cells, all divided by 768
     whole_image = (768 * terms["nll"] + 6.6 * 64 * terms["kl_per_cell"]) / 768
     torch.testing.assert_close(loss.detach(), whole_image)
 
@@ -231,7 +231,7 @@ def test_workers_change_nothing(raw: Path, tmp_path: Path, losses: list[tuple[in
 def test_micro_batches_add_up_to_the_batch(
     raw: Path, tmp_path: Path, losses: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without noise, and without the usage term, which is of the micro-batch.
+    # Without noise, and without the usage term, which is computed per micro-batch.
     monkeypatch.setattr("dalle_ds.models.dvae.gumbel_softmax", lambda logits, tau, _: torch.softmax(logits / tau, dim=1))
     changes = {"updates": 2, "loss": {"ln_b_min": -1.0}}
     train_dvae(dvae_run(raw, tmp_path / "whole", **changes))
@@ -243,7 +243,7 @@ def test_micro_batches_add_up_to_the_batch(
 @pytest.mark.parametrize("window_mb", [64, 0])
 def test_stream_goes_on_anywhere_and_reads_every_image_once_an_epoch(raw: Path, tmp_path: Path, window_mb: int) -> None:
     data = dvae_run(raw, tmp_path).data
-    if not window_mb:  # a window smaller than a shard holds one shard: three windows
+    if not window_mb:  # a window smaller than a shard holds one shard, so there are three windows
         data = data.model_copy(update={"window_mb": 0})
     first = ImageStream(data, 16, 4, seed=3)
     batches = [next(first) for _ in range(30)]
@@ -257,7 +257,7 @@ def test_stream_goes_on_anywhere_and_reads_every_image_once_an_epoch(raw: Path, 
             assert found.next_position == expected.next_position
         again.close()
     n_read = sum(len(b.images_BCHW) for b in batches if b.next_position.epoch == 0)
-    assert len(TRAIN_KEYS) - 4 < n_read <= len(TRAIN_KEYS)  # a batch reaches over the end of the epoch
+    assert len(TRAIN_KEYS) - 4 < n_read <= len(TRAIN_KEYS)  # a batch may span the end of the epoch
     assert len(validation_images(data, 4096, 16)) == len(KEYS) - len(TRAIN_KEYS)
 
 
@@ -277,7 +277,7 @@ def test_streams_of_ranks_make_the_same_batches_between_them(tmp_path: Path, win
         assert sum(part.n_unusable for part in of_ranks) == batch.n_unusable
         assert {part.next_position for part in of_ranks} == {batch.next_position}
     n_epochs = batch.next_position.epoch
-    assert n_epochs >= 2 and batch.n_unusable >= n_epochs * 6, "each at its own place alone"
+    assert n_epochs >= 2 and batch.n_unusable >= n_epochs * 6, "each unusable image is counted only at its own position"
     assert batch.n_unusable <= (n_epochs + 1) * (6 + 1)
     for stream in streams:
         stream.close()
@@ -290,7 +290,7 @@ def test_the_next_usable_image_stands_in_for_an_unusable_one(raw: Path, tmp_path
     for sample in samples:
         if isinstance(sample, RawSample) and sample.key in {*TRAIN_KEYS} - {DAMAGED, TOO_SMALL}:
             images[sample.key] = np.asarray(decode_image(sample.image)).transpose(2, 0, 1)
-    stream = ImageStream(data, 48, 1, seed=3)  # whole images, perhaps flipped
+    stream = ImageStream(data, 48, 1, seed=3)  # whole images, possibly flipped
     order = []
     for _ in TRAIN_KEYS:
         (image_CHW,) = next(stream).images_BCHW.numpy()
@@ -326,7 +326,7 @@ def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_at_the_start(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**16))
-    with pytest.raises(UserError, match="checkpoints cannot be written to .*/run/checkpoints: no room"):
+    with pytest.raises(UserError, match="checkpoints cannot be written to .*/run/checkpoints: no space"):
         train_dvae(dvae_run(raw, tmp_path / "run"))
 
 
@@ -353,8 +353,8 @@ def test_sigterm_saves_and_leaves_with_143(raw: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143, errors
-    assert "asked to stop (SIGTERM) at update" in errors and "the same command goes on from" in errors
-    assert "torch.nn" in imported and "deepspeed" not in imported, "alone, it needs none"
+    assert "asked to stop (SIGTERM) at update" in errors and "repeat the command to resume from" in errors
+    assert "torch.nn" in imported and "deepspeed" not in imported, "a single process does not need DeepSpeed"
     (file,) = tmp_path.glob("run/checkpoints/update_*/*/state.pt")
     state = torch.load(file, weights_only=True)
     assert state["update"] >= 1

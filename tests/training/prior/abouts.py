@@ -1,4 +1,4 @@
-"""Checkpoints without tensors: what they say of a run."""
+"""Checkpoints without tensors: the description of a run and its commit."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from dalle_ds.training.prior.state import PriorAbout
 
 
 def about_of(**changes: Any) -> PriorAbout:
-    """Some run's."""
+    """The description of an arbitrary prior run, with `changes`."""
     said: dict[str, Any] = {
         "model": PriorConfig(n_layers=1),
         "data": "d",
@@ -29,7 +29,7 @@ def about_of(**changes: Any) -> PriorAbout:
 
 
 def commit(checkpoints: Path, update: int, about: PriorAbout, world_size: int = 1, attempt: str = "attempt") -> Path:
-    """The folder of a checkpoint that holds nothing but its commit."""
+    """Write a checkpoint that contains only its commit. Returns its folder."""
     folder = checkpoints / f"update_{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     record = CheckpointRecord[PriorAbout](

@@ -1,4 +1,4 @@
-"""Checkpoints of a prior that no engine trained: the files of two ranks."""
+"""Checkpoints of an untrained prior, with the files of two ranks."""
 
 import math
 from pathlib import Path
@@ -20,10 +20,10 @@ N_RANKS = 2
 
 
 def make_checkpoint(folder: Path, **geometry: int) -> Prior:
-    """folder/tokens, and folder/run with one checkpoint; returns the prior that it holds, as weights and as their average.
+    """Make folder/tokens, and folder/run with one checkpoint. Returns the prior in it, whose weights are also the EMA.
 
     Args:
-        geometry: of the prior.
+        geometry: changes to the prior's config.
     """
     data = make_token_set(folder / "tokens")
     tokenizer = CaptionTokenizer(objects.join(data, "tokenizer.model"))
@@ -39,7 +39,7 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
         "n_codes": dvae.config["n_codes"],
     }
     config = PriorConfig(**{**sizes, **geometry})
-    with torch.device("meta"):  # no time spent on torch's initial values
+    with torch.device("meta"):  # skips torch's initialization
         prior, half = Prior(config), Prior(config)
     prior.to_empty(device="cpu")
     initialise(prior, torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
 
 @torch.no_grad()
 def _scored(prior: Prior) -> dict[str, Tensor]:
-    """A batch and its losses."""
+    """A batch of samples and the losses of `prior` on it."""
     config, generator = prior.config, torch.Generator().manual_seed(1)
     text = torch.randint(-1, config.vocab_size, (4, config.text_len - 1), generator=generator).sort(descending=True).values
     image = torch.randint(config.n_codes, (4, config.n_image), generator=generator)
@@ -73,7 +73,8 @@ def _scored(prior: Prior) -> dict[str, Tensor]:
 
 
 def _write_parts(folder: Path, state: dict[str, Tensor]) -> None:
-    """As ZeRO-3 cuts: shards of one length; what pads the last is no number, so that it is seen where it gets in."""
+    """Write shards of equal length, as ZeRO-3 makes them. The padding of the last one is NaN, so that a test fails if it is
+    used."""
     for rank in range(N_RANKS):
         parts = StateParts({name: value.shape for name, value in state.items()})
         for name, value in state.items():

@@ -1,4 +1,4 @@
-"""The plan's numbers against the paper's and against counting by other means."""
+"""The plan's numbers, compared with the paper's and with independent counts."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_arithmetic_is_what_torch_counts():
     prior = Prior(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         prior(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64))
-    # torch's count includes what the dense mask computes and throws away: replace it by the reachable pairs
+    # torch's count may include the pairs that the dense mask computes and discards: subtract dense attention if it does
     n = config.n_slots
     dense = config.n_layers * 4 * config.d_model * n * n
     ours_without_attention = forward_flops(config) - sparse_attention(config)
@@ -60,14 +60,14 @@ def test_memory_and_time_scale_as_they_must():
     assert one["days_estimate"] / many["days_estimate"] == pytest.approx(16)
     small = plan(config, PlanInputsConfig(gpus=64, moments="low_bit"))
     saved = (one["state_gib_per_gpu"] - small["state_gib_per_gpu"]) * 64 * 2**30
-    assert saved == pytest.approx(4 * one["parameters_effective"]), "two bytes for each moment of each matrix of the layers"
+    assert saved == pytest.approx(4 * one["parameters_effective"]), "two bytes less per moment of the layers' matrices"
     assert (one["checkpoint_gib"] - small["checkpoint_gib"]) * 2**30 == pytest.approx(saved)
     assert (
         small["optimizer_bytes_per_parameter"] == pytest.approx(4.065, abs=1e-3) and one["optimizer_bytes_per_parameter"] == 8
     )
     parts = sum(many[f"{part}_gib_per_gpu"] for part in ("parameters", "gradients", "optimizer"))
     assert many["state_gib_per_gpu"] == pytest.approx(parts)
-    # by hand: one micro-batch, 2 bytes twice and 4 once, from the 1023 other GPUs
+    # by hand: in one micro-batch 2 bytes per parameter twice and 4 bytes once, from the 1023 other GPUs
     assert many["communication_gib_per_gpu_per_update"] * 2**30 == pytest.approx(8 * many["parameters"] * 1023 / 1024)
     assert one["communication_gib_per_gpu_per_update"] == pytest.approx(
         16 * many["communication_gib_per_gpu_per_update"], rel=0.02
@@ -75,7 +75,7 @@ def test_memory_and_time_scale_as_they_must():
     nodes = plan(config, PlanInputsConfig(gpus=1024, shard_gpus=8, price=2.0))
     assert nodes["state_gib_per_gpu"] == pytest.approx(128 * many["state_gib_per_gpu"]) and nodes["replicas"] == 128
     assert nodes["cost_estimate"] == pytest.approx(2 * nodes["gpu_hours_estimate"])
-    # by hand: 6 * 12.09e9 * 1280 tokens * 1024 * 430,000 / (1024 * 312e12 * 0.35) s = 4.23 days, and a little attention
+    # by hand: 6 * 12.09e9 * 1280 tokens * 1024 * 430,000 / (1024 * 312e12 * 0.35) s = 4.23 days, plus a little for attention
     assert many["days_estimate"] == pytest.approx(4.23, rel=0.03)
 
 
@@ -83,7 +83,7 @@ def test_whether_a_gpu_is_large_enough():
     config = PRESETS["12b"]
     assert plan(config, PlanInputsConfig(gpu_memory=16))["fits_estimate"]
     assert not plan(config, PlanInputsConfig(gpus=8, gpu_memory=16))["fits_estimate"]
-    assert plan(config, PlanInputsConfig())["gpu_memory_gib"] == 80, "the machine's"
+    assert plan(config, PlanInputsConfig())["gpu_memory_gib"] == 80, "the memory of the default machine"
 
 
 def test_time_is_the_longest_and_mfu_a_result():
@@ -112,7 +112,7 @@ def test_warnings():
     assert "ZeRO-3 over 256 GPUs" in warnings(gpus=256) and not warnings(gpus=64)
     assert "global_batch 1024 is not a multiple of 96 GPUs x micro_batch 1" in warnings(gpus=96, shard_gpus=8)
     assert "shard_gpus 24 does not divide the 64 GPUs" in warnings(gpus=64, shard_gpus=24)
-    assert "but a GPU has 14.5 (1.5 are reserved)" in warnings(gpus=8, gpu_memory=16)
+    assert "but a GPU has 14.5 GiB (1.5 GiB are reserved)" in warnings(gpus=8, gpu_memory=16)
 
 
 def test_a_recipe_says_what_a_plan_needs(tmp_path):

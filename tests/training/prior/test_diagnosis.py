@@ -1,4 +1,4 @@
-"""When a run gives up, and what counts as the first block that is not finite."""
+"""When a run gives up, and which block counts as the first with non-finite values."""
 
 import math
 from pathlib import Path
@@ -34,21 +34,21 @@ def test_losses_that_are_not_finite_in_a_row(loss: float) -> None:
     bad, good = report(loss, took_step=False), report()
     assert not any(reasons(DivergenceMonitor(LIMITS), [bad, bad, good, bad, bad, good]))
     *before, last = reasons(DivergenceMonitor(LIMITS), [bad, bad, bad])
-    assert not any(before) and last == "no finite loss in 3 updates in a row (failure.nonfinite_losses)"
+    assert not any(before) and last == "no finite loss in 3 consecutive updates (failure.nonfinite_losses)"
 
 
 def test_updates_without_step_in_a_row() -> None:
     bad, good = report(took_step=False), report()
     assert not any(reasons(DivergenceMonitor(LIMITS), [bad] * 4 + [good] + [bad] * 4))
     *before, last = reasons(DivergenceMonitor(LIMITS), [bad] * 5)
-    assert not any(before) and last == "no step in 5 updates in a row (failure.updates_without_step)"
+    assert not any(before) and last == "no optimizer step in 5 consecutive updates (failure.updates_without_step)"
 
 
 def test_a_block_that_is_left_out_again_and_again() -> None:
     a, both = report(blocks=("a",)), report(blocks=("a", "b"))
     assert not any(reasons(DivergenceMonitor(LIMITS), [a] * 4 + [report()] + [both] * 4))
     *before, last = reasons(DivergenceMonitor(LIMITS), [both, a, both, a, a])
-    assert not any(before) and last == "no step of a in 5 updates in a row (failure.updates_without_step)"
+    assert not any(before) and last == "no optimizer step of a in 5 consecutive updates (failure.updates_without_step)"
 
 
 def test_the_default_lets_the_papers_policy_reach_its_floor() -> None:
@@ -101,4 +101,4 @@ def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.C
         main(["diagnose", str(tmp_path)])
     assert ended.value.code == 2
     assert f"{tmp_path}/recipe.yaml cannot be read" in capsys.readouterr().err
-    assert not torch.distributed.is_initialized(), "said before ranks join"
+    assert not torch.distributed.is_initialized(), "the error is raised before the ranks join"

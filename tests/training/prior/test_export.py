@@ -1,4 +1,4 @@
-"""Export: the same whatever the number of files, in memory for two tensors, and proved."""
+"""Export: the same for any number of files, in memory for two tensors, and checked against the engine's losses."""
 
 import json
 import os
@@ -30,7 +30,7 @@ CHECKPOINT = Path("run", "checkpoints", "update_00000007")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with a run, and the prior that it holds. Its sizes are odd: shards are padded."""
+    """A folder with a run, and the prior in its checkpoint. The sizes are odd, so that ZeRO shards are padded."""
     folder = tmp_path_factory.mktemp("runs")
     return folder, make_checkpoint(folder)
 
@@ -45,7 +45,7 @@ def test_export_holds_the_weights(made, tmp_path, ema):
     folder, prior = made
     summary = export_checkpoint(folder / "run", tmp_path, ema=ema)
     config = {"kind": "prior", "config": prior.config.model_dump()}
-    assert summary["fingerprint"] == fingerprint(config, prior.state_dict()), "as over all of them in memory"
+    assert summary["fingerprint"] == fingerprint(config, prior.state_dict()), "equals the fingerprint of the weights in memory"
     assert same_weights(tmp_path, prior)
     info = json.loads((tmp_path / "config.json").read_text())
     assert (info["fingerprint"], info["update"], info["ema"]) == (summary["fingerprint"], 7, ema)
@@ -71,10 +71,10 @@ def test_several_files_are_the_same_model(made, tmp_path, request, out):
         files = sorted(set(index["weight_map"].values()))
         assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 3
         for file in files:
-            tensors = load_file(Path(url, file))  # by the library
+            tensors = load_file(Path(url, file))  # with the safetensors library
             assert tensors.keys() == {name for name, where in index["weight_map"].items() if where == file}
             assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 10_000
-    # a folder holds one model: whatever was there before goes
+    # a folder holds one model: files of an earlier export are deleted
     export_checkpoint(folder / "run", url)
     if out == "local":
         assert [file.name for file in Path(url).glob("model*")] == ["model.safetensors"]
@@ -86,7 +86,7 @@ def test_several_files_are_the_same_model(made, tmp_path, request, out):
     assert same_weights(url, prior)
 
 
-# ---- the proof ----
+# ---- parity check ----
 
 
 def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
@@ -117,7 +117,7 @@ def test_losses_from_files_are_those_of_the_model_in_memory(made, tmp_path):
 
 
 def as_a_gpu_does(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer whose product is rounded before the bias is added, and then again, its sum made in parts."""
+    """A linear layer that rounds the product before and after adding the bias, and sums it in two parts."""
     half_width = x.shape[-1] // 2
     rows, columns = x.float(), weight.half().float().t()
     product = (rows[..., half_width:] @ columns[half_width:] + rows[..., :half_width] @ columns[:half_width]).half()
@@ -125,7 +125,7 @@ def as_a_gpu_does(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def test_an_engine_that_rounds_as_gpus_do_is_believed(made, tmp_path, monkeypatch):
-    """In a model whose losses are sharp: an untrained one's hardly depend on its branches."""
+    """Uses a model with sharp predictions: in an untrained model the losses hardly depend on the branches."""
     folder, prior = made
     sharp = Prior(prior.config)
     sharp.load_state_dict({name: 64 * w if name.startswith("heads.") else w for name, w in prior.state_dict().items()})
@@ -138,12 +138,12 @@ def test_an_engine_that_rounds_as_gpus_do_is_believed(made, tmp_path, monkeypatc
         scored["image_nll"] = sharp.image_nll(scored["text"], scored["image"])
     save_file(scored, tmp_path / "parity.safetensors")
     proof = prove_parity(tmp_path, prior.config, tensors, fp16_branches=True)
-    assert proof["max_difference_same_format"] > 1e-3, "which was the limit"
+    assert proof["max_difference_same_format"] > 1e-3, "above the limit for fp32"
     assert 0 < proof["mean_difference_same_format"] < 2e-3
 
 
 def test_weights_of_another_update_are_no_export(made, tmp_path):
-    """A fiftieth of every value."""
+    """Weights with a relative noise of 2% must fail the check."""
     folder, prior = made
     sharp = Prior(prior.config)
     sharp.load_state_dict({name: 8 * w if name.startswith("heads.") else w for name, w in prior.state_dict().items()})
@@ -189,7 +189,7 @@ def test_weights_that_give_other_losses_are_no_export(made, tmp_path, monkeypatc
         load_export(out)
 
 
-# ---- what is refused ----
+# ---- refused checkpoints ----
 
 
 def test_files_that_do_not_fit_are_named(made, tmp_path):
@@ -202,7 +202,7 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
         out = tmp_path / "out"
         with pytest.raises((DataError, FingerprintMismatch), match=match):
             export_checkpoint(checkpoint.parents[2], out, ema=ema)
-        assert not out.exists(), "refused before anything is written"
+        assert not out.exists(), "must be refused before anything is written"
 
     copy = run("one rank's file is missing")
     (copy / "state-00001-of-00002.safetensors").unlink()
@@ -216,7 +216,11 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
     refused(copy, "state-00001-of-00002.safetensors: not a safetensors file")
 
     for name, change, match in (
-        ("wider", lambda about: about["model"].update(n_codes=99), "another model.*heads.image.bias, heads.image.weight"),
+        (
+            "wider",
+            lambda about: about["model"].update(n_codes=99),
+            "do not match the model.*heads.image.bias, heads.image.weight",
+        ),
         ("tokenizer", lambda about: about.update(tokenizer="other"), "tokenizer.model of data set"),
         ("dvae", lambda about: about.update(dvae="other"), "dvae.safetensors of data set"),
     ):
@@ -230,7 +234,7 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
 # ---- memory ----
 
 CONSTANT = 32 << 20
-"""Bytes that an export may take beside two tensors: heap, dVAE, activations of the parity batch (few tokens here)."""
+"""Bytes that an export may use in addition to two tensors: heap, dVAE, activations of the parity batch (few tokens here)."""
 
 MEASURED = """
 import json, re, sys
@@ -242,8 +246,8 @@ def resident(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 small, large = sys.argv[1], sys.argv[2]
-export_checkpoint(small + "/run", small + "/warm")  # imports what is imported when first used
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+export_checkpoint(small + "/run", small + "/warm")  # lazy imports happen here
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 before = resident("VmRSS")
 export_checkpoint(large + "/run", large + "/export", max_file_bytes=int(sys.argv[3]))
 grown = resident("VmHWM") - before
@@ -254,9 +258,9 @@ print(json.dumps({"grown": grown, "grown_by_loading": resident("VmHWM") - before
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of resident memory")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux for resident memory")
 def test_peak_memory_is_two_tensors_and_a_constant(made, tmp_path):
-    """300 MB of weights in a process of its own; what a map of a file keeps resident counts too."""
+    """300 MB of weights, in a separate process. Resident pages of memory-mapped files count too."""
     prior = make_checkpoint(tmp_path, n_layers=24, n_heads=8, d_head=64)
     sizes = [parameter.nbytes for parameter in prior.parameters()]
     assert sum(sizes) > 300e6

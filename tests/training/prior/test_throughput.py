@@ -1,4 +1,4 @@
-"""Rates and shares of time under a clock of its own."""
+"""Rates and time fractions, measured with a simulated clock."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_rates_and_shares_of_each_stretch() -> None:
     throughput.add()
     now[0] += 4.0
     values = throughput.metrics({"forward": 1.0}, waited_seconds=0.7)
-    assert values["speed/samples_per_second"] == pytest.approx(2.0), "of this stretch alone"
+    assert values["speed/samples_per_second"] == pytest.approx(2.0), "only since the previous call"
     assert values["time_share/data_wait"] == pytest.approx(0.1)
 
 
