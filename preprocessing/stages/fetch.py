@@ -81,7 +81,7 @@ def _already_there(out: Path, config: FetchConfig) -> dict[str, Any] | None:
         )
     if config.source == "scenes" and record["scenes"] != config.scenes.model_dump():
         raise DataError(
-            f"{out}: holds scenes of {record['scenes']}, asked for {config.scenes.model_dump()}; choose another `fetch.out`"
+            f"{out}: contains scenes of {record['scenes']}, expected {config.scenes.model_dump()}; choose another `fetch.out`"
         )
     return record
 

@@ -68,11 +68,11 @@ def test_a_whole_folder_or_none_and_the_same_one_once(tmp_path: Path, monkeypatc
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert fetch.run(config(out)).summary["n_images"] == 30
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    with pytest.raises(DataError, match=r"holds scenes of \{'image_size': 32"):
+    with pytest.raises(DataError, match=r"contains scenes of \{'image_size': 32"):
         fetch.run(config(out, image_size=64))
     with pytest.raises(DataError, match="limit 30"):
         fetch.run(config(out, 31))
-    with pytest.raises(DataError, match="holds scenes images"):
+    with pytest.raises(DataError, match="contains scenes images"):
         fetch.run(FetchConfig(out=str(out), source="drawn", limit=30))
 
 
