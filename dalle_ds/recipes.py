@@ -44,6 +44,7 @@ SECTIONS = (
     "serve",
     "loss",
     "images",
+    "scenes",
     "rerank",
     "human_build",
     "human_tally",

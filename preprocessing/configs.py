@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dalle_ds.recipes import VALIDATION_FRACTION, Config
 
@@ -17,15 +17,31 @@ ENGINE = "local: processes on this machine; ray: actors of a Ray cluster"
 FRACTION = "fraction of the sample groups in the validation split; no stage trains on them; the paper: 606,000 of 250 million"
 
 
+class SceneDrawingConfig(Config):
+    """What `fetch.source: scenes` draws."""
+
+    image_size: int = Field(32, ge=24, description="pixels a side")
+    seed: int = Field(0, ge=0, description="another seed, other scenes")
+    textured: float = Field(0.25, ge=0, le=1, description="share of the scenes on a striped, checked or dotted ground")
+    evaluation_captions: int = Field(20, ge=1, description="of each category, seen and zero-shot each, in the list beside")
+
+
 class FetchConfig(Config):
     """Settings of `fetch`, which gets the demo's images."""
 
     section: ClassVar = "fetch"
     out: str = Field(description="local folder for the images and their captions")
-    source: Literal["auto", "fluent", "tuxpaint", "openclipart", "drawn"] = Field(
-        "auto", description="source of the images; auto: the first available source"
+    source: Literal["auto", "fluent", "tuxpaint", "openclipart", "drawn", "scenes"] = Field(
+        "auto", description="source of the images; auto: the first available source, never scenes"
     )
-    limit: int | None = Field(None, ge=1, description="maximum number of images; unset: all")
+    limit: int | None = Field(None, ge=1, description="maximum number of images; unset: all, of scenes 20,000")
+    scenes: SceneDrawingConfig = SceneDrawingConfig()
+
+    @model_validator(mode="after")
+    def _has_no_idle_keys(self) -> "FetchConfig":
+        if "scenes" in self.model_fields_set and self.source != "scenes":
+            raise ValueError(f"fetch.scenes is set and source is {self.source}: expected source scenes")
+        return self
 
 
 class ColumnsConfig(Config):

@@ -121,6 +121,17 @@ class RerankConfig(Config):
     judged: Path = Field(description="samples.json of the same candidates, scored by an independent model")
 
 
+class ScenesConfig(Config):
+    section: ClassVar = "scenes"
+    images: str = Field(description=f"images of scenes with captions: {IMAGES}")
+    export: str | None = Field(None, description="export that drew them: its MLflow run gets scores and charts")
+    dvae: str | None = Field(None, description="dVAE that gives the ceiling: a dvae.safetensors; unset: the export's")
+    limit: int | None = Field(None, ge=1, description="images at most")
+    seed: int = Field(0, ge=0, description="of the drawn scenes, and of the captions that give the chance level")
+    out: Path = Field(Path("scenes"), description="folder for scenes.json, chart and sheet")
+    device: str = Field("auto", description=DEVICE)
+
+
 class HumanBuildConfig(Config):
     section: ClassVar = "human_build"
     ours: str = Field(description=f"our images with captions: {IMAGES}")

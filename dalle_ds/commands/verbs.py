@@ -11,7 +11,7 @@ VERBS = (
         config="preprocessing.configs:FetchConfig",
         work="preprocessing.stages.fetch:run",
         inputs=("out",),
-        examples=("runs/demo/images", "/tmp/shapes --source drawn --limit 500"),
+        examples=("runs/demo/images", "/tmp/shapes --source drawn --limit 500", "runs/scenes --source scenes --limit 50000"),
     ),
     Verb(
         "data ingest",
@@ -216,6 +216,16 @@ VERBS = (
             "samples --reference raw --validation-fraction 0.05 --extractor clip:runs/clip/model --blur 0",
             "samples/samples.json --clip runs/clip/model --export runs/export --json",
         ),
+    ),
+    Verb(
+        "eval scenes",
+        "Judge images of drawn scenes: every object there with its colour, shape, size and place, and nothing else.",
+        text="The categories of GenEval, for captions of combinations that training saw and of combinations that it never saw. "
+        "No model judges. `dalle-ds data fetch --source scenes` draws the training set and lists the captions to sample.",
+        config=f"{SETTINGS}:ScenesConfig",
+        work="dalle_ds.commands.eval.scenes:run",
+        inputs=("images",),
+        examples=("samples --export runs/export", "samples/samples.json --dvae runs/dvae/dvae.safetensors --json"),
     ),
     Verb(
         "eval rerank",
