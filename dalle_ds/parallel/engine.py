@@ -37,6 +37,7 @@ from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replicas.gradients import ReplicaGradients
 from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
+from dalle_ds.parallel.resident_gather import gather_residents_at_once
 from dalle_ds.parallel.sharded_model import build_model
 from dalle_ds.parallel.step_timer import PhaseTimer
 from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
@@ -96,9 +97,10 @@ class PriorEngine:
             engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
         self.scaler: BlockScaler | None = None
         self.masterless: MasterlessMatrices | None = None
+        halves: list[torch.nn.Parameter] = []
         if engine_config.block_scaling is not None:
             self.scaler = BlockScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
-            gather_in_half(model)
+            halves = gather_in_half(model)
             if optimizer.master == "none":
                 own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
                 self.masterless = MasterlessMatrices(model, self.scaler, own)
@@ -112,6 +114,8 @@ class PriorEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
+        if self._is_sharded:
+            gather_residents_at_once(self._engine.optimizer.persistent_parameters, halves)
         if self._engine.fp16_enabled():
             # its loss scale may stay at its least: when to give up is the recipe's to say (`failure`), with a diagnosis
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -336,10 +340,11 @@ class PriorEngine:
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Name -> the whole parameter in fp32 on the CPU, on the main rank; None on others. All ranks call it together."""
         weights = {}
-        for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if self.ranks.is_main:
-                    weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        with self._nothing_gathered():  # what stays gathered may be rounded to fp16
+            for name, parameter in self.module.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    if self.ranks.is_main:
+                        weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
         return weights or None
 
     def refresh_gathered_parameters(self) -> None:
@@ -347,9 +352,17 @@ class PriorEngine:
 
         Resident are the small parameters; others may linger, since ZeRO-3 keeps what it expects to need again soon.
         """
+        with self._nothing_gathered():
+            pass
+
+    @contextmanager
+    def _nothing_gathered(self) -> Iterator[None]:
+        """Within, ZeRO-3 holds no gathered parameter; after it, those that stay gathered are again."""
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3: these two do just that around its own checkpoints
-            optimizer.checkpoint_event_prologue()
+        if self._is_sharded:
+            optimizer.checkpoint_event_prologue()  # stage 3: these two do just that around its own checkpoints
+        yield
+        if self._is_sharded:
             optimizer.checkpoint_event_epilogue()
             # shards are next read on the stream of ZeRO-3's gathers, which waits for no other where no parameter is resident
             get_accelerator().synchronize()

@@ -25,14 +25,17 @@ LARGE = 1 << 22
 """Values of a parameter that has a message of its own: embeddings and unembeddings of all but the smallest models."""
 
 
-def gather_in_half(model: nn.Module) -> None:
-    """Make ZeRO-3 gather the weights of `model`'s branches in fp16. Before `deepspeed.initialize`, after `zero.Init`."""
-    halves = {id(module.weight) for module in model.modules() if isinstance(module, BranchLinear)}
+def gather_in_half(model: nn.Module) -> list[nn.Parameter]:
+    """Make ZeRO-3 gather the weights of `model`'s branches in fp16 -> these weights. Before `deepspeed.initialize`, after
+    `zero.Init`; those that stay gathered come by another way too (`resident_gather`)."""
+    weights = [module.weight for module in model.modules() if isinstance(module, BranchLinear)]
+    halves = set(map(id, weights))
     for parameter in model.parameters():
         if id(parameter) in halves:
             parameter.grad_dtype = torch.float32
         # ZeRO-3 asks any one parameter to gather a whole group
         parameter.all_gather_coalesced = _Gather(halves, parameter.all_gather_coalesced)
+    return weights
 
 
 class _Gather:
@@ -51,12 +54,11 @@ class _Gather:
     def _is_ours(self, parameter: nn.Parameter) -> bool:
         """fp16 weights, and others so large that the second copy, which ZeRO-3 makes of what it gathers, would be missed; where
         nothing is sharded all: there ZeRO-3 would wait for the device at every module. Not those whose shard is on a disk, or
-        has a second copy inside the node; nor weights with small fp32 shards that stay gathered: ZeRO-3 gathers these by
-        another way too, and a layer must not meet another format when it is recomputed."""
+        has a second copy inside the node."""
         shard = parameter.ds_tensor
         is_at_hand = shard.status is PartitionedParamStatus.AVAILABLE and parameter.ds_secondary_tensor is None
         if id(parameter) in self._halves:
-            return is_at_hand and (not parameter.ds_persist or shard.dtype is torch.float16)
+            return is_at_hand
         return is_at_hand and (parameter.ds_numel >= LARGE or parameter.ds_zero_partition_world_size == 1)
 
 
