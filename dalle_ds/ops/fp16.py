@@ -4,9 +4,12 @@ B batch, L tokens, I input width, O output width.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @cache
@@ -34,6 +37,37 @@ def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = rows.float(), weight16.float().t()
         product = (torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)).to(torch.float16)
     return product.unflatten(0, x.shape[:-1])
+
+
+def linear_fp16_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x (fp16), weight and bias (fp32) of `linear_fp16`."""
+    if not has_fast_fp16(x.device):
+        grad, x = grad.float(), x.float()  # once, for all three
+    rows_RO, rows_RI = grad.flatten(0, -2), x.flatten(0, -2)
+    # weight gradients leave in fp32: the one place where fp16 would lose small sums for nothing
+    grad_weight = matmul_to_fp32(rows_RO.t(), rows_RI)
+    grad_bias = rows_RO.sum(0, dtype=torch.float32) if has_bias else None
+    return linear_fp16(grad, weight.t(), None), grad_weight, grad_bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, in x's format. torch's fp16 loop on CPUs takes twice as long as one in fp32 and the rounding."""
+    return F.gelu(x) if x.dtype is not torch.float16 or has_fast_fp16(x.device) else _GELUThroughFP32.apply(x)
+
+
+class _GELUThroughFP32(torch.autograd.Function):
+    """Saves x as fp16; both passes round once, as torch's do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.gelu(x.float()).to(torch.float16)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad.float(), x.float()).to(torch.float16)
 
 
 def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replicas.gradients import ReplicaGradients
 from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
-from dalle_ds.parallel.resident_gather import gather_residents_at_once
+from dalle_ds.parallel.resident_gather import Residents
 from dalle_ds.parallel.sharded_model import build_model
 from dalle_ds.parallel.step_timer import PhaseTimer
 from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
@@ -114,8 +114,7 @@ class PriorEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
-        if self._is_sharded:
-            gather_residents_at_once(self._engine.optimizer.persistent_parameters, halves)
+        self._residents = Residents(self._engine.optimizer, model, halves) if self._is_sharded else None
         if self._engine.fp16_enabled():
             # its loss scale may stay at its least: when to give up is the recipe's to say (`failure`), with a diagnosis
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -210,6 +209,7 @@ class PriorEngine:
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
+        self._gather_residents()
         if self.scaler:
             self.scaler.begin()
         if self.masterless:
@@ -305,6 +305,7 @@ class PriorEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """(text, image) mean loss in nats a token over all ranks' batches (equally many on every rank)."""
+        self._gather_residents()
         totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         with _evaluating(self._engine):
             for text, image in batches:
@@ -316,6 +317,7 @@ class PriorEngine:
     @torch.no_grad()
     def image_nll(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """(B, N) nats of each image token of one batch, the same on every rank. All ranks must call it together."""
+        self._gather_residents()
         with _evaluating(self._engine):
             return self._engine(*self._on_device((text_BT, image_BN)), per_token=True).cpu()
 
@@ -354,6 +356,10 @@ class PriorEngine:
         """
         with self._nothing_gathered():
             pass
+
+    def _gather_residents(self) -> None:
+        if self._residents is not None:
+            self._residents.gather()
 
     @contextmanager
     def _nothing_gathered(self) -> Iterator[None]:

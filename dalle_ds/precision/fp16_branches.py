@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear, Numerics, ResBlock
-from dalle_ds.ops.fp16 import linear_fp16, matmul_to_fp32
+from dalle_ds.ops.fp16 import linear_fp16, linear_fp16_backward
 
 
 class _LinearFP16(torch.autograd.Function):
@@ -28,11 +28,7 @@ class _LinearFP16(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = linear_fp16(grad, weight.t(), None)
-        rows = grad.flatten(0, -2)
-        # weight gradients leave in fp32: the one place where fp16 would lose small sums for nothing
-        grad_weight = matmul_to_fp32(rows.t(), x.flatten(0, -2))
-        return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if ctx.has_bias else None
+        return linear_fp16_backward(grad, x, weight, ctx.has_bias)
 
 
 class _UnreadFP16(_LinearFP16):
