@@ -1,8 +1,8 @@
 """Parameters that ZeRO-3 keeps gathered, its persistent ones: one message for all of them, and no hooks where these are all.
 
 DeepSpeed sends one message for each of them after a step, 62 for the demo's prior where it stays gathered as a whole, and each
-of them waits for a thread of every rank. They are few bytes, so that a copy on both sides costs less. Its hooks on modules, which
-gather and free parameters around each module, would find nothing to do and take a tenth of such an update.
+of them waits for a thread of every rank. They are few bytes, so that a copy on both sides costs less. Its hooks gather and free
+parameters around each module: they would find nothing to do and take a tenth of such an update.
 """
 
 from collections.abc import Collection, Sequence

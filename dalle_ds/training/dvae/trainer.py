@@ -17,6 +17,7 @@ from dalle_ds.console import progress
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.devices import on_device, resolve_device
+from dalle_ds.ops.host_memory import keep_freed_memory
 from dalle_ds.ops.logit_laplace import log_density
 from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
 from dalle_ds.optim.ema import WeightAverage
@@ -80,6 +81,8 @@ class DVAETrainer:
         self.recipe, self.identity, self.shards = recipe, identity, shards
         self.parts = recipe.parts_of(ranks.rank, ranks.world_size)
         self.device = _device(recipe, ranks)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         torch.manual_seed(recipe.seed)
