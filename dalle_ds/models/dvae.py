@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from dalle_ds.ops.convolution import conv2d
 from dalle_ds.ops.logit_laplace import location_pixels, map_pixels, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax
 from dalle_ds.recipes import Config
@@ -79,8 +80,8 @@ class Conv2d(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.force_fp32:
             with torch.autocast(x_BCHW.device.type, enabled=False):
-                return F.conv2d(x_BCHW.float(), self.w, self.b, padding=self.padding)
-        return F.conv2d(x_BCHW, self.w, self.b, padding=self.padding)
+                return conv2d(x_BCHW.float(), self.w, self.b, self.padding)
+        return conv2d(x_BCHW, self.w, self.b, self.padding)
 
 
 class ResBlock(nn.Module):
@@ -98,7 +99,7 @@ class ResBlock(nn.Module):
             self.res_path.add_module(f"conv_{i}", Conv2d(widths[i - 1], widths[i], k))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.id_path(x_BCHW) + self.post_gain * self.res_path(x_BCHW)
+        return torch.add(self.id_path(x_BCHW), self.res_path(x_BCHW), alpha=self.post_gain)
 
 
 def _group(

@@ -47,6 +47,14 @@ def mean_kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
     return torch.special.xlogy(q_K, q_K).sum() + math.log(logits_BKhw.shape[1])
 
 
+def kl_terms(logits_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (mean of `kl_to_uniform`, `mean_kl_to_uniform`), computed from one softmax."""
+    ln_q = torch.log_softmax(_codes_last(logits_BKhw), dim=-1)
+    q, ln_k = ln_q.exp(), math.log(logits_BKhw.shape[1])
+    q_K = q.flatten(0, 2).mean(dim=0)
+    return (q * ln_q).sum(dim=-1).mean() + ln_k, torch.special.xlogy(q_K, q_K).sum() + ln_k
+
+
 def _codes_last(logits_BKhw: Tensor) -> Tensor:
     # In channels_last memory format this is a view. Softmax over the last dimension is several times faster than over dimension
     # 1.

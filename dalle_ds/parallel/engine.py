@@ -37,6 +37,7 @@ from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replicas.gradients import ReplicaGradients
 from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
+from dalle_ds.parallel.resident_gather import Residents
 from dalle_ds.parallel.sharded_model import build_model
 from dalle_ds.parallel.step_timer import PhaseTimer
 from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
@@ -98,9 +99,10 @@ class PriorEngine:
             engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
         self.scaler: ResblockGradScaler | None = None
         self.masterless: MasterlessMatrices | None = None
+        halves: list[torch.nn.Parameter] = []
         if engine_config.block_scaling is not None:
             self.scaler = ResblockGradScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
-            gather_in_half(model)
+            halves = gather_in_half(model)
             if optimizer.master == "none":
                 own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
                 self.masterless = MasterlessMatrices(model, self.scaler, own)
@@ -114,6 +116,7 @@ class PriorEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
+        self._residents = Residents(self._engine.optimizer, model, halves) if self._is_sharded else None
         if self._engine.fp16_enabled():
             # Don't raise when the loss scale reaches its minimum: the recipe's `failure` section decides when a run gives up.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -212,6 +215,7 @@ class PriorEngine:
         assert len(micro_batches) == self._accumulation, (
             f"{len(micro_batches)} micro-batches, the engine expects {self._accumulation}"
         )
+        self._gather_residents()
         if self.scaler:
             self.scaler.begin()
         if self.masterless:
@@ -308,6 +312,7 @@ class PriorEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Mean (text, image) losses over the batches of all ranks, in nats per token. All ranks pass equally many batches."""
+        self._gather_residents()
         totals = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         with _evaluating(self._engine):
             for text, image in batches:
@@ -322,6 +327,7 @@ class PriorEngine:
 
         All ranks must call it together, with the same batch.
         """
+        self._gather_residents()
         with _evaluating(self._engine):
             return self._engine(*self._on_device((text_BT, image_BN)), per_token=True).cpu()
 
@@ -346,10 +352,11 @@ class PriorEngine:
     def whole_weights(self) -> dict[str, Tensor] | None:
         """All parameters by name, whole, in fp32 on the CPU; None on other ranks than the main one. All ranks must call it."""
         weights = {}
-        for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if self.ranks.is_main:
-                    weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        with self._nothing_gathered():  # what stays gathered may be rounded to fp16
+            for name, parameter in self.module.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    if self.ranks.is_main:
+                        weights[name] = parameter.detach().to("cpu", torch.float32, copy=True)
         return weights or None
 
     def refresh_gathered_parameters(self) -> None:
@@ -358,9 +365,21 @@ class PriorEngine:
         Small parameters are resident, that is, always gathered. Others may still be gathered too, since ZeRO-3 keeps parameters
         that it expects to need again soon.
         """
+        with self._nothing_gathered():
+            pass
+
+    def _gather_residents(self) -> None:
+        if self._residents is not None:
+            self._residents.gather()
+
+    @contextmanager
+    def _nothing_gathered(self) -> Iterator[None]:
+        """Within, ZeRO-3 holds no gathered parameter; after it, those that stay gathered are again."""
         optimizer = self._engine.optimizer
-        if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3 only: it calls these two around its own checkpoints
+        if self._is_sharded:  # stage 3 only: it calls these two around its own checkpoints
             optimizer.checkpoint_event_prologue()
+        yield
+        if self._is_sharded:
             optimizer.checkpoint_event_epilogue()
             # ZeRO-3's gather stream reads the shards next. If no parameter is resident, it does not wait for other streams.
             get_accelerator().synchronize()

@@ -27,15 +27,19 @@ LARGE = 1 << 22
 own: embeddings and unembeddings of all but the smallest models."""
 
 
-def gather_in_half(model: nn.Module) -> None:
-    """Make ZeRO-3 gather the weights of `model`'s branches in fp16.
-    Call it after `zero.Init` and before `deepspeed.initialize`."""
-    halves = {id(module.weight) for module in model.modules() if isinstance(module, BranchLinear)}
+def gather_in_half(model: nn.Module) -> list[nn.Parameter]:
+    """Make ZeRO-3 gather the weights of `model`'s branches in fp16. Returns these weights.
+
+    Call it after `zero.Init` and before `deepspeed.initialize`. `resident_gather` gathers those weights that stay gathered.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, BranchLinear)]
+    halves = set(map(id, weights))
     for parameter in model.parameters():
         if id(parameter) in halves:
             parameter.grad_dtype = torch.float32
         # ZeRO-3 calls this method of one parameter to gather a whole group of parameters
         parameter.all_gather_coalesced = _Gather(halves, parameter.all_gather_coalesced)
+    return weights
 
 
 class _Gather:
@@ -57,13 +61,12 @@ class _Gather:
         We gather fp16 weights. We also gather large parameters, for which ZeRO-3's second copy of gathered values would take
         too much memory. With one rank per shard group we gather all, since ZeRO-3 would wait for the device at every module.
 
-        ZeRO-3 gathers parameters whose shard is on disk or has a secondary copy inside the node. It also gathers resident
-        weights with fp32 shards: ZeRO-3 gathers these in a second way too, and a recomputed layer must not see another dtype.
+        ZeRO-3 gathers parameters whose shard is on disk or has a secondary copy inside the node.
         """
         shard = parameter.ds_tensor
         is_at_hand = shard.status is PartitionedParamStatus.AVAILABLE and parameter.ds_secondary_tensor is None
         if id(parameter) in self._halves:
-            return is_at_hand and (not parameter.ds_persist or shard.dtype is torch.float16)
+            return is_at_hand
         return is_at_hand and (parameter.ds_numel >= LARGE or parameter.ds_zero_partition_world_size == 1)
 
 

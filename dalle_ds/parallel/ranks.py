@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 from dalle_ds.errors import ConfigError
 from dalle_ds.ops.devices import use_cuda
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.ops.host_memory import keep_freed_memory
 from dalle_ds.parallel.launch import take_gpu
 
 
@@ -70,6 +71,7 @@ def join() -> Ranks:
     exact_fp32()
     cuda = use_cuda()
     if not cuda:
+        keep_freed_memory()
         # otherwise DeepSpeed probes for accelerators and warns on every rank
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler logs its start and stop to stderr

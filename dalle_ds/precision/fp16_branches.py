@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear, BranchPrecision, ResBlock
-from dalle_ds.ops.fp16 import linear_fp16, matmul_to_fp32
+from dalle_ds.ops.fp16 import linear_fp16, linear_fp16_backward
 
 
 class _LinearFP16(torch.autograd.Function):
@@ -31,11 +31,7 @@ class _LinearFP16(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = linear_fp16(grad, weight.t(), None)
-        rows = grad.flatten(0, -2)
-        # Weight gradients are not rounded to fp16, which would only lose small sums.
-        grad_weight = matmul_to_fp32(rows.t(), x.flatten(0, -2))
-        return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if ctx.has_bias else None
+        return linear_fp16_backward(grad, x, weight, ctx.has_bias)
 
 
 class _UnreadFP16(_LinearFP16):

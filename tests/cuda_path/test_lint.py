@@ -75,7 +75,7 @@ def test_where_the_host_waits_in_an_update(engine: EngineCounts) -> None:
         "item: dalle_ds/parallel/engine.py PriorEngine.update",
         "item: deepspeed/runtime/utils.py is_invalid_grad_norm",
         f"copy to device: {ZERO3}.get_grad_norm_direct",
-        "synchronize: deepspeed/runtime/zero/partition_parameters.py Init._allgather_params_coalesced",
+        "synchronize: dalle_ds/parallel/resident_gather.py _gather",
     }
 
 

@@ -39,3 +39,30 @@ def test_range_is_fp16s() -> None:
 def test_accumulators_keep_what_fp16_cannot_hold() -> None:
     tiny = torch.full((4, 8), 2.0**-14, dtype=torch.float16)
     assert fp16.matmul_to_fp32(tiny, tiny.T).eq(8 * 2.0**-28).all()
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_of_a_linear_layer_are_exact_products(operands: tuple[torch.Tensor, ...], has_bias: bool) -> None:
+    x, weight, _ = operands
+    grad = torch.randn(5, 7, 33, generator=torch.Generator().manual_seed(1)).half()
+    grad_x, grad_weight, grad_bias = fp16.linear_fp16_backward(grad, x, weight, has_bias)
+    rows, inputs = grad.flatten(0, 1).double(), x.flatten(0, 1).double()
+    torch.testing.assert_close(grad_x.double(), grad.double() @ weight.half().double(), rtol=2**-11 * 1.01, atol=1e-3)
+    torch.testing.assert_close(grad_weight.double(), rows.T @ inputs, rtol=1e-5, atol=1e-5)
+    assert grad_x.dtype is torch.float16 and grad_weight.dtype is torch.float32
+    if has_bias:
+        torch.testing.assert_close(grad_bias.double(), rows.sum(0), rtol=1e-5, atol=1e-5)
+    else:
+        assert grad_bias is None
+
+
+def test_gelu_and_its_gradient_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp16, "_cpu_has_fp16", lambda: False)
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)).mul(3).half()
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    for at, gelu in ((leaf, fp16.gelu), (exact, torch.nn.functional.gelu)):
+        out = gelu(at)
+        out.sum().backward()
+        assert out.dtype is at.dtype
+    torch.testing.assert_close(fp16.gelu(x).double(), torch.nn.functional.gelu(x.double()), rtol=2**-11 * 1.02, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2**-11 * 1.02, atol=1e-6)

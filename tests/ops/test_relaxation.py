@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform, mean_kl_to_uniform
+from dalle_ds.ops.relaxation import gumbel_softmax, kl_terms, kl_to_uniform, mean_kl_to_uniform
 
 
 def test_argmax_of_the_sample_follows_the_categorical() -> None:
@@ -62,3 +62,14 @@ def test_mean_kl_sees_unused_codes_but_not_sharp_ones() -> None:
 def test_tau_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="tau is 0"):
         gumbel_softmax(torch.zeros(1, 2, 1, 1), 0.0)
+
+
+def test_both_terms_of_one_softmax_are_those_of_two() -> None:
+    logits = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(0)).mul(3)
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    together = kl_terms(leaves[0])
+    apart = kl_to_uniform(leaves[1]).mean(), mean_kl_to_uniform(leaves[1])
+    for terms in (together, apart):
+        (terms[0] + 4 * terms[1]).backward()
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

@@ -16,8 +16,9 @@ from torch import Tensor
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.devices import on_device, resolve_device
+from dalle_ds.ops.host_memory import keep_freed_memory
 from dalle_ds.ops.logit_laplace import log_density
-from dalle_ds.ops.relaxation import kl_to_uniform, mean_kl_to_uniform
+from dalle_ds.ops.relaxation import kl_terms
 from dalle_ds.optim.ema import EMA
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.storage.fingerprint import require_same
@@ -82,6 +83,8 @@ class DVAETrainer(ImageTrainer):
         self.recipe, self.identity, self.shards = recipe, identity, shards
         self.parts = recipe.parts_of(ranks.rank, ranks.world_size)
         self.device = _device(recipe, ranks)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         torch.manual_seed(recipe.seed)
@@ -207,11 +210,10 @@ class DVAETrainer(ImageTrainer):
             pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, noise)
         n_subpixels = images_BCHW[0].numel()
         nll = -log_density(pixels_BCHW, mu, floored(ln_b, run.loss.ln_b_min)).mean()
-        kl_per_cell = kl_to_uniform(logits_BKhw).mean()
+        kl_per_cell, usage_kl = kl_terms(logits_BKhw)
         loss = nll + kl_weight * kl_per_cell * (run.model.n_tokens / n_subpixels)
         terms = {"nll": nll.detach(), "kl_per_cell": kl_per_cell.detach()}
         if run.loss.usage_weight:
-            usage_kl = mean_kl_to_uniform(logits_BKhw)
             loss = loss + run.loss.usage_weight * usage_kl * (run.model.n_tokens / n_subpixels)
             terms["usage_kl"] = usage_kl.detach()
         return loss, {"total": loss.detach(), **terms}
