@@ -121,7 +121,7 @@ def dvae_update(folder: str) -> Found:
     run = DVAERunConfig(
         folder=str(Path(folder, "run")),
         data={"raw": _raw(Path(folder, "raw"), 300), "validation_fraction": 0.2},
-        batch_size=8,
+        global_batch=8,
         optimizer={"clip": 1.0},
     )
     with fake_cuda() as gpu:
@@ -141,13 +141,13 @@ def clip_update(folder: str) -> Found:
     run = ClipRunConfig(
         folder=str(Path(folder, "run")),
         data={"raw": _raw(Path(folder, "raw"), 40), "validation_fraction": 0.2},
-        batch_size=16,
+        global_batch=16,
         precision="bf16",
     )
     with fake_cuda() as gpu:
         trainer = ClipTrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", "lint")
         with gpu.counting() as counts:
-            trainer._step()
+            trainer._step(False)
         trainer.close()
         return {"syncs": counts.sync_places(), "device": str(trainer.device)}
 
