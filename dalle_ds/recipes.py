@@ -24,6 +24,9 @@ C = TypeVar("C", bound=BaseModel)
 VALIDATION_FRACTION = 0.0024
 """Default of every stage: the paper's validation split has 606,000 of 250 million pairs."""
 
+DEVICE = "auto, cpu, cuda or cuda:N; auto: a GPU if there is one"
+"""Description of every setting `device` that takes these values."""
+
 SECTIONS = (
     "fetch",
     "ingest",

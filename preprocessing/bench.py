@@ -48,7 +48,7 @@ def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
     torch.manual_seed(0)
     dvae = load_dvae(options.dvae)[0] if options.dvae else DVAE(DVAEConfig(**(SMALL if options.small else {})))
     size = dvae.config.image_size
-    batch_size = options.batch or (64 if options.small else 2)
+    batch = options.batch or (64 if options.small else 2)
     with tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as folder:
         raw = options.raw
         if raw is None:
@@ -63,7 +63,7 @@ def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
                     samples.append(sample)
                 except ImageProblem:
                     continue
-        batches = [np.stack(crops[start : start + batch_size]) for start in range(0, len(crops), batch_size)]
+        batches = [np.stack(crops[start : start + batch]) for start in range(0, len(crops), batch)]
         tokenizer = _tokenizer(folder, [sample.caption for sample in samples])
         info = DatasetInfo(
             image_size=size,
@@ -74,7 +74,7 @@ def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
             crop=CROP_RULE,
             validation_fraction=0.05,
         ).sealed()
-        job = EncodeJob("", info, batch_size, 256, 1.0, device, options.precision)
+        job = EncodeJob("", info, batch, 256, 1.0, device, options.precision)
         encode = encoder_of(dvae, options.precision, device)
         n_threads = max(1, n_cores() - options.threads) if device == "cpu" else n_cores()
 
@@ -85,8 +85,8 @@ def _measure(options: EncodeBenchConfig, device: str, report: Report) -> Report:
             shutil.rmtree(out)
 
         def bare() -> None:
-            for batch in batches:
-                encode(batch)
+            for images_BHWC in batches:
+                encode(images_BHWC)
 
         def free(batch: np.ndarray) -> np.ndarray:
             return np.zeros((len(batch), info.n_tokens), dtype=np.int64)

@@ -20,10 +20,12 @@ FRACTION = "fraction of the sample groups in the validation split; no stage trai
 class SceneDrawingConfig(Config):
     """What `fetch.source: scenes` draws."""
 
-    image_size: int = Field(32, ge=24, description="pixels a side")
-    seed: int = Field(0, ge=0, description="another seed, other scenes")
-    textured: float = Field(0.25, ge=0, le=1, description="share of the scenes on a striped, checked or dotted ground")
-    evaluation_captions: int = Field(20, ge=1, description="of each category, seen and zero-shot each, in the list beside")
+    image_size: int = Field(32, ge=24, description="width and height in pixels")
+    seed: int = Field(0, ge=0, description="seed of the scenes")
+    textured: float = Field(0.25, ge=0, le=1, description="fraction of the scenes on a striped, checked or dotted ground")
+    evaluation_captions: int = Field(
+        20, ge=1, description="captions of each category, seen and zero-shot each, in the list of captions to sample"
+    )
 
 
 class FetchConfig(Config):
@@ -147,16 +149,14 @@ class EncodeConfig(Config):
     )
     machine: int = Field(0, ge=0, description="index of this machine among the machines that encode into one output")
     machines: int = Field(1, ge=1, description="number of machines that encode into one output; each starts at another shard")
-    batch_size: int = Field(
-        32, ge=1, description="images per batch; an image of 256 pixels in fp32 takes 1/4 GiB of GPU memory"
-    )
+    batch: int = Field(32, ge=1, description="images per batch; an image of 256 pixels in fp32 takes 1/4 GiB of GPU memory")
     precision: Precision = Field(
         "fp32", description="number format of the encoder's residual branches; bf16: CPU or CUDA, fp16: CUDA only"
     )
     tf32: bool = Field(False, description="run fp32 convolutions in TF32 on CUDA: faster, but the tokens differ from a CPU's")
     min_agreement: float = Field(0.995, ge=0, le=1, description="minimum fraction of tokens that equal those of fp32")
     block_samples: int = Field(256, ge=1, description="samples per block; one ranged request reads a block")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the encoder")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the encoder; auto: a GPU if there is one")
 
 
 class StatusConfig(Config):
@@ -200,6 +200,6 @@ class DataPlanConfig(Config):
     gpu_rate: float | None = Field(None, description="images/s of one GPU")
     raw_bytes: float | None = Field(None, description="bytes per raw pair")
     accepted: float | None = Field(None, description="fraction of the pairs that become samples")
-    shard_samples: int = Field(10_000, description="pairs per shard")
+    samples_per_shard: int = Field(10_000, description="pairs per shard")
     workers: int = Field(64, description="number of parallel workers")
     price: float | None = Field(None, description="price of one GPU hour, or of one worker hour if gpu_rate is unset")

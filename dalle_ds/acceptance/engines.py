@@ -24,7 +24,7 @@ def make_engine(
     *,
     micro_batch: int,
     accumulation: int = 1,
-    recompute: bool = True,
+    activation_checkpointing: bool = True,
     moments: str = "fp32",
     master: str = "fp32",
 ) -> PriorEngine:
@@ -37,7 +37,7 @@ def make_engine(
             "deepspeed_config": place.pick("ds_configs/zero3_fp16.json", "ds_configs/zero3_fp16_cpu.json"),
             "global_batch": micro_batch * accumulation * ranks.world_size,
             "micro_batch": micro_batch,
-            "activation_checkpointing": recompute,
+            "activation_checkpointing": activation_checkpointing,
         }
     )
     return build_engine(recipe, config, read_engine_config(recipe, ranks), ranks)

@@ -50,7 +50,7 @@ def micro_step(
     *,
     samples: int,
     accumulation: int,
-    recompute: bool,
+    activation_checkpointing: bool,
     moments: str,
     master: str = "fp32",
 ) -> Expected:
@@ -64,7 +64,7 @@ def micro_step(
             "tflops": known_peak_tflops(device),
             "gpus": 1,
             "micro_batch": samples,
-            "recompute": int(recompute),
+            "activation_checkpointing": int(activation_checkpointing),
             "global_batch": samples * accumulation,
             "updates": 1,
             "moments": moments,

@@ -42,7 +42,7 @@ def run(settings: AttentionBenchConfig) -> Report:
 def compare(settings: AttentionBenchConfig, machine: Machine, pattern: Pattern, *, with_backward: bool) -> Comparison:
     """Time ours, masked dense and causal dense attention in turns, on views of one projection output as in the model."""
     generator = torch.Generator().manual_seed(0)
-    shape = (settings.batch, settings.n_slots, 3, settings.heads, settings.d_head)
+    shape = (settings.batch, settings.n_slots, 3, settings.n_heads, settings.d_head)
     fused = torch.randn(shape, generator=generator).to(machine.device, DTYPES[settings.dtype]).requires_grad_(with_backward)
     grad_BHLD = torch.randn_like(fused[:, :, 0]).transpose(1, 2)
 

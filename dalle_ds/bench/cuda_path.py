@@ -79,7 +79,7 @@ def run(settings: CudaPathBenchConfig) -> CudaPath:
         deepspeed_json = json.loads(here_or_shipped(settings.deepspeed_config).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--deepspeed-config {settings.deepspeed_config}: {error}") from None
-    widths = [in_fresh_process(count_engine, n, deepspeed_json, settings.world_size) for n in settings.heads]
+    widths = [in_fresh_process(count_engine, n, deepspeed_json, settings.world_size) for n in settings.n_heads]
     host = None
     if settings.rounds:
         with in_fake_world(RANK, settings.world_size) as call:

@@ -45,13 +45,13 @@ RESUME_SHARDS, SHARD_SAMPLES, RESUME_UPDATE = 10_000, 25_000, 100_000
 def run(settings: LoaderBenchConfig) -> Report:
     """Compare the training stream with plain webdataset on the same shards, tokenizer and batch size, and with other readers,
     if installed, on the same samples in their own formats."""
-    made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.dataset is None else None
+    made = tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") if settings.data is None else None
     with (
         machine_for(settings) as machine,
         made or nullcontext() as folder,
         tempfile.TemporaryDirectory(prefix="dalle-ds-bench-") as others_folder,
     ):
-        root = settings.dataset or write_random_set(folder, settings.samples)
+        root = settings.data or write_random_set(folder, settings.samples)
         dataset = TokenDataset(root)
         if dataset.n_samples < settings.batch:
             raise ConfigError(f"{root} has {dataset.n_samples} samples, --batch is {settings.batch}")
@@ -111,7 +111,7 @@ def webdataset_batches(dataset: TokenDataset, settings: LoaderBenchConfig) -> It
     paths = sorted(set(dataset.shards_of(np.arange(dataset.n_blocks))))
     urls = [objects.join(dataset.root_url, path) for path in paths]
     if any(objects.local_path(url) is None for url in urls):
-        raise ConfigError(f"{dataset.root_url}: plain webdataset reads local shards; give --dataset a path")
+        raise ConfigError(f"{dataset.root_url}: plain webdataset reads local shards; give --data a path")
     source = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).compose(unbatch).shuffle(SHUFFLE_BUFFER)
     return iter(source.map(encoder(dataset, settings)).batched(settings.batch, partial=False))
 

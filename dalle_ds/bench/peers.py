@@ -35,7 +35,7 @@ def run(settings: PeersBenchConfig) -> Report:
     import_peer()
     with machine_for(settings) as machine:
         report = Report("peers", machine.name)
-        report.note(peer=PEER, layers=settings.layers, d_model=settings.heads * settings.d_head)
+        report.note(peer=PEER, n_layers=settings.n_layers, d_model=settings.n_heads * settings.d_head)
         _compare_steps(settings, machine, report)
         _compare_sampling(settings, machine, report)
     for side in ("ours", *FORMS):
@@ -53,7 +53,7 @@ def step_peak_bytes(settings: PeersBenchConfig, side: str) -> int:
 def _training(settings: PeersBenchConfig, machine: Machine, side: str) -> tuple[Callable[[], None], int]:
     """Returns the training step of one side, and the number of parameters of its layers."""
     if side == "ours":
-        model = build_prior(settings, machine, settings.layers, settings.heads)
+        model = build_prior(settings, machine, settings.n_layers, settings.n_heads)
         use_attention(model, "auto", machine.device)
         step = prior_step(model, settings.batch, in_precision(model, settings.dtype, machine.device))
         layers = model.layers
@@ -68,7 +68,7 @@ def _compare_steps(settings: PeersBenchConfig, machine: Machine, report: Report)
     steps = {}
     for side in ("ours", *FORMS):
         steps[side], n_parameters = _training(settings, machine, side)
-        report.note(**{f"parameters_of_layers_{side}": n_parameters})
+        report.note(**{f"n_parameters_of_layers_{side}": n_parameters})
     turns = take_turns(steps, "ours", settings.rounds, machine.clock)
     for form in FORMS:
         report.add("step", form, turns.seconds("ours"), turns.seconds(form), turns.ratio("ours", form))
@@ -76,7 +76,7 @@ def _compare_steps(settings: PeersBenchConfig, machine: Machine, report: Report)
 
 @torch.inference_mode()
 def _compare_sampling(settings: PeersBenchConfig, machine: Machine, report: Report) -> None:
-    prior = build_prior(settings, machine, settings.layers, settings.heads)
+    prior = build_prior(settings, machine, settings.n_layers, settings.n_heads)
     samplers: dict[str, Sampler] = {"ours": OurSampler(prior, 1, settings.images)}
     for form in FORMS:
         peer = build_peer(settings, machine, conv=form == "peer_conv", cached=True)

@@ -37,7 +37,7 @@ def compare(settings: ResblockBenchConfig, machine: Machine, pattern: Pattern) -
     """Time the same layer with our attention and with dense attention. Returns the comparison and our attention's name."""
     torch.manual_seed(0)
     config = PriorConfig(
-        n_heads=settings.heads,
+        n_heads=settings.n_heads,
         d_head=settings.d_head,
         text_len=settings.text_len,
         grid=settings.grid,

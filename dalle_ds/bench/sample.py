@@ -21,7 +21,7 @@ def run(settings: SampleBenchConfig) -> Report:
     forms = {f"1x{settings.batch}": (1, settings.batch), f"{settings.batch}x1": (settings.batch, 1)}
     with machine_for(settings) as machine, torch.inference_mode():
         report = Report("sample", machine.name).note(captions_x_candidates=list(forms))
-        prior = build_prior(settings, machine, settings.layers, settings.heads)
+        prior = build_prior(settings, machine, settings.n_layers, settings.n_heads)
         for form, (captions, candidates) in forms.items():
             seen = compare(settings, machine, prior, captions, candidates)
             for other in ("dense_cache", "no_cache") if settings.uncached else ("dense_cache",):

@@ -27,7 +27,7 @@ def run(settings: ScalingBenchConfig) -> Report:
             steps[side] = scaled_step(prior, scaling, settings.batch)
         turns = take_turns(steps, "global", settings.rounds, machine.clock)
         report = Report("scaling", machine.name)
-        report.note(attention=attention, layers=prior.config.n_layers, d_model=prior.config.d_model)
+        report.note(attention=attention, n_layers=prior.config.n_layers, d_model=prior.config.d_model)
     report.add("step", "global", turns.seconds("ours"), turns.seconds("global"), turns.ratio("ours", "global"))
     return report
 

@@ -20,7 +20,7 @@ def run(settings: StepBenchConfig) -> Report:
             steps[side] = prior_step(prior, settings.batch, precision)
         turns = take_turns(steps, "dense", settings.rounds, machine.clock)
         report = Report("step", machine.name)
-        report.note(attention=names["ours"], layers=prior.config.n_layers, d_model=prior.config.d_model)
+        report.note(attention=names["ours"], n_layers=prior.config.n_layers, d_model=prior.config.d_model)
     report.add("step", "dense", turns.seconds("ours"), turns.seconds("dense"), turns.ratio("ours", "dense"))
     # Useful FLOPs only, as `dalle-ds plan` counts them: both sides count only the reachable keys of sparse attention
     flops = 3 * forward_flops(prior.config) * settings.batch

@@ -120,8 +120,8 @@ def build(settings: UnderflowBenchConfig, machine: Machine, powers: int) -> Prio
     next; those of the middle layers keep their size."""
     prior = Prior(
         PriorConfig(
-            n_layers=settings.layers,
-            n_heads=settings.heads,
+            n_layers=settings.n_layers,
+            n_heads=settings.n_heads,
             d_head=32,
             text_len=9,
             grid=4,
@@ -132,7 +132,7 @@ def build(settings: UnderflowBenchConfig, machine: Machine, powers: int) -> Prio
     ).to(machine.device)
     initialise(prior, torch.Generator(machine.device).manual_seed(0))
     prior.run_layer = lambda layer, x_BLD: layer(_Resized.apply(x_BLD, powers))
-    at_the_end = -powers * settings.layers / 2
+    at_the_end = -powers * settings.n_layers / 2
     prior.heads.register_forward_pre_hook(lambda _, args: (_Resized.apply(args[0], at_the_end), *args[1:]))
     return prior
 
@@ -209,7 +209,7 @@ def draw(outcome: Outcome) -> "Figure":
     settings, names = outcome.settings, {"one_scale": "one loss scale", "scale_per_block": "a scale per block"}
     colours = {"fp32": "0.6", "one_scale": "tab:red", "scale_per_block": "tab:blue"}
     figure = new_figure(13, 4.2)
-    what = f"fp16 gradients of a prior of {settings.layers} layers"
+    what = f"fp16 gradients of a prior of {settings.n_layers} layers"
     if settings.powers:
         what += f", CONSTRUCTED: they shrink by a factor of $2^{{{settings.powers}}}$ from each layer to the next"
     figure.suptitle(what)
@@ -274,7 +274,7 @@ SCALED = {"one_scale": _one_scale, "scale_per_block": _scale_per_block}
 
 def _reach(settings: UnderflowBenchConfig) -> int:
     """Returns the largest absolute power of two in the search for scales."""
-    return settings.powers * settings.layers // 2 + 40
+    return settings.powers * settings.n_layers // 2 + 40
 
 
 def _loss(prior: Prior, batch: Batch) -> Tensor:

@@ -7,6 +7,6 @@ from dalle_ds.console import Outcome
 
 
 def run(config: AcceptConfig) -> Outcome:
-    names, again = ([name for name in value.split(",") if name] for value in (config.steps, config.again))
+    names, again = ([name for name in (value or "").split(",") if name] for value in (config.steps, config.again))
     summary = accept(config.out, rehearse=config.rehearse, minutes=config.minutes, names=names, again=again)
     return Outcome(summary, summary["ok"], text=table(summary))

@@ -6,5 +6,5 @@ from dalle_ds.tracking.tracker import replay
 
 
 def run(config: MlflowSyncConfig) -> Outcome:
-    is_delivered = replay(config.folder, uri=config.uri)
+    is_delivered = replay(config.folder, uri=config.mlflow_uri)
     return Outcome({"folder": str(config.folder), "delivered": is_delivered}, is_delivered)

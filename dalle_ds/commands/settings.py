@@ -10,13 +10,12 @@ from pydantic import Field
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.planning.settings import PlanInputsConfig
-from dalle_ds.recipes import Config, load_recipe
+from dalle_ds.recipes import DEVICE, Config, load_recipe
 from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
 
 EXPORT = "export folder: a path or s3:// url"
 CLIP = "CLIP that scores the images: a folder, or a model name on the Hugging Face hub"
 DATA = "root of a token data set; unset: the data set that the export names"
-DEVICE = "auto, cpu, cuda or cuda:N"
 IMAGES = "samples.json or its folder, raw shards, or a folder of images"
 
 
@@ -70,7 +69,9 @@ class ServeConfig(PageLimitsConfig):
     clip: str | None = Field(None, description=CLIP)
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: every address of this machine")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
-    mlflow_url: str | None = Field(None, description="MLflow server for the link to the training run; unset: the run's own")
+    mlflow_url: str | None = Field(
+        None, description="address that people open MLflow at, for the page's link to the training run; unset: the run's own"
+    )
     device: str = Field("auto", description=DEVICE)
 
     def limits(self) -> PageLimitsConfig:
@@ -82,7 +83,7 @@ class LossConfig(Config):
     section: ClassVar = "loss"
     export: str = Field(description=EXPORT)
     data: str | None = Field(None, description=DATA)
-    limit: int | None = Field(None, ge=2, description="largest number of validation samples; unset: all")
+    limit: int | None = Field(None, ge=2, description="maximum number of validation samples; unset: all")
     seed: int = Field(0, description="seed of the shuffled captions and of the confidence interval")
     batch: int = Field(16, ge=1, description="samples per forward pass")
     out: Path = Field(Path("evaluation"), description="folder for evaluate.json, losses and charts")
@@ -102,7 +103,7 @@ class ImagesConfig(Config):
         (0.0, 1.0, 2.0, 4.0, 8.0), description="blur radii in pixels for samples and reference, comma-separated"
     )
     size: int | None = Field(None, ge=1, description="side in pixels to crop to; unset: short side of the first image")
-    limit: int | None = Field(None, ge=2, description="largest number of images, per set; the paper takes 30,000")
+    limit: int | None = Field(None, ge=2, description="maximum number of images, per set; the paper takes 30,000")
     validation_fraction: float | None = Field(
         None, ge=0, le=1, description="if the reference is raw shards, use only their validation split of this fraction"
     )
@@ -126,8 +127,8 @@ class ScenesConfig(Config):
     images: str = Field(description=f"images of scenes with captions: {IMAGES}")
     export: str | None = Field(None, description="export that drew them: its MLflow run gets scores and charts")
     dvae: str | None = Field(None, description="dVAE that gives the ceiling: a dvae.safetensors; unset: the export's")
-    limit: int | None = Field(None, ge=1, description="images at most")
-    seed: int = Field(0, ge=0, description="of the drawn scenes, and of the captions that give the chance level")
+    limit: int | None = Field(None, ge=1, description="maximum number of images")
+    seed: int = Field(0, ge=0, description="seed of the drawn scenes, and of the captions that give the chance level")
     out: Path = Field(Path("scenes"), description="folder for scenes.json, chart and sheet")
     device: str = Field("auto", description=DEVICE)
 
@@ -137,7 +138,7 @@ class HumanBuildConfig(Config):
     ours: str = Field(description=f"our images with captions: {IMAGES}")
     theirs: str = Field(description="images of the other model; each caption that both sets have becomes a task")
     out: Path = Field(description="folder for page-*.html and for key.json, which voters must not see")
-    limit: int = Field(1000, ge=1, description="largest number of tasks; the default is the paper's")
+    limit: int = Field(1000, ge=1, description="maximum number of tasks; the default is the paper's")
     per_page: int = Field(100, ge=1, description="tasks per page")
     seed: int = Field(0, description="seed of the order of tasks and of the left and right images")
 
@@ -149,10 +150,10 @@ class HumanTallyConfig(Config):
     n_votes: int = Field(5, ge=1, description="expected votes per task; the default is the paper's")
     fast_seconds: float = Field(4.0, ge=0, description="an answer given in fewer seconds is fast; the default is the paper's")
     fast_share: float = Field(
-        0.5, ge=0, le=1, description="fraction of fast answers; a worker above both this and --disagreement is left out"
+        0.5, ge=0, le=1, description="fraction of fast answers; a voter above both this and --disagreement is left out"
     )
     disagreement: float = Field(
-        0.4, ge=0, le=1, description="fraction of answers on realism that differ from the other workers' majority"
+        0.4, ge=0, le=1, description="fraction of answers on realism that differ from the other voters' majority"
     )
 
 
@@ -193,15 +194,15 @@ class AcceptConfig(Config):
     section: ClassVar = "accept"
     out: Path = Field(Path("acceptance"), description="folder for acceptance.json and the output of the steps")
     rehearse: bool = Field(False, description="run a small version of every step on the CPU, without a GPU")
-    steps: str = Field("", description="comma-separated names of the steps to run; unset: all")
-    again: str = Field("", description="comma-separated names of finished steps to repeat, or all")
+    steps: str | None = Field(None, description="comma-separated names of the steps to run; unset: all")
+    again: str | None = Field(None, description="comma-separated names of finished steps to repeat, or all")
     minutes: float = Field(10.0, ge=0.01, description="time limit in minutes for all steps of this call together")
 
 
 class MlflowSyncConfig(Config):
     section: ClassVar = "mlflow_sync"
     folder: Path = Field(description="run folder, which holds mlflow_run.json")
-    uri: str | None = Field(None, description="MLflow store to send to; unset: the run's store")
+    mlflow_uri: str | None = Field(None, description="MLflow store; unset: the run's store")
 
 
 class DiagnoseConfig(Config):

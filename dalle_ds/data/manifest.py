@@ -161,8 +161,8 @@ class ShardManifest(Record):
     n_input: int
     dropped: dict[str, int]
     dropped_samples: list[tuple[str, str]] = []  # (key, reason)
-    code_histogram: list[int]  # train split: number of uses of each code
-    caption_lengths: dict[int, int]  # train split: number of BPE tokens in a caption -> number of captions
+    code_histogram: list[int]  # training split: number of uses of each code
+    caption_lengths: dict[int, int]  # training split: number of BPE tokens in a caption -> number of captions
     fingerprint: str  # fingerprint of the data set
     seconds: float
     finished: float | None = None  # seconds since 1970

@@ -25,13 +25,13 @@ def build_pages(
     """Write pages to vote on, and key.json, which records the left image of each pair.
 
     Each page is one HTML file that needs no network. A task is a caption with the first image of each set; in reranked samples,
-    the first image is the best. The order of tasks and the sides are random by `seed`. Give each page to as many people as
+    the first image is the best. The order of tasks and the sides are random by `seed`. Give each page to as many voters as
     votes are needed, five in the paper. The key stays with the person who counts the votes.
 
     Args:
         ours: images with captions, a source as in `image_sets.open_images`.
         theirs: images of the other model, a source as in `image_sets.open_images`.
-        limit: largest number of tasks; the paper has 1000.
+        limit: maximum number of tasks; the paper has 1000.
         per_page: tasks per page.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Count the votes of the paper's human evaluation: majority of five votes per pair, without careless workers."""
+"""Count the votes of the paper's human evaluation: majority of five votes per pair, without careless voters."""
 
 import json
 from collections import Counter, defaultdict
@@ -18,9 +18,9 @@ OTHER: Final = {"ours": "theirs", "theirs": "ours"}
 
 
 class TallyConfig(Config):
-    """Thresholds for leaving out a worker. A worker's votes are left out if both fractions are exceeded.
+    """Thresholds for leaving out a voter. A voter's votes are left out if both fractions are exceeded.
 
-    The paper (appendix F) left out one worker for disagreement and many answers within four seconds, and states no other
+    The paper (appendix F) left out one voter for disagreement and many answers within four seconds, and states no other
     numbers. The defaults are: more than 40 % of the answers on realism against the majority of the others (guessing gives 50
     %), and more than half of all tasks answered in less than four seconds.
     """
@@ -40,15 +40,15 @@ class Vote(Config):
 class VoteFile(Config):
     study: str
     page: str
-    worker: str = Field(min_length=1)
+    voter: str = Field(min_length=1)
     votes: list[Vote]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One worker's vote, with the sides resolved. Each answer is "ours" or "theirs"; on captions it can also be "neither"."""
+    """One voter's vote, with the sides resolved. Each answer is "ours" or "theirs"; on captions it can also be "neither"."""
 
-    worker: str
+    voter: str
     task: str
     seconds: float
     choice: dict[str, str]
@@ -61,16 +61,16 @@ def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule:
     but stays in the total. Tasks with more or fewer than `n_votes` votes take part, and the summary states their number.
 
     Raises:
-        DataError: an invalid file, a file of another study, no votes left, or two votes of one worker on one task.
+        DataError: an invalid file, a file of another study, no votes left, or two votes of one voter on one task.
     """
     rule = rule or TallyConfig()
     key = _read_key(key_file)
     answers = list(_read_answers(vote_files, key, key_file))
-    workers = _judge_workers(answers, rule)
-    dropped = sorted(worker for worker, found in workers.items() if found["dropped"])
-    kept = [answer for answer in answers if answer.worker not in dropped]
+    voters = _judge_voters(answers, rule)
+    dropped = sorted(voter for voter, found in voters.items() if found["dropped"])
+    kept = [answer for answer in answers if answer.voter not in dropped]
     if not kept:
-        raise DataError(f"no votes are left: {len(answers)} votes of {len(workers)} workers, dropped: {', '.join(dropped)}")
+        raise DataError(f"no votes are left: {len(answers)} votes of {len(voters)} voters, dropped: {', '.join(dropped)}")
     by_task: dict[str, list[Answer]] = defaultdict(list)
     for answer in kept:
         by_task[answer.task].append(answer)
@@ -80,7 +80,7 @@ def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule:
         "tasks_with_votes": len(by_task),
         "tasks_with_other_than_wanted_votes": sum(len(by_task.get(task["task"], ())) != n_votes for task in key["tasks"]),
         "votes": len(kept),
-        "dropped_workers": dropped,
+        "dropped_voters": dropped,
     }
     for question in QUESTIONS:
         winners = Counter(_majority(answer.choice[question] for answer in found) for found in by_task.values())
@@ -89,23 +89,23 @@ def tally(vote_files: Sequence[Path], key_file: Path, *, n_votes: int = 5, rule:
             name, bounds = f"{question}_{side}", {"low": interval.low, "high": interval.high}
             outcome[name] = winners[side] / len(by_task)
             outcome |= {f"{name}_{bound}": float(value) for bound, value in bounds.items()}
-    return {**outcome, "rule": rule.model_dump(), "workers": workers}
+    return {**outcome, "rule": rule.model_dump(), "voters": voters}
 
 
-def _judge_workers(answers: Sequence[Answer], rule: TallyConfig) -> dict[str, dict[str, Any]]:
-    """For each worker: disagreement with the majority of the others on realism, fraction of fast answers, and the verdict."""
+def _judge_voters(answers: Sequence[Answer], rule: TallyConfig) -> dict[str, dict[str, Any]]:
+    """For each voter: disagreement with the majority of the others on realism, fraction of fast answers, and the verdict."""
     by_task: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_task[answer.task].append(answer)
     found: dict[str, dict[str, Any]] = {}
-    for worker in sorted({answer.worker for answer in answers}):
-        own = [answer for answer in answers if answer.worker == worker]
+    for voter in sorted({answer.voter for answer in answers}):
+        own = [answer for answer in answers if answer.voter == voter]
         others = [_majority(other.choice["realism"] for other in by_task[answer.task] if other is not answer) for answer in own]
         compared = [(answer.choice["realism"], other) for answer, other in zip(own, others, strict=True) if other != "tie"]
         disagreement = sum(mine != other for mine, other in compared) / len(compared) if compared else 0.0
         fast = sum(answer.seconds < rule.fast_seconds for answer in own) / len(own)
         is_dropped = disagreement > rule.disagreement and fast > rule.fast_share
-        found[worker] = {"votes": len(own), "disagreement": disagreement, "fast_share": fast, "dropped": is_dropped}
+        found[voter] = {"votes": len(own), "disagreement": disagreement, "fast_share": fast, "dropped": is_dropped}
     return found
 
 
@@ -138,11 +138,11 @@ def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Pat
         for vote in found.votes:
             if vote.task not in key["lefts"]:
                 raise DataError(f"{file}: task {vote.task} is not in {key_file}")
-            before = seen.get((found.worker, vote.task))
+            before = seen.get((found.voter, vote.task))
             if before is not None:
-                raise DataError(f"worker {found.worker} voted on task {vote.task} twice: in {before} and {file}; leave one out")
-            seen[found.worker, vote.task] = file
+                raise DataError(f"voter {found.voter} voted on task {vote.task} twice: in {before} and {file}; leave one out")
+            seen[found.voter, vote.task] = file
             left = key["lefts"][vote.task]
             sides = {0: "neither", 1: left, 2: OTHER[left]}
             choice = {"realism": sides[vote.realism], "caption": sides[vote.caption]}
-            yield Answer(found.worker, vote.task, vote.seconds, choice)
+            yield Answer(found.voter, vote.task, vote.seconds, choice)

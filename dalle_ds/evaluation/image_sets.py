@@ -48,7 +48,7 @@ def open_images(source: str | Path, *, limit: int | None = None, validation_frac
     Args:
         source: a samples.json or its folder; the root of raw shards (path or s3:// url); or a folder of images, where the
             caption of an image is in a .txt file with the same name, if there is one.
-        limit: largest number of images. They are chosen by a hash of their names, so the choice is the same each time and does
+        limit: maximum number of images. They are chosen by a hash of their names, so the choice is the same each time and does
             not depend on the order of the source.
         validation_fraction: if the source is raw shards, use only their validation split at this fraction.
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle_ds.ops.convolution import conv2d
@@ -17,17 +17,21 @@ from dalle_ds.recipes import Config
 
 
 class DVAEConfig(Config):
-    """Size of the dVAE. Defaults are the paper's: 256 px, 32x32 cells, 8192
+    """Size of the dVAE. Defaults are the paper's: 256 px, a 32x32 grid, 8192
     codes; the encoder has 53,786,240 parameters, the decoder 43,829,766."""
 
-    image_size: int = 256
-    n_groups: int = 4  # every group but the last ends in a pool, so a grid cell is 2 ** (n_groups - 1) pixels wide
-    n_blk_per_group: int = 2
-    n_hid: int = 256
-    n_init: int = 128  # width of a code's embedding vector in the decoder
-    n_codes: int = 8192
-    in_channels: int = 3
-    pixel_eps: float = 0.1
+    image_size: int = Field(256, description="width and height in pixels")
+    n_groups: int = Field(
+        4, description="groups of residual blocks; all but the last end in a pool, so a cell is 2^(n_groups - 1) pixels wide"
+    )
+    n_blk_per_group: int = Field(2, description="residual blocks per group")
+    n_hid: int = Field(256, description="channels of the first group of the encoder and of the last of the decoder")
+    n_init: int = Field(128, description="width of a code's embedding vector in the decoder")
+    n_codes: int = Field(8192, description="codes of the codebook")
+    in_channels: int = Field(3, description="channels of an image; 3: RGB")
+    pixel_eps: float = Field(
+        0.1, description="pixels are mapped to pixel_eps ... 1 - pixel_eps before the logit-Laplace density"
+    )
 
     @property
     def grid(self) -> int:

@@ -3,7 +3,7 @@
 from dalle_ds.models.prior import PriorConfig
 
 PRESETS: dict[str, PriorConfig] = {
-    # trains on CPUs in minutes; text length, grid and vocabularies match the demo's data
+    # trains on CPUs in minutes; grid and n_codes are the demo's, whose recipe has a text_len of 24 and a vocab_size of 2048
     "tiny": PriorConfig(n_layers=4, n_heads=3, text_len=32, grid=8, vocab_size=1024, n_codes=512, conv_kernel=5),
     # trains on one GPU in days; not in the paper; heads have width 64 as in the other sizes
     "0.3b": PriorConfig(n_layers=24, n_heads=16),
@@ -15,6 +15,6 @@ PRESETS: dict[str, PriorConfig] = {
 }
 
 
-def effective_parameters(config: PriorConfig) -> int:
+def n_effective_parameters(config: PriorConfig) -> int:
     """Parameters as the paper counts them: the six matrices of every layer, without biases, norms, embeddings, unembeddings."""
     return 12 * config.d_model**2 * config.n_layers

@@ -13,9 +13,12 @@ class LearningRateConfig(Config):
     """Learning rate schedule. The paper's rate rose to 4.5e-4 over 5,000 updates.
     It was then halved five times, each time when the training loss stopped falling."""
 
-    peak: float = Field(4.5e-4, gt=0)
-    warmup_updates: int = Field(5000, ge=0)
-    shape: Literal["constant", "cosine"] = "constant"
+    peak: float = Field(4.5e-4, gt=0, description="learning rate after the warm-up; the paper's")
+    warmup_updates: int = Field(5000, ge=0, description="updates of the linear warm-up; the paper's")
+    shape: Literal["constant", "cosine"] = Field(
+        "constant",
+        description="after the warm-up; constant: as in the paper, with halvings; cosine: half a cosine over the run",
+    )
     halve_at: tuple[int, ...] = Field((), description="constant only: updates at which the rate is halved")
     plateau: PlateauConfig | None = Field(None, description="constant only: halve when the training loss stops falling")
     final_fraction: float = Field(0.03125, ge=0, le=1, description="cosine only: last rate as a fraction of the peak")

@@ -2,7 +2,7 @@
 
 import math
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from dalle_ds.recipes import Config
 
@@ -10,9 +10,9 @@ from dalle_ds.recipes import Config
 class HalfCosineConfig(Config):
     """Moves from `start` to `end` along half a cosine over `updates`, then stays at `end` (paper, appendix A: no restarts)."""
 
-    start: float
-    end: float
-    updates: int
+    start: float = Field(description="value at update 0")
+    end: float = Field(description="value from update `updates` on")
+    updates: int = Field(description="updates of the half cosine; 0: constant at `end`")
 
     @field_validator("updates")
     @classmethod

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from dalle_ds.models.presets import effective_parameters
+from dalle_ds.models.presets import n_effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.attention.masks import layer_patterns
 
@@ -19,7 +19,7 @@ def count_parameters(config: PriorConfig) -> tuple[int, int, int]:
         prior = Prior(config)
     n_all = sum(parameter.numel() for parameter in prior.parameters())
     n_embedding = sum(parameter.numel() for module in (prior.embed, prior.heads) for parameter in module.parameters())
-    n_effective = effective_parameters(config)
+    n_effective = n_effective_parameters(config)
     return n_effective, n_embedding, n_all - n_embedding - n_effective
 
 
@@ -29,7 +29,7 @@ def forward_flops(config: PriorConfig) -> float:
     A multiply-add counts as two.
     """
     d, n = config.d_model, config.n_slots
-    matrices = 2.0 * effective_parameters(config) * n
+    matrices = 2.0 * n_effective_parameters(config) * n
     heads = 2.0 * d * ((config.text_len - 1) * config.vocab_size + config.n_image * config.n_codes)
     return matrices + attention_flops(config) + heads
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from dalle_ds.models.presets import effective_parameters
+from dalle_ds.models.presets import n_effective_parameters
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.ops.cross_entropy import MAX_LOGITS, MAX_WEIGHT_ROWS
 from dalle_ds.optim.adamw import Master, Moments
@@ -127,8 +127,9 @@ def memory(config: PriorConfig, settings: PlanInputsConfig, counts: Counts = NOW
         compression=compression_bytes(config, settings),
         gathered=gathered_bytes(config, settings, counts),
         activations=max(
-            activation_bytes(config, settings.micro_batch, settings.recompute, counts) + layer_gradient_bytes(config, settings),
-            losses_bytes(config, settings.micro_batch, settings.recompute, counts),
+            activation_bytes(config, settings.micro_batch, settings.activation_checkpointing, counts)
+            + layer_gradient_bytes(config, settings),
+            losses_bytes(config, settings.micro_batch, settings.activation_checkpointing, counts),
         ),
         buffers=bucket_bytes(settings.bucket),
         step=step_bytes(config, settings),
@@ -161,34 +162,34 @@ def compression_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     return 2.0 * factors.errors + 4.0 * factors.starts
 
 
-def activation_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
+def activation_bytes(config: PriorConfig, micro_batch: int, activation_checkpointing: int = 1, counts: Counts = NOW) -> float:
     """Estimate of the peak memory of the backward pass through the layers.
 
     It is the sum of the saved activations and the working memory of a layer, at the worst layer, and of the fp32 gradients of
     the unembeddings, which the forward pass computes. Fused attention saves no scores.
     """
-    peak = max(kept + again + counts.working_bytes for kept, again in _kept(config, recompute, counts))
+    peak = max(kept + again + counts.working_bytes for kept, again in _kept(config, activation_checkpointing, counts))
     return peak * micro_batch * config.n_slots * config.d_model + _unembeddings(config)
 
 
-def losses_bytes(config: PriorConfig, micro_batch: int, recompute: int = 1, counts: Counts = NOW) -> float:
+def losses_bytes(config: PriorConfig, micro_batch: int, activation_checkpointing: int = 1, counts: Counts = NOW) -> float:
     """Estimate of the memory while the losses are computed.
 
     It is the sum of saved activations, chunks of fp32 logits, a head's weight, rows of its gradient, and the gradients of the
     unembeddings.
     """
-    *_, (kept, _) = _kept(config, recompute, counts)
+    *_, (kept, _) = _kept(config, activation_checkpointing, counts)
     n_logits = micro_batch * max(config.text_len * config.vocab_size, config.n_image * config.n_codes)
     head = HEAD_MEMORY_BYTES * max(config.vocab_size, config.n_codes) + HEAD_ROW_BYTES * MAX_WEIGHT_ROWS
     losses = 3 * 4.0 * min(MAX_LOGITS, n_logits) + head * config.d_model
     return kept * micro_batch * config.n_slots * config.d_model + losses + _unembeddings(config)
 
 
-def _kept(config: PriorConfig, recompute: int, counts: Counts) -> Iterator[tuple[float, float]]:
+def _kept(config: PriorConfig, activation_checkpointing: int, counts: Counts) -> Iterator[tuple[float, float]]:
     """For each layer, yields bytes per element: saved by the layers up to this one, and recomputed in its backward pass."""
     kept = 0.0
     for layer in range(config.n_layers):
-        is_recomputed = recompute > 0 and layer % recompute == 0
+        is_recomputed = activation_checkpointing > 0 and layer % activation_checkpointing == 0
         kept += INPUT_BYTES if is_recomputed else counts.kept_bytes
         yield kept, counts.kept_bytes if is_recomputed else 0.0  # the saved input replaces the output
 
@@ -208,7 +209,7 @@ def gathered_bytes(config: PriorConfig, settings: PlanInputsConfig, counts: Coun
     It is the larger of stage3_max_live_parameters and one layer with the prefetched part of the next, at most all layers.
     ZeRO-3 frees only weights that it will not use again soon, so around the last layer many stay gathered.
     """
-    layers = effective_parameters(config)
+    layers = n_effective_parameters(config)
     return counts.gathered_bytes * min(layers, max(settings.live, layers / config.n_layers + settings.prefetch))
 
 

@@ -50,7 +50,7 @@ def recomputed_share(config: PriorConfig, every: int) -> float:
 
 def _micro_step(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, counts: Counts) -> Work:
     batch, shards, layers = settings.micro_batch, settings.shards, config.n_layers
-    share = recomputed_share(config, settings.recompute)
+    share = recomputed_share(config, settings.activation_checkpointing)
     n_parameters = sum(count_parameters(config))
     elements = batch * config.n_slots * config.d_model * layers
     gather_bytes = counts.gather_bytes if shards > 1 else counts.alone_bytes

@@ -11,7 +11,7 @@ RECOMPUTED = (0, 8, 6, 4, 3, 2, 1)
 """Candidates: every N-th layer is recomputed; 0: none."""
 
 MAX_SHARDS = 32
-"""Largest number of GPUs that a proposal shards over: DeepSpeed loops over them in Python, and a ring has a step for each."""
+"""Maximum number of GPUs that a proposal shards over: DeepSpeed loops over them in Python, and a ring has a step for each."""
 
 SLACK = 1.02
 """Times that differ by less than this factor count as equal."""
@@ -43,11 +43,17 @@ def _candidates(settings: PlanInputsConfig, per_node: int) -> Iterator[PlanInput
     if rest:
         return
     for micro_batch in _divisors(a_gpu):
-        for recompute in RECOMPUTED:
+        for activation_checkpointing in RECOMPUTED:
             for shards in _divisors(settings.gpus):
                 # shard over whole nodes, to use the links inside them
                 if shards <= MAX_SHARDS and (shards % per_node == 0 or shards == settings.gpus):
-                    yield settings.model_copy(update={"micro_batch": micro_batch, "recompute": recompute, "shard_gpus": shards})
+                    yield settings.model_copy(
+                        update={
+                            "micro_batch": micro_batch,
+                            "activation_checkpointing": activation_checkpointing,
+                            "shard_gpus": shards,
+                        }
+                    )
 
 
 def _divisors(n: int) -> list[int]:

@@ -17,7 +17,7 @@ class PlanInputsConfig(Config):
     gpus: int = Field(1024, ge=1, description="total number of GPUs")
     shard_gpus: int | None = Field(None, ge=1, description="GPUs that ZeRO-3 shards over; unset: all")
     micro_batch: int = Field(1, ge=1, description="samples per GPU and micro-step")
-    recompute: int = Field(1, ge=0, description="activation checkpointing: recompute every N-th layer; 0: none")
+    activation_checkpointing: int = Field(1, ge=0, description="recompute every N-th layer; 0: none")
     updates: int = Field(PAPER_UPDATES, ge=1, description="updates of the run")
     global_batch: int = Field(PAPER_BATCH, ge=1, description="samples per update")
     moments: Literal["fp32", "low_bit"] = Field("fp32", description="the recipe's optimizer.moments")

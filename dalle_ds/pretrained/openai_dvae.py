@@ -62,7 +62,7 @@ def import_openai(encoder: str, decoder: str, out: str, image_size: int = 256) -
         raise DataError(f"{encoder} and {decoder} are not the encoder and decoder of a released dVAE: {error}") from None
     fingerprint = write_weights(out, kind="dvae", config=config.model_dump(), state=state, extra={"source": "OpenAI"})
     n_parameters = sum(tensor.numel() for tensor in state.values())
-    return {"out": out, "fingerprint": fingerprint, "parameters": n_parameters, **config.model_dump()}
+    return {"out": out, "fingerprint": fingerprint, "n_parameters": n_parameters, **config.model_dump()}
 
 
 def _read(url: str) -> dict[str, Tensor]:

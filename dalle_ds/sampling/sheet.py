@@ -11,7 +11,7 @@ from dalle_ds.sampling.sampler import Candidate
 from dalle_ds.sampling.settings import SamplingConfig
 
 MAX_CAPTIONS, MAX_IMAGES = 64, 32
-"""Largest number of captions, and of images per caption, in the grid."""
+"""Maximum number of captions, and of images per caption, in the grid."""
 
 
 class SampleSheet:

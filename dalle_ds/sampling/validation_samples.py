@@ -47,7 +47,7 @@ def read_validation(export: Export, data_url: str | None = None, limit: int | No
 
     Args:
         data_url: data set to read. If None: the data sets that the export names.
-        limit: largest number of samples, taken from all over the split. If None: all.
+        limit: maximum number of samples, taken from all over the split. If None: all.
 
     Raises:
         DataError: a data set does not exist.

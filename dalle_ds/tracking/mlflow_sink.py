@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow_run.json"
 NOTE_TAG, PARENT_TAG = "mlflow.note.content", "mlflow.parentRunId"
+NOTE_HASH_TAG = "dalle_ds.note_hash"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else the page assumes chats and traces
 KEY_TAG = "dalle_ds.run_key"  # finds the run after a kill between creating it and storing its id
 MAX_METRICS, MAX_ENTITIES = 1000, 100  # MLflow's limits for one log_batch request
@@ -193,8 +194,11 @@ class MlflowSink:
             self._client.log_batch(self._run_id, tags=tags[start : start + MAX_ENTITIES], synchronous=True)
 
     def _send_description(self, text: str) -> None:
-        if NOTE_TAG not in self._client.get_run(self._run_id).data.tags:  # a user may have edited it on the page
-            self._send_tags({NOTE_TAG: text.replace("RUN_ID", str(self._run_id))})
+        note = text.replace("RUN_ID", str(self._run_id))[:MAX_TAG]
+        tags = self._client.get_run(self._run_id).data.tags
+        # the hash tells our own note, which a restart brings up to date, from one that a user has edited on the page
+        if NOTE_TAG not in tags or tags.get(NOTE_HASH_TAG) == _short_hash(tags[NOTE_TAG]):
+            self._send_tags({NOTE_TAG: note, NOTE_HASH_TAG: _short_hash(note)})
 
     def _send_dataset(self, record: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -303,7 +307,7 @@ class MlflowSink:
 
     def _pipeline_run(self, pipeline: str, experiment_id: str) -> str:
         """Return the id of the pipeline's run, the parent of the runs of all stages. The first stage creates it."""
-        key = hashlib.sha256(pipeline.encode()).hexdigest()[:32]
+        key = _short_hash(pipeline)
         found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return found[0].info.run_id
@@ -360,6 +364,10 @@ def make_client(uri: str) -> Any:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     return MlflowClient(given if given and without_password(given) == uri else uri)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _sqlite_file(uri: str) -> Path | None:

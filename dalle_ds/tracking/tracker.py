@@ -97,7 +97,8 @@ class Tracker(NullTracker):
             folder: the run folder, on a local disk. Created if missing.
             uri: MLflow store. None: MLFLOW_TRACKING_URI, else the store that the folder used before, else
                 sqlite:///FOLDER.parent/mlflow.db with the artifacts beside it.
-            description: Markdown for the run's page; RUN_ID is replaced by the run's id. An existing description is kept.
+            description: Markdown for the run's page; RUN_ID is replaced by the run's id. It replaces the description of an
+                earlier start, unless a user has edited that on the page.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)

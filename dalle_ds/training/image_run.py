@@ -134,8 +134,16 @@ class ImageTrainer(ABC):
         run.start_tracking(
             recipe,
             recipe.tracking,
-            tags={"stage": self.stage, "run_fingerprint": self.identity},
-            params={**flatten(recipe.model_dump(mode="json")), "world_size": run.ranks.world_size},
+            tags={
+                "stage": self.stage,
+                "fingerprint.run": self.identity,
+                "provenance.raw": self.shards,
+                "provenance.raw_root": recipe.data.raw,
+                "world_size": run.ranks.world_size,
+                "n_parameters": self._n_parameters(),
+            },
+            params=flatten(recipe.model_dump(mode="json")),
+            text=self._describe(),
         )
         run.tracker.input_dataset("raw", recipe.data.raw, self.shards)
         bar = progress(total=recipe.updates, initial=self.update, what=self.title, unit="update", enabled=run.ranks.is_main)
@@ -157,6 +165,14 @@ class ImageTrainer(ABC):
                 if stop_requested and not is_last:
                     run.leave_stopped(self.update, self.checkpoints.url)
         return self._finish()
+
+    @abstractmethod
+    def _n_parameters(self) -> int:
+        """Number of parameters of the model."""
+
+    @abstractmethod
+    def _describe(self) -> str:
+        """Describe the run and its main metrics in Markdown, for the run's MLflow page."""
 
     @abstractmethod
     def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:

@@ -44,7 +44,7 @@ class EncodeJob:
 
     out: str
     info: DatasetInfo
-    batch_size: int
+    batch: int
     block_samples: int
     max_failure_rate: float
     device: str
@@ -167,7 +167,7 @@ def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[
             dropped.append((sample.key, crop))
         else:
             batch.append((sample, crop))
-        if len(batch) == job.batch_size:
+        if len(batch) == job.batch:
             yield batch, dropped
             batch, dropped = [], []
     yield batch, dropped

@@ -57,7 +57,7 @@ def encoder_of(dvae: DVAE, precision: Precision, device: str, tf32: bool = False
 
 
 def agreement(
-    shards: Iterable[RawShard], n_tokens: int, crop: Callable[[RawSample], np.ndarray], batch_size: int, sides: Sequence[Encode]
+    shards: Iterable[RawShard], n_tokens: int, crop: Callable[[RawSample], np.ndarray], batch: int, sides: Sequence[Encode]
 ) -> float:
     """Fraction of equal tokens of both encoders in `sides`, on the first usable images.
 
@@ -68,8 +68,8 @@ def agreement(
     crops = _first_crops(shards, crop, n_images)
     if not crops:
         raise DataError("no usable image in the input to check encode.precision on; expected at least one")
-    batches = [np.stack(crops[start : start + batch_size]) for start in range(0, len(crops), batch_size)]
-    ours, theirs = (np.concatenate([encode(batch) for batch in batches]) for encode in sides)
+    batches = [np.stack(crops[start : start + batch]) for start in range(0, len(crops), batch)]
+    ours, theirs = (np.concatenate([encode(images) for images in batches]) for encode in sides)
     return float((ours == theirs).mean())
 
 

@@ -64,9 +64,7 @@ def run(config: EncodeConfig) -> Outcome:
     objects.check_disk_space(config.out, sum(map(_samples, todo)) * sample_bytes, "the token shards")
     if not todo:
         log.info("%s: all %d shards are already encoded; nothing to do", config.out, len(shards))
-    job = EncodeJob(
-        config.out, info, config.batch_size, config.block_samples, config.max_failure_rate, device, config.precision
-    )
+    job = EncodeJob(config.out, info, config.batch, config.block_samples, config.max_failure_rate, device, config.precision)
     n_workers = config.workers or _n_workers(config.engine, device)
     results, failures = run_shards(
         job,
@@ -160,7 +158,7 @@ def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str
     dvaes = [load_dvae(config.dvae)[0] for _ in range(2)]
     sides = encoder_of(dvaes[0], "fp32", device), encoder_of(dvaes[1], config.precision, device, config.tf32)
     size = dvaes[0].config
-    share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch_size, sides)
+    share = agreement(shards, size.n_tokens, partial(crop_of, image_size=size.image_size), config.batch, sides)
     what = config.precision + " with TF32" * config.tf32
     log.info("%s: %.2f%% of the tokens of the first images equal those of fp32", what, 100 * share)
     if share < config.min_agreement:

@@ -19,7 +19,7 @@ def run(config: DataPlanConfig) -> Outcome:
         DataError: nothing is finished under `config.measured`.
     """
     pairs, measured, gpu_rate, price = config.pairs, config.measured, config.gpu_rate, config.price
-    shard_samples, workers = config.shard_samples, config.workers
+    samples_per_shard, workers = config.samples_per_shard, config.workers
     found = _measured(measured) if measured else {}
     given = {"rate": config.rate, "raw_bytes": config.raw_bytes, "accepted": config.accepted}
     figures = {name: found.get(name) if value is None else value for name, value in given.items()}
@@ -32,7 +32,7 @@ def run(config: DataPlanConfig) -> Outcome:
         "--gpu-rate": gpu_rate,
         "--raw-bytes": figures["raw_bytes"],
         "--accepted": figures["accepted"],
-        "--shard-samples": shard_samples,
+        "--samples-per-shard": samples_per_shard,
         "--workers": workers,
         "--price": price,
     }
@@ -50,7 +50,7 @@ def run(config: DataPlanConfig) -> Outcome:
         {
             "pairs": round(pairs),
             "samples": round(samples),
-            "shards": -int(-pairs // shard_samples),
+            "shards": -int(-pairs // samples_per_shard),
             "raw_terabytes": pairs * figures["raw_bytes"] / 1e12 if figures["raw_bytes"] else None,
             "token_gigabytes": samples * sample_bytes / 1e9,
             "bytes_per_sample": sample_bytes,

@@ -103,7 +103,7 @@ def _projection(n_bytes: int, n_samples: int, work_seconds: float, project_to: i
 
 
 def _lengths(manifest: DatasetManifest) -> dict[str, float]:
-    # Quantiles of the number of BPE tokens per caption, over the train split.
+    # Quantiles of the number of BPE tokens per caption, over the training split.
     lengths = sorted(manifest.caption_lengths.items())
     total = sum(count for _, count in lengths)
     if not total:

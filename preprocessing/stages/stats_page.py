@@ -59,7 +59,7 @@ def page_of_raw(summary: Mapping[str, object], dropped: Mapping[str, int], examp
 
 
 def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Example]:
-    """The first `n` samples of the train split, decoded by the data set's own dVAE.
+    """The first `n` samples of the training split, decoded by the data set's own dVAE.
 
     Samples are decoded one at a time, which takes seconds at full size.
     """
@@ -135,7 +135,7 @@ def _bars(title: str, counts: Mapping[str, int]) -> str:
 
 
 def _lengths(counts: Mapping[int, int]) -> str:
-    title = "Captions of the train split, by BPE tokens"
+    title = "Captions of the training split, by BPE tokens"
     figure = new_figure(6.5, 3.2)
     axes = figure.add_subplot(title=title, xlabel="tokens", ylabel="captions")
     axes.bar(list(counts), list(counts.values()), width=1.0, color=INK)

@@ -1,4 +1,4 @@
-"""Tokenizer: train a BPE tokenizer on the captions of the raw shards' train split."""
+"""Tokenizer: train a BPE tokenizer on the captions of the raw shards' training split."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ def run(config: TokenizerConfig) -> Outcome:
     """Train the tokenizer, unless `config.out` was already trained on the same captions with the same settings.
 
     Raises:
-        DataError: there are no raw shards, or no captions in their train split.
+        DataError: there are no raw shards, or no captions in their training split.
         ConfigError: the vocabulary is too small.
     """
     started = time.monotonic()
@@ -63,7 +63,7 @@ def _train(config: TokenizerConfig, shards: list[RawShard], inputs: str) -> Made
             ]
             bar.update(shard.bytes)
     if not captions:
-        raise DataError(f"{config.raw}: no caption in the train split at validation_fraction {config.validation_fraction}")
+        raise DataError(f"{config.raw}: no caption in the training split at validation_fraction {config.validation_fraction}")
     model = train_tokenizer(captions, config.vocab_size, config.out)
     made = Made(inputs=inputs, tokenizer=model.fingerprint, n_captions=len(captions))
     objects.write_bytes(_made_url(config.out), made.to_json())

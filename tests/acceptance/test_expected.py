@@ -26,4 +26,6 @@ def test_kind_of_a_gpu(name, gib, kind):
 def test_a_cpu_is_none():
     cpu = torch.device("cpu")
     assert machine_of(cpu) is None
-    assert micro_step(PRESETS["1.2b"], cpu, samples=8, accumulation=2, recompute=True, moments="fp32") == Expected()
+    assert (
+        micro_step(PRESETS["1.2b"], cpu, samples=8, accumulation=2, activation_checkpointing=True, moments="fp32") == Expected()
+    )

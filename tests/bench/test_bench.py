@@ -20,8 +20,8 @@ from dalle_ds.ops.attention.backends import attention_backend
 from dalle_ds.ops.attention.masks import Pattern, SparseMask
 from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
 
-SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --heads 2 --rounds 1"
-PRIOR = "--layers 2 --vocab-size 50 --n-codes 40"
+SHAPE = "--text-len 4 --grid 4 --conv-kernel 3 --n-heads 2 --rounds 1"
+PRIOR = "--n-layers 2 --vocab-size 50 --n-codes 40"
 TINY = PriorConfig(n_layers=3, n_heads=2, d_head=8, text_len=4, grid=4, vocab_size=20, n_codes=30, conv_kernel=3)
 PATTERNS = ("row", "column", "conv", "mix")
 MODES = ("forward", "training")
@@ -84,7 +84,7 @@ def test_loader(type_in, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "RESUME_SHARDS", 20)
     monkeypatch.setattr(loader, "SHARD_SAMPLES", 300)
     root = loader.write_random_set(str(tmp_path), 256)
-    code, out, _ = type_in(f"dalle-ds bench loader --dataset {root} --batch 32 --rounds 1 --pace 5000 --json")
+    code, out, _ = type_in(f"dalle-ds bench loader --data {root} --batch 32 --rounds 1 --pace 5000 --json")
     summary = json.loads(out)
     assert code == 0 and set(summary["ratios"]) >= {"epoch_vs_webdataset", "epoch_with_bpe_dropout_vs_webdataset"}
     assert 0 <= summary["data_wait_share"] < 1 and summary["samples_per_second_ours"] > 0
@@ -113,7 +113,7 @@ def test_table_without_json(type_in):
     code, out, err = type_in(f"dalle-ds bench resblock {SHAPE}")
     assert code == 0 and "times faster" in out and "mix" in out and "times faster" not in err
     code, out, _ = type_in("dalle-ds bench resblock --help")
-    assert code == 0 and "dalle-ds bench resblock --heads" in out and "--threads" in out
+    assert code == 0 and "dalle-ds bench resblock --n-heads" in out and "--threads" in out
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_table_without_json(type_in):
         (f"attention {SHAPE} --backend fast", "attention backend 'fast'"),
         (f"attention {SHAPE} --dtype fp8", "dtype = 'fp8'"),
         ("resblock --conv-kernel 4", "conv_kernel is 4"),
-        ("loader --dataset nowhere", "nowhere"),
+        ("loader --data nowhere", "nowhere"),
         ("cuda-path --deepspeed-config nowhere.json", "nowhere.json"),
         ("cuda-path --world-size 1", "world_size = 1"),
         (f"step {SHAPE} --device tpu", "device is 'tpu'"),
@@ -145,7 +145,7 @@ def test_without_the_peer_the_message_says_what_to_install(type_in, monkeypatch)
 @pytest.mark.parametrize("pattern", Pattern)
 def test_attention_sides_agree_on_the_fused_projection(pattern):
     """The timed functions are correct: outputs and gradients are in raster order, whichever order the backend needs."""
-    settings, cpu = AttentionBenchConfig(text_len=4, grid=4, conv_kernel=3, heads=2), torch.device("cpu")
+    settings, cpu = AttentionBenchConfig(text_len=4, grid=4, conv_kernel=3, n_heads=2), torch.device("cpu")
     fused = torch.randn(2, settings.n_slots, 3, 2, 64)
     results = []
     for name in ("dense", "structured"):
@@ -175,7 +175,7 @@ def test_both_ways_of_scaling_take_the_same_step(monkeypatch):
 
 def test_underflow_is_of_the_last_blocks_under_one_scale_and_of_none_with_a_scale_each(type_in, tmp_path):
     chart = tmp_path / "made" / "chart.png"
-    options = f"--layers 8 --powers 8 --heads 1 --updates 20 --samples 16 --learning-rate 2e-3 --chart {chart}"
+    options = f"--n-layers 8 --powers 8 --n-heads 1 --updates 20 --samples 16 --learning-rate 2e-3 --chart {chart}"
     code, out, err = type_in(f"dalle-ds bench underflow {options} --json")
     summary = json.loads(out)
     assert code == 0 and Image.open(chart).width > 500
@@ -188,7 +188,7 @@ def test_underflow_is_of_the_last_blocks_under_one_scale_and_of_none_with_a_scal
 
 
 def test_in_fp32_sizes_of_gradients_change_nothing():
-    settings = UnderflowBenchConfig(layers=4, updates=10, samples=16)
+    settings = UnderflowBenchConfig(n_layers=4, updates=10, samples=16)
     machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
     data = underflow.random_samples(settings.samples, machine.device)
     runs = []
@@ -243,7 +243,7 @@ def test_peak_memory_of_a_fresh_process():
 def test_the_peers_cache_gives_its_own_logits(conv):
     """The cached logits equal those of the full forward pass; otherwise the benchmark would time wrong results."""
     settings = PeersBenchConfig(
-        text_len=4, grid=4, conv_kernel=3, heads=2, layers=3, vocab_size=20, n_codes=30, positions="1", rounds=1
+        text_len=4, grid=4, conv_kernel=3, n_heads=2, n_layers=3, vocab_size=20, n_codes=30, positions="1", rounds=1
     )
     machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
     model = peer_package.build_peer(settings, machine, conv=conv, cached=True)

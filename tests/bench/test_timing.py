@@ -83,7 +83,7 @@ def test_clock_is_cpu_time_at_one_thread_only():
 
 
 def test_report(capsys):
-    report = Report("step", "an abacus").note(layers=2)
+    report = Report("step", "an abacus").note(n_layers=2)
     report.add("step", "dense", 0.5, 2.0, Ratio(4.0, 3.0, 5.0))
     assert report.summary() == {
         "bench": "step",
@@ -91,7 +91,7 @@ def test_report(capsys):
         "ratios": {"step_vs_dense": 4.0},
         "seconds": {"step_ours": 0.5, "step_dense": 2.0},
         "spread": {"step_vs_dense": [3.0, 5.0]},
-        "layers": 2,
+        "n_layers": 2,
     }
     report.print_table(to_stderr=True)
     out, err = capsys.readouterr()

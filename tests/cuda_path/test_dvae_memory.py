@@ -35,7 +35,7 @@ def test_validation_at_256_pixels_fits_a_gpu_of_16_gib() -> None:
 
 def test_encoding_at_256_pixels_fits_a_gpu_of_16_gib() -> None:
     config = DVAEConfig()
-    n_images = EncodeConfig.model_fields["batch_size"].default
+    n_images = EncodeConfig.model_fields["batch"].default
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = DVAE(config)
         images_BCHW = torch.empty(n_images, 3, config.image_size, config.image_size, dtype=torch.uint8)

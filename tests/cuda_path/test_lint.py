@@ -32,7 +32,7 @@ def bench() -> CudaPath:
     if problem := stub_problem():
         pytest.skip(f"fake CUDA: {problem}")
     return cuda_path.run(
-        CudaPathBenchConfig(heads=(62,), rounds=0, deepspeed_config=str(ROOT / "ds_configs" / "zero3_fp16.json"))
+        CudaPathBenchConfig(n_heads=(62,), rounds=0, deepspeed_config=str(ROOT / "ds_configs" / "zero3_fp16.json"))
     )
 
 

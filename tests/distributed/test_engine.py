@@ -117,10 +117,10 @@ def test_global_fp16_goes_on_at_its_least_scale(outcome: dict[str, Any]) -> None
     assert outcome["rank0"]["least_scale"] == [[False, 2.0], [False, 1.0], [False, 1.0], [False, 1.0]]
 
 
-def test_averaged_weights_are_evaluated_and_taken_back(outcome: dict[str, Any]) -> None:
+def test_ema_weights_are_evaluated_and_taken_back(outcome: dict[str, Any]) -> None:
     case = outcome["rank0"]["averaging"]
-    assert case["averaged"] == pytest.approx(case["expected"], rel=2e-5)
-    assert case["averaged"] != case["before"]
+    assert case["with_ema"] == pytest.approx(case["expected"], rel=2e-5)
+    assert case["with_ema"] != case["before"]
     assert case["after"] == case["before"]
 
 

@@ -194,7 +194,9 @@ def test_a_run_without_finite_losses_stops_and_names_the_block(
     blocks = {block["name"]: block for block in about["blocks"]}
     assert list(blocks) == ["embed", *(f"layers.{i}.{part}" for i in (0, 1) for part in ("attention", "mlp")), "heads"]
     assert blocks["layers.1.mlp"]["weights"] == {"largest": 1e6, "is_finite": True}
-    assert blocks["layers.1.mlp"]["ranks"] == [0, 1] and blocks["layers.1.mlp"]["scale_log2"] == pytest.approx(12.5, abs=0.05)
+    assert blocks["layers.1.mlp"]["ranks"] == [0, 1] and blocks["layers.1.mlp"]["gradient_scale_log2"] == pytest.approx(
+        12.5, abs=0.05
+    )
     assert [block["forward"]["is_finite"] for block in about["blocks"]] == [True, True, True, True, False, False]
     keys = {sample["key"] for sample in about["samples"]}
     assert len(keys) == GLOBAL_BATCH and all(key.startswith("train-") for key in keys)

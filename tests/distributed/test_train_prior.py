@@ -79,8 +79,8 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     client = MlflowClient(env["MLFLOW_TRACKING_URI"])
     run = client.get_run(json.loads((home / "whole" / "mlflow_run.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
-    scales = [name for name in run.data.metrics if name.startswith("scale_log2/")]
-    assert sorted(scales) == [f"scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
+    scales = [name for name in run.data.metrics if name.startswith("gradient_scale_log2/")]
+    assert sorted(scales) == [f"gradient_scale_log2/layers.{i}.{block}" for i in (0, 1) for block in ("attention", "mlp")]
     for name in (
         "loss/train/total",
         "loss/train/text",
@@ -202,7 +202,7 @@ def dropped(home: Path, env: dict[str, str]) -> dict[str, Any]:
 
 def test_calibrated_scales_before_the_first_update(dropped: dict[str, Any], home: Path, env: dict[str, str]) -> None:
     assert dropped["skipped_updates"] == 0
-    scales = losses(home, env, "dropped", "scale_log2/layers.0.mlp")
+    scales = losses(home, env, "dropped", "gradient_scale_log2/layers.0.mlp")
     assert scales[0] > 16, "the paper's start is 13"
     assert scales[1] == pytest.approx(scales[0] + 1 / 1000, abs=1e-4)
 

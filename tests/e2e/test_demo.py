@@ -61,9 +61,11 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
         assert grid.width > 300 and len(grid.convert("RGB").getcolors(1 << 24)) > 100
 
     runs = MlflowClient(f"sqlite:///{out}/mlflow.db").search_runs(["1"])
-    prior = next(run for run in runs if run.data.tags["stage"] == "train_prior")
+    prior = next(run for run in runs if run.data.tags["stage"] == "prior")
     dvae = next(run for run in runs if run.data.tags["stage"] == "dvae")
-    assert prior.data.tags["provenance.dvae"] == dvae.data.tags["dvae"], "provenance leads from samples back to the dVAE"
+    assert prior.data.tags["provenance.dvae"] == dvae.data.tags["fingerprint.dvae"], (
+        "provenance leads from samples back to the dVAE"
+    )
     assert "validation/caption_gap" in prior.data.metrics
     pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}

@@ -148,5 +148,5 @@ def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path
         assert image.size == (32, 32)
 
     runs = MlflowClient(env["MLFLOW_TRACKING_URI"]).search_runs(["1"])
-    assert {run.data.tags["stage"] for run in runs} >= {"dvae", "train_prior"}
+    assert {run.data.tags["stage"] for run in runs} >= {"dvae", "prior"}
     assert {run.data.tags["git.commit"] for run in runs} == {git(tree, "rev-parse", "HEAD")}

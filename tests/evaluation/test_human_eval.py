@@ -66,12 +66,12 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
         page.goto(page_file.as_uri())
         for person in range(5):
             page.reload()
-            page.get_by_label("Your name").fill(f"worker {person}")
+            page.get_by_label("Your name").fill(f"voter {person}")
             page.get_by_role("button", name="Begin").click()
             for number in range(5):
                 if (person, number) == (1, 3):  # close the page, and open it again
                     page.reload()
-                    page.get_by_label("Your name").fill("worker 1")
+                    page.get_by_label("Your name").fill("voter 1")
                     page.get_by_role("button", name="Begin").click()
                 assert page.locator("#count").inner_text() == f"{number + 1} of 5"
                 caption = page.locator("#caption").inner_text()
@@ -99,7 +99,7 @@ def test_five_people_vote_in_a_browser_and_are_tallied(sets, tmp_path):
     assert min(seconds) >= 5 and max(seconds) < 60
     done = command("tally", *files, "--key", tmp_path / "pages" / "key.json", "--json")
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["votes"], found["dropped_workers"], found["tasks_with_other_than_wanted_votes"]) == (25, [], 0)
+    assert (found["votes"], found["dropped_voters"], found["tasks_with_other_than_wanted_votes"]) == (25, [], 0)
     assert (found["realism_ours"], found["realism_theirs"]) == (1, 0)
     assert (found["caption_ours"], found["caption_theirs"], found["caption_neither"]) == (0.6, 0.2, 0.2)
 
@@ -147,7 +147,7 @@ class Study:
         self.key = folder / "key.json"
         self.key.write_text(json.dumps({"study": "s", "tasks": self.tasks}))
 
-    def vote(self, worker, realism, caption=None, seconds=9.0, study="s"):
+    def vote(self, voter, realism, caption=None, seconds=9.0, study="s"):
         """Write a vote file. `realism` and `caption` have one letter per task: o ours, t theirs, n neither, - no vote."""
         votes = [
             {
@@ -160,7 +160,7 @@ class Study:
             if mine != "-"
         ]
         self.files.append(self.folder / f"{len(self.files)}.json")
-        self.files[-1].write_text(json.dumps({"study": study, "page": "p", "worker": worker, "votes": votes}))
+        self.files[-1].write_text(json.dumps({"study": study, "page": "p", "voter": voter, "votes": votes}))
 
     def _number(self, task, letter):
         return 0 if letter == "n" else 1 if {"o": "ours", "t": "theirs"}.get(letter) == task["left"] else 2
@@ -188,27 +188,27 @@ def test_majorities_ties_and_intervals(tmp_path):
     assert (found["tasks_with_other_than_wanted_votes"], found["votes"]) == (2, 38)
 
 
-def test_a_worker_is_left_out_for_speed_and_disagreement_together(tmp_path):
+def test_a_voter_is_left_out_for_speed_and_disagreement_together(tmp_path):
     study = Study(tmp_path, 8)
-    for worker in ("a", "b", "c"):
-        study.vote(worker, "oooooooo")
+    for voter in ("a", "b", "c"):
+        study.vote(voter, "oooooooo")
     study.vote("fast but agreeing", "ooooooot", seconds=2.0)
     study.vote("slow but disagreeing", "tttttttt", seconds=30.0)
     study.vote("careless", "totttott", seconds=3.9)
     found = study.tally()
-    assert found["dropped_workers"] == ["careless"]
-    assert found["workers"]["careless"] == {"votes": 8, "disagreement": 0.75, "fast_share": 1.0, "dropped": True}
-    assert found["workers"]["fast but agreeing"]["disagreement"] == 0.125
+    assert found["dropped_voters"] == ["careless"]
+    assert found["voters"]["careless"] == {"votes": 8, "disagreement": 0.75, "fast_share": 1.0, "dropped": True}
+    assert found["voters"]["fast but agreeing"]["disagreement"] == 0.125
     assert found["votes"] == 40
-    assert study.tally(rule=TallyConfig(fast_seconds=3.0))["dropped_workers"] == []
-    assert study.tally(rule=TallyConfig(disagreement=0.8))["dropped_workers"] == []
+    assert study.tally(rule=TallyConfig(fast_seconds=3.0))["dropped_voters"] == []
+    assert study.tally(rule=TallyConfig(disagreement=0.8))["dropped_voters"] == []
 
 
 def test_votes_that_do_not_belong_are_refused(tmp_path):
     study = Study(tmp_path, 2)
     study.vote("a", "oo")
     study.vote("a", "ot")
-    with pytest.raises(DataError, match="worker a voted on task t0 twice: in .*0.json and .*1.json"):
+    with pytest.raises(DataError, match="voter a voted on task t0 twice: in .*0.json and .*1.json"):
         study.tally()
     study.files.pop()
     study.vote("b", "oo", study="other")
@@ -216,7 +216,7 @@ def test_votes_that_do_not_belong_are_refused(tmp_path):
         study.tally()
     study.files.pop()
     vote = {"task": "t0", "realism": 3, "caption": 1, "seconds": 1}  # there is no third image
-    for text in ("{", json.dumps({"study": "s", "page": "p", "worker": "w", "votes": [vote]})):
+    for text in ("{", json.dumps({"study": "s", "page": "p", "voter": "w", "votes": [vote]})):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(DataError, match="bad.json is not a file of votes"):
             tally([tmp_path / "bad.json"], study.key)

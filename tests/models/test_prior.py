@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_ds.models.attention import use_attention, verify_attention
-from dalle_ds.models.presets import PRESETS, effective_parameters
+from dalle_ds.models.presets import PRESETS, n_effective_parameters
 from dalle_ds.models.prior import NLL, DecodingCache, Prior, PriorConfig, initialise
 from dalle_ds.ops.attention.masks import Pattern, transpose_grid
 from dalle_ds.ops.attention.structured import StructuredAttention
@@ -42,7 +42,7 @@ def test_sizes_of_the_papers_table(preset: str, billions: float) -> None:
     with torch.device("meta"):
         prior = Prior(config)
     matrices = sum(p.numel() for name, p in prior.layers.named_parameters() if p.dim() == 2)
-    assert matrices == effective_parameters(config)
+    assert matrices == n_effective_parameters(config)
     assert round(matrices / 1e9, 2) == billions
     embeddings = sum(p.numel() for name, p in prior.named_parameters() if name.startswith(("embed.", "heads.")))
     assert embeddings > 2 * config.d_model * (config.vocab_size + config.n_codes)

@@ -36,10 +36,10 @@ def on_h100(preset, batch, *, counts=NOW, **settings):
 @pytest.mark.parametrize(
     ("preset", "settings", "percent"),
     [
-        ("0.3b", {"gpus": 1, "micro_batch": 8, "recompute": 2, "batch": 256}, 7),
-        ("0.3b", {"gpus": 1, "micro_batch": 32, "recompute": 2, "batch": 256}, 17),
+        ("0.3b", {"gpus": 1, "micro_batch": 8, "activation_checkpointing": 2, "batch": 256}, 7),
+        ("0.3b", {"gpus": 1, "micro_batch": 32, "activation_checkpointing": 2, "batch": 256}, 17),
         ("1.2b", {"gpus": 1, "micro_batch": 8, "batch": 512}, 23),
-        ("1.2b", {"gpus": 1, "micro_batch": 16, "recompute": 0, "batch": 512}, 31),
+        ("1.2b", {"gpus": 1, "micro_batch": 16, "activation_checkpointing": 0, "batch": 512}, 31),
         ("2.8b", {"gpus": 8, "micro_batch": 1, "batch": 512}, 3),
         ("2.8b", {"gpus": 8, "micro_batch": 4, "batch": 512}, 12),
         ("2.8b", {"gpus": 8, "micro_batch": 8, "batch": 512}, 23),
@@ -102,7 +102,7 @@ def test_exchange_between_replicas():
 
 def test_recomputation_costs_a_forward_pass_without_its_last_product():
     assert [recomputed_share(PRESETS["tiny"], every) for every in (0, 1, 2, 3, 4)] == [0, 1, 0.5, 0.5, 0.25]
-    none, _ = on_h100("1.2b", 512, gpus=8, micro_batch=8, recompute=0)
+    none, _ = on_h100("1.2b", 512, gpus=8, micro_batch=8, activation_checkpointing=0)
     every, _ = on_h100("1.2b", 512, gpus=8, micro_batch=8)
 
     def layer_flops(workload):

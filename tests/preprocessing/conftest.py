@@ -60,7 +60,7 @@ class World:
 
     def config(self, out: object, **more: object) -> EncodeConfig:
         values = {"raw": self.raw, "dvae": self.dvae, "tokenizer": self.tokenizer, "workers": 1, "validation_fraction": 0.2}
-        return EncodeConfig(**{**values, "out": str(out), "block_samples": 3, "batch_size": 4, "device": "cpu", **more})
+        return EncodeConfig(**{**values, "out": str(out), "block_samples": 3, "batch": 4, "device": "cpu", **more})
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def start_encode(world: World, out: str, workers: int = 1) -> subprocess.Popen[s
         "workers": workers,
         "validation_fraction": 0.2,
         "block_samples": 3,
-        "batch_size": 4,
+        "batch": 4,
         "device": "cpu",
     }
     words = [f"{name}={value}" for name, value in values.items()]

@@ -38,7 +38,7 @@ CHARTS = {
     "loss": "loss/by_position",
     "memory": "cpu_peak_gigabytes",
     "optimizer": "optimizer/gradient_scales",
-    "scale_log2": "layers.0.mlp",
+    "gradient_scale_log2": "layers.0.mlp",
     "speed": "tokens_per_second",
     "time_share": "other",
 }

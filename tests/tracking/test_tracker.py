@@ -222,6 +222,11 @@ def test_stages_of_a_pipeline_are_children_of_one_run(tmp_path, database, monkey
     assert run.info.end_time >= run.info.start_time and pipeline.info.end_time >= run.info.end_time
     assert run.data.tags["mlflow.note.content"] == f"Look at [it](x?run_uuid={first.run.run_id})."
 
+    # a restart brings the description up to date
+    again = Tracker.start(tmp_path / "dvae", description="Look at 20 updates.")
+    assert again.close()
+    assert client(uri).get_run(first.run.run_id).data.tags["mlflow.note.content"] == "Look at 20 updates."
+
     # a user deletes the parent and edits the description: the stage continues and keeps the user's description
     client(uri).delete_run(parent)
     client(uri).set_tag(first.run.run_id, "mlflow.note.content", "Mine.")

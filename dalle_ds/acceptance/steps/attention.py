@@ -19,7 +19,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
     place = Place(is_rehearsal)
     shape = place.pick({}, {"text_len": 32, "grid": 16, "conv_kernel": 5, "d_head": 16})
     settings = AttentionBenchConfig(
-        batch=place.pick(8, 1), heads=place.pick(32, 2), dtype=place.pick("fp16", "fp32"), rounds=place.pick(3, 1), **shape
+        batch=place.pick(8, 1), n_heads=place.pick(32, 2), dtype=place.pick("fp16", "fp32"), rounds=place.pick(3, 1), **shape
     )
     name = choose_backend(place.device, settings.grid)
     why = "the fast backend of this device; if another was chosen, the log of this step has the reason"

@@ -30,24 +30,24 @@ class Setting:
     """The options that differ between runs."""
 
     samples: int
-    recompute: bool = True
+    activation_checkpointing: bool = True
     moments: str = "fp32"
     master: str = "fp32"
 
     @property
     def label(self) -> str:
-        kept = "" if self.recompute else ", no activation checkpointing"
+        kept = "" if self.activation_checkpointing else ", no activation checkpointing"
         moments = ", low-bit moments" if self.moments == "low_bit" else ""
         return f"{self.samples} samples{kept}{moments}{', no masters' if self.master == 'none' else ''}"
 
 
 SETTINGS = (
     Setting(8),
-    Setting(8, recompute=False, moments="low_bit"),
+    Setting(8, activation_checkpointing=False, moments="low_bit"),
     Setting(8, moments="low_bit", master="none"),
     Setting(32),
 )
-REHEARSED = (Setting(2), Setting(2, recompute=False, moments="low_bit", master="none"))
+REHEARSED = (Setting(2), Setting(2, activation_checkpointing=False, moments="low_bit", master="none"))
 SAME_LOSS = 2e-3
 """Relative difference between settings with the same samples after the same number of updates: recomputation and storage
 formats must not change the loss. Without master weights, stochastic rounding of fp16 weights changes single weights by 2^-11,
@@ -65,7 +65,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
             place.device,
             samples=setting.samples,
             accumulation=ACCUMULATION,
-            recompute=setting.recompute,
+            activation_checkpointing=setting.activation_checkpointing,
             moments=setting.moments,
             master=setting.master,
         )
@@ -101,7 +101,7 @@ def measure(is_rehearsal: bool, setting: Setting) -> dict[str, Any]:
         config,
         micro_batch=setting.samples,
         accumulation=ACCUMULATION,
-        recompute=setting.recompute,
+        activation_checkpointing=setting.activation_checkpointing,
         moments=setting.moments,
         master=setting.master,
     )

@@ -53,7 +53,7 @@ SAME_DTYPES = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 """Arguments of matrix products that must have the same dtype: CUDA raises otherwise, fake tensors don't."""
 DRAWS = frozenset({"normal_", "uniform_", "random_"})
 REMEMBERED = 2**16
-"""Largest number of elements of a tensor whose values are remembered when the host writes them to the device."""
+"""Maximum number of elements of a tensor whose values are remembered when the host writes them to the device."""
 ALLOCATION = 512
 """CUDA's caching allocator rounds allocations up to a multiple of this number of bytes."""
 

@@ -22,8 +22,8 @@ WEIGHT_DECAY = 0.045  # the paper's
 def prior_to_train(settings: TrainingBenchConfig, machine: Machine) -> Prior:
     """Returns a prior of the size in the settings. If unset, the size is such that a step on this device takes seconds."""
     on_gpu = machine.device.type == "cuda"
-    layers = settings.layers or (GPU_LAYERS if on_gpu else CPU_LAYERS)
-    return build_prior(settings, machine, layers, settings.heads or (GPU_HEADS if on_gpu else CPU_HEADS))
+    layers = settings.n_layers or (GPU_LAYERS if on_gpu else CPU_LAYERS)
+    return build_prior(settings, machine, layers, settings.n_heads or (GPU_HEADS if on_gpu else CPU_HEADS))
 
 
 def build_prior(settings: PriorBenchConfig, machine: Machine, layers: int, heads: int) -> Prior:

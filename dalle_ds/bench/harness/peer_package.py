@@ -84,18 +84,18 @@ def build_peer(settings: PeersBenchConfig, machine: Machine, *, conv: bool, cach
     peer = import_peer()
     torch.manual_seed(0)
     last = TYPES[Pattern.CONV if conv else Pattern.ROW]
-    types = [*(TYPES[pattern] for pattern in layer_patterns(settings.layers)[:-1]), last]
+    types = [*(TYPES[pattern] for pattern in layer_patterns(settings.n_layers)[:-1]), last]
     # The model uses the VAE only for its sizes: one layer that halves the resolution, one channel
     vae = peer.DiscreteVAE(
         image_size=2 * settings.grid, num_layers=1, num_tokens=settings.n_codes, codebook_dim=1, hidden_dim=1
     )
     model = peer.DALLE(
-        dim=settings.heads * settings.d_head,
+        dim=settings.n_heads * settings.d_head,
         vae=vae,
         num_text_tokens=settings.vocab_size,
         text_seq_len=settings.text_len,
-        depth=settings.layers,
-        heads=settings.heads,
+        depth=settings.n_layers,
+        heads=settings.n_heads,
         dim_head=settings.d_head,
         attn_types=types,
         optimize_for_inference=cached,

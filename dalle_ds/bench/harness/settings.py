@@ -4,10 +4,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from dalle_ds.recipes import Config
+from dalle_ds.recipes import DEVICE, Config
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-PRECISION = "fp32, bf16 (autocast) or fp16 (fp16 branches)."
+PRECISION = "fp32, bf16 (autocast) or fp16 (fp16 branches)"
 
 
 def _numbers(value: Any) -> Any:
@@ -17,23 +17,23 @@ def _numbers(value: Any) -> Any:
 class MachineBenchConfig(Config):
     """Options of every benchmark that runs on a device: device and threads."""
 
-    threads: int = Field(1, ge=1, description="CPU threads. With 1 the clock is CPU time, with more the wall clock.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1.")
+    threads: int = Field(1, ge=1, description="CPU threads; with 1 the clock is CPU time, with more the wall clock")
+    device: str = Field("auto", description=DEVICE)
 
 
 class CommonBenchConfig(MachineBenchConfig):
     """Options of every benchmark that times its sides in turns."""
 
-    rounds: int = Field(5, ge=1, description="Timed runs of each side.")
+    rounds: int = Field(5, ge=1, description="timed runs of each side")
 
 
 class GeometryBenchConfig(CommonBenchConfig):
     """Options of every benchmark of a token sequence. The defaults are the paper's."""
 
-    text_len: int = Field(256, ge=2, description="Text slots.")
-    grid: int = Field(32, ge=1, description="Image tokens per side of the grid.")
-    conv_kernel: int = Field(11, ge=1, description="Side of the last layer's attention window, odd.")
-    d_head: int = Field(64, ge=1, description="Width of a head.")
+    text_len: int = Field(256, ge=2, description="text slots")
+    grid: int = Field(32, ge=1, description="image tokens per side of the grid")
+    conv_kernel: int = Field(11, ge=1, description="side of the last layer's attention window, odd")
+    d_head: int = Field(64, ge=1, description="width of a head")
 
     @model_validator(mode="after")
     def _check(self) -> "GeometryBenchConfig":
@@ -50,37 +50,37 @@ class AttentionBenchConfig(GeometryBenchConfig):
     """Options of the benchmark of attention alone."""
 
     module: ClassVar = "dalle_ds.bench.attention"
-    batch: int = Field(2, ge=1, description="Sequences per batch.")
-    heads: int = Field(8, ge=1, description="Heads.")
-    dtype: Dtype = Field("fp32", description="Dtype of queries, keys and values: fp32, bf16 or fp16.")
-    backend: str = Field("auto", description="Our attention backend: auto, structured, flex or math.")
-    mix_layers: int = Field(64, ge=1, description="Layers of the model whose pattern mix is summed up.")
+    batch: int = Field(2, ge=1, description="sequences per batch")
+    n_heads: int = Field(8, ge=1, description="attention heads")
+    dtype: Dtype = Field("fp32", description="dtype of queries, keys and values: fp32, bf16 or fp16")
+    backend: str = Field("auto", description="our attention backend: auto, structured, flex or math")
+    mix_layers: int = Field(64, ge=1, description="layers of the model whose pattern mix is summed up")
 
 
 class ResblockBenchConfig(GeometryBenchConfig):
     """Options of the benchmark of one layer (attention and MLP)."""
 
     module: ClassVar = "dalle_ds.bench.resblock"
-    batch: int = Field(2, ge=1, description="Sequences per batch.")
-    heads: int = Field(8, ge=1, description="Attention heads; the model width is heads * d_head.")
+    batch: int = Field(2, ge=1, description="sequences per batch")
+    n_heads: int = Field(8, ge=1, description="attention heads; the model width is n_heads * d_head")
     dtype: Dtype = Field("fp32", description=PRECISION)
-    mix_layers: int = Field(64, ge=1, description="Layers of the model whose pattern mix is summed up.")
+    mix_layers: int = Field(64, ge=1, description="layers of the model whose pattern mix is summed up")
 
 
 class PriorBenchConfig(GeometryBenchConfig):
     """Options of every benchmark of a whole prior."""
 
-    vocab_size: int = Field(16384, ge=1, description="Size of the text vocabulary.")
-    n_codes: int = Field(8192, ge=2, description="Size of the image codebook.")
+    vocab_size: int = Field(16384, ge=1, description="size of the text vocabulary")
+    n_codes: int = Field(8192, ge=2, description="size of the image codebook")
 
 
 class TrainingBenchConfig(PriorBenchConfig):
     """Options of every benchmark of a training step."""
 
-    layers: int | None = Field(None, ge=1, description="Layers; if unset 12, on a GPU 2.")
-    heads: int | None = Field(None, ge=1, description="Attention heads; if unset 8, on a GPU 32 as in preset 1.2b.")
-    batch: int = Field(2, ge=1, description="Samples per step.")
-    rounds: int = Field(3, ge=1, description="Timed runs of each side.")
+    n_layers: int | None = Field(None, ge=1, description="layers; unset: 12, on a GPU 2")
+    n_heads: int | None = Field(None, ge=1, description="attention heads; unset: 8, on a GPU 32 as in preset 1.2b")
+    batch: int = Field(2, ge=1, description="samples per step")
+    rounds: int = Field(3, ge=1, description="timed runs of each side")
 
 
 class StepBenchConfig(TrainingBenchConfig):
@@ -88,35 +88,35 @@ class StepBenchConfig(TrainingBenchConfig):
 
     module: ClassVar = "dalle_ds.bench.step"
     dtype: Dtype = Field("fp32", description=PRECISION)
-    peak_tflops: float | None = Field(None, gt=0, description="Peak TFLOP/s of the device in this precision, for MFU.")
+    peak_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s of the device in this precision, for MFU")
 
 
 class ScalingBenchConfig(TrainingBenchConfig):
     """Options of the benchmark of the fp16 step with two kinds of gradient scaling."""
 
     module: ClassVar = "dalle_ds.bench.scaling"
-    rounds: int = Field(9, ge=1, description="Timed runs of each side.")
+    rounds: int = Field(9, ge=1, description="timed runs of each side")
 
 
 class UnderflowBenchConfig(MachineBenchConfig):
     """Options of the constructed case: a small prior whose layers have gradients of very different sizes."""
 
     module: ClassVar = "dalle_ds.bench.underflow"
-    layers: int = Field(16, ge=2, description="Layers.")
-    powers: int = Field(4, ge=0, description="Gradients shrink by a factor 2^powers from layer to layer; 0: plain prior.")
-    heads: int = Field(2, ge=1, description="Attention heads of width 32.")
-    updates: int = Field(300, ge=1, description="Updates of each of the three runs.")
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate; the schedule is warm-up, then a half-cosine.")
-    samples: int = Field(64, ge=16, description="Random samples to memorise, 16 per update.")
-    chart: str = Field("underflow.png", description="Output file for the chart.")
+    n_layers: int = Field(16, ge=2, description="layers")
+    powers: int = Field(4, ge=0, description="gradients shrink by a factor 2^powers from layer to layer; 0: plain prior")
+    n_heads: int = Field(2, ge=1, description="attention heads of width 32")
+    updates: int = Field(300, ge=1, description="updates of each of the three runs")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate; the schedule is warm-up, then a half-cosine")
+    samples: int = Field(64, ge=16, description="random samples to memorise, 16 per update")
+    chart: str = Field("underflow.png", description="output file for the chart")
 
 
 class SamplingBenchConfig(PriorBenchConfig):
     """Options of every benchmark that samples image tokens one by one."""
 
-    heads: int = Field(8, ge=1, description="Heads.")
+    n_heads: int = Field(8, ge=1, description="attention heads")
     positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
-        (8, 128, 256, 512, 768, 1000), description="Image positions to time, increasing, separated by commas."
+        (8, 128, 256, 512, 768, 1000), description="image positions to time, increasing, separated by commas"
     )
 
     @field_validator("positions")
@@ -136,23 +136,23 @@ class SampleBenchConfig(SamplingBenchConfig):
     """Options of the benchmark of sampling with our cache, with a dense cache and without a cache."""
 
     module: ClassVar = "dalle_ds.bench.sample"
-    layers: int = Field(12, ge=1, description="Layers.")
-    batch: int = Field(16, ge=1, description="Images per batch: candidates of one caption, then one image per caption.")
-    rounds: int = Field(3, ge=1, description="Timed runs of each side.")
-    uncached: bool = Field(True, description="Also time one round of sampling without a cache (slow).")
+    n_layers: int = Field(12, ge=1, description="layers")
+    batch: int = Field(16, ge=1, description="images per batch: candidates of one caption, then one image per caption")
+    rounds: int = Field(3, ge=1, description="timed runs of each side")
+    uncached: bool = Field(True, description="also time one round of sampling without a cache (slow)")
 
 
 class PeersBenchConfig(SamplingBenchConfig):
     """Options of the comparison with dalle-pytorch: training step and sampling."""
 
     module: ClassVar = "dalle_ds.bench.peers"
-    layers: int = Field(4, ge=1, description="Layers.")
-    batch: int = Field(2, ge=1, description="Samples per training step.")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Training step in fp32, or in bf16 (autocast on both sides).")
-    images: int = Field(16, ge=1, description="Images of one caption per batch of sampling.")
-    rounds: int = Field(2, ge=1, description="Timed runs of each side.")
+    n_layers: int = Field(4, ge=1, description="layers")
+    batch: int = Field(2, ge=1, description="samples per training step")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="training step in fp32, or in bf16 (autocast on both sides)")
+    images: int = Field(16, ge=1, description="images of one caption per batch of sampling")
+    rounds: int = Field(2, ge=1, description="timed runs of each side")
     positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
-        (8, 512, 1000), description="Image positions to time, increasing, separated by commas."
+        (8, 512, 1000), description="image positions to time, increasing, separated by commas"
     )
 
 
@@ -160,35 +160,35 @@ class EncodeBenchConfig(CommonBenchConfig):
     """Options of the benchmark of preprocessing's encode stage."""
 
     module: ClassVar = "preprocessing.bench"
-    threads: int = Field(1, ge=1, description="CPU threads of the encoder; images are decoded on the other cores.")
-    raw: str | None = Field(None, description="Root of raw shards; the first shard is used. If unset, JPEGs are generated.")
-    dvae: str | None = Field(None, description="dvae.safetensors; if unset, random weights of full size or --small.")
-    small: bool = Field(False, description="Use the demo's dVAE: 32 px, 64 tokens per image, codebook of 512.")
-    images: int | None = Field(None, ge=2, description="Images per run; if unset 8, with --small 4096.")
-    batch: int | None = Field(None, ge=1, description="Images per batch; if unset 2, with --small 64.")
-    side: int | None = Field(None, ge=16, description="Width of generated JPEGs in pixels; if unset, 1.5 times the dVAE's.")
-    precision: Dtype = Field("fp32", description="fp32, bf16 or fp16, as in encode.precision.")
+    threads: int = Field(1, ge=1, description="CPU threads of the encoder; images are decoded on the other cores")
+    raw: str | None = Field(None, description="root of raw shards; the first shard is used. If unset, JPEGs are generated")
+    dvae: str | None = Field(None, description="dvae.safetensors; unset: random weights of full size or --small")
+    small: bool = Field(False, description="use the demo's dVAE: 32 px, 64 tokens per image, codebook of 512")
+    images: int | None = Field(None, ge=2, description="images per run; unset: 8, with --small 4096")
+    batch: int | None = Field(None, ge=1, description="images per batch; unset: 2, with --small 64")
+    side: int | None = Field(None, ge=16, description="width of generated JPEGs in pixels; unset: 1.5 times the dVAE's")
+    precision: Dtype = Field("fp32", description="fp32, bf16 or fp16, as in encode.precision")
 
 
 class LoaderBenchConfig(CommonBenchConfig):
     """Options of the benchmark of reading token shards."""
 
     module: ClassVar = "dalle_ds.bench.loader"
-    dataset: str | None = Field(None, description="Root of a local token data set; if unset, a random one is generated.")
-    samples: int = Field(8192, ge=256, description="Samples of the random data set, 1024 codes each; a run reads all.")
-    text_len: int = Field(256, ge=2, description="Text slots.")
-    batch: int = Field(64, ge=1, description="Samples per batch.")
-    bpe_dropout: float = Field(0.1, ge=0, lt=1, description="BPE dropout of our second row; webdataset has none.")
-    pace: float = Field(720.0, gt=0, description="Samples/s that a training loop consumes; default: ten times the demo's.")
+    data: str | None = Field(None, description="root of a local token data set; unset: a random one is generated")
+    samples: int = Field(8192, ge=256, description="samples of the random data set, 1024 codes each; a run reads all")
+    text_len: int = Field(256, ge=2, description="text slots")
+    batch: int = Field(64, ge=1, description="samples per batch")
+    bpe_dropout: float = Field(0.1, ge=0, lt=1, description="BPE dropout of our second row; webdataset has none")
+    pace: float = Field(720.0, gt=0, description="samples/s that a training loop consumes; default: ten times the demo's")
 
 
 class CudaPathBenchConfig(Config):
     """Options of the count of GPU work and host work. It needs no GPU and no memory for tensors of that size."""
 
     module: ClassVar = "dalle_ds.bench.cuda_path"
-    heads: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
-        (32, 62), min_length=1, description="Heads (64 wide) of each model, separated by commas; default: presets 1.2b, 12b."
+    n_heads: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
+        (32, 62), min_length=1, description="heads (64 wide) of each model, separated by commas; default: presets 1.2b, 12b"
     )
-    deepspeed_config: str = Field("ds_configs/zero3_fp16.json", description="DeepSpeed JSON: ZeRO-3, fp16 per resblock.")
-    world_size: int = Field(8, ge=2, description="Number of ranks; this process is one of them.")
-    rounds: int = Field(5, ge=0, description="Timed runs of engine and plain model for the host's time; 0: counts only.")
+    deepspeed_config: str = Field("ds_configs/zero3_fp16.json", description="DeepSpeed JSON: ZeRO-3, fp16 per resblock")
+    world_size: int = Field(8, ge=2, description="number of ranks; this process is one of them")
+    rounds: int = Field(5, ge=0, description="timed runs of engine and plain model for the host's time; 0: counts only")

@@ -101,7 +101,7 @@ def evaluate_images(
         clip: measures the CLIP score. Every sample needs a caption.
         radii: radii of the blur, applied to samples and reference. The scores at the first radius are the headline scores.
         size: side in pixels that samples and reference are cropped to. If None: the short side of the first sample.
-        limit: largest number of samples, and largest number of reference images.
+        limit: maximum number of samples, and maximum number of reference images.
         validation_fraction: if the reference is raw shards, use only their validation split at this fraction.
         cache: folder where the reference's statistics are kept.
         export: export that the samples come from. Its MLflow run gets the scores and the chart.

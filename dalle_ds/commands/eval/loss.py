@@ -37,7 +37,7 @@ def evaluate_export(
     Args:
         url: export folder, a path or s3:// url.
         data_url: root of a token data set. If None: the data sets that the export names.
-        limit: largest number of validation samples. If None: all.
+        limit: maximum number of validation samples. If None: all.
         seed: seed of the shuffled captions and of the confidence interval.
         batch: samples per forward pass.
     """

@@ -28,7 +28,9 @@ class ReplicasConfig(Config):
     """How many replicas of the model train in parallel, and how they exchange gradients."""
 
     count: int = Field(1, ge=1, description="number of replicas; one per node keeps ZeRO-3's traffic inside nodes")
-    compression: Literal["none", "power_sgd"] = "none"
+    compression: Literal["none", "power_sgd"] = Field(
+        "none", description="of the gradients between replicas; the paper uses PowerSGD"
+    )
     sent_fraction: float = Field(
         PAPER_RATE, gt=0, le=1, description="size of the factors as a fraction of the matrices' gradients; sets the rank"
     )

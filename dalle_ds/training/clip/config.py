@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
-from dalle_ds.recipes import VALIDATION_FRACTION, Config
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config
 from dalle_ds.tracking.config import TrackingConfig
 
 
@@ -35,35 +35,35 @@ class ClipModelConfig(Config):
     """Two small transformers of the same width."""
 
     image_size: int = Field(32, ge=8, description="width and height in pixels, to which images are resized")
-    patch_size: int = Field(8, ge=1)
-    width: int = Field(128, ge=8)
-    heads: int = Field(4, ge=1)
-    image_layers: int = Field(4, ge=1)
-    text_layers: int = Field(2, ge=1)
+    patch_size: int = Field(8, ge=1, description="width and height of a patch in pixels")
+    width: int = Field(128, ge=8, description="width of both transformers")
+    n_heads: int = Field(4, ge=1, description="attention heads of both transformers")
+    n_image_layers: int = Field(4, ge=1, description="layers of the image transformer")
+    n_text_layers: int = Field(2, ge=1, description="layers of the text transformer")
     text_len: int = Field(32, ge=3, description="maximum tokens in a caption, start and end token included")
     vocab_size: int = Field(2048, ge=514, description="maximum vocabulary: 512 byte tokens, start and end token, merges")
-    n_features: int = Field(64, ge=1)
+    n_features: int = Field(64, ge=1, description="size of the vectors whose cosine similarity is the score")
 
     @model_validator(mode="after")
     def _check(self) -> "ClipModelConfig":
-        if self.image_size % self.patch_size or self.width % self.heads:
+        if self.image_size % self.patch_size or self.width % self.n_heads:
             raise ValueError(
                 f"patch_size {self.patch_size} must divide image_size {self.image_size}, "
-                f"and heads {self.heads} must divide width {self.width}"
+                f"and n_heads {self.n_heads} must divide width {self.width}"
             )
         return self
 
 
 class ClipOptimizerConfig(Config):
     weight_decay: float = Field(0.2, ge=0, description="applied to matrices only, as in CLIP")
-    beta2: float = Field(0.98, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean; CLIP's")
     clip: float = Field(1.0, gt=0, description="gradient clipping: maximum global norm")
 
 
 class ClipLearningRateConfig(Config):
     """A half cosine from `peak` to 0 over the run, multiplied by a linear warm-up."""
 
-    peak: float = Field(1e-3, gt=0)
+    peak: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
     warmup_updates: int = Field(50, ge=0, description="updates of the linear warm-up")
 
     def at(self, update: int, n_updates: int) -> float:
@@ -82,7 +82,7 @@ class ClipValidationConfig(Config):
 
 
 class ClipTrackingConfig(TrackingConfig):
-    run_name: str = "clip"
+    run_name: str = Field("clip", description="name of the MLflow run")
     every: int = Field(20, ge=1, description="updates between logged metrics")
 
 
@@ -95,12 +95,14 @@ class ClipRunConfig(Config):
     model: ClipModelConfig = ClipModelConfig()
     optimizer: ClipOptimizerConfig = ClipOptimizerConfig()
     learning_rate: ClipLearningRateConfig = ClipLearningRateConfig()
-    updates: int = Field(2000, ge=1)
-    global_batch: int = Field(128, ge=2, description="image-caption pairs; the other pairs of a batch are the negatives")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    updates: int = Field(2000, ge=1, description="updates of the run")
+    global_batch: int = Field(
+        128, ge=2, description="image-caption pairs per update; the other pairs of a batch are the negatives"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
+    device: str = Field("auto", description=DEVICE)
     threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: PyTorch's default")
-    seed: int = 0
+    seed: int = Field(0, description="seed of the initial weights, and of the images and captions of each batch")
     checkpoint: ClipCheckpointConfig = ClipCheckpointConfig()
     validation: ClipValidationConfig = ClipValidationConfig()
     tracking: ClipTrackingConfig = ClipTrackingConfig()

@@ -72,7 +72,7 @@ class ClipTrainer(ImageTrainer):
         parameters = list(self.model.parameters())
         self.checkpoints = ImageCheckpoints(self.folder, identity, recipe.checkpoint.keep, run.ranks)
         saved = self.checkpoints.newest()
-        self.checkpoints.check_disk_space(sum(p.numel() for p in parameters))
+        self.checkpoints.check_disk_space(self._n_parameters())
         decayed = [p for p in parameters if p.ndim > 1]
         groups = [
             {"params": decayed, "weight_decay": recipe.optimizer.weight_decay},
@@ -89,6 +89,12 @@ class ClipTrainer(ImageTrainer):
     def close(self) -> None:
         """Stop the prefetch thread."""
         self.batches.close()
+
+    def _n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _describe(self) -> str:
+        return describe(self.recipe, self._n_parameters())
 
     def _step(self, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         recipe = self.recipe
@@ -155,14 +161,14 @@ class ClipTrainer(ImageTrainer):
             "validation_samples": len(self.validation),
             "updates": self.update,
             "seconds": round(self.watch.seconds, 1),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "n_parameters": self._n_parameters(),
         }
         origin = {**report, "raw": self.recipe.data.raw, "shards": self.shards, **code_tags()}
         (aside / PROVENANCE_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # last, because it marks the run as finished
-        self.run.tracker.tags({"clip": report["clip"]})
+        self.run.tracker.tags({"fingerprint.clip": report["clip"]})
         for name in (MODEL_FOLDER, REPORT_FILE):
             self.run.tracker.artifact(self.folder / name)
         self.run.finished()
@@ -190,6 +196,23 @@ class ClipTrainer(ImageTrainer):
         return state["seconds"]
 
 
+def describe(run: ClipRunConfig, n_parameters: int) -> str:
+    """Describe the run and its main metrics in Markdown, for the run's MLflow page."""
+    lines = [
+        f"CLIP of {run.model.image_size} px with {n_parameters / 1e6:.1f} million parameters, which scores samples: "
+        f"{run.updates} updates of {run.global_batch} image-caption pairs from `{run.data.raw}`.",
+        "",
+        "Where to look first, under *Model metrics*:",
+        "- `validation/top1` and `validation/top5`: fraction of the validation images and captions that find their partner; "
+        "`validation/chance` is the top-1 of random choice. If they fall while `loss/train/total` falls, the model overfits.",
+        "- `model/logit_scale`: it rises as the model becomes certain, to at most 100.",
+        "- `speed/images_per_second`.",
+        "",
+        "The settings are listed as parameters, and in `recipe.yaml` under *Artifacts*.",
+    ]
+    return "\n".join(lines)
+
+
 def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
     """Retrieval accuracy (top-1 and top-5) among S image-caption pairs, averaged over text-to-image and image-to-text.
 
@@ -207,10 +230,10 @@ def _new_model(run: ClipRunConfig, tokenizer: Any) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     sizes = run.model
-    tower = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_attention_heads": sizes.heads}
+    tower = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_attention_heads": sizes.n_heads}
     marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": sizes.text_len, "num_hidden_layers": sizes.text_layers}
-    image = {"image_size": sizes.image_size, "patch_size": sizes.patch_size, "num_hidden_layers": sizes.image_layers}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": sizes.text_len, "num_hidden_layers": sizes.n_text_layers}
+    image = {"image_size": sizes.image_size, "patch_size": sizes.patch_size, "num_hidden_layers": sizes.n_image_layers}
     config = CLIPConfig(
         text_config={**tower, **text, **marks}, vision_config={**tower, **image}, projection_dim=sizes.n_features
     )

@@ -8,7 +8,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.optim.ema import EMAConfig
 from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
-from dalle_ds.recipes import VALIDATION_FRACTION, Config
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config
 from dalle_ds.tracking.config import TrackingConfig
 
 
@@ -37,10 +37,10 @@ class DVAEDataConfig(Config):
 
 
 class DVAEOptimizerConfig(Config):
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean; the paper's")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean; the paper's")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment; the paper's")
+    weight_decay: float = Field(1e-4, ge=0, description="of all parameters; the paper's")
     clip: float | None = Field(
         None, gt=0, description="gradient clipping: maximum global norm; unset: off (the paper names none for the dVAE)"
     )
@@ -56,7 +56,7 @@ class DVAEScheduleConfig(Config):
 class DVAELearningRateConfig(Config):
     """A half cosine from `peak` to `final`, multiplied by a linear warm-up."""
 
-    peak: float = Field(1e-4, gt=0)
+    peak: float = Field(1e-4, gt=0, description="learning rate at the start of the half cosine; the paper's")
     final: float = Field(1.25e-6, ge=0, description="learning rate after the half cosine")
     decay_updates: int = Field(1_200_000, ge=0, description="updates of the half cosine, warm-up included")
     warmup_updates: int = Field(0, ge=0, description="updates of the linear warm-up; the paper names none")
@@ -92,7 +92,7 @@ class DVAEValidationConfig(Config):
 
 
 class DVAETrackingConfig(TrackingConfig):
-    run_name: str = "dvae"
+    run_name: str = Field("dvae", description="name of the MLflow run")
     every: int = Field(50, ge=1, description="updates between logged metrics")
 
 
@@ -117,18 +117,18 @@ class DVAERunConfig(Config):
     learning_rate: DVAELearningRateConfig = DVAELearningRateConfig()
     loss: DVAELossConfig = DVAELossConfig()
     ema: EMAConfig = EMAConfig()
-    updates: int = Field(3_000_000, ge=1)
-    global_batch: int = Field(512, ge=1)
+    updates: int = Field(3_000_000, ge=1, description="updates of the run; the paper's")
+    global_batch: int = Field(512, ge=1, description="images per update, of all ranks together; the paper's")
     micro_batch: int | None = Field(
         None, ge=1, description="images per forward pass; unset: global_batch. Micro-batches are distributed over the ranks"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp16", description="fp16 needs CUDA and uses one loss scale, as in the paper"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1; with several ranks each has its own CUDA device")
+    device: str = Field("auto", description=DEVICE)
     workers: int = Field(1, ge=1, description="threads that process micro-batches of an update in parallel; for CPUs")
     threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: PyTorch's default")
-    seed: int = 0
+    seed: int = Field(0, description="seed of the initial weights, the order and crops of the images, and the Gumbel noise")
     checkpoint: DVAECheckpointConfig = DVAECheckpointConfig()
     validation: DVAEValidationConfig = DVAEValidationConfig()
     tracking: DVAETrackingConfig = DVAETrackingConfig()

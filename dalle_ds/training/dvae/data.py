@@ -111,7 +111,7 @@ class _BatchMaker:
                     n_places += 1
                     yield Position(epoch, window, offset)
             if n_places == 0 and epoch > start.epoch:
-                raise DataError(f"{self.data.raw}: no image in the train split; unusable: {dict(self.unusable)}")
+                raise DataError(f"{self.data.raw}: no image in the training split; unusable: {dict(self.unusable)}")
 
     def _windows(self, epoch: int) -> list[list[RawShard]]:
         if self.fits_in_one:

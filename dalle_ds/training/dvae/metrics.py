@@ -1,4 +1,4 @@
-"""Validation of a dVAE: metrics, a grid of reconstructions, a chart of codebook usage."""
+"""Metrics and charts of a dVAE run, and the description of its MLflow page."""
 
 # B batch, C channels, K codes, h and w grid cells, N = h*w
 
@@ -17,6 +17,7 @@ from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import location_pixels, log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.training.dvae.config import DVAERunConfig
 
 BATCH = 16
 """Images per forward pass in validation, independent of the training batch. The paper's model needs 6 GiB for it in fp32.
@@ -27,6 +28,26 @@ COLLAPSE_CAUSES = (
     "usual causes: the KL weight rises too fast or too high for the batch size, tau falls too fast, the learning rate is too "
     "high, ln b diverges (set loss.ln_b_min), or the run is too short for the codebook (set loss.usage_weight)"
 )
+
+
+def describe(run: DVAERunConfig, n_parameters: int, world_size: int) -> str:
+    """Describe the run and its main metrics in Markdown, for the run's MLflow page."""
+    model = run.model
+    lines = [
+        f"dVAE of {model.image_size} px, {model.grid} x {model.grid} codes of {model.n_codes}, with {n_parameters / 1e6:.1f} "
+        f"million parameters: {run.updates} updates of {run.global_batch} images from `{run.data.raw}` on {world_size} ranks.",
+        "",
+        "Where to look first, under *Model metrics*:",
+        "- the images `reconstructions` and `codebook_usage`, by update. In the first, each row of validation images is above "
+        "its reconstructions.",
+        "- `validation/psnr` and `validation/ssim`: of the EMA weights with hard codes, as the prior's data. Both should rise.",
+        "- `validation/codes_used` and `validation/perplexity`: if they fall and stay low, the codebook has collapsed.",
+        "- `loss/train/nll` and `loss/train/kl_per_cell`, beside the schedules `schedules/tau` and `schedules/kl_weight`.",
+        "- `speed/images_per_second` and `speed/data_wait_seconds`: if the second keeps growing, training waits for images.",
+        "",
+        "The settings are listed as parameters, and in `recipe.yaml` under *Artifacts*.",
+    ]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,15 @@ from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.storage.weights import read_weights, write_weights
 from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.data import ImageStream, Position, validation_images
-from dalle_ds.training.dvae.metrics import COLLAPSE_CAUSES, DVAEValidation, floored, measure, reconstruction_grid, usage_chart
+from dalle_ds.training.dvae.metrics import (
+    COLLAPSE_CAUSES,
+    DVAEValidation,
+    describe,
+    floored,
+    measure,
+    reconstruction_grid,
+    usage_chart,
+)
 from dalle_ds.training.image_run import ImageCheckpoints, ImageTrainer, finished_report, identity_of, shards_digest
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 
@@ -93,7 +101,7 @@ class DVAETrainer(ImageTrainer):
         self.parameters = list(self.model.parameters())
         self.checkpoints = ImageCheckpoints(run.folder, identity, recipe.checkpoint.keep, ranks)
         saved = self.checkpoints.newest()
-        self.checkpoints.check_disk_space(sum(p.numel() for p in self.parameters))
+        self.checkpoints.check_disk_space(self._n_parameters())
         settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -122,6 +130,12 @@ class DVAETrainer(ImageTrainer):
         """Stop the threads of the run."""
         self.stream.close()
         self.pool.shutdown()
+
+    def _n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def _describe(self) -> str:
+        return describe(self.recipe, self._n_parameters(), self.ranks.world_size)
 
     def _weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
@@ -153,10 +167,10 @@ class DVAETrainer(ImageTrainer):
             "optimizer/gradient_norm": grad_norm,
             "optimizer/learning_rate": lr,
             "optimizer/loss_scale": scale,
-            "schedule/tau": tau,
-            "schedule/kl_weight": kl_weight,
+            "schedules/tau": tau,
+            "schedules/kl_weight": kl_weight,
             "speed/data_wait_seconds": self.stream.wait_seconds,
-            "speed/unusable_images": n_unusable,
+            "data/unusable_images": n_unusable,
         }
         return metrics, stop_requested
 
@@ -270,11 +284,11 @@ class DVAETrainer(ImageTrainer):
             **asdict(numbers),
             "updates": self.update,
             "seconds": round(self.watch.seconds, 1),
-            "parameters": sum(p.numel() for p in self.parameters),
+            "n_parameters": self._n_parameters(),
             "reconstructions": str(self.folder / RECONSTRUCTIONS_FILE),
         }
         self.run.write(REPORT_FILE, json.dumps(report, indent=1))  # last, because it marks the run as finished
-        self.run.tracker.tags({"dvae": fingerprint})
+        self.run.tracker.tags({"fingerprint.dvae": fingerprint})
         for name in (DVAE_FILE, REPORT_FILE, RECONSTRUCTIONS_FILE):
             self.run.tracker.artifact(self.folder / name)
         return report

@@ -26,15 +26,17 @@ from dalle_ds.tracking.config import TrackingConfig
 class PriorModelConfig(Config):
     """A preset, and overrides of its values. The data set determines grid and vocabularies; if set here, they must agree."""
 
-    preset: Literal["tiny", "0.3b", "1.2b", "2.8b", "5.6b", "12b"] = "12b"
-    n_layers: int | None = Field(None, ge=1)
-    n_heads: int | None = Field(None, ge=1)
-    d_head: int | None = Field(None, ge=1)
-    text_len: int | None = Field(None, ge=1)
-    conv_kernel: int | None = Field(None, ge=1)
-    grid: int | None = Field(None, ge=1)
-    vocab_size: int | None = Field(None, ge=1)
-    n_codes: int | None = Field(None, ge=1)
+    preset: Literal["tiny", "0.3b", "1.2b", "2.8b", "5.6b", "12b"] = Field(
+        "12b", description="named size, whose values the other keys replace; the paper's model is 12b"
+    )
+    n_layers: int | None = Field(None, ge=1, description="layers, each of an attention and an MLP residual block (12b: 64)")
+    n_heads: int | None = Field(None, ge=1, description="attention heads; the model width is n_heads * d_head (12b: 62)")
+    d_head: int | None = Field(None, ge=1, description="width of a head (the paper: 64)")
+    text_len: int | None = Field(None, ge=1, description="text slots, including start-of-text (the paper: 256)")
+    conv_kernel: int | None = Field(None, ge=1, description="side of the last layer's attention window, odd (the paper: 11)")
+    grid: int | None = Field(None, ge=1, description="image tokens along one side; unset: the data set's (the paper: 32)")
+    vocab_size: int | None = Field(None, ge=1, description="text vocabulary; unset: the data set's (the paper: 16,384)")
+    n_codes: int | None = Field(None, ge=1, description="codes of the codebook; unset: the data set's (the paper: 8192)")
 
     def resolve(self, data: DatasetInfo, vocab_size: int, source: str) -> PriorConfig:
         """The model's geometry for the data set at `source`. Raises ConfigError if recipe and data disagree."""
@@ -72,7 +74,9 @@ class PriorDataConfig(Config):
     mix: list[DataShareConfig] = Field([], description="several data sets, sampled by weight; instead of `dataset`")
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
-    bpe_dropout: float = Field(BPE_DROPOUT, ge=0, lt=1)
+    bpe_dropout: float = Field(
+        BPE_DROPOUT, ge=0, lt=1, description="probability of skipping a merge when a training caption is tokenized; the paper's"
+    )
     caption_dropout: float = Field(
         0.0, ge=0, lt=1, description="fraction of training captions dropped, for classifier-free guidance; the paper drops none"
     )
@@ -104,10 +108,10 @@ class PriorDataConfig(Config):
 class PriorOptimizerConfig(Config):
     """AdamW. The defaults are the paper's (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
 
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.96, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(4.5e-2, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean; the paper's")
+    beta2: float = Field(0.96, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean; the paper's")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment; the paper's")
+    weight_decay: float = Field(4.5e-2, ge=0, description="of matrices and unembeddings; the paper's")
     clip: float = Field(4.0, gt=0, description="gradient clipping: maximum global norm")
     moments: Moments = Field(
         "fp32",
@@ -128,7 +132,7 @@ class PriorCheckpointConfig(Config):
         "system; unset: checkpoints/ in the run folder",
     )
     every: int = Field(1000, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     background: bool = Field(True, description="write while training continues; needs CPU memory for a copy of the state")
 
 
@@ -138,7 +142,7 @@ class PriorValidationConfig(Config):
 
 
 class PriorTrackingConfig(TrackingConfig):
-    run_name: str = "prior"
+    run_name: str = Field("prior", description="name of the MLflow run")
     every: int = Field(10, ge=1, description="updates between logged metrics")
     samples_every: int | None = Field(
         None,
@@ -178,10 +182,10 @@ class PriorRunConfig(Config):
     deepspeed_config: str = Field(
         "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, or the name of a shipped file"
     )
-    updates: int = Field(430_000, ge=1)
-    global_batch: int = Field(1024, ge=1)
+    updates: int = Field(430_000, ge=1, description="updates of the run; the paper's")
+    global_batch: int = Field(1024, ge=1, description="samples per update, of all ranks together; the paper's")
     micro_batch: int = Field(1, ge=1, description="samples per rank and forward pass; limited to global_batch / ranks")
-    seed: int = 0
+    seed: int = Field(0, description="seed of the initial weights, the order of the samples, and BPE dropout")
     attention: Literal["auto", BackendName] = Field(
         "auto", description="backend; auto: flex on CUDA, structured on CPUs, dense if these are not available"
     )

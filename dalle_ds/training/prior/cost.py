@@ -34,7 +34,7 @@ def plan(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
         "shard_gpus": settings.shards,
         "replicas": settings.gpus / settings.shards,
         "micro_batch": settings.micro_batch,
-        "activation_checkpointing": _as_in_recipes(settings.recompute),
+        "activation_checkpointing": _as_in_recipes(settings.activation_checkpointing),
         "updates": settings.updates,
         "global_batch": settings.global_batch,
         **_model(config, settings),
@@ -68,7 +68,7 @@ def settings_of(run: PriorRunConfig, gpus: int) -> dict[str, Any]:
     return {
         "shard_gpus": gpus // run.replicas.count,
         "micro_batch": run.micro_batch,
-        "recompute": int(run.activation_checkpointing),
+        "activation_checkpointing": int(run.activation_checkpointing),
         "updates": run.updates,
         "global_batch": run.global_batch,
         "moments": run.optimizer.moments,
@@ -85,12 +85,12 @@ def _model(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
     train = 3 * forward  # the backward pass costs twice the forward pass; recomputation does not count as useful FLOPs
     moments = state_bytes(config, settings.moments).moments
     return {
-        "layers": config.n_layers,
+        "n_layers": config.n_layers,
         "d_model": config.d_model,
-        "parameters_effective": n_effective,
-        "parameters_embeddings": n_embedding,
-        "parameters_other": n_other,
-        "parameters": n_parameters,
+        "n_effective_parameters": n_effective,
+        "n_embedding_parameters": n_embedding,
+        "n_other_parameters": n_other,
+        "n_parameters": n_parameters,
         "tokens_per_sample": config.n_slots,
         "train_tokens": settings.updates * settings.global_batch * config.n_slots,
         "flops_per_token_forward": forward / config.n_slots,
@@ -98,7 +98,7 @@ def _model(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]:
         "flops_per_update": train * settings.global_batch,
         "checkpoint_gib": n_parameters * (CHECKPOINT_BYTES + moments) / GIB,
         "export_gib": n_parameters * 4 / GIB,
-        "averaged_weights_cpu_gib_per_gpu": n_parameters * 4 / settings.shards / GIB,
+        "ema_cpu_gib_per_gpu": n_parameters * 4 / settings.shards / GIB,
     }
 
 
@@ -189,7 +189,7 @@ def _proposal(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]
     workload = prior_workload(config, best, machine)
     return {
         "micro_batch": best.micro_batch,
-        "activation_checkpointing": _as_in_recipes(best.recompute),
+        "activation_checkpointing": _as_in_recipes(best.activation_checkpointing),
         "shard_gpus": best.shards,
         "replicas": best.replicas,
         "memory_gib_per_gpu_estimate": round(memory(config, best).total / GIB, 1),
@@ -199,6 +199,6 @@ def _proposal(config: PriorConfig, settings: PlanInputsConfig) -> dict[str, Any]
     }
 
 
-def _as_in_recipes(recompute: int) -> bool | int:
+def _as_in_recipes(activation_checkpointing: int) -> bool | int:
     """The value of `activation_checkpointing` in a recipe."""
-    return recompute if recompute > 1 else bool(recompute)
+    return activation_checkpointing if activation_checkpointing > 1 else bool(activation_checkpointing)

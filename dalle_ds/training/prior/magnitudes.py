@@ -42,7 +42,7 @@ class Block:
     """Observations of one part of the model: a residual block, the embeddings (`embed`) or the output heads (`heads`)."""
 
     name: str
-    scale_log2: float | None
+    gradient_scale_log2: float | None
     """log2 of its gradient scale. None without per-resblock scaling."""
     weights: Magnitude = field(default_factory=Magnitude)
     forward: Magnitude = field(default_factory=Magnitude)
@@ -89,7 +89,7 @@ class Finding:
         block = self.block
         if block is None:
             return "When the update was repeated, all blocks were finite."
-        scale = "" if block.scale_log2 is None else f", gradient scale 2^{block.scale_log2:.1f}"
+        scale = "" if block.gradient_scale_log2 is None else f", gradient scale 2^{block.gradient_scale_log2:.1f}"
         weights = "" if block.weights.is_finite else ", and some weights are not finite"
         ranks = ", ".join(map(str, block.ranks[:8])) + (", ..." if len(block.ranks) > 8 else "")
         return (
@@ -102,7 +102,7 @@ class Finding:
         columns = ("block", "scale", WEIGHTS, FORWARD, GRADIENT)
         lines = ["{:<24}{:>9}{:>14}{:>14}{:>14}".format(*columns)]
         for block in self.blocks:
-            scale = "" if block.scale_log2 is None else f"2^{block.scale_log2:.1f}"
+            scale = "" if block.gradient_scale_log2 is None else f"2^{block.gradient_scale_log2:.1f}"
             magnitudes = (block.weights, block.forward, block.gradient)
             values = [f"{_power(m.largest)}{' ' if m.is_finite else '!'}" for m in magnitudes]
             lines.append("{:<24}{:>9}{:>14}{:>14}{:>14}".format(block.name, scale, *values))

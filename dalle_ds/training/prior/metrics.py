@@ -116,7 +116,7 @@ class PriorMetrics:
             "optimizer/epoch": state.update / self._stream.updates_per_epoch,
             **self._throughput.metrics(self._engine.phases.take(), self._stream.wait_seconds),
             "speed/data_wait_seconds": self._stream.wait_seconds,
-            "speed/captions_cut": self._stream.n_truncated,
+            "data/captions_cut": self._stream.n_truncated,
             **peak_gigabytes(self._engine.ranks.device),
         }
         if len(self._stream.n_drawn) > 1:  # set 1 is the first in data.mix
@@ -127,7 +127,7 @@ class PriorMetrics:
             values["optimizer/loss_scale"] = report.loss_scale
         if self._engine.scaler:
             self._warn_of_limits(self._engine.scaler)
-            values |= {f"scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
+            values |= {f"gradient_scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
             self._keep_scales(state.update, self._engine.scaler.scale)
         self._tracker.metrics(values, state.update)
         self.bar.set_postfix_str(

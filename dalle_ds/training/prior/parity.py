@@ -88,7 +88,7 @@ def prove_parity(
     return {
         "samples": len(fp32_BN),
         "tokens": fp32_BN.numel(),
-        "engine_mean_image_nll": saved["image_nll"].mean().item(),
+        "engine_image_loss": saved["image_nll"].mean().item(),
         "mean_difference_same_format": found["in the mean"],
         "max_difference_same_format": found["on a token"],
         "max_difference_fp32": (fp32_BN - saved["image_nll"]).abs().max().item(),

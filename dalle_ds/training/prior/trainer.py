@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import TrainingDiverged
-from dalle_ds.models.presets import effective_parameters
+from dalle_ds.models.presets import n_effective_parameters
 from dalle_ds.optim.ema import EMA
 from dalle_ds.optim.plateau import Plateau
 from dalle_ds.parallel.engine import UpdateReport
@@ -174,7 +174,7 @@ class PriorTrainer:
 
     def validate(self) -> None:
         """Compute and log the losses of the EMA weights on the validation split."""
-        with self._averaged():
+        with self._with_ema():
             text_loss, image_loss = self.engine.evaluate(_tensors(self.validation))
             first = self.validation[0]
             nll_BN = self.engine.image_nll(first.text_BT, first.image_BN)
@@ -185,7 +185,7 @@ class PriorTrainer:
         """Log a sheet of samples from the EMA weights, if `tracking.samples_every` is set."""
         if self.recipe.tracking.samples_every is None:
             return
-        with self._averaged():
+        with self._with_ema():
             weights = self.engine.whole_weights()
         if self.sheets is not None and weights is not None:
             self.metrics.log_samples(self.sheets.draw(weights, self.state.update))
@@ -220,7 +220,7 @@ class PriorTrainer:
         self.run.finished()
         return summary
 
-    def _averaged(self) -> AbstractContextManager[None]:
+    def _with_ema(self) -> AbstractContextManager[None]:
         """Context in which the engine has the EMA weights."""
         return self.ema.in_place_of(self.engine.shards(), self.engine.refresh_gathered_parameters)
 
@@ -230,11 +230,11 @@ class PriorTrainer:
         """Start a checkpoint. If it is written in the background, it is committed after a later update, when all ranks have
         written their files."""
         self.checkpoints.finish(self.ranks)  # first, so that memory holds only one copy of the state
-        with self._averaged():
+        with self._with_ema():
             nll_BN = self.engine.image_nll(self.parity_batch.text_BT, self.parity_batch.image_BN)
         state = {
             "train_state": self.state.to_dict(),
-            "n_averaged": self.ema.n_updates,
+            "n_ema_updates": self.ema.n_updates,
             "plateau": self.plateau.state_dict() if self.plateau else None,
         }
         background = self.recipe.checkpoint.background
@@ -252,7 +252,7 @@ class PriorTrainer:
 
     def _restore(self, checkpoint: Checkpoint[PriorAbout]) -> TrainState:
         saved = self.engine.load(checkpoint.data, self.ema.averages)
-        self.ema.n_updates = saved["n_averaged"]
+        self.ema.n_updates = saved["n_ema_updates"]
         if self.plateau and saved["plateau"]:
             self.plateau.load_state_dict(saved["plateau"])
         if self.ranks.is_main:
@@ -284,15 +284,15 @@ class PriorTrainer:
             recipe,
             recipe.tracking,
             tags={
-                "stage": "train_prior",
+                "stage": "prior",
                 "provenance.data": about.data,
-                "provenance.dataset": job.train_set.root_url,
+                "provenance.data_root": job.train_set.root_url,
                 "provenance.data_content": about.content,
                 "provenance.dvae": about.dvae,
                 "provenance.tokenizer": about.tokenizer,
                 "world_size": world_size,
                 "n_parameters": job.n_parameters,
-                "effective_parameters": effective_parameters(job.model_config),
+                "n_effective_parameters": n_effective_parameters(job.model_config),
                 "n_train_samples": job.train_set.n_samples,
             },
             params={key: value for key, value in set_here.items() if key.startswith(COMPARED)},
@@ -312,7 +312,7 @@ class PriorTrainer:
             n_micro_batches,
             recipe.micro_batch,
         )
-        log.info("%d train samples, %d updates an epoch", job.train_set.n_samples, self.stream.updates_per_epoch)
+        log.info("%d training samples, %d updates an epoch", job.train_set.n_samples, self.stream.updates_per_epoch)
         log.info("parameter groups: %s", self.engine.groups_description)
         if self.engine.replica_gradients:
             log.info("%d replicas: %s", recipe.replicas.count, self.engine.replica_gradients.describe())

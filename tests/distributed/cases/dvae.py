@@ -37,7 +37,7 @@ def trained(run: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
     def recording(self: DVAETrainer, stop_requested: bool) -> tuple[dict[str, Any], bool]:
         metrics, stop_requested = step(self, stop_requested)
-        names = ("loss/train/total", "optimizer/gradient_norm", "speed/unusable_images")
+        names = ("loss/train/total", "optimizer/gradient_norm", "data/unusable_images")
         seen.append((self.update, *(float(metrics[name]) for name in names)))
         return metrics, stop_requested
 

@@ -358,7 +358,7 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
     batch = micro_batches(9, ranks, 1)
     before = engine.evaluate(batch)
     with average.in_place_of(engine.shards(), engine.refresh_gathered_parameters):
-        averaged = engine.evaluate(batch)
+        with_ema = engine.evaluate(batch)
         wholes = {}
         parts = ranks.gather_objects(average.averages)
         if ranks.is_main:
@@ -370,7 +370,7 @@ def averaging(folder: Path, ranks: Ranks) -> dict[str, Any]:
             expected = [(nll.text_sum / nll.n_text).item(), (nll.image_sum / nll.n_image).item()]
     return {
         "before": before,
-        "averaged": averaged,
+        "with_ema": with_ema,
         "after": engine.evaluate(batch),
         "expected": expected if ranks.is_main else None,
     }

@@ -40,7 +40,7 @@ def test_measured_figures_are_those_of_the_manifests(world: World, tmp_path: Pat
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
     manifests = load_shard_manifests(out, ShardManifest)
-    summary = plan.run(DataPlanConfig(pairs=1e6, measured=out, shard_samples=1000, workers=2)).summary
+    summary = plan.run(DataPlanConfig(pairs=1e6, measured=out, samples_per_shard=1000, workers=2)).summary
     seconds = sum(manifest.seconds for manifest in manifests)
     assert summary["worker_hours"] == pytest.approx(1e6 * seconds / N_IMAGES / 3600)
     assert summary["token_gigabytes"] == pytest.approx(

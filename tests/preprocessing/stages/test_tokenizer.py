@@ -1,4 +1,4 @@
-"""Tokenizer stage: trained only on the train split, and only once."""
+"""Tokenizer stage: trained only on the training split, and only once."""
 
 from pathlib import Path
 

@@ -53,9 +53,9 @@ def clip_run(raw, folder, **changes):
             "image_size": 16,
             "patch_size": 8,
             "width": 32,
-            "heads": 2,
-            "image_layers": 1,
-            "text_layers": 1,
+            "n_heads": 2,
+            "n_image_layers": 1,
+            "n_text_layers": 1,
             "text_len": 16,
             "vocab_size": 600,
             "n_features": 16,
@@ -69,20 +69,30 @@ def clip_run(raw, folder, **changes):
     return ClipRunConfig(**{**settings, **changes})
 
 
+class Told(list):
+    """Metrics by update, and the status. `given`: what the run started with, and its tags."""
+
+
 @pytest.fixture
 def tracked(monkeypatch):
     """Metrics and status sent to the tracker. Also disables MLflow, which takes seconds to start."""
-    told = []
+    told = Told()
 
     class Tracker(NullTracker):
+        def __init__(self, **given):
+            told.given = given
+
         def metrics(self, values, step):
             told.append((step, dict(values)))
+
+        def tags(self, values):
+            told.given["tags"] |= values
 
         def close(self, status="FINISHED", timeout=60.0):
             told.append(status)
             return True
 
-    monkeypatch.setattr(training_run, "Tracker", SimpleNamespace(start=lambda *_, **__: Tracker()))
+    monkeypatch.setattr(training_run, "Tracker", SimpleNamespace(start=lambda _, **given: Tracker(**given)))
     return told
 
 
@@ -104,6 +114,10 @@ def test_it_learns_and_is_opened_as_any_clip(raw, tmp_path, tracked, capfd):
     assert CLIPModel.from_pretrained(tmp_path / "model").config.vision_config.image_size == 16
     origin = json.loads((tmp_path / "model" / "provenance.json").read_text())
     assert origin["clip"] == report["clip"] and origin["raw"] == str(raw)
+    tags = tracked.given["tags"]
+    assert (tags["stage"], tags["world_size"], tags["n_parameters"]) == ("clip", 1, report["n_parameters"])
+    assert (tags["fingerprint.clip"], tags["provenance.raw"]) == (report["clip"], origin["shards"])
+    assert "100 updates of 32" in tracked.given["description"] and "world_size" not in tracked.given["params"]
 
 
 def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracked, monkeypatch):

@@ -1,6 +1,7 @@
-"""Validation of a dVAE: the results do not depend on the batch size."""
+"""Validation of a dVAE: the results do not depend on the batch size; the page of its run says what is trained."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.training.dvae import metrics as dvae_report
-from dalle_ds.training.dvae.metrics import measure, reconstruction_grid
+from dalle_ds.training.dvae.metrics import describe, measure, reconstruction_grid
+from tests.training.dvae.runs import dvae_run
 
 
 def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +29,9 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
         assert asdict(numbers) == pytest.approx(asdict(first), rel=1e-6)
         assert np.array_equal(counts, counts_K)
     assert all(np.array_equal(grid, grids[0]) for grid in grids)
+
+
+def test_page_says_what_is_trained() -> None:
+    text = describe(dvae_run(Path("raw"), Path("run")), n_parameters=2_800_000, world_size=3)
+    assert "16 px, 8 x 8 codes of 32, with 2.8 million parameters: 12 updates of 8 images from `raw` on 3 ranks" in text
+    assert "`validation/psnr`" in text

@@ -19,8 +19,8 @@ from tests.support.launching import ROOT
 @pytest.mark.parametrize("preset, billions", [("2.8b", 2.83), ("5.6b", 5.55), ("12b", 12.09)])
 def test_parameter_counts_of_the_paper(preset, billions):
     summary = plan(PRESETS[preset], PlanInputsConfig())
-    assert summary["parameters_effective"] / 1e9 == pytest.approx(billions, abs=0.005 + 0.002)
-    assert summary["parameters_other"] < 0.001 * summary["parameters_effective"]
+    assert summary["n_effective_parameters"] / 1e9 == pytest.approx(billions, abs=0.005 + 0.002)
+    assert summary["n_other_parameters"] < 0.001 * summary["n_effective_parameters"]
 
 
 def test_counts_add_up_to_a_real_model():
@@ -55,12 +55,12 @@ def sparse_attention(config):
 def test_memory_and_time_scale_as_they_must():
     config = PRESETS["12b"]
     one, many = plan(config, PlanInputsConfig(gpus=64, mfu=0.35)), plan(config, PlanInputsConfig(gpus=1024, mfu=0.35))
-    assert one["state_gib_per_gpu"] == pytest.approx(16 * one["parameters"] / 64 / 2**30)
+    assert one["state_gib_per_gpu"] == pytest.approx(16 * one["n_parameters"] / 64 / 2**30)
     assert one["state_gib_per_gpu"] / many["state_gib_per_gpu"] == pytest.approx(16)
     assert one["days_estimate"] / many["days_estimate"] == pytest.approx(16)
     small = plan(config, PlanInputsConfig(gpus=64, moments="low_bit"))
     saved = (one["state_gib_per_gpu"] - small["state_gib_per_gpu"]) * 64 * 2**30
-    assert saved == pytest.approx(4 * one["parameters_effective"]), "two bytes less per moment of the layers' matrices"
+    assert saved == pytest.approx(4 * one["n_effective_parameters"]), "two bytes less per moment of the layers' matrices"
     assert (one["checkpoint_gib"] - small["checkpoint_gib"]) * 2**30 == pytest.approx(saved)
     assert (
         small["optimizer_bytes_per_parameter"] == pytest.approx(4.065, abs=1e-3) and one["optimizer_bytes_per_parameter"] == 8
@@ -68,7 +68,7 @@ def test_memory_and_time_scale_as_they_must():
     parts = sum(many[f"{part}_gib_per_gpu"] for part in ("parameters", "gradients", "optimizer"))
     assert many["state_gib_per_gpu"] == pytest.approx(parts)
     # by hand: in one micro-batch 2 bytes per parameter twice and 4 bytes once, from the 1023 other GPUs
-    assert many["communication_gib_per_gpu_per_update"] * 2**30 == pytest.approx(8 * many["parameters"] * 1023 / 1024)
+    assert many["communication_gib_per_gpu_per_update"] * 2**30 == pytest.approx(8 * many["n_parameters"] * 1023 / 1024)
     assert one["communication_gib_per_gpu_per_update"] == pytest.approx(
         16 * many["communication_gib_per_gpu_per_update"], rel=0.02
     )
@@ -118,7 +118,7 @@ def test_warnings():
 def test_a_recipe_says_what_a_plan_needs(tmp_path):
     run = load_recipe(PriorRunConfig, ROOT / "launchers" / "recipes" / "12b.yaml", ["optimizer.moments=low_bit"])
     settings = settings_of(run, 256)
-    assert settings["shard_gpus"] == 16 and settings["recompute"] == 0 and settings["moments"] == "low_bit"
+    assert settings["shard_gpus"] == 16 and settings["activation_checkpointing"] == 0 and settings["moments"] == "low_bit"
     assert settings["compression"] == "power_sgd" and settings["updates"] == 430_000
     json_file = tmp_path / "ds.json"
     json_file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "sub_group_size": 1e8}}')
@@ -126,7 +126,11 @@ def test_a_recipe_says_what_a_plan_needs(tmp_path):
         PriorRunConfig, overrides=["folder=f", "data.dataset=d", f"deepspeed_config={json_file}", "activation_checkpointing=4"]
     )
     settings = settings_of(run, 8)
-    assert (settings["bucket"], settings["sub_group"], settings["recompute"]) == (7, 100_000_000, 4) and "live" not in settings
+    assert (settings["bucket"], settings["sub_group"], settings["activation_checkpointing"]) == (
+        7,
+        100_000_000,
+        4,
+    ) and "live" not in settings
     assert PlanInputsConfig(**settings).shards == 8
 
 
