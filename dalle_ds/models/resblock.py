@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_ds.ops.fp16 import gelu
-
 
 class BranchPrecision:
     """Conversions at the start and the end of a residual branch. This base class keeps everything in the input's dtype: fp32.
@@ -84,4 +82,4 @@ class MLP(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         # The paper does not state which GELU it uses. The exact form is one fused kernel on every device. On CPUs it is three
         # times as fast as the tanh form.
-        return self.project(gelu(self.expand(x_BLD)))
+        return self.project(F.gelu(self.expand(x_BLD)))

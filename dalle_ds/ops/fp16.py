@@ -4,12 +4,9 @@ B batch, L tokens, I input width, O output width.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @cache
@@ -49,26 +46,6 @@ def linear_fp16_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool
     grad_weight = matmul_to_fp32(rows_RO.t(), rows_RI)
     grad_bias = rows_RO.sum(0, dtype=torch.float32) if has_bias else None
     return linear_fp16(grad, weight.t(), None), grad_weight, grad_bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, in x's dtype. On CPUs, torch's fp16 kernel takes twice as long as its fp32 kernel with rounding."""
-    return F.gelu(x) if x.dtype is not torch.float16 or has_fast_fp16(x.device) else _GELUThroughFP32.apply(x)
-
-
-class _GELUThroughFP32(torch.autograd.Function):
-    """Saves x as fp16. Both passes round once, as torch's kernels do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.gelu(x.float()).to(torch.float16)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(grad.float(), x.float()).to(torch.float16)
 
 
 def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
