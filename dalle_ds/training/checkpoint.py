@@ -44,7 +44,7 @@ Files = dict[str, StoredFile]
 class CheckpointRecord(Record, Generic[About]):
     """Content of checkpoint.json."""
 
-    format: Literal[1]
+    format: Literal[2]
     update: int
     world_size: int
     """Number of ranks that wrote it."""
@@ -157,7 +157,7 @@ class CheckpointStore(Generic[About]):
     def _commit(self, save: "_Save[About]", files: list[Files]) -> None:
         name = _name(save.update)
         record = self._record_class(
-            format=1,
+            format=2,
             update=save.update,
             world_size=len(files),
             attempt=save.attempt,

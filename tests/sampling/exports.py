@@ -46,7 +46,7 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
     for name in ("tokenizer.model", "dvae.safetensors"):
         objects.write_bytes(export / name, objects.read_bytes(objects.join(data, name)))
     record = ExportRecord(
-        format=1,
+        format=2,
         fingerprint=mark,
         dvae=dvae.fingerprint,
         tokenizer=tokenizer.fingerprint,

@@ -46,7 +46,7 @@ BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.y
 class DiagnosisRecord(Record):
     """Content of diagnosis.json."""
 
-    format: Literal[1]
+    format: Literal[2]
     update: int
     reason: str
     event: str
@@ -116,7 +116,7 @@ def diagnose(
     finding = look_into(engine, micro_batches, lr)
     if ranks.is_main:
         record = DiagnosisRecord(
-            format=1,
+            format=2,
             update=update,
             reason=reason,
             event=finding.event,

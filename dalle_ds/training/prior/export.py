@@ -74,7 +74,7 @@ def export_checkpoint(
         )
     parity = _parity(checkpoint, model) if ema else None  # checkpoints hold losses of the EMA weights only
     record = ExportRecord(
-        format=1,
+        format=2,
         fingerprint=fingerprint,
         dvae=about.dvae,
         tokenizer=about.tokenizer,

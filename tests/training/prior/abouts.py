@@ -33,7 +33,7 @@ def commit(checkpoints: Path, update: int, about: PriorAbout, world_size: int = 
     folder = checkpoints / f"update_{update:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     record = CheckpointRecord[PriorAbout](
-        format=1, update=update, world_size=world_size, attempt=attempt, about=about, files={}
+        format=2, update=update, world_size=world_size, attempt=attempt, about=about, files={}
     )
     (folder / "checkpoint.json").write_bytes(record.to_json())
     return folder
