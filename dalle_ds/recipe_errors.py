@@ -52,6 +52,7 @@ EXPECTED = {
     "tuple_type": "a list",
 }
 """What a value must be, by pydantic's type of the error; the braces are filled from its context."""
+SECTION_EXPECTED = ("dict_type", "model_attributes_type", "model_type")
 
 
 def explain_all(config_class: type[BaseModel], problems: Sequence[Any], others: Sequence[str] = ()) -> list[str]:
@@ -83,7 +84,7 @@ def config_in(annotation: Any) -> type[BaseModel] | None:
 
 def annotation_of(config_class: type[BaseModel] | None, keys: Sequence[str]) -> Any:
     """Returns the type annotation of the field at path `keys`, or None if there is no such field."""
-    field = config_class.model_fields.get(keys[0]) if config_class is not None else None
+    field = config_class.model_fields.get(keys[0]) if keys and config_class is not None else None
     if field is None:
         return None
     return field.annotation if len(keys) == 1 else annotation_of(config_in(field.annotation), keys[1:])
@@ -108,10 +109,10 @@ def _explain(config_class: type[BaseModel], problem: Any, others: Sequence[str])
     else:
         said = problem["msg"].replace("Input should be", "expected").replace("String should", "expected to")
     inner = config_in(annotation_of(config_class, keys))
-    if inner is not None:
+    if inner is not None and kind in SECTION_EXPECTED:
         names = list(inner.model_fields)
         said = f"expected a section with the keys {', '.join(names)}, such as {location}.{names[0]}=VALUE"
-    return f"{location} = {value!r}", said
+    return f"{location} = {value!r}" if location else "", said
 
 
 def _without_types(config_class: type[BaseModel], keys: list[str]) -> list[str]:
