@@ -28,6 +28,7 @@ from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_p
 from dalle_ds.console import Outcome, print_error, print_summary
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.hints import close_words, did_you_mean
+from dalle_ds.places import check_store
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,8 @@ class VerbCommand(click.Command):
             if hasattr(config, "check"):  # report a user error before ranks join, which takes time
                 config.check()
             check_outputs(config)
+            if hasattr(config, "tracking") and (store := os.environ.get("MLFLOW_TRACKING_URI")):
+                check_store(store)
             self._run(config, as_json)
         except (UserError, *MISTAKEN_PATHS) as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":

@@ -289,6 +289,12 @@ def test_config_lists_every_key(dalle_ds):
     assert len(lines) == 6 and lines[0].startswith("eval loss ") and lines[0].endswith("section loss of a recipe")
 
 
+def test_a_store_of_the_environment_is_checked_before_work(dalle_ds, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    code, _, err = dalle_ds("train", "dvae", f"folder={tmp_path / 'run'}", "data.raw=r")
+    assert code == 2 and "localhost:5000: expected http(s)://" in err and not (tmp_path / "run").exists()
+
+
 def test_missing_inputs_are_marked(dalle_ds):
     code, out, _ = dalle_ds("eval", "loss", "--limit", "5", "--show-config")
     assert code == 0 and "  export: # required\n" in out and yaml.safe_load(out)["loss"]["limit"] == 5
