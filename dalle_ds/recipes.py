@@ -1,16 +1,20 @@
 """Recipes: the settings of a run are a tree of frozen configs. Precedence: defaults < recipe file < `a.b=c`."""
 
 import json
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import to_jsonable_python
 
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.hints import did_you_mean
+from dalle_ds.places import check_local, check_output, check_place, check_store
+from dalle_ds.recipe_errors import annotation_of, arms_of, config_in, explain_all
 
 
 class Config(BaseModel):
@@ -18,8 +22,65 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths_are_local(cls, value: Any, info: ValidationInfo) -> Any:
+        # before the value becomes a Path, which turns s3://bucket into s3:/bucket
+        if isinstance(value, str | Path) and Path in arms_of(cls.model_fields[str(info.field_name)].annotation):
+            _refusing(check_local, value)
+        return value
+
 
 C = TypeVar("C", bound=BaseModel)
+
+
+def _refusing(check: Callable[[Any], None], value: Any) -> None:
+    try:
+        check(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _checked(check: Callable[[Any], None]) -> AfterValidator:
+    def each(value: Any) -> Any:
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if one is not None:
+                _refusing(check, one)
+        return value
+
+    return AfterValidator(each)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Marks a field that names an output. Commands check before their work that it can be created."""
+
+    kind: Literal["folder", "file"]
+
+
+_PLACE = _checked(check_place)
+Place = Annotated[str, _PLACE]
+"""Type of a field that names an input: a path, file:// or s3://."""
+OptionalPlace = Annotated[str | None, _PLACE]
+Places = Annotated[tuple[str, ...], _PLACE]
+OutFolder = Annotated[str, _PLACE, Output("folder")]
+"""Type of a field that names an output. A local output has the type LocalOutFolder."""
+OptionalOutFolder = Annotated[str | None, _PLACE, Output("folder")]
+LocalOutFolder = Annotated[Path, Output("folder")]
+OptionalLocalOutFolder = Annotated[Path | None, Output("folder")]
+OutFile = Annotated[str, _PLACE, Output("file")]
+OptionalOutFile = Annotated[str | None, _PLACE, Output("file")]
+OptionalStore = Annotated[str | None, _checked(check_store)]
+"""Type of a field that names an MLflow store."""
+
+
+class RequiredKeys(ConfigError):
+    """Required settings are not set. Nothing else is wrong."""
+
+    def __init__(self, message: str, config_class: type[BaseModel], values: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.config_class, self.values = config_class, values
+
 
 VALIDATION_FRACTION = 0.0024
 """Default of every stage: the paper's validation split has 606,000 of 250 million pairs."""
@@ -88,21 +149,33 @@ def load_recipe(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{override!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
+            raise ConfigError(f"{override!r}: expected KEY=VALUE, for example {_example(config_class)}")
         key = key.removeprefix(f"{section_of(config_class)}.")  # messages name keys with their section
-        _put(tree, key, _parsed(text, _annotation_of(config_class, key.split("."))), override)
+        _put(tree, key, _parsed(text, annotation_of(config_class, key.split("."))), override)
     for key, value in (values or {}).items():
         _put(tree, key, value, f"{key}={value}")
     return from_values(config_class, tree, "the command line" if path is None else f"recipe {path} with the command line")
 
 
-def from_values(config_class: type[C], values: Mapping[str, Any], source: str) -> C:
-    """Validate `values` as a config, without parsing text. Raises ConfigError, which names `source`, as `load_recipe`."""
+def from_values(config_class: type[C], values: Mapping[str, Any], source: str, others: Sequence[str] = ()) -> C:
+    """Validate `values` as a config, without parsing text.
+
+    Args:
+        source: what the message names as the origin of the values.
+        others: keys that the caller takes itself. The message about an unknown key lists them too.
+
+    Raises:
+        ConfigError: as `load_recipe`. RequiredKeys if the only problem is that required keys are not set.
+    """
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_explain(config_class, problem)}" for problem in error.errors()]
-        raise ConfigError(f"{source} does not fit {config_class.__name__}:\n" + "\n".join(lines)) from None
+        problems = error.errors()
+        lines = explain_all(config_class, problems, others)
+        message = f"{source}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{source}:", *lines])
+        if all(problem["type"] == "missing" for problem in problems):
+            raise RequiredKeys(message, config_class, values) from None
+        raise ConfigError(message) from None
 
 
 def from_options(config_class: type[C], options: Mapping[str, Any]) -> C:
@@ -125,6 +198,22 @@ def dump_recipe(config: BaseModel) -> str:
     return yaml.safe_dump(tree if section is None else {section: tree}, sort_keys=False, allow_unicode=True)
 
 
+def dump_incomplete(config_class: type[BaseModel], values: Mapping[str, Any]) -> str:
+    """As `dump_recipe`, of values that lack required keys. These have no value, and a comment marks them."""
+    tree, section = _merged(_defaults(config_class), values), section_of(config_class)
+    text = yaml.safe_dump(tree if section is None else {section: tree}, sort_keys=False, allow_unicode=True)
+    return text.replace(_REQUIRED, "# required")
+
+
+def check_outputs(config: BaseModel) -> None:
+    """Check that the outputs which `config` names can be created. Raises ConfigError with the key of one that cannot."""
+    for key, output, value in _outputs(config):
+        try:
+            check_output(value, output.kind)
+        except UserError as error:
+            raise ConfigError(f"{key} = {str(value)!r}: {str(error).removeprefix(f'{value}: ')}") from None
+
+
 def canonical_json(tree: Any) -> str:
     """Canonical JSON: sorted keys, no spaces, so that equal trees give equal text. Fingerprints hash this text."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -142,9 +231,58 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_REQUIRED = "REQUIRED-KEY"
+
+
+def _defaults(config_class: type[BaseModel]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, field in config_class.model_fields.items():
+        inner = config_in(field.annotation)
+        if field.exclude:
+            continue
+        if field.is_required():
+            tree[name] = _REQUIRED if inner is None else _defaults(inner)
+        else:
+            tree[name] = field.get_default(call_default_factory=True)
+    return to_jsonable_python(tree)
+
+
+def _merged(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        below = tree.get(key)
+        nested = isinstance(below, dict) and isinstance(value, Mapping)
+        tree[key] = _merged(typing.cast(dict[str, Any], below), value) if nested else to_jsonable_python(value)
+    return tree
+
+
+def _outputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Output, Any]]:
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from _outputs(value, f"{prefix}{name}.")
+        for mark in field.metadata:
+            if isinstance(mark, Output) and value is not None:
+                yield f"{prefix}{name}", mark, value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice. YAML forbids it, but PyYAML keeps the last value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(f"key {key!r} on line {line} is already on line {lines[key]}; expected each key once")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror or error}") from None
     except yaml.YAMLError as error:
@@ -164,7 +302,7 @@ def _section_of(tree: dict[str, Any], path: str | Path | None, config_class: typ
     if unknown:
         raise ConfigError(
             f"recipe {path}: unknown section {unknown[0]!r}; settings belong under the name of their section, such as "
-            f"{section!r}; known: {', '.join([*SECTIONS, *SHARED])}"
+            f"{section!r}; known: {', '.join([*SECTIONS, *SHARED])}{did_you_mean(unknown[0], [*SECTIONS, *SHARED])}"
         )
     own = tree.get(section) or {}
     if not isinstance(own, dict):
@@ -187,16 +325,8 @@ def _put(tree: dict[str, Any], key: str, value: Any, told: str, replacing: bool 
         node[leaf] = value
 
 
-def _annotation_of(config_class: type[BaseModel] | None, keys: Sequence[str]) -> Any:
-    """Returns the type annotation of the field at path `keys`, or None if there is no such field."""
-    field = config_class.model_fields.get(keys[0]) if config_class is not None else None
-    if field is None:
-        return None
-    return field.annotation if len(keys) == 1 else _annotation_of(_config_in(field.annotation), keys[1:])
-
-
 def _parsed(text: str, annotation: Any) -> Any:
-    arms = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    arms = arms_of(annotation)
     if type(None) in arms and text in ("null", "~"):
         return None
     if any(arm is str or arm is Path or _is_choice_of_strings(arm) for arm in arms) and not any(
@@ -229,31 +359,9 @@ def _number_or_yaml(text: str) -> Any:
         return text
 
 
-def _explain(config_class: type[BaseModel], problem: Any) -> str:
-    location = ".".join(str(part) for part in problem["loc"]) or "(root)"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(config_class, problem["loc"][:-1])
-        return f"unknown key {location!r} = {problem['input']!r}; known here: {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"{location}: required, but not set"
-    if not problem["loc"]:  # a check of several fields together
-        return problem["msg"]
-    return f"{location} = {problem['input']!r}: {problem['msg']}"
-
-
-def _known_keys(config_class: type[BaseModel], parents: tuple[Any, ...]) -> list[str]:
-    for parent in parents:
-        field = config_class.model_fields.get(str(parent))
-        found = _config_in(field.annotation) if field else None
-        if found is None:
-            return ["?"]
-        config_class = found
-    return sorted(config_class.model_fields)
-
-
-def _config_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(filter(None, (_config_in(arm) for arm in typing.get_args(annotation))), None)
-    return None
+def _example(config_class: type[BaseModel]) -> str:
+    """KEY=VALUE with a key of the config: the first whose default is a number."""
+    for name, field in config_class.model_fields.items():
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            return f"{name}={field.default}"
+    return f"{next(iter(config_class.model_fields))}=VALUE"

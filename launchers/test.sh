@@ -2,6 +2,9 @@
 # Set up what the tests need and run them all: style, import rules, pytest. About twenty minutes on two cores.
 #   bash launchers/test.sh [PYTEST OPTIONS]     e.g. tests/ops, or -k masks, or -m "not launch"
 set -euo pipefail
+case ${1:-} in
+  -h | --help) sed -n '2,3s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/setup.sh test,demo,kernels
 # many small matrix products beside several ranks: more threads only get in each other's way

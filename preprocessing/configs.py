@@ -4,7 +4,7 @@ from typing import ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dalle_ds.recipes import VALIDATION_FRACTION, Config
+from dalle_ds.recipes import VALIDATION_FRACTION, Config, OptionalOutFile, OptionalPlace, OutFile, OutFolder, Place, Places
 
 Engine = Literal["local", "ray"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,7 +32,7 @@ class FetchConfig(Config):
     """Settings of `fetch`, which gets the demo's images."""
 
     section: ClassVar = "fetch"
-    out: str = Field(description="local folder for the images and their captions")
+    out: OutFolder = Field(description="local folder for the images and their captions")
     source: Literal["auto", "fluent", "tuxpaint", "openclipart", "drawn", "scenes"] = Field(
         "auto", description="source of the images; auto: the first available source, never scenes"
     )
@@ -91,8 +91,8 @@ class IngestConfig(Config):
     """Settings of `ingest`, which converts captioned images to raw shards."""
 
     section: ClassVar = "ingest"
-    images: str = Field(description="folder of images with captions, of WebDataset tars, or of parquet files")
-    out: str = Field(description="root of the raw shards")
+    images: Place = Field(description="folder of images with captions, of WebDataset tars, or of parquet files")
+    out: OutFolder = Field(description="root of the raw shards")
     samples_per_shard: int = Field(
         256, ge=1, description="samples per shard of an image folder; a tar or parquet file is one shard"
     )
@@ -108,10 +108,8 @@ class DuplicatesConfig(Config):
     """Settings of `dedup`, which finds images that resemble an earlier image or an image of an evaluation set."""
 
     section: ClassVar = "dedup"
-    raw: str = Field(description="root of the raw shards")
-    against: tuple[str, ...] = Field(
-        (), description="root of an evaluation set's raw shards, excluded from training; repeatable"
-    )
+    raw: Place = Field(description="root of the raw shards")
+    against: Places = Field((), description="root of an evaluation set's raw shards, excluded from training; repeatable")
     max_distance: int = Field(
         2, ge=0, le=7, description="duplicates differ in at most this many of 64 bits; colours are ignored"
     )
@@ -122,8 +120,8 @@ class TokenizerConfig(Config):
     """Settings of `tokenizer`, which trains a BPE tokenizer on the captions."""
 
     section: ClassVar = "tokenizer"
-    raw: str = Field(description="root of the raw shards")
-    out: str = Field(description="output file, such as tokenizer.model")
+    raw: Place = Field(description="root of the raw shards")
+    out: OutFile = Field(description="output file, such as tokenizer.model")
     vocab_size: int = Field(
         16384, ge=2, description="vocabulary size (the paper's by default); smaller if the captions are few"
     )
@@ -134,10 +132,10 @@ class EncodeConfig(Config):
     """Settings of `encode`, which converts raw shards to token shards."""
 
     section: ClassVar = "encode"
-    raw: str = Field(description="root of the raw shards, or a folder of WebDataset tars")
-    dvae: str = Field(description="dvae.safetensors")
-    tokenizer: str = Field(description="tokenizer.model")
-    out: str = Field(description="root of the token data set")
+    raw: Place = Field(description="root of the raw shards, or a folder of WebDataset tars")
+    dvae: Place = Field(description="dvae.safetensors")
+    tokenizer: Place = Field(description="tokenizer.model")
+    out: OutFolder = Field(description="root of the token data set")
     validation_fraction: float = Field(VALIDATION_FRACTION, ge=0, lt=1, description=FRACTION)
     max_failure_rate: float = Field(0.1, ge=0, le=1, description="maximum fraction of failed samples in a finished shard")
     min_codes_used: float = Field(0.25, ge=0, le=1, description="minimum fraction of the codebook that validation images use")
@@ -163,14 +161,14 @@ class StatusConfig(Config):
     """Settings of `status`, which shows the progress of an ingest or encode."""
 
     section: ClassVar = "status"
-    root: str = Field(description="output folder of ingest or encode")
+    root: Place = Field(description="output folder of ingest or encode")
 
 
 class VerifyConfig(Config):
     """Settings of `verify`, which reads a data set back and checks it."""
 
     section: ClassVar = "verify"
-    root: str = Field(description="root of raw shards or of a token data set")
+    root: Place = Field(description="root of raw shards or of a token data set")
     workers: int | None = Field(None, ge=1, description="number of worker processes; unset: one per core")
     images_per_shard: int = Field(
         1, ge=0, description="images to decode and compare with their source, per split of a shard; 0: none"
@@ -184,9 +182,11 @@ class StatsConfig(Config):
     """Settings of `stats`, which writes counts and an HTML page."""
 
     section: ClassVar = "stats"
-    root: str = Field(description="root of raw shards or of a token data set")
+    root: Place = Field(description="root of raw shards or of a token data set")
     project_to: int = Field(PAPER_SAMPLES, description="number of samples for which sizes are projected")
-    page: str | None = Field(None, description="output HTML file; unset: stats.html below the root if the root is writable")
+    page: OptionalOutFile = Field(
+        None, description="output HTML file; unset: stats.html below the root if the root is writable"
+    )
     images: int = Field(24, ge=0, description="number of example images on the page")
 
 
@@ -195,7 +195,7 @@ class DataPlanConfig(Config):
 
     section: ClassVar = "data_plan"
     pairs: float = Field(PAPER_SAMPLES, description="number of raw image-caption pairs")
-    measured: str | None = Field(None, description="root of a finished encode; its manifests provide rates and sizes")
+    measured: OptionalPlace = Field(None, description="root of a finished encode; its manifests provide rates and sizes")
     rate: float | None = Field(None, description="images/s of one worker")
     gpu_rate: float | None = Field(None, description="images/s of one GPU")
     raw_bytes: float | None = Field(None, description="bytes per raw pair")

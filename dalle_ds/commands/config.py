@@ -9,19 +9,32 @@ from pydantic import BaseModel
 
 from dalle_ds.commands.settings import ConfigConfig
 from dalle_ds.commands.verb import imported
-from dalle_ds.commands.verbs import VERBS
+from dalle_ds.commands.verbs import GROUPS, VERBS
 from dalle_ds.console import Outcome
 from dalle_ds.errors import ConfigError
+from dalle_ds.hints import did_you_mean
+from dalle_ds.recipe_errors import config_in
+from dalle_ds.recipes import section_of
 
 
 def run(config: ConfigConfig) -> Outcome:
-    """List the settings of the verb `config.name`, or the verbs if it is None. Raises ConfigError if there is no such verb."""
-    names = {verb.name.replace(" ", "."): verb for verb in VERBS}
-    if config.name is None:
-        return Outcome({"verbs": list(names)}, text="\n".join(names))
-    verb = names.get(config.name) or names.get(f"train.{config.name}") or names.get(f"data.{config.name}")
+    """List the settings of the verb that `config.name` names, or the verbs of a group, or all verbs if it names none.
+
+    Raises:
+        ConfigError: there is no such verb and no such group.
+    """
+    names = {verb.name: verb for verb in VERBS}
+    wanted = " ".join(" ".join(config.name).replace(".", " ").split())
+    verb = names.get(wanted) or names.get(f"train {wanted}") or names.get(f"data {wanted}")
     if verb is None:
-        raise ConfigError(f"unknown verb {config.name!r}: expected one of {', '.join(names)}")
+        group = [name for name in names if not wanted or name.startswith(f"{wanted} ")]
+        if not group:
+            hint = did_you_mean(wanted, names)
+            raise ConfigError(f"unknown verb {wanted!r}: expected one of {', '.join([*GROUPS, *names])}{hint}")
+        sections = {name: section_of(imported(names[name].config)) for name in group}
+        width = max(map(len, group))
+        lines = [f"{name:<{width}}  {f'section {key}' if key else 'no section'} of a recipe" for name, key in sections.items()]
+        return Outcome({"verbs": group, "sections": sections}, text="\n".join(lines))
     rows = list(_rows(imported(verb.config)))
     widths = [max(len(row[column]) for row in rows) for column in ("key", "type", "default")]
     lines = [
@@ -43,7 +56,7 @@ def _rows(config_class: type[BaseModel], prefix: str = "", section: Any = None) 
     for name, field in config_class.model_fields.items():
         if field.exclude:
             continue
-        inner = next((arm for arm in _arms(field.annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)), None)
+        inner = config_in(field.annotation)
         by_class = None if field.is_required() else field.get_default(call_default_factory=True)
         value = by_class if section is None else getattr(section, name)
         if inner is not None:
@@ -58,11 +71,9 @@ def _rows(config_class: type[BaseModel], prefix: str = "", section: Any = None) 
             "default": default,
             "description": field.description or "",
         }
-
-
-def _arms(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
+        item = config_in((typing.get_args(field.annotation) or (None,))[0])
+        if item is not None and typing.get_origin(field.annotation) in (tuple, list):
+            yield from _rows(item, f"{prefix}{name}[].")
 
 
 def _type_name(annotation: Any) -> str:
@@ -76,7 +87,8 @@ def _type_name(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_type_name, arguments))
     if origin in (tuple, list):
-        return f"list of {_type_name(arguments[0])}"
+        is_section = config_in(arguments[0]) is not None
+        return "list of sections" if is_section else f"list of {_type_name(arguments[0])}"
     return getattr(annotation, "__name__", str(annotation))
 
 

@@ -129,8 +129,8 @@ def _disk(min_free_gib: float) -> tuple[bool, str]:
 def _write(url: str) -> tuple[bool, str]:
     probe, data = objects.join(url, f".dalle-ds-doctor-{uuid.uuid4().hex}"), uuid.uuid4().bytes
     began = time.perf_counter()
+    objects.write_bytes(probe, data)  # not in the block below: an error of `delete` would hide its own
     try:
-        objects.write_bytes(probe, data)
         same = objects.read_bytes(probe) == data
     finally:
         objects.delete(probe)

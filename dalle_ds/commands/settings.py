@@ -10,7 +10,19 @@ from pydantic import Field
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.planning.settings import PlanInputsConfig
-from dalle_ds.recipes import DEVICE, Config, load_recipe
+from dalle_ds.recipes import (
+    DEVICE,
+    Config,
+    LocalOutFolder,
+    OptionalLocalOutFolder,
+    OptionalPlace,
+    OptionalStore,
+    OutFile,
+    OutFolder,
+    Place,
+    Places,
+    load_recipe,
+)
 from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
 
 EXPORT = "export folder: a path or s3:// url"
@@ -21,8 +33,8 @@ IMAGES = "samples.json or its folder, raw shards, or a folder of images"
 
 class ExportConfig(Config):
     section: ClassVar = "export"
-    run: str = Field(description="run folder of a trained prior, or the s3:// url of its checkpoints")
-    out: str = Field(description="folder for the export: a path or s3:// url")
+    run: Place = Field(description="run folder of a trained prior, or the s3:// url of its checkpoints")
+    out: OutFolder = Field(description="folder for the export: a path or s3:// url")
     checkpoint: str | None = Field(None, description="checkpoint to export, e.g. update_00000500; unset: the newest")
     ema: bool = Field(True, description="export the EMA of the weights; with --no-ema, the weights themselves")
     max_file_gb: float = Field(5.0, gt=0, description="GB per weights file; a larger model is split into several files")
@@ -30,32 +42,32 @@ class ExportConfig(Config):
 
 class ImportDVAEConfig(Config):
     section: ClassVar = "import_dvae"
-    encoder: str = Field(description="OpenAI's encoder.pkl: a path or s3:// url")
-    decoder: str = Field(description="OpenAI's decoder.pkl")
-    out: str = Field("dvae.safetensors", description="weights file to write")
+    encoder: Place = Field(description="OpenAI's encoder.pkl: a path or s3:// url")
+    decoder: Place = Field(description="OpenAI's decoder.pkl")
+    out: OutFile = Field("dvae.safetensors", description="weights file to write")
     image_size: int = Field(256, description="side in pixels of the images that the dVAE will encode")
 
 
 class RegisterConfig(Config):
     section: ClassVar = "register"
-    export: str = Field(description=EXPORT)
+    export: Place = Field(description=EXPORT)
     name: str = Field(description="name of the registered model; an existing model gets a new version")
     clip: str | None = Field(None, description="folder of a CLIP to include, which ranks the model's samples")
-    mlflow_uri: str | None = Field(None, description="MLflow store; unset: the store that the export names")
+    mlflow_uri: OptionalStore = Field(None, description="MLflow store; unset: the store that the export names")
 
 
 class SampleConfig(SamplingConfig):
     section: ClassVar = "sample"
-    export: str = Field(description=EXPORT)
+    export: Place = Field(description=EXPORT)
     caption: tuple[str, ...] = Field((), description="caption to sample images for; may be repeated")
     captions: Path | None = Field(None, description="file with one caption per line; - reads standard input")
     validation: int = Field(0, ge=0, description="number of captions to take from the validation split, no two of one group")
-    data: str | None = Field(None, description=DATA)
+    data: OptionalPlace = Field(None, description=DATA)
     image_prompt: Path | None = Field(None, description="image prompt: every sample starts with the top rows of this image")
     prompt_rows: int | None = Field(None, description="rows of the token grid to take from the image prompt; unset: 15 of 32")
     repeat: Path | None = Field(None, description="samples.json whose images are to be reproduced bit for bit")
     clip: str | None = Field(None, description=CLIP)
-    out: Path = Field(Path("samples"), description="folder for images, grid.png and samples.json")
+    out: LocalOutFolder = Field(Path("samples"), description="folder for images, grid.png and samples.json")
     device: str = Field("auto", description=DEVICE)
 
     def settings(self) -> SamplingConfig:
@@ -65,7 +77,7 @@ class SampleConfig(SamplingConfig):
 
 class ServeConfig(PageLimitsConfig):
     section: ClassVar = "serve"
-    export: str = Field(description=EXPORT)
+    export: Place = Field(description=EXPORT)
     clip: str | None = Field(None, description=CLIP)
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: every address of this machine")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
@@ -81,19 +93,19 @@ class ServeConfig(PageLimitsConfig):
 
 class LossConfig(Config):
     section: ClassVar = "loss"
-    export: str = Field(description=EXPORT)
-    data: str | None = Field(None, description=DATA)
+    export: Place = Field(description=EXPORT)
+    data: OptionalPlace = Field(None, description=DATA)
     limit: int | None = Field(None, ge=2, description="maximum number of validation samples; unset: all")
     seed: int = Field(0, description="seed of the shuffled captions and of the confidence interval")
     batch: int = Field(16, ge=1, description="samples per forward pass")
-    out: Path = Field(Path("evaluation"), description="folder for evaluate.json, losses and charts")
+    out: LocalOutFolder = Field(Path("evaluation"), description="folder for evaluate.json, losses and charts")
     device: str = Field("auto", description=DEVICE)
 
 
 class ImagesConfig(Config):
     section: ClassVar = "images"
-    images: str = Field(description=IMAGES)
-    reference: tuple[str, ...] = Field(
+    images: Place = Field(description=IMAGES)
+    reference: Places = Field(
         (), description=f"real images: {IMAGES}; or .npz files of statistics, one per blur radius; may be repeated"
     )
     extractor: str | None = Field(None, description="features for FID and Inception Score: inception or clip:PATH")
@@ -107,12 +119,12 @@ class ImagesConfig(Config):
     validation_fraction: float | None = Field(
         None, ge=0, le=1, description="if the reference is raw shards, use only their validation split of this fraction"
     )
-    cache: Path | None = Field(None, description="folder to keep the reference's statistics in")
+    cache: OptionalLocalOutFolder = Field(None, description="folder to keep the reference's statistics in")
     resamples: int = Field(20, ge=2, description="resamples for FID's interval; each takes seconds at 30,000 images")
     batch: int = Field(32, ge=1, description="images per batch")
     seed: int = Field(0, description="seed of the splits and the intervals")
-    export: str | None = Field(None, description="export that the images come from; its MLflow run gets the scores")
-    out: Path = Field(Path("image_metrics"), description="folder for image_metrics.json and its chart")
+    export: OptionalPlace = Field(None, description="export that the images come from; its MLflow run gets the scores")
+    out: LocalOutFolder = Field(Path("image_metrics"), description="folder for image_metrics.json and its chart")
     device: str = Field("auto", description=DEVICE)
 
 
@@ -124,20 +136,20 @@ class RerankConfig(Config):
 
 class ScenesConfig(Config):
     section: ClassVar = "scenes"
-    images: str = Field(description=f"images of scenes with captions: {IMAGES}")
-    export: str | None = Field(None, description="export that drew them: its MLflow run gets scores and charts")
-    dvae: str | None = Field(None, description="dVAE that gives the ceiling: a dvae.safetensors; unset: the export's")
+    images: Place = Field(description=f"images of scenes with captions: {IMAGES}")
+    export: OptionalPlace = Field(None, description="export that drew them: its MLflow run gets scores and charts")
+    dvae: OptionalPlace = Field(None, description="dVAE that gives the ceiling: a dvae.safetensors; unset: the export's")
     limit: int | None = Field(None, ge=1, description="maximum number of images")
     seed: int = Field(0, ge=0, description="seed of the drawn scenes, and of the captions that give the chance level")
-    out: Path = Field(Path("scenes"), description="folder for scenes.json, chart and sheet")
+    out: LocalOutFolder = Field(Path("scenes"), description="folder for scenes.json, chart and sheet")
     device: str = Field("auto", description=DEVICE)
 
 
 class HumanBuildConfig(Config):
     section: ClassVar = "human_build"
-    ours: str = Field(description=f"our images with captions: {IMAGES}")
-    theirs: str = Field(description="images of the other model; each caption that both sets have becomes a task")
-    out: Path = Field(description="folder for page-*.html and for key.json, which voters must not see")
+    ours: Place = Field(description=f"our images with captions: {IMAGES}")
+    theirs: Place = Field(description="images of the other model; each caption that both sets have becomes a task")
+    out: LocalOutFolder = Field(description="folder for page-*.html and for key.json, which voters must not see")
     limit: int = Field(1000, ge=1, description="maximum number of tasks; the default is the paper's")
     per_page: int = Field(100, ge=1, description="tasks per page")
     seed: int = Field(0, description="seed of the order of tasks and of the left and right images")
@@ -185,14 +197,14 @@ class PlanConfig(PlanInputsConfig):
 
 class DoctorConfig(Config):
     section: ClassVar = "doctor"
-    places: tuple[str, ...] = Field((), description="folder or s3:// prefix that must be writable; may be repeated")
+    places: Places = Field((), description="folder or s3:// prefix that must be writable; may be repeated")
     min_free_gib: float = Field(2.0, description="GiB that must be free on the disk of the working directory")
-    mlflow_uri: str | None = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, or else local files")
+    mlflow_uri: OptionalStore = Field(None, description="MLflow store; unset: MLFLOW_TRACKING_URI, or else local files")
 
 
 class AcceptConfig(Config):
     section: ClassVar = "accept"
-    out: Path = Field(Path("acceptance"), description="folder for acceptance.json and the output of the steps")
+    out: LocalOutFolder = Field(Path("acceptance"), description="folder for acceptance.json and the output of the steps")
     rehearse: bool = Field(False, description="run a small version of every step on the CPU, without a GPU")
     steps: str | None = Field(None, description="comma-separated names of the steps to run; unset: all")
     again: str | None = Field(None, description="comma-separated names of finished steps to repeat, or all")
@@ -202,12 +214,12 @@ class AcceptConfig(Config):
 class MlflowSyncConfig(Config):
     section: ClassVar = "mlflow_sync"
     folder: Path = Field(description="run folder, which holds mlflow_run.json")
-    mlflow_uri: str | None = Field(None, description="MLflow store; unset: the run's store")
+    mlflow_uri: OptionalStore = Field(None, description="MLflow store; unset: the run's store")
 
 
 class DiagnoseConfig(Config):
     section: ClassVar = "diagnose"
-    diagnosis: str = Field(description="folder of the diagnosis: a path or s3:// url")
+    diagnosis: Place = Field(description="folder of the diagnosis: a path or s3:// url")
     recipe: Path | None = Field(None, exclude=True)
     recipe_overrides: tuple[str, ...] = Field((), exclude=True)
 
@@ -231,7 +243,7 @@ class DiagnoseConfig(Config):
         If no recipe is named, it is read from the diagnosis.
 
         Raises:
-            ConfigError: no recipe is named and the diagnosis is not a local folder; or as `load_recipe`.
+            ConfigError: no recipe is named and the diagnosis is not a local folder, or not a diagnosis; or as `load_recipe`.
         """
         from dalle_ds.training.prior.config import PriorRunConfig
         from dalle_ds.training.prior.diagnosis import DEEPSPEED_FILE, RECIPE_FILE
@@ -243,6 +255,11 @@ class DiagnoseConfig(Config):
                     f"{self.diagnosis} is not a local folder: expected a recipe as well, such as recipe.yaml of the run folder"
                 )
             recipe = Path(self.diagnosis, RECIPE_FILE)
+            if not recipe.exists():
+                raise ConfigError(
+                    f"{self.diagnosis} is not a diagnosis: it has no {RECIPE_FILE}; expected a folder such as "
+                    "RUN/diagnosis/update_00000123"
+                )
             overrides.insert(0, f"deepspeed_config={Path(self.diagnosis, DEEPSPEED_FILE)}")
         return load_recipe(PriorRunConfig, recipe, overrides)
 
@@ -254,4 +271,4 @@ class PathConfig(Config):
 
 class ConfigConfig(Config):
     section: ClassVar = None
-    name: str | None = Field(None, description="verb, such as sample or train.prior; unset: list the verbs")
+    name: tuple[str, ...] = Field((), description="verb or group, such as sample, train prior or train.prior; unset: list all")

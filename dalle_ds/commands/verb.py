@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from dalle_ds import project_files
 from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_process
 from dalle_ds.console import Outcome, print_error, print_summary
 from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.hints import close_words, did_you_mean
+from dalle_ds.places import check_store
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,17 @@ class VerbCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*self._words(), *self._options(), *_common(self.verb), *super().get_params(ctx)]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        except click.NoSuchOption as error:
+            known = [name for option in self.get_params(ctx) if isinstance(option, click.Option) for name in option.opts]
+            ctx.fail(f"no such option {error.option_name}{did_you_mean(error.option_name, known)}")
+        for option, n in Counter(given).items():
+            if n > 1 and isinstance(option, click.Option) and not option.multiple and not option.is_flag:
+                ctx.fail(f"{option.opts[0]} is given {n} times: expected once")
+        return super().parse_args(ctx, args)
+
     def _words(self) -> list[click.Parameter]:
         return [click.Argument(["words"], nargs=-1, metavar=self._usage())]
 
@@ -115,6 +129,9 @@ class VerbCommand(click.Command):
         formatter.write_paragraph()
         with formatter.indentation():
             formatter.write_text(f"{verb.summary}\n\n{verb.text}".strip())
+            if not verb.has_options:
+                formatter.write_paragraph()
+                formatter.write_text(f"`dalle-ds config {verb.name}` lists the settings. KEY=null unsets what a recipe sets.")
         with formatter.section("Examples"):
             for example in verb.examples:
                 formatter.write(f"{'':>{formatter.current_indent}}{_typed(verb, example)}\n")
@@ -132,10 +149,16 @@ class VerbCommand(click.Command):
                     print_error(f"error: {error}")
                     sys.exit(2)
                 rank = os.environ.get("RANK", "0")
-            config, default_recipe = self._config(given)
-            if as_config:
-                from dalle_ds.recipes import dump_recipe
+            from dalle_ds.recipes import RequiredKeys, check_outputs, dump_incomplete, dump_recipe
 
+            try:
+                config, default_recipe = self._config(given)
+            except RequiredKeys as error:
+                if not as_config:
+                    raise
+                click.echo(dump_incomplete(error.config_class, error.values), nl=False)
+                return
+            if as_config:
                 click.echo(dump_recipe(config), nl=False)
                 return
             if default_recipe is not None:
@@ -145,6 +168,9 @@ class VerbCommand(click.Command):
                     config.require_default_inputs(default_recipe)
             if hasattr(config, "check"):  # report a user error before ranks join, which takes time
                 config.check()
+            check_outputs(config)
+            if hasattr(config, "tracking") and (store := os.environ.get("MLFLOW_TRACKING_URI")):
+                check_store(store)
             self._run(config, as_json)
         except (UserError, *MISTAKEN_PATHS) as error:
             if os.environ.get("DALLE_DS_TRACEBACK") == "1":
@@ -156,7 +182,9 @@ class VerbCommand(click.Command):
     def _config(self, given: dict[str, Any]) -> tuple[Any, Path | None]:
         """Returns the config, and the path of the default recipe if that was read (else None)."""
         verb, words = self.verb, given.pop("words")
+        config_class = imported(verb.config)
         overrides = [*given.pop("set"), *(word for word in words if OVERRIDE.match(word))]
+        _each_once(overrides, getattr(config_class, "section", None))
         recipe, inputs = given.pop("recipe", None), []
         for word in words:
             if OVERRIDE.match(word):
@@ -169,7 +197,6 @@ class VerbCommand(click.Command):
                 inputs.append(word)
         if (deepspeed_config := given.pop("deepspeed_config", None)) is not None:
             overrides.append(f"deepspeed_config={deepspeed_config}")
-        config_class = imported(verb.config)
         by_position, values = _by_position(verb, inputs, config_class)
         overrides += by_position
         overrides += [f"{name}={value}" for name, value in given.items() if isinstance(value, str)]
@@ -238,10 +265,11 @@ def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
 
 def _common(verb: Verb) -> list[click.Parameter]:
     recipe = click.Option(["--recipe"], metavar="FILE", help="YAML file with settings; the same as RECIPE.yaml")
+    as_recipe = " as a recipe" if verb.takes_recipe else ""
     options: list[click.Parameter] = [
         *([recipe] if verb.takes_recipe else []),
         click.Option(["--set"], multiple=True, metavar="KEY=VALUE", help="override a setting; the same as KEY=VALUE"),
-        click.Option(["--show-config"], is_flag=True, help="print the resulting settings as a recipe and exit"),
+        click.Option(["--show-config"], is_flag=True, help=f"print the resulting settings{as_recipe} and exit"),
     ]
     if verb.ends:
         options.append(click.Option(["--json"], is_flag=True, help="print the summary as one JSON object on the last line"))
@@ -290,9 +318,20 @@ def _by_position(verb: Verb, inputs: Sequence[str], config_class: Any) -> tuple[
             return overrides, {name: left}
         overrides.append(f"{name}={left.pop(0)}")
     if left:
-        wanted = f"expected inputs are {' '.join(verb.inputs)}" if verb.inputs else "expected no inputs"
-        raise ConfigError(f"unexpected argument {left[0]!r}, neither RECIPE.yaml nor KEY=VALUE: {wanted}")
+        kinds = "neither RECIPE.yaml nor KEY=VALUE" if verb.takes_recipe else f"not KEY=VALUE, and {verb.name} reads no recipe"
+        names = " ".join(name.upper() for name in verb.inputs)
+        wanted = f"at most {names}" if names else "no inputs"
+        raise ConfigError(f"unexpected argument {left[0]!r}, {kinds}: expected {wanted}")
     return overrides, {}
+
+
+def _each_once(overrides: Sequence[str], section: str | None) -> None:
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].removeprefix(f"{section}.")
+        if key in seen:
+            raise ConfigError(f"{key} is given twice, as {seen[key]} and as {override}: expected once")
+        seen[key] = override
 
 
 def _recipe(name: str | None) -> Path | None:
@@ -300,6 +339,10 @@ def _recipe(name: str | None) -> Path | None:
     if name is None:
         return None
     path = project_files.here_or_shipped(name)
+    if not path.exists():
+        shipped = [Path(known).name for known in project_files.names() if known.endswith(RECIPE_SUFFIXES)]
+        hint = did_you_mean(Path(name).name, shipped).replace("?", ", which this package ships?")
+        raise ConfigError(f"recipe {name} cannot be read: no such file{hint}")
     if path != Path(name):
         log.info("no %s in this folder: the recipe is %s", name, path)
     return path
@@ -322,6 +365,16 @@ class VerbGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         words = [verb.name.removeprefix(self._path).split()[0] for verb in self._verbs if verb.name.startswith(self._path)]
         return list(dict.fromkeys(words))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            own = [f"{self._path}{word}" for word in close_words(name, self.list_commands(ctx))]
+            elsewhere = [verb.name for verb in self._verbs if verb.last_word == name]
+            meant = [f"`dalle-ds {found}`" for found in elsewhere or own]
+            hint = f"; did you mean {' or '.join(meant)}?" if meant else f"; `{ctx.command_path} --help` lists the commands"
+            ctx.fail(f"no such command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         path = f"{self._path}{cmd_name}"

@@ -11,6 +11,7 @@ from dalle_ds.data.manifest import RawShardManifest, Record, load_shard_manifest
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.hashing import hash_to_integer, sha256_of_file
+from dalle_ds.storage.names import DATASET_FILE
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
@@ -73,8 +74,10 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
     """The shards under a root, sorted by name: all shards with a manifest. If there are no manifests, every *.tar.
 
     Raises:
-        DataError: there are neither manifests nor tars.
+        DataError: there are neither manifests nor tars, or the root is that of a token data set.
     """
+    if objects.exists(objects.join(root_url, DATASET_FILE)):
+        raise DataError(f"{root_url} is a token data set: it has {DATASET_FILE}. Expected raw shards of `dalle-ds data ingest`")
     manifests = load_shard_manifests(root_url, RawShardManifest)
     if manifests:
         shards = [RawShard(m.shard, objects.join(root_url, m.path), m.bytes, m.checksum, m.n_samples) for m in manifests]

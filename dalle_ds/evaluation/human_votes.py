@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from scipy.stats import binomtest
 
 from dalle_ds.errors import DataError
+from dalle_ds.recipe_errors import explain_all
 from dalle_ds.recipes import Config
 
 QUESTIONS: Final = ("realism", "caption")
@@ -131,8 +132,13 @@ def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Pat
     for file in vote_files:
         try:
             found = VoteFile.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise DataError(f"{file} is not a file of votes: {str(error).splitlines()[0]}") from None
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}; expected a file of votes") from None
+        except ValidationError as error:
+            problem = explain_all(VoteFile, error.errors())[0]
+            raise DataError(
+                f"{file} is not a file of votes, which a page of `dalle-ds eval human build` saves: {problem}"
+            ) from None
         if found.study != key["study"]:
             raise DataError(f"{file} has votes on study {found.study}, but {key_file} is the key of study {key['study']}")
         for vote in found.votes:

@@ -60,8 +60,8 @@ def _pixels(i: int, image: Image.Image | np.ndarray) -> np.ndarray:
             raise DataError(f"image {i} is {problem.reason}: expected an image that Pillow can decode") from None
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
-    shape = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else "no image"
-    raise DataError(f"image {i} is a {type(image).__name__}, {shape}: expected a PIL image or a numpy array uint8 (H, W, 3)")
+    shape = f", {image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else ""
+    raise DataError(f"image {i} is a {type(image).__name__}{shape}: expected a PIL image or a numpy array uint8 (H, W, 3)")
 
 
 def _crop(i: int, image_HWC: np.ndarray, size: int, key: str | None) -> np.ndarray:

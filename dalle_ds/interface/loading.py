@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dalle_ds.interface.model import Model, open_scorer
 from dalle_ds.ops.devices import resolve_device
+from dalle_ds.places import check_place
 from dalle_ds.sampling import scorer as scorers
 from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.foreign_export import load_foreign_export
@@ -35,6 +36,7 @@ def load(source: str | Path, device: str = "auto", *, scorer: str | Path | Score
     elif "://" in url and not url.startswith(("s3://", "file://")):
         export = load_foreign_export(url, place)
     else:
+        check_place(url)
         export = load_export(url, place)
     return Model(export, own if scorer is None else open_scorer(scorer, place))
 

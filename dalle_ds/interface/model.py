@@ -4,7 +4,7 @@ B images or captions, N image tokens, H and W pixels.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -178,11 +178,11 @@ class Model:
         Raises:
             UserError: invalid options with the message of the command, or a scorer or image that cannot be read.
         """
-        settings = from_values(SamplingConfig, options, "Model.sample")
+        settings = from_values(SamplingConfig, options, "Model.sample", ("image_prompt", "prompt_rows", "scorer"))
         if prompt_rows is not None and image_prompt is None:
             raise ConfigError(f"prompt_rows {prompt_rows} without an image prompt: expected image_prompt as well")
         prompt = self._image_prompt(image_prompt, prompt_rows)
-        request = Request((captions,) if isinstance(captions, str) else tuple(captions), settings, prompt)
+        request = Request(_captions_of(captions), settings, prompt)
         sampler = Sampler(self._export, self._scorer_of(scorer))
         with self._one_at_a_time:
             chosen = sampler.draw(request)
@@ -234,7 +234,9 @@ class Model:
         Raises:
             UserError: not one caption per image, or as `encode` and `decode`.
         """
-        captions = [captions] if isinstance(captions, str) else list(captions)
+        captions = _captions_of(captions)
+        if isinstance(images, Sequence) and any(isinstance(one, list | tuple) for one in images):
+            raise DataError("images are nested lists: expected images, or codes as a tensor or numpy array of integers (B, N)")
         codes_BN = self._codes_of(cast(Codes, images)) if _are_codes(images) else self.encode(cast(Images, images))
         if len(captions) != len(codes_BN):
             raise DataError(f"{len(captions)} captions for {len(codes_BN)} images: expected one caption per image")
@@ -295,6 +297,15 @@ def open_scorer(scorer: str | Path | Scorer, device: str | torch.device) -> Scor
     if not callable(getattr(scorer, "scores", None)):
         raise ConfigError(f"scorer is a {type(scorer).__name__}: expected a CLIP's folder or hub name, or a dalle_ds.Scorer")
     return scorer
+
+
+def _captions_of(captions: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(captions, str):
+        return (captions,)
+    found = tuple(captions) if isinstance(captions, Iterable) else (captions,)
+    if not all(isinstance(caption, str) for caption in found):
+        raise DataError(f"captions are {captions!r:.80}: expected a caption or a list of captions")
+    return found
 
 
 def _are_codes(images: Images | Codes) -> bool:

@@ -35,7 +35,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         problem = str(error).splitlines()[0]
-        raise ConfigError(f"device is {name!r}, expected auto, or cpu, cuda, cuda:N of this machine: {problem}") from None
+        known = "Expected one of" in problem  # torch lists all kinds of devices, most of which no build has
+        raise ConfigError(
+            f"device is {name!r}, expected auto, or cpu, cuda, cuda:N of this machine" + ("" if known else f": {problem}")
+        ) from None
 
 
 def ranks_here(at_most: int) -> int:

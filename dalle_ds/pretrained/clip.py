@@ -41,6 +41,8 @@ class Clip:
             ConfigError: `transformers` is not installed.
             DataError: `path` does not exist, is not a CLIP, or parts of it are missing or do not match.
         """
+        if _looks_like_path(str(path)) and not Path(path).is_dir():
+            raise DataError(f"CLIP {path}: no such folder; expected a folder, or a model name on the Hugging Face hub")
         try:
             from transformers import AutoConfig, CLIPModel, CLIPTokenizer
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other needs torchvision
@@ -98,6 +100,12 @@ class Clip:
             "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         }
         return fingerprint(about, self.model.state_dict(), with_dtypes=False)  # always fp32, see `load`
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name is a path rather than OWNER/MODEL on the hub, which would be looked for over the network."""
+    is_marked = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") >= 2
+    return is_marked or ("/" in name and Path(name).parent.is_dir())
 
 
 def _check_parts(path: str | Path, model: Any, tokenizer: Any, processor: Any) -> None:

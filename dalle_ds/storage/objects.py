@@ -20,6 +20,7 @@ from typing import Any
 import fsspec
 
 from dalle_ds.errors import DataError
+from dalle_ds.places import check_place
 from dalle_ds.storage.atomic import atomic_write, sync_file, temporary_beside
 from dalle_ds.storage.retry import error_code, retrying, status_of
 
@@ -43,16 +44,13 @@ def local_path(url: str | Path) -> Path | None:
     """The path of a local URL. None for s3://.
 
     Raises:
-        DataError: the URL has another scheme.
+        DataError: the URL has another scheme or is incomplete.
     """
     text = str(url)
     if is_s3(text):
         return None
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    if "://" in text:
-        raise DataError(f"{text}: unknown URL scheme; expected a path, file:// or s3://")
-    return Path(text)
+    check_place(text)
+    return Path(text.removeprefix("file://"))
 
 
 def join(url: str | Path, *parts: str) -> str:

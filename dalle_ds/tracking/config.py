@@ -2,11 +2,11 @@
 
 from pydantic import Field
 
-from dalle_ds.recipes import Config
+from dalle_ds.recipes import Config, OptionalStore
 
 
 class TrackingConfig(Config):
-    uri: str | None = Field(
+    uri: OptionalStore = Field(
         None,
         description="MLflow store; unset: MLFLOW_TRACKING_URI, else the store of an earlier start, else a SQLite file beside "
         "the folder",

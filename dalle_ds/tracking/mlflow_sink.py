@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from dalle_ds.places import check_store
 from dalle_ds.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,13 @@ def write_run(folder: Path, run: RunRef) -> None:
 
 def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> str:
     """The store to use: `uri`, else MLFLOW_TRACKING_URI, else the store of the folder's run `known`, else a SQLite file beside
-    the folder. A SQLite store that no longer exists is not used again."""
+    the folder. A SQLite store that no longer exists is not used again. Raises DataError if the name is not that of a store."""
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
+        check_store(chosen)
         return chosen
     if known is not None:
-        database = _sqlite_file(known.uri)
+        database = sqlite_file(known.uri)
         if database is None or database.exists():  # a folder moved to another machine gets a new store
             return known.uri
     return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
@@ -323,7 +325,7 @@ class MlflowSink:
             self._client.restore_experiment(experiment.experiment_id)
         if experiment is not None:
             return experiment.experiment_id
-        database = _sqlite_file(self.uri)
+        database = sqlite_file(self.uri)
         location = (database.parent / "mlartifacts").as_uri() if database else None
         try:
             return self._client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
@@ -348,14 +350,19 @@ class MlflowSink:
 
 
 def make_client(uri: str) -> Any:
-    """Return an MlflowClient with short timeouts and without telemetry or printed URLs. Creates a missing SQLite store."""
+    """Return an MlflowClient with short timeouts and without telemetry or printed URLs. Creates a missing SQLite store.
+
+    Raises:
+        DataError: `uri` does not name a store.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # by default mlflow retries for minutes inside one call; here the spool does the retries
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    database = _sqlite_file(uri)
+    check_store(uri)
+    database = sqlite_file(uri)
     if database is not None:
         create_sqlite_store(database)
     from mlflow import MlflowClient
@@ -370,7 +377,8 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store. None for other stores."""
     found = re.match(r"sqlite:///(.+?)(\?.*)?$", uri)
     return Path(found[1]).resolve() if found and not found[1].startswith(":memory:") else None
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dalle_ds.errors import DataError
-from dalle_ds.tracking.mlflow_sink import make_client
+from dalle_ds.tracking.mlflow_sink import make_client, sqlite_file
 
 SCHEME = "models:/"
 
@@ -22,6 +22,9 @@ def fetch_registered(uri: str, folder: Path) -> dict[str, Path]:
     from mlflow.models import Model
 
     store = mlflow.get_tracking_uri()
+    database = sqlite_file(store)
+    if database is not None and not database.exists():  # do not create a store only to read from it
+        raise DataError(f"{uri}: there is no MLflow store {store}; expected MLFLOW_TRACKING_URI to name the model's store")
     make_client(store)  # sets MLflow's timeouts and turns off its output
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))

@@ -227,7 +227,34 @@ def test_accept(tmp_path, dalle_ds):
         (("eval", "loss", "x", "limit="), "limit = ''"),
         (("train", "dvae", "folder=old.yaml/run", "data.raw=r"), "Not a directory"),
         (("config", "coffee"), "unknown verb 'coffee'"),
-        (("data", "encode", "a", "b", "c"), "'c', neither RECIPE.yaml nor KEY=VALUE: expected inputs are raw out"),
+        (("config", "train", "pior"), "did you mean train prior or"),
+        (("path", "tiny.yml"), "did you mean tiny.yaml"),
+        (("train", "prior", "./tiny.yaml"), "recipe ./tiny.yaml cannot be read: no such file; did you mean tiny.yaml, which"),
+        (("bench", "attention", "r.yaml"), "not KEY=VALUE, and bench attention reads no recipe: expected no inputs"),
+        (("diagnose", "nosuch"), "nosuch is not a diagnosis: it has no recipe.yaml"),
+        (("sample", "e", "--set", "n"), "'n': expected KEY=VALUE, for example n=4"),
+        (("sample", "e", "n=1", "sample.n=2"), "n is given twice, as n=1 and as sample.n=2: expected once"),
+        (("sample", "e", "--n", "1", "--n", "2"), "--n is given 2 times: expected once"),
+        (("data", "ingest", "i", "s3:/bucket/raw"), "out = 's3:/bucket/raw': incomplete url; expected s3://bucket/raw"),
+        (("data", "ingest", "i", "s3//bucket/raw"), "out = 's3//bucket/raw': incomplete url; expected s3://bucket/raw"),
+        (("doctor", "s3:/b/x"), "s3:/b/x: incomplete url; expected s3://b/x"),
+        (("sample", "e", "--caption", "c", "--out", "s3://b/x"), "out = 's3://b/x': expected a local path, not a url"),
+        (("train", "dvae", "folder=f", "data.raw=foo:/x"), "data.raw = 'foo:/x': unknown URL scheme; expected a path"),
+        (("train", "dvae", "folder=f", "data.raw=r", "tracking.uri=127.0.0.1:5000"), "expected http(s)://"),
+        (("doctor", "--mlflow-uri", "127.0.0.1:5000"), "mlflow_uri = '127.0.0.1:5000': expected http(s)://"),
+        (("mlflow-sync", "run", "--uri", "localhost"), "uri = 'localhost': expected http(s)://"),
+        (("train", "dvae", "folder=/proc/nope", "data.raw=r"), "folder = '/proc/nope': cannot be created (No such file or"),
+        (("data", "fetch", "/proc/x"), "out = '/proc/x': cannot be created"),
+        (("data", "tokenizer", "r", "/proc/x/tok.model"), "out = '/proc/x/tok.model': cannot be created"),
+        (("data", "tokenizer", "r", "."), "out = '.': is a folder; expected the path of a file"),
+        (("eval", "loss", "e", "--out", "old.yaml/x"), "out = 'old.yaml/x': cannot be created (Not a directory"),
+        (("smaple",), "no such command 'smaple'; did you mean `dalle-ds sample`?"),
+        (("train", "pior"), "did you mean `dalle-ds train prior`?"),
+        (("evaluate",), "did you mean `dalle-ds eval`?"),
+        (("prior",), "did you mean `dalle-ds train prior`?"),
+        (("register", "--uri", "x"), "no such option --uri; did you mean --mlflow-uri?"),
+        (("train", "prior", "folder=f", "data.dataset=d", "priro.updates=3"), "unknown key 'priro'"),
+        (("data", "encode", "a", "b", "c"), "'c', neither RECIPE.yaml nor KEY=VALUE: expected at most RAW OUT"),
         (("plan", "--master", "none"), "master none requires moments low_bit"),
         (("plan", "--gpus", "8", "--shard-gpus", "64"), "shard_gpus is 64, expected at most gpus, which is 8"),
         (("plan", "--pcie", "--nvlink-gbps", "100"), "pcie and nvlink_gbps 100"),
@@ -256,7 +283,22 @@ def test_config_lists_every_key(dalle_ds):
     keys = {row["key"]: row for row in json.loads(out)["keys"]}
     assert keys["validation_fraction"]["default"] == "0.0024" and keys["raw"]["default"] == "required"
     assert re.search(r"^schedules\.tau\.end +float +0\.0625", dalle_ds("config", "train.dvae")[1], re.M)
-    assert "train.prior" in dalle_ds("config")[1].splitlines()
+    assert re.search(r"^data\.mix\[\]\.weight +float +required", dalle_ds("config", "train", "prior")[1], re.M)
+    assert re.search(r"^train prior +section prior of a recipe$", dalle_ds("config")[1], re.M)
+    lines = dalle_ds("config", "eval")[1].splitlines()
+    assert len(lines) == 6 and lines[0].startswith("eval loss ") and lines[0].endswith("section loss of a recipe")
+
+
+def test_a_store_of_the_environment_is_checked_before_work(dalle_ds, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    code, _, err = dalle_ds("train", "dvae", f"folder={tmp_path / 'run'}", "data.raw=r")
+    assert code == 2 and "localhost:5000: expected http(s)://" in err and not (tmp_path / "run").exists()
+
+
+def test_missing_inputs_are_marked(dalle_ds):
+    code, out, _ = dalle_ds("eval", "loss", "--limit", "5", "--show-config")
+    assert code == 0 and "  export: # required\n" in out and yaml.safe_load(out)["loss"]["limit"] == 5
+    assert yaml.safe_load(dalle_ds("train", "dvae", "updates=7", "--show-config")[1])["dvae"]["data"]["raw"] is None
 
 
 def test_what_goes_before_what(dalle_ds, tmp_path):

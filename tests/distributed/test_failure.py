@@ -50,8 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
 
 
 def command(*more: str, n_ranks: int = 2) -> list[str]:
-    settings = [part for setting in [*SMALL, *more] for part in ("--set", setting)]
-    return [*launching.deepspeed(n_ranks), launching.TRAIN_PRIOR, *launching.TINY, *settings]
+    return [*launching.deepspeed(n_ranks), launching.TRAIN_PRIOR, *launching.TINY, *launching.words(*SMALL, *more)]
 
 
 def env(home: Path) -> dict[str, str]:

@@ -97,7 +97,7 @@ def env(home: Path) -> dict[str, str]:
 def arguments(home: Path, folder: str = "run", **overrides: object) -> list[str]:
     mine = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
     given = [*SMALL, f"data.dataset={home / 'tokens'}", f"folder={home / folder}", *mine]
-    return [*launching.TINY, *(part for setting in given for part in ("--set", setting))]
+    return [*launching.TINY, *launching.words(*given)]
 
 
 def newest(home: Path, folder: str = "run") -> int:

@@ -44,7 +44,7 @@ def test_training_waits_for_a_lost_store_and_loses_no_record(s3: S3, mlflow_serv
     tokens = make_token_set(f"{s3.url}/tokens", n_samples=512, block_samples=4)
     folder = tmp_path / "run"
     overrides = [*SMALL, f"folder={folder}", f"data.dataset={tokens}", f"tracking.uri={mlflow_server.uri}"]
-    settings = [part for override in overrides for part in ("--set", override)]
+    settings = launching.words(*overrides)
     command = [*launching.deepspeed(2), launching.TRAIN_PRIOR, *launching.TINY, *settings, "--json"]
 
     def n_checkpoints() -> int:

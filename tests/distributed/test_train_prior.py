@@ -52,7 +52,7 @@ def env(home: Path) -> dict[str, str]:
 
 
 def settings(folder: str, *more: str) -> list[str]:
-    return [part for setting in [*SMALL, f"folder={folder}", *more] for part in ("--set", setting)]
+    return launching.words(*SMALL, f"folder={folder}", *more)
 
 
 def train(home: Path, env: dict[str, str], folder: str, *more: str, n_ranks: int = 2) -> dict[str, Any]:

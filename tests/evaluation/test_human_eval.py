@@ -220,5 +220,7 @@ def test_votes_that_do_not_belong_are_refused(tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(DataError, match="bad.json is not a file of votes"):
             tally([tmp_path / "bad.json"], study.key)
+    with pytest.raises(DataError, match="key.json is not a file of votes, .* saves: page: required, but not set"):
+        tally([study.key], study.key)
     with pytest.raises(DataError, match="is not the key of a study"):
         tally(study.files, study.files[0])

@@ -107,6 +107,14 @@ def test_a_registered_model_brings_its_scorer(empty_store, tmp_path, monkeypatch
         dalle_ds.load("models:/drawn/3")
 
 
+def test_a_store_that_is_not_there_is_not_created(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(dalle_ds.UserError, match="models:/nosuch/1: there is no MLflow store sqlite:///mlflow.db"):
+        dalle_ds.load("models:/nosuch/1")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_not_there_is_an_error(export, tmp_path):
     with pytest.raises(dalle_ds.UserError, match="nothing is not an export folder: it has no config.json"):
         dalle_ds.load(tmp_path / "nothing")
@@ -116,7 +124,11 @@ def test_what_is_not_there_is_an_error(export, tmp_path):
         dalle_ds.load("memory://nothing")
     with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another URL that fsspec supports"):
         dalle_ds.load("nosuch://a/b")
-    with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing"):
+    with pytest.raises(dalle_ds.UserError, match="^foo:/x: unknown URL scheme; expected a path, file:// or s3://"):
+        dalle_ds.load("foo:/x", "cpu")
+    with pytest.raises(dalle_ds.UserError, match="^device is 'gpu', expected auto, or cpu, cuda, cuda:N of this machine$"):
+        dalle_ds.load(export, "gpu")
+    with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing: no such folder; expected a folder, or a model name"):
         dalle_ds.load(export, "cpu", scorer=tmp_path / "nothing")
     with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing"):
         dalle_ds.load_scorer(tmp_path / "nothing")

@@ -198,7 +198,7 @@ def test_the_loss_of_images_is_that_of_their_codes(model):
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), r"Tensor, torch.uint8 \(2, 8, 8, 3\): expected .*uint8 \(B, 3, H, W\)"),
         (torch.zeros(2, 3, 8, 8), r"torch.float32 \(2, 3, 8, 8\): expected"),
         ("a.png", "images are a str: expected PIL images"),
-        (["a.png"], "image 0 is a str, no image: expected a PIL image"),
+        (["a.png"], "image 0 is a str: expected a PIL image"),
         ([np.zeros((8, 8), np.uint8)], r"image 0 is a ndarray, uint8 \(8, 8\): expected"),
         ([], "no images: expected"),
         (
@@ -217,8 +217,14 @@ def test_images_of_another_kind_are_refused(model, images, message):
     [
         (lambda model: model.sample("a", n=2, keep=5), "keep 5 of n 2: expected keep to be at most n"),
         (lambda model: model.sample("a", n=4, keep=2), "keep 2 of n 4: choosing needs a scorer"),
-        (lambda model: model.sample("a", temprature=0.5), "unknown key 'temprature' = 0.5; known here: batch, guidance"),
-        (lambda model: model.sample("a", n=0), "n = 0: Input should be greater than or equal to 1"),
+        (
+            lambda model: model.sample("a", temprature=0.5),
+            "unknown key 'temprature' = 0.5; known here: batch, guidance, image_prompt, ",
+        ),
+        (lambda model: model.sample("a", prompt_image="x.png"), "did you mean image_prompt?"),
+        (lambda model: model.sample(5), "captions are 5: expected a caption or a list of captions"),
+        (lambda model: model.loss("a", [[1, 2]]), "images are nested lists: expected images, or codes as a tensor"),
+        (lambda model: model.sample("a", n=0), "^Model.sample: n = 0: expected at least 1$"),
         (lambda model: model.sample(["a", " "]), "2 captions, 1 of them empty"),
         (lambda model: model.sample("a", guidance=2.0), "guidance 2 requires a prior trained"),
         (lambda model: model.sample("a", prompt_rows=2), "prompt_rows 2 .*expected image_prompt"),

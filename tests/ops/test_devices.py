@@ -70,6 +70,9 @@ def test_a_machine_takes_a_rank_for_each_gpu_and_two_without(
     script = launching.ROOT / "launchers" / "ranks.sh"
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == f"{ranks}\n"
+    wrong = subprocess.run(["bash", script, "abc"], env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr == "error: abc: expected the largest number of ranks, such as 2\n"
+    assert subprocess.run(["bash", script, "--help"], capture_output=True, text=True).stdout.startswith("Print how many ranks")
 
 
 def test_the_demo_asks() -> None:

@@ -53,7 +53,7 @@ def test_from_images_to_raw_shards(tmp_path: Path) -> None:
         (("ingest",), "images: required, but not set"),
         (("ingest", "missing.yaml"), "recipe missing.yaml cannot be read"),
         (("ingest", "/not/there", "y"), "/not/there: the folder does not exist"),
-        (("ingest", "x", "y", "z"), "'z', neither RECIPE.yaml nor KEY=VALUE: expected inputs are images out"),
+        (("ingest", "x", "y", "z"), "'z', neither RECIPE.yaml nor KEY=VALUE: expected at most IMAGES OUT"),
         (("ingest", "x", "y", "--samples-per-shard", "0"), "samples_per_shard = 0"),
         (("stats", "/not/there"), "/not/there: neither"),
     ],

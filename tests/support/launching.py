@@ -21,6 +21,12 @@ RANKS = QUICK_START.with_name("ranks.py")
 TINY = ["--recipe", str(ROOT / "launchers" / "recipes" / "tiny.yaml")]
 
 
+def words(*settings: str) -> list[str]:
+    """Returns the words of a command line for KEY=VALUE settings. Of settings with the same key, the last is used."""
+    last = {setting.partition("=")[0]: setting for setting in settings}
+    return [word for setting in last.values() for word in ("--set", setting)]
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Returns a job's environment: this Python's launchers first on the PATH, without variables of a surrounding job."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from dalle_ds.recipes import DEVICE, Config
+from dalle_ds.recipes import DEVICE, Config, OptionalPlace, OutFile
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 PRECISION = "fp32, bf16 (autocast) or fp16 (fp16 branches)"
@@ -108,7 +108,7 @@ class UnderflowBenchConfig(MachineBenchConfig):
     updates: int = Field(300, ge=1, description="updates of each of the three runs")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate; the schedule is warm-up, then a half-cosine")
     samples: int = Field(64, ge=16, description="random samples to memorise, 16 per update")
-    chart: str = Field("underflow.png", description="output file for the chart")
+    chart: OutFile = Field("underflow.png", description="output file for the chart")
 
 
 class SamplingBenchConfig(PriorBenchConfig):
@@ -161,8 +161,8 @@ class EncodeBenchConfig(CommonBenchConfig):
 
     module: ClassVar = "preprocessing.bench"
     threads: int = Field(1, ge=1, description="CPU threads of the encoder; images are decoded on the other cores")
-    raw: str | None = Field(None, description="root of raw shards; the first shard is used. If unset, JPEGs are generated")
-    dvae: str | None = Field(None, description="dvae.safetensors; unset: random weights of full size or --small")
+    raw: OptionalPlace = Field(None, description="root of raw shards; the first shard is used. If unset, JPEGs are generated")
+    dvae: OptionalPlace = Field(None, description="dvae.safetensors; unset: random weights of full size or --small")
     small: bool = Field(False, description="use the demo's dVAE: 32 px, 64 tokens per image, codebook of 512")
     images: int | None = Field(None, ge=2, description="images per run; unset: 8, with --small 4096")
     batch: int | None = Field(None, ge=1, description="images per batch; unset: 2, with --small 64")
@@ -174,7 +174,7 @@ class LoaderBenchConfig(CommonBenchConfig):
     """Options of the benchmark of reading token shards."""
 
     module: ClassVar = "dalle_ds.bench.loader"
-    data: str | None = Field(None, description="root of a local token data set; unset: a random one is generated")
+    data: OptionalPlace = Field(None, description="root of a local token data set; unset: a random one is generated")
     samples: int = Field(8192, ge=256, description="samples of the random data set, 1024 codes each; a run reads all")
     text_len: int = Field(256, ge=2, description="text slots")
     batch: int = Field(64, ge=1, description="samples per batch")

@@ -44,7 +44,7 @@ def evaluate_export(
     export = load_export(url, str(resolve_device(device)))
     validation = read_validation(export, data_url, limit)
     order = derangement(caption_classes(validation.captions, validation.groups), seed)
-    with progress(total=2 * len(validation), what="evaluate", unit="sample") as bar:
+    with progress(total=2 * len(validation), what="right and shuffled captions", unit="caption") as bar:
         options: dict[str, Any] = {"batch": batch, "progress": bar.update}
         right_SN = image_losses(export.prior, validation.text_ST, validation.image_SN, **options)
         wrong_SN = image_losses(export.prior, validation.text_ST[torch.from_numpy(order)], validation.image_SN, **options)

@@ -5,14 +5,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
-from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place
 from dalle_ds.tracking.config import TrackingConfig
 
 
 class ClipDataConfig(Config):
     """Source of the images, which are all held in memory."""
 
-    raw: str = Field(description="root of raw shards: a path or s3:// url")
+    raw: Place = Field(description="root of raw shards: a path or s3:// url")
     validation_fraction: float = Field(
         VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
     )
@@ -90,7 +90,7 @@ class ClipRunConfig(Config):
     """One training run of a CLIP, with all its restarts."""
 
     section: ClassVar = "clip"
-    folder: str = Field(description="run folder: checkpoints, model, report and the merged recipe")
+    folder: OutFolder = Field(description="run folder: checkpoints, model, report and the merged recipe")
     data: ClipDataConfig
     model: ClipModelConfig = ClipModelConfig()
     optimizer: ClipOptimizerConfig = ClipOptimizerConfig()

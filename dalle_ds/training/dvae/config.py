@@ -8,14 +8,14 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.optim.ema import EMAConfig
 from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
-from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place
 from dalle_ds.tracking.config import TrackingConfig
 
 
 class DVAEDataConfig(Config):
     """Source of the images, memory for them, and augmentation."""
 
-    raw: str = Field(description="root of raw shards: a path or s3:// url")
+    raw: Place = Field(description="root of raw shards: a path or s3:// url")
     validation_fraction: float = Field(
         VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
     )
@@ -109,7 +109,7 @@ class DVAERunConfig(Config):
     """One training run of the dVAE, with all its restarts."""
 
     section: ClassVar = "dvae"
-    folder: str = Field(description="run folder: checkpoints, weights, report and the merged recipe")
+    folder: OutFolder = Field(description="run folder: checkpoints, weights, report and the merged recipe")
     data: DVAEDataConfig
     model: DVAEConfig = DVAEConfig()
     optimizer: DVAEOptimizerConfig = DVAEOptimizerConfig()

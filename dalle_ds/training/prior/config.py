@@ -17,7 +17,7 @@ from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.optim.ema import PriorEMAConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas.groups import ReplicasConfig
-from dalle_ds.recipes import Config
+from dalle_ds.recipes import Config, OptionalOutFolder, OptionalPlace, OutFolder, Place
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.names import DATASET_FILE
 from dalle_ds.tracking.config import TrackingConfig
@@ -56,21 +56,21 @@ class PriorModelConfig(Config):
 class DataShareConfig(Config):
     """One data set of a mix."""
 
-    dataset: str = Field(description="root of a token data set: a path or s3:// url")
+    dataset: Place = Field(description="root of a token data set: a path or s3:// url")
     weight: float = Field(gt=0, description="fraction of the samples drawn from this data set is weight / sum of the weights")
 
 
 class CacheConfig(Config):
     """Local disk cache for blocks of s3:// data sets. The ranks of a machine share it; the least recently used are deleted."""
 
-    folder: str = Field(pattern="^[^:]+$", description="path on a local disk of each machine; not a url")
+    folder: OutFolder = Field(pattern="^[^:]+$", description="path on a local disk of each machine; not a url")
     gib: float = Field(gt=0, description="maximum size in GiB")
 
 
 class PriorDataConfig(Config):
     """Either one `dataset` or a `mix` of several."""
 
-    dataset: str | None = Field(None, description="root of a token data set: a path or s3:// url")
+    dataset: OptionalPlace = Field(None, description="root of a token data set: a path or s3:// url")
     mix: list[DataShareConfig] = Field([], description="several data sets, sampled by weight; instead of `dataset`")
     dvae: str | None = Field(None, description="fingerprint that the data's dVAE must have; unset: any")
     tokenizer: str | None = Field(None, description="fingerprint that the data's tokenizer must have; unset: any")
@@ -126,7 +126,7 @@ class PriorOptimizerConfig(Config):
 
 
 class PriorCheckpointConfig(Config):
-    folder: str | None = Field(
+    folder: OptionalOutFolder = Field(
         None,
         description="a path on a file system that all ranks share, or an s3:// url, with which they need no shared file "
         "system; unset: checkpoints/ in the run folder",
@@ -178,7 +178,7 @@ class PriorRunConfig(Config):
     """One training run of the prior, on all its nodes and with all its restarts. The defaults are the paper's."""
 
     section: ClassVar = "prior"
-    folder: str = Field(description="run folder: checkpoints, logs and the merged recipe")
+    folder: OutFolder = Field(description="run folder: checkpoints, logs and the merged recipe")
     deepspeed_config: str = Field(
         "ds_configs/zero3_fp16.json", description="DeepSpeed JSON: a path, or the name of a shipped file"
     )

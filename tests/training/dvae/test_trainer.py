@@ -307,6 +307,10 @@ def test_a_window_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
 
 
 def test_clear_errors_at_the_start(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "dataset.json").write_text("{}")
+    with pytest.raises(DataError, match="is a token data set: it has dataset.json. Expected raw shards of"):
+        list_raw_shards(tmp_path / "tokens")
     with pytest.raises(DataError, match="no raw shards"):
         train_dvae(dvae_run(tmp_path / "nothing", tmp_path / "run"))
     with pytest.raises(ConfigError, match="fp16, which needs a CUDA device"):

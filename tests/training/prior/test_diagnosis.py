@@ -100,5 +100,5 @@ def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         main(["diagnose", str(tmp_path)])
     assert ended.value.code == 2
-    assert f"{tmp_path}/recipe.yaml cannot be read" in capsys.readouterr().err
+    assert f"{tmp_path} is not a diagnosis: it has no recipe.yaml" in capsys.readouterr().err
     assert not torch.distributed.is_initialized(), "the error is raised before the ranks join"

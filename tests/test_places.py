@@ -1,0 +1,70 @@
+"""Tests of the check of paths and urls that users name."""
+
+import pytest
+
+from dalle_ds.errors import DataError
+from dalle_ds.places import check_local, check_output, check_place, check_store
+
+
+@pytest.mark.parametrize("place", ["runs/x", "/data/x", "s3://b/x", "file:///x", "runs//x", "a:b", "./s3:/x", "s3", "clip:x"])
+def test_places(place):
+    check_place(place)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s3:/b/x", "s3:/b/x: incomplete url; expected s3://b/x"),
+        ("s3//b/x", "incomplete url; expected s3://b/x"),
+        ("S3://b/x", "incomplete url; expected s3://b/x"),
+        ("s3:///b", "incomplete url; expected s3://b"),
+        ("s3:b/x", "incomplete url; expected s3://b/x"),
+        ("s3://", "incomplete url; expected s3://bucket"),
+        ("file:/x", "incomplete url; expected file:///x"),
+        ("foo:/x", "unknown URL scheme; expected a path, file:// or s3://"),
+        ("gs://b/x", "unknown URL scheme"),
+        ("https//host/x", "unknown URL scheme"),
+    ],
+)
+def test_incomplete_and_unknown_urls(place, message):
+    with pytest.raises(DataError) as caught:
+        check_place(place)
+    assert message in str(caught.value)
+    with pytest.raises(DataError, match="expected a local path"):
+        check_local(place)
+
+
+def test_stores():
+    for uri in ("http://h:5000", "https://u:p@h", "sqlite:///m.db", "postgresql+psycopg2://h/m", "file:///m", "databricks"):
+        check_store(uri)
+    for uri in ("127.0.0.1:5000", "localhost", "http//h", "http:/h", "sqlite:m.db", "runs/mlruns"):
+        with pytest.raises(DataError, match="expected http"):
+            check_store(uri)
+    with pytest.raises(DataError) as caught:
+        check_store("user:secret@host:5000")
+    assert "secret" not in str(caught.value)
+
+
+def test_outputs(tmp_path):
+    """The check creates nothing that stays."""
+    (tmp_path / "file").write_text("")
+    for place, kind in [
+        ("s3://b/x", "folder"),
+        (tmp_path / "a" / "b", "folder"),
+        (tmp_path, "folder"),
+        (tmp_path / "file", "file"),
+    ]:
+        check_output(place, kind)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for place, kind, message in [
+        (
+            "/proc/nope",
+            "folder",
+            r"cannot be created \(No such file or directory: /proc\); expected a folder that can be written",
+        ),
+        (tmp_path / "file" / "x", "folder", "Not a directory"),
+        (tmp_path / "file", "folder", "Not a directory"),
+        (tmp_path, "file", "is a folder; expected the path of a file"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            check_output(place, kind)

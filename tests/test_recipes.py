@@ -1,0 +1,82 @@
+"""Tests of recipes: what a user is told about wrong keys and values."""
+
+import pytest
+
+from dalle_ds.commands.settings import LossConfig, SampleConfig
+from dalle_ds.errors import ConfigError
+from dalle_ds.recipes import load_recipe
+from dalle_ds.training.dvae.config import DVAERunConfig
+from dalle_ds.training.prior.config import PriorRunConfig
+
+GIVEN = ["folder=f", "data.raw=r"]
+
+
+def said_about(config_class, *overrides, path=None):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(config_class, path, overrides)
+    text = str(caught.value)
+    assert "Input should" not in text and "Value error" not in text and "Config" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("updates=abc", "updates = 'abc': expected an integer"),
+        ("updates=0", "updates = 0: expected at least 1"),
+        ("ema.decay=x", "ema.decay = 'x': expected a number"),
+        ("optimizer.clip=0", "optimizer.clip = 0: expected more than 0"),
+        ("precision=fp8", "precision = 'fp8': expected 'fp32', 'bf16' or 'fp16'"),
+        ("learning_rate=0.1", "learning_rate = 0.1: expected a section with the keys peak, final, "),
+        ("data.max_zoom=1", "data: max_zoom 1.0 is below min_zoom 1.125"),
+    ],
+)
+def test_a_wrong_value_gets_the_expectation(override, message):
+    assert message in said_about(DVAERunConfig, *GIVEN, override)
+
+
+def test_a_union_is_one_line():
+    said = said_about(PriorRunConfig, "folder=f", "data.dataset=d", "activation_checkpointing=x")
+    assert said.endswith("activation_checkpointing = 'x': expected true or false or an integer")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "key", "meant"),
+    [
+        (DVAERunConfig, "batch_size", "global_batch"),
+        (DVAERunConfig, "average.decay", "ema"),
+        (DVAERunConfig, "averaged", "ema"),
+        (DVAERunConfig, "model.vocab_size", "model.n_codes"),
+        (DVAERunConfig, "report_every", "validation.every"),
+        (DVAERunConfig, "checkpoint_every", "checkpoint.every"),
+        (DVAERunConfig, "schedules.lr", "learning_rate"),
+        (DVAERunConfig, "optimizer.lr", "learning_rate.peak"),
+        (DVAERunConfig, "held_out.samples", "validation"),
+        (DVAERunConfig, "learning_rate.peek", "learning_rate.peak"),
+        (DVAERunConfig, "peak", "learning_rate.peak"),
+        (PriorRunConfig, "model.text_vocab", "model.vocab_size"),
+        (PriorRunConfig, "model.image_vocab", "model.n_codes"),
+        (SampleConfig, "image", "image_prompt"),
+        (SampleConfig, "rows", "prompt_rows"),
+        (SampleConfig, "prompt_image", "image_prompt"),
+        (LossConfig, "limitt", "limit"),
+    ],
+)
+def test_an_unknown_key_gets_the_key_that_was_meant(config_class, key, meant):
+    assert f"did you mean {meant}?" in said_about(config_class, f"{key}=1")
+
+
+def test_an_unknown_section_gets_the_section_that_was_meant(tmp_path):
+    (tmp_path / "r.yaml").write_text("priro: {}\n")
+    assert "unknown section 'priro'" in (said := said_about(PriorRunConfig, path=tmp_path / "r.yaml"))
+    assert said.endswith("did you mean prior?")
+
+
+def test_a_key_that_a_recipe_has_twice_is_an_error(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("dvae:\n  updates: 3\n  seed: 1\n  updates: 4\n")
+    assert "key 'updates' on line 4 is already on line 2" in said_about(DVAERunConfig, path=path)
+    path.write_text("dvae: {folder: f}\nprior: {}\ndvae: {folder: g}\n")
+    assert "key 'dvae' on line 3 is already on line 1" in said_about(DVAERunConfig, path=path)
+    path.write_text("dvae: {folder: f, data: &d {raw: r}}\nclip: {data: {<<: *d, raw: s}}\n")
+    assert load_recipe(DVAERunConfig, path).data.raw == "r"
