@@ -9,21 +9,29 @@ from pydantic import BaseModel
 
 from dalle_ds.hints import close_words, did_you_mean
 
-RENAMED = {
+RENAMED: dict[str, str | tuple[str, ...]] = {
     "average": "ema",
     "averaged": "ema",
-    "batch_size": "global_batch",
+    "batch_size": ("global_batch", "batch"),
+    "dataset": "data",
     "checkpoint_every": "checkpoint.every",
+    "heads": "n_heads",
     "held_out": "validation",
     "image": "image_prompt",
+    "image_layers": "n_image_layers",
     "image_vocab": "n_codes",
+    "layers": "n_layers",
     "lr": "learning_rate.peak",
     "optimizer.lr": "learning_rate.peak",
     "pictures": "images",
+    "recompute": "activation_checkpointing",
     "report_every": "validation.every",
     "rows": "prompt_rows",
     "schedules.lr": "learning_rate",
+    "shard_samples": "samples_per_shard",
+    "text_layers": "n_text_layers",
     "text_vocab": "vocab_size",
+    "uri": "mlflow_uri",
     "vocab_size": "n_codes",
 }
 """Old names of keys, or names of other projects, and the key to use instead. Messages about an unknown key suggest it."""
@@ -137,10 +145,11 @@ def _hint(config_class: type[BaseModel], keys: list[str], known: Sequence[str]) 
     prefix = "".join(f"{key}." for key in keys[:-1])
     everywhere = [*_dotted(config_class), *(f"{prefix}{key}" for key in known)]
     for old in (".".join(keys), keys[-1]):
-        new = RENAMED.get(old)
-        for candidate in (f"{prefix}{new}", new):
-            if candidate in everywhere:
-                return f"; did you mean {candidate}?"
+        new = RENAMED.get(old, ())
+        for name in (new,) if isinstance(new, str) else new:
+            for candidate in (f"{prefix}{name}", name):
+                if candidate in everywhere:
+                    return f"; did you mean {candidate}?"
     here = [f"{prefix}{key}" for key in close_words(keys[-1], known)]
     return f"; did you mean {' or '.join(here)}?" if here else did_you_mean(keys[-1], everywhere)
 

@@ -252,7 +252,7 @@ def test_accept(tmp_path, dalle_ds):
         (("train", "pior"), "did you mean `dalle-ds train prior`?"),
         (("evaluate",), "did you mean `dalle-ds eval`?"),
         (("prior",), "did you mean `dalle-ds train prior`?"),
-        (("register", "--mlflow-uri", "x"), "no such option --uri; did you mean --mlflow-uri?"),
+        (("register", "--uri", "x"), "no such option --uri; did you mean --mlflow-uri?"),
         (("train", "prior", "folder=f", "data.dataset=d", "priro.updates=3"), "unknown key 'priro'"),
         (("data", "encode", "a", "b", "c"), "'c', neither RECIPE.yaml nor KEY=VALUE: expected at most RAW OUT"),
         (("plan", "--master", "none"), "master none requires moments low_bit"),
