@@ -30,6 +30,11 @@ def check_place(place: str | Path) -> None:
     raise DataError(f"{text}: unknown URL scheme; expected a path, file:// or s3://")
 
 
+def expand_home(place: str) -> str:
+    """Replace ~ or ~USER at the start by the home folder. A shell does not do it in quotes or after KEY=."""
+    return str(Path(place).expanduser()) if place.startswith("~") else place
+
+
 def check_local(place: str | Path) -> None:
     """Check that `place` is a local path. Raises DataError if it is a url, complete or not."""
     if SCHEME.match(str(place)):

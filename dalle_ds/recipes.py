@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.hints import did_you_mean
-from dalle_ds.places import check_local, check_output, check_place, check_store
+from dalle_ds.places import check_local, check_output, check_place, check_store, expand_home
 from dalle_ds.recipe_errors import annotation_of, arms_of, config_in, explain_all
 
 
@@ -28,6 +28,7 @@ class Config(BaseModel):
         # before the value becomes a Path, which turns s3://bucket into s3:/bucket
         if isinstance(value, str | Path) and Path in arms_of(cls.model_fields[str(info.field_name)].annotation):
             _refusing(check_local, value)
+            return Path(expand_home(str(value)))
         return value
 
 
@@ -41,12 +42,15 @@ def _refusing(check: Callable[[Any], None], value: Any) -> None:
         raise ValueError(str(error)) from None
 
 
-def _checked(check: Callable[[Any], None]) -> AfterValidator:
+def _checked(check: Callable[[Any], None], change: Callable[[str], str] = str) -> AfterValidator:
     def each(value: Any) -> Any:
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if one is not None:
-                _refusing(check, one)
-        return value
+        if value is None:
+            return None
+        if isinstance(value, tuple | list):
+            return type(value)(map(each, value))
+        changed = change(value)
+        _refusing(check, changed)
+        return changed
 
     return AfterValidator(each)
 
@@ -58,7 +62,7 @@ class Output:
     kind: Literal["folder", "file"]
 
 
-_PLACE = _checked(check_place)
+_PLACE = _checked(check_place, expand_home)
 Place = Annotated[str, _PLACE]
 """Type of a field that names an input: a path, file:// or s3://."""
 OptionalPlace = Annotated[str | None, _PLACE]

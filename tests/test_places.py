@@ -4,6 +4,7 @@ import pytest
 
 from dalle_ds.errors import DataError
 from dalle_ds.places import check_local, check_output, check_place, check_store
+from preprocessing.configs import EncodeConfig, FetchConfig
 
 
 @pytest.mark.parametrize("place", ["runs/x", "/data/x", "s3://b/x", "file:///x", "runs//x", "a:b", "./s3:/x", "s3", "clip:x"])
@@ -68,3 +69,11 @@ def test_outputs(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             check_output(place, kind)
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert FetchConfig(out="~/images").out in (str(tmp_path / "images"), tmp_path / "images")
+    config = EncodeConfig(raw="~/raw", dvae="s3://bucket/~/dvae", tokenizer="a~b", out="~/tokens")
+    assert (config.raw, config.out) == (str(tmp_path / "raw"), str(tmp_path / "tokens"))
+    assert (config.dvae, config.tokenizer) == ("s3://bucket/~/dvae", "a~b")

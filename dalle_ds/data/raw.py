@@ -12,6 +12,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.hashing import hash_to_integer, sha256_of_file
 from dalle_ds.storage.names import DATASET_FILE
+from dalle_ds.storage.text import decode_text, lines_of
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 MAX_MEMBER_BYTES: Final = 256 * 2**20
@@ -167,7 +168,7 @@ def _with_drop_lists(root_url: str | Path, shards: list[RawShard]) -> list[RawSh
 
 def _read_drop_list(url: str) -> dict[str, str]:
     try:
-        records = [json.loads(line) for line in objects.read_bytes(url).decode().splitlines()]
+        records = [json.loads(line) for line in lines_of(objects.read_bytes(url).decode())]
         return {record["key"]: record["reason"] for record in records}
     except FileNotFoundError:
         raise DataError(f"{url}: the drop list is missing; run `dalle-ds data dedup` again") from None
@@ -257,7 +258,7 @@ def _assemble(key: str, parts: dict[str, bytes], dropped: str) -> RawSample | Dr
         record = json.loads(parts["json"]) if "json" in parts else {}
         caption, group = record.get("caption"), record.get("group", key)
         if caption is None:  # img2dataset's json may lack the caption, which is then in the txt
-            caption = parts["txt"].decode()
+            caption = decode_text(parts["txt"])
         f"{caption}{group}".encode()  # raises on an unpaired surrogate: JSON can express it, UTF-8 cannot
     except KeyError:
         return Dropped(key, "no caption")

@@ -18,6 +18,7 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
 from dalle_ds.storage.hashing import sha256_of_file
 from dalle_ds.storage.names import SAMPLES_FILE
+from dalle_ds.storage.text import decode_text
 
 PREPARATION = "centre crop by Lanczos, then Pillow's GaussianBlur/v1"  # increase the version when `prepare` changes
 
@@ -148,7 +149,7 @@ def _chosen(keys: Iterator[str] | dict[str, object], limit: int) -> list[str]:
 
 def _caption_beside(path: Path) -> str | None:
     text = path.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+    return decode_text(text.read_bytes()).strip() if text.is_file() else None
 
 
 def _sha256_of_shard(shard: RawShard) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.validation_samples import choose_validation
+from dalle_ds.storage.text import decode_text, lines_of
 
 STDIN = Path("-")
 
@@ -44,7 +45,7 @@ class SampleSource:
             validation = choose_validation(export, self.n_validation, data_url=self.data_url, seed=seed)
             return validation.captions, validation.image_SN, {"validation_keys": validation.keys}
         if self.captions_file == STDIN:
-            return captions_of(sys.stdin.read(), "standard input"), None, {}
+            return captions_of(_read_stdin(), "standard input"), None, {}
         if self.captions_file is not None:
             return read_captions(self.captions_file), None, {}
         return list(self.captions) or [""], None, {}
@@ -53,14 +54,21 @@ class SampleSource:
 def read_captions(path: Path) -> list[str]:
     """Read one caption per line, skipping empty lines. Raises DataError if the file cannot be read or has no caption."""
     try:
-        return captions_of(path.read_text(encoding="utf-8"), f"captions file {path}")
+        return captions_of(decode_text(path.read_bytes()), f"captions file {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"captions file {path}: {error}") from None
 
 
+def _read_stdin() -> str:
+    try:
+        return decode_text(sys.stdin.buffer.read())
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error}") from None
+
+
 def captions_of(text: str, source: str) -> list[str]:
     """Split a text into one caption per line, skipping empty lines. Raises DataError if there is none; it names `source`."""
-    captions = [line.strip() for line in text.splitlines()]
+    captions = [line.strip() for line in lines_of(text)]
     captions = [caption for caption in captions if caption]
     if not captions:
         raise DataError(f"{source} contains no caption; expected one per line")

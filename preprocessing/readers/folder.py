@@ -12,6 +12,7 @@ from typing import Final
 from dalle_ds.data.raw import IMAGE_EXTENSIONS
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from dalle_ds.storage.text import decode_text, lines_of
 
 CAPTION_FILES: Final = ("captions.jsonl", "captions.tsv", "captions.csv")
 FILE_COLUMNS: Final = ("file", "file_name", "filename", "image")
@@ -99,14 +100,14 @@ def _read_text_files(images: dict[str, tuple[str, int]], files: dict[str, tuple[
     for path in sorted(images):
         text_path = str(PurePosixPath(path).with_suffix(".txt"))
         if text_path in files:
-            yield _Line(text_path, path, objects.read_bytes(files[text_path][0]).decode(errors="replace").strip())
+            yield _Line(text_path, path, decode_text(objects.read_bytes(files[text_path][0]), "replace").strip())
 
 
 def _read_captions(url: str) -> Iterator[_Line]:
-    text = objects.read_bytes(url).decode("utf-8-sig", errors="replace")
+    text = decode_text(objects.read_bytes(url), "replace")
     name = PurePosixPath(url).name
     if name.endswith(".jsonl"):
-        records = ((n, _parse_json(line)) for n, line in enumerate(text.splitlines(), start=1) if line.strip())
+        records = ((n, _parse_json(line)) for n, line in enumerate(lines_of(text), start=1) if line.strip())
     else:
         # In tsv files a quote is an ordinary character; csv files quote as Excel does.
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}

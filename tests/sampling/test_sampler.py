@@ -107,6 +107,8 @@ def test_no_captions(export, tmp_path):
             draw_samples(export, captions, SamplingConfig(), tmp_path)
     (tmp_path / "captions.txt").write_text("\n one \n\ntwo\n")
     assert read_captions(tmp_path / "captions.txt") == ["one", "two"]
+    (tmp_path / "captions.txt").write_text("\ufeffone\u2028half\r\ntwo\n", encoding="utf-8")
+    assert read_captions(tmp_path / "captions.txt") == ["one\u2028half", "two"]
     (tmp_path / "captions.txt").write_text("\n")
     with pytest.raises(DataError, match="contains no caption"):
         read_captions(tmp_path / "captions.txt")

@@ -25,7 +25,7 @@ def reasons(folder: Path) -> dict[str, str]:
 def test_text_beside_the_image(tmp_path: Path) -> None:
     image(tmp_path / "sub" / "a.b.jpg")
     image(tmp_path / "lonely.jpg")
-    (tmp_path / "sub" / "a.b.txt").write_text("  a caption\n")
+    (tmp_path / "sub" / "a.b.txt").write_text("\ufeff  a caption\n", encoding="utf-8")
     assert pairs(tmp_path) == {"sub_a_b": ("a caption", "sub_a_b")}  # keys have no dots: webdataset cuts a key at the first dot
     assert reasons(tmp_path) == {"lonely": "no caption"}
 
@@ -39,7 +39,7 @@ def test_jsonl(tmp_path: Path, bom: str) -> None:
         + "\n".join(
             [
                 '{"file": "a.png", "caption": "one", "group": "g"}',
-                '{"file_name": "./b.png", "text": "two"}',
+                '{"file_name": "./b.png", "text": "two\u2028lines\x85"}',
                 "",
                 "{broken",
                 '"text"',
@@ -51,7 +51,7 @@ def test_jsonl(tmp_path: Path, bom: str) -> None:
         ),
         encoding="utf-8",
     )
-    assert pairs(tmp_path) == {"a": ("one", "g"), "b": ("two", "b")}
+    assert pairs(tmp_path) == {"a": ("one", "g"), "b": ("two\u2028lines", "b")}
     assert reasons(tmp_path) == {
         "captions.jsonl:4": "bad caption line",
         "captions.jsonl:5": "bad caption line",
