@@ -19,6 +19,16 @@ if [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ] || { [ -n "${RANK:-}" ] && [ -n "${LOC
 fi
 case " ${DS_LAUNCH_ARGS:-}" in
   *" --hostfile"* | *" -H"*)
+    hosts= before=
+    for word in $DS_LAUNCH_ARGS; do
+      case $word in --hostfile=*) hosts=${word#*=} ;; esac
+      case $before in --hostfile | -H) hosts=$word ;; esac
+      before=$word
+    done
+    if [ ! -f "$hosts" ]; then # DeepSpeed would only warn, and train on this host alone
+      echo "error: hostfile $hosts does not exist: expected one line per host, as in node-a slots=8" >&2
+      exit 2
+    fi
     # ssh forwards no variables, and DeepSpeed shows those that it forwards, secrets too, in its log and in the process list
     names="PATH|LD_LIBRARY_PATH|LD_PRELOAD|SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
     ours="AWS|MLFLOW|DALLE_DS|DS|HF|HUGGINGFACE|TRANSFORMERS|TOKENIZERS|FSSPEC|HTTP|HTTPS|ALL|NO"

@@ -6,7 +6,11 @@ This module imports neither torch nor deepspeed, since variables such as OMP_NUM
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from dalle_ds.errors import ConfigError
 
@@ -26,12 +30,38 @@ def prepare_rank(environment: Path | None) -> None:
         environment: file of NAME=VALUE lines that all hosts of the job share.
 
     Raises:
-        ConfigError: see `take_environment` and `take_rank`.
+        ConfigError: see `require_hostfile`, `take_environment` and `take_rank`.
     """
+    require_hostfile()
     if environment is not None:
         take_environment(environment)
     take_rank()
     set_defaults()
+
+
+def require_hostfile() -> None:
+    """Check that the hostfile of the deepspeed launcher exists. If it does not, DeepSpeed only warns and uses this host alone.
+
+    Raises:
+        ConfigError: a launcher among the parents of this process has a --hostfile that does not exist.
+    """
+    for parent in psutil.Process().parents():
+        with suppress(psutil.Error):  # it has ended, or belongs to another user
+            words, folder = parent.cmdline(), parent.cwd()
+            if any(Path(word).name in ("deepspeed", "ds") for word in words[:3]):
+                hostfile = _hostfile(words)
+                if hostfile is not None and not Path(folder, hostfile).is_file():
+                    raise ConfigError(f"hostfile {hostfile} does not exist: expected one line per host, as in node-a slots=8")
+
+
+def _hostfile(words: Sequence[str]) -> str | None:
+    """Return the argument of --hostfile or -H among the words of a command, or None if it has neither."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("--hostfile", "-H"):
+            return following
+        if word.startswith("--hostfile="):
+            return word.partition("=")[2]
+    return None
 
 
 def take_gpu(n_visible: int) -> int:

@@ -44,7 +44,7 @@ def test_samples_of_every_spelling(tmp_path: Path) -> None:
                 ("b.json", record("second")),
                 ("b.PNG", IMAGE),
                 ("dir/c.jpg", IMAGE),
-                ("dir/c.txt", "dritte \u00fc".encode()),
+                ("dir/c.txt", "\ufeffdritte \u00fc".encode()),
                 ("dir/c.cls", b"ignored"),
             ],
         )

@@ -5,11 +5,21 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from dalle_ds.errors import ConfigError
-from dalle_ds.parallel.launch import ALLOCATORS_NAMES, COMPILE_THREADS, set_defaults, take_environment, take_gpu, take_rank
+from dalle_ds.parallel.launch import (
+    ALLOCATORS_NAMES,
+    COMPILE_THREADS,
+    require_hostfile,
+    set_defaults,
+    take_environment,
+    take_gpu,
+    take_rank,
+)
 from tests.support import launching
 
 OPEN_MPI = {
@@ -146,3 +156,22 @@ def test_compilers_of_a_machine_are_few_and_what_is_set_stays(told: dict[str, st
         before = dict(told)
         set_defaults()
         assert told == before | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+@pytest.mark.parametrize("words", ["--hostfile hosts", "-H hosts", "--hostfile=hosts", "--num_gpus 2 --hostfile hosts"])
+def test_a_hostfile_that_does_not_exist_is_refused(tmp_path, monkeypatch, words):
+    """DeepSpeed itself only warns, and trains on one host."""
+    command = ["python", "/x/deepspeed", *words.split()]
+    parents = [psutil.Process(), SimpleNamespace(cmdline=lambda: command, cwd=lambda: str(tmp_path))]
+    monkeypatch.setattr(psutil.Process, "parents", lambda self: parents)
+    with pytest.raises(ConfigError, match="hostfile hosts does not exist: expected one line per host"):
+        require_hostfile()
+    (tmp_path / "hosts").write_text("localhost slots=2")
+    require_hostfile()
+
+
+@pytest.mark.parametrize("words", ["--hostfile nowhere", "--hostfile=nowhere", "-H nowhere"])
+def test_bash_form_refuses_it_before_anything_starts(tmp_path, words):
+    done = launching.run(["bash", str(launching.ROOT / "launchers" / "train_prior.sh")], tmp_path, {"DS_LAUNCH_ARGS": words})
+    assert done.returncode == 2 and "hostfile nowhere does not exist" in done.stderr, done.stderr
+    assert not (tmp_path / ".environment").exists()
