@@ -1,8 +1,10 @@
 """Raw shards: WebDataset tars of images with captions, read sample by sample; every damaged sample is counted."""
 
+import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -89,8 +91,21 @@ def list_raw_shards(root_url: str | Path) -> list[RawShard]:
             f"{root_url}: no raw shards: neither manifests/*.json nor *.tar files. "
             "`dalle-ds data ingest` creates them from a folder of images with captions"
         )
-    names = {url: _shard_name(root_url, url) for url in tars}
+    names = distinct_names(root_url, {url: _shard_name(root_url, url) for url in tars})
     return sorted((RawShard(names[url], url, size) for url, size in tars.items()), key=lambda shard: shard.name)
+
+
+def distinct_names(root_url: str | Path, names: Mapping[str, str]) -> dict[str, str]:
+    """Make names of shards, by url, distinct. Equal names, with "/" equal to "_", get a hash of the path below `root_url`.
+
+    Without it, a/0.tar and a_0.tar would both be the shard a_0, and one of them would count as done.
+    """
+    counts = Counter(name.replace("/", "_") for name in names.values())
+    start = len(str(root_url))
+    return {
+        url: f"{name}-{hashlib.sha256(url[start:].encode()).hexdigest()[:8]}" if counts[name.replace("/", "_")] > 1 else name
+        for url, name in names.items()
+    }
 
 
 def read_raw_shard(shard: RawShard) -> Iterator[RawSample | Dropped]:

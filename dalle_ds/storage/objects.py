@@ -58,6 +58,11 @@ def join(url: str | Path, *parts: str) -> str:
     return "/".join([str(url).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def absolute(url: str | Path) -> str:
+    """Return the absolute path of a local path. URLs stay as they are."""
+    return str(url) if "://" in str(url) else str(Path(url).resolve())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Inputs of ingest: a folder of images, WebDataset tars (including img2dataset's) or parquet files, cut into shards."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dalle_ds.data.raw import IMAGE_EXTENSIONS, Dropped, RawSample, RawShard, read_raw_shard
+from dalle_ds.data.raw import IMAGE_EXTENSIONS, Dropped, RawSample, RawShard, distinct_names, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from preprocessing.configs import ColumnsConfig
@@ -76,14 +76,18 @@ def list_parts(url: str, columns: ColumnsConfig) -> list[TarPart | ParquetPart]:
         files = {url: objects.size(url)}
     else:
         files = objects.list_sizes(url)
-    names = {file: _name(file.removeprefix(url) or file.rsplit("/", 1)[-1]) for file in sorted(files)}
-    tars = [TarPart(name, file, files[file]) for file, name in names.items() if file.endswith(".tar")]
     has_images = any(file.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)) for file in files)
+    tars = _named(url, files, ".tar")
     if tars and has_images:
         raise DataError(f"{url}: contains both tars and loose images; expected only one kind in `ingest.images`")
     if tars or has_images:
-        return list(tars)
-    return [ParquetPart(name, file, files[file], columns) for file, name in names.items() if file.endswith(".parquet")]
+        return [TarPart(name, file, files[file]) for file, name in tars.items()]
+    return [ParquetPart(name, file, files[file], columns) for file, name in _named(url, files, ".parquet").items()]
+
+
+def _named(url: str, files: Mapping[str, int], suffix: str) -> dict[str, str]:
+    chosen = [file for file in sorted(files) if file.endswith(suffix)]
+    return distinct_names(url, {file: _name(file.removeprefix(url) or file.rsplit("/", 1)[-1]) for file in chosen})
 
 
 def _name(path: str) -> str:

@@ -144,6 +144,9 @@ def test_sub_folders_are_part_of_the_name(tmp_path: Path) -> None:
     for name in ("b/0.tar", "a/0.tar"):
         write_tar(tmp_path / name, [("k.png", IMAGE)])
     assert [shard.name for shard in list_raw_shards(tmp_path)] == ["a_0", "b_0"]
+    write_tar(tmp_path / "a_0.tar", [("k.png", IMAGE)])
+    names = [shard.name for shard in list_raw_shards(tmp_path)]
+    assert len(set(names)) == 3 and [name[:4] for name in names] == ["a_0-", "a_0-", "b_0"]
 
 
 def test_the_split_follows_the_group() -> None:

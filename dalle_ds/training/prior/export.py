@@ -56,7 +56,7 @@ def export_checkpoint(
     """
     checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), PriorAbout, keep=1).find(tag)
     about = checkpoint.about
-    sets = [_absolute(one.dataset) for one in about.sets]
+    sets = [objects.absolute(one.dataset) for one in about.sets]
     dataset = sets[0]
     inputs = {name: objects.join(dataset, name) for name in (TOKENIZER_FILE, DVAE_FILE)}
     tokenizer, dvae = CaptionTokenizer(inputs[TOKENIZER_FILE]), verified_fingerprint(inputs[DVAE_FILE], "dvae")
@@ -84,7 +84,7 @@ def export_checkpoint(
         data_fingerprint=about.data,
         data_content=about.content,
         data_urls=tuple(sets),
-        checkpoint=_absolute(checkpoint.url),
+        checkpoint=objects.absolute(checkpoint.url),
         mlflow=about.mlflow,
     )
     for name, url in inputs.items():
@@ -114,10 +114,6 @@ def _checkpoint_folder(run_folder: str) -> str:
         if folder := recipe["prior"]["checkpoint"]["folder"]:
             return folder
     return objects.join(run_folder, "checkpoints")
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).resolve())
 
 
 def _weights(checkpoint: Checkpoint[PriorAbout], ema: bool) -> dict[str, StoredTensor]:

@@ -8,6 +8,7 @@ from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.prior.build import read_engine_config
@@ -77,7 +78,7 @@ def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
 
 def _trained_on(mix: TokenMix) -> list[TrainedOn]:
     return [
-        TrainedOn(dataset=one.root_url, weight=weight, data=one.fingerprint, content=one.content_fingerprint)
+        TrainedOn(dataset=objects.absolute(one.root_url), weight=weight, data=one.fingerprint, content=one.content_fingerprint)
         for one, weight in zip(mix.sets, mix.weights, strict=True)
     ]
 

@@ -36,6 +36,7 @@ class TrainedOn(Record):
     """A token data set of a run: its root, its weight in the mix, and its fingerprints."""
 
     dataset: str
+    """URL, or absolute path: an export may run in another folder than the training."""
     weight: float
     data: str
     content: str

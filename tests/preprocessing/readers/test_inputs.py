@@ -126,6 +126,16 @@ def test_tars_that_all_count_from_zero_keep_their_keys_apart(tmp_path: Path) -> 
         run(tmp_path / "in", tmp_path / "out")
 
 
+def test_tars_whose_names_become_equal_stay_apart(tmp_path: Path) -> None:
+    names = ("a/0.tar", "a_0.tar", "set.1.tar", "set_1.tar")
+    for i, name in enumerate(names):
+        write_tar(tmp_path / "in" / name, [("0.png", image(i)), ("0.txt", f"image number {i}".encode())])
+    run(tmp_path / "in", tmp_path / "out")
+    found = samples(str(tmp_path / "out"))
+    assert sorted(sample.caption for sample in found.values()) == [f"image number {i}" for i in range(4)]
+    assert len({key.replace("/", "_") for key in found}) == 4
+
+
 def write_parquet(file: Path, rows: int, **columns: pa.Array) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     table = {

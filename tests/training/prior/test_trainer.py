@@ -46,6 +46,13 @@ def test_recipe_that_does_not_fit(token_set: str, tmp_path: Path, override: str,
         train_prior(recipe(token_set, tmp_path, override), ALONE)
 
 
+def test_checkpoints_hold_absolute_paths(token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export may run in another folder than the training."""
+    monkeypatch.chdir(Path(token_set).parent)
+    job = check_job(recipe(Path(token_set).name, tmp_path), ALONE)
+    assert [one.dataset for one in job.about.sets] == [str(Path(token_set).resolve())]
+
+
 @pytest.mark.parametrize("value", ["1", "-0.1", ".nan", "often"])
 def test_caption_dropout_that_is_no_chance(token_set: str, tmp_path: Path, value: str) -> None:
     with pytest.raises(
