@@ -5,6 +5,7 @@ in the next step. On virtual machines that takes longer than the arithmetic: 1.2
 """
 
 import ctypes
+import os
 import sys
 
 KEPT_BYTES = 1 << 28
@@ -13,13 +14,16 @@ KEPT_BYTES = 1 << 28
 LARGEST_KEPT = 1 << 25
 """Tensors above this size are still mapped and returned individually. It is the largest value that glibc allows."""
 
+OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")
+"""glibc's environment variables for the same settings. If one is set, nothing is changed."""
+
 # values of malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> None:
     """Call it in processes that train on CPUs, before they start threads. It has no effect without glibc."""
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in OF_THE_USER):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:

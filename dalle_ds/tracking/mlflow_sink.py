@@ -21,6 +21,8 @@ from dalle_ds.storage.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
+LATEST_IMAGES = "latest_images"
+"""Artifact folder of images without a step. It must not be MLflow's own folder "images": the page would show no image chart."""
 RUN_FILE = "mlflow_run.json"
 NOTE_TAG, PARENT_TAG = "mlflow.note.content", "mlflow.parentRunId"
 NOTE_HASH_TAG = "dalle_ds.note_hash"
@@ -221,7 +223,7 @@ class MlflowSink:
         if not path.is_file():
             raise Refused(f"{path} no longer exists")
         if record["step"] is None:
-            self._client.log_artifact(self._run_id, str(path), "images")
+            self._client.log_artifact(self._run_id, str(path), LATEST_IMAGES)
         else:  # MLflow's page shows images with the same name and different steps on a slider
             try:
                 with Image.open(path) as file:

@@ -73,7 +73,7 @@ def test_scores_of_images_go_to_the_run_of_the_export_that_drew_them(export, tmp
     samples, options = str(tmp_path / "samples"), {"extractor": extractor, "clip": clip, "radii": (0, 2), "n_resamples": 2}
     result = evaluate_images(samples, tmp_path / "out", reference=[samples], export=str(export), **options)
     run, files = the_run(export)
-    assert result["tracked"] and "images/image_metrics.json" in files
+    assert result["tracked"] and "image_metrics/image_metrics.json" in files
     assert run.data.metrics["images/clip_score"] == pytest.approx(result["clip_score"])
     assert run.data.metrics["images/fid_blur_2"] == pytest.approx(result["by_blur"][1]["fid"])
     assert any("scores_by_blur" in file for file in files)

@@ -254,7 +254,7 @@ def test_slurm_job_saves_when_preempted_queues_itself_again_and_goes_on(
         require_one_rank_each(hosts)
         call("scancel", "--signal=TERM", job)
         launching.wait_for(lambda: state() == "PENDING BeginTime", "the job in the queue again", timeout=900)
-        assert "exit code 143, queued again" in log.read_text()
+        assert "exit code 143, requeued" in log.read_text()
         assert not any(host.ranks() for host in hosts.values())
         saved = newest(home)
         call("scontrol", "update", f"jobid={job}", "StartTime=now+3")  # not within the second in which the first start ended

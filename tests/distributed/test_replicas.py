@@ -144,7 +144,7 @@ def test_recipe_trains_replicas_and_goes_on_with_more_of_them(tmp_path: Path, mo
 def test_replicas_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="replicas.count 3 does not divide the 4 ranks"):
         Replicas(3, 0, 4)
-    with pytest.raises(ConfigError, match="need zero_optimization.stage 3, the DeepSpeed JSON has 2"):
+    with pytest.raises(ConfigError, match="need zero_optimization.stage 3, but the DeepSpeed JSON has 2"):
         EngineConfig({"zero_optimization": {"stage": 2}}, None).require_replicable()
     with pytest.raises(ConfigError, match="DeepSpeed's own fp16 scales them"):
         EngineConfig({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, None).require_replicable()

@@ -52,7 +52,7 @@ def test_all_ranks_learn_what_one_of_them_finds(outcome: dict[str, Any]) -> None
     found = outcome["store-2"]
     for case, text in {
         "full": "checkpoint of update 3 could not be written to .*: rank 1: OSError: .*No space left on device",
-        "not shared": "cannot be written to .*own-.: rank 1: .* not on a file system that the ranks share",
+        "not shared": "cannot be written to .*own-.: rank 1: .* not on a file system that all ranks share",
         "not writable": "cannot be written to .*: rank 1: .*File exists",
         "writable": "no error",
     }.items():

@@ -174,7 +174,7 @@ def test_samples_while_training_are_those_of_the_export(
     monkeypatch.chdir(home)
     client = MlflowClient(env["MLFLOW_TRACKING_URI"])
     run_id = json.loads((home / "whole" / "mlflow_run.json").read_text())["run_id"]
-    drawn = np.asarray(Image.open(client.download_artifacts(run_id, "images/samples.png", str(tmp_path))))
+    drawn = np.asarray(Image.open(client.download_artifacts(run_id, "latest_images/samples.png", str(tmp_path))))
     dataset = str(home / "runs" / "demo" / "tokens")
     export_checkpoint(home / "whole", tmp_path / "export")
     export = load_export(tmp_path / "export")

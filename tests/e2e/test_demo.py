@@ -66,7 +66,7 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     assert prior.data.tags["provenance.dvae"] == dvae.data.tags["fingerprint.dvae"], (
         "provenance leads from samples back to the dVAE"
     )
-    assert "validation/caption_gap" in prior.data.metrics
+    assert "caption_gap" in prior.data.metrics
     pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
 

@@ -173,7 +173,7 @@ def test_a_damaged_file_and_missing_files_are_named(copy, tmp_path):
 # ---- validation captions ----
 
 
-def test_held_out_captions_are_of_different_groups(export):
+def test_validation_captions_are_of_different_groups(export):
     validation = choose_validation(export, 8, seed=3)
     assert len(set(validation.groups)) == len(set(validation.captions)) == 8
     assert all(key.startswith("validation-") for key in validation.keys)
@@ -183,7 +183,7 @@ def test_held_out_captions_are_of_different_groups(export):
         choose_validation(export, 1000)
 
 
-def test_held_out_samples_carry_their_groups(export):
+def test_validation_samples_carry_their_groups(export):
     validation = read_validation(export)
     assert len(validation) == 32 and validation.groups == validation.captions  # the synthetic set groups by caption
 

@@ -92,10 +92,10 @@ def run(server, tmp_path_factory):
 
 def test_images_go_through_the_server_to_s3(server, run, s3, tmp_path, monkeypatch):
     stored = objects.list_files(f"s3://{BUCKET}/dashboard")
-    assert any(url.endswith("/images/samples.png") for url in stored)
+    assert any(url.endswith("/latest_images/samples.png") for url in stored)
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    file = MlflowClient(server.uri).download_artifacts(run.run_id, "images/samples.png", str(tmp_path))
+    file = MlflowClient(server.uri).download_artifacts(run.run_id, "latest_images/samples.png", str(tmp_path))
     assert np.asarray(Image.open(file)).mean() == 240, "the newest sheet"
 
 

@@ -138,10 +138,10 @@ def test_all_kinds_of_records_arrive_in_sqlite(tmp_path, database):
     assert math.isnan(history(uri, run_id, "nan")[0])
     files = {
         file.path
-        for folder in ("", "images", "images", "config", "many")
+        for folder in ("", "images", "latest_images", "config", "many")
         for file in client(uri).list_artifacts(run_id, folder)
     }
-    assert {"images/grid.png", "config/recipe.yaml", "many/one.txt"} <= files
+    assert {"latest_images/grid.png", "config/recipe.yaml", "many/one.txt"} <= files
     assert [name for name in files if name.startswith("images/samples") and name.endswith(".png")]
     assert (tmp_path / "mlartifacts").is_dir()  # beside the database
     dataset = run.inputs.dataset_inputs[0].dataset
@@ -257,7 +257,9 @@ def test_attach_adds_to_a_run_and_leaves_its_state(tmp_path, database):
     assert guest.close("FAILED")
     run = client(uri).get_run(training.run.run_id)
     assert run.info.status == "FINISHED" and run.data.metrics["validation/caption_gap"] == 0.25
-    assert [file.path for file in client(uri).list_artifacts(training.run.run_id, "images")] == ["images/samples_grid.png"]
+    assert [file.path for file in client(uri).list_artifacts(training.run.run_id, "latest_images")] == [
+        "latest_images/samples_grid.png"
+    ]
 
 
 def test_two_processes_create_one_store_and_share_it(tmp_path, monkeypatch):
@@ -296,7 +298,7 @@ def test_an_outage_of_the_server_loses_nothing(tmp_path, server, caplog):
     assert replay(tmp_path / "early")
     run = client(server.uri).get_run(read_run(tmp_path / "early").run_id)
     assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
-    assert client(server.uri).list_artifacts(run.info.run_id, "images")[0].path == "images/grid.png"
+    assert client(server.uri).list_artifacts(run.info.run_id, "latest_images")[0].path == "latest_images/grid.png"
 
     # a server that is killed in the middle of a run and restarted
     caplog.clear()

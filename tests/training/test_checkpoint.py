@@ -132,7 +132,7 @@ def test_another_format_is_no_damage(store: CheckpointStore[Said]) -> None:
     objects.write_bytes(file, json.dumps({**json.loads(objects.read_bytes(file)), "format": 1}).encode())
     for read in (lambda: store.newest(ALONE), lambda: store.find(None)):
         with pytest.raises(
-            UserError, match=f"{COMMIT_FILE} was written by another version of dalle_ds: format: Input should be 1"
+            UserError, match=f"{COMMIT_FILE} was written by another version of dalle_ds: format: Input should be 2"
         ):
             read()
 

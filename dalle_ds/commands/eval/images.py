@@ -177,7 +177,7 @@ def _track(export: str, record: ExportRecord, out: Path, result: dict[str, Any])
     if (out / CHART).exists():
         with Image.open(out / CHART) as chart:
             charts["images/scores_by_blur"] = chart.convert("RGB")
-    return track(export, record, out, metrics, charts, [out / METRICS], "images")
+    return track(export, record, out, metrics, charts, [out / METRICS], "image_metrics")
 
 
 def extract(

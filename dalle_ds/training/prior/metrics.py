@@ -47,7 +47,7 @@ def describe(run: PriorRunConfig, n_parameters: int, world_size: int) -> str:
         "`recipe.yaml` and `deepspeed.json` under *Artifacts*.",
     ]
     if run.tracking.samples_every:
-        lines += ["", f"![Newest samples](get-artifact?path=images%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
+        lines += ["", f"![Newest samples](get-artifact?path=latest_images%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
     return "\n".join(lines)
 
 
