@@ -46,7 +46,7 @@ def the_run(export):
     run = json.loads((export / "config.json").read_text())["mlflow"]
     client = MlflowClient(run["uri"])
     found = client.get_run(run["run_id"])
-    folders = [client.list_artifacts(run["run_id"], folder) for folder in ("images", "samples", "evaluation", "images")]
+    folders = [client.list_artifacts(run["run_id"], folder) for folder in ("images", "samples", "evaluation", "image_metrics")]
     return found, [file.path for folder in folders for file in folder]
 
 

@@ -146,5 +146,5 @@ def test_replicas_that_cannot_be_are_refused() -> None:
         Replicas(3, 0, 4)
     with pytest.raises(ConfigError, match="need zero_optimization.stage 3, but the DeepSpeed JSON has 2"):
         EngineConfig({"zero_optimization": {"stage": 2}}, None).require_replicable()
-    with pytest.raises(ConfigError, match="DeepSpeed's own fp16 scales them"):
+    with pytest.raises(ConfigError, match="DeepSpeed's built-in fp16 scales them"):
         EngineConfig({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, None).require_replicable()
