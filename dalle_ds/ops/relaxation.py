@@ -32,8 +32,8 @@ def kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
 
     q is the softmax of the logits, without the temperature and noise of the relaxation (confirmed by the authors, issue 26).
     """
-    ln_q = torch.log_softmax(_codes_last(logits_BKhw), dim=-1)
-    return (ln_q.exp() * ln_q).sum(dim=-1) + math.log(logits_BKhw.shape[1])
+    q_BhwK, ln_q_BhwK = _probabilities(logits_BKhw)
+    return (q_BhwK * ln_q_BhwK).sum(dim=-1) + math.log(logits_BKhw.shape[1])
 
 
 def mean_kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
@@ -43,16 +43,23 @@ def mean_kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
     and the paper penalises both with one weight. Short runs, in which unused codes do not recover, can penalise this term more
     than the other.
     """
-    q_K = torch.softmax(_codes_last(logits_BKhw), dim=-1).flatten(0, 2).mean(dim=0)
-    return torch.special.xlogy(q_K, q_K).sum() + math.log(logits_BKhw.shape[1])
+    return _kl_of_mean(_probabilities(logits_BKhw)[0])
 
 
 def kl_terms(logits_BKhw: Tensor) -> tuple[Tensor, Tensor]:
     """Return (mean of `kl_to_uniform`, `mean_kl_to_uniform`), computed from one softmax."""
-    ln_q = torch.log_softmax(_codes_last(logits_BKhw), dim=-1)
-    q, ln_k = ln_q.exp(), math.log(logits_BKhw.shape[1])
-    q_K = q.flatten(0, 2).mean(dim=0)
-    return (q * ln_q).sum(dim=-1).mean() + ln_k, torch.special.xlogy(q_K, q_K).sum() + ln_k
+    q_BhwK, ln_q_BhwK = _probabilities(logits_BKhw)
+    return (q_BhwK * ln_q_BhwK).sum(dim=-1).mean() + math.log(logits_BKhw.shape[1]), _kl_of_mean(q_BhwK)
+
+
+def _probabilities(logits_BKhw: Tensor) -> tuple[Tensor, Tensor]:
+    ln_q_BhwK = torch.log_softmax(_codes_last(logits_BKhw), dim=-1)
+    return ln_q_BhwK.exp(), ln_q_BhwK
+
+
+def _kl_of_mean(q_BhwK: Tensor) -> Tensor:
+    q_K = q_BhwK.flatten(0, 2).mean(dim=0)
+    return torch.special.xlogy(q_K, q_K).sum() + math.log(len(q_K))
 
 
 def _codes_last(logits_BKhw: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
 from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place
 from dalle_ds.tracking.config import TrackingConfig
+from dalle_ds.training.fields import CheckpointEvery, CheckpointsKept, MetricsEvery, ValidationEvery, ValidationImages
 
 
 class ClipDataConfig(Config):
@@ -72,18 +73,18 @@ class ClipLearningRateConfig(Config):
 
 
 class ClipCheckpointConfig(Config):
-    every: int = Field(200, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    every: CheckpointEvery = 200
+    keep: CheckpointsKept = 2
 
 
 class ClipValidationConfig(Config):
-    every: int = Field(200, ge=1, description="updates between validations")
-    samples: int = Field(512, ge=1, description="maximum number of validation images")
+    every: ValidationEvery = 200
+    samples: ValidationImages = 512
 
 
 class ClipTrackingConfig(TrackingConfig):
     run_name: str = Field("clip", description="name of the MLflow run")
-    every: int = Field(20, ge=1, description="updates between logged metrics")
+    every: MetricsEvery = 20
 
 
 class ClipRunConfig(Config):

@@ -10,6 +10,7 @@ from dalle_ds.optim.ema import EMAConfig
 from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
 from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place
 from dalle_ds.tracking.config import TrackingConfig
+from dalle_ds.training.fields import CheckpointEvery, CheckpointsKept, MetricsEvery, ValidationEvery, ValidationImages
 
 
 class DVAEDataConfig(Config):
@@ -82,18 +83,18 @@ class DVAELossConfig(Config):
 
 
 class DVAECheckpointConfig(Config):
-    every: int = Field(2000, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    every: CheckpointEvery = 2000
+    keep: CheckpointsKept = 2
 
 
 class DVAEValidationConfig(Config):
-    every: int = Field(5000, ge=1, description="updates between validations")
-    samples: int = Field(4096, ge=1, description="maximum number of validation images")
+    every: ValidationEvery = 5000
+    samples: ValidationImages = 4096
 
 
 class DVAETrackingConfig(TrackingConfig):
     run_name: str = Field("dvae", description="name of the MLflow run")
-    every: int = Field(50, ge=1, description="updates between logged metrics")
+    every: MetricsEvery = 50
 
 
 class DVAEFailureConfig(Config):

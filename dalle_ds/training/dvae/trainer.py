@@ -18,7 +18,7 @@ from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.devices import on_device, resolve_device
 from dalle_ds.ops.host_memory import keep_freed_memory
 from dalle_ds.ops.logit_laplace import log_density
-from dalle_ds.ops.relaxation import kl_terms
+from dalle_ds.ops.relaxation import kl_terms, kl_to_uniform
 from dalle_ds.optim.ema import EMA
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.storage.fingerprint import require_same
@@ -224,10 +224,14 @@ class DVAETrainer(ImageTrainer):
             pixels_BCHW, logits_BKhw, mu, ln_b = self.model(images_BCHW, tau, noise)
         n_subpixels = images_BCHW[0].numel()
         nll = -log_density(pixels_BCHW, mu, floored(ln_b, run.loss.ln_b_min)).mean()
-        kl_per_cell, usage_kl = kl_terms(logits_BKhw)
+        usage_kl = None
+        if run.loss.usage_weight:
+            kl_per_cell, usage_kl = kl_terms(logits_BKhw)
+        else:
+            kl_per_cell = kl_to_uniform(logits_BKhw).mean()
         loss = nll + kl_weight * kl_per_cell * (run.model.n_tokens / n_subpixels)
         terms = {"nll": nll.detach(), "kl_per_cell": kl_per_cell.detach()}
-        if run.loss.usage_weight:
+        if usage_kl is not None:
             loss = loss + run.loss.usage_weight * usage_kl * (run.model.n_tokens / n_subpixels)
             terms["usage_kl"] = usage_kl.detach()
         return loss, {"total": loss.detach(), **terms}

@@ -21,6 +21,7 @@ from dalle_ds.recipes import Config, OptionalOutFolder, OptionalPlace, OutFolder
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.names import DATASET_FILE
 from dalle_ds.tracking.config import TrackingConfig
+from dalle_ds.training.fields import CheckpointEvery, CheckpointsKept, MetricsEvery, ValidationEvery
 
 
 class PriorModelConfig(Config):
@@ -131,19 +132,19 @@ class PriorCheckpointConfig(Config):
         description="a path on a file system that all ranks share, or an s3:// url, with which they need no shared file "
         "system; unset: checkpoints/ in the run folder",
     )
-    every: int = Field(1000, ge=1, description="updates between checkpoints")
-    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    every: CheckpointEvery = 1000
+    keep: CheckpointsKept = 2
     background: bool = Field(True, description="write while training continues; needs CPU memory for a copy of the state")
 
 
 class PriorValidationConfig(Config):
-    every: int = Field(1000, ge=1, description="updates between validations")
+    every: ValidationEvery = 1000
     samples: int | None = Field(8192, ge=1, description="maximum number of validation samples; null: all")
 
 
 class PriorTrackingConfig(TrackingConfig):
     run_name: str = Field("prior", description="name of the MLflow run")
-    every: int = Field(10, ge=1, description="updates between logged metrics")
+    every: MetricsEvery = 10
     samples_every: int | None = Field(
         None,
         ge=1,
