@@ -121,6 +121,16 @@ SECTIONS = (
     "accept",
     "mlflow_sync",
     "diagnose",
+    "bench_attention",
+    "bench_resblock",
+    "bench_step",
+    "bench_scaling",
+    "bench_underflow",
+    "bench_sample",
+    "bench_peers",
+    "bench_encode",
+    "bench_loader",
+    "bench_cuda_path",
 )
 """Top-level keys of a recipe file: one section per verb of the command line."""
 

@@ -257,7 +257,6 @@ VERBS = (
         "Sparse attention against dense attention with the same mask and with a causal mask, for each pattern and the mix.",
         config="dalle_ds.bench.harness.settings:AttentionBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--dtype bf16 --json"),
     ),
     Verb(
@@ -265,7 +264,6 @@ VERBS = (
         "Forward and backward of one layer against the same layer with dense attention.",
         config="dalle_ds.bench.harness.settings:ResblockBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-heads 16 --batch 1 --dtype fp16"),
     ),
     Verb(
@@ -273,7 +271,6 @@ VERBS = (
         "A whole training step against the same step with dense attention: tokens/s, FLOP/s, MFU.",
         config="dalle_ds.bench.harness.settings:StepBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-layers 4 --dtype bf16 --peak-tflops 1.5"),
     ),
     Verb(
@@ -281,7 +278,6 @@ VERBS = (
         "fp16 training step with a gradient scale per residual block against the step with one loss scale.",
         config="dalle_ds.bench.harness.settings:ScalingBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-layers 4 --rounds 21"),
     ),
     Verb(
@@ -289,7 +285,6 @@ VERBS = (
         "fp16 gradient underflow with one loss scale against a gradient scale per residual block: numbers and a chart.",
         config="dalle_ds.bench.harness.settings:UnderflowBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-layers 64 --powers 0 --updates 100"),
     ),
     Verb(
@@ -297,7 +292,6 @@ VERBS = (
         "Sampling with the sparse key-value cache against a dense key-value cache and against no cache.",
         config="dalle_ds.bench.harness.settings:SampleBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-layers 4 --batch 8 --positions 8,512,1000"),
     ),
     Verb(
@@ -305,7 +299,6 @@ VERBS = (
         "Training step and sampling against the package dalle-pytorch, which must be installed.",
         config="dalle_ds.bench.harness.settings:PeersBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-layers 2 --json"),
     ),
     Verb(
@@ -313,7 +306,6 @@ VERBS = (
         "The encode stage, from raw shard to committed token shard, against the bare encoder on decoded images.",
         config="dalle_ds.bench.harness.settings:EncodeBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--small --raw runs/demo/raw --dvae runs/demo/dvae/dvae.safetensors"),
     ),
     Verb(
@@ -321,7 +313,6 @@ VERBS = (
         "The training data stream against plain webdataset on the same shards, and how long a training loop waits for it.",
         config="dalle_ds.bench.harness.settings:LoaderBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--data runs/demo/tokens --batch 32 --text-len 64"),
     ),
     Verb(
@@ -329,7 +320,6 @@ VERBS = (
         "GPU work of one layer, counted without a GPU: kernels, bytes, host synchronizations; and the host time it takes.",
         config="dalle_ds.bench.harness.settings:CudaPathBenchConfig",
         work="dalle_ds.commands.bench:run",
-        takes_recipe=False,
         examples=("--json", "--n-heads 62 --rounds 0 --json"),
     ),
     Verb(

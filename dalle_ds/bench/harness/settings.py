@@ -50,6 +50,7 @@ class AttentionBenchConfig(GeometryBenchConfig):
     """Options of the benchmark of attention alone."""
 
     module: ClassVar = "dalle_ds.bench.attention"
+    section: ClassVar = "bench_attention"
     batch: int = Field(2, ge=1, description="sequences per batch")
     n_heads: int = Field(8, ge=1, description="attention heads")
     dtype: Dtype = Field("fp32", description="dtype of queries, keys and values: fp32, bf16 or fp16")
@@ -61,6 +62,7 @@ class ResblockBenchConfig(GeometryBenchConfig):
     """Options of the benchmark of one layer (attention and MLP)."""
 
     module: ClassVar = "dalle_ds.bench.resblock"
+    section: ClassVar = "bench_resblock"
     batch: int = Field(2, ge=1, description="sequences per batch")
     n_heads: int = Field(8, ge=1, description="attention heads; the model width is n_heads * d_head")
     dtype: Dtype = Field("fp32", description=PRECISION)
@@ -87,6 +89,7 @@ class StepBenchConfig(TrainingBenchConfig):
     """Options of the benchmark of a training step, with our attention and with dense attention."""
 
     module: ClassVar = "dalle_ds.bench.step"
+    section: ClassVar = "bench_step"
     dtype: Dtype = Field("fp32", description=PRECISION)
     peak_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s of the device in this precision, for MFU")
 
@@ -95,6 +98,7 @@ class ScalingBenchConfig(TrainingBenchConfig):
     """Options of the benchmark of the fp16 step with two kinds of gradient scaling."""
 
     module: ClassVar = "dalle_ds.bench.scaling"
+    section: ClassVar = "bench_scaling"
     rounds: int = Field(9, ge=1, description="timed runs of each side")
 
 
@@ -102,6 +106,7 @@ class UnderflowBenchConfig(MachineBenchConfig):
     """Options of the constructed case: a small prior whose layers have gradients of very different sizes."""
 
     module: ClassVar = "dalle_ds.bench.underflow"
+    section: ClassVar = "bench_underflow"
     n_layers: int = Field(16, ge=2, description="layers")
     powers: int = Field(4, ge=0, description="gradients shrink by a factor 2^powers from layer to layer; 0: plain prior")
     n_heads: int = Field(2, ge=1, description="attention heads of width 32")
@@ -136,6 +141,7 @@ class SampleBenchConfig(SamplingBenchConfig):
     """Options of the benchmark of sampling with our cache, with a dense cache and without a cache."""
 
     module: ClassVar = "dalle_ds.bench.sample"
+    section: ClassVar = "bench_sample"
     n_layers: int = Field(12, ge=1, description="layers")
     batch: int = Field(16, ge=1, description="images per batch: candidates of one caption, then one image per caption")
     rounds: int = Field(3, ge=1, description="timed runs of each side")
@@ -146,6 +152,7 @@ class PeersBenchConfig(SamplingBenchConfig):
     """Options of the comparison with dalle-pytorch: training step and sampling."""
 
     module: ClassVar = "dalle_ds.bench.peers"
+    section: ClassVar = "bench_peers"
     n_layers: int = Field(4, ge=1, description="layers")
     batch: int = Field(2, ge=1, description="samples per training step")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="training step in fp32, or in bf16 (autocast on both sides)")
@@ -160,6 +167,7 @@ class EncodeBenchConfig(CommonBenchConfig):
     """Options of the benchmark of preprocessing's encode stage."""
 
     module: ClassVar = "preprocessing.bench"
+    section: ClassVar = "bench_encode"
     threads: int = Field(1, ge=1, description="CPU threads of the encoder; images are decoded on the other cores")
     raw: OptionalPlace = Field(None, description="root of raw shards; the first shard is used. If unset, JPEGs are generated")
     dvae: OptionalPlace = Field(None, description="dvae.safetensors; unset: random weights of full size or --small")
@@ -174,6 +182,7 @@ class LoaderBenchConfig(CommonBenchConfig):
     """Options of the benchmark of reading token shards."""
 
     module: ClassVar = "dalle_ds.bench.loader"
+    section: ClassVar = "bench_loader"
     data: OptionalPlace = Field(None, description="root of a local token data set; unset: a random one is generated")
     samples: int = Field(8192, ge=256, description="samples of the random data set, 1024 codes each; a run reads all")
     text_len: int = Field(256, ge=2, description="text slots")
@@ -186,6 +195,7 @@ class CudaPathBenchConfig(Config):
     """Options of the count of GPU work and host work. It needs no GPU and no memory for tensors of that size."""
 
     module: ClassVar = "dalle_ds.bench.cuda_path"
+    section: ClassVar = "bench_cuda_path"
     n_heads: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
         (32, 62), min_length=1, description="heads (64 wide) of each model, separated by commas; default: presets 1.2b, 12b"
     )
