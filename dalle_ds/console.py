@@ -1,15 +1,20 @@
 """Console output of every command: logs and progress bars on stderr, one summary on stdout, user errors without a traceback."""
 
+import io
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
+
+from dalle_ds.redaction import redacted, redacted_message
 
 T = TypeVar("T")
 
@@ -25,15 +30,25 @@ class Outcome:
     """Text to print instead of the summary's lines."""
 
 
+class _Redacting(logging.Formatter):
+    """Log lines and their tracebacks without passwords: exceptions of other libraries contain whole urls."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted_message(super().format(record))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print_error(redacted_message("".join(traceback.format_exception(kind, error, trace))).rstrip())
+
+
 def setup_logging(level: int = logging.INFO) -> None:
-    """Log to stderr, so that stdout carries only the summary."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level,
-        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    """Log to stderr, so that stdout carries only the summary. No log line and no traceback contains the password of a url."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname).1s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    sys.excepthook = _print_traceback
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a summary must not fail because of a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in ("aiobotocore", "botocore", "s3fs", "fsspec", "PIL", "matplotlib", "alembic", "urllib3", "mlflow.store"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -41,7 +56,7 @@ def setup_logging(level: int = logging.INFO) -> None:
 def print_summary(summary: dict[str, Any], as_json: bool) -> None:
     """Print a summary on stdout: as aligned lines, or with `as_json` as one JSON object on one line."""
     if as_json:
-        print(json.dumps(summary, default=str), flush=True)
+        print(redacted(json.dumps(summary, default=str)), flush=True)
         return
     width = max((len(key) for key in summary), default=0)
     for key, value in summary.items():
@@ -49,13 +64,13 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
             value = f"{value:.4g}"
         elif isinstance(value, dict):
             value = json.dumps(value, default=str)
-        print(f"{key:<{width}}  {value}", flush=True)
+        print(redacted(f"{key:<{width}}  {value}"), flush=True)
 
 
 def print_error(message: str) -> None:
     """Print one line on stderr. A closed stderr is ignored."""
     with suppress(BrokenPipeError):
-        print(message, file=sys.stderr, flush=True)
+        print(redacted_message(message), file=sys.stderr, flush=True)
 
 
 class _LastingStderr(ObjectWrapper):

@@ -12,6 +12,7 @@ SHIPPED = (
     "launchers/ranks.sh",
     "launchers/mlflow_server.sh",
     "launchers/slurm/*.sbatch",
+    "launchers/kubernetes/*.yaml",
     "launchers/recipes/*.yaml",
     "ds_configs/*.json",
 )

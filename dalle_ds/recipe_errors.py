@@ -60,6 +60,7 @@ EXPECTED = {
     "tuple_type": "a list",
 }
 """What a value must be, by pydantic's type of the error; the braces are filled from its context."""
+MAX_SHOWN = 200
 SECTION_EXPECTED = ("dict_type", "model_attributes_type", "model_type")
 
 
@@ -103,7 +104,7 @@ def _explain(config_class: type[BaseModel], problem: Any, others: Sequence[str])
     value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
     keys = [str(part) for part in problem["loc"]]
     if kind == "extra_forbidden":
-        return f"unknown key {'.'.join(keys)!r} = {value!r}; {_about_unknown(config_class, keys, others)}", ""
+        return f"unknown key {'.'.join(keys)!r} = {_shown(value)}; {_about_unknown(config_class, keys, others)}", ""
     keys = _without_types(config_class, keys)
     location = ".".join(keys)
     if kind == "missing":
@@ -111,7 +112,7 @@ def _explain(config_class: type[BaseModel], problem: Any, others: Sequence[str])
     if kind == "value_error":  # a check of ours
         said = str(context["error"]).removeprefix(f"{value}: ")
         # the value of a check of several fields is the whole section, which the message need not repeat
-        return location if isinstance(value, Mapping | BaseModel) else f"{location} = {value!r}", said
+        return location if isinstance(value, Mapping | BaseModel) else f"{location} = {_shown(value)}", said
     if kind in EXPECTED:
         said = f"expected {EXPECTED[kind].format(**context)}"
     else:
@@ -120,7 +121,13 @@ def _explain(config_class: type[BaseModel], problem: Any, others: Sequence[str])
     if inner is not None and kind in SECTION_EXPECTED:
         names = list(inner.model_fields)
         said = f"expected a section with the keys {', '.join(names)}, such as {location}.{names[0]}=VALUE"
-    return f"{location} = {value!r}" if location else "", said
+    return f"{location} = {_shown(value)}" if location else "", said
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: its first letters are enough to find it."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _without_types(config_class: type[BaseModel], keys: list[str]) -> list[str]:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import to_jsonable_python
 
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.hints import did_you_mean
-from dalle_ds.places import check_local, check_output, check_place, check_store, expand_home
+from dalle_ds.places import check_local, check_output, check_place, check_store, check_text, expand_home
 from dalle_ds.recipe_errors import annotation_of, arms_of, config_in, explain_all
+from dalle_ds.recipe_yaml import parse_yaml, read_yaml
+from dalle_ds.redaction import redacted
 
 
 class Config(BaseModel):
@@ -26,6 +28,9 @@ class Config(BaseModel):
     @classmethod
     def _paths_are_local(cls, value: Any, info: ValidationInfo) -> Any:
         # before the value becomes a Path, which turns s3://bucket into s3:/bucket
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str | Path):
+                _refusing(check_text, str(text))
         if isinstance(value, str | Path) and Path in arms_of(cls.model_fields[str(info.field_name)].annotation):
             _refusing(check_local, value)
             return Path(expand_home(str(value)))
@@ -78,6 +83,10 @@ OptionalStore = Annotated[str | None, _checked(check_store)]
 """Type of a field that names an MLflow store."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""Type of a field that seeds random numbers: numpy takes no negative seed, and torch none of more than 64 bits."""
+
+
 class RequiredKeys(ConfigError):
     """Required settings are not set. Nothing else is wrong."""
 
@@ -86,7 +95,7 @@ class RequiredKeys(ConfigError):
         self.config_class, self.values = config_class, values
 
 
-VALIDATION_FRACTION = 0.0024
+VALIDATION_FRACTION = 0.002424
 """Default of every stage: the paper's validation split has 606,000 of 250 million pairs."""
 
 DEVICE = "auto, cpu, cuda or cuda:N; auto: a GPU if there is one"
@@ -136,6 +145,7 @@ SECTIONS = (
 
 SHARED = {
     "validation_fraction": {
+        "fetch": "validation_fraction",
         "tokenizer": "validation_fraction",
         "encode": "validation_fraction",
         "dvae": "data.validation_fraction",
@@ -159,7 +169,7 @@ def load_recipe(
     Raises:
         ConfigError: missing file, invalid YAML, unknown section or key, or invalid value. The message lists every invalid key.
     """
-    tree = _section_of(_read_yaml(Path(path)), path, config_class) if path is not None else {}
+    tree = _section_of(read_yaml(Path(path)), path, config_class) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -207,21 +217,32 @@ def section_of(config_class: type[BaseModel]) -> str | None:
 
 
 def dump_recipe(config: BaseModel) -> str:
-    """Write a config as YAML, in its section. Loading the text gives an equal config."""
-    tree, section = config.model_dump(mode="json"), section_of(type(config))
-    return yaml.safe_dump(tree if section is None else {section: tree}, sort_keys=False, allow_unicode=True)
+    """Write a config as YAML, in its section. Loading the text gives an equal config, but without the passwords of urls."""
+    return _as_yaml(config.model_dump(mode="json"), section_of(type(config)))
 
 
 def dump_incomplete(config_class: type[BaseModel], values: Mapping[str, Any]) -> str:
     """As `dump_recipe`, of values that lack required keys. These have no value, and a comment marks them."""
     tree, section = _merged(_defaults(config_class), values), section_of(config_class)
-    text = yaml.safe_dump(tree if section is None else {section: tree}, sort_keys=False, allow_unicode=True)
-    return text.replace(_REQUIRED, "# required")
+    return _as_yaml(tree, section).replace(_REQUIRED, "# required")
+
+
+def _as_yaml(tree: Any, section: str | None) -> str:
+    tree = _redacted(tree if section is None else {section: tree})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _redacted(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _redacted(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_redacted(value) for value in tree]
+    return redacted(tree) if isinstance(tree, str) else tree
 
 
 def check_outputs(config: BaseModel) -> None:
     """Check that the outputs which `config` names can be created. Raises ConfigError with the key of one that cannot."""
-    for key, output, value in _outputs(config):
+    for key, output, value in outputs_of(config):
         try:
             check_output(value, output.kind)
         except UserError as error:
@@ -269,43 +290,15 @@ def _merged(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _outputs(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Output, Any]]:
+def outputs_of(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Output, Any]]:
+    """Yields (key, kind, value) of the outputs that a config names."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            yield from _outputs(value, f"{prefix}{name}.")
+            yield from outputs_of(value, f"{prefix}{name}.")
         for mark in field.metadata:
             if isinstance(mark, Output) and value is not None:
                 yield f"{prefix}{name}", mark, value
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice. YAML forbids it, but PyYAML keeps the last value without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in lines:
-                raise yaml.YAMLError(f"key {key!r} on line {line} is already on line {lines[key]}; expected each key once")
-            lines[key] = line
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-    except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {path} contains a {type(tree).__name__}, expected a mapping of keys")
-    return tree
 
 
 def _section_of(tree: dict[str, Any], path: str | Path | None, config_class: type[BaseModel]) -> dict[str, Any]:
@@ -365,10 +358,10 @@ def _number_or_yaml(text: str) -> Any:
     for number in (int, float):
         try:
             return number(text)
-        except ValueError:
+        except ValueError:  # not a number, or an integer of thousands of digits
             continue
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text
 

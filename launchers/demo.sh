@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# The whole way on real pictures, on this machine: from raw pictures to generated ones, about ten minutes on two cores.
-#   bash launchers/demo.sh [--out runs/demo] [--pictures DIR] [--quick]
-#     --pictures DIR   your own pictures: NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
+# The whole way on this machine, in ten to twelve minutes on two cores: from captioned images to generated ones, and how right they are.
+#   bash launchers/demo.sh [--out DIR] [--quick]                  drawn scenes with an exact judge
+#   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
+#   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in three styles at 66 pixels, judged by a CLIP: two hours
+#   bash launchers/demo.sh --pictures DIR [--out DIR] [--quick]   as --emoji on your own pictures
+#     --pictures DIR   NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
+#     --out DIR        folder of all results; runs/demo, runs/emoji or runs/pictures if not given, with --quick runs/demo_quick, ...
 #     --quick          a few updates only: shows that everything works, not what it can draw
 # You may stop it at any moment, also with kill -9. The same command then skips finished stages and resumes training from its last
 # checkpoint.
@@ -10,26 +14,41 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
-out=runs/demo
-pictures=""
-dvae_quick=() encode_quick=() prior_quick=() clip_quick=()
+out="" pictures="" way=demo quick="" ways=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
-    --pictures) pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
-    --quick)
-      dvae_quick=(updates=10 schedules.tau.updates=8 learning_rate.decay_updates=10)
-      encode_quick=(min_codes_used=0)
-      prior_quick=(updates=10 checkpoint.every=5 validation.every=10)
-      clip_quick=(updates=5 global_batch=32)
-      shift ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --pictures) ways+=("--pictures $2"); pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
+    --emoji | --families) ways+=("$1"); way=${1#--}; shift ;;
+    --quick) quick=yes; shift ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
-if [ -n "$pictures" ] && [ ! -d "$pictures" ]; then
-  echo "error: --pictures $pictures: no such folder" >&2
+if [ ${#ways[@]} -gt 1 ]; then
+  echo "error: ${ways[0]} and ${ways[1]}: expected one of them" >&2
   exit 2
+fi
+if [ -n "$pictures" ]; then
+  if [ ! -d "$pictures" ]; then
+    echo "error: --pictures $pictures: no such folder" >&2
+    exit 2
+  fi
+  way=pictures
+fi
+out=${out:-runs/$way${quick:+_quick}}
+
+fetch_quick=() dvae_quick=() encode_quick=() prior_quick=() clip_quick=() score_quick=()
+if [ -n "$quick" ]; then
+  case $way in
+    demo) fetch_quick=(limit=600 scenes.evaluation_captions=2) ;;
+    families) fetch_quick=(limit=100 families.evaluation_captions=6) ;;
+  esac
+  dvae_quick=(updates=10 codebook_start.updates=4 codebook_start.cells=2000 schedules.tau.updates=8 learning_rate.decay_updates=10)
+  encode_quick=(min_codes_used=0)
+  prior_quick=(updates=10 checkpoint.every=5 validation.every=10)
+  clip_quick=(updates=5 global_batch=32)
+  score_quick=(among=5)
 fi
 
 source launchers/setup.sh demo
@@ -45,11 +64,26 @@ forward() { [ -z "$child" ] || kill -"$1" "$child" 2>/dev/null || true; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
 
+# seconds on two cores, for the ETA
+names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP")
+if [ $way = demo ]; then
+  recipe=launchers/recipes/tiny.yaml # a section for each stage
+  names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
+  expected=(8 16 2 61 18 400 3 81 10 9 33 8 12)
+elif [ $way = families ]; then
+  recipe=launchers/recipes/families.yaml
+  names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
+  expected=(20 10 5 200 60 4200 5 600 900 60 10 60 10 400 10 30)
+else
+  recipe=launchers/recipes/emoji.yaml
+  names+=("sample" "evaluate")
+  expected=(5 10 5 180 15 330 10 70 15 10)
+fi
+
 began=$SECONDS
-names=("fetch pictures" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP" "sample" "evaluate")
-expected=(5 10 5 180 15 330 10 70 15 10) # seconds on two cores, for the ETA
-stage() { # stage NUMBER COMMAND...
-  local i=$(($1 - 1)) left=0 j
+stage() { # stage NAME COMMAND...
+  local i=0 left=0 j
+  while [ "${names[i]}" != "$1" ]; do i=$((i + 1)); done
   shift
   for ((j = i; j < ${#names[@]}; j++)); do left=$((left + expected[j])); done
   printf '\n=== %d/%d %s   (%d s so far, about %d s to go)\n    %s\n' \
@@ -70,54 +104,149 @@ stage() { # stage NUMBER COMMAND...
   fi
   printf '%s\t%d\n' "${names[i]}" $((SECONDS - start)) >>"$out/seconds.tsv"
 }
-
-recipe=launchers/recipes/tiny.yaml # a section for each stage
-# convolutions in bf16 take five times as long as in fp32 on CPUs that have no instructions for it
-has_bf16=$(python -c 'import torch; from dalle_ds.ops.devices import use_cuda
-print(use_cuda() or torch.ops.mkldnn._is_mkldnn_bf16_supported())')
-dvae_format=()
-[ "$has_bf16" = True ] || dvae_format=(precision=fp32)
-if [ -z "$pictures" ]; then
-  pictures=$out/images
-  stage 1 dalle-ds data fetch $recipe out="$pictures"
-fi
-stage 2 dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
-stage 3 dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
-stage 4 dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${dvae_format[@]}" "${dvae_quick[@]}"
-stage 5 dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
-  out="$out/tokens" "${encode_quick[@]}"
-stage 6 deepspeed --num_gpus "$(bash launchers/ranks.sh 2)" --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')" \
-  launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${prior_quick[@]}"
-# if the demo is finished, do nothing: each of these results is newer than its input
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
-newer "$out/export/config.json" "$out/prior/summary.json" ||
-  stage 7 dalle-ds export "$out/prior" "$out/export"
-newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
-  stage 8 dalle-ds train clip $recipe data.raw="$out/raw" folder="$out/clip" "${clip_quick[@]}"
-newer "$out/samples/samples.json" "$out/export/config.json" || {
-  rm -rf "$out/samples" # drawn from an earlier export
-  stage 9 dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples"
-}
-newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
-  stage 10 dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"
 
-summary=$(python - "$out/evaluation/evaluate.json" <<'END'
+# ---- from images to a prior and a CLIP, whatever the images ------------------------------------------------------------
+
+# on CPUs: bf16 where it is faster than fp32. A demo that goes on after a kill keeps to its choice.
+[ -s "$out/format" ] || python -c 'from dalle_ds.ops.devices import fastest_cpu_format, use_cuda
+print("cuda" if use_cuda() else fastest_cpu_format())' >"$out/format"
+format=$(cat "$out/format")
+dvae_format=() prior_format=()
+case $format in
+  bf16) prior_format=(deepspeed_config=ds_configs/zero3_bf16_cpu.json) ;;
+  fp32) dvae_format=(precision=fp32) prior_format=(deepspeed_config=ds_configs/zero3_fp32.json) ;;
+esac
+launch() { # launch ARGUMENTS...     by deepspeed, on two ranks or on the GPUs of this machine; replaces the stage's process
+  local port
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  exec deepspeed --num_gpus "$(bash launchers/ranks.sh 2)" --master_port "$port" "$@"
+}
+if [ $way != pictures ]; then
+  pictures=$out/images
+  stage "get images" dalle-ds data fetch $recipe out="$pictures" "${fetch_quick[@]}"
+fi
+stage "ingest" dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
+stage "tokenizer" dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
+stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${dvae_format[@]}" "${dvae_quick[@]}"
+stage "encode" dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
+  out="$out/tokens" "${encode_quick[@]}"
+stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${prior_format[@]}" "${prior_quick[@]}"
+# if the demo is finished, do nothing: each of these results is newer than its input
+newer "$out/export/config.json" "$out/prior/summary.json" ||
+  stage "export" dalle-ds export "$out/prior" "$out/export"
+newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
+  stage "CLIP" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/clip" \
+      "${clip_quick[@]}"
+
+draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the first captions of a list
+  local name=$1 folder=$2 n=$3 captions=$4
+  shift 4
+  newer "$folder/samples.json" "$out/export/config.json" || {
+    rm -rf "$folder" # drawn from an earlier export
+    head -n "$n" "$pictures/$captions" >"$folder.txt"
+    stage "$name" dalle-ds sample $recipe export="$out/export" captions="$folder.txt" out="$folder" "$@"
+  }
+}
+
+# ---- scenes: how many samples show what their caption says ---------------------------------------------------------------
+
+judge() { # judge STAGE FOLDER SCORES METRICS
+  newer "$3/scenes.json" "$2/samples.json" ||
+    stage "$1" dalle-ds eval scenes $recipe images="$2" export="$out/export" out="$3" name="$4"
+}
+if [ $way = demo ]; then
+  captions=evaluation_captions.txt # of all categories, in turns
+  draw "sample" "$out/plain" 10000 $captions n=1
+  judge "score" "$out/plain" "$out/scores" scenes
+  draw "sample, best of 16" "$out/best" 88 $captions n=16 keep=1 clip="$out/clip/model"
+  judge "score, best of 16" "$out/best" "$out/scores_best" scenes_best_of_16
+  draw "grid" "$out/samples" 11 $captions n=16 keep=6 clip="$out/clip/model"
+  summary=$(python - "$out/scores/scenes.json" "$out/scores_best/scenes.json" <<'END'
+import json, sys
+plain, best = (json.load(open(file)) for file in sys.argv[1:])
+print("Images that show every object of their caption and nothing else, mean over categories:")
+print(f"{'':<38}{'seen':>8}{'zero-shot':>12}   zero-shot: combinations that training never saw")
+rows = {"one sample a caption": plain, "the best of 16 by the demo's CLIP": best, "ceiling: what the codebook leaves": plain["ceiling"]}
+for name, scores in rows.items():
+    seen, zero_shot = (f"{scores[split]['mean']['value']:.3f}" if split in scores else "-" for split in ("seen", "zero_shot"))
+    print(f"  {name:<36}{seen:>8}{zero_shot:>12}")
+END
+)
+  files="  $out/samples/grid.png                  captions of all categories, the best 6 of 16 by the demo's CLIP
+  $out/scores/scenes.png, judged.png     the score by category; the samples, right ones in green frames
+  $out/scores_best/                      the same with the best of 16"
+  caption="two small blue stars" settings=" --temperature 0.6 --guidance 1.5" # as in the recipe
+fi
+
+# ---- families: how many samples a CLIP of its own takes for what they should show ------------------------------------------
+
+recognise() { # recognise STAGE FOLDER SCORES
+  newer "$3/image_metrics.json" "$2/samples.json" ||
+    stage "$1" dalle-ds eval images $recipe images="$2" reference="$out/raw" clip="$out/judge/model" export="$out/export" out="$3" \
+      "${score_quick[@]}"
+}
+if [ $way = families ]; then
+  newer "$out/judge/clip_report.json" "$out/tokenizer.model" || # as in the recipe's first lines
+    stage "judge" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/judge" \
+      seed=1 model.n_image_layers=4 "${clip_quick[@]}"
+  draw "sample seen" "$out/seen" 10000 seen_captions.txt
+  recognise "score seen" "$out/seen" "$out/scores_seen"
+  draw "sample zero-shot" "$out/zero_shot" 10000 zero_shot_captions.txt
+  recognise "score zero-shot" "$out/zero_shot" "$out/scores_zero_shot"
+  draw "sample best of 8" "$out/best" 10000 zero_shot_captions.txt n=8 keep=1 clip="$out/clip/model"
+  recognise "score best of 8" "$out/best" "$out/scores_best"
+  draw "grid" "$out/samples" 12 zero_shot_captions.txt n=8 keep=4 clip="$out/clip/model"
+  summary=$(python - "$out" <<'END'
+import json, sys
+scores = {name: json.load(open(f"{sys.argv[1]}/scores_{name}/image_metrics.json")) for name in ("seen", "zero_shot", "best")}
+among, chance = scores["seen"]["among"], scores["seen"]["chance"]
+rows = {
+    "seen in this style": scores["seen"]["retrieval_images"],
+    "zero-shot: never seen in this style": scores["zero_shot"]["retrieval_images"],
+    "zero-shot, the best of 8 by another CLIP": scores["best"]["retrieval_images"],
+    "real images that no stage has seen": scores["zero_shot"]["retrieval_reference"],
+}
+print(f"Images that a CLIP of its own recognises among {among} captions of the same style (chance {chance:.3f}):")
+for name, found in rows.items():
+    print(f"  {name:<42}{found['top1']:.3f}   ({found['top1_low']:.3f} to {found['top1_high']:.3f})")
+END
+)
+  files="  $out/samples/grid.png                  things in styles that training never showed them in, the best 4 of 8
+  $out/scores_*/image_metrics.json       the score of each style"
+  caption="red apple in glossy style" settings=" --temperature 0.6 --guidance 2" # as in the recipe
+fi
+
+# ---- pictures: captions that training never saw --------------------------------------------------------------------------
+
+if [ $way = emoji ] || [ $way = pictures ]; then
+  newer "$out/samples/samples.json" "$out/export/config.json" || {
+    rm -rf "$out/samples" # drawn from an earlier export
+    stage "sample" dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples"
+  }
+  newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
+    stage "evaluate" dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"
+  summary=$(python - "$out/evaluation/evaluate.json" <<'END'
 import json, sys
 e = json.load(open(sys.argv[1]))
 print(f"Validation image loss, nats a token: {e['loss/validation/image']:.3f} with the right captions, {e['loss/validation/image_shuffled']:.3f} with shuffled ones:")
 print(f"the caption gap is {e['caption_gap']:.3f} ({e['confidence']:.0%} interval {e['caption_gap_low']:.3f} to {e['caption_gap_high']:.3f}).")
 END
 )
+  files="  $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by the demo's CLIP
+  $out/evaluation/evaluate.json          validation loss with the right captions and with shuffled ones"
+  caption="a red heart" settings=""
+fi
+
 cat >&2 <<END
 
 $summary
 Done in $((SECONDS - began)) s. Everything is in $out:
-  $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by the demo's CLIP
+$files
   $out/dvae/                             reconstructions and report of the codebook
-  $out/evaluation/evaluate.json          validation loss with the right captions and with shuffled ones
   $out/export/                           prior, dVAE and tokenizer for sampling
 All runs in MLflow:
   $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000
 Pictures for your own caption:
-  $(dirname "$(command -v dalle-ds)")/dalle-ds sample $out/export --caption "a red heart" --n 64 --keep 8 --clip $out/clip/model --out $out/mine
+  $(dirname "$(command -v dalle-ds)")/dalle-ds sample $out/export --caption "$caption" --n 64 --keep 8$settings --clip $out/clip/model --out $out/mine
 END

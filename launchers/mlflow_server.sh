@@ -45,7 +45,7 @@ folder=$(cd "$folder" && pwd)
 if [ -z "$backend" ]; then
   backend=sqlite:///$folder/mlflow.db
   # created atomically, as by runs that log to a file without a server
-  "$python" -c 'import sys; from pathlib import Path; from dalle_ds.tracking.mlflow_sink import create_sqlite_store as make
+  "$python" -c 'import sys; from pathlib import Path; from dalle_ds.tracking.store import create_sqlite_store as make
 make(Path(sys.argv[1]))' "$folder/mlflow.db"
 fi
 # artifacts go through the server (proxied), so that only the server needs credentials of the artifact store

@@ -35,13 +35,25 @@ case " ${DS_LAUNCH_ARGS:-}" in
     torchs="TORCH|TORCHINDUCTOR|TORCHDYNAMO|PYTORCH|TRITON|CUDA|CUBLAS|CUBLASLT|CUDNN|NVIDIA|OMP|KMP|GOMP|MKL|OPENBLAS"
     networks="NCCL|OFI|FI|EFA|RDMAV|IBV|MLX5|UCX|UCC|GLOO"
     # visible GPUs and process ids differ from host to host
-    (umask 077 && env | grep -iE "^(($names)=|($ours|$torchs|$networks)_)" |
-      grep -vE "^(DALLE_DS_LAUNCHER_PID|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES)=" >.environment.$$)
-    mv .environment.$$ .environment
+    own="DALLE_DS_LAUNCHER_PID|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES"
+    line_end="
+"
+    # readable by this user only, and of a name that nobody can guess: at a known name, others could have put a link
+    file=$(mktemp .environment.XXXXXXXXXX)
+    for name in $(compgen -e | grep -iE "^(($names)|($ours|$torchs|$networks)_.*)$" | grep -vxE "$own"); do
+      case ${!name} in
+        *"$line_end"*) echo "warning: $name has a line break and is not passed to the hosts" >&2 ;;
+        *) echo "$name=${!name}" ;;
+      esac
+    done >"$file"
+    mv -T "$file" .environment
     set -- --environment "$PWD/.environment" "$@"
     ;;
 esac
-exec deepspeed ${DS_LAUNCH_ARGS:-} "$0" "$@"
+# the interpreter of the command deepspeed, which this replaces: DeepSpeed's own exits with 0 where its launcher is killed
+python=$(dirname "$(command -v deepspeed || echo none)")/python
+[ -x "$python" ] || python=python
+exec "${PYTHON:-$python}" "$0" --run-deepspeed ${DS_LAUNCH_ARGS:-} "$0" "$@"
 : <<'# end of the Python part'
 '''
 import sys
@@ -50,7 +62,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    from dalle_ds.cli import main
+    if sys.argv[1:2] == ["--run-deepspeed"]:
+        from dalle_ds.parallel.deepspeed_runner import run
 
-    main(["train", "prior", *sys.argv[1:]])
+        run(sys.argv[2:])
+    else:
+        from dalle_ds.cli import main
+
+        main(["train", "prior", *sys.argv[1:]])
 # end of the Python part

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.tracking.mlflow_sink import create_sqlite_store
+from dalle_ds.tracking.store import create_sqlite_store
+from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import BUCKET, S3Server
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # `auto` means the CPU even on a machine with GPUs; GPU tests name their device
@@ -40,6 +41,14 @@ def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         s3_server.start()
 
 
+@pytest.fixture
+def s3_requests(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The requests to the server of `s3` so far, children's too, as "GET /bucket/key". A test may clear the list."""
+    with FaultProxy(s3.server.endpoint, every=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy.requests
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database, created once per session because the migrations take about ten seconds."""
@@ -54,8 +63,13 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3").url
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run long files, and files that wait for servers, first: in parallel with others, they don't delay the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `long`, unless -m names it. Run long files, and files that wait for servers, first: in parallel
+    with others, they don't delay the end."""
+    if "long" not in config.getoption("markexpr"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     marks: dict[Path, set[str]] = {}
     for item in items:
         marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())

@@ -2,12 +2,17 @@
 
 import pytest
 
-from dalle_ds.errors import DataError
+from dalle_ds.commands.settings import SampleConfig
+from dalle_ds.errors import DataError, UserError
 from dalle_ds.places import check_local, check_output, check_place, check_store
+from dalle_ds.recipes import load_recipe
 from preprocessing.configs import EncodeConfig, FetchConfig
 
 
-@pytest.mark.parametrize("place", ["runs/x", "/data/x", "s3://b/x", "file:///x", "runs//x", "a:b", "./s3:/x", "s3", "clip:x"])
+@pytest.mark.parametrize(
+    "place",
+    ["runs/x", "/data/x", "s3://b/x", "file:///x", "runs//x", "a:b", "./s3:/x", "s3", "clip:x", "gs://b/x", "https://h"],
+)
 def test_places(place):
     check_place(place)
 
@@ -22,9 +27,9 @@ def test_places(place):
         ("s3:b/x", "incomplete url; expected s3://b/x"),
         ("s3://", "incomplete url; expected s3://bucket"),
         ("file:/x", "incomplete url; expected file:///x"),
-        ("foo:/x", "unknown URL scheme; expected a path, file:// or s3://"),
-        ("gs://b/x", "unknown URL scheme"),
-        ("https//host/x", "unknown URL scheme"),
+        ("foo:/x", "unknown URL scheme; expected a path, file://, s3:// or another url that fsspec reads"),
+        ("gs:/b/x", "incomplete url; expected gs://b/x"),
+        ("https//host/x", "incomplete url; expected https://host/x"),
     ],
 )
 def test_incomplete_and_unknown_urls(place, message):
@@ -35,11 +40,23 @@ def test_incomplete_and_unknown_urls(place, message):
         check_local(place)
 
 
+@pytest.mark.parametrize(
+    "config, key", [(FetchConfig, "out"), (EncodeConfig, "raw"), (SampleConfig, "out"), (SampleConfig, "export")]
+)
+def test_an_empty_text_is_no_place(config, key):
+    """As of an unset variable, out=$OUT: it would be the current folder."""
+    with pytest.raises(UserError, match=f"{key} = '': an empty text, perhaps of a variable that is not set; expected a path"):
+        load_recipe(config, None, [f"{key}="])
+
+
 def test_stores():
     for uri in ("http://h:5000", "https://u:p@h", "sqlite:///m.db", "postgresql+psycopg2://h/m", "file:///m", "databricks"):
         check_store(uri)
     for uri in ("127.0.0.1:5000", "localhost", "http//h", "http:/h", "sqlite:m.db", "runs/mlruns"):
         with pytest.raises(DataError, match="expected http"):
+            check_store(uri)
+    for uri in ("sqlite:///~/mlflow.db", "sqlite+pysqlite:///~/m.db", "file:/~/mlruns", "file:///~/mlruns"):
+        with pytest.raises(DataError, match="~ is not replaced in the url of a store; expected the path of the home folder, /"):
             check_store(uri)
     with pytest.raises(DataError) as caught:
         check_store("user:secret@host:5000")
@@ -57,6 +74,8 @@ def test_outputs(tmp_path):
     ]:
         check_output(place, kind)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(DataError, match="gs://b/x: is only read, not written; expected a path, file:// or s3://"):
+        check_output("gs://b/x", "folder")
     for place, kind, message in [
         (
             "/proc/nope",
@@ -77,3 +96,5 @@ def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
     config = EncodeConfig(raw="~/raw", dvae="s3://bucket/~/dvae", tokenizer="a~b", out="~/tokens")
     assert (config.raw, config.out) == (str(tmp_path / "raw"), str(tmp_path / "tokens"))
     assert (config.dvae, config.tokenizer) == ("s3://bucket/~/dvae", "a~b")
+    with pytest.raises(UserError, match=r"no home folder of ~nobody-here; expected .* or ./~nobody-here/"):
+        load_recipe(FetchConfig, None, ["out=~nobody-here/images"])

@@ -15,7 +15,7 @@ PAGES = sorted({ROOT / "README.md", *ROOT.glob("launchers/*.md"), *(p for r in R
 SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".json", ".cpp", ".html"}
 SOURCES = [p for r in ROOMS for p in (ROOT / r).rglob("*") if p.suffix in SUFFIXES and p != Path(__file__)]
 # names of other projects, and files that a run writes
-FOREIGN = {"GaussianBlur", "GatheredParameters", "GradScaler", "offload_param", ".deepspeed_env", "recipe.yaml"}
+FOREIGN = {"GatheredParameters", "GradScaler", "offload_param", ".deepspeed_env", "recipe.yaml"}
 FILE = re.compile(r"[\w./*-]+\.(py|sh|sbatch|cpp|html|yaml|md)|zero\w+\.json")
 OF_FILE = re.compile(r"(?:`([^`\s]+\.py)`|\]\(([^)\s]+\.py)\))((?: `[\w.]+`,?)+)")  # `file.py` `Class.method`, `function`
 IN_FULL = re.compile(rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/[\w./*-]*")  # paths from the root of the repository, in commands too

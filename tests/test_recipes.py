@@ -1,5 +1,7 @@
 """Tests of recipes: what a user is told about wrong keys and values."""
 
+import tracemalloc
+
 import pytest
 
 from dalle_ds.commands.settings import LossConfig, SampleConfig
@@ -9,6 +11,7 @@ from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.prior.config import PriorRunConfig
 
 GIVEN = ["folder=f", "data.raw=r"]
+GIVEN_PRIOR = ["folder=f", "data.dataset=d"]
 
 
 def said_about(config_class, *overrides, path=None):
@@ -80,3 +83,56 @@ def test_a_key_that_a_recipe_has_twice_is_an_error(tmp_path):
     assert "key 'dvae' on line 3 is already on line 1" in said_about(DVAERunConfig, path=path)
     path.write_text("dvae: {folder: f, data: &d {raw: r}}\nclip: {data: {<<: *d, raw: s}}\n")
     assert load_recipe(DVAERunConfig, path).data.raw == "r"
+
+
+def laughs(levels):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+NO_RECIPES = [
+    ("prior:\n  folder: caf\xe9\n".encode("latin-1"), "is not UTF-8: byte 0xe9 on line 2; expected text in UTF-8"),
+    (b"\xff\xfep\x00", "is not UTF-8: byte 0xff on line 1"),
+    (laughs(10).encode(), "values with its aliases written out, expected at most 100000"),
+    (b"a: &a [*a]\n", "values with its aliases written out"),
+    (b"a: " + b"[" * 5000 + b"]" * 5000, "nested more than 50 deep"),
+    (b"prior:\n  updates: " + b"9" * 5000, "r.yaml"),
+    (b"prior: {updates: 2026-02-30}", "r.yaml"),
+    (b"? [a, b]\n: 1\n", "r.yaml"),
+    (b"1: {}\n", "key 1 is a int, expected the name of a section"),
+    (b"prior: !!python/object/apply:os.system [touch ran]", "is not valid YAML"),
+    (b"a: \x00", "is not valid YAML"),
+    (b"#" * (5 << 20), "has more than 4 MB"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(NO_RECIPES)))
+def test_files_that_are_no_recipe_are_one_message(tmp_path, number):
+    content, message = NO_RECIPES[number]
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    tracemalloc.start()
+    said = said_about(PriorRunConfig, path=path)
+    assert message in said and len(said) < 1000
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+def test_aliases_that_a_recipe_needs_are_read(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("prior: &base {folder: f, data: {dataset: d}}\nclip: {<<: *base}\n", encoding="utf-8-sig")
+    assert load_recipe(PriorRunConfig, path).folder == "f"
+
+
+def test_a_value_that_is_no_text_is_refused():
+    for key in ("tracking.run_name", "tracking.experiment"):
+        said = said_about(PriorRunConfig, *GIVEN_PRIOR, f"{key}=caf\udce9")
+        assert key in said and "is not UTF-8; expected text in UTF-8" in said
+    assert "folder = " in said_about(PriorRunConfig, "folder=caf\udce9", "data.dataset=d")
+    assert "data.dataset" in said_about(PriorRunConfig, "folder=f", "data.dataset=caf\udce9")
+    assert "caption" in said_about(SampleConfig, "export=e", "caption=caf\udce9")
+
+
+def test_a_long_value_is_cut_in_messages():
+    assert len(said_about(PriorRunConfig, *GIVEN_PRIOR, f"updates={'x' * 10**6}")) < 500

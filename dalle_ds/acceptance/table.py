@@ -28,7 +28,7 @@ STEPS = (
     Step("ranks", f"{_ROOM}.ranks", 180, "the engine on all GPUs and on one fewer"),
     Step("speed", f"{_ROOM}.speed", 180, "time, MFU and memory of layers of width 2048 in several settings"),
     Step("launches", f"{_ROOM}.launches", 60, "kernels and host waits of a layer, the longest kernels"),
-    Step("optimizer", f"{_ROOM}.optimizer", 45, "low-bit AdamW: compiled against plain, and its rate"),
+    Step("optimizer", f"{_ROOM}.optimizer", 45, "AdamW: compiled against plain, and its rate"),
     Step("sample", f"{_ROOM}.sample", 60, "sampled tokens equal to the CPU's; tokens per second"),
     Step("parity", f"{_ROOM}.parity", 60, "an export gives the engine's losses on a CPU"),
     Step("dvae", f"{_ROOM}.dvae", 60, "training step, memory of a validation, tokens equal to the CPU's"),

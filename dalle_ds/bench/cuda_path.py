@@ -4,7 +4,6 @@ The real engine runs under the real DeepSpeed: fp16 branches with per-resblock s
 work is counted on a fake CUDA device. Host time is measured on the CPU at a tiny width, against the plain model.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from dalle_ds.bench.harness.memory import in_fresh_process
 from dalle_ds.bench.harness.settings import CudaPathBenchConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.project_files import here_or_shipped
+from dalle_ds.storage.text import parse_json
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def run(settings: CudaPathBenchConfig) -> CudaPath:
         ConfigError: fake CUDA can't run on this machine, or the DeepSpeed JSON can't be read.
     """
     try:
-        deepspeed_json = json.loads(here_or_shipped(settings.deepspeed_config).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        deepspeed_json = parse_json(here_or_shipped(settings.deepspeed_config).read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--deepspeed-config {settings.deepspeed_config}: {error}") from None
     widths = [in_fresh_process(count_engine, n, deepspeed_json, settings.world_size) for n in settings.n_heads]
     host = None

@@ -16,25 +16,25 @@ from dalle_ds.bench.harness.readers import Sample, open_readers
 from dalle_ds.bench.harness.report import Report
 from dalle_ds.bench.harness.settings import LoaderBenchConfig
 from dalle_ds.bench.harness.timing import take_turns
+from dalle_ds.data.dataset_files import merge, publish
 from dalle_ds.data.manifest import (
     DatasetInfo,
-    DatasetManifest,
     InputIdentity,
+    ShardDetails,
     ShardManifest,
     load_dataset_info,
+    load_shard_manifests,
     manifest_url,
-    merge,
-    parse,
 )
 from dalle_ds.data.shards import PartWriter, unbatch
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
 from dalle_ds.data.tokens import TokenStream
 from dalle_ds.errors import ConfigError
 from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
-from dalle_ds.storage.names import DATASET_FILE, MANIFEST_FILE, TOKENIZER_FILE
+from dalle_ds.storage.names import DATASET_FILE, TOKENIZER_FILE
 
 SHUFFLE_BUFFER = 1000  # webdataset's own recommendation
 N_SHARDS = 4
@@ -151,7 +151,7 @@ def resume_seconds(root: str) -> float:
     global batch of 1024."""
     began = time.perf_counter()
     with TokenStream(
-        TokenMix([TokenDataset(root)]),
+        TokenMix([_OneShardManyTimes(root)]),
         text_len=256,
         global_batch=1024,
         micro_batch=1,
@@ -166,15 +166,20 @@ def resume_seconds(root: str) -> float:
         return time.perf_counter() - began
 
 
+class _OneShardManyTimes(TokenDataset):
+    """The data set of `write_many_shards`, in whose only file the blocks have the names of the first shard."""
+
+    def _load(self, number: int) -> DecodedBlock:
+        return super()._load(number % (self.n_stored_blocks // RESUME_SHARDS))
+
+
 def write_many_shards(folder: str, n_shards: int) -> str:
     """Write a data set whose manifest lists `n_shards` shards of SHARD_SAMPLES samples, 250 million for 10,000 shards. All
     shards are the same file."""
     root = write_random_set(folder, SHARD_SAMPLES, n_shards=1)
-    url = objects.join(root, MANIFEST_FILE)
-    (shard,) = parse(DatasetManifest, objects.read_bytes(url), url).shards
-    info = load_dataset_info(root)
-    shards = [shard.model_copy(update={"shard": f"{number:05d}"}) for number in range(n_shards)]
-    objects.write_bytes(url, merge(info, shards, complete=True).to_json())
+    (shard,) = load_shard_manifests(root, ShardManifest)
+    shards = (shard.model_copy(update={"shard": f"{number:05d}"}) for number in range(n_shards))
+    publish(root, *merge(load_dataset_info(root), ((shard, ShardDetails()) for shard in shards)))
     return root
 
 
@@ -205,12 +210,10 @@ def write_random_set(folder: str, n_samples: int, n_shards: int = N_SHARDS) -> s
             splits={"train": part},
             n_input=len(chosen),
             dropped={},
-            code_histogram=[0] * info.n_codes,
-            caption_lengths={},
             fingerprint=info.fingerprint,
             seconds=0.0,
         )
         objects.create_exclusive(manifest_url(folder, name), manifest.to_json())
-        shards.append(manifest)
-    objects.write_bytes(objects.join(folder, MANIFEST_FILE), merge(info, shards, complete=True).to_json())
+        shards.append((manifest, ShardDetails()))
+    publish(folder, *merge(info, shards))
     return folder

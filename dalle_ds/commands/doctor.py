@@ -15,8 +15,14 @@ from urllib.parse import urlsplit
 
 from dalle_ds.commands.settings import DoctorConfig
 from dalle_ds.console import Outcome
+from dalle_ds.redaction import redacted
 from dalle_ds.storage import objects
-from dalle_ds.tracking.mlflow_sink import resolve_uri, without_password
+from dalle_ds.tracking.store import resolve_uri, sqlite_file, store_problem
+
+TRACKING_SECONDS = 60.0  # an MLflow store that needs longer for a list of one experiment cannot keep up with a run
+SCRIPTS = ("é", "ж", "λ", "א", "ع", "अ", "ไ", "猫", "ね", "고", "😀")
+"""A letter of each script that captions may have: Latin, Cyrillic, Greek, Hebrew, Arabic, Devanagari, Thai, Chinese, Japanese,
+Korean, emoji."""
 
 
 @dataclass(frozen=True)
@@ -143,18 +149,26 @@ def _write(url: str) -> tuple[bool, str]:
 def _tracking(uri: str | None) -> tuple[bool, str]:
     uri = resolve_uri(uri, Path.cwd() / "run")
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return True, f"no server configured: {without_password(uri)}"
-    with socket.create_connection((parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), timeout=5):
-        pass
-    import urllib.request
-
-    with urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=10) as answer:
-        return answer.status == 200, f"{without_password(uri)} answers"
+    if parts.scheme in ("http", "https"):  # a closed port is told at once; MLflow would try again
+        with socket.create_connection(
+            (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), timeout=5
+        ):
+            pass
+    problem = store_problem(uri, TRACKING_SECONDS)
+    if problem is not None:
+        return False, f"{redacted(uri)}: {problem}"
+    database = sqlite_file(uri)
+    if database is not None and not database.exists():
+        return True, f"{redacted(uri)} can be created by the first run"
+    return True, f"{redacted(uri)} answers"
 
 
 def _fonts() -> tuple[bool, str]:
     from PIL import ImageFont, features
 
-    scalable = features.check("freetype2") and isinstance(ImageFont.load_default(20), ImageFont.FreeTypeFont)
-    return scalable, "scalable font for captions on grids" if scalable else "Pillow lacks FreeType: grids cannot show captions"
+    if not (features.check("freetype2") and isinstance(ImageFont.load_default(20), ImageFont.FreeTypeFont)):
+        return False, "Pillow lacks FreeType: grids cannot show captions"
+    from dalle_ds.sampling.lettering import advice, missing_letters
+
+    missing = missing_letters(SCRIPTS)
+    return not missing, advice(missing) if missing else f"letters on grids: {' '.join(SCRIPTS)}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle_ds.console import print_error, print_summary, setup_logging
-from dalle_ds.errors import UserError
+from dalle_ds.errors import UserError, as_user_error
 from dalle_ds.parallel.launch import prepare_rank
 
 if TYPE_CHECKING:
@@ -64,9 +64,12 @@ def on_all_ranks(work: "Callable[[Ranks], dict[str, Any]]", as_json: bool) -> No
         sys.exit(error.exit_code)
     try:
         summary = work(ranks)
-    except UserError as error:
-        say(ranks, error)  # no leave(): it may wait for a lost rank
-        sys.exit(error.exit_code)
+    except (UserError, OSError) as error:
+        said = as_user_error(error)
+        if said is None:
+            raise
+        say(ranks, said)  # no leave(): it may wait for a lost rank
+        sys.exit(said.exit_code)
     except SystemExit:
         leave()
         raise

@@ -15,7 +15,7 @@ from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
 from dalle_ds.storage import objects
 from dalle_ds.tracking.export_run import run_of_export
-from dalle_ds.tracking.mlflow_sink import make_client
+from dalle_ds.tracking.store import make_client
 
 FOLDER = "model"
 NOT_NEEDED = ("deepspeed", "webdataset", "py3langid", "imagehash", "scikit-image")
@@ -33,7 +33,7 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
     Raises:
         DataError: `url` is not an export.
         ConfigError: the export names no MLflow run.
-        UserError: MLflow is unreachable or rejects the request.
+        UserError: MLflow is unreachable or rejects the request, or the run was deleted: its files are removed some day.
     """
     record = read_export_record(url)
     known_uri, run_id = run_of_export(record)
@@ -52,7 +52,12 @@ def register_export(url: str, name: str, *, clip: str | None = None, uri: str | 
         _save(folder / FOLDER, artifacts, record)
         try:
             place = f"{FOLDER}/{uuid.uuid4().hex[:12]}"  # a folder per version: a later version must not overwrite these files
-            source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+            run = client.get_run(run_id).info
+            if run.lifecycle_stage != "active":  # the store would take the files all the same
+                raise UserError(
+                    f"MLflow at {uri}: run {run_id} of {url} was deleted; restore it on its page, then register again"
+                )
+            source = f"{run.artifact_uri}/{place}"
             client.log_artifacts(run_id, str(folder / FOLDER), place)
             try:
                 client.create_registered_model(name)

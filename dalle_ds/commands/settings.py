@@ -3,10 +3,11 @@
 The module imports no torch: `--help` reads the options from these classes.
 """
 
+import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.planning.settings import PlanInputsConfig
@@ -21,12 +22,14 @@ from dalle_ds.recipes import (
     OutFolder,
     Place,
     Places,
+    Seed,
     load_recipe,
 )
 from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
+from dalle_ds.scenes.vocabulary import GROUNDS
 
 EXPORT = "export folder: a path or s3:// url"
-CLIP = "CLIP that scores the images: a folder, or a model name on the Hugging Face hub"
+CLIP = "CLIP that scores the images: a folder, or hf://OWNER/MODEL of the Hugging Face hub"
 DATA = "root of a token data set; unset: the data set that the export names"
 IMAGES = "samples.json or its folder, raw shards, or a folder of images"
 
@@ -68,6 +71,11 @@ class SampleConfig(SamplingConfig):
     repeat: Path | None = Field(None, description="samples.json whose images are to be reproduced bit for bit")
     clip: str | None = Field(None, description=CLIP)
     out: LocalOutFolder = Field(Path("samples"), description="folder for images, grid.png and samples.json")
+    dtype: Literal["fp32", "fp16"] = Field(
+        "fp32",
+        description="format of the prior's residual branches: fp16, as in training, halves memory on GPUs and gives nearly the "
+        "same tokens; --repeat takes that of the record",
+    )
     device: str = Field("auto", description=DEVICE)
 
     def settings(self) -> SamplingConfig:
@@ -79,6 +87,9 @@ class ServeConfig(PageLimitsConfig):
     section: ClassVar = "serve"
     export: Place = Field(description=EXPORT)
     clip: str | None = Field(None, description=CLIP)
+    examples: Path | None = Field(
+        None, description="file of captions to click, one a line; unset: validation captions of the export's data, if readable"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: every address of this machine")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
     mlflow_url: str | None = Field(
@@ -95,8 +106,24 @@ class LossConfig(Config):
     section: ClassVar = "loss"
     export: Place = Field(description=EXPORT)
     data: OptionalPlace = Field(None, description=DATA)
-    limit: int | None = Field(None, ge=2, description="maximum number of validation samples; unset: all")
-    seed: int = Field(0, description="seed of the shuffled captions and of the confidence interval")
+    limit: int | None = Field(
+        8192, ge=2, description="maximum number of validation samples, from blocks all over the split; null: all"
+    )
+    bound_pairs: int = Field(
+        512,
+        ge=0,
+        le=2**15,
+        description="maximum number of validation pairs whose images are read from raw shards, for the bound on ln p(image, "
+        "caption) of the whole model; 0: none",
+    )
+    raw: OptionalPlace = Field(None, description="root of the raw shards; unset: where they were when they were encoded")
+    fp16_samples: int = Field(
+        64,
+        ge=0,
+        description="maximum number of validation samples on which tokens sampled in fp16 are compared with those in fp32, to "
+        "decide on `sample --dtype fp16`; 0: none",
+    )
+    seed: Seed = Field(0, description="seed of the shuffled captions and of the confidence intervals")
     batch: int = Field(16, ge=1, description="samples per forward pass")
     out: LocalOutFolder = Field(Path("evaluation"), description="folder for evaluate.json, losses and charts")
     device: str = Field("auto", description=DEVICE)
@@ -111,21 +138,48 @@ class ImagesConfig(Config):
     extractor: str | None = Field(None, description="features for FID and Inception Score: inception or clip:PATH")
     inception_weights: Path | None = Field(None, description="torch-fidelity's weights file, which is never downloaded")
     clip: str | None = Field(None, description="CLIP folder; also measures the CLIP score of images and captions")
-    blur: tuple[float, ...] = Field(
-        (0.0, 1.0, 2.0, 4.0, 8.0), description="blur radii in pixels for samples and reference, comma-separated"
+    among: int | None = Field(
+        None,
+        ge=2,
+        description="fraction of images, and of the reference, whose own caption has the highest score of --clip among so many "
+        "captions; the others are drawn from those of images and reference",
+    )
+    alike: str | None = Field(
+        None,
+        description="regular expression, for --among: captions are drawn among those where it matches the same text, and each "
+        "text has its row; 'in \\w+ style' draws captions of the same style",
+    )
+    blur: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field(
+        (0.0, 1.0, 2.0, 4.0, 8.0), min_length=1, description="blur radii in pixels for samples and reference, comma-separated"
     )
     size: int | None = Field(None, ge=1, description="side in pixels to crop to; unset: short side of the first image")
     limit: int | None = Field(None, ge=2, description="maximum number of images, per set; the paper takes 30,000")
     validation_fraction: float | None = Field(
         None, ge=0, le=1, description="if the reference is raw shards, use only their validation split of this fraction"
     )
+    max_failure_rate: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the images of each set that may be left out because they cannot be used"
+    )
+    with_overlap: bool = Field(
+        False,
+        description="keep images of the reference that `data dedup` found in the training data; the paper shows scores of both",
+    )
     cache: OptionalLocalOutFolder = Field(None, description="folder to keep the reference's statistics in")
     resamples: int = Field(20, ge=2, description="resamples for FID's interval; each takes seconds at 30,000 images")
     batch: int = Field(32, ge=1, description="images per batch")
-    seed: int = Field(0, description="seed of the splits and the intervals")
+    seed: Seed = Field(0, description="seed of the splits and the intervals")
     export: OptionalPlace = Field(None, description="export that the images come from; its MLflow run gets the scores")
     out: LocalOutFolder = Field(Path("image_metrics"), description="folder for image_metrics.json and its chart")
     device: str = Field("auto", description=DEVICE)
+
+    @field_validator("alike")
+    @classmethod
+    def _is_an_expression(cls, alike: str | None) -> str | None:
+        try:
+            re.compile(alike or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{alike[:100]!r} is no regular expression: {error}") from None  # type: ignore[index]
+        return alike
 
 
 class RerankConfig(Config):
@@ -139,8 +193,19 @@ class ScenesConfig(Config):
     images: Place = Field(description=f"images of scenes with captions: {IMAGES}")
     export: OptionalPlace = Field(None, description="export that drew them: its MLflow run gets scores and charts")
     dvae: OptionalPlace = Field(None, description="dVAE that gives the ceiling: a dvae.safetensors; unset: the export's")
+    textured: float = Field(
+        0.25, ge=0, le=1, description="fraction of textured grounds of the drawn scenes: as in the dVAE's training data"
+    )
+    n_grounds: int = Field(
+        len(GROUNDS), ge=1, le=len(GROUNDS), description="ground colours of the drawn scenes: as in the dVAE's training data"
+    )
     limit: int | None = Field(None, ge=1, description="maximum number of images")
-    seed: int = Field(0, ge=0, description="seed of the drawn scenes, and of the captions that give the chance level")
+    name: str = Field(
+        "scenes",
+        pattern=r"^\w+$",
+        description="first part of the names of metrics and charts, to tell several scores of a run apart",
+    )
+    seed: Seed = Field(0, description="seed of the drawn scenes, and of the captions that give the chance level")
     out: LocalOutFolder = Field(Path("scenes"), description="folder for scenes.json, chart and sheet")
     device: str = Field("auto", description=DEVICE)
 
@@ -152,7 +217,7 @@ class HumanBuildConfig(Config):
     out: LocalOutFolder = Field(description="folder for page-*.html and for key.json, which voters must not see")
     limit: int = Field(1000, ge=1, description="maximum number of tasks; the default is the paper's")
     per_page: int = Field(100, ge=1, description="tasks per page")
-    seed: int = Field(0, description="seed of the order of tasks and of the left and right images")
+    seed: Seed = Field(0, description="seed of the order of tasks and of the left and right images")
 
 
 class HumanTallyConfig(Config):

@@ -26,9 +26,10 @@ import click
 from dalle_ds import project_files
 from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_process
 from dalle_ds.console import Outcome, print_error, print_summary
-from dalle_ds.errors import ConfigError, UserError
+from dalle_ds.errors import ConfigError, UserError, as_user_error
 from dalle_ds.hints import close_words, did_you_mean
 from dalle_ds.places import check_store
+from dalle_ds.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 RECIPE_SUFFIXES = (".yaml", ".yml")
 TEXTS = (tuple[str, ...], tuple[Path, ...])
 """Types of list fields whose items may contain commas. The values of other list fields are split at commas."""
-MISTAKEN_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Errors of a wrong path, such as a file where a folder is expected. They count as user errors: the message names the path."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -149,7 +148,7 @@ class VerbCommand(click.Command):
                     print_error(f"error: {error}")
                     sys.exit(2)
                 rank = os.environ.get("RANK", "0")
-            from dalle_ds.recipes import RequiredKeys, check_outputs, dump_incomplete, dump_recipe
+            from dalle_ds.recipes import RequiredKeys, check_outputs, dump_incomplete, dump_recipe, outputs_of
 
             try:
                 config, default_recipe = self._config(given)
@@ -169,15 +168,22 @@ class VerbCommand(click.Command):
             if hasattr(config, "check"):  # report a user error before ranks join, which takes time
                 config.check()
             check_outputs(config)
+            if rank == "0":  # of many ranks, one asks
+                for _, _, url in outputs_of(config):
+                    if str(url).startswith("s3://"):
+                        from dalle_ds.storage.objects import check_writable
+
+                        check_writable(url)
             if hasattr(config, "tracking") and (store := os.environ.get("MLFLOW_TRACKING_URI")):
                 check_store(store)
             self._run(config, as_json)
-        except (UserError, *MISTAKEN_PATHS) as error:
-            if os.environ.get("DALLE_DS_TRACEBACK") == "1":
+        except (UserError, OSError) as error:
+            said = as_user_error(error)
+            if os.environ.get("DALLE_DS_TRACEBACK") == "1" or said is None:
                 raise
             if rank == "0":  # every rank has the same error
-                print_error(f"error: {error}")
-            sys.exit(getattr(error, "exit_code", 2))
+                print_error(f"error: {said}")
+            sys.exit(said.exit_code)
 
     def _config(self, given: dict[str, Any]) -> tuple[Any, Path | None]:
         """Returns the config, and the path of the default recipe if that was read (else None)."""
@@ -257,7 +263,7 @@ def finish(result: Mapping[str, Any] | Outcome | None, as_json: bool) -> None:
     for problem in outcome.problems:
         print_error(f"problem: {problem}")
     if outcome.text is not None:
-        print(outcome.text, file=sys.stderr if as_json else sys.stdout, flush=True)
+        print(redacted(outcome.text), file=sys.stderr if as_json else sys.stdout, flush=True)
     if outcome.text is None or as_json:
         print_summary(outcome.summary, as_json)
     sys.exit(0 if outcome.is_complete else 1)

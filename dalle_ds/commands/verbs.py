@@ -11,7 +11,7 @@ VERBS = (
         config="preprocessing.configs:FetchConfig",
         work="preprocessing.stages.fetch:run",
         inputs=("out",),
-        examples=("runs/demo/images", "/tmp/shapes --source drawn --limit 500", "runs/scenes --source scenes --limit 50000"),
+        examples=("runs/emoji/images", "/tmp/shapes --source drawn --limit 500", "runs/scenes --source scenes --limit 50000"),
     ),
     Verb(
         "data ingest",
@@ -29,7 +29,7 @@ VERBS = (
         config="preprocessing.configs:DuplicatesConfig",
         work="preprocessing.stages.duplicates:run",
         inputs=("raw",),
-        examples=("runs/photos/raw", "s3://bucket/raw --against s3://bucket/coco-validation"),
+        examples=("runs/photos/raw", "s3://bucket/raw --against s3://bucket/coco-validation --drop training"),
     ),
     Verb(
         "data tokenizer",
@@ -97,7 +97,7 @@ VERBS = (
         has_options=False,
         examples=(
             "launchers/recipes/tiny.yaml",
-            "launchers/recipes/tiny.yaml updates=500 folder=/data/dvae --json",
+            "launchers/recipes/tiny.yaml updates=3000 folder=/data/dvae --json",
             "deepspeed --hostfile hosts --no_local_rank --module dalle_ds.cli train dvae launchers/recipes/12b.yaml",
             "torchrun --nproc_per_node 8 -m dalle_ds.cli train dvae launchers/recipes/12b.yaml",
         ),
@@ -125,8 +125,13 @@ VERBS = (
         "Train a small CLIP for scoring samples, or resume if its folder has a checkpoint.",
         config="dalle_ds.training.clip.config:ClipRunConfig",
         work="dalle_ds.training.clip.trainer:train_clip",
+        ranks="maybe",
         has_options=False,
-        examples=("launchers/recipes/tiny.yaml", "launchers/recipes/tiny.yaml data.raw=s3://bucket/raw updates=5000 --json"),
+        examples=(
+            "launchers/recipes/tiny.yaml",
+            "launchers/recipes/tiny.yaml data.raw=s3://bucket/raw updates=5000 --json",
+            "torchrun --nproc_per_node 8 -m dalle_ds.cli train clip launchers/recipes/tiny.yaml data.raw=s3://bucket/raw",
+        ),
     ),
     Verb(
         "diagnose",
@@ -180,7 +185,7 @@ VERBS = (
         ranks="maybe",
         examples=(
             'runs/export --caption "a red apple" --caption "a blue house" --n 8',
-            "s3://models/dalle --captions captions.txt --n 512 --keep 8 --clip openai/clip-vit-base-patch32",
+            "s3://models/dalle --captions captions.txt --n 512 --keep 8 --clip hf://openai/clip-vit-base-patch32",
             "runs/export --captions - --n 16 --keep 4 --clip runs/clip/model --out images < captions.txt",
             'runs/export --image-prompt cat.png --prompt-rows 15 --caption "the same cat as a sketch on the bottom"',
             "runs/export --validation 8 --n 4 --seed 1 --json",
@@ -199,7 +204,7 @@ VERBS = (
     ),
     Verb(
         "eval loss",
-        "Measure the validation image loss with the right captions and with shuffled captions.",
+        "Measure the validation image loss with right and with shuffled captions, and the bound of the whole model.",
         config=f"{SETTINGS}:LossConfig",
         work="dalle_ds.commands.eval.loss:run",
         inputs=("export",),
@@ -215,6 +220,7 @@ VERBS = (
             "samples --reference coco/val --extractor inception --inception-weights w.pth --cache c",
             "samples --reference raw --validation-fraction 0.05 --extractor clip:runs/clip/model --blur 0",
             "samples/samples.json --clip runs/clip/model --export runs/export --json",
+            "samples --reference raw --validation-fraction 0.12 --clip runs/judge/model --among 100 --alike 'in \\w+ style'",
         ),
     ),
     Verb(
@@ -306,7 +312,7 @@ VERBS = (
         "The encode stage, from raw shard to committed token shard, against the bare encoder on decoded images.",
         config="dalle_ds.bench.harness.settings:EncodeBenchConfig",
         work="dalle_ds.commands.bench:run",
-        examples=("--json", "--small --raw runs/demo/raw --dvae runs/demo/dvae/dvae.safetensors"),
+        examples=("--json", "--small --raw runs/emoji/raw --dvae runs/emoji/dvae/dvae.safetensors"),
     ),
     Verb(
         "bench loader",

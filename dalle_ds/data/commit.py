@@ -4,8 +4,9 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from dalle_ds.data.manifest import Record, manifest_url
+from dalle_ds.data.manifest import manifest_url
 from dalle_ds.storage import objects
+from dalle_ds.storage.record import SealedRecord
 
 
 def new_attempt() -> str:
@@ -13,7 +14,7 @@ def new_attempt() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def commit_shard(root_url: str, shard: str, files: Mapping[str, Path], manifest: Record) -> bool:
+def commit_shard(root_url: str, shard: str, files: Mapping[str, Path], manifest: SealedRecord) -> bool:
     """Publish a shard atomically. If several attempts commit the same shard, only the first succeeds.
 
     Args:

@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageOps
 
+from dalle_ds.data.png_chunks import only_pixels
+from dalle_ds.data.raw_sample import SampleProblem
 from dalle_ds.storage.hashing import hash_to_integer
 
 # H, W source height and width, S side of the square crop, T side after resizing, C channels
@@ -18,15 +20,13 @@ CROP_RULE: Final = "paper-listing-2/area/v1"  # part of a data set's fingerprint
 # Pillow's other formats are disabled: some start external programs (Ghostscript for EPS), which untrusted images must not do.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second
+
 AnyImage = Image.Image | np.ndarray
 
 
-class ImageProblem(Exception):
-    """An image cannot be used. `reason` is the reason under which it is counted. A run must not stop because of it."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+class ImageProblem(SampleProblem):
+    """An image cannot be used."""
 
 
 def decode_image(
@@ -34,48 +34,83 @@ def decode_image(
 ) -> Image.Image:
     """Decode to RGB: apply the EXIF rotation, composite transparency onto `background`, and take the first frame of animations.
 
+    Only the pixels decide: a PNG with damaged or huge metadata is decoded without them.
+
     Raises:
-        ImageProblem: "unreadable" or "too large". The size is checked in the header, before any pixel is decoded.
+        ImageProblem: "unreadable"; "truncated": the file ends before its pixels do, as after a download that broke off;
+            "too large"; or "unknown pixel range": 32-bit integers, or floats beyond 0 to 1. The size is checked in the header,
+            before any pixel is decoded.
     """
+    try:
+        return _decode(data, background, max_pixels)
+    except ImageProblem as problem:
+        pixels = only_pixels(data)
+        if problem.reason not in ("unreadable", "truncated") or len(pixels) == len(data):
+            raise
+    return _decode(pixels, background, max_pixels)
+
+
+def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: below, it is an error
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with _open(data) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageProblem("too large")
                 image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image, background)
+                return _to_rgb(_upright(image, in_place=True), background)
     except ImageProblem:
         raise
     except Image.DecompressionBombError:
         raise ImageProblem("too large") from None
-    except Exception:  # on malformed bytes, decoders raise any kind of exception: OSError, SyntaxError, struct.error, ...
-        raise ImageProblem("unreadable") from None
+    except Exception as error:  # on malformed bytes, decoders raise any kind: OSError, SyntaxError, struct.error, ...
+        raise ImageProblem(_damage(error)) from None
+
+
+def _damage(error: Exception) -> str:
+    # Pillow would fill what is missing with grey, as browsers do; a prior would learn the grey. So no pixel may be missing.
+    return "truncated" if "truncated" in str(error).lower() else "unreadable"
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _upright(image: Image.Image, *, in_place: bool) -> Image.Image:
+    # `image` is loaded, so what fails here is the EXIF data, which say nothing about the pixels.
+    try:
+        return ImageOps.exif_transpose(image, in_place=in_place) or image
+    except Exception:  # any kind, as in _decode
+        return image
 
 
 def upright_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """Convert an open image to the same RGB image that `decode_image` returns for its file. Does not modify `image`.
 
     Raises:
-        ImageProblem: "unreadable", if the file is damaged.
+        ImageProblem: "unreadable" or "truncated", if the file is damaged, or "unknown pixel range".
     """
     try:
-        return _to_rgb(ImageOps.exif_transpose(image), background)
-    except (OSError, SyntaxError, ValueError):  # Pillow decodes at the first use
-        raise ImageProblem("unreadable") from None
+        image.load()  # Pillow decodes at the first use
+        return _to_rgb(_upright(image, in_place=False), background)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageProblem(_damage(error)) from None
 
 
-def extension_of(data: bytes) -> str:
-    """The file extension of an encoded image's format, "jpg" if unknown. No pixel is decoded."""
+def extension_of(data: bytes) -> str | None:
+    """The file extension of an encoded image's format. None if it is no image in FORMATS. No pixel is decoded."""
+    kind = _format_of(data) or _format_of(only_pixels(data))
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind) or None
+
+
+def _format_of(data: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                kind = (image.format or "").lower()
-    except Exception:  # as in decode_image, which later reports the reason
-        return "jpg"
-    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
+            with _open(data) as image:
+                return (image.format or "").lower()
+    except Exception:  # as in _decode, which reports the reason
+        return ""
 
 
 def dvae_augment(
@@ -99,7 +134,8 @@ def dvae_augment(
 def prior_crop(image: AnyImage, target: int, seed: int) -> np.ndarray:
     """Crop near the centre for the prior's data (listing 2): uint8 (target, target, 3). No flip, since images may show text.
 
-    The same image and seed give the same crop on any machine. `seed_of(key)` returns a seed for each sample.
+    The same image and seed give the same crop on any machine. `seed_of(key)` returns a seed for each sample. The paper draws
+    another crop each time that it reads an image.
 
     Raises:
         ImageProblem: "too small", if the shorter side is under `target`.
@@ -132,9 +168,9 @@ def center_crop(image: AnyImage, target: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + target, top + target)))
 
 
-def seed_of(key: str) -> int:
-    """A sample's seed: 64 bits of the SHA-256 of its key."""
-    return hash_to_integer(key, "little")
+def seed_of(key: str, crop: int = 0) -> int:
+    """Seed of a crop of a sample: 64 bits of the SHA-256 of its key, and for further crops of the crop's number too."""
+    return hash_to_integer(f"{key}\n{crop}" if crop else key, "little")  # no key contains a newline
 
 
 def area_resize(pixels_SSC: np.ndarray, size: int, top: int = 0, left: int = 0, window: int | None = None) -> np.ndarray:
@@ -189,10 +225,25 @@ def _short_side(height: int, width: int, target: int) -> int:
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip instead of scaling
+    if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
+        image = Image.fromarray(_grey_of(image))  # Pillow would clip instead of scaling
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*background, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_of(image: Image.Image) -> np.ndarray:
+    # Grey of more than 8 bits as uint8 (H, W), scaled by the range that its mode means.
+    grey_HW = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        shift = 4 if tags.get(BITS_PER_SAMPLE) in (12, (12,)) else 8
+        grey_HW = (grey_HW >> shift).clip(0, 255).astype(np.uint8)
+        return 255 - grey_HW if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey_HW
+    # Floats are 0 to 1 by convention. Others write 0 to 255, or radiance without a limit; 32-bit integers may hold 8, 16 or 32
+    # bits: a guess would make training images black or white.
+    if image.mode == "F" and grey_HW.min(initial=0) >= 0 and grey_HW.max(initial=0) <= 1:  # False for nan
+        return np.rint(grey_HW * 255).astype(np.uint8)
+    raise ImageProblem("unknown pixel range")

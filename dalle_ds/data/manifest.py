@@ -1,24 +1,32 @@
 """Manifests: content and origin of a shard. Readers find data only through manifests, never by listing data files."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import gzip
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
-from dalle_ds.storage.names import DATASET_FILE, MANIFEST_FILE
-from dalle_ds.storage.record import Record
+from dalle_ds.storage.hashing import sha256_of_bytes
+from dalle_ds.storage.names import DATASET_FILE
+from dalle_ds.storage.record import PathBelow, Record, SealedRecord, parse
 
 SCHEMA: Final = 1
 SPLITS: Final = ("train", "validation")
 MANIFESTS: Final = "manifests"
 Split = Literal["train", "validation"]
+M = TypeVar("M", "RawShardManifest", "ShardManifest")
+T = TypeVar("T")
+
+N_READERS = 16  # threads that read manifests
+READ_AHEAD = 256  # manifests that may wait in memory
 
 
 class InputIdentity(Record):
@@ -30,19 +38,48 @@ class InputIdentity(Record):
     etag: str | None = None
 
 
-class RawShardManifest(Record):
+class StoredFile(Record):
+    """A file below the root of a data set, with its identity."""
+
+    path: PathBelow
+    bytes: int
+    checksum: str  # SHA-256
+
+    @classmethod
+    def of(cls, path: str, data: bytes) -> "StoredFile":
+        return cls(path=path, bytes=len(data), checksum=sha256_of_bytes(data))
+
+    def read(self, root_url: str | Path) -> bytes:
+        """The content of the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            DataError: it has another content.
+        """
+        url = objects.join(root_url, self.path)
+        data = objects.read_bytes(url)
+        found = StoredFile.of(self.path, data)
+        if found != self:
+            raise DataError(
+                f"{url}: {found.bytes} bytes with SHA-256 {found.checksum}, expected {self.bytes} with {self.checksum}"
+            )
+        return data
+
+
+class RawShardManifest(SealedRecord):
     """Manifest of a raw shard: one tar of KEY.webp|png|jpg with KEY.json members."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
-    shard: str
-    attempt: str
-    path: str  # path of the tar below the root
+    shard: PathBelow
+    attempt: PathBelow
+    path: PathBelow  # of the tar, below the root
     bytes: int
     checksum: str  # SHA-256 of the tar
     n_input: int
     n_samples: int
     dropped: dict[str, int]
-    dropped_path: str | None = None  # path below the root of JSON lines {"key", "reason"}
+    metadata: StoredFile | None = None  # parquet of `raw_metadata`; None in raw shards of earlier versions
+    dropped_path: PathBelow | None = None  # of earlier versions: JSON lines {"key", "reason"}, below the root
     fingerprint: str  # fingerprint of the inputs and the filters
     seconds: float
     finished: float | None = None  # seconds since 1970
@@ -64,8 +101,8 @@ _INTEGERS = "^([0-9]+( [0-9]+)*)?$"
 class BlockColumns(Record):
     """The blocks of a part as columns with one entry per block, separated by spaces.
 
-    Columns are compact: a merged manifest has a million blocks, and every rank reads it. Block i is called `name`-i, with five
-    digits, and starts at the end of the previous block.
+    Columns are compact: a manifest of 40 blocks takes about two kilobytes. Block i is called `name`-i, with five digits, and
+    starts at the end of the previous block.
     """
 
     name: str
@@ -92,6 +129,22 @@ class BlockColumns(Record):
             crc32=" ".join(block.crc32 for block in blocks),
         )
 
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes, samples and CRC-32 of the blocks, int64."""
+        crc32 = np.frombuffer(bytes.fromhex(self.crc32), dtype=">u4").astype(np.int64)
+        return np.fromstring(self.bytes, np.int64, sep=" "), np.fromstring(self.n_samples, np.int64, sep=" "), crc32
+
+    @classmethod
+    def of_arrays(cls, name: str, *arrays: np.ndarray) -> "BlockColumns":
+        """The inverse of `arrays`."""
+        n_bytes, n_samples, crc32 = (array.tolist() for array in arrays)
+        return cls(
+            name=name,
+            bytes=" ".join(map(str, n_bytes)),
+            n_samples=" ".join(map(str, n_samples)),
+            crc32=" ".join(f"{value:08x}" for value in crc32),
+        )
+
     def __len__(self) -> int:
         return self.bytes.count(" ") + 1 if self.bytes else 0
 
@@ -99,7 +152,7 @@ class BlockColumns(Record):
 class Part(Record):
     """One split of one shard: a tar of blocks."""
 
-    path: str  # path of the tar below the root
+    path: PathBelow  # of the tar, below the root
     bytes: int
     checksum: str  # SHA-256 of the tar
     n_samples: int
@@ -108,24 +161,34 @@ class Part(Record):
     @property
     def blocks(self) -> list[Block]:
         """The blocks as objects."""
-        return list(BlockTable([self]))
+        return list(BlockTable.of([self]))
 
 
 class BlockTable:
-    """The blocks of many parts as arrays, 28 bytes per block. As objects, a million blocks would take nearly a gigabyte."""
+    """The blocks of many parts as arrays, 28 bytes per block. As objects, a million blocks would take nearly a gigabyte.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    Args:
+        names: name of each part's blocks, without their number.
+        counts: number of blocks of each part.
+        bytes, n_samples, crc32: one entry per block, part after part.
+    """
+
+    def __init__(
+        self, names: Sequence[str], counts: np.ndarray, bytes: np.ndarray, n_samples: np.ndarray, crc32: np.ndarray
+    ) -> None:
+        self.part = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self.bytes, self.n_samples, self.crc32 = bytes, n_samples, crc32
+        self._names = names
+        self._first = np.cumsum(counts) - counts
+        self.offset = np.cumsum(self.bytes) - self.bytes
+        self.offset -= np.repeat(self.offset[self._first[counts > 0]], counts[counts > 0])
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> "BlockTable":
         columns = [part.columns for part in parts]
         counts = np.array([len(of_part) for of_part in columns], dtype=np.int64)
-        self.part = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
-        self.bytes = _integers(of_part.bytes for of_part in columns)
-        self.n_samples = _integers(of_part.n_samples for of_part in columns)
-        self.crc32 = np.frombuffer(bytes.fromhex(" ".join(of_part.crc32 for of_part in columns)), dtype=">u4")
-        self._names = [of_part.name for of_part in columns]
-        self._first = np.cumsum(counts) - counts
-        ends = np.cumsum(self.bytes)
-        self.offset = ends - self.bytes
-        self.offset -= np.repeat(self.offset[self._first[counts > 0]], counts[counts > 0])
+        arrays = [np.concatenate([np.zeros(0, np.int64), *each]) for each in zip(*(c.arrays() for c in columns), strict=True)]
+        return cls([of_part.name for of_part in columns], counts, *(arrays or [np.zeros(0, np.int64)] * 3))
 
     def __len__(self) -> int:
         return len(self.part)
@@ -142,37 +205,70 @@ class BlockTable:
         )
 
 
-def _integers(columns: Iterable[str]) -> np.ndarray:
-    return np.fromstring(" ".join(filter(None, columns)), dtype=np.int64, sep=" ")
-
-
 def _block_name(name: str, number: int) -> str:
     return f"{name}-{number:05d}"
 
 
-class ShardManifest(Record):
-    """Manifest of a token shard. An empty split has no part."""
+class ShardDetails(Record):
+    """What only statistics need of a token shard. A file beside the shard has it, so that manifests stay small."""
+
+    code_histogram: list[int] = []  # training split, all crops: number of uses of each code
+    caption_lengths: dict[int, int] = {}  # training split: number of BPE tokens in a caption -> number of captions
+    dropped_samples: list[tuple[str, str]] = []  # (key, reason)
+
+    def pack(self) -> bytes:
+        """Compressed JSON. Equal details give equal bytes."""
+        return gzip.compress(self.model_dump_json().encode(), mtime=0)
+
+
+class ShardManifest(SealedRecord):
+    """Manifest of a token shard. An empty split has no part. Its size is that of its parts' blocks: about 20 bytes a block."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
-    shard: str
-    attempt: str
+    shard: PathBelow
+    attempt: PathBelow
     input: InputIdentity
     splits: dict[Split, Part]
+    more_crops: list[Part] | None = None  # crops 2, 3, ... of the training images: the samples of splits["train"], in its order
     n_input: int
     dropped: dict[str, int]
-    dropped_samples: list[tuple[str, str]] = []  # (key, reason)
-    code_histogram: list[int]  # training split: number of uses of each code
-    caption_lengths: dict[int, int]  # training split: number of BPE tokens in a caption -> number of captions
+    details: StoredFile | None = None  # compressed JSON of ShardDetails
+    code_histogram: list[int] | None = None  # this field and the next two: details in manifests of earlier versions
+    caption_lengths: dict[int, int] | None = None
+    dropped_samples: list[tuple[str, str]] | None = None
     fingerprint: str  # fingerprint of the data set
     seconds: float
     finished: float | None = None  # seconds since 1970
 
+    def read_details(self, root_url: str | Path) -> ShardDetails:
+        """Read the shard's details.
+
+        Raises:
+            DataError: they are missing or damaged.
+        """
+        if self.details is None:
+            own = self.model_dump(include={"code_histogram", "caption_lengths", "dropped_samples"}, exclude_none=True)
+            return ShardDetails(**own)
+        url = objects.join(root_url, self.details.path)
+        try:
+            return parse(ShardDetails, gzip.decompress(self.details.read(root_url)), url)
+        except FileNotFoundError:
+            raise DataError(f"{url}: the manifest names this object, but it does not exist") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{url} is damaged: {error}") from None
+
     @property
     def n_samples(self) -> int:
+        """Number of samples. The crops of an image are one sample."""
         return sum(part.n_samples for part in self.splits.values())
 
+    @property
+    def parts(self) -> list[Part]:
+        """All parts, further crops included."""
+        return [*self.splits.values(), *(self.more_crops or ())]
 
-class DatasetInfo(Record):
+
+class DatasetInfo(SealedRecord):
     """dataset.json: the dVAE, tokenizer and settings with which all shards of a token data set were made."""
 
     schema_version: int = Field(SCHEMA, alias="schema")
@@ -183,6 +279,7 @@ class DatasetInfo(Record):
     tokenizer: str
     crop: str
     validation_fraction: float
+    crops: int | None = None  # crops of each training image; None: 1
     precision: str | None = None  # number format of the encoder; None: fp32
     tf32: bool | None = None  # True: the encoder's fp32 convolutions ran in TF32; None otherwise
     agreement: float | None = None  # fraction of tokens equal to those of fp32 on the first images; not in the fingerprint
@@ -192,60 +289,60 @@ class DatasetInfo(Record):
     def n_tokens(self) -> int:
         return self.grid**2
 
+    def n_crops(self, split: Split) -> int:
+        """Number of stored crops of an image of this split."""
+        return (self.crops or 1) if split == "train" else 1
+
     def sealed(self) -> "DatasetInfo":
         """A copy with its fingerprint set: a hash of all fields that determine the tokens."""
         identity = self.model_dump(exclude={"fingerprint", "agreement"}, exclude_none=True)
         return self.model_copy(update={"fingerprint": fingerprint(identity)})
 
 
-class DatasetManifest(Record):
-    """manifest.json: the merged shard manifests, sorted by shard name."""
-
-    schema_version: int = Field(SCHEMA, alias="schema")
-    fingerprint: str
-    complete: bool  # True if it was written at the end of an encode run, when every shard was finished
-    shards: list[ShardManifest]
-    n_samples: dict[Split, int]
-    dropped: dict[str, int]
-    code_histogram: list[int]
-    caption_lengths: dict[int, int]
-
-    def parts(self, split: Split) -> list[Part]:
-        """The parts of a split in reading order (by shard name). Shards without samples in this split are skipped."""
-        return [shard.splits[split] for shard in self.shards if split in shard.splits]
-
-
-R = TypeVar("R", bound=Record)
-
-
-def parse(record_class: type[R], data: bytes, url: str) -> R:
-    """Parse and validate JSON bytes; `url` is for messages.
-
-    Raises:
-        DataError: the bytes are not a valid record; the message names the file and its problems.
-    """
-    try:
-        return record_class.model_validate_json(data)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or '(file)'}: {p['msg']}" for p in error.errors()[:3])
-        raise DataError(f"{url}: not a valid {record_class.__name__}: {problems}") from None
-
-
 def manifest_url(root_url: str | Path, shard: str) -> str:
     return objects.join(root_url, MANIFESTS, f"{shard}.json")
 
 
+def shard_times(root_url: str | Path) -> dict[str, float]:
+    """{committed shard: when its manifest was written, in seconds since 1970}. Takes one listing."""
+    folder = objects.join(root_url, MANIFESTS)
+    times = objects.list_times(folder, ".json")
+    return {url.removeprefix(folder).strip("/").removesuffix(".json"): written for url, written in times.items()}
+
+
 def done_shards(root_url: str | Path) -> set[str]:
     """Names of the committed shards. Takes one listing."""
-    folder = objects.join(root_url, MANIFESTS)
-    return {url.removeprefix(folder).strip("/").removesuffix(".json") for url in objects.list_files(folder, ".json")}
+    return set(shard_times(root_url))
 
 
-def load_shard_manifests(root_url: str | Path, record_class: type[R]) -> list[R]:
-    """All shard manifests under a root, sorted by name. Empty if there are none."""
-    urls = objects.list_files(objects.join(root_url, MANIFESTS), ".json")
-    with ThreadPoolExecutor(max_workers=16) as pool:  # the cost is latency: each file has a few kilobytes
-        return list(pool.map(lambda url: parse(record_class, objects.read_bytes(url), url), urls))
+def load_shard_manifests(root_url: str | Path, record_class: type[M]) -> list[M]:
+    """All shard manifests under a root, sorted by the shard's name. Empty if there are none."""
+    return list(iterate_shards(sorted(done_shards(root_url)), partial(load_shard_manifest, root_url, record_class)))
+
+
+def load_shard_manifest(root_url: str | Path, record_class: type[M], shard: str) -> M:
+    """Read the manifest of a shard.
+
+    Raises:
+        DataError: it is damaged, or that of another shard: a copy under another name would double the shard's samples.
+    """
+    url = manifest_url(root_url, shard)
+    manifest = parse(record_class, objects.read_bytes(url), url)
+    if manifest.shard != shard:
+        raise DataError(f"{url} is the manifest of shard {manifest.shard}, expected shard {shard}; remove the copy")
+    return manifest
+
+
+def spread(shards: Sequence[T], n: int) -> list[T]:
+    """At most `n` of the shards, at equal distances."""
+    return [shards[i] for i in np.unique(np.linspace(0, len(shards) - 1, min(n, len(shards))).round().astype(int))]
+
+
+def iterate_shards(shards: Sequence[str], read: Callable[[str], T]) -> Iterator[T]:
+    """`read` of each shard's name, in order. Several are read at a time, since the cost is latency, and few wait in memory."""
+    with ThreadPoolExecutor(N_READERS) as pool:
+        for start in range(0, len(shards), READ_AHEAD):
+            yield from pool.map(read, shards[start : start + READ_AHEAD])
 
 
 def load_dataset_info(root_url: str | Path) -> DatasetInfo:
@@ -264,54 +361,3 @@ def load_dataset_info(root_url: str | Path) -> DatasetInfo:
         raise DataError(f"{url}: schema {info.schema_version}, expected schema {SCHEMA}")
     require_same(f"{url} (its content)", info.fingerprint, info.sealed().fingerprint, "The file was edited.")
     return info
-
-
-def merge(info: DatasetInfo, shards: Iterable[ShardManifest], *, complete: bool) -> DatasetManifest:
-    """Merge shard manifests.
-
-    Raises:
-        FingerprintMismatch: a shard belongs to another data set.
-    """
-    ordered = sorted(shards, key=lambda shard: shard.shard)
-    n_samples: Counter[Split] = Counter(dict.fromkeys(SPLITS, 0))
-    dropped: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()
-    histogram = [0] * info.n_codes
-    for shard in ordered:
-        require_same(f"shard {shard.shard}", info.fingerprint, shard.fingerprint, "It belongs to another data set.")
-        n_samples.update({split: part.n_samples for split, part in shard.splits.items()})
-        dropped.update(shard.dropped)
-        lengths.update(shard.caption_lengths)
-        for code, count in enumerate(shard.code_histogram):
-            histogram[code] += count
-    # Keep the merged manifest small: histograms, lengths and lists of dropped samples stay in the shard manifests.
-    slim = [shard.model_copy(update={"code_histogram": [], "caption_lengths": {}, "dropped_samples": []}) for shard in ordered]
-    return DatasetManifest(
-        fingerprint=info.fingerprint,
-        complete=complete,
-        shards=slim,
-        n_samples=dict(n_samples),
-        dropped=dict(sorted(dropped.items())),
-        code_histogram=histogram,
-        caption_lengths=dict(sorted(lengths.items())),
-    )
-
-
-def load_manifest(root_url: str | Path) -> DatasetManifest:
-    """The data set's manifest: manifest.json. If the encode run is not finished, the merged manifests of its finished shards.
-
-    Raises:
-        DataError: there is no data set, or no shard is finished.
-        FingerprintMismatch: a shard belongs to another data set.
-    """
-    info = load_dataset_info(root_url)
-    url = objects.join(root_url, MANIFEST_FILE)
-    try:
-        manifest = parse(DatasetManifest, objects.read_bytes(url), url)
-        require_same(url, info.fingerprint, manifest.fingerprint, "It belongs to another data set.")
-        return manifest
-    except FileNotFoundError:
-        shards = load_shard_manifests(root_url, ShardManifest)
-    if not shards:
-        raise DataError(f"{root_url}: the token data set has no finished shard; run `dalle-ds data encode` again")
-    return merge(info, shards, complete=False)

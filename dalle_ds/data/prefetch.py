@@ -31,11 +31,13 @@ class Prefetch(Generic[T]):
         if depth < 1:
             raise ValueError(f"prefetch depth is {depth}, expected at least 1")
         self.wait_seconds = 0.0  # total time that the consumer has waited
-        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
+        self._queue: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth)  # taken before an item is made: items may be large
         self._stop = threading.Event()
         self._failed: BaseException | None = None
         self._waiting_for = waiting_for
-        self._thread = threading.Thread(target=_produce, args=(source, self._queue, self._stop), name=name, daemon=True)
+        arguments = (source, self._queue, self._room, self._stop)
+        self._thread = threading.Thread(target=_produce, args=arguments, name=name, daemon=True)
         weakref.finalize(self, _shut, self._stop, self._thread)  # also runs when the interpreter exits
         self._thread.start()
 
@@ -46,10 +48,11 @@ class Prefetch(Generic[T]):
         if self._failed is not None:
             raise self._failed
         if self._stop.is_set():
-            raise RuntimeError(f"{self._thread.name} is closed")
+            raise self._closed()
         start = time.monotonic()
         item, error = self._get()
         self.wait_seconds += time.monotonic() - start
+        self._room.release()
         if error is None and item is _END:
             error = StopIteration()
         if error is not None:
@@ -69,8 +72,15 @@ class Prefetch(Generic[T]):
                 pause = waited
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop the thread and wait up to `timeout` seconds for its end. It may be blocked in a read that is being retried."""
+        """Stop the thread and wait up to `timeout` seconds for its end. It may be blocked in a read that is being retried.
+
+        A consumer on another thread that waits for an item gets a RuntimeError.
+        """
         _shut(self._stop, self._thread, timeout)
+        self._queue.put((None, self._closed()))
+
+    def _closed(self) -> RuntimeError:
+        return RuntimeError(f"{self._thread.name} is closed")
 
 
 def _shut(stop: threading.Event, thread: threading.Thread, timeout: float = 1.0) -> None:
@@ -79,17 +89,14 @@ def _shut(stop: threading.Event, thread: threading.Thread, timeout: float = 1.0)
         thread.join(timeout)
 
 
-def _produce(source: Iterator[Any], out: queue.Queue, stop: threading.Event) -> None:
+def _produce(source: Iterator[Any], out: queue.SimpleQueue, room: threading.Semaphore, stop: threading.Event) -> None:
     # A plain function: a bound method would keep the consumer alive, so it would never be garbage-collected.
     item, error = None, None
     while not stop.is_set() and error is None and item is not _END:
+        if not room.acquire(timeout=_POLL_SECONDS):
+            continue
         try:
             item = next(source, _END)
         except BaseException as raised:  # pass every error to the consumer, which would otherwise wait forever
             item, error = None, raised
-        while not stop.is_set():
-            try:
-                out.put((item, error), timeout=_POLL_SECONDS)
-                break
-            except queue.Full:
-                continue
+        out.put((item, error))

@@ -17,6 +17,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.hashing import sha256_of_file
+from dalle_ds.storage.text import parse_json
 
 # n samples, N tokens per sample
 
@@ -148,15 +149,31 @@ def parse_record(data: bytes, block: Block, url: str) -> tuple[np.ndarray, dict[
         raise DataError(
             f"{url}, block {block.name}: CRC-32 {_crc32(data)}, expected {block.crc32} as in its manifest; the data is damaged"
         )
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        members = {
-            member.name.removeprefix(f"{block.name}."): memoryview(data)[member.offset_data :][: member.size] for member in tar
-        }
-    tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = {
+                member.name.removeprefix(f"{block.name}."): memoryview(data)[member.offset_data :][: member.size]
+                for member in tar
+            }
+        tokens_nN, record = decode_members(members[TOKENS], members[CAPTIONS])
+        _check_types(tokens_nN, record)
+    except (tarfile.TarError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{url}, block {block.name}: not a block of tokens ({type(error).__name__}: {error})") from None
     counts = {"token rows": len(tokens_nN), **{name: len(values) for name, values in record.items()}}
     if set(counts.values()) != {block.n_samples}:
         raise DataError(f"{url}, block {block.name}: {counts}, expected {block.n_samples} samples as in its manifest")
     return tokens_nN, record
+
+
+def _check_types(tokens_nN: np.ndarray, record: Any) -> None:
+    """Raises ValueError if the members of a block have other types. The CRC only shows that nothing has changed since."""
+    if tokens_nN.dtype != np.uint16 or tokens_nN.ndim != 2:
+        raise ValueError(f"tokens {tokens_nN.dtype} {tokens_nN.shape}, expected uint16 (n, N)")
+    if not isinstance(record, dict) or not {"keys", "captions", "groups"} <= record.keys():
+        raise ValueError("expected keys, captions and groups")
+    for name, values in record.items():
+        if not isinstance(values, list) or not all(type(value) is str for value in values):
+            raise ValueError(f"{name} are not a list of texts")
 
 
 _ONE_PARSER = threading.Lock()
@@ -173,7 +190,7 @@ def decode_members(tokens: bytes | memoryview, captions: bytes | memoryview) -> 
     with _ONE_PARSER:
         shape, _, dtype = np.lib.format.read_array_header_1_0(header)
     # A view: np.load would copy half a megabyte.
-    return np.frombuffer(tokens, dtype, offset=header.tell()).reshape(shape), json.loads(bytes(captions))
+    return np.frombuffer(tokens, dtype, offset=header.tell()).reshape(shape), parse_json(bytes(captions))
 
 
 def unbatch(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

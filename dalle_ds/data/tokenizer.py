@@ -4,6 +4,8 @@ The rule comes from the paper's author (openai/DALL-E issue 22): captions are lo
 not a-z. Digits, punctuation (including the apostrophe) and spaces are separate tokens and are never merged. Characters outside
 the vocabulary fall back to their UTF-8 bytes; the paper does not state how it treats them. The model file's own normalization
 (nmt_nfkc_cf) lower-cases captions and collapses whitespace, so the .model file works with any sentencepiece.
+
+Unlike the paper's, a tokenizer may have no token for spaces: captions of short, common words are then half as long.
 """
 
 import io
@@ -23,6 +25,7 @@ import sentencepiece
 from dalle_ds.data.bpe_dropout import DropoutEncoder
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.storage.fingerprint import fingerprint
+from dalle_ds.storage.hashing import hash_to_integer
 from dalle_ds.storage.objects import read_bytes, write_bytes
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ N_BYTES_AND_UNKNOWN = 256 + 1
 # The trainer's memory grows with the number of distinct words. Words beyond the most frequent million are mostly typos, which
 # do not affect the merges.
 MAX_DISTINCT_WORDS = 1_000_000
+MAX_COUNTED_WORDS = 8_000_000  # distinct words held while captions are counted: about a gigabyte
 MAX_WORD_LETTERS = 64  # longer runs are noise (keys, "aaaa..."); the trainer's time is quadratic in the length
 CHARACTER_COVERAGE = 0.9995  # sentencepiece's default; rarer characters use the byte fallback
 
@@ -49,13 +53,14 @@ class CaptionTokenizer:
 
     Args:
         model: the .model file as a path, a file:// or s3:// URL, or its bytes.
+        name: of a tokenizer given as bytes, for messages.
 
     Raises:
         DataError: the file is missing or not a sentencepiece model, or a piece merges other characters than a-z.
     """
 
-    def __init__(self, model: str | Path | bytes) -> None:
-        source = "the tokenizer given as bytes" if isinstance(model, bytes) else f"tokenizer {model}"
+    def __init__(self, model: str | Path | bytes, name: str = "given as bytes") -> None:
+        source = f"tokenizer {name if isinstance(model, bytes) else model}"
         try:
             self.model_bytes = model if isinstance(model, bytes) else read_bytes(model)
         except FileNotFoundError:
@@ -71,7 +76,7 @@ class CaptionTokenizer:
         self._index_pieces(source)
         rule = {"kind": "caption tokenizer", "normalization": NORMALIZATION, "split": SPLITTING_RULE}
         self.fingerprint: str = fingerprint(rule, {"model": self.model_bytes})
-        self._space = _packed([self._id_of_piece[SPACE]])
+        self._space = _packed([self._id_of_piece[SPACE]]) if SPACE in self._id_of_piece else b""
         self._dropout = DropoutEncoder(self._rank_of_piece, self._id_of_piece)
         # No merge crosses a space, so a word has the same tokens in every caption.
         self._packed_word = lru_cache(MAX_CACHED_WORDS)(self._pack_word)
@@ -97,8 +102,6 @@ class CaptionTokenizer:
                     )
                 self._rank_of_piece[piece] = -model.get_score(i)
             self._id_of_piece[piece] = i
-        if SPACE not in self._id_of_piece:
-            raise DataError(f"{source}: no piece for a space, expected {SPACE!r} among its {self.vocab_size} pieces")
         if len(self._id_of_byte) != 256:
             raise DataError(f"{source}: {len(self._id_of_byte)} byte pieces, expected 256 (a model trained with byte_fallback)")
 
@@ -152,7 +155,8 @@ class CaptionTokenizer:
         return self._processor.normalize(_valid_unicode(caption))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The normalized text of the ids. Negative ids (padding) are skipped, and invalid UTF-8 bytes become U+FFFD."""
+        """The normalized text of the ids. Negative ids (padding) are skipped, and invalid UTF-8 bytes become U+FFFD.
+        If the tokenizer has no token for spaces, the text has no spaces."""
         return self._processor.decode([int(i) for i in ids if i >= 0])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,12 +167,15 @@ def _packed(ids: Sequence[int]) -> bytes:
     return np.array(ids, dtype=np.int32).tobytes()
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) -> CaptionTokenizer:
+def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path, *, spaces: bool = True) -> CaptionTokenizer:
     """Learn the merges from captions and write the .model file.
 
-    Captions are streamed: memory grows with the number of distinct words, not of captions. The file does not depend on the
-    order of the captions. If the captions have too few distinct letter pairs for `vocab_size`, the vocabulary is smaller: see
-    the result's `vocab_size`. A log line reports this.
+    Captions are streamed: memory grows with the number of distinct words, up to MAX_COUNTED_WORDS. With fewer distinct words
+    the file does not depend on the order of the captions. If the captions have too few distinct letter pairs for `vocab_size`,
+    the vocabulary is smaller: see the result's `vocab_size`. A log line reports this.
+
+    Args:
+        spaces: whether a space is a token, as in the paper. If not, spaces only separate words.
 
     Raises:
         ConfigError: `vocab_size` is smaller than the number of bytes and single characters that every model needs.
@@ -177,7 +184,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) 
     words, singles, n_captions = _count(captions)
     if not words:
         raise DataError(f"no word of a-z in {n_captions} captions, expected at least one to train a tokenizer on")
-    required = ASCII_SINGLES + _frequent_characters(words, singles)
+    required = (ASCII_SINGLES if spaces else ASCII_SINGLES.replace(SPACE, "")) + _frequent_characters(words, singles)
     floor = N_BYTES_AND_UNKNOWN + len(required) + len(string.ascii_lowercase)
     if vocab_size < floor:
         raise ConfigError(
@@ -211,7 +218,23 @@ def _count(captions: Iterable[str]) -> tuple[Counter[str], Counter[str], int]:
         n_captions += 1
         for segment in SEGMENT.findall(normalizer.normalize(_valid_unicode(caption))):
             (words if "a" <= segment[0] <= "z" else singles)[segment] += 1
+        if len(words) > MAX_COUNTED_WORDS:
+            words = _more_frequent_half(words)
     return words, singles, n_captions
+
+
+def _more_frequent_half(words: Counter[str]) -> Counter[str]:
+    """At most half of the words, whatever the order in which they were counted."""
+    # Words that are as frequent as the median leave too: most words occur once.
+    median = np.median(np.fromiter(words.values(), np.int64, len(words)))
+    if more_frequent := {word: n for word, n in words.items() if n > median}:
+        return Counter(more_frequent)
+    # Half or more are equally frequent, and none is more frequent. Hashes choose among them, because an alphabetical choice
+    # would favour some letters.
+    tied = [word for word, n in words.items() if n == median]
+    hashes = np.fromiter(map(hash_to_integer, tied), np.uint64, len(tied))
+    limit = np.partition(hashes, len(words) // 2)[len(words) // 2]
+    return Counter({word: words[word] for word, is_kept in zip(tied, hashes < limit, strict=True) if is_kept})
 
 
 def _frequent_characters(words: Counter[str], singles: Counter[str]) -> str:

@@ -43,6 +43,8 @@ class TokenBatch:
 class TokenStream:
     """The micro-batches of one rank, update by update, over endless epochs. `order` and `mixture` define the sample order.
 
+    If the images of a data set have several crops (`encode.crops`), each of its epochs reads the next crop of all images.
+
     Each item is the list of this rank's global_batch / (micro_batch * world_size) micro-batches of one update. Each data set
     has its own epochs. All items, including BPE and caption dropout, are a function of (seed, update, manifests): a stream
     started at update n, on any number of ranks, equals an uninterrupted stream from update n on.
@@ -158,10 +160,9 @@ def validation_batches(
         )
     n_samples = n_batches * batch * world_size
     collate = _Collate(mix, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
-    return [
-        collate(samples, mix.blocks(samples.block.tolist()))
-        for samples in _spread_samples(mix.block_sizes, n_samples).split(batch)[rank::world_size]
-    ]
+    # Neighbouring samples to each rank: they are in one or two blocks, and each block is a request.
+    own = mix.stored(_spread_samples(mix.block_sizes, n_samples)).split(batch)[rank * n_batches : (rank + 1) * n_batches]
+    return [collate(samples, mix.blocks(samples.block.tolist())) for samples in own]
 
 
 def _spread_samples(block_sizes: np.ndarray, n: int) -> SampleLocations:
@@ -174,7 +175,7 @@ def _spread_samples(block_sizes: np.ndarray, n: int) -> SampleLocations:
 
 
 class _Collate:
-    """Makes a TokenBatch from sample locations and decoded blocks."""
+    """Makes a TokenBatch from sample locations, whose blocks are numbered as stored, and decoded blocks."""
 
     def __init__(self, mix: TokenMix, *, text_len: int, bpe_dropout: float, caption_dropout: float, seed: int) -> None:
         if text_len < 2:
@@ -233,7 +234,7 @@ def _updates(
     mix: TokenMix, order: MixtureOrder, slots: range, micro_batch: int, collate: _Collate, update: int
 ) -> Iterator[list[TokenBatch]]:
     while True:
-        samples = order.locations(update, slots)
+        samples = mix.stored(order.locations(update, slots))
         # Request all blocks of the update at once: missing blocks are fetched in parallel.
         blocks = mix.blocks(samples.block.tolist())
         yield [collate(of_micro_batch, blocks) for of_micro_batch in samples.split(micro_batch)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.bootstrap import mean_interval
+from dalle_ds.storage.arrays import read_npz
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,6 @@ def save_losses(
 
 def gap_of_file(path: Path, **options: Any) -> CaptionGap:
     """`measure_gap` of a file written by `save_losses`."""
-    with np.load(path, allow_pickle=False) as file:
-        classes_S = caption_classes(file["captions"].tolist(), file["groups"].tolist())
-        return measure_gap(file["nll"], file["nll_shuffled"], classes_S, **options)
+    file = read_npz(path)
+    classes_S = caption_classes(file["captions"].tolist(), file["groups"].tolist())
+    return measure_gap(file["nll"], file["nll_shuffled"], classes_S, **options)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dalle_ds.errors import DataError
-from dalle_ds.evaluation.image_sets import Entry, decode, open_images
+from dalle_ds.evaluation.image_sets import Entry, ImageSet, decode, open_images
+from dalle_ds.evaluation.usable_images import require_usable, survey
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
 
@@ -38,9 +39,11 @@ def build_pages(
         The summary: numbers of tasks and pages, and numbers of captions that only one set has.
 
     Raises:
-        DataError: no caption is in both sets, an image has no caption, or an image cannot be read.
+        DataError: no caption is in both sets; or images have no caption or cannot be read, all of which the message lists.
     """
-    sets = [_by_caption(source) for source in (ours, theirs)]
+    surveys = [survey(open_images(source, follow_links=False), needs_caption=True) for source in (ours, theirs)]
+    require_usable(surveys, 0.0)
+    sets = [_by_caption(one.images) for one in surveys]
     shared = [caption for caption in sets[0] if caption in sets[1]]
     if not shared:
         raise DataError(f"{ours} and {theirs} share no caption: they have {len(sets[0])} and {len(sets[1])} captions")
@@ -69,13 +72,11 @@ def build_pages(
     return {**summary, "only_ours": unshared[0], "only_theirs": unshared[1]}
 
 
-def _by_caption(source: str | Path) -> dict[str, Entry]:
-    """Returns the first image of each caption. Raises DataError if an image has no caption."""
+def _by_caption(images: ImageSet) -> dict[str, Entry]:
+    """Returns the first image of each caption."""
     found: dict[str, Entry] = {}
-    for entry in open_images(source):
-        if not entry.caption:
-            raise DataError(f"{source}: image {entry.key} has no caption; voters are asked which image matches the caption")
-        found.setdefault(entry.caption, entry)
+    for entry in images:
+        found.setdefault(str(entry.caption), entry)
     return found
 
 

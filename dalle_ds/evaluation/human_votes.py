@@ -1,6 +1,5 @@
 """Count the votes of the paper's human evaluation: majority of five votes per pair, without careless voters."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from scipy.stats import binomtest
 from dalle_ds.errors import DataError
 from dalle_ds.recipe_errors import explain_all
 from dalle_ds.recipes import Config
+from dalle_ds.storage.bounded import read_bounded
+from dalle_ds.storage.text import parse_json
 
 QUESTIONS: Final = ("realism", "caption")
 OTHER: Final = {"ours": "theirs", "theirs": "ours"}
@@ -118,12 +119,12 @@ def _majority(choices: Iterable[str]) -> str:
 
 def _read_key(file: Path) -> dict[str, Any]:
     try:
-        key = json.loads(file.read_text(encoding="utf-8"))
+        key = parse_json(read_bounded(file))
         lefts = {task["task"]: task["left"] for task in key["tasks"]}
         if not lefts or not set(lefts.values()) <= OTHER.keys():
             raise ValueError("it has no tasks with sides")
         return {"study": key["study"], "tasks": key["tasks"], "lefts": lefts}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not the key of a study ({error}); `dalle-ds eval human build` writes key.json") from None
 
 
@@ -131,7 +132,7 @@ def _read_answers(vote_files: Sequence[Path], key: dict[str, Any], key_file: Pat
     seen: dict[tuple[str, str], Path] = {}
     for file in vote_files:
         try:
-            found = VoteFile.model_validate_json(file.read_bytes())
+            found = VoteFile.model_validate_json(read_bounded(file))
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror or error}; expected a file of votes") from None
         except ValidationError as error:

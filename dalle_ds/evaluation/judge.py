@@ -3,7 +3,6 @@
 C captions, K candidates.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation.bootstrap import mean_interval
+from dalle_ds.storage.samples_record import SamplesRecord, read_samples_record
 
 RESAMPLES = 10_000
 SAME = ("export_fingerprint", "captions", "settings", "image_prompt")
@@ -35,10 +35,10 @@ def judge(chosen: Path, judged: Path, seed: int = 0) -> dict[str, Any]:
     """
     (first, a_CK), (second, b_CK) = _read(chosen), _read(judged)
     for key in SAME:
-        if first.get(key) != second.get(key):
+        if getattr(first, key) != getattr(second, key):
             raise ConfigError(f"{chosen} and {judged} have different candidates: they differ in {key}")
-    if first["scorer"] == second["scorer"]:
-        raise ConfigError(f"{chosen} and {judged} are both scored by {first['scorer']}: expected two different scorers")
+    if first.scorer == second.scorer:
+        raise ConfigError(f"{chosen} and {judged} are both scored by {first.scorer}: expected two different scorers")
     if a_CK.shape[1] < 2:
         raise ConfigError(f"{chosen} has 1 candidate per caption, expected 2 or more")
     every_C = np.arange(len(a_CK))
@@ -52,8 +52,8 @@ def judge(chosen: Path, judged: Path, seed: int = 0) -> dict[str, Any]:
     return {
         "captions": len(a_CK),
         "candidates": a_CK.shape[1],
-        "chosen_by": first["scorer_name"],
-        "judged_by": second["scorer_name"],
+        "chosen_by": first.scorer_name,
+        "judged_by": second.scorer_name,
         "score_of_favourite": float(favourite_C.mean()),
         "score_of_random": float(mean_C.mean()),
         "gain": float(gain_C.mean()),
@@ -66,12 +66,11 @@ def judge(chosen: Path, judged: Path, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _read(file: Path) -> tuple[dict[str, Any], np.ndarray]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        scores, _, _ = record["scores"], record["captions"], record["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is not a record of samples ({error}); `dalle-ds sample` writes samples.json") from None
-    if scores is None:
+def _read(file: Path) -> tuple[SamplesRecord, np.ndarray]:
+    record = read_samples_record(file)
+    if record.scores is None:
         raise DataError(f"{file} has no scores; `dalle-ds sample --clip` writes them")
-    return record, np.array(scores, dtype=np.float64)
+    scores_CK = np.array(record.scores, dtype=np.float64)
+    if not np.isfinite(scores_CK).all():
+        raise DataError(f"{file} lacks scores of candidates; expected samples without `keep`")
+    return record, scores_CK

@@ -10,6 +10,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.evaluation.fid import Moments
 from dalle_ds.evaluation.image_sets import PREPARATION
 from dalle_ds.storage import objects
+from dalle_ds.storage.arrays import read_npz
 from dalle_ds.storage.fingerprint import fingerprint
 
 
@@ -46,8 +47,10 @@ class Statistics:
     def load(cls, path: Path) -> "Statistics":
         """Read a file of statistics. Raises DataError if the file is missing, damaged or of another kind."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                about, mean_D, factor_RD = json.loads(str(file["about"])), file["mean"], file["factor"]
+            file = read_npz(path)
+            if {"mu", "sigma"} <= file.keys():
+                raise ValueError("mu and sigma are of pytorch-fid, whose network gives other features")
+            about, mean_D, factor_RD = json.loads(str(file["about"])), file["mean"], file["factor"]
             found = cls(
                 Measure(**about["measure"]), about["source"], about["images"], Moments(int(about["n"]), mean_D, factor_RD)
             )

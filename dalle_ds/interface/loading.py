@@ -1,6 +1,5 @@
 """Open a trained model or a scorer from a folder, a url or the MLflow model registry."""
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +8,9 @@ from dalle_ds.ops.devices import resolve_device
 from dalle_ds.places import check_place
 from dalle_ds.sampling import scorer as scorers
 from dalle_ds.sampling.export import Export, load_export
-from dalle_ds.sampling.foreign_export import load_foreign_export
 from dalle_ds.sampling.scorer import ClipScorer, Scorer
 from dalle_ds.storage import objects
+from dalle_ds.storage.scratch import scratch_folder
 from dalle_ds.tracking.registered import SCHEME, fetch_registered
 
 
@@ -19,9 +18,8 @@ def load(source: str | Path, device: str = "auto", *, scorer: str | Path | Score
     """Open a trained model.
 
     Args:
-        source: an export of `dalle-ds export`: a folder, an s3:// url, or another url that fsspec can read, whose files are
-            first copied to a temporary folder. Or models:/NAME/VERSION, a model that `dalle-ds register` registered in the
-            MLflow store of MLFLOW_TRACKING_URI.
+        source: an export of `dalle-ds export`: a folder, an s3:// url, or another url that fsspec can read. Or
+            models:/NAME/VERSION, a model that `dalle-ds register` registered in the MLflow store of MLFLOW_TRACKING_URI.
         device: "cpu", "cuda", "cuda:1"; "auto" uses a GPU if there is one.
         scorer: scorer that `Model.sample` ranks candidates with: a CLIP's folder or hub name, or an object with the methods of
             `dalle_ds.Scorer`. If None: the CLIP that was registered with the model; a model without one has no scorer.
@@ -33,8 +31,6 @@ def load(source: str | Path, device: str = "auto", *, scorer: str | Path | Score
     own: Scorer | None = None
     if url.startswith(SCHEME):
         export, own = _load_registered(url, place)
-    elif "://" in url and not url.startswith(("s3://", "file://")):
-        export = load_foreign_export(url, place)
     else:
         check_place(url)
         export = load_export(url, place)
@@ -45,7 +41,7 @@ def load_scorer(source: str | Path, device: str = "auto") -> ClipScorer:
     """Open a CLIP that scores samples. Several models can share it.
 
     Args:
-        source: a folder written by `dalle-ds train clip` or by `transformers`, or a hub name.
+        source: a folder written by `dalle-ds train clip` or by `transformers`, or hf://OWNER/MODEL of the hub.
         device: as in `load`.
 
     Raises:
@@ -55,8 +51,8 @@ def load_scorer(source: str | Path, device: str = "auto") -> ClipScorer:
 
 
 def _load_registered(uri: str, device: str) -> tuple[Export, Scorer | None]:
-    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
-        artifacts = fetch_registered(uri, Path(folder))
+    with scratch_folder() as folder:
+        artifacts = fetch_registered(uri, folder)
         export = load_export(artifacts["export"], device)
         scorer = scorers.load_scorer(artifacts["clip"], device) if "clip" in artifacts else None
     if scorer is not None:

@@ -4,6 +4,7 @@ B images or captions, N image tokens, H and W pixels.
 """
 
 import io
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.interface.images import Images, crops_of
 from dalle_ds.recipes import from_values
 from dalle_ds.sampling.decode import decode_images
-from dalle_ds.sampling.export import Export
+from dalle_ds.sampling.export import Export, told_of_cut
 from dalle_ds.sampling.image_prompt import ImagePrompt, make_image_prompt, read_image_prompt
 from dalle_ds.sampling.likelihood import image_losses
 from dalle_ds.sampling.request import Request, SamplingConfig
 from dalle_ds.sampling.sampler import Candidate, Sampler
 from dalle_ds.sampling.scorer import Scorer, load_scorer
+
+log = logging.getLogger(__name__)
 
 BATCH = 32  # images per batch of the dVAE's encoder
 
@@ -184,6 +187,8 @@ class Model:
         prompt = self._image_prompt(image_prompt, prompt_rows)
         request = Request(_captions_of(captions), settings, prompt)
         sampler = Sampler(self._export, self._scorer_of(scorer))
+        if cut := self._export.cut_captions(request.captions):
+            log.warning("%s", told_of_cut(cut))
         with self._one_at_a_time:
             chosen = sampler.draw(request)
             samples = [self._samples(sampler, request, candidates) for candidates in chosen]

@@ -3,7 +3,7 @@
 from dalle_ds.models.prior import PriorConfig
 
 PRESETS: dict[str, PriorConfig] = {
-    # trains on CPUs in minutes; grid and n_codes are the demo's, whose recipe has a text_len of 24 and a vocab_size of 2048
+    # trains on CPUs in minutes; grid and n_codes are the demo's, whose recipe has a text_len of 30 and a vocab_size of 440
     "tiny": PriorConfig(n_layers=4, n_heads=3, text_len=32, grid=8, vocab_size=1024, n_codes=512, conv_kernel=5),
     # trains on one GPU in days; not in the paper; heads have width 64 as in the other sizes
     "0.3b": PriorConfig(n_layers=24, n_heads=16),

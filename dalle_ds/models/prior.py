@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dalle_ds.models.attention import LayerCache, SelfAttention
-from dalle_ds.models.resblock import MLP, Linear, ResBlock
+from dalle_ds.models.resblock import MLP, InputsFirstLinear, Linear, ResBlock
 from dalle_ds.ops.attention.masks import Pattern, SparseMask, layer_patterns
 from dalle_ds.ops.cross_entropy import linear_cross_entropy, linear_nll
 from dalle_ds.padding import PAD
@@ -28,16 +28,26 @@ TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8
 
 
 class PriorConfig(Config):
-    """Size of the prior. The defaults are the paper's 12-billion-parameter model."""
+    """Size of the prior. The defaults are the paper's 12-billion-parameter model.
 
-    n_layers: int = Field(64, ge=1)
-    n_heads: int = Field(62, ge=1)
-    d_head: int = Field(64, ge=1)
-    text_len: int = Field(256, ge=2, description="text slots, including start-of-text")
-    grid: int = Field(32, ge=1, description="image tokens along one side")
-    vocab_size: int = Field(16384, ge=1)
-    n_codes: int = Field(8192, ge=2)
-    conv_kernel: int = Field(11, ge=1, description="side of the last layer's attention window; odd")
+    The upper limits are far above any model: a config may come with the weights of a stranger, and is built before it is
+    compared with them.
+    """
+
+    n_layers: int = Field(64, ge=1, le=1024)
+    n_heads: int = Field(62, ge=1, le=1024)
+    d_head: int = Field(64, ge=1, le=1024)
+    text_len: int = Field(256, ge=2, le=2**16, description="text slots, including start-of-text")
+    grid: int = Field(32, ge=1, le=1024, description="image tokens along one side")
+    vocab_size: int = Field(16384, ge=1, le=2**24)
+    n_codes: int = Field(8192, ge=2, le=2**16)
+    conv_kernel: int = Field(11, ge=1, le=2**11, description="side of the last layer's attention window; odd")
+    embedding_std: float = Field(
+        0.02,
+        gt=0,
+        description="standard deviation of the first embeddings, positions and pads. The branches of all layers together have "
+        "unit scale, beside which 0.02 is small: near 1, small models in short runs learn from half of the samples",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "PriorConfig":
@@ -86,7 +96,8 @@ class SlotEmbedding(nn.Module):
         self.start_of_image = nn.Parameter(torch.empty(d))
         self.text_position = nn.Parameter(torch.empty(config.text_len, d))
         # One learned pad vector for each text position. Pads are ordinary keys and are not masked out: the paper found that
-        # this generalises better to captions unlike the training ones.
+        # this generalises better to captions unlike the training ones. The vector of slot 0, which holds start-of-text, is not
+        # used; without it, weights and checkpoints of earlier versions would not fit.
         self.pad = nn.Parameter(torch.empty(config.text_len, d))
         self.row = nn.Parameter(torch.empty(config.grid, d))
         self.column = nn.Parameter(torch.empty(config.grid, d))
@@ -248,6 +259,12 @@ class Prior(nn.Module):
         x = self._hidden(text_BT, image_BN)[:, self.config.text_len :]
         return self.heads(x, "image", image_BN, per_token=True)
 
+    def token_nll(self, text_BT: Tensor, image_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of every token: text (B, T-1), 0 at pads, and image (B, N), in nats."""
+        x = self._hidden(text_BT, image_BN)
+        text = self.heads(x[:, : self.config.text_len - 1], "text", text_BT, per_token=True)
+        return text, self.heads(x[:, self.config.text_len :], "image", image_BN, per_token=True)
+
     def image_logits(self, text_BT: Tensor, image_BN: Tensor) -> Tensor:
         """fp32 logits (B, N, V) of every image token. Only tests use it, as the reference for losses and decoding."""
         return self.heads(self._hidden(text_BT, image_BN)[:, self.config.text_len :], "image")
@@ -305,12 +322,13 @@ def initialise(
     |----------------------------------|------------------------------------------------------------------|
     | gains of norms                   | 1                                                                |
     | biases                           | 0                                                                |
-    | embeddings, positions, pads      | Normal(0, 0.02)                                                  |
+    | embeddings, positions, pads      | Normal(0, config.embedding_std), 0.02 by default                 |
     | matrices                         | Normal(0, 1 / sqrt(fan in)): a normed input keeps unit scale     |
     | last matrix of a residual branch | the same, divided by sqrt(2 * n_layers): the sum of the branches |
     |                                  | has unit scale at any depth (Child et al. 2019)                  |
     | unembeddings                     | Normal(0, 0.02): the first losses are near ln V                  |
     """
+    inputs_first = {f"{name}.weight" for name, module in prior.named_modules() if isinstance(module, InputsFirstLinear)}
     for name, parameter in prior.named_parameters():
         with gathered(parameter):
             if not is_writer:
@@ -319,10 +337,12 @@ def initialise(
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.startswith(("embed.", "heads.")):
+            elif name.startswith("embed."):
+                _draw(parameter, prior.config.embedding_std, generator)
+            elif name.startswith("heads."):
                 _draw(parameter, 0.02, generator)
             else:
-                std = parameter.shape[1] ** -0.5
+                std = parameter.shape[0 if name in inputs_first else 1] ** -0.5
                 if name.endswith("project.weight"):
                     std /= (2 * prior.config.n_layers) ** 0.5
                 _draw(parameter, std, generator)

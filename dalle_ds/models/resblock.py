@@ -5,6 +5,7 @@ B batch, L tokens, D model width.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,13 @@ class Linear(nn.Linear):
     """A linear layer whose product `matmul(x, weight, bias)` can be replaced from outside."""
 
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    is_inputs_first = False
+    """Whether `weight` is (inputs, outputs), the transpose of torch's layout."""
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """`weight` in torch's layout, (outputs, inputs)."""
+        return self.weight.t() if self.is_inputs_first else self.weight
 
     @property
     def has_own_matmul(self) -> bool:
@@ -38,7 +46,7 @@ class Linear(nn.Linear):
         self.matmul = matmul  # type: ignore[method-assign]
 
     def reset_matmul(self) -> None:
-        """Restore the plain product, `F.linear`."""
+        """Restore the plain product of the class."""
         vars(self).pop("matmul", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +55,26 @@ class Linear(nn.Linear):
 
 class BranchLinear(Linear):
     """A linear layer inside a residual branch. The paper keeps the matrices of these layers in 16 bits."""
+
+
+def _linear_inputs_first(x: Tensor, weight_IO: Tensor, bias_O: Tensor) -> Tensor:
+    # Not F.linear of the transpose: autograd would save that view, which keeps a weight alive that ZeRO-3 has freed.
+    return torch.addmm(bias_O, x.flatten(0, -2), weight_IO).unflatten(0, x.shape[:-1])
+
+
+class InputsFirstLinear(BranchLinear):
+    """A layer with more inputs than outputs, whose `weight` is (inputs, outputs).
+
+    ZeRO-3 shards the first axis. A shard of the MLP's second matrix is then (4 d / ranks, d) instead of (d / ranks, 4 d), which
+    PowerSGD approximates with fewer values at the same rank (paper, appendix E.1, table 2: axis 0 for this matrix).
+    """
+
+    matmul = staticmethod(_linear_inputs_first)
+    is_inputs_first = True
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__(n_inputs, n_outputs)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous())
 
 
 class ResBlock(nn.Module):
@@ -77,7 +105,7 @@ class MLP(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.expand = BranchLinear(d_model, 4 * d_model)
-        self.project = BranchLinear(4 * d_model, d_model)
+        self.project = InputsFirstLinear(4 * d_model, d_model)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         # The paper does not state which GELU it uses. The exact form is one fused kernel on every device. On CPUs it is three

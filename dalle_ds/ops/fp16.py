@@ -37,13 +37,15 @@ def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product.unflatten(0, x.shape[:-1])
 
 
-def linear_fp16_backward(grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x (fp16), weight and bias (fp32) of `linear_fp16`."""
+def linear_fp16_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, inputs_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x (fp16), weight and bias (fp32) of `linear_fp16`. With `inputs_first`, the weight's gradient is (I, O)."""
     if not has_fast_fp16(x.device):
         grad, x = grad.float(), x.float()  # converted once for all three gradients
     rows_RO, rows_RI = grad.flatten(0, -2), x.flatten(0, -2)
     # weight gradients are not rounded to fp16, which would only lose small sums
-    grad_weight = matmul_to_fp32(rows_RO.t(), rows_RI)
+    grad_weight = matmul_to_fp32(rows_RI.t(), rows_RO) if inputs_first else matmul_to_fp32(rows_RO.t(), rows_RI)
     grad_bias = rows_RO.sum(0, dtype=torch.float32) if has_bias else None
     return linear_fp16(grad, weight.t(), None), grad_weight, grad_bias
 

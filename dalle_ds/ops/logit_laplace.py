@@ -46,6 +46,25 @@ def log_density(mapped: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
     return -math.log(2.0) - ln_b - mapped.log() - torch.log1p(-mapped) - (logit - mu).abs() * torch.exp(-ln_b)
 
 
+def log_mass(pixels: Tensor, mu: Tensor, ln_b: Tensor, eps: float = PIXEL_EPS) -> Tensor:
+    """ln of the probability of 8-bit values under the logit-Laplace distribution, elementwise, in nats, fp64.
+
+    A value v stands for the interval from v - 1/2 to v + 1/2, mapped as by `map_pixels`. The 256 intervals do not overlap, so
+    their probabilities sum to at most 1; the rest is on values below 0 and above 255. Where the density hardly changes within
+    an interval, the result is `log_density` plus the log of the interval's length, (1 - 2 eps) / 255.
+
+    Args:
+        pixels: values from 0 to 255.
+    """
+    pixels, mu, b = pixels.double(), mu.double(), ln_b.double().exp()
+    low, high = ((torch.logit((pixels + side) * ((1 - 2 * eps) / 255) + eps) - mu) / b for side in (-0.5, 0.5))
+    # the distribution is symmetric: reflect intervals above the location to below it, where the CDF is exp(x) / 2
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
+    below = high + torch.log(-torch.expm1(low - high)) - math.log(2.0)
+    around = torch.log1p(-0.5 * (torch.exp(low) + torch.exp(-high)))
+    return torch.where(high > 0, around, below)
+
+
 def location_pixels(mu: Tensor, eps: float = PIXEL_EPS) -> Tensor:
     """The decoded image: sigmoid(mu), un-mapped to uint8. The scale b is ignored, as in the paper."""
     return unmap_pixels(torch.sigmoid(mu.float()), eps)

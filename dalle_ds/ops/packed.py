@@ -24,7 +24,7 @@ def packed_linear(weight_OI: Tensor, rows: int) -> Callable[[Tensor, Tensor, Ten
     mkldnn = torch.ops.mkldnn
     if not all(hasattr(mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
         return None  # these private operators may be missing in other versions of torch
-    packed = mkldnn._reorder_linear_weight(weight_OI.detach(), rows)
+    packed = mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), rows)
 
     def linear(x: Tensor, _weight: Tensor, bias: Tensor | None) -> Tensor:
         return mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

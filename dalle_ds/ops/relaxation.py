@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+_SMALLEST_Q = 1e-30  # of a code, inside the logarithm
+
 
 def gumbel_softmax(logits_BKhw: Tensor, tau: float, generator: torch.Generator | None = None) -> Tensor:
     """softmax((logits + Gumbel noise) / tau) over the codes of each cell, in fp32: (B, K, h, w) -> (B, K, h, w).
@@ -36,18 +38,13 @@ def kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
     return (q_BhwK * ln_q_BhwK).sum(dim=-1) + math.log(logits_BKhw.shape[1])
 
 
-def mean_kl_to_uniform(logits_BKhw: Tensor) -> Tensor:
-    """KL(mean of q over all cells of the batch || uniform) in nats, a scalar. It is 0 if all codes are used equally.
-
-    It is not in the paper. The mean of `kl_to_uniform` is this term plus the information that a code carries about its cell,
-    and the paper penalises both with one weight. Short runs, in which unused codes do not recover, can penalise this term more
-    than the other.
-    """
-    return _kl_of_mean(_probabilities(logits_BKhw)[0])
-
-
 def kl_terms(logits_BKhw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (mean of `kl_to_uniform`, `mean_kl_to_uniform`), computed from one softmax."""
+    """Return (mean of `kl_to_uniform`, KL(mean of q over all cells of the batch || uniform)) in nats, from one softmax.
+
+    The second is 0 if all codes are used equally. It is not in the paper. The first is the second plus the information that a
+    code carries about its cell, and the paper penalises both with one weight. Short runs, in which unused codes do not recover,
+    can penalise the second more than the rest of the first.
+    """
     q_BhwK, ln_q_BhwK = _probabilities(logits_BKhw)
     return (q_BhwK * ln_q_BhwK).sum(dim=-1).mean() + math.log(logits_BKhw.shape[1]), _kl_of_mean(q_BhwK)
 
@@ -59,7 +56,8 @@ def _probabilities(logits_BKhw: Tensor) -> tuple[Tensor, Tensor]:
 
 def _kl_of_mean(q_BhwK: Tensor) -> Tensor:
     q_K = q_BhwK.flatten(0, 2).mean(dim=0)
-    return torch.special.xlogy(q_K, q_K).sum() + math.log(len(q_K))
+    # Below the limit a code's q may be 0, where the gradient of the logarithm is infinite and times 0 gives NaN.
+    return (q_K * q_K.clamp_min(_SMALLEST_Q).log()).sum() + math.log(len(q_K))
 
 
 def _codes_last(logits_BKhw: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW with 16-bit moments: the first moment in the format 1-6-9, the second in 0-6-10 (paper, appendix B.2)."""
+"""AdamW with a clipped variance and, as an option, 16-bit moments: 1-6-9 and 0-6-10 (paper, appendix B.2)."""
 
 import logging
 import math
@@ -35,13 +35,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PLAIN_CHUNK, _COMPILED_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 18, 1 << 24
 
 
-class LowBitAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW with 16-bit moments and a clipped second moment.
+class ClippedAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW with a clipped second moment and, as an option, 16-bit moments.
 
     Each parameter group has an option `moments`: "low_bit" (the default) or "fp32". The paper keeps fp32 moments for gains,
     biases, embeddings and unembeddings (appendix D). Within a step, all arithmetic is fp32. Moments are rounded only when they
-    are
-    stored: the update of the parameters uses the unrounded moments.
+    are stored: the update of the parameters uses the unrounded moments.
 
     In every group, the running variance is clipped by value before it is stored and before it updates the parameters (appendix
     B.2). torch's bias correction, which the paper does not mention, comes after the clipping.
@@ -120,14 +119,14 @@ class LowBitAdamW(torch.optim.Optimizer):
                 raise ValueError(f"{key} is {state[key].dtype}, but the group's moments are {group['moments']}")
         state["step"] += 1
         scalars = on_device(scalars_of(state["step"].item(), group), parameter.device)
-        compiled = low_bit and parameter.numel() >= self._compile_from
+        compiled = parameter.numel() >= self._compile_from
         chunk = _GPU_CHUNK
         if parameter.device.type == "cpu":
             chunk = (_COMPILED_CHUNK if compiled else _PLAIN_CHUNK) * torch.get_num_threads()
         tensors = (parameter, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
         for pieces in zip(*(t.view(-1).split(chunk) for t in tensors), strict=True):
             if compiled:
-                _compiled_update(*pieces, scalars)
+                _compiled_update(*pieces, scalars, low_bit)
             else:
                 _update_chunk(*pieces, scalars, low_bit)
 
@@ -177,23 +176,26 @@ def _compiled_loop() -> Callable[..., None]:
     return compiled(_update_chunk, dynamic=True)
 
 
-def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor) -> None:
-    """Run the low-bit `_update_chunk` as one compiled loop, or uncompiled if it can't be compiled (no C++ compiler)."""
+def _compiled_update(
+    p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance: Tensor, scalars: Tensor, low_bit: bool
+) -> None:
+    """Run `_update_chunk` as one compiled loop, or uncompiled if it can't be compiled (no C++ compiler)."""
     on_cpu = p.device.type == "cpu"
     if _can_compile and not on_cpu and (problem := kernel_problem()):
         _go_on_uncompiled(problem)
     if not _can_compile:
-        return _update_chunk(p, g, stored_mean, stored_variance, scalars, True)
+        return _update_chunk(p, g, stored_mean, stored_variance, scalars, low_bit)
     # On CPUs, Inductor vectorises loops over int32, but not over int16, which is five times slower.
-    mean, variance = (t.to(torch.int32) if on_cpu else t for t in (stored_mean, stored_variance))
+    is_widened = on_cpu and low_bit
+    mean, variance = (t.to(torch.int32) if is_widened else t for t in (stored_mean, stored_variance))
     try:
-        _compiled_loop()(p, g, mean, variance, scalars, True)
+        _compiled_loop()(p, g, mean, variance, scalars, low_bit)
     except RuntimeError as error:
         if not _is_of_the_compiler(error):
             raise
         _go_on_uncompiled(str(error).strip().splitlines()[0])
-        return _update_chunk(p, g, stored_mean, stored_variance, scalars, True)
-    if on_cpu:
+        return _update_chunk(p, g, stored_mean, stored_variance, scalars, low_bit)
+    if is_widened:
         stored_mean.copy_(mean)
         stored_variance.copy_(variance)
     return None
@@ -202,7 +204,7 @@ def _compiled_update(p: Tensor, g: Tensor, stored_mean: Tensor, stored_variance:
 def _go_on_uncompiled(reason: str) -> None:
     global _can_compile
     _can_compile = False
-    log.warning("low-bit AdamW runs uncompiled, several times slower: %s", reason)
+    log.warning("AdamW runs uncompiled, several times slower: %s", reason)
 
 
 def _is_of_the_compiler(error: RuntimeError) -> bool:

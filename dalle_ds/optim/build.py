@@ -4,17 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from dalle_ds.optim.adamw import LowBitAdamW, Master, Moments
+from dalle_ds.optim.adamw import VARIANCE_CLIP, ClippedAdamW, Master, Moments
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Arguments of torch's AdamW, and the formats of moments and weights.
-
-    `moments` "low_bit" selects `LowBitAdamW`, which also clips the variance.
-    """
+    """Arguments of torch's AdamW, the clip of the variance, and the formats of moments and weights."""
 
     lr: float
     betas: tuple[float, float]
@@ -23,12 +18,12 @@ class OptimizerSettings:
     moments: Moments = "fp32"
     master: Master = "fp32"
     """With "none", the matrices of residual branches are fp16 without an fp32 master copy (`masterless`)."""
+    variance_clip: float = VARIANCE_CLIP
 
 
-def build_adamw(groups: Sequence[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_adamw(groups: Sequence[dict[str, Any]], settings: OptimizerSettings) -> ClippedAdamW:
     """Build the optimizer. `groups` are parameter groups from `decay_groups`."""
     bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    adamw = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    if settings.moments == "low_bit":
-        return LowBitAdamW(bare, **adamw)
-    return torch.optim.AdamW(bare, **adamw, fused=True)
+    return ClippedAdamW(
+        bare, settings.lr, settings.betas, settings.eps, variance_clip=settings.variance_clip, moments=settings.moments
+    )

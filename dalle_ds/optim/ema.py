@@ -67,6 +67,12 @@ class EMA:
         return self._averages
 
     @torch.no_grad()
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        """Start again from these weights."""
+        self.n_updates = 0
+        _fill(self.averages, weights)
+
+    @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Update the averages with the current weights."""
         self.n_updates += 1

@@ -22,7 +22,7 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Split parameters into AdamW parameter groups. Groups with weight decay come first; empty groups are left out.
 
-    With `moments` "low_bit", each group has the option `moments` of `LowBitAdamW`. Then there are up to three groups: matrices
+    With `moments` "low_bit", each group has the option `moments` of `ClippedAdamW`. Then there are up to three groups: matrices
     with weight decay and low-bit moments, unembeddings with weight decay and fp32 moments, and the rest.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}

@@ -20,7 +20,7 @@ class LearningRateConfig(Config):
         description="after the warm-up; constant: as in the paper, with halvings; cosine: half a cosine over the run",
     )
     halve_at: tuple[int, ...] = Field((), description="constant only: updates at which the rate is halved")
-    plateau: PlateauConfig | None = Field(None, description="constant only: halve when the training loss stops falling")
+    plateau: PlateauConfig | None = Field(None, description="constant only: halve when the training loss flattens")
     final_fraction: float = Field(0.03125, ge=0, le=1, description="cosine only: last rate as a fraction of the peak")
 
     @model_validator(mode="after")

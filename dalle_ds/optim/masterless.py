@@ -1,6 +1,6 @@
 """AdamW for fp16 weights without fp32 masters: eight bytes per parameter, including its gradient and moments.
 
-Within a step, the arithmetic is that of `LowBitAdamW`, in fp32. Gradients may be 1-6-9 codes. Weights are rounded
+Within a step, the arithmetic is that of `ClippedAdamW`, in fp32. Gradients may be 1-6-9 codes. Weights are rounded
 stochastically.
 """
 

@@ -5,7 +5,6 @@ branches compute in fp16. Gradients are reduced in fp32 and un-scaled once per u
 clipping see true gradients. No class or module of DeepSpeed is patched; `fp16_gather` sets a method on each parameter.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger
 from torch import Tensor
 
-from dalle_ds.errors import DataError
 from dalle_ds.models.prior import IMAGE_WEIGHT, NLL, TEXT_WEIGHT, Prior, PriorConfig
 from dalle_ds.models.resblock import ResBlock
 from dalle_ds.ops.devices import on_device
@@ -29,8 +24,10 @@ from dalle_ds.optim.build import OptimizerSettings, build_adamw
 from dalle_ds.optim.groups import decay_groups, describe_groups
 from dalle_ds.optim.masterless import MasterlessAdamW
 from dalle_ds.parallel.agreement import AgreementSums
-from dalle_ds.parallel.checkpoint_tensors import AVERAGE, ENGINE_FILE, SavedState, Snapshot, StateParts
+from dalle_ds.parallel.checkpoint_tensors import Snapshot
+from dalle_ds.parallel.deepspeed_api import deepspeed, get_accelerator, logger
 from dalle_ds.parallel.engine_config import EngineConfig
+from dalle_ds.parallel.engine_state import EngineState, counters_of, set_counters
 from dalle_ds.parallel.fp16_gather import gather_in_half
 from dalle_ds.parallel.gradient_shards import GradientShards
 from dalle_ds.parallel.masterless import MasterlessMatrices
@@ -38,13 +35,11 @@ from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replicas.gradients import ReplicaGradients
 from dalle_ds.parallel.replicas.groups import Replicas, ReplicasConfig
 from dalle_ds.parallel.resident_gather import Residents
+from dalle_ds.parallel.saved_state import SavedState, open_state
 from dalle_ds.parallel.sharded_model import build_model
 from dalle_ds.parallel.step_timer import PhaseTimer
-from dalle_ds.parallel.zero_shards import Fragment, collect, restore, shard_start, unchanged
+from dalle_ds.parallel.zero_shards import Fragment, shard_start, unchanged
 from dalle_ds.precision.resblock_scaling import ResblockGradScaler
-from dalle_ds.storage import objects
-
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -80,8 +75,12 @@ class PriorEngine:
         ranks: Ranks,
         seed: int,
         replicas: ReplicasConfig | None = None,
+        initialised: bool = True,
     ) -> None:
         """Build, initialise and shard the model. The same seed gives the same weights at any world size and in all replicas.
+
+        Args:
+            initialised: False if a checkpoint is loaded next: no weights are drawn, and they are not defined until then.
 
         Raises:
             ConfigError: the ranks don't divide among the replicas, or the DeepSpeed configuration allows no replicas or no
@@ -94,7 +93,7 @@ class PriorEngine:
             self.replicas = Replicas(replicas.count, ranks.rank, ranks.world_size)
         self._accumulation = engine_config.json["gradient_accumulation_steps"]
         self._is_sharded = engine_config.zero_stage == 3
-        model = build_model(model_config, engine_config, seed, ranks, self.replicas)
+        model = build_model(model_config, engine_config, seed if initialised else None, ranks, self.replicas)
         if optimizer.master == "none":
             engine_config.require_masterless(optimizer.moments, replicas.number_format if replicas else "1-6-9")
         self.scaler: ResblockGradScaler | None = None
@@ -104,7 +103,8 @@ class PriorEngine:
             self.scaler = ResblockGradScaler(model, engine_config.block_scaling, ranks.device, self._accumulation)
             halves = gather_in_half(model)
             if optimizer.master == "none":
-                own = MasterlessAdamW(optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, seed)
+                adamw = optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay
+                own = MasterlessAdamW(*adamw, seed, optimizer.variance_clip)
                 self.masterless = MasterlessMatrices(model, self.scaler, own)
         groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments)
         self.groups_description = describe_groups(groups)
@@ -129,6 +129,9 @@ class PriorEngine:
             self.replica_gradients = ReplicaGradients(
                 self.module, self._gradients, replicas, self.replicas, ranks.device, self.masterless
             )
+        self._state = EngineState(
+            self._engine, ranks, self.replicas, self.replica_gradients, self.scaler, self._other_fragments
+        )
 
     @property
     def module(self) -> Prior:
@@ -159,6 +162,8 @@ class PriorEngine:
             if nonfinite_blocks and self.scaler and self.scaler.config.skip == "block":
                 kept = self._leave_out(nonfinite_blocks)
             elif not agreed.is_finite:
+                if self.replica_gradients:
+                    self.replica_gradients.keep()
                 self._veto_step()
             elif self.replica_gradients:
                 self.replica_gradients.average()
@@ -191,7 +196,7 @@ class PriorEngine:
         """
         if not self.scaler or not self.scaler.config.calibration_trials:
             return False
-        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
+        counters = counters_of(self._engine)
 
         def attempt() -> Tensor:
             sums = self._accumulate(micro_batches)
@@ -204,7 +209,7 @@ class PriorEngine:
         if self.masterless:
             self.masterless.forget()
         logger.disabled = False
-        self._set_counters(counters)
+        set_counters(self._engine, counters)
         self.phases.take()  # don't count the trials' time as that of an update
         return True
 
@@ -401,73 +406,39 @@ class PriorEngine:
             copy: copy the tensors to CPU memory, so that they can be written while training continues. Without it, the snapshot
                 must be written before the next update.
         """
-        shapes = {name: _whole_shape(p) for name, p in self.module.named_parameters()}
-        parameters = dict(self.module.named_parameters())
-        # all replicas have the same weights, so only the first one writes them
-        is_writer = self.replicas is None or self.replicas.index == 0
-        parts = collect(self._engine, shapes, self._other_fragments()) if is_writer else StateParts(shapes)
-        for name, average in (averages or {}).items() if is_writer else ():
-            if hasattr(parameters[name], "ds_id") or self.ranks.is_main:  # below stage 3 all ranks have the same whole averages
-                parts.add(AVERAGE, name, shard_start(parameters[name]), average)
-        factors = self.replica_gradients.collect(parts) if self.replica_gradients else {}
-        state = None
-        if self.ranks.is_main:
-            state = {
-                "client": client_state,
-                "block_scaler": self.scaler.state_dict() if self.scaler else None,
-                "loss_scaler": _plain_values(getattr(self._engine.optimizer, "loss_scaler", None)),
-                "counters": {name: getattr(self._engine, name) for name in _COUNTERS},
-            }
-        return Snapshot(parts.copied() if copy else parts, factors, state, self.ranks.rank, self.ranks.world_size)
+        return self._state.snapshot(client_state, averages or {}, copy)
 
     def load(self, url: str | Path, averages: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Load a checkpoint from `save` or `snapshot`, written by any number of ranks at any ZeRO stage.
 
-        Fills `averages` in place. Returns the client state.
+        Fills `averages` in place. Returns the client state. All ranks must call it together.
 
         Raises:
-            DataError: files are missing or damaged, or belong to another model.
+            Damaged: as `read_state`.
         """
-        saved = SavedState(url)
-        found, expected = saved.shapes, {name: _whole_shape(p) for name, p in self.module.named_parameters()}
-        if found != expected:
-            different = sorted(found.items() ^ expected.items())
-            raise DataError(f"{url} belongs to another model: only one of the two has {different[:4]}")
-        restore(self._engine, saved, self._other_fragments())
-        if self.replica_gradients:
-            self.replica_gradients.load(saved)
-        parameters = dict(self.module.named_parameters())
-        for name, average in (averages or {}).items():
-            start = shard_start(parameters[name])
-            values = saved.read(AVERAGE, name, start, start + average.numel())
-            average.view(-1)[: values.numel()].copy_(values)
+        saved = open_state(url)
+        self.read_state(saved, averages)
+        return self.start_from(saved)
+
+    def read_state(self, saved: SavedState, averages: Mapping[str, Tensor] | None = None) -> list[str]:
+        """Read this rank's part of a checkpoint: each file that holds some of it once. Ranks don't communicate, so that all of
+        them can agree on another checkpoint if one of them finds damage. Without damage, `start_from` must follow.
+
+        Fills `averages` in place. Returns the names of the files that were verified.
+
+        Raises:
+            Damaged: files are missing or damaged, or belong to another model.
+        """
+        return self._state.read(saved, averages or {})
+
+    def start_from(self, saved: SavedState) -> dict[str, Any]:
+        """Call on all ranks after `read_state`, to go on from what was read. Returns the client state."""
+        self._state.start_from(saved)
         self.refresh_gathered_parameters()
-        state = json.loads(objects.read_bytes(objects.join(url, ENGINE_FILE)))
-        self._set_counters(state["counters"])
-        loss_scaler = getattr(self._engine.optimizer, "loss_scaler", None)  # without ZeRO, torch's optimizer has none
-        for name, value in state["loss_scaler"].items() if loss_scaler is not None else ():
-            setattr(loss_scaler, name, value)
-        if self.scaler and state["block_scaler"]:
-            self.scaler.load_state_dict(state["block_scaler"])
-        return state["client"]
+        return saved.state["client"]
 
     def _other_fragments(self) -> list[Fragment]:
         return list(self.masterless.fragments()) if self.masterless else []
-
-    def _set_counters(self, counters: Mapping[str, int]) -> None:
-        for name, value in counters.items():
-            setattr(self._engine, name, value)
-        # The number of micro-batches depends on the number of ranks. DeepSpeed steps when micro_steps is a multiple of it.
-        self._engine.micro_steps = self._engine.global_steps * self._accumulation
-
-
-def _whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _plain_values(thing: object) -> dict[str, Any]:
-    """Attributes that are numbers or flags. They are the whole state of DeepSpeed's loss scalers."""
-    return {name: value for name, value in vars(thing).items() if isinstance(value, int | float)} if thing is not None else {}
 
 
 @contextmanager

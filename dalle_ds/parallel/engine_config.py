@@ -15,6 +15,8 @@ from pydantic import ValidationError
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
+from dalle_ds.storage.bounded import read_bounded
+from dalle_ds.storage.text import parse_json
 
 RECIPE_OWNS = {
     "train_batch_size": "global_batch",
@@ -94,10 +96,10 @@ def load_engine_config(path: Path, *, micro_batch: int, accumulation: int, clip:
             scaling without ZeRO stage 3; DeepSpeed's built-in fp16 or bf16 without ZeRO.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(read_bounded(path))
     except OSError as error:
         raise ConfigError(f"DeepSpeed configuration {path} cannot be read: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of bytes that are not UTF-8
         raise ConfigError(f"DeepSpeed configuration {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"DeepSpeed configuration {path} is {json.dumps(tree)[:60]}, expected an object: {{...}}")

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 
 from dalle_ds.console import print_error
 from dalle_ds.errors import RankLost, UserError
+from dalle_ds.parallel.launch import stopped_siblings
 from dalle_ds.parallel.ranks import Ranks
 
 _POLL_S = 2.0
@@ -70,7 +71,16 @@ class RankWatch:
             # Process ids are only valid on one machine and in one container. Siblings share the parent: the launcher.
             namespace = Path("/proc/self/ns/pid")
             place = (os.uname().nodename, str(namespace.readlink()) if namespace.exists() else "", os.getppid())
-            found = self._ranks.gather_objects((place, os.getpid()))
+            try:
+                found = self._ranks.gather_objects((place, os.getpid()))
+            except Exception as error:
+                if not _is_of_a_collective(error):
+                    raise
+                stopped = stopped_siblings()
+                raise _rank_lost(
+                    f"no answer from another rank at the start{f', stopped: {stopped}' if stopped else ''}: "
+                    + str(error).partition("\n")[0]
+                ) from error
             self._siblings = {pid: rank for rank, (where, pid) in enumerate(found) if where == place and pid != os.getpid()}
             threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
         return self

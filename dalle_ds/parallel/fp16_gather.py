@@ -14,13 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.parallel.deepspeed_api import PartitionedParamStatus, ZeroParamStatus, dist, get_accelerator
 
 LARGE = 1 << 22
 """Parameters with at least this many values get a message of their

@@ -1,8 +1,9 @@
 """Read and write this rank's shards of the gradients that ZeRO-3 has reduced, in place."""
 
 import torch
-from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
+
+from dalle_ds.parallel.deepspeed_api import safe_get_local_grad, safe_set_local_grad
 
 
 class GradientShards:

@@ -4,8 +4,11 @@ This module imports neither torch nor deepspeed, since variables such as OMP_NUM
 """
 
 import os
+import select
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,10 +16,19 @@ from pathlib import Path
 import psutil
 
 from dalle_ds.errors import ConfigError
+from dalle_ds.storage.bounded import read_bounded
 
 LOADERS = ("LD_LIBRARY_PATH", "LD_PRELOAD")
 """The dynamic loader reads these variables when a process starts.
 Setting them later is too late for the plugins of NCCL and libfabric."""
+NUMBERS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_PORT"),
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"),
+)
+"""Variables in which launchers count."""
+RUN_DEEPSPEED = "--run-deepspeed"
+"""First argument of train_prior.sh that runs `deepspeed_runner.py` instead of a rank."""
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 ALLOCATORS_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
@@ -30,13 +42,41 @@ def prepare_rank(environment: Path | None) -> None:
         environment: file of NAME=VALUE lines that all hosts of the job share.
 
     Raises:
-        ConfigError: see `require_hostfile`, `take_environment` and `take_rank`.
+        ConfigError: see `require_hostfile`, `take_environment`, `take_rank` and `check_rank`.
     """
     require_hostfile()
+    end_runner_with_its_launcher()
     if environment is not None:
         take_environment(environment)
+    check_numbers()
     take_rank()
+    check_rank()
     set_defaults()
+
+
+def check_numbers() -> None:
+    """Check that the variables in which launchers count are numbers. Raises ConfigError if one is not."""
+    for name in NUMBERS:
+        value = os.environ.get(name)
+        if value and not (value.isascii() and value.isdigit()):
+            raise ConfigError(f"{name}={value!r}: expected a whole number, as launchers set it; unset it for a single process")
+
+
+def check_rank() -> None:
+    """Check that the variables of a rank fit together, once they are set.
+
+    Raises:
+        ConfigError: RANK is not below WORLD_SIZE; or there are several ranks, and not all variables by which they find each
+            other are set: torch would wait for its timeout.
+    """
+    rank, size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank >= size:
+        raise ConfigError(f"RANK={rank} with WORLD_SIZE={size}: expected a rank below the number of ranks")
+    lacking = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and lacking:
+        raise ConfigError(
+            f"WORLD_SIZE={size} without {', '.join(lacking)}: expected a launcher that sets them, or no WORLD_SIZE"
+        )
 
 
 def require_hostfile() -> None:
@@ -47,11 +87,44 @@ def require_hostfile() -> None:
     """
     for parent in psutil.Process().parents():
         with suppress(psutil.Error):  # it has ended, or belongs to another user
-            words, folder = parent.cmdline(), parent.cwd()
-            if any(Path(word).name in ("deepspeed", "ds") for word in words[:3]):
+            if _is_runner(parent):
+                words, folder = parent.cmdline(), parent.cwd()
                 hostfile = _hostfile(words)
                 if hostfile is not None and not Path(folder, hostfile).is_file():
                     raise ConfigError(f"hostfile {hostfile} does not exist: expected one line per host, as in node-a slots=8")
+
+
+def end_runner_with_its_launcher() -> None:
+    """If this rank outlives the node launcher (or mpirun), terminate the command `deepspeed` above it, in a thread.
+
+    DeepSpeed passes on positive exit codes only. If the node launcher is killed by a signal, `deepspeed` exits with 0 about a
+    tenth of a second later, and a script would go on with an unfinished run. This thread is faster: the shell sees 143. The
+    bash form of train_prior.sh does not need it (`deepspeed_runner.py`).
+    """
+    if not hasattr(os, "pidfd_open"):  # Linux only
+        return
+    chain = psutil.Process().parents()
+    with suppress(psutil.Error, OSError):
+        for launcher, runner in zip(chain, chain[1:], strict=False):
+            if RUN_DEEPSPEED in runner.cmdline()[:4]:
+                return  # it knows by itself
+            if _is_runner(runner):
+                handles = os.pidfd_open(launcher.pid), os.pidfd_open(runner.pid)
+                threading.Thread(target=_end_second_after_first, args=handles, name="launcher-end", daemon=True).start()
+                return
+
+
+def _end_second_after_first(first: int, second: int) -> None:
+    poller = select.poll()
+    poller.register(first, select.POLLIN)
+    poller.poll()  # returns when the process has ended; a rank normally ends before its launcher
+    with suppress(OSError):  # it has ended too
+        signal.pidfd_send_signal(second, signal.SIGTERM)
+
+
+def _is_runner(process: psutil.Process) -> bool:
+    """Whether this is the command `deepspeed`."""
+    return any(Path(word).name in ("deepspeed", "ds", RUN_DEEPSPEED) for word in process.cmdline()[:4])
 
 
 def _hostfile(words: Sequence[str]) -> str | None:
@@ -62,6 +135,17 @@ def _hostfile(words: Sequence[str]) -> str | None:
         if word.startswith("--hostfile="):
             return word.partition("=")[2]
     return None
+
+
+def stopped_siblings() -> str:
+    """Which ranks of this job on this machine are stopped (SIGSTOP), as text. Siblings have the same parent, the launcher."""
+    found = []
+    with suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            with suppress(psutil.Error):
+                if process.status() == psutil.STATUS_STOPPED and "RANK" in (environment := process.environ()):
+                    found.append(f"rank {environment['RANK']} (process {process.pid})")
+    return ", ".join(found)
 
 
 def take_gpu(n_visible: int) -> int:
@@ -97,11 +181,13 @@ def take_environment(file: Path) -> None:
     """
     had = [os.environ.get(name) for name in LOADERS]
     try:
-        lines = file.read_text().splitlines()
-    except FileNotFoundError:
+        text = read_bounded(file).decode(errors="surrogateescape")  # as Python holds variables that are not UTF-8
+    except OSError as error:
         host = os.uname().nodename
+        if not isinstance(error, FileNotFoundError):
+            raise ConfigError(f"{file} cannot be read on {host}: {error.strerror or error}") from None
         raise ConfigError(f"no {file} on {host}: --environment expects a file that all hosts of the job share") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         name, equals, value = line.partition("=")
         if not (equals and name.isidentifier()):
             raise ConfigError(f"{file}, line {number}: expected NAME=VALUE")  # don't print the line: it may hold a secret

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, added_to_codes, decode, encode, encode_wide, squares_of_codes
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
+from dalle_ds.parallel.deepspeed_api import is_zero_param
 from dalle_ds.parallel.replicas.power_sgd import Factors, PowerSGD
 from dalle_ds.parallel.zero_shards import Fragment, shard_start
 from dalle_ds.precision.resblock_scaling import ResblockGradScaler
@@ -125,9 +125,11 @@ class MasterlessMatrices:
     def _add(self, name: str, shard: Tensor, n_ranks: int) -> None:
         block = self._blocks[name]
         inverse, found = self._scaler.in_use[block].reciprocal() / n_ranks, self._scaler.found_nonfinite[block : block + 1]
-        torch._amp_foreach_non_finite_check_and_unscale_([shard], found, inverse.view(1))
+        found_here = torch.zeros_like(found)
+        torch._amp_foreach_non_finite_check_and_unscale_([shard], found_here, inverse.view(1))
+        found.add_(found_here).clamp_(max=1.0)
         if self._power_sgd is not None:
-            shard = torch.where(found > 0, 0.0, shard)
+            shard = torch.where(found_here > 0, 0.0, shard)
         if not self._is_first[name]:
             self._gradients[name].copy_(added_to_codes(self._gradients[name], shard))
         else:

@@ -3,19 +3,26 @@
 import os
 import socket
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, RankLost, UserError
 from dalle_ds.ops.devices import use_cuda
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.ops.host_memory import keep_freed_memory
-from dalle_ds.parallel.launch import take_gpu
+from dalle_ds.parallel.launch import stopped_siblings, take_gpu
+
+T = TypeVar("T")
+
+START_SECONDS = "DALLE_DS_START_SECONDS"
+"""Environment variable: seconds in which all ranks must have joined, from the first one on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,55 @@ class Ranks:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def once(self, action: Callable[[], T]) -> T:
+        """Call `action` on the main rank alone, and return its result on every rank. All ranks must call it.
+
+        Raises:
+            UserError, OSError: `action` raised it on the main rank. Every rank raises it, so that none waits for the others.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except (UserError, OSError) as raised:
+                error = raised
+        result, error = self.from_main((result, error))
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+    def each(self, action: Callable[[], T]) -> list[T]:
+        """Call `action` on every rank. Returns the results of all ranks, on every rank, in rank order.
+
+        Raises:
+            UserError: `action` raised it, or an OSError, on some rank. Every rank raises the error of the first such rank, with
+                its class and exit code. The message begins with the rank.
+        """
+        outcomes = self.gather_objects(self._attempt(action))
+        _raise_first(error for _, error in outcomes)
+        return [result for result, _ in outcomes]
+
+    def each_to_main(self, action: Callable[[], T]) -> list[T]:
+        """As `each`, but only the main rank gets the results. The others return an empty list."""
+        result, error = self._attempt(action)
+        _raise_first(self.gather_objects(error))
+        return self._gather_on_main(result)
+
+    def _attempt(self, action: Callable[[], T]) -> tuple[T | None, UserError | None]:
+        try:
+            return action(), None
+        except (UserError, OSError) as error:
+            message = f"rank {self.rank}: {error}" if self.world_size > 1 else str(error)
+            return None, error.told_as(message) if isinstance(error, UserError) else UserError(message)
+
+    def _gather_on_main(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered or []
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -66,25 +122,22 @@ def join() -> Ranks:
 
     Raises:
         ConfigError: torchrun restarts on several machines without the settings that this needs; or a machine has more ranks
-            than GPUs.
+            than GPUs; or DALLE_DS_START_SECONDS is not a number; or another process has the port of MASTER_PORT.
+        RankLost: not all ranks have joined within DALLE_DS_START_SECONDS (600).
     """
+    wait = _start_seconds()
     exact_fp32()
     cuda = use_cuda()
     if not cuda:
         keep_freed_memory()
-        # otherwise DeepSpeed probes for accelerators and warns on every rank
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler logs its start and stop to stderr
     # DeepSpeed uses collectives that torch has deprecated; users can't do anything about the warning
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
+    from dalle_ds.parallel.deepspeed_api import deepspeed, get_accelerator
 
-    # Compiling this operator takes a minute and a C++ compiler, and it is only used for inference on CPUs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not cuda:
         # DeepSpeed rejects fp16 on CPUs without fast fp16 kernels. torch computes fp16 on any CPU, but slowly.
-        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+        get_accelerator().is_fp16_supported = lambda: True
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -98,10 +151,14 @@ def join() -> Ranks:
     if os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0":
         _pick_free_port()
     backend = "nccl" if cuda else "gloo"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=_store_of_this_start(), rank=rank, world_size=world_size)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = _store_of_this_start(wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=wait)
+    except RuntimeError as error:  # torch's DistError is one
+        raise _not_joined(error, wait) from error
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -114,13 +171,45 @@ def leave() -> None:
             dist.destroy_process_group(group)
 
 
-def _store_of_this_start() -> dist.Store:
+def _raise_first(errors: Iterable[UserError | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _start_seconds() -> timedelta:
+    given = os.environ.get(START_SECONDS, "600")
+    try:
+        return timedelta(seconds=float(given))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{START_SECONDS}={given!r}: expected a number of seconds") from None
+
+
+def _not_joined(error: RuntimeError, wait: timedelta) -> UserError:
+    """The error to raise instead of one of torch, which happened while the ranks joined."""
+    rank, n, address = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    port, told = os.environ["MASTER_PORT"], str(error).partition("\n")[0]
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return ConfigError(
+            f"port {port} of {address} is taken by another process; choose another with --master_port, or with MASTER_PORT "
+            "where no launcher sets it"
+        )
+    stopped = stopped_siblings()
+    return RankLost(
+        f"rank {rank} of {n} waited for the others at {address}:{port}, and not all have joined within "
+        f"{wait.total_seconds():g} s ({START_SECONDS}): a rank did not start, was killed, hangs, or is in another network"
+        + (f"; stopped on this machine: {stopped}" if stopped else "")
+        + f"; torch says: {told}"
+    )
+
+
+def _store_of_this_start(wait: timedelta) -> dist.Store:
     """A store for this start of the job: torchrun reuses its own across restarts, so it would hold stale addresses."""
     if os.environ["GROUP_WORLD_SIZE"] != "1":  # each machine counts its own restarts, so the counts can't name the store
         raise ConfigError(
             "restarts by torchrun on several machines need --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=wait)
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 

@@ -9,11 +9,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+
+from dalle_ds.parallel.deepspeed_api import PartitionedParamStatus, ZeroParamStatus, dist, get_accelerator
 
 
 class Residents:

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_modules
 
 from dalle_ds.console import progress
 from dalle_ds.models.prior import Layer, Prior, PriorConfig, initialise
+from dalle_ds.parallel.deepspeed_api import deepspeed, set_z3_leaf_modules
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.parallel.replicas.groups import Replicas
@@ -17,20 +16,31 @@ SHOWN_FROM = 1 << 30
 """Number of parameters from which initialisation shows a progress bar. One core draws this many in about ten seconds."""
 
 
-def build_model(config: PriorConfig, engine_config: EngineConfig, seed: int, ranks: Ranks, replicas: Replicas | None) -> Prior:
+def build_model(
+    config: PriorConfig, engine_config: EngineConfig, seed: int | None, ranks: Ranks, replicas: Replicas | None
+) -> Prior:
     """Build, initialise and shard the prior.
 
-    The same seed gives the same weights at any world size, at any ZeRO stage and in all replicas.
+    The same seed gives the same weights at any world size, at any ZeRO stage and in all replicas. Without a seed, no weights
+    are drawn: drawing 12 billion takes a minute, and a checkpoint would replace them.
     """
-    generator = torch.Generator().manual_seed(seed)
     if engine_config.zero_stage != 3:
         model = Prior(config)
-        initialise(model, generator)
+        if seed is not None:
+            initialise(model, torch.Generator().manual_seed(seed))
         return model
     # each module is sharded as soon as it is constructed
     shard_group = replicas.shard_group if replicas else None
     with deepspeed.zero.Init(config_dict_or_path=engine_config.json, data_parallel_group=shard_group, mpu=replicas):
         model = Prior(config)
+    if seed is not None:
+        _initialise_sharded(model, seed, ranks, replicas)
+    # A layer is gathered, freed and reduced as a whole: hooks on its dozen modules would cost more host time than the layer.
+    set_z3_leaf_modules(model, [Layer])
+    return model
+
+
+def _initialise_sharded(model: Prior, seed: int, ranks: Ranks, replicas: Replicas | None) -> None:
     n_parameters = sum(p.ds_numel for p in model.parameters())
     bar = progress(
         total=n_parameters,
@@ -47,8 +57,6 @@ def build_model(config: PriorConfig, engine_config: EngineConfig, seed: int, ran
             yield
         bar.update(parameter.ds_numel)
 
+    generator = torch.Generator().manual_seed(seed)
     with bar:
         initialise(model, generator, gathered, is_writer=(replicas.shard_rank if replicas else ranks.rank) == 0)
-    # A layer is gathered, freed and reduced as a whole: hooks on its dozen modules would cost more host time than the layer.
-    set_z3_leaf_modules(model, [Layer])
-    return model

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from deepspeed import DeepSpeedEngine
-from deepspeed import comm as dist
 from torch import Tensor
 
-from dalle_ds.parallel.checkpoint_tensors import OPTIMIZER, WEIGHTS, SavedState, StateParts
+from dalle_ds.parallel.checkpoint_layout import OPTIMIZER, WEIGHTS, FlatGroup, Layout
+from dalle_ds.parallel.checkpoint_tensors import StateParts
+from dalle_ds.parallel.deepspeed_api import DeepSpeedEngine, dist
+from dalle_ds.parallel.saved_state import Put, Ranges, SavedState, Take
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,29 @@ def shard_start(parameter: torch.nn.Parameter) -> int:
     return dist.get_rank(group=parameter.ds_process_group) * parameter.ds_tensor.numel()
 
 
-def collect(engine: DeepSpeedEngine, shapes: dict[str, torch.Size], others: Sequence[Fragment] = ()) -> StateParts:
+def layout_of(engine: DeepSpeedEngine, n_shards: int, errors: tuple[str, ...] = ()) -> Layout:
+    """Which rank holds which range of each parameter, for a checkpoint of replicas of `n_shards` ranks.
+
+    Args:
+        errors: kinds of PowerSGD's errors, by replica.
+    """
+    stage, zero, parameters = engine.zero_optimization_stage(), engine.optimizer, dict(engine.module.named_parameters())
+    if stage in (1, 2):
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        groups = [
+            FlatGroup(partition=size, offsets={names[id(p)]: at for p, at in zip(group, offsets, strict=True)})
+            for group, offsets, size in zip(
+                zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size, strict=True
+            )
+        ]
+    else:
+        groups = [FlatGroup(partition=getattr(p, "ds_tensor", p).numel(), offsets={name: 0}) for name, p in parameters.items()]
+    return Layout(n_shards=n_shards, groups=tuple(groups), whole_averages=stage < 3, errors=errors)
+
+
+def collect(
+    engine: DeepSpeedEngine, shapes: dict[str, torch.Size], layout: Layout, others: Sequence[Fragment] = ()
+) -> StateParts:
     """Collect this rank's weights and optimizer state for a checkpoint. The tensors are views."""
     parts = StateParts(shapes)
     if engine.zero_optimization_stage() == 0 and dist.get_rank() != 0:
@@ -82,31 +105,63 @@ def collect(engine: DeepSpeedEngine, shapes: dict[str, torch.Size], others: Sequ
             parts.add(f"{OPTIMIZER}.{key}", fragment.name, fragment.start, values)
         if "step" in fragment.states.get(fragment.flat, {}):
             parts.steps[fragment.name] = float(fragment.states[fragment.flat]["step"])
+    for group in layout.groups:  # below stage 3, a rank may hold nothing of a parameter whose group it steps on
+        steps = [parts.steps[name] for name in group.offsets if name in parts.steps]
+        parts.steps |= dict.fromkeys(group.offsets, steps[0]) if steps else {}
     return parts
 
 
 @torch.no_grad()
-def restore(engine: DeepSpeedEngine, saved: SavedState, others: Sequence[Fragment] = ()) -> None:
-    """Load saved weights and optimizer state into this rank's fragments.
-    Any number of ranks, at any ZeRO stage, may have written them."""
-    for fragment in fragments(engine, others):
-        entries, size = fragment.states.setdefault(fragment.flat, {}), fragment.values.numel()
-        if fragment.name in saved.steps:
-            entries["step"] = torch.tensor(saved.steps[fragment.name], dtype=torch.float32, device=fragment.flat.device)
-        for kind in saved.kinds(fragment.name):
-            if kind == WEIGHTS:
-                target = fragment.values
-            elif kind.startswith(f"{OPTIMIZER}."):
-                key = kind.removeprefix(f"{OPTIMIZER}.")
-                if key not in entries:  # this optimizer has not stepped yet, and creates its state in its first step
-                    entries[key] = torch.zeros_like(fragment.flat, dtype=saved.dtype(kind, fragment.name), requires_grad=False)
-                target = fragment.of(entries[key])
-            else:
-                continue  # other kinds, such as the EMA, are not loaded here
-            values = saved.read(kind, fragment.name, fragment.start, fragment.start + size)
-            target[: values.numel()].copy_(values)
-            target[values.numel() :].zero_()
-    _copy_to_working_weights(engine, saved, others)
+def restoring(engine: DeepSpeedEngine, saved: SavedState, others: Sequence[Fragment] = ()) -> tuple[Ranges, Take]:
+    """Clear this rank's optimizer state, and return what `SavedState.pour` needs to fill its fragments: their ranges, and where
+    weights and optimizer state go. Ranks don't communicate. Afterwards call `copy_to_working_weights`."""
+    found = {fragment.name: fragment for fragment in fragments(engine, others)}
+    for flat, states in {fragment.flat: fragment.states for fragment in found.values()}.items():
+        for entry in states.setdefault(flat, {}).values():  # of a damaged checkpoint, or made by DeepSpeed
+            entry.zero_()
+    ranges = {}
+    for name, fragment in found.items():
+        end = min(fragment.start + fragment.values.numel(), saved.shapes[name].numel())
+        ranges[name] = fragment.start, max(fragment.start, end)
+        fragment.values[max(0, end - fragment.start) :].zero_()  # ZeRO's padding
+        if name in saved.steps:
+            step = torch.tensor(saved.steps[name], dtype=torch.float32, device=fragment.flat.device)
+            fragment.states[fragment.flat]["step"] = step
+
+    def take(kind: str, name: str, dtype: torch.dtype) -> Put:
+        fragment = found[name]
+        if kind == WEIGHTS:
+            target = fragment.values
+        else:
+            entries, key = fragment.states[fragment.flat], kind.removeprefix(f"{OPTIMIZER}.")
+            if key not in entries:  # this optimizer has not stepped yet, and creates its state in its first step
+                entries[key] = torch.zeros_like(fragment.flat, dtype=dtype, requires_grad=False)
+            target = fragment.of(entries[key])
+        return put_into(target, fragment.start)
+
+    return {WEIGHTS: ranges, OPTIMIZER: ranges}, take
+
+
+def put_into(target: Tensor, start: int) -> Put:
+    """Copies values into the flat `target`, which begins at index `start` of its parameter."""
+
+    def put(at: int, values: Tensor) -> None:
+        with torch.no_grad():  # a setting of the thread
+            target[at - start : at - start + len(values)].copy_(values)
+
+    return put
+
+
+@torch.no_grad()
+def copy_to_working_weights(engine: DeepSpeedEngine, others: Sequence[Fragment] = ()) -> None:
+    """Update the weights that forward passes use. Without ZeRO they are the fragments themselves. With ZeRO they are copies in
+    the engine's dtype. All ranks must call it together."""
+    stage, parameters = engine.zero_optimization_stage(), dict(engine.module.named_parameters())
+    if stage == 3:
+        for fragment in fragments(engine, others):
+            parameters[fragment.name].ds_tensor.view(-1).copy_(fragment.values)
+    elif stage > 0:
+        engine.optimizer.update_lp_params()
 
 
 @contextmanager
@@ -124,15 +179,3 @@ def unchanged(engine: DeepSpeedEngine, names: Set[str], others: Sequence[Fragmen
     yield
     for tensor, copy in zip(kept, copies, strict=True):
         tensor.copy_(copy)
-
-
-def _copy_to_working_weights(engine: DeepSpeedEngine, saved: SavedState, others: Sequence[Fragment]) -> None:
-    """Update the weights that forward passes use. Without ZeRO they are the fragments themselves.
-    With ZeRO they are copies in the engine's dtype."""
-    stage, parameters = engine.zero_optimization_stage(), dict(engine.module.named_parameters())
-    if stage == 3:
-        for fragment in fragments(engine, others):
-            parameters[fragment.name].ds_tensor.view(-1).copy_(fragment.values)
-    elif stage > 0:
-        for name, parameter in parameters.items():  # parameters are whole on every rank, a rank's fragments are not
-            parameter.copy_(saved.whole(WEIGHTS, name))

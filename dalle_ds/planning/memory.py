@@ -71,16 +71,16 @@ class Factors(NamedTuple):
 
 
 @cache
-def power_sgd_factors(config: PriorConfig, shards: int) -> Factors:
-    """`Factors` of the first of `shards` GPUs, at the paper's compression rate."""
+def power_sgd_factors(config: PriorConfig, shards: int, rank: int | None = None, sent_fraction: float = PAPER_RATE) -> Factors:
+    """`Factors` of the first of `shards` GPUs. `sent_fraction` determines the rank if it is None."""
     d = config.d_model
-    pieces = {"qkv": ((3 * d, d), 3), "mix": ((d, d), 1), "expand": ((4 * d, d), 1), "project": ((d, 4 * d), 1)}
+    pieces = {"qkv": ((3 * d, d), 3), "mix": ((d, d), 1), "expand": ((4 * d, d), 1), "project": ((4 * d, d), 1)}
     matrices = {
         f"{name} {layer}": MatrixShard(shape, 0, -(-shape[0] * shape[1] // shards), n_pieces)
         for layer in range(config.n_layers)
         for name, (shape, n_pieces) in pieces.items()
     }
-    rank = largest_rank(matrices, PAPER_RATE)
+    rank = rank or largest_rank(matrices, sent_fraction)
     shapes = [matrix.shape for matrix in matrices.values()]
     return Factors(
         rank,
@@ -88,6 +88,11 @@ def power_sgd_factors(config: PriorConfig, shards: int) -> Factors:
         starts=sum(k * n * min(rank, m) for k, m, n in shapes),
         sent=sum(matrix.n_sent(rank) for matrix in matrices.values()),
     )
+
+
+def planned_factors(config: PriorConfig, settings: PlanInputsConfig) -> Factors:
+    """`power_sgd_factors` of a plan."""
+    return power_sgd_factors(config, settings.shards, settings.compression_rank, settings.sent_fraction)
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def step_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     owned = (sum(others) if settings.master == "none" else n_matrices + sum(others)) / settings.shards
     averaging = AVERAGING_BYTES if settings.replicas > 1 else 0.0
     if settings.master == "none" and settings.is_compressed:
-        averaging += 4.0 * power_sgd_factors(config, settings.shards).sent
+        averaging += 4.0 * planned_factors(config, settings).sent
     return max(4.0 * min(owned, settings.sub_group), averaging)
 
 
@@ -158,7 +163,7 @@ def compression_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     """
     if not settings.is_compressed or settings.master == "none":
         return 0.0
-    factors = power_sgd_factors(config, settings.shards)
+    factors = planned_factors(config, settings)
     return 2.0 * factors.errors + 4.0 * factors.starts
 
 

@@ -14,7 +14,7 @@ from dalle_ds.planning.counts import (
     Counts,
 )
 from dalle_ds.planning.machines import Machine
-from dalle_ds.planning.memory import power_sgd_factors, state_bytes
+from dalle_ds.planning.memory import planned_factors, state_bytes
 from dalle_ds.planning.settings import PlanInputsConfig
 from dalle_ds.planning.timing import Collective, Group, Product, Work, Workload
 
@@ -133,7 +133,7 @@ def _closing(config: PriorConfig, settings: PlanInputsConfig, machine: Machine, 
         collectives = (Collective(2 * n_bytes, peers, n_messages),)
         if settings.compression == "power_sgd":
             memory_bytes += shard * COMPRESSION_BYTES
-            rank = power_sgd_factors(config, settings.shards).rank
+            rank = planned_factors(config, settings).rank
             # three fp32 products of the shard with a factor, treating the shard as one matrix of the layers' width
             products = (Product(shard / config.d_model, rank, config.d_model, 3, "fp32"),)
     return Work(
@@ -153,4 +153,4 @@ def exchanged_bytes(config: PriorConfig, settings: PlanInputsConfig) -> float:
     n_matrices, n_embedding, n_other = count_parameters(config)
     if settings.compression == "none":
         return 4.0 * (n_matrices + n_embedding + n_other) / settings.shards
-    return 4.0 * (n_embedding + n_other) / settings.shards + 2.0 * power_sgd_factors(config, settings.shards).sent
+    return 4.0 * (n_embedding + n_other) / settings.shards + 2.0 * planned_factors(config, settings).sent

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dalle_ds.parallel.replicas.groups import PAPER_RATE
 from dalle_ds.planning.machines import MACHINES, Machine, machine
 from dalle_ds.recipes import Config
 
@@ -23,6 +24,8 @@ class PlanInputsConfig(Config):
     moments: Literal["fp32", "low_bit"] = Field("fp32", description="the recipe's optimizer.moments")
     master: Literal["fp32", "none"] = Field("fp32", description="the recipe's optimizer.master; none requires low_bit moments")
     compression: Literal["none", "power_sgd"] = Field("none", description="the recipe's replicas.compression")
+    compression_rank: int | None = Field(None, ge=1, description="the recipe's replicas.rank; unset: from sent_fraction")
+    sent_fraction: float = Field(PAPER_RATE, gt=0, le=1, description="the recipe's replicas.sent_fraction")
     bucket: int = Field(1_000_000, ge=1, description="reduce_bucket_size of the DeepSpeed JSON")
     live: int = Field(1_000_000_000, ge=1, description="stage3_max_live_parameters of the DeepSpeed JSON")
     prefetch: int = Field(200_000_000, ge=0, description="stage3_prefetch_bucket_size of the DeepSpeed JSON")

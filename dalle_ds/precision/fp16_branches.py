@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle_ds.models.resblock import BranchLinear, BranchPrecision, ResBlock
+from dalle_ds.models.resblock import BranchLinear, BranchPrecision, InputsFirstLinear, ResBlock
 from dalle_ds.ops.fp16 import linear_fp16, linear_fp16_backward
 
 
@@ -34,28 +34,44 @@ class _LinearFP16(torch.autograd.Function):
         return linear_fp16_backward(grad, x, weight, ctx.has_bias)
 
 
-class _UnreadFP16(_LinearFP16):
-    """`_LinearFP16` whose output is never read: forward returns uninitialised memory, and only backward computes anything."""
+class _InputsFirstFP16(_LinearFP16):
+    """`_LinearFP16` with a weight of the shape (inputs, outputs)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return x.new_empty(*x.shape[:-1], len(weight))
+        return linear_fp16(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return linear_fp16_backward(grad, x, weight.t(), ctx.has_bias, inputs_first=True)
+
+
+class _UnreadFP16(_InputsFirstFP16):
+    """`_InputsFirstFP16` whose output is never read: forward returns uninitialised memory, and only backward computes
+    anything."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
 @contextmanager
-def unread_product(linear: BranchLinear) -> Iterator[None]:
+def unread_product(linear: InputsFirstLinear) -> Iterator[None]:
     """Within this context, calling an fp16 `linear` only builds the autograd graph and skips the product.
     Layers in other formats are not changed."""
-    is_fp16 = linear.matmul == _LinearFP16.apply
+    is_fp16 = linear.matmul == _InputsFirstFP16.apply
     if is_fp16:
         linear.use_matmul(_UnreadFP16.apply)
     try:
         yield
     finally:
         if is_fp16:
-            linear.use_matmul(_LinearFP16.apply)
+            linear.use_matmul(_InputsFirstFP16.apply)
 
 
 class FP16BranchPrecision(BranchPrecision):
@@ -79,4 +95,4 @@ def use_fp16_branches(model: nn.Module) -> None:
         block.precision = FP16BranchPrecision()
         for module in block.branch.modules():
             if isinstance(module, BranchLinear):
-                module.use_matmul(_LinearFP16.apply)
+                module.use_matmul(_InputsFirstFP16.apply if module.is_inputs_first else _LinearFP16.apply)

@@ -16,7 +16,7 @@ on another number of GPUs, with micro-batches of the same size, therefore keeps 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -262,10 +262,14 @@ class ResblockGradScaler:
         self.scale.copy_(torch.exp2((low - CALIBRATION_MARGIN).clamp(min=c.min_scale_power)))
         self.begin()
 
-    def at_limits(self) -> dict[str, str]:
+    def at_limits(self, powers: Mapping[str, float]) -> dict[str, str]:
         """Blocks whose scale is at a limit of the policy, by name: "floor" or "ceiling".
-        The policy can't keep their gradients in fp16's range."""
-        powers, low, high = self.log2_scales(), self.config.min_scale_power + 1e-4, self.config.max_scale_power - 1e-4
+        The policy can't keep their gradients in fp16's range.
+
+        Args:
+            powers: `log2_scales()`, which waits for the device.
+        """
+        low, high = self.config.min_scale_power + 1e-4, self.config.max_scale_power - 1e-4
         return {name: "floor" if power < low else "ceiling" for name, power in powers.items() if not low <= power <= high}
 
     def log2_scales(self) -> dict[str, float]:

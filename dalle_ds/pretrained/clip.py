@@ -1,9 +1,10 @@
-"""CLIP from a `transformers` folder or hub name. It maps images and captions to unit vectors that can be compared.
+"""CLIP from a `transformers` folder or the hub. It maps images and captions to unit vectors that can be compared.
 
 B images or captions, H and W pixels, C channels, D features.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.ops.exactness import exact_fp32
+from dalle_ds.places import expand_home
 from dalle_ds.storage.fingerprint import fingerprint
 
 AnyImage = Image.Image | np.ndarray
+HUB = re.compile(r"hf://[\w.-]+/[\w.-]+")
 
 
 class Clip:
@@ -35,33 +38,49 @@ class Clip:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Clip":
-        """Open a folder written by `save_pretrained` (CLIPModel, tokenizer, image processor), or download a hub name.
+        """Open a folder written by `save_pretrained` (CLIPModel, tokenizer, image processor), or download hf://OWNER/MODEL.
 
         Raises:
             ConfigError: `transformers` is not installed.
             DataError: `path` does not exist, is not a CLIP, or parts of it are missing or do not match.
         """
-        if _looks_like_path(str(path)) and not Path(path).is_dir():
-            raise DataError(f"CLIP {path}: no such folder; expected a folder, or a model name on the Hugging Face hub")
+        source = find_clip(path)
         try:
-            from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+            from transformers import CLIPModel, CLIPTokenizer, PretrainedConfig
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other needs torchvision
         except ImportError as error:
             raise ConfigError(f"CLIP {path}: {error}; pip install 'dalle-ds[clip]'") from None
         try:
-            kind = AutoConfig.from_pretrained(path).model_type
+            # AutoConfig would offer to run Python code that the folder names
+            kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
             if kind != "clip":
                 raise DataError(f"CLIP {path}: its config.json has model_type {kind!r}, expected 'clip'")
-            model, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            tokenizer = CLIPTokenizer.from_pretrained(path)
-            processor = CLIPImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"CLIP {path}: {str(error).splitlines()[0]}") from None
+            model, found = CLIPModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(source)
+            processor = CLIPImageProcessorPil.from_pretrained(source)
+            fits = processor(images=[Image.new("RGB", (8, 8))], return_tensors="pt")["pixel_values"].shape[1] == 3
+            _check_parts(path, model, tokenizer, processor)
+        except UserError:
+            raise
+        except Exception as error:  # of a damaged folder, transformers raises any kind of exception
+            said = (str(error).splitlines() or [""])[0]
+            raise DataError(f"CLIP {path}: not a CLIP that can be loaded ({type(error).__name__}: {said[:300]})") from None
+        if not fits:
+            raise DataError(f"CLIP {path}: its preprocessing does not make RGB images")
         if found["missing_keys"]:  # transformers only warns, and initializes them at random
             raise DataError(f"CLIP {path}: its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
-        _check_parts(path, model, tokenizer, processor)
+        broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise DataError(f"CLIP {path}: its weights have NaN or Inf in {', '.join(broken[:3])}")
         exact_fp32()
         return cls(model.to(device).eval().requires_grad_(False), tokenizer, processor)
+
+    def to(self, device: str | torch.device) -> "Clip":
+        """Move the model. Returns self."""
+        self.model.to(device)
+        return self
 
     @torch.inference_mode()
     def image_features(self, images_BHWC: np.ndarray | Sequence[AnyImage]) -> Tensor:
@@ -102,10 +121,21 @@ class Clip:
         return fingerprint(about, self.model.state_dict(), with_dtypes=False)  # always fp32, see `load`
 
 
-def _looks_like_path(name: str) -> bool:
-    """Whether a name is a path rather than OWNER/MODEL on the hub, which would be looked for over the network."""
-    is_marked = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") >= 2
-    return is_marked or ("/" in name and Path(name).parent.is_dir())
+def find_clip(name: str | Path) -> str:
+    """The folder or repository that a name stands for: a folder, or hf://OWNER/MODEL for a model on the Hugging Face hub.
+
+    A name without hf:// is never looked for on the hub: a mistyped folder would fetch what a stranger has put there.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    text = expand_home(str(name))
+    if HUB.fullmatch(text):
+        return text.removeprefix("hf://")
+    if not Path(text).is_dir():
+        hub = f"hf://{text}" if HUB.fullmatch(f"hf://{text}") else "hf://OWNER/MODEL"
+        raise DataError(f"CLIP {text}: no such folder; expected a folder, or {hub} for a model on the Hugging Face hub")
+    return text
 
 
 def _check_parts(path: str | Path, model: Any, tokenizer: Any, processor: Any) -> None:

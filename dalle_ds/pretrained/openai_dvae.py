@@ -4,7 +4,6 @@ The files contain whole modules. They are unpickled with torch's weights-only lo
 files is executed, and OpenAI's package is not needed. Sizes are derived from the shapes of the weights.
 """
 
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -58,7 +57,7 @@ def import_openai(encoder: str, decoder: str, out: str, image_size: int = 256) -
         config = _config(state, image_size)
         with torch.device("meta"):
             DVAE(config).load_state_dict(state, strict=True, assign=True)
-    except (KeyError, RuntimeError, ConfigError, ValueError) as error:
+    except (KeyError, RuntimeError, ConfigError, ValueError, IndexError, TypeError) as error:
         raise DataError(f"{encoder} and {decoder} are not the encoder and decoder of a released dVAE: {error}") from None
     fingerprint = write_weights(out, kind="dvae", config=config.model_dump(), state=state, extra={"source": "OpenAI"})
     n_parameters = sum(tensor.numel() for tensor in state.values())
@@ -75,12 +74,18 @@ def _read(url: str) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{url}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        found = re.search(r"[^:\n]*\bunsupported\b.*", str(error), re.IGNORECASE)
-        reason = found[0] if found else str(error).partition("\n")[0]
+    except DataError:
+        raise
+    except Exception as error:  # a crafted pickle can raise anything, such as TypeError or RecursionError
+        said = str(error)[:2000]  # a crafted name in it may have any length
+        found = re.search(r"[^:\n]*\bunsupported\b.*", said, re.IGNORECASE)
+        reason = found[0] if found else said.partition("\n")[0]
         raise DataError(f"{url} cannot be read as OpenAI's encoder or decoder: {reason}") from None
-    named = content.items() if isinstance(content, Mapping) else _parameters(content)
-    state = {name: value for name, value in named if isinstance(value, Tensor)}
+    try:
+        named = content.items() if isinstance(content, Mapping) else _parameters(content)
+        state = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    except (AttributeError, TypeError, RecursionError) as error:  # modules that contain themselves, or that are none
+        raise DataError(f"{url} does not contain the modules of an encoder or decoder ({error!r})") from None
     if not state:
         raise DataError(f"{url} contains a {type(content).__name__} without weights, expected a pickled encoder or decoder")
     return {name: value.detach().float().contiguous() for name, value in state.items()}

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.export import Export
 from dalle_ds.sampling.validation_samples import choose_validation
+from dalle_ds.storage.bounded import read_bounded
 from dalle_ds.storage.text import decode_text, lines_of
 
 STDIN = Path("-")
@@ -35,6 +37,29 @@ class SampleSource:
             raise ConfigError("expected exactly one of --caption, --captions and --validation")
         if self.prompt_rows is not None and self.image_prompt is None:
             raise ConfigError(f"--prompt-rows {self.prompt_rows} without --image-prompt: expected both")
+        if self.image_prompt is not None and not self.image_prompt.is_file():
+            what = "not a regular file" if self.image_prompt.exists() else "no such file"
+            raise DataError(f"image {self.image_prompt} cannot be read: {what}")
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The captions of options, of the file or of standard input, which can be read once. Empty for the validation split.
+
+        Raises:
+            DataError: the captions cannot be read, or are not UTF-8.
+        """
+        if self.captions_file == STDIN:
+            return captions_of(_read_stdin(), "standard input")
+        if self.captions_file is not None:
+            return read_captions(self.captions_file)
+        for caption in self.captions:
+            if any("\ud800" <= letter <= "\udfff" for letter in caption):  # stands for a byte that is not UTF-8
+                raise DataError(f"--caption {ascii(caption)[:200]} is not UTF-8; expected text in UTF-8")
+        return list(self.captions)
+
+    def read_texts(self) -> None:
+        """Read the captions now, so that a file that cannot be read is told before the model is loaded. Raises as `texts`."""
+        _ = self.texts
 
     def read(self, export: Export, seed: int) -> tuple[list[str], Tensor | None, dict[str, Any]]:
         """Returns the captions, the codes (C, N) of their real images or None, and further entries for samples.json.
@@ -44,24 +69,24 @@ class SampleSource:
         if self.n_validation:
             validation = choose_validation(export, self.n_validation, data_url=self.data_url, seed=seed)
             return validation.captions, validation.image_SN, {"validation_keys": validation.keys}
-        if self.captions_file == STDIN:
-            return captions_of(_read_stdin(), "standard input"), None, {}
-        if self.captions_file is not None:
-            return read_captions(self.captions_file), None, {}
-        return list(self.captions) or [""], None, {}
+        return self.texts or [""], None, {}
 
 
 def read_captions(path: Path) -> list[str]:
     """Read one caption per line, skipping empty lines. Raises DataError if the file cannot be read or has no caption."""
     try:
-        return captions_of(decode_text(path.read_bytes()), f"captions file {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"captions file {path}: {error}") from None
+        return captions_of(decode_text(read_bounded(path)), f"captions file {path}")
+    except OSError as error:
+        raise DataError(f"captions file {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"captions file {path} is not UTF-8: {error}") from None
 
 
 def _read_stdin() -> str:
     try:
-        return decode_text(sys.stdin.buffer.read())
+        return decode_text(read_bounded(sys.stdin.buffer))
+    except OSError as error:
+        raise DataError(f"standard input cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8: {error}") from None
 

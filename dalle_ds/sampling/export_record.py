@@ -22,7 +22,7 @@ class MlflowRun(Record):
 class ExportRecord(Record):
     """Provenance of an export's parts. `fingerprint` is the fingerprint of the prior's weights."""
 
-    format: Literal[2]
+    format: Literal[3]
     fingerprint: str
     dvae: str
     tokenizer: str

@@ -98,7 +98,7 @@ def decoder(prior: Prior, cache: DecodingCache, batch: int) -> Iterator[Callable
     for module in prior.modules():
         # keep a matmul that was already replaced, for example by a 16-bit one
         if isinstance(module, Linear) and not module.has_own_matmul:
-            matmul = packed_linear(module.weight, batch)
+            matmul = packed_linear(module.weight_OI, batch)
             if matmul is not None:
                 module.use_matmul(matmul)
                 packed.append(module)

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from dalle_ds.sampling.lettering import Lettering, say_missing_letters
 
 MARGIN, GAP = 24, 8
 # Grey background: the border of an image with a white background, like most images of the demo, must be visible.
@@ -34,7 +36,8 @@ def image_grid(
         raise ValueError(f"rows of {[len(row) for row in rows]} images with {len(captions)} captions: expected equal rows")
     rows = [[_enlarged(image, smallest) for image in row] for row in rows]
     side = rows[0][0].width
-    font = ImageFont.load_default(max(15, side // 10))
+    font = Lettering(max(15, side // 10))
+    say_missing_letters([title, *captions])
     labels = labels or [()] * len(rows)
     width = len(rows[0]) * (side + GAP) - GAP
     cells = [_captioned(*cell, font, width) for cell in zip(rows, captions, labels, strict=True)]
@@ -47,9 +50,7 @@ def image_grid(
     return _stacked(header, lines)
 
 
-def _captioned(
-    images: Sequence[Image.Image], caption: str, labels: Sequence[str], font: ImageFont.FreeTypeFont, width: int
-) -> Image.Image:
+def _captioned(images: Sequence[Image.Image], caption: str, labels: Sequence[str], font: Lettering, width: int) -> Image.Image:
     lines, small = _wrapped(caption, font, width), _small(font)
     line_height, labels_height = round(font.size * 1.3), round(small.size * 1.4) if any(labels) else 0
     top = images[0].height + 6 + labels_height
@@ -58,44 +59,45 @@ def _captioned(
     for column, image in enumerate(images):
         cell.paste(image, (column * (image.width + GAP), 0))
     for column, label in enumerate(labels):
-        draw.text((column * (images[0].width + GAP), images[0].height + 4), label, fill=FAINT, font=small)
+        small.draw(draw, (column * (images[0].width + GAP), images[0].height + 4), label, FAINT)
     for number, line in enumerate(lines):
-        draw.text((0, top + number * line_height), line, fill=INK, font=font)
+        font.draw(draw, (0, top + number * line_height), line, INK)
     return cell
 
 
-def _small(font: ImageFont.FreeTypeFont) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(max(12, round(font.size * 0.8)))
+def _small(font: Lettering) -> Lettering:
+    return Lettering(max(12, round(font.size * 0.8)))
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, at_most: int = 3) -> list[str]:
+def _wrapped(text: str, font: Lettering, width: int, at_most: int = 3) -> list[str]:
     """Wrap text into at most `at_most` lines; a longer text ends with an ellipsis. A word wider than a line is broken."""
+    shown = text[: at_most * width]  # no letter is narrower than a pixel, and measuring a megabyte takes minutes
     lines = [""]
-    for word in text.split() or [""]:
+    for word in shown.split() or [""]:
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
+        if font.length(longer) <= width:
             lines[-1] = longer
             continue
         if lines[-1]:
             lines.append("")
         for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+            if lines[-1] and font.length(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
-    if len(lines) > at_most:
-        last = lines[at_most - 1]
-        while last and font.getlength(f"{last}...") > width:
+    if len(lines) > at_most or len(shown) < len(text):
+        last = lines[:at_most][-1]
+        while last and font.length(f"{last}...") > width:
             last = last[:-1]
-        lines = [*lines[: at_most - 1], f"{last.rstrip()}..."]
+        lines = [*lines[:at_most][:-1], f"{last.rstrip()}..."]
     return lines
 
 
 def _header(
-    title: str, column_titles: Sequence[str], side: int, n_columns: int, cell_width: int, font: ImageFont.FreeTypeFont
+    title: str, column_titles: Sequence[str], side: int, n_columns: int, cell_width: int, font: Lettering
 ) -> Image.Image | None:
     if not title and not column_titles:
         return None
-    large, small = ImageFont.load_default(round(font.size * 1.3)), _small(font)
+    large, small = Lettering(round(font.size * 1.3)), _small(font)
     width = n_columns * (cell_width + MARGIN) - MARGIN
     title_lines = _wrapped(title, large, width) if title else []
     title_height = round(large.size * 1.35) * len(title_lines)
@@ -103,11 +105,11 @@ def _header(
     header = Image.new("RGB", (width, title_height + titles_height), PAPER)
     draw = ImageDraw.Draw(header)
     for number, line in enumerate(title_lines):
-        draw.text((0, number * round(large.size * 1.35)), line, fill=INK, font=large)
+        large.draw(draw, (0, number * round(large.size * 1.35)), line, INK)
     for repeat in range(n_columns if column_titles else 0):
         for column, text in enumerate(column_titles):
             x = repeat * (cell_width + MARGIN) + column * (side + GAP)
-            draw.text((x, title_height), _wrapped(text, small, side, at_most=1)[0], fill=FAINT, font=small)
+            small.draw(draw, (x, title_height), _wrapped(text, small, side, at_most=1)[0], FAINT)
     return header
 
 

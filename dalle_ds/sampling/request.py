@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dalle_ds.errors import DataError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.image_prompt import ImagePrompt
 from dalle_ds.sampling.settings import SamplingConfig
 from dalle_ds.storage.hashing import hash_to_integer
+
+MAX_BATCHES = 2_000_000
+"""Maximum number of batches of a request, each of which takes memory: 0.5 GB. The paper's 30,000 captions with 512 candidates
+in batches of 8 are as many. A record of samples from somebody else may ask for billions."""
 
 
 class SampleIndex(NamedTuple):
@@ -37,8 +41,8 @@ class Request:
     """Captions, settings and an optional image prompt to sample images for.
 
     Raises:
-        DataError: no captions, or an empty caption without an image prompt. With an image prompt, the caption "" gives
-            variations of the image.
+        DataError: no captions, a caption that is not text, or an empty caption without an image prompt. With a prompt, the
+            caption "" gives variations of the image.
     """
 
     captions: tuple[str, ...]
@@ -46,6 +50,11 @@ class Request:
     image_prompt: ImagePrompt | None = None
 
     def __post_init__(self) -> None:
+        for row, caption in enumerate(self.captions):
+            try:
+                caption.encode()
+            except UnicodeEncodeError:  # bytes of an argument that are not UTF-8 become lone surrogates
+                raise DataError(f"caption {row + 1} is not UTF-8: {ascii(caption)[:200]}; expected text in UTF-8") from None
         n_empty = sum(not caption.strip() for caption in self.captions)
         if not self.captions or (n_empty and self.image_prompt is None):
             raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected one or more, none empty")
@@ -55,9 +64,18 @@ class Request:
 
         The division does not depend on the number of ranks, because the composition of a batch may change the rounding of its
         images.
+
+        Raises:
+            ConfigError: more than MAX_BATCHES.
         """
         n, batch = self.settings.n, self.settings.batch
         captions_at_once, candidates_at_once = max(1, batch // n), min(n, batch)
+        n_batches = -(-len(self.captions) // captions_at_once) * -(-n // candidates_at_once)
+        if n_batches > MAX_BATCHES:
+            raise ConfigError(
+                f"{len(self.captions)} captions with n {n} are {n_batches} batches of {batch}, expected at most {MAX_BATCHES}; "
+                "raise batch, or divide the captions among several folders"
+            )
         parts = [
             (range(c, min(c + captions_at_once, len(self.captions))), range(k, min(k + candidates_at_once, n)))
             for c in range(0, len(self.captions), captions_at_once)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.pretrained.clip import Clip
 
 
@@ -15,7 +16,7 @@ class Scorer(Protocol):
     """Interface of a model that scores images by their captions."""
 
     name: str
-    """Name to load the scorer by: a folder or a hub name."""
+    """Name to load the scorer by: a folder or hf://OWNER/MODEL."""
     fingerprint: str
     """Fingerprint of everything that affects a score. Records of samples contain it."""
 
@@ -37,6 +38,10 @@ class ClipScorer:
         return (self.clip.image_features(images) * text_CD[rows_B]).sum(-1).cpu().numpy()
 
 
-def load_scorer(path: str | Path, device: str | torch.device = "cpu") -> ClipScorer:
-    """Load a CLIP from a folder or by hub name. Raises ConfigError and DataError as `Clip.load`."""
-    return ClipScorer(str(path), Clip.load(path, device))
+def load_scorer(path: str | Path, device: str | torch.device = "cpu", ranks: Ranks = ALONE) -> ClipScorer:
+    """Load a CLIP from a folder or by hub name. All ranks must call it together: the main rank reads it for all.
+
+    Raises:
+        ConfigError, DataError: as `Clip.load`.
+    """
+    return ClipScorer(str(path), ranks.once(lambda: Clip.load(path)).to(device))

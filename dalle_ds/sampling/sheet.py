@@ -12,6 +12,8 @@ from dalle_ds.sampling.settings import SamplingConfig
 
 MAX_CAPTIONS, MAX_IMAGES = 64, 32
 """Maximum number of captions, and of images per caption, in the grid."""
+MAX_PIXELS = 64 * 2**20  # of the grid: fewer captions are shown if images are large
+SPACE = 16  # between images, about
 
 
 class SampleSheet:
@@ -24,7 +26,8 @@ class SampleSheet:
     def add(self, candidate: Candidate, image: Image.Image) -> None:
         """Add the next image. Images must be added caption by caption."""
         caption = candidate.index.caption
-        if caption >= MAX_CAPTIONS:
+        cell = (image.width + SPACE) * (image.height + SPACE)
+        if caption >= max(1, min(MAX_CAPTIONS, MAX_PIXELS // (cell * min(self._request.settings.n_kept, MAX_IMAGES)))):
             return
         if caption == len(self._rows):
             self._rows.append([])

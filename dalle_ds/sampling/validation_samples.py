@@ -1,7 +1,6 @@
 """Validation samples of the data that an export was trained on: captions, codes of the real images, and groups."""
 
 import io
-import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dalle_ds.errors import DataError
 from dalle_ds.sampling.export import Export
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.text import parse_json
 
 READ_AT_LEAST = 512  # samples to choose from, even for a few: a single block may hold images of only one kind
 
@@ -31,6 +31,8 @@ class ValidationSamples:
     keys: list[str]
     captions: list[str]
     groups: list[str]
+    shards: list[str]
+    """Url of the tar that holds the sample's codes."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -38,7 +40,7 @@ class ValidationSamples:
     def take(self, rows: Sequence[int]) -> "ValidationSamples":
         """Select samples by index, in the order of `rows`."""
         index = torch.tensor(list(rows), dtype=torch.int64)
-        lists = ([items[row] for row in rows] for items in (self.keys, self.captions, self.groups))
+        lists = ([items[row] for row in rows] for items in (self.keys, self.captions, self.groups, self.shards))
         return ValidationSamples(self.text_ST[index], self.image_SN[index], *lists)
 
 
@@ -64,13 +66,15 @@ def read_validation(export: Export, data_url: str | None = None, limit: int | No
 def validation_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None = None) -> ValidationSamples:
     """Read the validation samples of several data sets: all, or at most `limit` from all over the split."""
     mix = TokenMix(sets, [1.0] * len(sets))  # only training uses the weights
+    root = "" if len(sets) > 1 else sets[0].root_url  # shards of a mix are full urls
     batches = validation_batches(mix, text_len=text_len, batch=1, rank=0, world_size=1, limit=limit)
     return ValidationSamples(
         torch.cat([batch.text_BT for batch in batches]),
         torch.cat([batch.image_BN for batch in batches]),
         [key for batch in batches for key in batch.keys],
         [caption for batch in batches for caption in batch.captions],
-        _groups("" if len(sets) > 1 else sets[0].root_url, batches),
+        _groups(root, batches),
+        [objects.join(root, shard) if root else shard for batch in batches for shard in batch.shards],
     )
 
 
@@ -80,6 +84,23 @@ def choose_validation(export: Export, n: int, *, data_url: str | None = None, se
     Raises:
         DataError: fewer than `n` such samples. The message states how many there are.
     """
+    chosen = _choose_different(export, n, data_url, seed)
+    if len(chosen) < n:
+        raise DataError(f"{n} validation captions requested, but the validation split has only {len(chosen)} different ones")
+    return chosen
+
+
+def example_captions(export: Export, n: int) -> list[str]:
+    """Returns the captions of `n` validation samples chosen as by `choose_validation`, or of fewer if there are not as many.
+
+    Raises:
+        DataError: a data set does not exist.
+        FingerprintMismatch: a data set was made with another dVAE or tokenizer.
+    """
+    return _choose_different(export, n, None, seed=0).captions
+
+
+def _choose_different(export: Export, n: int, data_url: str | None, seed: int) -> ValidationSamples:
     validation = read_validation(export, data_url, limit=max(READ_AT_LEAST, 32 * n))
     chosen: list[int] = []
     seen: set[str] = set()
@@ -88,8 +109,6 @@ def choose_validation(export: Export, n: int, *, data_url: str | None = None, se
         if len(chosen) < n and not marks & seen:
             chosen.append(row)
             seen |= marks
-    if len(chosen) < n:
-        raise DataError(f"{n} validation captions requested, but the validation split has only {len(chosen)} different ones")
     return validation.take(chosen)
 
 
@@ -105,6 +124,6 @@ def _groups(root: str, batches: Sequence[TokenBatch]) -> list[str]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.name.endswith(f".{CAPTIONS}"):
-                    record = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    record = parse_json(tar.extractfile(member).read())  # type: ignore[union-attr]
                     group_of.update({(shard, key): group for key, group in zip(record["keys"], record["groups"], strict=True)})
     return [group_of[shard, key] for batch in batches for shard, key in zip(batch.shards, batch.keys, strict=True)]

@@ -23,7 +23,8 @@ _PLACED: Final = ("{0} {relation} {1}", "an image of {0} {relation} {1}", "{rela
 def wordings(meaning: Meaning) -> list[str]:
     """All captions of a meaning, the plain one first.
 
-    Two objects are named in either order, with the opposite relation where they have one.
+    Two objects with a relation are named in either order, with the opposite relation in the other one. Without a relation the
+    order is the meaning's, since scenes follow it.
     """
     captions = []
     for wanted, relation in _orders(meaning):
@@ -55,8 +56,8 @@ def meaning_of(caption: str) -> Meaning | None:
 
 def _orders(meaning: Meaning) -> list[tuple[tuple[Wanted, ...], str | None]]:
     orders = [(meaning.wanted, meaning.relation)]
-    if len(meaning.wanted) == 2:
-        orders.append((meaning.wanted[::-1], OPPOSITES[meaning.relation] if meaning.relation else None))
+    if meaning.relation is not None:
+        orders.append((meaning.wanted[::-1], OPPOSITES[meaning.relation]))
     return orders
 
 

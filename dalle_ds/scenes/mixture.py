@@ -10,7 +10,7 @@ import numpy as np
 from dalle_ds.scenes.captions import wordings
 from dalle_ds.scenes.meaning import CATEGORIES, Category, Meaning, Split, Wanted
 from dalle_ds.scenes.scene import Scene, scene_of
-from dalle_ds.scenes.vocabulary import COLOURS, RELATIONS, SHAPES, SIZES
+from dalle_ds.scenes.vocabulary import COLOURS, GROUNDS, RELATIONS, SHAPES, SIZES
 
 WEIGHTS: Final[dict[Category, float]] = {
     "single_object": 0.08,
@@ -29,6 +29,9 @@ _DRAWS: Final = 8  # meanings that are drawn for each caption of an evaluation: 
 
 EVALUATED: Final[tuple[Split, ...]] = ("seen", "zero_shot")
 NO_COMBINATION: Final = ("single_object", "zero_shot")
+_KINDS: Final = tuple((row, split) for row in CATEGORIES for split in EVALUATED if (row, split) != NO_COMBINATION)
+N_KINDS: Final = len(_KINDS)
+"""Categories of the evaluation, seen and zero-shot each: `evaluation_captions(n)` has at most `n` times as many captions."""
 _COLOURS, _SIZES, _RELATIONS = tuple(COLOURS), tuple(SIZES), tuple(RELATIONS)
 
 
@@ -41,13 +44,13 @@ class CaptionedScene:
     scene: Scene
 
 
-def training_scene(seed: int, index: int, *, textured: float = 0.25) -> CaptionedScene:
+def training_scene(seed: int, index: int, *, textured: float = 0.25, n_grounds: int = len(GROUNDS)) -> CaptionedScene:
     """Scene `index` of the endless training set `seed`: a pure function of both. Nothing in it is zero-shot or reserved."""
     rng = np.random.default_rng([seed, index])
     category = CATEGORIES[bisect(_CUMULATIVE, rng.random())]
     meaning = _draw(rng, category, "training")
     caption = _worded(rng, meaning)[0]
-    return CaptionedScene(caption, meaning, scene_of(meaning, rng, textured=textured))
+    return CaptionedScene(caption, meaning, scene_of(meaning, rng, textured=textured, n_grounds=n_grounds))
 
 
 def evaluation_captions(n: int, seed: int = 0) -> list[str]:
@@ -57,8 +60,7 @@ def evaluation_captions(n: int, seed: int = 0) -> list[str]:
     `n` where `n` is large.
     """
     rng = np.random.default_rng([seed, 1])
-    kinds = [(category, split) for category in CATEGORIES for split in EVALUATED if (category, split) != NO_COMBINATION]
-    columns = [_different_captions(rng, category, split, n) for category, split in kinds]
+    columns = [_different_captions(rng, category, split, n) for category, split in _KINDS]
     return [caption for row in zip_longest(*columns) for caption in row if caption is not None]
 
 

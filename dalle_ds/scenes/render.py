@@ -19,7 +19,11 @@ TEXTURE_DEPTH: Final = 0.06  # how much darker than the ground its stripes, chec
 
 
 def render(scene: Scene, side: int) -> np.ndarray:
-    """Pixels uint8 (S, S, 3), edges smoothed. Raises ValueError for a side under `MIN_SIDE`."""
+    """Pixels uint8 (S, S, 3), edges smoothed.
+
+    Raises:
+        ValueError: a side under `MIN_SIDE`.
+    """
     if side < MIN_SIDE:
         raise ValueError(f"side {side}: expected {MIN_SIDE} pixels or more")
     pixels_SSC = ground_pixels(scene.ground, side).copy()

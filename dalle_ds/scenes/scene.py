@@ -49,7 +49,7 @@ class Scene:
     ground: Ground = Ground()
 
 
-def scene_of(meaning: Meaning, rng: np.random.Generator, *, textured: float = 0.25) -> Scene:
+def scene_of(meaning: Meaning, rng: np.random.Generator, *, textured: float = 0.25, n_grounds: int = len(GROUNDS)) -> Scene:
     """A scene that a caption of this meaning is true of.
 
     What the meaning does not say is drawn: colours (a training meaning gets no colour that its shape lacks in training) and
@@ -57,6 +57,7 @@ def scene_of(meaning: Meaning, rng: np.random.Generator, *, textured: float = 0.
 
     Args:
         textured: probability of a striped, checked or dotted ground.
+        n_grounds: colours of grounds: the first of `GROUNDS`; 1: white.
     """
     wanted = list(meaning.objects())
     size_unsaid = "large" if len(wanted) <= 2 else "small"
@@ -64,7 +65,9 @@ def scene_of(meaning: Meaning, rng: np.random.Generator, *, textured: float = 0.
     colours = _colours(meaning, wanted, rng)
     places = _places(meaning, sizes, rng)
     objects = zip(wanted, colours, sizes, places, strict=True)
-    ground = Ground(_pick(rng, tuple(GROUNDS)), _pick(rng, TEXTURES[1:]) if rng.random() < textured else TEXTURES[0])
+    ground = Ground(
+        _pick(rng, tuple(GROUNDS)[:n_grounds]), _pick(rng, TEXTURES[1:]) if rng.random() < textured else TEXTURES[0]
+    )
     return Scene(tuple(SceneObject(one.shape, colour, size, *place) for one, colour, size, place in objects), ground)
 
 
@@ -92,7 +95,7 @@ def _places(meaning: Meaning, sizes: list[str], rng: np.random.Generator) -> lis
     if meaning.relation is not None:
         steps = RELATIONS[meaning.relation]
     else:
-        steps = _pick(rng, (*RELATIONS.values(), *QUADRANTS))
+        steps = _pick(rng, _READING_ORDER)
     dx, dy = steps
     ends = [_jittered((dx, dy), sizes[0], rng), _jittered((-dx, -dy), sizes[1], rng)]
     if dx and dy:
@@ -106,6 +109,9 @@ def _jittered(steps: tuple[int, int], size: str, rng: np.random.Generator) -> tu
     x, y = (0.5 + STEP * step + rng.uniform(-reach, reach) for step in steps)
     return x, y
 
+
+# Where the first of two objects lies if nothing is said: people name what they see from left to right and from top to bottom.
+_READING_ORDER: Final = tuple(step for step in (*RELATIONS.values(), *QUADRANTS) if step[::-1] < (0, 0))
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ from dalle_ds.scenes.judge import judge
 from dalle_ds.scenes.render import render
 from dalle_ds.scenes.scene import scene_of
 from dalle_ds.scenes.score import require_meaning
+from dalle_ds.scenes.vocabulary import GROUNDS
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ class Trial:
     """Share of scenes with one thing wrong that were found wrong."""
 
 
-def try_judge(captions: Sequence[str], side: int, *, n: int = 400, seed: int = 0) -> Trial:
+def try_judge(
+    captions: Sequence[str], side: int, *, n: int = 400, seed: int = 0, textured: float = 0.25, n_grounds: int = len(GROUNDS)
+) -> Trial:
     """Draw at least `n` scenes of the captions, `side` pixels a side, and judge them and what `damage.spoiled` makes of them.
+
+    Args:
+        textured, n_grounds: as `scene_of`.
 
     Raises:
         DataError: a caption outside the grammar.
@@ -36,7 +42,7 @@ def try_judge(captions: Sequence[str], side: int, *, n: int = 400, seed: int = 0
     distinct = list(dict.fromkeys(captions))
     captions = distinct * -(-n // len(distinct))
     meanings = [require_meaning(caption) for caption in captions]
-    scenes = [scene_of(meaning, rng) for meaning in meanings]
+    scenes = [scene_of(meaning, rng, textured=textured, n_grounds=n_grounds) for meaning in meanings]
     images_BSSC = np.stack([render(scene, side) for scene in scenes])
     wrong_images, wrong_meanings = [], []
     for i, (scene, meaning) in enumerate(zip(scenes, meanings, strict=True)):

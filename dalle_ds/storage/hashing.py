@@ -1,4 +1,4 @@
-"""SHA-256 hashes of files, and integer hashes of text."""
+"""SHA-256 hashes of files and bytes, and integer hashes of text."""
 
 import hashlib
 from pathlib import Path
@@ -9,6 +9,11 @@ def sha256_of_file(path: Path) -> str:
     """SHA-256 of the file's content as 64 hex characters."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """SHA-256 of the bytes as 64 hex characters."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def hash_to_integer(text: str, byteorder: Literal["big", "little"] = "big") -> int:

@@ -1,4 +1,6 @@
-"""Storage: the same small functions for plain paths, file:// and s3://. An object is complete or absent.
+"""Storage: the same small functions for plain paths, file:// and s3://; for reading, all that fsspec reaches.
+
+An object is complete or absent.
 
 No function streams into the final object: an exception inside fsspec's `open(url, "wb")` commits a partial file on S3.
 Every write is one PUT, one multipart upload that is completed at its end, or a temporary file that is renamed.
@@ -8,27 +10,23 @@ Transient S3 faults are retried (see retry.py).
 Start processes that use S3 with spawn or forkserver, never with fork.
 """
 
-import functools
 import os
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from dalle_ds.errors import DataError
-from dalle_ds.places import check_place
+from dalle_ds.errors import Damaged, DataError
+from dalle_ds.places import OTHER, check_place, check_writable_scheme
+from dalle_ds.storage import other_requests, s3_requests
 from dalle_ds.storage.atomic import atomic_write, sync_file, temporary_beside
-from dalle_ds.storage.retry import error_code, retrying, status_of
+from dalle_ds.storage.retry import retrying
+from dalle_ds.storage.scratch import scratch_folder
 
 RANGE_BYTES = 64 << 20  # size of one GET of `read_into`, and of its buffer
-READ_TIMEOUT_SECONDS = 60  # a response that sends no byte for this time has stalled
-PART_BYTES = 8 << 20  # part size of multipart transfers; N_PARTS parts are in memory at the same time
-N_PARTS = 4
-MAX_PARTS = 10_000  # S3's maximum number of parts of one object
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,16 +39,27 @@ def is_s3(url: str | Path) -> bool:
 
 
 def local_path(url: str | Path) -> Path | None:
-    """The path of a local URL. None for s3://.
+    """The path of a local URL. None for s3:// and other remote storage.
 
     Raises:
-        DataError: the URL has another scheme or is incomplete.
+        DataError: the URL is incomplete.
     """
     text = str(url)
-    if is_s3(text):
-        return None
     check_place(text)
+    if is_s3(text) or OTHER.match(text):
+        return None
     return Path(text.removeprefix("file://"))
+
+
+def _output_path(url: str | Path) -> Path | None:
+    """The path of a local URL. None for s3://. Raises DataError for other remote storage, which is only read."""
+    check_writable_scheme(url)
+    return local_path(url)
+
+
+def _requests(url: str | Path) -> Any:
+    """The module with the requests to this remote storage."""
+    return s3_requests if is_s3(url) else other_requests
 
 
 def join(url: str | Path, *parts: str) -> str:
@@ -74,19 +83,21 @@ def read_bytes(url: str | Path) -> bytes:
     Raises:
         FileNotFoundError: the object does not exist.
         PermissionError: access is denied.
-        DataError: S3 was unreachable for DALLE_DS_RETRY_SECONDS.
+        DataError: S3 was unreachable for DALLE_DS_RETRY_SECONDS; or it is a device or a pipe, which may have no end.
     """
     path = local_path(url)
     if path is not None:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # the error of a folder says what it is
+            raise DataError(f"{url}: a device or a pipe, expected a regular file")
         return path.read_bytes()
-    return retrying(lambda: _s3().cat_file(_key(url)), url, "read")
+    return retrying(lambda: _requests(url).read(url), url, "read")
 
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
     """Read exactly `length` bytes from `offset`, by one ranged GET.
 
     Raises:
-        DataError: the object ends before offset + length.
+        Damaged: the object ends before offset + length.
     """
     path = local_path(url)
     if path is not None:
@@ -94,9 +105,9 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             data = file.read(length)
     else:
-        data = retrying(lambda: _s3_range(url, offset, length), url, "read")
+        data = retrying(lambda: _requests(url).read_range(url, offset, length), url, "read")
     if len(data) != length:
-        raise DataError(f"{url}: {len(data)} bytes at offset {offset}, expected {length}; the object is truncated")
+        raise Damaged(f"{url}: {len(data)} bytes at offset {offset}, expected {length}; the object is truncated")
     return data
 
 
@@ -104,7 +115,7 @@ def read_into(url: str | Path, offset: int, target: memoryview) -> None:
     """Fill `target` with the object's bytes from `offset`. On S3 each ranged GET reads RANGE_BYTES.
 
     Raises:
-        DataError: the object ends before `target` is full.
+        Damaged: the object ends before `target` is full.
     """
     path = local_path(url)
     if path is None:
@@ -117,7 +128,7 @@ def read_into(url: str | Path, offset: int, target: memoryview) -> None:
         while target:
             n = file.readinto(target)
             if not n:
-                raise DataError(f"{url}: {len(target)} bytes are missing at its end; the file is truncated")
+                raise Damaged(f"{url}: {len(target)} bytes are missing at its end; the file is truncated")
             target = target[n:]
 
 
@@ -130,9 +141,9 @@ def local_copy(url: str | Path) -> Iterator[Path]:
             raise FileNotFoundError(f"{url}: no such file")
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
-        target = Path(folder) / "copy"
-        retrying(lambda: _download(url, target), url, "download")
+    with scratch_folder() as folder:
+        target = folder / "copy"
+        retrying(lambda: _requests(url).download(url, target), url, "download")
         yield target
 
 
@@ -156,12 +167,12 @@ def size(url: str | Path) -> int:
         if not path.is_file():
             raise FileNotFoundError(f"{url}: no such file")
         return path.stat().st_size
-    return int(_head(url)["ContentLength"])
+    return retrying(lambda: _requests(url).size(url), url, "look up")
 
 
 def etag(url: str | Path) -> str | None:
-    """The object's ETag. None on local disks."""
-    return None if local_path(url) is not None else str(_head(url)["ETag"]).strip('"')
+    """The object's ETag. None on local disks, and on storage that has none."""
+    return None if local_path(url) is not None else retrying(lambda: _requests(url).etag(url), url, "look up")
 
 
 def list_files(prefix_url: str | Path, suffix: str = "") -> list[str]:
@@ -169,10 +180,24 @@ def list_files(prefix_url: str | Path, suffix: str = "") -> list[str]:
     return sorted(list_sizes(prefix_url, suffix))
 
 
-def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
-    """Like `list_files`, but returns {url: bytes}. Empty if the folder does not exist."""
+def list_sizes(prefix_url: str | Path, suffix: str = "", *, at_most: int | None = None) -> dict[str, int]:
+    """Like `list_files`, but returns {url: bytes}. Empty if the folder does not exist.
+
+    Args:
+        at_most: on s3://, end the listing after this number of objects and one more. None: list all.
+    """
+    return {url: n_bytes for url, (n_bytes, _) in _list(prefix_url, suffix, at_most).items()}
+
+
+def list_times(prefix_url: str | Path, suffix: str = "") -> dict[str, float]:
+    """Like `list_files`, but returns {url: when it was written, in seconds since 1970}. Empty if the folder does not exist."""
+    return {url: written for url, (_, written) in _list(prefix_url, suffix).items()}
+
+
+def _list(prefix_url: str | Path, suffix: str, at_most: int | None = None) -> dict[str, tuple[int, float]]:
+    # {url: (bytes, when it was written)}
     root = local_path(prefix_url)
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, float]] = {}
     if root is not None:
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -180,18 +205,14 @@ def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
                 if name.endswith(suffix) and not name.startswith("."):
                     file = Path(folder) / name
                     with suppress(FileNotFoundError):  # deleted after it was listed
-                        found[join(prefix_url, file.relative_to(root).as_posix())] = file.stat().st_size
+                        stat = file.stat()
+                        found[join(prefix_url, file.relative_to(root).as_posix())] = stat.st_size, stat.st_mtime
         return found
-    prefix = _key(prefix_url).rstrip("/") + "/"
     try:
-        entries = retrying(lambda: _s3().find(prefix, detail=True), prefix_url, "list")
+        listed = retrying(lambda: _requests(prefix_url).find(prefix_url, at_most), prefix_url, "list")
     except FileNotFoundError:
         return {}
-    for key, entry in entries.items():
-        # SeaweedFS lists the folder itself after its last file was deleted.
-        if entry["type"] == "file" and key.startswith(prefix) and not key.endswith("/") and key.endswith(suffix):
-            found[join(prefix_url, key.removeprefix(prefix))] = int(entry["size"])
-    return found
+    return {join(prefix_url, name): told for name, told in listed.items() if name.endswith(suffix)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,9 +222,9 @@ def list_sizes(prefix_url: str | Path, suffix: str = "") -> dict[str, int]:
 
 def write_bytes(url: str | Path, data: bytes) -> None:
     """Create or replace the object atomically: readers see the old or the new content, never a part."""
-    path = local_path(url)
+    path = _output_path(url)
     if path is None:
-        retrying(lambda: _s3().pipe_file(_key(url), data), url, "write")
+        retrying(lambda: s3_requests.client().pipe_file(s3_requests.key_of(url), data), url, "write")
         return
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
@@ -216,17 +237,16 @@ def create_exclusive(url: str | Path, data: bytes) -> bool:
         True if the object now contains `data`. False if it already had other content. Existing content equal to `data` counts
         as success, so that a retry after a lost response does not fail. Include an attempt id in `data` to distinguish writers.
     """
-    path = local_path(url)
-    created = _create_local(path, data) if path is not None else _create_s3(url, data)
+    path = _output_path(url)
+    created = _create_local(path, data) if path is not None else s3_requests.create(url, data)
     return created or read_bytes(url) == data
 
 
 def put_file(local: str | Path, url: str | Path) -> None:
     """Upload a finished local file, atomically."""
-    path = local_path(url)
+    path = _output_path(url)
     if path is None:
-        part_bytes = max(PART_BYTES, -(-Path(local).stat().st_size // MAX_PARTS))
-        retrying(lambda: _s3().put_file(str(local), _key(url), chunksize=part_bytes), url, "upload")
+        retrying(lambda: s3_requests.upload(local, url), url, "upload")
         return
     with atomic_write(path) as temporary:
         shutil.copyfile(local, temporary)
@@ -234,7 +254,7 @@ def put_file(local: str | Path, url: str | Path) -> None:
 
 def move_file(local: str | Path, url: str | Path) -> None:
     """Like `put_file`, but also removes the local file. On the same disk the file is renamed, not copied."""
-    path = local_path(url)
+    path = _output_path(url)
     if path is None:
         put_file(local, url)
         Path(local).unlink()
@@ -247,10 +267,10 @@ def move_file(local: str | Path, url: str | Path) -> None:
 @contextmanager
 def atomic_object(url: str | Path) -> Iterator[Path]:
     """Yields a local temporary file. At the end of the block it becomes the object, atomically; an error discards it."""
-    path = local_path(url)
+    path = _output_path(url)
     if path is None:
-        with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
-            spool = Path(folder) / "spool"
+        with scratch_folder() as folder:
+            spool = folder / "spool"
             yield spool
             put_file(spool, url)
         return
@@ -260,22 +280,41 @@ def atomic_object(url: str | Path) -> Iterator[Path]:
 
 def delete(url: str | Path) -> None:
     """Delete the object. Does nothing if it does not exist."""
-    path = local_path(url)
+    path = _output_path(url)
     with suppress(FileNotFoundError):
         if path is not None:
             path.unlink()
         else:
-            retrying(lambda: _s3().rm_file(_key(url)), url, "delete")
+            retrying(lambda: s3_requests.client().rm_file(s3_requests.key_of(url)), url, "delete")
 
 
 def delete_tree(url: str | Path) -> None:
     """Delete all objects below a folder, and on a local disk the folder itself. Does nothing if it does not exist."""
-    path = local_path(url)
+    path = _output_path(url)
     if path is not None:
         shutil.rmtree(path, ignore_errors=True)
         return
-    if keys := [_key(found) for found in list_files(url)]:
-        retrying(lambda: _s3().rm(keys), url, "delete")  # one request deletes a thousand objects
+    s3_requests.delete(url, list_files(url))
+
+
+def check_writable(url: str | Path) -> None:
+    """Check that objects can be written below an s3:// url, by writing and deleting an empty one. Local paths are not checked.
+
+    Raises:
+        DataError: the bucket does not exist, or S3 cannot be reached.
+        PermissionError: the keys do not allow it.
+    """
+    if not is_s3(url):
+        return
+    probe = join(url, f".dalle-ds-{uuid.uuid4().hex}")
+    try:
+        write_bytes(probe, b"")
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such bucket; expected one that exists, since outputs create none") from None
+    except (DataError, PermissionError) as error:
+        raise type(error)(str(error).replace(probe, str(url))) from None
+    with suppress(PermissionError):  # a store may allow to write only
+        delete(probe)
 
 
 def free_bytes(url: str | Path) -> int | None:
@@ -323,74 +362,3 @@ def _create_local(path: Path, data: bytes) -> bool:
                 "write the output to another file system or to s3://"
             ) from None
     return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# S3 side
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _s3() -> Any:
-    # The cache key includes the process id: a client created before a fork hangs or raises in the child.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return _s3_client(
-        os.getpid(),
-        endpoint,
-        os.environ.get("AWS_ACCESS_KEY_ID"),
-        os.environ.get("AWS_SECRET_ACCESS_KEY"),
-        READ_TIMEOUT_SECONDS,
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _s3_client(_pid: int, endpoint: str | None, _access_key: str | None, _secret_key: str | None, read_timeout: float) -> Any:
-    # Disable botocore's retries. Multiplied with s3fs's retries, they would take minutes before ours check their time limit.
-    return fsspec.filesystem(
-        "s3",
-        endpoint_url=endpoint,
-        use_listings_cache=False,
-        skip_instance_cache=True,
-        max_concurrency=N_PARTS,
-        default_block_size=PART_BYTES,
-        config_kwargs={"connect_timeout": 10, "read_timeout": read_timeout, "retries": {"max_attempts": 0}},
-    )
-
-
-def _key(url: str | Path) -> str:
-    return str(url).removeprefix("s3://")
-
-
-def _head(url: str | Path) -> dict[str, Any]:
-    bucket, _, key = _key(url).partition("/")
-    return retrying(lambda: _s3().call_s3("head_object", Bucket=bucket, Key=key), url, "look up")
-
-
-def _s3_range(url: str | Path, offset: int, length: int) -> bytes:
-    try:
-        return _s3().cat_file(_key(url), start=offset, end=offset + length)
-    except OSError as error:
-        if status_of(error) == 416:  # the object ends before `offset`
-            return b""
-        raise
-
-
-def _download(url: str | Path, target: Path) -> None:
-    expected = int(_head(url)["ContentLength"])
-    _s3().get_file(_key(url), str(target))
-    found = target.stat().st_size
-    if found != expected:
-        raise ConnectionError(f"download of {url} ended after {found} of {expected} bytes")
-
-
-def _create_s3(url: str | Path, data: bytes) -> bool:
-    def attempt() -> bool:
-        try:
-            _s3().pipe_file(_key(url), data, mode="create")
-            return True
-        except Exception as error:
-            # AWS names the failed condition, so s3fs raises FileExistsError. Other servers don't: s3fs raises OSError(EINVAL).
-            if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
-                return False
-            raise
-
-    return retrying(attempt, url, "create")

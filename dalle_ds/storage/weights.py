@@ -4,14 +4,15 @@
     model-00001-of-00003.safetensors ...  several files, and
     model.safetensors.index.json          their index (tensor name -> file, in Hugging Face's layout) with the same metadata
 
-Both layouts are read and written one tensor at a time.
+Both layouts are read one tensor at a time, and written in parts of tensors.
 """
 
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,11 @@ from dalle_ds.storage.buckets import in_buckets
 from dalle_ds.storage.fingerprint import LENGTH, FingerprintHasher
 from dalle_ds.storage.safetensors_writer import SafetensorsWriter
 from dalle_ds.storage.stored_tensors import StoredTensor, read_layout
+from dalle_ds.storage.text import parse_json
 
 Kind = Literal["dvae", "prior"]
+PutPart = Callable[[str, int, Tensor], object]
+"""Called with the name of a tensor, a flat index, and contiguous values from there on."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Weights:
     config: dict[str, Any]
     state: dict[str, Tensor]
     fingerprint: str
-    extra: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class StoredWeights:
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     fingerprint: str
-    extra: dict[str, str]
+    extra: dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,26 +64,52 @@ def write_weights(
     *,
     kind: Kind,
     config: dict[str, Any],
-    state: Mapping[str, Tensor | StoredTensor],
+    state: Mapping[str, Tensor],
     extra: Mapping[str, str] | None = None,
     max_file_bytes: int | None = None,
-    wrote: Callable[[int], object] = lambda n: None,
 ) -> str:
-    """Write weights and return their fingerprint. Each file is written atomically.
+    """Write weights and return their fingerprint. See `pour_weights`."""
+
+    def pour(put: PutPart) -> None:
+        for name, tensor in state.items():
+            put(name, 0, tensor.detach().cpu().contiguous())
+
+    return pour_weights(url, kind=kind, config=config, tensors=state, pour=pour, extra=extra, max_file_bytes=max_file_bytes)
+
+
+def pour_weights(
+    url: str | Path,
+    *,
+    kind: Kind,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    pour: Callable[[PutPart], object],
+    extra: Mapping[str, str] | None = None,
+    max_file_bytes: int | None = None,
+    hashed: Callable[[int], object] = lambda n: None,
+) -> str:
+    """Write weights whose values come in any order, and return their fingerprint.
+
+    Each file is written atomically, after `pour`. Files for s3:// are first written below TMPDIR.
 
     Args:
         url: URL of the single file. Several files are named after it.
         config: the model's config, part of the fingerprint.
-        state: tensors, or stored tensors. Only one stored tensor is in memory at a time.
+        tensors: only their dtypes and shapes are used.
+        pour: called with what writes values of a tensor, from a flat index on; it may be used from several threads. Must write
+            all values. If it raises, no file is written.
         extra: additional metadata, not part of the fingerprint.
         max_file_bytes: maximum size of the tensors in one file; larger weights are written to several files. None: one file.
-        wrote: called after each tensor with its size in bytes.
+        hashed: called with the bytes of each tensor after `pour`, when the tensor was read again for the fingerprint.
+
+    Raises:
+        DataError: the disk is too small.
     """
-    # The fingerprint covers the tensors in name order and is known only after the last tensor. So the header first has a
-    # placeholder of the same length, which is replaced before the file is renamed. A second pass would read a large checkpoint
-    # from disk again.
-    parts = in_buckets(sorted(state), lambda name: state[name].nbytes, max_file_bytes or math.inf)
-    before = _files_of_index(url)
+    parts = in_buckets(sorted(tensors), lambda name: tensors[name].nbytes, max_file_bytes or math.inf)
+    before, is_single = _files_of_index(url), len(parts) == 1
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    objects.check_disk_space(tempfile.gettempdir() if objects.is_s3(url) else url, n_bytes, "the weights")
+    # The fingerprint covers the tensors in name order. The header of a single file first has a placeholder of the same length.
     hasher = FingerprintHasher(_identity(kind, config))
     metadata = {
         "format": "pt",
@@ -88,24 +118,26 @@ def write_weights(
         "fingerprint": "0" * LENGTH,
         "extra": canonical_json(dict(extra or {})),
     }
-    if len(parts) == 1:
-        with objects.atomic_object(url) as file, SafetensorsWriter(file, state, metadata) as writer:
-            _pour(parts[0], state, writer, hasher, wrote)
-            writer.replace_metadata({**metadata, "fingerprint": hasher.value()})
+    files = [str(url)] if is_single else [_part_url(url, number, len(parts)) for number in range(1, len(parts) + 1)]
+    with ExitStack() as stack:
+        writers: dict[str, SafetensorsWriter] = {}
+        for file, names in zip(files, parts, strict=True):
+            path = stack.enter_context(objects.atomic_object(file))
+            about = metadata if is_single else {"format": "pt", "kind": kind}
+            writer = stack.enter_context(SafetensorsWriter(path, {name: tensors[name] for name in names}, about))
+            writers |= dict.fromkeys(names, writer)
+        pour(lambda name, at, values: writers[name].put(name, values, at))
+        for name, writer in writers.items():
+            hasher.add(name, writer.read(name))
+            hashed(tensors[name].nbytes)
+        metadata["fingerprint"] = hasher.value()
+        if is_single:
+            writer.replace_metadata(metadata)
+    if is_single:
         objects.delete(_index_url(url))
-        files = []
     else:
-        files = [_part_url(url, number, len(parts)) for number in range(1, len(parts) + 1)]
-        for part_url, names in zip(files, parts, strict=True):
-            part, about = {name: state[name] for name in names}, {"format": "pt", "kind": kind}
-            with objects.atomic_object(part_url) as file, SafetensorsWriter(file, part, about) as writer:
-                _pour(names, state, writer, hasher, wrote)
         index = {
-            "metadata": {
-                "total_size": sum(tensor.nbytes for tensor in state.values()),
-                **metadata,
-                "fingerprint": hasher.value(),
-            },
+            "metadata": {"total_size": n_bytes, **metadata},
             "weight_map": {name: _name(file) for file, names in zip(files, parts, strict=True) for name in names},
         }
         objects.write_bytes(_index_url(url), json.dumps(index, indent=1).encode())
@@ -113,24 +145,6 @@ def write_weights(
     for stale in set(before) - set(files):  # files of a previous model
         objects.delete(stale)
     return hasher.value()
-
-
-def _pour(
-    names: list[str],
-    state: Mapping[str, Tensor | StoredTensor],
-    writer: SafetensorsWriter,
-    hasher: FingerprintHasher,
-    wrote: Callable[[int], object],
-) -> None:
-    def one(name: str) -> int:  # a separate function, so that its tensor is freed before the next is read
-        source = state[name]
-        tensor = source.read() if isinstance(source, StoredTensor) else source.detach().cpu().contiguous()
-        writer.put(name, tensor)
-        hasher.add(name, tensor)
-        return tensor.nbytes
-
-    for name in names:
-        wrote(one(name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,43 +170,53 @@ def open_weights(url: str | Path, kind: Kind) -> StoredWeights:
         raise DataError(f"{url}: not a weights file of dalle_ds: its metadata lacks {', '.join(sorted(missing))}")
     if metadata["kind"] != kind:
         raise DataError(f"{url}: contains a {metadata['kind']}, expected a {kind}")
-    extra = json.loads(metadata.get("extra", "{}"))
-    return StoredWeights(json.loads(metadata["config"]), tensors, metadata["fingerprint"], extra)
+    config, extra = (_mapping(url, metadata.get(name, "{}"), name) for name in ("config", "extra"))
+    return StoredWeights(config, tensors, metadata["fingerprint"], extra)
 
 
-def read_weights(url: str | Path, kind: Kind, device: str | torch.device = "cpu") -> Weights:
+def _mapping(url: str | Path, text: str, name: str) -> dict[str, Any]:
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{url}: the {name} in its metadata is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{url}: the {name} in its metadata is a {type(found).__name__}, expected a mapping")
+    return found
+
+
+def number_of(extra: Mapping[str, Any], name: str, url: str | Path) -> float | None:
+    """A number in the additional metadata of weights, None if it is not there. Nothing verifies this metadata.
+
+    Raises:
+        DataError: it is not a finite number.
+    """
+    text = extra.get(name)
+    try:
+        number = None if text is None else float(text)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        raise DataError(f"{url}: {name} in its metadata is {str(text)[:80]!r}, expected a number")
+    return number
+
+
+def read_weights(
+    url: str | Path,
+    kind: Kind,
+    device: str | torch.device = "cpu",
+    dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
+) -> Weights:
     """Read weights, moving each tensor directly to `device`, and verify the fingerprint.
+
+    Args:
+        dtype_of: returns the dtype that a tensor is rounded to after its bytes are verified, by its name. None: as stored.
 
     Raises:
         DataError: the file does not exist, is not a weights file, is damaged, or has another kind.
     """
     opened = open_weights(url, kind)
-    state = {name: tensor.to(device) for name, tensor in _checked(url, kind, opened)}
+    state = {name: tensor.to(device, dtype_of(name)) for name, tensor in _checked(url, kind, opened)}
     return Weights(opened.config, state, opened.fingerprint, opened.extra)
-
-
-def fetch_weights(name: str, fetch: Callable[[str], Path]) -> None:
-    """Copy the single weights file, or the index and all files that it names.
-
-    Args:
-        name: name of the single file.
-        fetch: copies the file with a given name and returns the copy's path. Raises FileNotFoundError if it does not exist.
-
-    Raises:
-        FileNotFoundError: neither the single file nor the index exists.
-        DataError: the index is damaged.
-    """
-    try:
-        fetch(name)
-        return
-    except FileNotFoundError:
-        index = fetch(_index_url(name))
-    try:
-        files = {_name(file) for file in json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{_index_url(name)}: not an index of weights files ({error!r})") from None
-    for file in sorted(files):
-        fetch(file)
 
 
 def verified_fingerprint(url: str | Path, kind: Kind) -> str:
@@ -212,10 +236,12 @@ def _checked(url: str | Path, kind: Kind, opened: StoredWeights) -> Iterator[tup
     hasher = FingerprintHasher(_identity(kind, opened.config))
     try:
         # Tensors with adjacent names are in the same file, so each file is downloaded once.
-        for file, stored in itertools.groupby(sorted(opened.tensors.items()), lambda item: item[1].pieces[0].url):
+        for file, stored in itertools.groupby(sorted(opened.tensors.items()), lambda item: item[1].url):
             with objects.local_copy(file) as local:
                 for name, tensor in stored:
                     value = tensor.in_file(local).read()
+                    if value.is_floating_point() and not torch.isfinite(value).all():
+                        raise DataError(f"{url}: {name} has NaN or Inf: the weights are of a run that has diverged, or damaged")
                     hasher.add(name, value)
                     yield name, value
     except FileNotFoundError as error:
@@ -229,11 +255,14 @@ def _checked(url: str | Path, kind: Kind, opened: StoredWeights) -> Iterator[tup
 def _read_parts(url: str | Path) -> tuple[dict[str, str], dict[str, StoredTensor]] | None:
     """Metadata and stored tensors of weights in several files. None if there is no index."""
     try:
-        index = json.loads(objects.read_bytes(_index_url(url)))
+        index = parse_json(objects.read_bytes(_index_url(url)))
         metadata, weight_map = index["metadata"], index["weight_map"]
+        texts = [metadata.get(name, "") for name in ("kind", "config", "fingerprint", "extra")]
+        if not all(isinstance(text, str) for text in (*texts, *weight_map.values())):
+            raise ValueError("expected texts in metadata and weight_map")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{_index_url(url)}: not an index of weights files ({error!r})") from None
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
@@ -267,7 +296,7 @@ def _part_url(url: str | Path, number: int, n_parts: int) -> str:
 
 def _files_of_index(url: str | Path) -> list[str]:
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        index = json.loads(objects.read_bytes(_index_url(url)))
+        index = parse_json(objects.read_bytes(_index_url(url)))
         return [_beside(url, file) for file in set(index["weight_map"].values())]
     return []
 

@@ -1,29 +1,29 @@
 """Deliver tracking records to MLflow: one run per folder, across restarts, outages and lost stores."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import re
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
-from dalle_ds.places import check_store
+from dalle_ds.data.images import ImageProblem, decode_image
+from dalle_ds.redaction import redacted
 from dalle_ds.storage.atomic import atomic_write
+from dalle_ds.storage.text import parse_json
+from dalle_ds.tracking.store import make_client, sqlite_file
 
 log = logging.getLogger(__name__)
 
 LATEST_IMAGES = "latest_images"
 """Artifact folder of images without a step. It must not be MLflow's own folder "images": the page would show no image chart."""
 RUN_FILE = "mlflow_run.json"
+REFUSED = "mlflow_refused.jsonl"
+"""File of the records that the store refuses, with the reasons."""
 NOTE_TAG, PARENT_TAG = "mlflow.note.content", "mlflow.parentRunId"
 NOTE_HASH_TAG = "dalle_ds.note_hash"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else the page assumes chats and traces
@@ -31,12 +31,13 @@ KEY_TAG = "dalle_ds.run_key"  # finds the run after a kill between creating it a
 MAX_METRICS, MAX_ENTITIES = 1000, 100  # MLflow's limits for one log_batch request
 MAX_PARAM, MAX_TAG = 6000, 8000
 
+ABOUT = ("params", "tags", "description", "dataset")
+"""Kinds of records that describe a run, and that a run which replaces a deleted one needs too."""
 PERMANENT = {
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
     "INVALID_STATE",
     "RESOURCE_ALREADY_EXISTS",
-    "REQUEST_LIMIT_EXCEEDED",
     "MALFORMED_REQUEST",
     "NOT_IMPLEMENTED",
 }
@@ -44,6 +45,10 @@ PERMANENT = {
 
 class Refused(Exception):
     """The store refuses a record permanently. Sending it again would not help."""
+
+
+class RunDeleted(Exception):
+    """The run or its experiment was deleted while it was in use. The next attempt sends the same records to another run."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class RunRef:
 def read_run(folder: Path) -> RunRef | None:
     """Read the folder's MLflow run. Returns None before the first Tracker.start there, or if the file is not readable."""
     try:
-        return RunRef(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+        return RunRef(**parse_json((folder / RUN_FILE).read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -76,28 +81,6 @@ def write_run(folder: Path, run: RunRef) -> None:
         temporary.write_text(json.dumps(asdict(run), indent=1), encoding="utf-8")
 
 
-def resolve_uri(uri: str | None, folder: Path, known: RunRef | None = None) -> str:
-    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else the store of the folder's run `known`, else a SQLite file beside
-    the folder. A SQLite store that no longer exists is not used again. Raises DataError if the name is not that of a store."""
-    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if chosen:
-        check_store(chosen)
-        return chosen
-    if known is not None:
-        database = sqlite_file(known.uri)
-        if database is None or database.exists():  # a folder moved to another machine gets a new store
-            return known.uri
-    return f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
-
-
-def without_password(uri: str) -> str:
-    """`uri` without user and password, for files and logs. MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD supply them."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 class MlflowSink:
     """Sends records to one MLflow run. Every method may raise. Refused is permanent; after any other error, try again later.
 
@@ -108,19 +91,27 @@ class MlflowSink:
         """`attach_only`: log only to the run in mlflow_run.json. Never create another run or change the status of this one."""
         self.folder, self.uri, self.attach_only = folder, uri, attach_only
         self._client: Any = None
-        self._run_id: str | None = None
+        self._run_id: str | None = None  # None: not connected
+        self._known_run_id: str | None = None  # of the last connection
         self._params: dict[str, str] = {}
         self._parent_id: str | None = None
+        self._about: list[dict[str, Any]] = []  # sent records of ABOUT
+        self.n_refused = 0
+        """Number of records that the store refused in this process. They are in REFUSED of the folder."""
 
     def deliver(self, records: Sequence[dict[str, Any]], *, session: str | None) -> None:
-        """Send `records` in order. A record that the store refuses is logged as a warning and dropped.
+        """Send `records` in order. A record that the store refuses is logged as a warning and written to REFUSED.
 
         Args:
             session: the tracker's session. Run statuses of earlier sessions are out of date and skipped; None sends them too.
+
+        Raises:
+            RunDeleted: the run was deleted. Another call sends `records` to another run.
         """
         self.connect()
         with self._answers_translated():
             self._deliver(records, session)
+        self._about += [record for record in records if record["kind"] in ABOUT]
 
     def connect(self) -> str:
         """Find or create the run. Returns its id."""
@@ -133,6 +124,9 @@ class MlflowSink:
             self._params, self._parent_id = dict(data.params), data.tags.get(PARENT_TAG)
             if not self.attach_only:
                 self._of_parent(self._client.update_run, status="RUNNING")
+            if self._known_run_id not in (None, self._run_id):
+                self._deliver(self._about, session=None)
+            self._known_run_id = self._run_id
         return self._run_id
 
     def _deliver(self, records: Sequence[dict[str, Any]], session: str | None) -> None:
@@ -164,7 +158,11 @@ class MlflowSink:
             with self._answers_translated():
                 send(record)
         except Refused as refusal:
-            log.warning("MLflow refuses a record, which is dropped: %s; the record: %.300s", refusal, record)
+            self.n_refused += 1
+            kept = self.folder / REFUSED
+            log.warning("MLflow refuses a record, which goes to %s: %s; the record: %.300s", kept, refusal, record)
+            with contextlib.suppress(OSError), kept.open("a", encoding="utf-8") as file:
+                file.write(redacted(json.dumps({"reason": str(refusal), "record": record})) + "\n")
 
     def _send_metrics(self, records: Sequence[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -217,8 +215,6 @@ class MlflowSink:
         self._client.log_inputs(self._run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
 
     def _send_image(self, record: dict[str, Any]) -> None:
-        from PIL import Image, UnidentifiedImageError
-
         path = self.folder / record["file"]
         if not path.is_file():
             raise Refused(f"{path} no longer exists")
@@ -226,13 +222,13 @@ class MlflowSink:
             self._client.log_artifact(self._run_id, str(path), LATEST_IMAGES)
         else:  # MLflow's page shows images with the same name and different steps on a slider
             try:
-                with Image.open(path) as file:
-                    image = file.convert("RGB")
-            except (UnidentifiedImageError, SyntaxError) as error:
-                raise Refused(f"{path} is damaged: {error}") from error
+                image = decode_image(path.read_bytes())
+            except ImageProblem as problem:
+                raise Refused(f"{path} is {problem.reason}") from problem
             self._client.log_image(
                 self._run_id, image, key=record["name"], step=record["step"], timestamp=record["time"], synchronous=True
             )
+        self._require_run()
         path.unlink(missing_ok=True)
 
     def _send_artifact(self, record: dict[str, Any]) -> None:
@@ -243,6 +239,7 @@ class MlflowSink:
             self._client.log_artifacts(self._run_id, str(path), record["folder"] or path.name)
         else:
             self._client.log_artifact(self._run_id, str(path), record["folder"] or None)
+        self._require_run()
         if record["is_copy"]:
             path.unlink(missing_ok=True)
             path.parent.rmdir()
@@ -263,21 +260,44 @@ class MlflowSink:
                 raise
             self._parent_id = None
 
+    def _require_run(self) -> None:
+        """Check that the run was not deleted: the store takes files for a deleted run too, where nobody sees them.
+
+        Raises:
+            RunDeleted: it was deleted.
+        """
+        if self._is_deleted():
+            self._run_id = None
+            raise RunDeleted("the run was deleted")
+
+    def _is_deleted(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(self._run_id).info.lifecycle_stage != "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return True
+
     def _find_or_create(self) -> str:
-        run = read_run(self.folder) or RunRef(uri=without_password(self.uri))
+        run = read_run(self.folder) or RunRef(uri=redacted(self.uri))
         found = self._look_up(run)
+        if found is None and not self.attach_only and run.run_id is not None:
+            self._experiment_id(run.experiment)  # restoring a deleted experiment restores its runs
+            found = self._look_up(run)
         if found is None and self.attach_only:
             raise Refused(f"run {run.run_id} does not exist in {run.uri}")
         if found is None:
             if run.run_id is not None:
-                log.warning("MLflow run %s is not in %s: logging goes to a new run", run.run_id, without_password(self.uri))
+                log.warning("MLflow run %s is not in %s: logging goes to a new run", run.run_id, redacted(self.uri))
             found = self._create(run)
         elif found.info.status != "RUNNING" and not self.attach_only:
             self._client.update_run(found.info.run_id, status="RUNNING")
         if not self.attach_only:
             write_run(
                 self.folder,
-                replace(run, uri=without_password(self.uri), run_id=found.info.run_id, experiment_id=found.info.experiment_id),
+                replace(run, uri=redacted(self.uri), run_id=found.info.run_id, experiment_id=found.info.experiment_id),
             )
         return found.info.run_id
 
@@ -306,7 +326,7 @@ class MlflowSink:
         if run.pipeline:
             tags[PARENT_TAG] = self._pipeline_run(run.pipeline, experiment_id)
         # store the key before creating the run: if the process is killed in between, the next start finds the run by its key
-        write_run(self.folder, replace(run, uri=without_password(self.uri), run_id=None, key=key))
+        write_run(self.folder, replace(run, uri=redacted(self.uri), run_id=None, key=key))
         return self._client.create_run(experiment_id, tags=tags, run_name=run.run_name)
 
     def _pipeline_run(self, pipeline: str, experiment_id: str) -> str:
@@ -347,74 +367,11 @@ class MlflowSink:
                 # the run was deleted, or the server restarted with another database: find or create the run again
                 self._run_id = None
             if code in PERMANENT:
+                if self._run_id is not None:
+                    self._require_run()  # a deleted run refuses every record, with the same code as a bad record
                 raise Refused(f"{code}: {error}") from error
             raise
 
 
-def make_client(uri: str) -> Any:
-    """Return an MlflowClient with short timeouts and without telemetry or printed URLs. Creates a missing SQLite store.
-
-    Raises:
-        DataError: `uri` does not name a store.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # by default mlflow retries for minutes inside one call; here the spool does the retries
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    check_store(uri)
-    database = sqlite_file(uri)
-    if database is not None:
-        create_sqlite_store(database)
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return MlflowClient(given if given and without_password(given) == uri else uri)
-
-
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store. None for other stores."""
-    found = re.match(r"sqlite:///(.+?)(\?.*)?$", uri)
-    return Path(found[1]).resolve() if found and not found[1].startswith(":memory:") else None
-
-
-def create_sqlite_store(database: Path) -> None:
-    """Create `database` with MLflow's tables if the file does not exist.
-
-    - The file is renamed to `database` only when complete: a kill during MLflow's migrations leaves a file that MLflow cannot
-      repair.
-    - The migrations run in their own process: for ten seconds they would hold the GIL, which the training needs.
-    - A file lock is held, because two stages may start at the same time.
-
-    Raises:
-        RuntimeError: the migrations failed. Contains their output.
-    """
-    if database.exists():
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(f".{database.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if database.exists():
-            return
-        unfinished = database.with_name(f".{database.name}.new")
-        for leftover in database.parent.glob(f"{unfinished.name}*"):
-            leftover.unlink()
-        program = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(*sys.argv[1:])"
-        done = subprocess.run(
-            [sys.executable, "-c", program, f"sqlite:///{unfinished}", (database.parent / "mlartifacts").as_uri()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"MLflow could not create its tables in {database}: {done.stdout[-1500:]}")
-        unfinished.replace(database)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dalle_ds.errors import DataError
-from dalle_ds.tracking.mlflow_sink import make_client, sqlite_file
+from dalle_ds.tracking.store import make_client, sqlite_file
 
 SCHEME = "models:/"
 

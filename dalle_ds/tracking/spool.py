@@ -3,12 +3,16 @@
 import fcntl
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dalle_ds.errors import DataError
 from dalle_ds.storage.atomic import atomic_write
+from dalle_ds.storage.record import seal, unseal
 
+SEGMENT = re.compile(r"([0-9]{8,})\.jsonl", re.ASCII)
 SEGMENT_BYTES = 8 << 20  # acknowledged segments are deleted: a run of 430,000 updates does not keep gigabytes of records
 
 
@@ -91,7 +95,7 @@ class Spool:
     def acknowledge(self, position: Position) -> None:
         """Store the position, then delete the segments before it."""
         with atomic_write(self.folder / "position.json", one_writer=True) as temporary:
-            temporary.write_text(json.dumps({"segment": position.segment, "offset": position.offset}))
+            temporary.write_bytes(seal({"segment": position.segment, "offset": position.offset}))
         for number in self._segments():
             if number < position.segment and number != self._writing:
                 self._path(number).unlink(missing_ok=True)
@@ -123,17 +127,19 @@ class Spool:
         self._writing, self._written = number, 0
 
     def _segments(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
+        found = (SEGMENT.fullmatch(path.name) for path in self.folder.iterdir())  # others may put files here, such as copies
+        return sorted(int(name[1]) for name in found if name)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.jsonl"
 
     def _position(self) -> Position:
         try:
-            tree = json.loads((self.folder / "position.json").read_text())
+            file = self.folder / "position.json"
+            tree = unseal(file.read_bytes(), file)
             return Position(int(tree["segment"]), int(tree["offset"]))
-        except (OSError, ValueError, KeyError):
-            return Position()
+        except (OSError, ValueError, KeyError, TypeError, DataError):
+            return Position()  # of a damaged position: records are sent again, and none is skipped
 
 
 def _is_held(handle: int) -> bool:

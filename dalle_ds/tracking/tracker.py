@@ -1,4 +1,4 @@
-"""Track a run in MLflow without waiting for the server: calls append to a spool on disk, and one thread delivers."""
+"""Track a run in MLflow without waiting: calls append to a spool on disk, one thread makes images, and one delivers."""
 
 import logging
 import os
@@ -7,15 +7,19 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dalle_ds.errors import DataError
-from dalle_ds.tracking.mlflow_sink import RUN_FILE, MlflowSink, RunRef, read_run, resolve_uri, without_password, write_run
+from dalle_ds.redaction import redacted
+from dalle_ds.tracking.drawing import Drawing
+from dalle_ds.tracking.mlflow_sink import REFUSED, RUN_FILE, MlflowSink, RunRef, read_run, write_run
 from dalle_ds.tracking.spool import Spool
+from dalle_ds.tracking.store import resolve_uri
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ COPY_UP_TO = 64 << 20  # larger artifacts are not copied to the spool but upload
 PIPELINE = "DALLE_DS_PIPELINE"
 """Environment variable with a path. Runs that begin with the same value are children of one run, named by its last part."""
 STATES = ("FINISHED", "FAILED", "KILLED")
+ENDED_FILE = "ended"
+"""File in the spool's folder with the final status, once that is a record of the spool."""
 
 
 class NullTracker:
@@ -37,8 +43,13 @@ class NullTracker:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics of a step. Values may be anything that float() accepts."""
 
-    def image(self, name: str, image: Image.Image, step: int | None = None) -> None:
-        """Log an image. With a step, the images of one name appear on a slider over steps."""
+    def image(self, name: str, image: Image.Image | Callable[[], Image.Image], step: int | None = None) -> None:
+        """Log an image. With a step, the images of one name appear on a slider over steps.
+
+        Args:
+            image: an image that nobody changes afterwards, or a function that makes it, which is called on a thread. An error
+                of the function is logged as a warning.
+        """
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file or a folder to artifact folder `folder`. A file of at most 64 MiB is copied at once; a larger file or a
@@ -54,7 +65,7 @@ class NullTracker:
         """Log an input of the run (data set, dVAE, tokenizer) with its fingerprint `digest`."""
 
     def close(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
-        """Deliver the pending records, then set the run's status. Returns whether everything was delivered.
+        """Deliver the pending records, then set the run's status. Returns whether everything that was logged was delivered.
 
         Args:
             status: one of STATES.
@@ -76,7 +87,8 @@ class Tracker(NullTracker):
         self._lanes = {"values": Spool(folder / SPOOL / "values"), "files": Spool(folder / SPOOL / "files")}
         self._append_lock = threading.Lock()
         self._wake, self._closing, self._closed = threading.Event(), threading.Event(), False
-        self._disk_is_full = False
+        self._disk_is_full, self._n_lost = False, 0
+        self._drawing = Drawing()
         self._thread = threading.Thread(target=self._drain, name="mlflow", daemon=True)
 
     @classmethod
@@ -103,10 +115,10 @@ class Tracker(NullTracker):
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         known = read_run(folder)
-        uri = resolve_uri(uri, folder, known)
+        uri = resolve_uri(uri, folder, known and known.uri)
         if known is None:
             known = RunRef(
-                uri=without_password(uri),
+                uri=redacted(uri),
                 experiment=experiment,
                 run_name=run_name or folder.name,
                 key=uuid.uuid4().hex,
@@ -114,10 +126,11 @@ class Tracker(NullTracker):
             )
             write_run(folder, known)
         tracker = cls(folder, MlflowSink(folder, uri), session=uuid.uuid4().hex)
+        (folder / SPOOL / ENDED_FILE).unlink(missing_ok=True)
         tracker.params(params or {})
         tracker.tags(tags or {})
         if description:
-            tracker._append("values", {"kind": "description", "text": description})
+            tracker._append("values", {"kind": "description", "text": redacted(description)})
         tracker._thread.start()
         return tracker
 
@@ -126,7 +139,7 @@ class Tracker(NullTracker):
         """Log to an existing run, e.g. samples of an exported model, with the spool in `folder`. Keeps the run's status."""
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        write_run(folder, RunRef(uri=without_password(uri), run_id=run_id))
+        write_run(folder, RunRef(uri=redacted(uri), run_id=run_id))
         tracker = cls(folder, MlflowSink(folder, uri, attach_only=True), session=uuid.uuid4().hex)
         tracker._thread.start()
         return tracker
@@ -142,8 +155,15 @@ class Tracker(NullTracker):
             {"kind": "metrics", "step": int(step), "values": {_name(key): float(value) for key, value in values.items()}},
         )
 
-    def image(self, name: str, image: Image.Image, step: int | None = None) -> None:
-        name = _name(name)
+    def image(self, name: str, image: Image.Image | Callable[[], Image.Image], step: int | None = None) -> None:
+        now = _milliseconds()
+
+        def make() -> None:
+            self._spool_image(_name(name), image if isinstance(image, Image.Image) else image(), step, now)
+
+        self._drawing.add(name, make)
+
+    def _spool_image(self, name: str, image: Image.Image, step: int | None, now: int) -> None:
         stem = name.replace("/", "_") if step is None else f"{name.replace('/', '_')}-{step:08d}"
         folder = Path(SPOOL) / "images" / uuid.uuid4().hex[:8]
         try:
@@ -152,7 +172,7 @@ class Tracker(NullTracker):
         except OSError as error:
             self._say_disk_is_full(error)
             return
-        self._append("files", {"kind": "image", "name": name, "step": step, "file": str(folder / f"{stem}.png")})
+        self._append("files", {"kind": "image", "name": name, "step": step, "file": str(folder / f"{stem}.png"), "time": now})
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         path = Path(path).resolve()
@@ -170,22 +190,27 @@ class Tracker(NullTracker):
 
     def tags(self, values: Mapping[str, Any]) -> None:
         if values:
-            self._append("values", {"kind": "tags", "values": {_name(key): str(value) for key, value in values.items()}})
+            self._append("values", {"kind": "tags", "values": _texts(values)})
 
     def params(self, values: Mapping[str, Any]) -> None:
         if values:
-            self._append("values", {"kind": "params", "values": {_name(key): str(value) for key, value in values.items()}})
+            self._append("values", {"kind": "params", "values": _texts(values)})
 
     def input_dataset(self, name: str, source_url: str, digest: str, context: str = "training") -> None:
-        self._append("values", {"kind": "dataset", "name": name, "source": source_url, "digest": digest, "context": context})
+        source = redacted(source_url)
+        self._append("values", {"kind": "dataset", "name": name, "source": source, "digest": digest, "context": context})
 
     def close(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
         if self._closed:
             return True
         if status not in STATES:
             raise ValueError(f"status {status!r}: expected one of {', '.join(STATES)}")
+        began = time.monotonic()
+        self._drawing.finish(timeout)
         self._append("values", {"kind": "status", "status": status, "session": self._session})
-        return self._flush_and_stop(timeout)
+        with suppress(OSError):  # a full disk, which `_append` has told
+            (self.folder / SPOOL / ENDED_FILE).write_text(status, encoding="utf-8")
+        return self._flush_and_stop(max(0.0, timeout - (time.monotonic() - began)))
 
     def _flush_and_stop(self, timeout: float) -> bool:
         self._closed = True
@@ -198,17 +223,22 @@ class Tracker(NullTracker):
                 "%d tracking records are not yet delivered to %s and stay in %s; the next start of this run sends them, "
                 "or: dalle-ds mlflow-sync %s",
                 n_left,
-                without_password(self._sink.uri),
+                redacted(self._sink.uri),
                 self.folder / SPOOL,
                 self.folder,
             )
+        n_lost = self._n_lost + self._drawing.n_lost
+        if n_lost:
+            log.warning("%d tracking records are lost: the disk was full, or images could not be drawn in time", n_lost)
+        if self._sink.n_refused:
+            log.warning("MLflow refused %d tracking records: %s lists them", self._sink.n_refused, self.folder / REFUSED)
         if not self._thread.is_alive():
             for lane in self._lanes.values():
                 lane.close()
-        return n_left == 0
+        return n_left == n_lost == self._sink.n_refused == 0
 
     def _append(self, lane: str, record: dict[str, Any]) -> None:
-        record["time"] = int(time.time() * 1000)
+        record.setdefault("time", _milliseconds())
         with self._append_lock:
             try:
                 self._lanes[lane].append(record)
@@ -217,6 +247,7 @@ class Tracker(NullTracker):
                 self._say_disk_is_full(error)
 
     def _say_disk_is_full(self, error: OSError) -> None:
+        self._n_lost += 1
         if not self._disk_is_full:  # warn once, not at every step
             log.warning("tracking records are lost: %s cannot be written: %s", self.folder / SPOOL, error)
         self._disk_is_full = True
@@ -258,7 +289,7 @@ class _Lane:
                     log.info("MLflow answers again after %d failed attempts", self._n_failures)
                     self._n_failures = 0
         except Exception as error:  # an error of tracking must not stop training
-            self._failed(hurry, f"{type(error).__name__}: {str(error)[:300]}")
+            self._failed(hurry, f"{type(error).__name__}: {redacted(str(error))[:300]}")
             return
         self.is_done = hurry
 
@@ -276,6 +307,22 @@ class _Lane:
             )
 
 
+def has_ended(folder: str | Path, status: str) -> bool:
+    """Whether the MLflow run of a folder has ended with `status` and all its records are delivered, or was never started.
+
+    False after a kill before `close` was done. Does not ask the server.
+    """
+    folder = Path(folder)
+    if read_run(folder) is None:
+        return True
+    try:
+        if (folder / SPOOL / ENDED_FILE).read_text(encoding="utf-8") != status:
+            return False
+    except (OSError, UnicodeDecodeError):
+        return False
+    return not any(Spool(folder / SPOOL / lane).n_waiting() for lane in ("values", "files"))
+
+
 def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0) -> bool:
     """Deliver the records that an ended run left in its spool. Returns whether all were delivered.
 
@@ -289,6 +336,14 @@ def replay(folder: str | Path, *, uri: str | None = None, timeout: float = 300.0
     tracker = Tracker(folder, MlflowSink(folder, uri or known.uri, attach_only=not known.experiment), session=None)
     tracker._thread.start()
     return tracker._flush_and_stop(timeout)
+
+
+def _milliseconds() -> int:
+    return int(time.time() * 1000)
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {_name(key): redacted(str(value)) for key, value in values.items()}
 
 
 def _name(key: str) -> str:

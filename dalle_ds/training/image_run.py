@@ -1,23 +1,26 @@
 """What the dVAE and CLIP trainers share: run identity, completion report, checkpoints, training loop."""
 
-import json
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data.raw import list_raw_shards
-from dalle_ds.errors import DataError
-from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.data.raw import RawShard, list_raw_shards
+from dalle_ds.data.raw_streams import Cursor, Cursors
+from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.ops.devices import resolve_device
+from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import Config, flatten
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
-from dalle_ds.storage.record import Record
+from dalle_ds.storage.record import Record, unseal
 from dalle_ds.training.checkpoint import CheckpointStore
-from dalle_ds.training.run import Stopwatch, TrainingRun
+from dalle_ds.training.run import CHECKPOINTS, Stopwatch, TrainingRun
 
 STATE_FILE = "state.pt"
 BYTES_PER_PARAMETER = 16
@@ -27,6 +30,7 @@ BYTES_PER_PARAMETER = 16
 _NOT_IDENTITY = {
     **dict.fromkeys(("folder", "tracking", "checkpoint", "threads", "workers", "device", "failure"), True),
     "validation": {"every"},
+    "data": {"decoders"},
 }
 _OTHER_RUN = "It belongs to another recipe or other images: choose another folder, or move it away."
 
@@ -38,15 +42,62 @@ class ImageRunAbout(Record):
     """Fingerprint of the run, from `identity_of`."""
 
 
-def shards_digest(raw: str) -> str:
-    """The fingerprint of raw shards: their names, sizes and checksums. It does not depend on their location."""
-    return fingerprint({"shards": [[shard.name, shard.bytes, shard.checksum] for shard in list_raw_shards(raw)]})
+class RawData(NamedTuple):
+    """The raw shards that a run reads."""
+
+    shards: list[RawShard]
+    digest: str
+    """Fingerprint of their names, sizes and checksums. It does not depend on their location."""
+
+
+def raw_data(raw: str, ranks: Ranks = ALONE) -> RawData:
+    """List the shards under `raw` on the main rank, for all ranks. What is wrong with them is raised on every rank."""
+    shards = ranks.once(lambda: list_raw_shards(raw))
+    return RawData(shards, fingerprint({"shards": [[shard.name, shard.bytes, shard.checksum] for shard in shards]}))
+
+
+def all_cursors(mine: Cursors, ranks: Ranks) -> dict[int, list[int]]:
+    """The cursors of all ranks' parts, for a checkpoint. All ranks must call it together."""
+    return {part: list(cursor) for cursors in ranks.gather_objects(mine) for part, cursor in sorted(cursors.items())}
+
+
+def cursors_of(state: Mapping[str, Any]) -> Cursors:
+    """The cursors of a checkpoint. Checkpoints of earlier versions have one position, which is none in a set that is streamed:
+    no cursors then, which `Reading.start` refuses."""
+    position = state.get("position", (0, 0, 0))
+    saved = state["cursors"] if "cursors" in state else {} if position[1] else {0: position}
+    return {part: Cursor(*cursor) for part, cursor in saved.items()}
+
+
+def sum_over_ranks(ranks: Ranks, parameters: Sequence[Tensor], sums: dict[str, Any]) -> dict[str, Any]:
+    """All-reduce (sum) the gradients in the parameters together with `sums`: one collective, in fp32."""
+    if ranks.world_size == 1:
+        return sums
+    device = parameters[0].device
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in sums.values()])
+    flat = ranks.sum(torch.cat([*(p.grad.flatten() for p in parameters), values]))
+    *gradients, values = flat.split([*(p.numel() for p in parameters), len(sums)])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad.copy_(gradient.view(parameter.shape))  # copy_ converts between memory formats
+    return dict(zip(sums, values.unbind(), strict=True))
 
 
 def identity_of(stage: str, recipe: Config, shards: str) -> str:
     """The fingerprint of everything that determines the result: the recipe without `data.raw`, and the digest of the shards."""
     settings = recipe.model_dump(mode="json", exclude=_NOT_IDENTITY)
     return fingerprint({"stage": stage, **settings, "data": {**settings["data"], "raw": shards}})
+
+
+def device_of(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank, from the recipe's `device`. Raises ConfigError if a launcher has given it another one."""
+    device = resolve_device(name)
+    if ranks.world_size == 1:
+        return device
+    if name not in ("auto", ranks.device.type):
+        raise ConfigError(
+            f"device is {name!r}, but rank {ranks.rank} of {ranks.world_size} has {ranks.device}: set device=auto"
+        )
+    return ranks.device
 
 
 def finished_report(path: Path, identity: str) -> dict[str, Any] | None:
@@ -58,12 +109,14 @@ def finished_report(path: Path, identity: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
+    hint = "move it away: the results are then written again, from the last checkpoint"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        found = report["run"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged; move it away to train again") from None
-    require_same(f"finished run {path}", identity, found, _OTHER_RUN)
+        report = unseal(path.read_bytes(), path)
+    except DataError as error:
+        raise DataError(f"{error}; {hint}") from None
+    if not isinstance(report.get("run"), str):
+        raise DataError(f"{path} is damaged: it lacks the identity of its run; {hint}")
+    require_same(f"finished run {path}", identity, report["run"], _OTHER_RUN)
     return report
 
 
@@ -74,7 +127,7 @@ class ImageCheckpoints:
     """
 
     def __init__(self, folder: Path, identity: str, n_kept: int, ranks: Ranks) -> None:
-        self._store = CheckpointStore(folder / "checkpoints", ImageRunAbout, n_kept)
+        self._store = CheckpointStore(folder / CHECKPOINTS, ImageRunAbout, n_kept, _saved_update)
         self._about, self._ranks = ImageRunAbout(run=identity), ranks
 
     @property
@@ -96,8 +149,7 @@ class ImageCheckpoints:
         if checkpoint is None:
             return None
         require_same(f"checkpoint {checkpoint.url}", self._about.run, checkpoint.about.run, _OTHER_RUN)
-        with objects.local_copy(objects.join(checkpoint.data, STATE_FILE)) as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _load_state(checkpoint.data)
 
     def save(self, update: int, state: Mapping[str, Any]) -> None:
         """Commit `state` as the checkpoint of `update`. Raises UserError if it cannot be written."""
@@ -108,6 +160,24 @@ class ImageCheckpoints:
 
         self._store.begin(update, write, self._about, self._ranks)
         self._store.finish(self._ranks)
+
+
+def _load_state(folder: str, **options: Any) -> dict[str, Any]:
+    """Load the state in the folder of a checkpoint's files. Runs no code of the file. Raises DataError if it is no state."""
+    url = objects.join(folder, STATE_FILE)
+    with objects.local_copy(url) as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, **options)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # not torch's message: it advises to run the code of the file
+            raise DataError(f"{url} is not the state of a run: {type(error).__name__} in torch.load") from None
+    if not isinstance(state, dict):
+        raise DataError(f"{url} is not the state of a run: it holds a {type(state).__name__}")
+    return state
+
+
+def _saved_update(folder: str) -> int:
+    return _load_state(folder, mmap=True)["update"]  # mmap: the tensors stay on disk
 
 
 class ImageTrainer(ABC):
@@ -158,13 +228,23 @@ class ImageTrainer(ABC):
                     run.tracker.metrics(values, self.update)
                     bar.set_postfix_str(f"loss {values['loss/train/total']:.3f}", refresh=False)
                 is_last = self.update == recipe.updates
-                if self.update % recipe.validation.every == 0 and not is_last:
+                if self.update % recipe.validation.every == 0 and not is_last and self._can_validate():
                     self._validate()
                 if self.update % recipe.checkpoint.every == 0 or is_last or stop_requested:
                     self._save()
                 if stop_requested and not is_last:
                     run.leave_stopped(self.update, self.checkpoints.url)
         return self._finish()
+
+    def _require_same_start(self) -> None:
+        """Raises UserError unless all ranks start at the same update of the same run. All must call it together."""
+        starts = self.run.ranks.gather_objects((self.update, self.identity))
+        for rank, start in enumerate(starts):
+            if start != starts[0]:
+                raise UserError(
+                    f"rank {rank} starts at update %d of run %s, rank 0 at update %d of run %s: all ranks must have the "
+                    f"same {self.run.folder}, recipe and raw shards" % (*start, *starts[0])
+                )
 
     @abstractmethod
     def _n_parameters(self) -> int:
@@ -184,6 +264,10 @@ class ImageTrainer(ABC):
         Returns:
             Metrics, some of them tensors on the device; and whether any rank was asked to stop.
         """
+
+    def _can_validate(self) -> bool:
+        """Whether the model can already do what validation measures."""
+        return True
 
     @abstractmethod
     def _validate(self) -> Any:

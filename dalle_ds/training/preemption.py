@@ -1,20 +1,11 @@
-"""Preemption of a long-running command: stop signals, a dead launcher, a second start in the same folder."""
+"""Preemption of a long-running command: stop signals, a dead launcher."""
 
-import fcntl
-import json
-import logging
 import os
 import signal
 import threading
-import time
-from pathlib import Path
 from types import FrameType, TracebackType
 
 import psutil
-
-from dalle_ds.errors import UserError
-
-log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 143
 """Exit code of a command that was asked to stop and has saved its state: 128 + SIGTERM, as in shells."""
@@ -56,17 +47,18 @@ class StopFlag:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._request(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)
 
     def _watch_launchers(self) -> None:
         while not self._done.wait(self._poll_seconds):
             for process in self._launchers:
                 # psutil also compares the creation time, so a reused pid is not mistaken for the launcher
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    self._request(f"the launching process {process.pid} has died")
+                    self.request(f"the launching process {process.pid} has died")
                     return
 
-    def _request(self, reason: str) -> None:
+    def request(self, reason: str) -> None:
+        """Ask the command to stop."""
         self.requested, self.reason = True, reason
 
 
@@ -94,45 +86,3 @@ def _launching_processes() -> list[psutil.Process]:
             found.append(ancestor)
             break
     return found
-
-
-class RunLock:
-    """Lets only one process at a time work in a folder. The advisory lock (flock) ends with its process, also after a crash.
-
-    Raises:
-        UserError: the folder is still in use after `wait_seconds`, which a stopping run needs to save. Names the holder.
-    """
-
-    def __init__(self, folder: Path, wait_seconds: float = 60.0) -> None:
-        self._path = folder / ".lock"
-        self._wait_seconds = wait_seconds
-
-    def __enter__(self) -> "RunLock":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+")
-        deadline = time.monotonic() + self._wait_seconds
-        told = False
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = self._holder()
-                if time.monotonic() > deadline:
-                    raise UserError(f"{self._path.parent} is in use by {holder}: wait for it to end, or stop it") from None
-                if not told:
-                    log.info("%s is in use by %s; waiting up to %.0f s", self._path.parent, holder, self._wait_seconds)
-                    told = True
-                time.sleep(0.5)
-        self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
-        self._file.flush()
-        return self
-
-    def _holder(self) -> str:
-        self._file.seek(0)
-        return self._file.read() or "another process"
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._file.close()

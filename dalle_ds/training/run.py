@@ -2,25 +2,32 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dalle_ds.errors import UserError
 from dalle_ds.ops.exactness import exact_fp32
-from dalle_ds.parallel.failure_detection import RankWatch
+from dalle_ds.parallel.failure_detection import RankWatch, limit_waiting
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import Config, dump_recipe
+from dalle_ds.storage import objects
 from dalle_ds.storage.atomic import atomic_write
+from dalle_ds.storage.leftovers import remove_old_leftovers
+from dalle_ds.storage.record import seal
 from dalle_ds.tracking.config import TrackingConfig
 from dalle_ds.tracking.provenance import code_tags
-from dalle_ds.tracking.tracker import NullTracker, Tracker
-from dalle_ds.training.preemption import EXIT_STOPPED, RunLock, StopFlag
+from dalle_ds.tracking.tracker import NullTracker, Tracker, has_ended
+from dalle_ds.training.folder_lock import Lease, RunLock, lock_folder
+from dalle_ds.training.preemption import EXIT_STOPPED, StopFlag
 
 log = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+MAX_LOCK_SECONDS = 300.0
+"""Seconds that the main rank may wait for the locks of two folders, and that the other ranks wait for it."""
 DAY = 86_400.0
 
 
@@ -33,12 +40,19 @@ class TrainingRun:
     def __init__(self, folder: Path, ranks: Ranks, stop: StopFlag) -> None:
         self.folder, self.ranks = folder, ranks
         self.tracker = NullTracker()
+        self.locks: list[RunLock | Lease] = []
+        """Locks of the folders, on the main rank."""
         self._stop, self._status = stop, "FAILED"
 
     @property
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop. Ranks have to agree before they act on it."""
         return self._stop.requested
+
+    def require_locks(self) -> None:
+        """Raises UserError if another job has taken over one of the folders."""
+        for lock in self.locks:
+            lock.require()
 
     def start_tracking(
         self, recipe: Config, tracking: TrackingConfig, *, tags: Mapping[str, Any], params: Mapping[str, Any], text: str = ""
@@ -72,6 +86,25 @@ class TrainingRun:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
         return path
 
+    def write_results(self, name: str, results: Mapping[str, Any]) -> Path:
+        """Write results as JSON with a digest, for `unseal`. Returns the path. Raises UserError as `write`."""
+        return self.write(name, seal(dict(results)).decode())
+
+    def end_again(self, tracking: TrackingConfig, artifacts: Iterable[str], tags: Mapping[str, Any] | None = None) -> None:
+        """Call for a run whose results are all written. If it was killed before MLflow had them, send them now.
+
+        Args:
+            artifacts: names of the result files of the run folder.
+        """
+        self.finished()
+        if not self.ranks.is_main or has_ended(self.folder, self._status):
+            return
+        self.tracker = Tracker.start(
+            self.folder, uri=tracking.uri, experiment=tracking.experiment, run_name=tracking.run_name, tags=tags
+        )
+        for name in artifacts:
+            self.tracker.artifact(self.folder / name)
+
     def leave_stopped(self, update: int, checkpoints: str) -> NoReturn:
         """End a run that was asked to stop and has saved its state. All ranks must call it together.
 
@@ -96,28 +129,43 @@ class TrainingRun:
 
 
 @contextmanager
-def open_run(folder: str | Path, ranks: Ranks = ALONE, collective_timeout: float = DAY) -> Iterator[TrainingRun]:
+def open_run(
+    folder: str | Path, ranks: Ranks = ALONE, collective_timeout: float = DAY, checkpoints: str | Path | None = None
+) -> Iterator[TrainingRun]:
     """Open a run for these ranks alone, in exact fp32 (`exact_fp32`). A signal requests a stop. A lost rank ends the run.
 
     Args:
         collective_timeout: seconds that a collective may wait for a rank. Unused in a single process.
+        checkpoints: folder of the checkpoints, a path or s3:// url. None: CHECKPOINTS in the run folder.
 
     Raises:
-        UserError: another process works in the folder.
+        UserError: another job works in one of the folders.
         RankLost: another rank died, failed or hangs.
     """
     folder = Path(folder)
     exact_fp32()
-    # only the main rank takes the lock: the other ranks belong to the same run
-    with StopFlag() as stop, RunLock(folder) if ranks.is_main else nullcontext():
-        ranks.barrier()  # the lock is held before any rank reads the folder
+    with StopFlag() as stop, ExitStack() as held:
         run = TrainingRun(folder, ranks, stop)
         try:
             with RankWatch(ranks, collective_timeout) as watch:
                 watch.before_exit = run.end_tracking
+                limit_waiting(collective_timeout + MAX_LOCK_SECONDS)
+                if ranks.is_main:  # the other ranks belong to the same run
+                    # the checkpoints have a lock of their own: another run folder may name them too
+                    for place in dict.fromkeys(map(_place, (folder, checkpoints or folder / CHECKPOINTS))):
+                        run.locks.append(held.enter_context(lock_folder(place, stop.request)))
+                        remove_old_leftovers(place)
+                ranks.barrier()  # the locks are held before any rank reads the folders
+                limit_waiting(collective_timeout)
                 yield run
         finally:  # this may take a minute, so it comes after the watch has reported an error to the other ranks
             run.end_tracking()
+
+
+def _place(url: str | Path) -> str | Path:
+    """The one name of a folder."""
+    path = objects.local_path(url)
+    return str(url).rstrip("/") if path is None else path.resolve()
 
 
 class Stopwatch:

@@ -1,33 +1,18 @@
 """Sources of the demo's images: packages of public registries, pinned by version and checksum, or drawn images."""
 
-import base64
-import hashlib
 import html
 import json
-import logging
-import os
 import re
 import shutil
-import subprocess
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from dalle_ds.errors import DataError
 from dalle_ds.storage.hashing import sha256_of_file
+from preprocessing.demo.downloads import NpmPackage, SourceUnavailable, cached, command, only_file
 from preprocessing.demo.drawn import draw
-
-log = logging.getLogger(__name__)
-
-DOWNLOAD_SECONDS: Final = 900
-
-
-class SourceUnavailable(Exception):
-    """A source is not available: no network, no npm, wrong checksum. fetch then tries the next source."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +38,28 @@ class Source:
 # Fluent emoji, by npm
 # ---------------------------------------------------------------------------------------------------------------------
 
-FLUENT_PACKAGE: Final = "@lobehub/fluent-emoji-3d"
-FLUENT_VERSION: Final = "1.1.0"
-# npm's `integrity` field.
-FLUENT_SHA512: Final = "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="
+FLUENT: Final = NpmPackage(
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+)
 SKIN_TONES: Final = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 
 def _fluent(scratch: Path) -> Iterator[Captioned]:
-    names = _emoji_names()
-    archive = _cached(f"fluent-emoji-3d-{FLUENT_VERSION}.tgz", _is_fluent, _npm_pack)
-    with tarfile.open(archive) as tar:
-        tar.extractall(scratch, filter="data")
-    for file in sorted((scratch / "package" / "assets").glob("*.webp")):
+    names = emoji_names()
+    for file in sorted((FLUENT.unpack(scratch) / "assets").glob("*.webp")):
         points = file.stem.split("-")
         group = "-".join(point for point in points if point not in SKIN_TONES)
-        yield Captioned(file.name, names.get(_without_variant(points)), group, file.replace)
+        yield Captioned(file.name, names.get(without_variant(points)), group, file.replace)
 
 
-def _emoji_names() -> dict[str, str]:
+def emoji_names() -> dict[str, str]:
+    """English names of emoji by their code points, as of `without_variant`.
+
+    Raises:
+        SourceUnavailable: the package that has them is not installed.
+    """
     try:
         import emoji
     except ImportError:
@@ -79,22 +67,14 @@ def _emoji_names() -> dict[str, str]:
     names: dict[str, str] = {}
     for text, record in emoji.EMOJI_DATA.items():
         # ":woman_student_medium_skin_tone:" -> "woman student medium skin tone". The first spelling, fully qualified, counts.
-        names.setdefault(_without_variant([f"{ord(c):04x}" for c in text]), record["en"].strip(":").replace("_", " "))
+        names.setdefault(without_variant([f"{ord(c):04x}" for c in text]), record["en"].strip(":").replace("_", " "))
     return names
 
 
-def _without_variant(points: list[str]) -> str:
+def without_variant(points: list[str]) -> str:
+    """Code points in hex as one key, the same for all packages."""
     # fe0f only selects the coloured form; packages differ on whether file names contain it.
     return "-".join(point for point in points if point != "fe0f")
-
-
-def _is_fluent(file: Path) -> bool:
-    return base64.b64encode(hashlib.sha512(file.read_bytes()).digest()).decode() == FLUENT_SHA512
-
-
-def _npm_pack(folder: Path) -> Path:
-    _command(["npm", "pack", f"{FLUENT_PACKAGE}@{FLUENT_VERSION}", "--silent", "--pack-destination", str(folder)], folder)
-    return _only_file(folder, "*.tgz")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,12 +130,12 @@ def _unpack_deb(package: tuple[str, str, str], folder: Path) -> Path:
     name, version, checksum = package
 
     def download(target: Path) -> Path:
-        _command(["apt-get", "download", f"{name}={version}"], target)
-        return _only_file(target, "*.deb")
+        command(["apt-get", "download", f"{name}={version}"], target)
+        return only_file(target, "*.deb")
 
-    archive = _cached(f"{name}-{checksum[:12]}.deb", lambda file: sha256_of_file(file) == checksum, download)
+    archive = cached(f"{name}-{checksum[:12]}.deb", lambda file: sha256_of_file(file) == checksum, download)
     folder.mkdir(parents=True, exist_ok=True)
-    _command(["dpkg", "-x", str(archive), str(folder)], folder)
+    command(["dpkg", "-x", str(archive), str(folder)], folder)
     return folder
 
 
@@ -178,8 +158,8 @@ SOURCES: Final = (
         {
             "title": "Fluent emoji, 3D style, by Microsoft, packaged by LobeHub",
             "licence": "MIT",
-            "package": f"npm {FLUENT_PACKAGE}@{FLUENT_VERSION}",
-            "checksum": f"sha512-{FLUENT_SHA512}",
+            "package": f"npm {FLUENT.name}@{FLUENT.version}",
+            "checksum": f"sha512-{FLUENT.sha512}",
             "captions": "English short names of the PyPI package emoji (BSD-3-Clause), joined on code points",
         },
         _fluent,
@@ -220,62 +200,17 @@ SOURCES: Final = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Folder of cached downloads: DALLE_DS_CACHE, by default ~/.cache/dalle_ds."""
-    return Path(os.environ.get("DALLE_DS_CACHE") or Path.home() / ".cache" / "dalle_ds")
-
-
-def _cached(name: str, is_it: Callable[[Path], bool], download: Callable[[Path], Path]) -> Path:
-    target = cache_folder() / name
-    if target.exists():
-        if is_it(target):
-            return target
-        log.warning("%s: its checksum differs from the pinned one; it is downloaded again", target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
-        file = download(Path(folder))
-        if not is_it(file):
-            raise SourceUnavailable(f"{file.name}: the downloaded file's checksum differs from the pinned one")
-        return file.replace(target)
-
-
-def _command(command: list[str], folder: Path) -> None:
-    if shutil.which(command[0]) is None:
-        raise SourceUnavailable(f"{command[0]} is not installed")
-    log.info("running: %s", " ".join(command))
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise SourceUnavailable(f"{command[0]}: did not finish within {DOWNLOAD_SECONDS} s") from None
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise SourceUnavailable(f"{' '.join(command)}: exit code {done.returncode}: {' | '.join(tail)}")
-
-
-def _only_file(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise SourceUnavailable(f"{len(found)} files {pattern} were downloaded, expected 1")
-    return found[0]
-
-
-def write_source(source: Source, folder: Path, limit: int | None, progress: Callable[..., object]) -> tuple[int, int]:
-    """Write a source's images, captions.jsonl and source.json into an empty folder. Returns (n_images, n_captions).
+def write_source(
+    source: Source, folder: Path, scratch: Path, limit: int | None, progress: Callable[..., object]
+) -> dict[str, Any]:
+    """Write a source's images and captions.jsonl into an empty folder. Returns what source.json says.
 
     Raises:
         SourceUnavailable: the source has no captioned image, or cannot be downloaded.
     """
     n_images = n_captions = 0
-    with (
-        tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder.parent) as scratch,
-        (folder / "captions.jsonl").open("w", encoding="utf-8") as captions,
-    ):
-        images = source.images(Path(scratch))
+    with (folder / "captions.jsonl").open("w", encoding="utf-8") as captions:
+        images = source.images(scratch)
         for image in progress(images):  # type: ignore[attr-defined]
             if limit is not None and n_images >= limit:
                 break
@@ -287,18 +222,4 @@ def write_source(source: Source, folder: Path, limit: int | None, progress: Call
                 n_captions += 1
     if not n_captions:
         raise SourceUnavailable("the source has no captioned image, expected at least one")
-    record = {"source": source.name, **source.credit, "n_images": n_images, "n_captions": n_captions, "limit": limit}
-    (folder / "source.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return n_images, n_captions
-
-
-def source_named(name: str) -> Source:
-    """The source with this name.
-
-    Raises:
-        DataError: no source has this name.
-    """
-    for source in SOURCES:
-        if source.name == name:
-            return source
-    raise DataError(f"source {name!r}: expected auto, {', '.join(source.name for source in SOURCES)}")
+    return {**source.credit, "n_images": n_images, "n_captions": n_captions}

@@ -1,9 +1,8 @@
 """Encode one shard: raw images and captions become a committed token shard, independently of the scheduler."""
 
-import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,26 +14,40 @@ import torch
 
 from dalle_ds.data.commit import commit_shard, new_attempt
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
-from dalle_ds.data.manifest import SPLITS, DatasetInfo, InputIdentity, Part, ShardManifest, Split, manifest_url
+from dalle_ds.data.manifest import (
+    SPLITS,
+    DatasetInfo,
+    InputIdentity,
+    Part,
+    ShardDetails,
+    ShardManifest,
+    Split,
+    StoredFile,
+    manifest_url,
+)
 from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import LISTED_REASONS, Dropped, RawSample, RawShard, read_raw_shard, split_of
+from dalle_ds.data.raw import LISTED_REASONS, Dropped, RawSample, RawShard, read_raw_shard, split_of, without_drop_list
 from dalle_ds.data.reconstruction import codebook_usage
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError
-from dalle_ds.models.dvae import DVAE, DVAEConfig
+from dalle_ds.models.dvae import DVAE
+from dalle_ds.pretrained.stored_weights import build_dvae
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.names import DVAE_FILE, TOKENIZER_FILE
+from dalle_ds.storage.scratch import scratch_folder
 from dalle_ds.storage.weights import read_weights
 from preprocessing.configs import Precision
 from preprocessing.encoding.encoder import Encode, encoder_of
+from preprocessing.encoding.read_ahead import ReadAhead
 
-# B images per batch, H = W = image_size, C = 3, N tokens per image
+# B images per batch, K crops of an image, H = W = image_size, C = 3, N tokens per crop
 
 BATCHES_AHEAD = 2  # batches decoded ahead of the encoder
 CHUNK_SAMPLES, CHUNK_BYTES = 16, 1 << 20
-Batch = list[tuple[RawSample, np.ndarray]]
+Batch = list[tuple[RawSample, np.ndarray]]  # samples with their crops, uint8 (K, H, W, C)
+Codes = list[tuple[list[int], np.ndarray]]  # for each number of a crop: the rows of the batch that have it, their tokens (B, N)
 Chunk = list[RawSample | Dropped]
 
 
@@ -50,7 +63,7 @@ class EncodeJob:
     device: str
     precision: Precision = "fp32"
 
-    def start(self, n_threads: int) -> Callable[[RawShard], ShardManifest | None]:
+    def start(self, n_threads: int) -> "Encoding":
         """Load the models, once per process. Returns the function that encodes one shard."""
         torch.set_num_threads(n_threads)
         dvae, fingerprint = load_dvae(objects.join(self.out, DVAE_FILE))
@@ -58,18 +71,42 @@ class EncodeJob:
         tokenizer = CaptionTokenizer(objects.join(self.out, TOKENIZER_FILE))
         require_same(f"tokenizer of data set {self.out}", self.info.tokenizer, tokenizer.fingerprint)
         encode = encoder_of(dvae, self.precision, self.device, bool(self.info.tf32))
-        return lambda shard: encode_shard(shard, self, encode, tokenizer, n_threads)
+        return Encoding(self, encode, tokenizer, n_threads, ReadAhead())
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A worker's models. Call it with a shard to encode and commit it."""
+
+    job: EncodeJob
+    encode: Encode
+    tokenizer: CaptionTokenizer
+    n_threads: int
+    ahead: ReadAhead
+
+    def expect(self, shard: RawShard) -> None:
+        """Begin to download the shard that is probably the next."""
+        self.ahead.expect(shard)
+
+    def __call__(self, shard: RawShard) -> int | None:
+        """Returns the number of input samples. None if another worker has committed the shard."""
+        return encode_shard(shard, self.job, self.encode, self.tokenizer, self.n_threads, self.ahead)
 
 
 def encode_shard(
-    shard: RawShard, job: EncodeJob, encode: Encode, tokenizer: CaptionTokenizer, n_threads: int = 1
-) -> ShardManifest | None:
+    shard: RawShard,
+    job: EncodeJob,
+    encode: Encode,
+    tokenizer: CaptionTokenizer,
+    n_threads: int = 1,
+    ahead: ReadAhead | None = None,
+) -> int | None:
     """Encode and commit one shard. Safe even if another worker encodes the same shard.
 
     `n_threads` threads decode images and another thread writes samples while the encoder runs.
 
     Returns:
-        The manifest. None if another worker has committed the shard.
+        The number of images that were read. None if another worker has committed the shard.
 
     Raises:
         DataError: the input is missing or damaged, or too many of its samples failed. Nothing is committed.
@@ -81,108 +118,136 @@ def encode_shard(
     dropped: list[tuple[str, str]] = []
     histogram = np.zeros(job.info.n_codes, dtype=np.int64)
     lengths: Counter[int] = Counter()
-    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder, ExitStack() as stack:
+    with scratch_folder() as folder, ExitStack() as stack:
         writers = {
-            split: stack.enter_context(
-                PartWriter(Path(folder) / f"{split}.tar", shard.name, job.info.n_tokens, job.block_samples)
-            )
+            split: stack.enter_context(PartWriter(folder / f"{split}.tar", shard.name, job.info.n_tokens, job.block_samples))
             for split in SPLITS
         }
+        more_crops = [
+            stack.enter_context(PartWriter(folder / f"train-{crop}.tar", shard.name, job.info.n_tokens, job.block_samples))
+            for crop in range(1, job.info.n_crops("train"))
+        ]
         writing = stack.enter_context(ThreadPoolExecutor(1))
-        batches = Prefetch(_batches(shard, job, n_threads), BATCHES_AHEAD, "decode", lambda: f"images of {shard.url}")
+        samples = ahead.samples(shard) if ahead else read_raw_shard(shard)
+        batches = Prefetch(_batches(samples, job, n_threads), BATCHES_AHEAD, "decode", lambda: f"images of {shard.url}")
         stack.callback(batches.close)
 
-        def write(batch: Batch, tokens_BN: np.ndarray) -> None:
-            splits = [split_of(sample.group, job.info.validation_fraction) for sample, _ in batch]
-            for (sample, _), tokens_N, split in zip(batch, tokens_BN, splits, strict=True):
-                writers[split].add(tokens_N, sample.key, sample.caption, sample.group)
-                if split == "train":
-                    lengths[len(tokenizer.encode(sample.caption))] += 1
-            is_train_B = np.array(splits) == "train"
-            histogram[:] += np.bincount(tokens_BN[is_train_B].reshape(-1), minlength=job.info.n_codes)
+        def write(batch: Batch, codes: Codes) -> None:
+            for crop, (rows, tokens_BN) in enumerate(codes):
+                for row, tokens_N in zip(rows, tokens_BN, strict=True):
+                    sample, split = batch[row][0], _split_of(batch[row][0], job.info)
+                    writer = more_crops[crop - 1] if crop else writers[split]
+                    writer.add(tokens_N, sample.key, sample.caption, sample.group)
+                    if split == "train":
+                        histogram[:] += np.bincount(tokens_N, minlength=job.info.n_codes)
+                        lengths[len(tokenizer.encode(sample.caption))] += crop == 0
 
         written: Future[None] | None = None
         for batch, dropped_before in batches:
             dropped += dropped_before
-            tokens_BN = encode(np.stack([image for _, image in batch])) if batch else None
+            codes = _encode_crops(batch, encode)
             if written:
                 written.result()  # at most one batch waits to be written
-            written = writing.submit(write, batch, tokens_BN) if tokens_BN is not None else None
+            written = writing.submit(write, batch, codes)
         if written:
             written.result()
         n_input = sum(writer.n_samples for writer in writers.values()) + len(dropped)
-        _require_health(shard, n_input, dropped, job.max_failure_rate)
+        _require_health(shard, n_input, dropped, job)
         parts: dict[Split, Part] = {}
         files: dict[str, Path] = {}
         for split, writer in writers.items():
             if writer.n_samples:
                 path = f"data/{shard.name}-{attempt}-{split}.tar"
                 parts[split], files[path] = writer.finish(path), writer.path
+        more_parts: list[Part] = []
+        for crop, writer in enumerate(more_crops, start=1):
+            if "train" in parts:
+                path = f"data/{shard.name}-{attempt}-train-crop{crop}.tar"
+                more_parts.append(writer.finish(path))
+                files[path] = writer.path
+        details = ShardDetails(
+            code_histogram=histogram.tolist(), caption_lengths=dict(sorted(lengths.items())), dropped_samples=dropped
+        ).pack()
+        details_path = f"details/{shard.name}-{attempt}.json.gz"
+        files[details_path] = folder / "details"
+        files[details_path].write_bytes(details)
         manifest = ShardManifest(
             shard=shard.name,
             attempt=attempt,
             input=identity_of(shard),
             splits=parts,
+            more_crops=more_parts or None,
             n_input=n_input,
             dropped=dict(Counter(reason for _, reason in dropped)),
-            dropped_samples=dropped,
-            code_histogram=histogram.tolist(),
-            caption_lengths=dict(sorted(lengths.items())),
+            details=StoredFile.of(details_path, details),
             fingerprint=job.info.fingerprint,
             seconds=round(time.monotonic() - started, 3),
             finished=time.time(),
         )
-        return manifest if commit_shard(job.out, shard.name, files, manifest) else None
+        return n_input if commit_shard(job.out, shard.name, files, manifest) else None
 
 
 def load_dvae(url: str) -> tuple[DVAE, str]:
-    """Load the dVAE of a file. Returns (dVAE, fingerprint of its weights)."""
+    """Load the dVAE of a file. Returns (dVAE, fingerprint of its weights). Raises UserError if it is none."""
     weights = read_weights(url, "dvae")
-    dvae = DVAE(DVAEConfig(**weights.config))
-    dvae.load_state_dict(weights.state)
-    return dvae, weights.fingerprint
+    return build_dvae(weights, url), weights.fingerprint
 
 
 def identity_of(shard: RawShard) -> InputIdentity:
-    """Identity of the input: its checksum if a manifest has one, otherwise the ETag of its object."""
+    """Identity of the input: its checksum if a manifest has one, otherwise the ETag of its object. Drop lists do not count."""
+    shard = without_drop_list(shard)
     etag = objects.etag(shard.url) if shard.checksum is None else None
     return InputIdentity(path=shard.url, bytes=shard.bytes, checksum=shard.checksum, etag=etag)
 
 
-def crop_of(sample: RawSample, image_size: int) -> np.ndarray:
-    """The dVAE's input image, (H, W, C) uint8. It depends on the sample only.
+def crop_of(sample: RawSample, image_size: int, crop: int = 0) -> np.ndarray:
+    """The dVAE's input image, (H, W, C) uint8. It depends on the sample and the number of the crop only.
 
     Raises:
         ImageProblem: the image cannot be decoded or cropped.
     """
-    return prior_crop(decode_image(sample.image), image_size, seed_of(sample.key))
+    return prior_crop(decode_image(sample.image), image_size, seed_of(sample.key, crop))
 
 
-def _batches(shard: RawShard, job: EncodeJob, n_threads: int) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
+def _split_of(sample: RawSample, info: DatasetInfo) -> Split:
+    return split_of(sample.group, info.validation_fraction)
+
+
+def _encode_crops(batch: Batch, encode: Encode) -> Codes:
+    # Crop by crop, so that the encoder never sees more than a batch of images at once.
+    codes: Codes = []
+    for crop in range(max((len(crops) for _, crops in batch), default=0)):
+        rows = [row for row, (_, crops) in enumerate(batch) if len(crops) > crop]
+        codes.append((rows, encode(np.stack([batch[row][1][crop] for row in rows]))))
+    return codes
+
+
+def _batches(
+    samples: Iterator[RawSample | Dropped], job: EncodeJob, n_threads: int
+) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
     # Yields (samples with crops, dropped samples before or among them), in stored order, so that a retry writes the same bytes.
     batch: Batch = []
     dropped: list[tuple[str, str]] = []
-    for sample, crop in _crops(shard, job.info.image_size, n_threads):
-        if isinstance(crop, str):
-            dropped.append((sample.key, crop))
+    for sample, crops in _crops(samples, job.info, n_threads):
+        if isinstance(crops, str):
+            dropped.append((sample.key, crops))
         else:
-            batch.append((sample, crop))
+            batch.append((sample, crops))
         if len(batch) == job.batch:
             yield batch, dropped
             batch, dropped = [], []
     yield batch, dropped
 
 
-def _crops(shard: RawShard, image_size: int, n_threads: int) -> Iterator[tuple[Any, np.ndarray | str]]:
-    # Yields each sample with its crop, or with the reason why it is dropped.
-    samples = read_raw_shard(shard)
+def _crops(samples: Iterator[RawSample | Dropped], info: DatasetInfo, n_threads: int) -> Iterator[tuple[Any, np.ndarray | str]]:
+    # Yields each sample with its crops, or with the reason why it is dropped.
     if n_threads == 1:
-        yield from ((sample, _crop_or_reason(sample, image_size)) for sample in samples)
+        yield from ((sample, _crops_or_reason(sample, info)) for sample in samples)
         return
     ahead: deque[tuple[Chunk, Future[list[np.ndarray | str]]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for chunk in _chunks(samples):
-            ahead.append((chunk, pool.submit(lambda chunk: [_crop_or_reason(sample, image_size) for sample in chunk], chunk)))
+            ahead.append((chunk, pool.submit(lambda chunk: [_crops_or_reason(sample, info) for sample in chunk], chunk)))
             if len(ahead) > 2 * n_threads:
                 first, crops = ahead.popleft()
                 yield from zip(first, crops.result(), strict=True)
@@ -203,28 +268,35 @@ def _chunks(samples: Iterator[RawSample | Dropped]) -> Iterator[Chunk]:
     yield chunk
 
 
-def _crop_or_reason(sample: RawSample | Dropped, image_size: int) -> np.ndarray | str:
+def _crops_or_reason(sample: RawSample | Dropped, info: DatasetInfo) -> np.ndarray | str:
     if isinstance(sample, Dropped):
         return sample.reason
     if not sample.caption.strip():
         return "empty caption"
     try:
-        return crop_of(sample, image_size)
+        image = decode_image(sample.image)
+        seeds = [seed_of(sample.key, crop) for crop in range(info.n_crops(_split_of(sample, info)))]
+        return np.stack([prior_crop(image, info.image_size, seed) for seed in seeds])
     except ImageProblem as problem:
         return problem.reason
 
 
-def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]], max_failure_rate: float) -> None:
+def _require_health(shard: RawShard, n_input: int, dropped: list[tuple[str, str]], job: EncodeJob) -> None:
+    # A shard without inputs is healthy: ingest writes one if it drops all samples of a shard.
     reasons = Counter(reason for _, reason in dropped)
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    if not n_input:
-        raise DataError(f"{shard.url}: no samples, expected at least one")
     n_failed = sum(count for reason, count in reasons.items() if reason not in LISTED_REASONS)
-    if n_failed / n_input > max_failure_rate:
-        raise DataError(
-            f"{shard.url}: {n_failed} of {n_input} samples failed ({told}); `encode.max_failure_rate` is {max_failure_rate}"
+    if n_failed > job.max_failure_rate * n_input:
+        size = job.info.image_size
+        hint = (
+            f"; the dVAE needs {size} pixels on the shorter side: ingest with `ingest.filters.min_side` {size}, which drops "
+            "smaller images there"
         )
-    if "damaged shard" in reasons and max_failure_rate < 1:
+        raise DataError(
+            f"{shard.url}: {n_failed} of {n_input} samples failed ({told}); `encode.max_failure_rate` is "
+            f"{job.max_failure_rate}{hint if 'too small' in reasons else ''}"
+        )
+    if "damaged shard" in reasons and job.max_failure_rate < 1:
         raise DataError(
             f"{shard.url}: the tar is damaged after {n_input - 1} samples, so an unknown number of samples is lost; "
             "repair it, or set `encode.max_failure_rate` to 1 to use the readable samples"

@@ -4,8 +4,8 @@ import socket
 import time
 from pathlib import Path
 
-from dalle_ds.data.manifest import Record, parse
 from dalle_ds.storage import objects
+from dalle_ds.storage.record import Record, parse
 
 FAILED, PLAN = "status/failed", "status/plan.json"
 
@@ -51,12 +51,25 @@ class Journal:
 def load_plan(root: str | Path) -> Plan | None:
     """The stored plan. None if no run has started."""
     url = objects.join(root, PLAN)
-    return parse(Plan, objects.read_bytes(url), url) if objects.exists(url) else None
+    try:
+        return parse(Plan, objects.read_bytes(url), url)
+    except FileNotFoundError:
+        return None
 
 
-def load_failures(root: str | Path) -> list[Failure]:
-    """Failed shards, sorted by name. May include a shard that another run has finished since."""
-    return [parse(Failure, objects.read_bytes(url), url) for url in _failure_urls(root)]
+def failed_shards(root: str | Path) -> list[str]:
+    """Names of the shards whose last attempt failed, sorted. May include a shard that another run has finished since."""
+    start = objects.join(root, FAILED, "")
+    return [url.removeprefix(start).removesuffix(".json") for url in _failure_urls(root)]
+
+
+def load_failure(root: str | Path, shard: str) -> Failure | None:
+    """Why the shard failed. None if another run has finished it since it was listed."""
+    url = objects.join(root, FAILED, f"{shard}.json")
+    try:
+        return parse(Failure, objects.read_bytes(url), url)
+    except FileNotFoundError:
+        return None
 
 
 def _failure_urls(root: str | Path) -> list[str]:

@@ -1,19 +1,19 @@
-"""Distribute shards over a Ray cluster: one actor per worker or GPU, replaced when the actor or its node is lost.
+"""Workers on a Ray cluster: one actor per worker or GPU, replaced when the actor or its node is lost.
 
-Ray transfers only the shards' descriptions and manifests; an actor reads images from storage. On every node, the environment of
+Ray transfers only the shards' descriptions and results; an actor reads images from storage. On every node, the environment of
 `ray start` must have this project installed, access to storage, and AWS_* set: the driver sends neither code nor variables.
 """
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+import os
+import socket
+import time
 from typing import Any
 
-from dalle_ds.errors import DataError, UserError
+from dalle_ds.errors import UserError
+from preprocessing.executors.crew import Job, Report, perform
 
 log = logging.getLogger(__name__)
-
-MAX_LOST = 3  # lost actors: on one shard, or consecutive ones before they took a shard
 
 
 def join_cluster() -> Any:
@@ -39,95 +39,79 @@ def n_of(resource: str) -> int:
     return int(join_cluster().cluster_resources().get(resource, 0))
 
 
-def settle_on_ray(
-    job: Any,
-    shards: Sequence[Any],
-    n_workers: int,
-    gpus_each: int,
-    name: Callable[[Any], str],
-    settle: Callable[[Any, Callable[[], Any]], None],
-) -> None:
-    """Process every shard and pass its result to `settle`. Workers beyond the cluster's capacity start when nodes join it.
+def n_places(n_cpus: int, n_gpus: int) -> int:
+    """Number of workers with so many CPUs and GPUs that the cluster's nodes have room for.
 
     Raises:
-        UserError: a worker's start raised it, or workers were lost before they took a shard.
+        UserError: no node has room for one: its worker would wait forever.
     """
-    ray = join_cluster()
-    left = deque(shards)
-    n_lost: Counter[str] = Counter()
-    n_lost_at_start = 0
-    busy: dict[Any, tuple[Any, Any]] = {}  # reference -> (actor, the shard it works on; None while it starts)
-    actor_class = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=0)(_Worker)
-
-    def hire() -> None:
-        actor = actor_class.remote(job)
-        busy[actor.start.remote()] = (actor, None)
-
-    try:
-        for _ in range(min(n_workers, len(left))):
-            hire()
-        # A shard is assigned only to a running actor: an actor that waits for resources would hold it forever.
-        while left or any(shard is not None for _, shard in busy.values()):
-            (reference,), _ = ray.wait(list(busy), num_returns=1)
-            actor, shard = busy.pop(reference)
-            try:
-                result, error = ray.get(reference)
-            except ray.exceptions.RayActorError as lost:
-                ray.kill(actor)  # an unreachable actor may still be alive
-                what = "before it had started" if shard is None else f"on shard {name(shard)}"
-                log.warning("a worker was lost %s: %s", what, str(lost).partition("\n")[0])
-                if shard is None:
-                    n_lost_at_start += 1
-                    if n_lost_at_start == MAX_LOST:
-                        raise UserError(f"engine ray: {MAX_LOST} workers were lost before they had started: {lost}") from None
-                else:
-                    n_lost[name(shard)] += 1
-                    if n_lost[name(shard)] < MAX_LOST:
-                        left.append(shard)
-                    else:
-                        settle(shard, _raising(DataError(f"{MAX_LOST} workers were lost while processing it (out of memory?)")))
-                if left:
-                    hire()
-                continue
-            except ray.exceptions.RayTaskError as unexpected:
-                if shard is None:
-                    raise
-                result, error = None, unexpected
-            if shard is None and error is not None:
-                raise error
-            n_lost_at_start = 0
-            if shard is not None:
-                settle(shard, _raising(error) if error is not None else lambda result=result: result)
-            if left:
-                shard = left.popleft()
-                busy[actor.work.remote(shard)] = (actor, shard)
-    finally:
-        for actor, _ in busy.values():
-            ray.kill(actor)
+    sizes = [node["Resources"] for node in join_cluster().nodes() if node["Alive"]]
+    rooms = [int(min(size.get("CPU", 0) // n_cpus, size.get("GPU", 0) // n_gpus if n_gpus else float("inf"))) for size in sizes]
+    if not any(rooms):
+        found = ", ".join(f"{size.get('CPU', 0):.0f} CPUs and {size.get('GPU', 0):.0f} GPUs" for size in sizes)
+        raise UserError(f"engine ray: a worker takes {n_cpus} CPUs and {n_gpus} GPUs; the nodes have {found or 'nothing'}")
+    return sum(rooms)
 
 
-def _raising(error: Exception) -> Callable[[], Any]:
-    def outcome() -> Any:
-        raise error
+class Actors:
+    """An actor per worker. Workers beyond the cluster's capacity start when nodes join it."""
 
-    return outcome
+    def __init__(self, job: Job, n_cpus: int, n_gpus: int) -> None:
+        self._ray = join_cluster()
+        self._class = self._ray.remote(num_cpus=n_cpus, num_gpus=n_gpus, max_restarts=0)(_Worker)
+        self._job, self._n_cpus = job, n_cpus
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, tuple[int, bool]] = {}  # reference -> (worker, whether this is its start)
+
+    def start(self, worker: int) -> None:
+        actor = self._actors[worker] = self._class.remote(self._job)
+        self._pending[actor.start.remote(self._n_cpus)] = worker, True
+
+    def assign(self, worker: int, shard: Any, upcoming: Any | None) -> None:
+        self._pending[self._actors[worker].work.remote(shard, upcoming)] = worker, False
+
+    def wait(self, seconds: float | None) -> list[Report]:
+        if not self._pending:  # all are idle: other machines have the shards that are left
+            time.sleep(seconds or 0)
+            return []
+        done, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=seconds)
+        return [self._report(reference) for reference in done]
+
+    def _report(self, reference: Any) -> Report:
+        worker, is_start = self._pending.pop(reference)
+        try:
+            value, error = self._ray.get(reference)
+            return Report(worker, is_start, value=value, error=error)
+        except (self._ray.exceptions.RayTaskError, self._ray.exceptions.RaySystemError) as unexpected:
+            return Report(worker, is_start, error=unexpected)  # a bug of ours; a result that cannot be unpickled
+        except self._ray.exceptions.RayError as lost:  # of the actor, or of its node with a result too large to be sent at once
+            log.warning("a worker was lost: %s", str(lost).partition("\n")[0])
+            self._ray.kill(self._actors[worker])  # an unreachable actor may still be alive
+            return Report(worker, is_start, is_lost=True)
+
+    def stop(self, worker: int) -> None:
+        self._ray.kill(self._actors.pop(worker))
+
+    def close(self) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
 
 
 class _Worker:
-    """An actor, the counterpart of a local worker process. Returns expected errors as values, since Ray would wrap them."""
+    """An actor. Returns expected errors as values, since Ray would wrap them."""
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
 
-    def start(self) -> tuple[None, Exception | None]:
+    def start(self, n_threads: int) -> tuple[str | None, Exception | None]:
         try:
-            self._work = self._job.start(1)
+            self._work = self._job.start(n_threads)
         except (UserError, OSError) as error:
             return None, error
-        return None, None
+        return f"process {os.getpid()} on {socket.gethostname()}", None
 
-    def work(self, shard: Any) -> tuple[Any, Exception | None]:
+    def work(self, shard: Any, upcoming: Any | None) -> tuple[Any, Exception | None]:
         try:
-            return self._work(shard), None
+            return perform(self._work, shard, upcoming), None
         except (UserError, OSError) as error:
             return None, error

@@ -5,7 +5,7 @@ The paper names the filters but not their thresholds, so the thresholds are ours
 
 import re
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -14,7 +14,14 @@ from dalle_ds.data.raw import RawSample
 from preprocessing.configs import FilterConfig
 from preprocessing.filters.language import language_of
 
-FILTER_RULES: Final = 2  # part of the fingerprint of raw shards: increment it when a filter's decisions change
+FILTER_RULES: Final = 4  # part of the fingerprint of raw shards: increment it when a filter's decisions change
+
+
+class Judgement(NamedTuple):
+    """The result of all filters: the reason to drop a sample, or None and its decoded image."""
+
+    reason: str | None
+    image: Image.Image | None = None
 
 
 class CaptionFilter(Protocol):
@@ -74,7 +81,7 @@ _DATES: Final = re.compile(
             # Wed Aug 25 23:35:46 2004
             rf"(?:\b{_DAY}\s+)?\b{_MONTH}\s+{_NUMBER}\s+\d{{1,2}}:\d\d(?::\d\d)?\s+(?:[a-z]{{3,4}}\s+)?{_YEAR}",
             rf"(?:\b{_DAY}\s+)?\b{_NUMBER}(?:\s+of)?[\s.-]+{_MONTH}[\s,.-]*{_YEAR}\b",  # 3rd of May, 2004
-            rf"(?:\b{_DAY}\s+)?\b{_MONTH}\s*{_NUMBER}\s*,?\s*{_YEAR}\b",  # May 3, 2004
+            rf"(?:\b{_DAY}\s+)?\b{_MONTH}\s*{_NUMBER}(?:\s*,)?\s*{_YEAR}\b",  # May 3, 2004
             rf"\b{_MONTH},?\s+{_YEAR}\b",  # May 2004
             r"\b\d{4}[-/.:]\d{1,2}[-/.:]\d{1,2}(?:t\d\d:\d\d(?::\d\d)?z?)?\b",  # 2004-05-03, 2004-05-03T12:30Z
             r"\b\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d\d)\b",  # 3.5.2004
@@ -159,19 +166,25 @@ def judge_caption(caption: str, filters: list[CaptionFilter]) -> str | None:
     return next(filter(None, (check(caption) for check in filters)), None)
 
 
-def sample_judge(config: FilterConfig) -> Callable[[RawSample], str | None]:
-    """Returns a function that maps a sample to the reason to drop it, or to None.
+def sample_judge(config: FilterConfig) -> Callable[[RawSample], Judgement]:
+    """Returns a function that judges a sample.
 
     The function checks the caption first, because this needs no image decoding.
     """
     captions, images = caption_filters(config), image_filters(config)
-    return lambda sample: judge_caption(sample.caption, captions) or judge_image(sample.image, images, config.max_pixels)
+
+    def judge(sample: RawSample) -> Judgement:
+        reason = judge_caption(sample.caption, captions)
+        return Judgement(reason) if reason else judge_image(sample.image, images, config.max_pixels)
+
+    return judge
 
 
-def judge_image(data: bytes, filters: list[ImageFilter], max_pixels: int) -> str | None:
-    """Decodes an image and returns the reason to drop it: "unreadable", "too large" or the first filter's. None keeps it."""
+def judge_image(data: bytes, filters: list[ImageFilter], max_pixels: int) -> Judgement:
+    """Decodes an image. The reason to drop it is that of `decode_image` or of the first filter."""
     try:
         image = decode_image(data, max_pixels=max_pixels)
     except ImageProblem as problem:
-        return problem.reason
-    return next(filter(None, (check(image) for check in filters)), None)
+        return Judgement(problem.reason)
+    reason = next(filter(None, (check(image) for check in filters)), None)
+    return Judgement(reason) if reason else Judgement(None, image)

@@ -1,25 +1,41 @@
 """Read a folder of images with captions, and report every image without a caption and every caption without an image."""
 
-import csv
-import io
-import json
+import logging
+import posixpath
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Final
 
-from dalle_ds.data.raw import IMAGE_EXTENSIONS
+from dalle_ds.data.captions import CAPTION_EXTENSIONS, CaptionProblem, caption_beside, draw_caption
+from dalle_ds.data.raw_sample import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, OTHER_IMAGE_EXTENSIONS, short_key
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
-from dalle_ds.storage.text import decode_text, lines_of
+from preprocessing.readers.caption_files import (
+    BAD_LINE,
+    CAPTION_FILES,
+    NO_COLUMN,
+    CaptionLine,
+    is_caption_file,
+    read_caption_file,
+)
+from preprocessing.readers.listing import Listing, extension_of_path
 
-CAPTION_FILES: Final = ("captions.jsonl", "captions.tsv", "captions.csv")
-FILE_COLUMNS: Final = ("file", "file_name", "filename", "image")
-CAPTION_COLUMNS: Final = ("caption", "text")
+log = logging.getLogger(__name__)
+
+# Files that are no samples: they are named in the log and not counted. parquet: img2dataset's download log.
+DOCUMENTS: Final = ("json", "jsonl", "md", "html", "yaml", "yml", "log", "py", "sh", "ini", "db", "parquet")
+
+READ_AHEAD: Final = 4096  # captions that are read at a time; a future of each takes a kilobyte
+
+_WITHOUT_CAPTION: Final = ("no caption", BAD_LINE, NO_COLUMN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One input sample. If `reason` is set, the sample is already dropped."""
 
@@ -31,122 +47,184 @@ class Entry:
     reason: str | None = None
 
 
-def read_folder(folder_url: str) -> list[Entry]:
-    """All samples of a folder, sorted by path.
+def read_folder(listing: Listing) -> list[Entry]:
+    """All samples of a folder, sorted by url.
 
-    Captions come from captions.jsonl ({"file", "caption", "group"}), captions.tsv or captions.csv (the same columns), or from
-    NAME.txt next to NAME.jpg. Caption lines without an image and images without a caption become entries with a reason.
+    Captions come from captions.jsonl ({"file", "caption", "group"}), captions.tsv, .csv or .parquet (the same columns), from
+    Hugging Face's metadata files, or from NAME.txt or NAME.json next to NAME.jpg. Every other file becomes an entry with a
+    reason, except documents.
 
     Raises:
-        DataError: the folder, its images or its captions are missing.
+        DataError: there are no images or no captions.
     """
-    files = {url.removeprefix(folder_url).lstrip("/"): (url, size) for url, size in objects.list_sizes(folder_url).items()}
-    if not files:
-        raise DataError(f"{folder_url}: the folder does not exist or is empty; expected images with captions")
-    images = {path: found for path, found in files.items() if _extension(path) in IMAGE_EXTENSIONS}
+    files = listing.files
+    caption_files = [path for path in sorted(files) if is_caption_file(path)]
+    texts = _Texts(path for path in files if not is_caption_file(path))
+    images = [path for path in sorted(files) if extension_of_path(path) in IMAGE_EXTENSIONS or texts.belong_to(path)]
     if not images:
-        raise DataError(f"{folder_url}: no images among its {len(files)} files; expected {', '.join(IMAGE_EXTENSIONS)}")
-    caption_file = next((name for name in CAPTION_FILES if name in files), None)
-    if caption_file:
-        lines = list(_read_captions(objects.join(folder_url, caption_file)))
-    else:
-        lines = list(_read_text_files(images, files))
-    if not any(line.path for line in lines):
-        raise DataError(f"{folder_url}: no captions: expected {', '.join(CAPTION_FILES)}, or NAME.txt next to each image")
-    return _pair(images, lines)
-
-
-@dataclass(frozen=True)
-class _Line:
-    source: str  # file and line of the caption, for the list of dropped samples
-    path: str = ""
-    caption: str = ""
-    group: str = ""
-    reason: str | None = None
-
-
-def _pair(images: dict[str, tuple[str, int]], lines: list[_Line]) -> list[Entry]:
-    entries: list[Entry] = []
-    keys: dict[str, str] = {}
-    taken: set[str] = set()
-    for path in sorted(images):
-        key = base = re.sub(r"[^\w-]+", "_", str(PurePosixPath(path).with_suffix("")))  # WebDataset cuts a key at its first dot
-        number = 2
-        while key in taken:
-            key, number = f"{base}-{number}", number + 1
-        keys[path] = key
-        taken.add(key)
-    captioned: set[str] = set()
-    for line in lines:
-        if line.reason or line.path not in images or line.path in captioned:
-            reason = line.reason or ("second caption" if line.path in captioned else "missing image")
-            entries.append(Entry(line.source, line.source, line.caption, "", 0, reason))
-            continue
-        captioned.add(line.path)
-        url, size = images[line.path]
-        key = keys[line.path]
-        entries.append(Entry(key, line.group or key, line.caption, url, size))
-    for path in images.keys() - captioned:
-        url, size = images[path]
-        entries.append(Entry(keys[path], keys[path], "", url, size, "no caption"))
+        raise DataError(f"{listing.root}: no images among its {listing.told()}; expected {', '.join(IMAGE_EXTENSIONS)}")
+    named_by_lines = chain((path for path in files if not texts.has(path)), listing.problems) if caption_files else ()
+    names = _Names(listing.root, named_by_lines)
+    lines: list[CaptionLine] = []
+    problems: list[str] = []
+    for path in caption_files:
+        url, folder = listing.url(path), posixpath.dirname(path)
+        found, problem = read_caption_file(url, path, lambda name, folder=folder: names.find(folder, name) is not None)
+        lines += [replace(line, path=names.find(folder, line.path) or line.path) for line in found]
+        problems += [f"{url}: {problem}"] if problem else []
+    named = {line.path for line in lines if not line.reason}
+    images = sorted({*images, *(path for path in named if path in files)})
+    keys = _keys_of(images)
+    entries = _from_lines(lines, keys, listing)
+    beside = [path for path in images if path not in named]
+    entries += _from_texts(beside, keys, texts, listing)
+    if all(entry.reason in _WITHOUT_CAPTION for entry in entries):
+        expected = f"expected {', '.join(CAPTION_FILES)}, or NAME.txt next to each image"
+        raise DataError(problems[0] if problems else f"{listing.root}: no captions: {expected}, among its {listing.told()}")
+    entries += [
+        Entry(path, path, "", "", 0, reason)
+        for path, reason in (
+            _rest(listing, images, texts, caption_files)
+            | {path: reason for path, reason in listing.problems.items() if path not in named}
+        ).items()
+    ]
     return sorted(entries, key=lambda entry: (entry.url, entry.key))
 
 
-def _extension(path: str) -> str:
-    return PurePosixPath(path).suffix.lower().lstrip(".")
+def _from_lines(lines: Iterable[CaptionLine], keys: Mapping[str, str], listing: Listing) -> list[Entry]:
+    entries, captioned = [], set()
+    for line in lines:
+        reason = line.reason or ("second caption" if line.path in captioned else listing.problems.get(line.path))
+        if not reason and line.path not in keys:
+            reason = "missing image"  # also of a path that leads out of the folder: it is not in the listing and never opened
+        if reason:
+            entries.append(Entry(line.source, line.source, "".join(line.captions[:1]).strip(), "", 0, reason))
+            continue
+        captioned.add(line.path)
+        key, caption = keys[line.path], draw_caption(line.captions, keys[line.path])
+        entries.append(Entry(key, line.group or key, caption, listing.url(line.path), listing.files[line.path]))
+    return entries
 
 
-def _read_text_files(images: dict[str, tuple[str, int]], files: dict[str, tuple[str, int]]) -> Iterator[_Line]:
-    for path in sorted(images):
-        text_path = str(PurePosixPath(path).with_suffix(".txt"))
-        if text_path in files:
-            yield _Line(text_path, path, decode_text(objects.read_bytes(files[text_path][0]), "replace").strip())
+def _from_texts(paths: list[str], keys: Mapping[str, str], texts: "_Texts", listing: Listing) -> list[Entry]:
+    def entry(path: str) -> Entry:
+        key, url, size = keys[path], listing.url(path), listing.files[path]
+        record, text = texts.of(path)
+        if any(listing.files[found] > MAX_TEXT_BYTES for found in (record, text) if found):
+            return Entry(key, key, "", url, size, "too large")
+        try:
+            data = {found: objects.read_bytes(listing.url(found)) for found in (record, text) if found}
+            caption, group = caption_beside(key, data.get(record), [data[text]] if text else [], "replace")
+        except CaptionProblem as problem:
+            return Entry(key, key, "", url, size, problem.reason)
+        except FileNotFoundError:
+            return Entry(key, key, "", url, size, "no caption")
+        except PermissionError:
+            return Entry(key, key, "", url, size, "not allowed to read")
+        return Entry(key, group, caption, url, size)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:  # on s3:// the cost is latency
+        chunks = (paths[start : start + READ_AHEAD] for start in range(0, len(paths), READ_AHEAD))
+        return [found for chunk in chunks for found in pool.map(entry, chunk)]
 
 
-def _read_captions(url: str) -> Iterator[_Line]:
-    text = decode_text(objects.read_bytes(url), "replace")
-    name = PurePosixPath(url).name
-    if name.endswith(".jsonl"):
-        records = ((n, _parse_json(line)) for n, line in enumerate(lines_of(text), start=1) if line.strip())
-    else:
-        # In tsv files a quote is an ordinary character; csv files quote as Excel does.
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
-        reader = csv.DictReader(io.StringIO(text, newline=""), **style)  # type: ignore[arg-type]
-        columns = set(reader.fieldnames or ())
-        if not columns & set(FILE_COLUMNS) or not columns & set(CAPTION_COLUMNS):
-            raise DataError(
-                f"{url}: the first line has the columns {sorted(columns)}; expected `file`, `caption` and, "
-                "if samples belong together, `group`"
-            )
-        records = enumerate(reader, start=2)
-    for number, record in records:
-        yield _line(f"{name}:{number}", record)
+def _rest(listing: Listing, images: list[str], texts: "_Texts", caption_files: list[str]) -> dict[str, str]:
+    # Every file that is neither an image with its captions nor a document, with the reason.
+    used = {*images, *caption_files, *(found for path in [*images, *listing.problems] for found in texts.of(path) if found)}
+    with_captions = {posixpath.dirname(path) for path in caption_files}
+    rest: dict[str, str] = {}
+    ignored: list[str] = []
+    for path in sorted(listing.files.keys() - used):
+        extension = extension_of_path(path)
+        if extension in CAPTION_EXTENSIONS and posixpath.dirname(path) not in with_captions:
+            rest[path] = "missing image"
+        elif extension in OTHER_IMAGE_EXTENSIONS:
+            rest[path] = "unsupported image format"
+        elif extension in (*DOCUMENTS, *CAPTION_EXTENSIONS):
+            ignored.append(path)
+        else:
+            rest[path] = "unknown file type"
+    if ignored:
+        log.info("%s: not part of the input: %s", listing.root, listing.told(ignored))
+    return rest
 
 
-def _parse_json(line: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+def _keys_of(images: list[str]) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    for path in images:
+        base = re.sub(r"[^\w-]+", "_", str(PurePosixPath(path).with_suffix("")))  # WebDataset cuts a key at its first dot
+        key, number = short_key(base), 2
+        while key in taken:
+            key, number = short_key(f"{base}-{number}"), number + 1
+        keys[path] = key
+        taken.add(key)
+    return keys
+
+
+class _Texts:
+    """The .txt, .caption and .json files of a folder, by the image that they belong to: NAME.txt or NAME.jpg.txt."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths: dict[str, str | list[str]] = {}  # normal name -> path, or the paths that differ in case or composition
+        for path in sorted(path for path in paths if self.has(path)):
+            name = _normal(path)
+            if name not in self._paths:
+                self._paths[path if name == path else name] = path  # mostly they are equal: one string less
+            else:
+                there = self._paths[name]
+                self._paths[name] = [*([there] if isinstance(there, str) else there), path]
+
+    def has(self, path: str) -> bool:
+        return extension_of_path(path) in ("json", *CAPTION_EXTENSIONS)
+
+    def of(self, path: str) -> tuple[str | None, str | None]:
+        """The .json and the text of an image."""
+        record, *texts = (self._of(path, extension) for extension in ("json", *CAPTION_EXTENSIONS))
+        return record, next(filter(None, texts), None)
+
+    def _of(self, path: str, extension: str) -> str | None:
+        # NAME.txt comes before NAME.jpg.txt, and the exact name before another that is as similar.
+        for stem in (_stem(path), path):
+            found = self._paths.get(_normal(f"{stem}.{extension}"))
+            if isinstance(found, list):
+                found = next((one for one in found if _stem(one) == stem), None)
+            if found is not None:
+                return found
+        return None
+
+    def belong_to(self, path: str) -> bool:
+        """Whether a file of any type is an image by its text: NAME.heic, or NAME, beside NAME.txt."""
+        is_other = not self.has(path) and extension_of_path(path) not in DOCUMENTS and not is_caption_file(path)
+        return is_other and self.of(path)[1] is not None
+
+
+class _Names:
+    """Finds the file that a caption line means, if disk and line write its name in different ways."""
+
+    def __init__(self, root: str, paths: Iterable[str]) -> None:
+        self._root = root
+        self._paths = set(paths)
+        self._by_name: dict[str, str | None] = {}
+        for path in self._paths:
+            name = _normal(path)
+            self._by_name[path if name == path else name] = None if name in self._by_name else path  # None: ambiguous
+
+    def find(self, folder: str, name: str) -> str | None:
+        """The path of `name` below `folder`, also if case, the composition of letters or the kind of slashes differs."""
+        for spelling in (name, name.replace("\\", "/")):
+            below = spelling.removeprefix(f"{self._root}/") if spelling.startswith("/") or "://" in spelling else spelling
+            path = posixpath.normpath(posixpath.join("" if below != spelling else folder, below))
+            if path in self._paths:
+                return path
+            if found := self._by_name.get(_normal(path)):
+                return found
         return None
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # an unpaired surrogate: JSON can express it, UTF-8 cannot
-        return False
-    return True
+def _normal(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
 
 
-def _line(source: str, record: object) -> _Line:
-    if not isinstance(record, dict):
-        return _Line(source, reason="bad caption line")
-    path = next((record[name] for name in FILE_COLUMNS if record.get(name)), None)
-    caption = next((record[name] for name in CAPTION_COLUMNS if record.get(name) is not None), None)
-    group = record.get("group") or ""
-    if not isinstance(path, str) or not isinstance(caption, str) or not isinstance(group, str):
-        return _Line(source, reason="bad caption line")
-    if not _is_text(path + caption + group):
-        return _Line(source, reason="damaged caption")
-    # A path outside the folder is not in the listing, so it is dropped as a missing image and never opened.
-    return _Line(source, str(PurePosixPath(path)), caption.strip(), group)
+def _stem(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))

@@ -1,233 +1,209 @@
-"""Dedup: put images that resemble an earlier image or an image of an evaluation set on the raw shards' drop list."""
+"""Dedup: put near-duplicates, and images that training data and evaluation sets share, on drop lists of raw shards."""
 
-import hashlib
-import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate, islice
 from typing import Final
 
-import imagehash
 import numpy as np
-from PIL import Image, ImageDraw
 
-from dalle_ds.console import Outcome
-from dalle_ds.data.images import ImageProblem, decode_image
+from dalle_ds.console import Outcome, progress
 from dalle_ds.data.raw import (
     DROP_LISTS,
     LISTED_REASONS,
     DropLists,
-    RawSample,
     RawShard,
     list_raw_shards,
-    read_raw_shard,
+    load_drop_lists,
+    read_reasons,
     without_drop_list,
 )
+from dalle_ds.data.raw_metadata import N_READERS, iterate_sample_rows, sample_rows
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
+from dalle_ds.storage.hashing import sha256_of_bytes
+from dalle_ds.storage.scratch import scratch_folder
 from preprocessing.configs import DuplicatesConfig
-from preprocessing.executors.local import n_cores, run_shards
+from preprocessing.executors.local import n_cores
+from preprocessing.metadata.compare_hashes import HashComparison
+from preprocessing.metadata.examples import draw_examples
 
-# N images, starting with those of the evaluation sets; U unique hashes
+# R duplicates of one step
 
-HASH_RULE: Final = "phash-64/v1"  # part of the file names of stored hashes
-MIN_CONTRAST: Final = 2.0  # standard deviation of 32x32 grey levels; below it a hash carries no information
-NOT_COMPARED: Final = 0
-NEAR_DUPLICATE, IN_EVALUATION = LISTED_REASONS
+NEAR_DUPLICATE, IN_EVALUATION, IN_TRAINING = LISTED_REASONS
 N_EXAMPLES: Final = 24
-TILE: Final = 128  # pixels
-
-
-@dataclass(frozen=True)
-class HashJob:
-    """One worker's task. Writes one file of hashes per shard below `out`, so that a restart computes only missing ones."""
-
-    out: str
-
-    def start(self, n_threads: int) -> Callable[[RawShard], str]:
-        return lambda shard: hash_shard(shard, hashes_url(self.out, shard))
+DISK_BYTES: Final = 60  # an image, in the scratch folder
 
 
 def run(config: DuplicatesConfig) -> Outcome:
-    """Hash all images, find images close to an earlier image, and publish the drop list.
+    """Find images close to an earlier image by the hashes in the metadata, and publish drop lists, which all readers follow.
 
-    Every reader of the raw shards skips the samples on the list. Memory: about 140 bytes an image. Time: decoding every
-    image, plus one comparison for each pair of hashes that agree in one of max_distance + 1 bands of bits. At a distance of 3
-    the number of comparisons grows with the square of the number of images: acceptable for 20 million, while 250 million need
-    a distance of 2 or less.
+    Near-duplicates within the training data are on the list of `config.raw`. An image that is both in the training data and in
+    an evaluation set is on the evaluation set's list, as in the paper, or with `drop: training` on that of `config.raw`.
 
     Raises:
-        DataError: there are no raw shards made by ingest, or `config.raw` is also an evaluation set.
+        DataError: there are no raw shards made by ingest, they lack metadata, `config.raw` is also an evaluation set, the disk
+            is too small, the drop list of an evaluation set cannot be written, or an old drop list is missing or damaged.
     """
     started = time.monotonic()
-    roots = [*config.against, config.raw]
     if config.raw in config.against:
         raise DataError(f"{config.raw}: is both the training data and an evaluation set, so every image would be dropped")
+    roots = [*config.against, config.raw] if config.drop == "training" else [config.raw, *config.against]
     shards_of = {root: [without_drop_list(shard) for shard in list_raw_shards(root)] for root in roots}
     for root, found in shards_of.items():
         if any(shard.checksum is None for shard in found):
             raise DataError(f"{root}: has tars without manifests; convert them to raw shards with `dalle-ds data ingest`")
-    shards = [shard for root in roots for shard in shards_of[root]]
-    todo = [shard for shard in shards if not objects.exists(hashes_url(config.raw, shard))]
-    _, failures = run_shards(
-        HashJob(config.raw),
-        todo,
-        n_workers=config.workers or n_cores(),
-        name=lambda shard: shard.url,
-        size=lambda shard: shard.n_samples or 0,
-        what="hash",
-        unit="image",
-    )
-    if failures:  # publish no drop list: an incomplete comparison would look complete
-        return Outcome({"raw": config.raw, "failed_shards": failures}, is_complete=False)
-    per_shard = [_load(config.raw, shard)[0] for shard in shards]
-    hashes_N = np.concatenate([np.zeros(0, np.uint64), *per_shard])
-    n_against = sum(map(len, per_shard[: len(shards) - len(shards_of[config.raw])]))
-    starts = np.cumsum([0, *map(len, per_shard)])
-    earlier_N = find_duplicates(hashes_N, n_against, config.max_distance)
-    reasons: Counter[str] = Counter()
-    lists: dict[str, str] = {}
-    for shard, start, end in zip(shards, starts, starts[1:], strict=False):
-        here = (start + np.flatnonzero(earlier_N[start:end] >= 0)).tolist()
-        if not here:
-            continue
-        _, keys = _load(config.raw, shard)
-        records = [
-            {"key": keys[index - start], "reason": IN_EVALUATION if earlier_N[index] < n_against else NEAR_DUPLICATE}
-            for index in here
-        ]
-        reasons.update(record["reason"] for record in records)
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        lists[shard.name] = f"duplicates/{shard.name}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-        objects.write_bytes(objects.join(config.raw, lists[shard.name]), data)
-    dropped_N = np.flatnonzero(earlier_N >= 0)
-    distances = Counter(np.bitwise_count(hashes_N[dropped_N] ^ hashes_N[earlier_N[dropped_N]]).tolist())
-    examples = objects.join(config.raw, "duplicates/examples.png")
-    _draw_examples(examples, shards, starts, hashes_N, earlier_N)
-    found = DropLists(max_distance=config.max_distance, lists=lists)
-    objects.write_bytes(objects.join(config.raw, DROP_LISTS), found.to_json())
+    placed = [(root, shard) for root in roots for shard in shards_of[root]]
+    starts = [0, *accumulate(shard.n_samples or 0 for _, shard in placed)]  # number of each shard's first image
+    n_training = sum(shard.n_samples or 0 for shard in shards_of[config.raw])
+    publication = _Publication(config, placed, starts)
+    with scratch_folder() as folder:
+        objects.check_disk_space(folder, DISK_BYTES * starts[-1], "the comparison of hashes")
+        with HashComparison(folder, int(config.memory_gib * 2**30), config.workers or n_cores()) as comparison:
+            _add_hashes(comparison, placed)
+            if config.drop == "training":
+                result = comparison.find(config.max_distance, starts[-1] - n_training, "first")
+            else:
+                result = comparison.find(config.max_distance, n_training, "all first")
+            reasons = publication.publish(comparison.duplicates())
+            examples = comparison.most_distant(N_EXAMPLES)
+    url = objects.join(config.raw, "duplicates/examples.png")
+    draw_examples(url, examples, [shard for _, shard in placed], starts)
     return Outcome(
         {
             "raw": config.raw,
-            "images": len(hashes_N) - n_against,
-            "evaluation_images": n_against,
-            "too_plain_to_compare": int((hashes_N == NOT_COMPARED).sum()),
-            "groups": len(np.unique(earlier_N[dropped_N])),
+            "images": n_training,
+            "evaluation_images": starts[-1] - n_training,
+            "too_plain_to_compare": result.n_plain,
+            "compared_in_part": result.n_capped,
+            "groups": result.n_groups,
             "dropped": dict(sorted(reasons.items())),
-            "dropped_by_distance": dict(sorted(distances.items())),
-            "examples": examples,
+            "dropped_by_distance": result.by_distance,
+            "examples": url,
             "seconds": time.monotonic() - started,
         }
     )
 
 
-def perceptual_hash(image: Image.Image) -> int:
-    """64-bit pHash, nearly invariant to size, format, colours and sharpness. NOT_COMPARED if the contrast is too low."""
-    grey = image.convert("L")
-    if np.asarray(grey.resize((32, 32), Image.Resampling.BOX)).std() < MIN_CONTRAST:
-        return NOT_COMPARED
-    return int(str(imagehash.phash(grey)), 16)
+def _add_hashes(comparison: HashComparison, placed: list[tuple[str, RawShard]]) -> None:
+    with progress(total=len(placed), what="read hashes", unit="shard") as bar:
+        for shard, rows in iterate_sample_rows([shard for _, shard in placed], ["phash"]):
+            if len(rows) != shard.n_samples:
+                raise DataError(f"{shard.metadata}: {len(rows)} samples, expected {shard.n_samples} as in the manifest")
+            comparison.add(rows["phash"].to_numpy())
+            bar.update(1)
 
 
-def find_duplicates(hashes_N: np.ndarray, n_against: int, max_distance: int) -> np.ndarray:
-    """For each image, the index of the earlier kept image that it duplicates, or -1 if the image is kept: (N,) int64.
+def _of_shards(pairs: Iterator[np.ndarray], starts: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Cuts arrays of duplicates (R, 2), sorted by image, at the first images of the shards: (number of the shard, its rows)."""
+    held = np.zeros((0, 2), np.int64)
+    number = 0
+    for found in pairs:
+        held = np.concatenate([held, found])
+        while len(held) and held[-1, 0] >= starts[number + 1]:  # all duplicates of this shard have arrived
+            end = int(np.searchsorted(held[:, 0], starts[number + 1]))
+            yield number, held[:end]
+            held, number = held[end:], number + 1
+    yield number, held
+    yield from ((empty, held[:0]) for empty in range(number + 1, len(starts) - 1))
 
-    The first `n_against` images are always kept. A duplicate differs in at most `max_distance` bits from a kept image.
-    Comparing only with kept images prevents chains of small differences from joining dissimilar images.
+
+class _Publication:
+    """Replaces this comparison's records in the drop lists of all roots, shard by shard. Records of other comparisons stay.
+
+    Raises:
+        DataError: an old drop list is missing or damaged.
     """
-    earlier_N = np.full(len(hashes_N), -1, np.int64)
-    compared = np.flatnonzero(hashes_N != NOT_COMPARED)
-    hashes_U, first, inverse = np.unique(hashes_N[compared], return_index=True, return_inverse=True)
-    first_U = compared[first]  # np.unique returns the first index of each value
-    pairs = [np.zeros((0, 2), np.int64)]
-    for one, other in _near_pairs(hashes_U, max_distance):
-        swap = first_U[one] > first_U[other]
-        pairs.append(np.stack([np.where(swap, one, other), np.where(swap, other, one)], axis=1))  # (later, earlier)
-    found = np.unique(np.concatenate(pairs), axis=0)
-    found = found[first_U[found[:, 0]] >= n_against]
-    found = found[np.lexsort((first_U[found[:, 1]], first_U[found[:, 0]]))]
-    leader_U = np.arange(len(hashes_U))
-    for later, earlier in found.tolist():
-        if leader_U[later] == later and leader_U[earlier] == earlier:
-            leader_U[later] = earlier
-    earlier_N[compared] = first_U[leader_U[inverse]]
-    earlier_N[earlier_N == np.arange(len(hashes_N))] = -1
-    earlier_N[:n_against] = -1
-    return earlier_N
+
+    def __init__(self, config: DuplicatesConfig, placed: list[tuple[str, RawShard]], starts: list[int]) -> None:
+        self._config, self._placed, self._starts = config, placed, starts
+        self._before = {root: load_drop_lists(root) for root in dict.fromkeys(root for root, _ in placed)}
+        # Read before the comparison, which takes long: a missing list is told at once.
+        self._others: list[list[dict[str, str]]] = []
+        with ThreadPoolExecutor(N_READERS) as pool, progress(total=len(placed), what="old drop lists", unit="shard") as bar:
+            for records in pool.map(self._other_records, placed):
+                self._others.append(records)
+                bar.update(1)
+        self._lists: dict[str, dict[str, str]] = {root: {} for root in self._before}
+        self._reasons: Counter[str] = Counter()
+
+    def publish(self, pairs: Iterator[np.ndarray]) -> Counter[str]:
+        """Write the lists of all shards, then those of the roots that name them. Returns the number of records by reason.
+
+        Raises:
+            DataError: the drop list of an evaluation set cannot be written.
+        """
+        parts = _of_shards(pairs, self._starts)
+        with ThreadPoolExecutor(N_READERS) as pool, progress(total=len(self._placed), what="drop lists", unit="shard") as bar:
+            while some := list(islice(parts, 4 * N_READERS)):
+                written = pool.map(self._write_list, *zip(*some, strict=True))
+                for (number, _), (path, reasons) in zip(some, written, strict=True):
+                    root, shard = self._placed[number]
+                    self._reasons.update(reasons)
+                    if path:
+                        self._lists[root][shard.name] = path
+                bar.update(len(some))
+        for root, before in self._before.items():
+            after = DropLists(max_distance=self._config.max_distance, lists=self._lists[root])
+            if before != after and (before or after.lists or root == self._config.raw):
+                with self._told(root):
+                    objects.write_bytes(objects.join(root, DROP_LISTS), after.to_json())
+        return self._reasons
+
+    def _write_list(self, number: int, pairs_R2: np.ndarray) -> tuple[str | None, Counter[str]]:
+        """Write one shard's drop list. Returns its path below the root, None without records, and the new ones by reason."""
+        root, shard = self._placed[number]
+        new = self._new_records(root, shard, self._starts[number], pairs_R2)
+        reasons = Counter(record["reason"] for record in new)
+        others = self._others[number]
+        keys = {record["key"] for record in others}
+        records = others + [record for record in new if record["key"] not in keys]
+        if not records:
+            return None, reasons
+        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        path = f"duplicates/{shard.name}-{sha256_of_bytes(data)[:16]}.jsonl"
+        with self._told(root):
+            objects.write_bytes(objects.join(root, path), data)
+        return path, reasons
+
+    def _other_records(self, place: tuple[str, RawShard]) -> list[dict[str, str]]:
+        """The records of other comparisons in a shard's old drop list, which stay."""
+        root, shard = place
+        before = self._before[root]
+        if before is None or shard.name not in before.lists:
+            return []
+        remedy = (
+            f"records of other comparisons are lost: remove {objects.join(root, DROP_LISTS)}, then run `dalle-ds data dedup` "
+            "for this set, and for each training set that it was compared with"
+        )
+        records = read_reasons(objects.join(root, before.lists[shard.name]), "drop list", remedy)
+        return [record for record in records if not _is_ours(record, root, self._config)]
+
+    def _new_records(self, root: str, shard: RawShard, start: int, pairs_R2: np.ndarray) -> list[dict[str, str]]:
+        if not len(pairs_R2):
+            return []
+        keys = sample_rows(shard, ["key"])["key"].take(pairs_R2[:, 0] - start).to_pylist()
+        if root != self._config.raw:
+            return [{"key": key, "reason": IN_TRAINING, "training": self._config.raw} for key in keys]
+        kept_shards = np.searchsorted(self._starts, pairs_R2[:, 1], side="right") - 1
+        reasons = [NEAR_DUPLICATE if self._placed[kept][0] == root else IN_EVALUATION for kept in kept_shards.tolist()]
+        return [{"key": key, "reason": reason} for key, reason in zip(keys, reasons, strict=True)]
+
+    @contextmanager
+    def _told(self, root: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            is_training = root == self._config.raw
+            hint = "" if is_training else "; --drop training drops the images from the training data instead"
+            raise DataError(f"{root}: its drop list cannot be written ({error}){hint}") from None
 
 
-def _near_pairs(hashes_U: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    # Two hashes that differ in at most d bits agree in at least one of d + 1 bands. Compare only pairs that agree in a band.
-    n_bands = max_distance + 1
-    edges = [64 * band // n_bands for band in range(n_bands + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
-        band_U = (hashes_U >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
-        order = np.argsort(band_U)
-        hashes, band = hashes_U[order], band_U[order]
-        end = np.searchsorted(band, band, side="right")
-        active, step = np.arange(len(order)), 1
-        while (active := active[active + step < end[active]]).size:
-            near = active[np.bitwise_count(hashes[active] ^ hashes[active + step]) <= max_distance]
-            yield order[near], order[near + step]
-            step += 1
-
-
-def hashes_url(root: str, shard: RawShard) -> str:
-    mark = hashlib.sha256(f"{HASH_RULE} {shard.url} {shard.checksum}".encode()).hexdigest()[:16]
-    return objects.join(root, f"duplicates/hashes/{mark}.npz")
-
-
-def hash_shard(shard: RawShard, out_url: str) -> str:
-    """Write the perceptual hash and the key of each sample of a shard, in stored order. Returns `out_url`."""
-    hashes, keys = [], []
-    for sample in read_raw_shard(shard):
-        if isinstance(sample, RawSample):
-            keys.append(sample.key)
-            hashes.append(_hash(sample))
-    buffer = io.BytesIO()
-    np.savez(buffer, hashes=np.array(hashes, np.uint64), keys=np.frombuffer("\n".join(keys).encode(), np.uint8))
-    objects.write_bytes(out_url, buffer.getvalue())
-    return out_url
-
-
-def _hash(sample: RawSample) -> int:
-    try:
-        return perceptual_hash(decode_image(sample.image))
-    except ImageProblem:
-        return NOT_COMPARED
-
-
-def _load(root: str, shard: RawShard) -> tuple[np.ndarray, list[str]]:
-    with np.load(io.BytesIO(objects.read_bytes(hashes_url(root, shard)))) as stored:
-        return stored["hashes"], stored["keys"].tobytes().decode().split("\n")
-
-
-def _draw_examples(url: str, shards: list[RawShard], starts: np.ndarray, hashes_N: np.ndarray, earlier_N: np.ndarray) -> None:
-    # Kept image left, dropped image right. One pair per group, its most distant; pairs are sorted by descending distance, so
-    # the first rows show whether `max_distance` is too large.
-    dropped = np.flatnonzero(earlier_N >= 0)
-    distance = np.bitwise_count(hashes_N[dropped] ^ hashes_N[earlier_N[dropped]])
-    dropped = dropped[np.argsort(-distance.astype(int), kind="stable")]
-    _, first = np.unique(earlier_N[dropped], return_index=True)
-    chosen = dropped[np.sort(first)][:N_EXAMPLES]
-    wanted: dict[int, Image.Image] = {}
-    for index in sorted({*chosen.tolist(), *earlier_N[chosen].tolist()}):
-        number = int(np.searchsorted(starts, index, side="right")) - 1
-        samples = (sample for sample in read_raw_shard(shards[number]) if isinstance(sample, RawSample))
-        wanted[index] = decode_image(next(islice(samples, int(index - starts[number]), None)).image)
-    n_columns = 4
-    sheet = Image.new("RGB", (n_columns * (2 * TILE + 16), max(1, -(-len(chosen) // n_columns)) * (TILE + 20)), "white")
-    for place, index in enumerate(chosen.tolist()):
-        left, top = place % n_columns * (2 * TILE + 16), place // n_columns * (TILE + 20)
-        for offset, member in ((0, int(earlier_N[index])), (TILE, index)):
-            thumbnail = wanted[member].copy()
-            thumbnail.thumbnail((TILE - 4, TILE - 4))
-            sheet.paste(thumbnail, (left + offset, top))
-        bits = int(np.bitwise_count(hashes_N[index] ^ hashes_N[earlier_N[index]]))
-        ImageDraw.Draw(sheet).text((left, top + TILE), f"{bits} bits", fill="black")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    objects.write_bytes(url, buffer.getvalue())
+def _is_ours(record: dict[str, str], root: str, config: DuplicatesConfig) -> bool:
+    if record["reason"] == IN_TRAINING:
+        return record.get("training") == config.raw
+    return root == config.raw

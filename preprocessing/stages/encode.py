@@ -1,89 +1,98 @@
 """Encode: convert raw shards to a token data set with a dVAE and a tokenizer. Each shard is committed exactly once."""
 
-import json
 import logging
+import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from dalle_ds.console import Outcome
+from dalle_ds.data.dataset_files import DatasetManifest
 from dalle_ds.data.images import CROP_RULE
 from dalle_ds.data.manifest import (
     DatasetInfo,
-    DatasetManifest,
-    InputIdentity,
     ShardManifest,
     done_shards,
+    iterate_shards,
     load_dataset_info,
-    load_shard_manifests,
-    merge,
+    load_shard_manifest,
+    spread,
 )
 from dalle_ds.data.raw import RawShard, list_raw_shards
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.errors import DataError
-from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.ops.devices import gpus_are_wanted
+from dalle_ds.pretrained.stored_weights import dvae_config_of
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
-from dalle_ds.storage.names import DATASET_FILE, DVAE_FILE, MANIFEST_FILE, TOKENIZER_FILE
-from dalle_ds.storage.weights import read_weights
+from dalle_ds.storage.leftovers import remove_old_leftovers
+from dalle_ds.storage.names import DATASET_FILE, DVAE_FILE, TOKENIZER_FILE
+from dalle_ds.storage.record import Record, parse
+from dalle_ds.storage.weights import number_of, read_weights
 from preprocessing.configs import EncodeConfig, Engine
 from preprocessing.encoding.encode_shard import EncodeJob, code_usage, crop_of, load_dvae
 from preprocessing.encoding.encoder import agreement, encoder_of
+from preprocessing.encoding.publication import publish_shards, require_same_inputs
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.ray_cluster import n_of
+from preprocessing.executors.ray_cluster import n_of, n_places
+from preprocessing.executors.sharing import forget_claims, shared_shards
 
 log = logging.getLogger(__name__)
 
+MAX_CHECKED = 64  # finished shards whose inputs are compared with the raw shards at the start
 MAX_CODES = 2**16  # codes are stored in 16 bits
 TYPICAL_SAMPLES_PER_MB = 20  # for the progress bar and the disk check, if a shard's number of samples is unknown
 
 
 def run(config: EncodeConfig) -> Outcome:
-    """Encode every unfinished shard, then write the merged manifest.
+    """Encode every unfinished shard, then publish the finished ones. Failed shards are named, and may be encoded later.
 
     Raises:
         DataError: input or dVAE is missing, or disk space is too small.
         FingerprintMismatch: `out` was made with another dVAE, tokenizer or crop rule.
     """
     started = time.monotonic()
+    remove_old_leftovers(config.out)
     shards = list_raw_shards(config.raw)
-    first = len(shards) * config.machine // config.machines % len(shards)  # modulo: indices of Slurm arrays may start at 1
-    shards = shards[first:] + shards[:first]
     device = _device(config)
     info = _claim(config, shards, device)
     done = done_shards(config.out)
-    if done:
-        _require_same_inputs(config, shards, load_shard_manifests(config.out, ShardManifest))
+    _check_some_inputs(config, shards, done)
     todo = [shard for shard in shards if shard.name not in done]
-    sample_bytes = 2 * info.n_tokens + 256  # 256: approximate size of key and caption
+    sample_bytes = config.crops * (2 * info.n_tokens + 256)  # 256: approximate size of key and caption
     objects.check_disk_space(config.out, sum(map(_samples, todo)) * sample_bytes, "the token shards")
     if not todo:
         log.info("%s: all %d shards are already encoded; nothing to do", config.out, len(shards))
     job = EncodeJob(config.out, info, config.batch, config.block_samples, config.max_failure_rate, device, config.precision)
-    n_workers = config.workers or _n_workers(config.engine, device)
+    gpus = _gpus() if device == "cuda" and config.engine == "local" else []
+    cpus_each = config.worker_cpus or (8 if device == "cuda" else 1)
+    shares = shared_shards([shard.name for shard in shards], done, config.machine, config.machines, config.out)
     results, failures = run_shards(
         job,
         todo,
-        n_workers=n_workers,
+        n_workers=config.workers or _n_workers(config.engine, device, len(gpus), cpus_each),
         name=lambda shard: shard.name,
         size=_samples,
         what="encode",
         unit="image",
         journal=Journal(config.out, len(shards)),
         engine=config.engine,
+        cpus_each=cpus_each,
         gpus_each=int(device == "cuda"),
+        gpus=gpus,
+        shares=shares,
+        looks_ahead=objects.local_path(config.raw) is None,
     )
-    made = [manifest for manifest in results if manifest is not None]
-    manifests = load_shard_manifests(config.out, ShardManifest)
-    _require_same_inputs(config, shards, manifests)
-    manifest = merge(info, manifests, complete=not failures)
-    if not failures:
-        _publish(config.out, manifest)
+    made = [n_input for n_input in results if n_input is not None]
+    manifest = publish_shards(config.out, info, shards, config.machine, config.machines)
+    if manifest.complete:
+        forget_claims(config.out)
+        if not any(manifest.n_samples.values()):
+            log.warning("%s: no sample in any of %d shards: all were dropped before", config.out, len(shards))
     seconds = time.monotonic() - started
     return Outcome(_summary(config, info, manifest, made, failures, seconds), is_complete=not failures)
 
@@ -92,27 +101,29 @@ def _summary(
     config: EncodeConfig,
     info: DatasetInfo,
     manifest: DatasetManifest,
-    made: list[ShardManifest],
+    made: list[int],
     failures: dict[str, str],
     seconds: float,
 ) -> dict[str, object]:
     n_samples = sum(manifest.n_samples.values())
-    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
     return {
         "out": config.out,
-        "shards": len(manifest.shards),
+        "shards": manifest.n_shards,
         "shards_made_now": len(made),
-        "inputs": sum(shard.n_input for shard in manifest.shards),
+        "inputs": manifest.n_input,
         "samples": dict(manifest.n_samples),
         "dropped": manifest.dropped,
-        "bytes_per_sample": n_bytes / max(1, n_samples),
+        "masked": manifest.masked,
+        "no_longer_listed": manifest.no_longer_listed,
+        "crops": config.crops,
+        "bytes_per_sample": manifest.n_bytes / max(1, n_samples),
         **code_usage(manifest.code_histogram),
         "failed_shards": failures,
         "precision": config.precision,
         "agreement": info.agreement,
         "fingerprint": manifest.fingerprint,
         "seconds": seconds,
-        "images_per_second": sum(shard.n_input for shard in made) / seconds,
+        "images_per_second": sum(made) / seconds,
     }
 
 
@@ -120,10 +131,7 @@ def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> Dataset
     # dataset.json is written first: if two runs encode with different models into one output, the second is refused before
     # it writes anything.
     weights = read_weights(config.dvae, "dvae")
-    try:
-        dvae = DVAEConfig(**weights.config)
-    except ValidationError as error:
-        raise DataError(f"{config.dvae}: its config does not match DVAEConfig of this version: {error}") from None
+    dvae = dvae_config_of(weights, config.dvae)
     _require_live_codebook(config, weights.extra)
     if dvae.n_codes > MAX_CODES:
         raise DataError(f"{config.dvae}: {dvae.n_codes} codes, expected at most {MAX_CODES}")
@@ -137,6 +145,7 @@ def _claim(config: EncodeConfig, shards: list[RawShard], device: str) -> Dataset
         tokenizer=tokenizer.fingerprint,
         crop=CROP_RULE,
         validation_fraction=config.validation_fraction,
+        crops=config.crops if config.crops > 1 else None,
         **precision,
     ).sealed()
     if not objects.create_exclusive(objects.join(config.out, DATASET_FILE), info.to_json()):
@@ -174,11 +183,18 @@ def _checked_precision(config: EncodeConfig, shards: list[RawShard], device: str
     }
 
 
-def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
-    trained = extra.get("validation_fraction")
-    if trained is not None and float(trained) < config.validation_fraction:
+class CodebookUsage(Record):
+    """What is read of the validation report in a dVAE's metadata."""
+
+    codes_used: int
+    n_codes: int
+
+
+def _require_live_codebook(config: EncodeConfig, extra: Mapping[str, Any]) -> None:
+    trained = number_of(extra, "validation_fraction", config.dvae)
+    if trained is not None and trained < config.validation_fraction:
         log.warning(
-            "%s was trained with validation_fraction %s, but encode.validation_fraction is %g: the dVAE was trained on some "
+            "%s was trained with validation_fraction %g, but encode.validation_fraction is %g: the dVAE was trained on some "
             "images of this validation split",
             config.dvae,
             trained,
@@ -187,11 +203,10 @@ def _require_live_codebook(config: EncodeConfig, extra: dict[str, str]) -> None:
     if "validation" not in extra:
         log.info("%s has no validation report: its codebook usage is unknown", config.dvae)
         return
-    validation = json.loads(extra["validation"])
-    used, n_codes = validation["codes_used"], validation["n_codes"]
-    if used < config.min_codes_used * n_codes:
+    usage = parse(CodebookUsage, str(extra["validation"]).encode(), f"validation report of {config.dvae}")
+    if usage.codes_used < config.min_codes_used * usage.n_codes:
         raise DataError(
-            f"{config.dvae} used {used} of its {n_codes} codes on validation images, expected at least "
+            f"{config.dvae} used {usage.codes_used} of its {usage.n_codes} codes on validation images, expected at least "
             f"{config.min_codes_used:.0%}: a prior would learn little from its tokens. Improve the dVAE, or lower "
             "encode.min_codes_used"
         )
@@ -208,30 +223,13 @@ def _require_same_making(out: str, there: DatasetInfo, ours: DatasetInfo) -> Non
     require_same(f"data set {out} ({told})", there.fingerprint, ours.fingerprint, hint)
 
 
-def _require_same_inputs(config: EncodeConfig, shards: list[RawShard], manifests: list[ShardManifest]) -> None:
-    # Shards are identified by name: shards of another raw folder with the same names must not count as done.
-    inputs = {manifest.shard: manifest.input for manifest in manifests}
-    for shard in shards:
-        made_of = inputs.get(shard.name)
-        if made_of is not None and not _is_same_input(made_of, shard):
-            raise DataError(
-                f"{config.out}: shard {shard.name} was made from {made_of.path} ({made_of.bytes} bytes, checksum "
-                f"{made_of.checksum}), which is not {shard.url} ({shard.bytes} bytes, checksum {shard.checksum}); "
-                "choose another `encode.out` for another raw set"
-            )
-
-
-def _is_same_input(made_of: InputIdentity, shard: RawShard) -> bool:
-    if made_of.bytes != shard.bytes:
-        return False
-    return made_of.checksum is None or shard.checksum is None or made_of.checksum == shard.checksum
-
-
-def _publish(out: str, manifest: DatasetManifest) -> None:
-    url = objects.join(out, MANIFEST_FILE)
-    data = manifest.to_json()
-    if not objects.exists(url) or objects.read_bytes(url) != data:
-        objects.write_bytes(url, data)
+def _check_some_inputs(config: EncodeConfig, shards: list[RawShard], done: set[str]) -> None:
+    # Some shards suffice to notice another raw folder, and `publish_shards` checks all of them. Here the GPUs would wait for
+    # minutes until all manifests are read.
+    there = [shard for shard in shards if shard.name in done]
+    chosen = {shard.name: shard for shard in spread(there, MAX_CHECKED)}
+    manifests = iterate_shards(sorted(chosen), partial(load_shard_manifest, config.out, ShardManifest))
+    require_same_inputs(config.out, chosen, ((manifest.shard, manifest.input) for manifest in manifests))
 
 
 def _samples(shard: RawShard) -> int:
@@ -248,7 +246,14 @@ def _device(config: EncodeConfig) -> str:
     return config.device
 
 
-def _n_workers(engine: Engine, device: str) -> int:
+def _n_workers(engine: Engine, device: str, n_gpus: int, cpus_each: int) -> int:
     if engine == "ray":
-        return max(1, n_of("GPU" if device == "cuda" else "CPU"))
-    return 1 if device == "cuda" else n_cores()
+        return n_places(cpus_each, int(device == "cuda"))
+    return n_gpus if device == "cuda" else n_cores()
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this machine that the process may use, as CUDA_VISIBLE_DEVICES names them."""
+    n_gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:n_gpus] if visible else [str(number) for number in range(n_gpus)]

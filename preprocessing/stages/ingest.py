@@ -1,34 +1,39 @@
 """Ingest: convert captioned images in folders, tars or parquet files to filtered raw shards; every sample is accounted for."""
 
-import hashlib
 import io
 import json
 import logging
 import tarfile
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dalle_ds.console import Outcome
 from dalle_ds.data.commit import commit_shard, new_attempt
-from dalle_ds.data.manifest import RawShardManifest, Record, done_shards, load_shard_manifests, parse
-from dalle_ds.data.raw import Dropped, RawSample
+from dalle_ds.data.manifest import RawShardManifest, done_shards, manifest_url
+from dalle_ds.data.raw_index import load_raw_manifests, write_raw_index
+from dalle_ds.data.raw_metadata import write_metadata
+from dalle_ds.data.raw_sample import MAX_TEXT_BYTES, Dropped, RawSample, is_safe_key
 from dalle_ds.recipes import canonical_json
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.hashing import sha256_of_file
+from dalle_ds.storage.leftovers import remove_old_leftovers
+from dalle_ds.storage.record import Record, parse
+from dalle_ds.storage.scratch import scratch_folder
 from preprocessing.configs import FilterConfig, IngestConfig
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import n_cores, run_shards
 from preprocessing.executors.ray_cluster import n_of
+from preprocessing.executors.sharing import forget_claims, shared_shards
 from preprocessing.filters.language import language_of
-from preprocessing.filters.rules import FILTER_RULES, caption_filters, judge_caption, sample_judge
+from preprocessing.filters.rules import FILTER_RULES, Judgement, caption_filters, judge_caption, sample_judge
+from preprocessing.metadata.earlier_shards import MetadataJob
+from preprocessing.metadata.rows import Language, Rows, data_offset
 from preprocessing.readers.folder import Entry, read_folder
-from preprocessing.readers.inputs import FolderPart, Part, list_parts, read_entry
+from preprocessing.readers.inputs import FolderPart, Part, list_parts
+from preprocessing.readers.listing import list_input
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,7 @@ class IngestJob:
     filters: FilterConfig
     fingerprint: str
 
-    def start(self, n_threads: int) -> Callable[[ShardPlan], RawShardManifest]:
+    def start(self, n_threads: int) -> Callable[[ShardPlan], bool]:
         judge = sample_judge(self.filters)
         return lambda plan: ingest_shard(plan, self, judge)
 
@@ -64,8 +69,10 @@ def run(config: IngestConfig) -> Outcome:
         FingerprintMismatch: `out` has shards of other inputs or filters.
     """
     started = time.monotonic()
-    plans, listing = _plan(config)
-    raw_fingerprint = _claim(config, len(listing), canonical_json(listing).encode())
+    remove_old_leftovers(config.out)
+    plans, n_input, listing = _plan(config)
+    raw_fingerprint = _claim(config, n_input, listing)
+    del listing
     done = done_shards(config.out)
     todo = [plan for plan in plans if plan.name not in done]
     objects.check_disk_space(config.out, sum(plan.part.bytes for plan in todo), "the raw shards")
@@ -73,7 +80,7 @@ def run(config: IngestConfig) -> Outcome:
         log.info("%s: all %d raw shards already exist; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, raw_fingerprint)
     n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
-    _, failures = run_shards(
+    made, failures = run_shards(
         job,
         todo,
         n_workers=n_workers,
@@ -83,15 +90,33 @@ def run(config: IngestConfig) -> Outcome:
         unit="KiB",
         journal=Journal(config.out, len(plans)),
         engine=config.engine,
+        shares=shared_shards([plan.name for plan in plans], done, config.machine, config.machines, config.out),
     )
-    manifests = load_shard_manifests(config.out, RawShardManifest)
+    if not failures:
+        forget_claims(config.out)
+    manifests = load_raw_manifests(config.out)
+    if without := [manifest for manifest in manifests if manifest.metadata is None]:
+        log.info("%s: %d shards of an earlier version have no metadata; each is read once to add it", config.out, len(without))
+        _, failed = run_shards(
+            MetadataJob(config.out),
+            without,
+            n_workers=n_workers,
+            name=lambda manifest: manifest.shard,
+            size=lambda manifest: manifest.n_samples,
+            what="add metadata",
+            unit="image",
+            engine=config.engine,
+        )
+        failures |= failed
+        manifests = load_raw_manifests(config.out)
+    write_raw_index(config.out, manifests)
     dropped: Counter[str] = Counter()
     for manifest in manifests:
         dropped.update(manifest.dropped)
     summary = {
         "out": config.out,
         "shards": len(manifests),
-        "shards_made_now": len(todo) - len(failures),
+        "shards_made_now": sum(made),
         "inputs": sum(manifest.n_input for manifest in manifests),
         "samples": sum(manifest.n_samples for manifest in manifests),
         "dropped": dict(sorted(dropped.items())),
@@ -103,38 +128,38 @@ def run(config: IngestConfig) -> Outcome:
     return Outcome(summary, is_complete=not failures)
 
 
-def _plan(config: IngestConfig) -> tuple[list[ShardPlan], list[list[object]]]:
-    # Returns the shards, and the listing of the inputs that goes into the fingerprint.
-    url = config.images.rstrip("/")
-    parts = list_parts(url, config.columns)
+def _plan(config: IngestConfig) -> tuple[list[ShardPlan], int, bytes]:
+    # Returns the shards, the number of inputs, and the listing of the inputs that goes into the fingerprint.
+    listing = list_input(config.images, follow_links=config.follow_links, without=config.out)
+    parts = list_parts(listing, config.columns)
     if parts:
         plans = [ShardPlan(f"{number:05d}", part) for number, part in enumerate(parts)]
-        return plans, [[part.url.removeprefix(url), part.bytes] for part in parts]
-    entries = plan_entries(read_folder(url), config.filters)
-    return (
-        plan_shards(entries, config.samples_per_shard),
-        [[entry.key, entry.group, entry.caption, entry.bytes] for entry in entries],
-    )
+        told = (
+            [[entry.key, entry.reason] for entry in part.entries]
+            if isinstance(part, FolderPart)
+            else [part.url.removeprefix(listing.root), part.bytes]
+            for part in parts
+        )
+        return plans, len(parts), _packed(told)
+    entries = plan_entries(read_folder(listing), config.filters)
+    plans = plan_shards(entries, config.samples_per_shard)
+    return plans, len(entries), _packed([entry.key, entry.group, entry.caption, entry.bytes] for entry in entries)
+
+
+def _packed(items: Iterable[list[object]]) -> bytes:
+    """The JSON of a list. A folder may have two million items: as Python lists they would take more than a gigabyte."""
+    return b"[" + b",".join(canonical_json(item).encode() for item in items) + b"]"
 
 
 def plan_entries(entries: Iterable[Entry], config: FilterConfig) -> list[Entry]:
-    """Apply the checks that need no pixels: caption filters, then duplicate files.
-
-    Of byte-identical files, the first with a usable caption is kept.
-    """
+    """Apply the checks that need no file: the caption filters."""
     checks = caption_filters(config)
-    judged = [entry if entry.reason else replace(entry, reason=judge_caption(entry.caption, checks)) for entry in entries]
-    by_size = Counter(entry.bytes for entry in judged if not entry.reason)
-    suspects = [entry for entry in judged if not entry.reason and by_size[entry.bytes] > 1]  # equal files have equal sizes
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        digests = dict(zip((entry.url for entry in suspects), pool.map(_digest, suspects), strict=True))
-    seen: set[str] = set()
-    kept: list[Entry] = []
-    for entry in judged:
-        digest = digests.get(entry.url, "") if not entry.reason else ""
-        kept.append(replace(entry, reason="duplicate image") if digest and digest in seen else entry)
-        seen.add(digest)
-    return kept
+
+    def judged(entry: Entry) -> Entry:
+        reason = entry.reason or judge_caption(entry.caption, checks)
+        return entry if reason == entry.reason else replace(entry, reason=reason)
+
+    return [judged(entry) for entry in entries]
 
 
 def plan_shards(entries: list[Entry], samples_per_shard: int) -> list[ShardPlan]:
@@ -146,47 +171,67 @@ def plan_shards(entries: list[Entry], samples_per_shard: int) -> list[ShardPlan]
     ]
 
 
-def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], str | None]) -> RawShardManifest:
-    """Read, filter and pack the samples of one shard, and commit it. `judge` returns the reason to drop a sample, or None."""
+def ingest_shard(plan: ShardPlan, job: IngestJob, judge: Callable[[RawSample], Judgement]) -> bool:
+    """Read, filter and pack the samples of one shard, and commit it with its metadata.
+
+    Returns:
+        Whether this attempt made the shard, not another machine's.
+    """
+    if objects.exists(manifest_url(job.out, plan.name)):
+        return False
     started = time.monotonic()
     attempt = new_attempt()
-    dropped: list[tuple[str, str]] = []
-    n_samples = 0
-    with tempfile.TemporaryDirectory(prefix="dalle-ds-") as folder:
-        tar_file, dropped_file = Path(folder) / "data.tar", Path(folder) / "dropped.jsonl"
+    rows = Rows()
+    with scratch_folder() as folder:
+        tar_file, metadata_file = folder / "data.tar", folder / "metadata.parquet"
         with tarfile.open(tar_file, "w", format=tarfile.PAX_FORMAT) as tar:
+            written: set[str] = set()
             for sample in plan.part.samples():
-                reason = sample.reason if isinstance(sample, Dropped) else judge(sample)
-                if isinstance(sample, Dropped) or reason:
-                    dropped.append((sample.key, reason))
+                if isinstance(sample, Dropped):
+                    rows.drop(sample.key, sample.reason)
+                    continue
+                reason, image = judge(sample)
+                language = None if reason else language_of(sample.caption)
+                record = b"" if reason else _record_of(sample, language)
+                reason = reason or _storage_problem(sample.key, record, written)
+                if reason or image is None:
+                    rows.drop(sample.key, reason or "unreadable")
                     continue
                 _add(tar, f"{sample.key}.{sample.extension}", sample.image)
-                language, score = language_of(sample.caption) or (None, None)
-                record = {"caption": sample.caption, "group": sample.group, "language": language, "language_score": score}
-                _add(tar, f"{sample.key}.json", json.dumps(record, ensure_ascii=False).encode())
-                n_samples += 1
-        files = {f"data/{plan.name}-{attempt}.tar": tar_file}
-        if dropped:
-            lines = (json.dumps({"key": key, "reason": reason}, ensure_ascii=False) for key, reason in dropped)
-            dropped_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            files[f"dropped/{plan.name}-{attempt}.jsonl"] = dropped_file
-        path, *dropped_path = files
+                rows.keep(sample, image, language, data_offset(tar.offset, len(sample.image)))
+                _add(tar, f"{sample.key}.json", record)
+                written.add(sample.key)
+        path, metadata_path = f"data/{plan.name}-{attempt}.tar", f"metadata/{plan.name}-{attempt}.parquet"
         manifest = RawShardManifest(
             shard=plan.name,
             attempt=attempt,
             path=path,
             bytes=tar_file.stat().st_size,
             checksum=sha256_of_file(tar_file),
-            n_input=n_samples + len(dropped),
-            n_samples=n_samples,
-            dropped=dict(Counter(reason for _, reason in dropped)),
-            dropped_path=dropped_path[0] if dropped_path else None,
+            n_input=rows.n_samples + rows.dropped.total(),
+            n_samples=rows.n_samples,
+            dropped=dict(rows.dropped),
+            metadata=write_metadata(rows.columns, metadata_file, metadata_path),
             fingerprint=job.fingerprint,
             seconds=round(time.monotonic() - started, 3),
             finished=time.time(),
         )
-        commit_shard(job.out, plan.name, files, manifest)
-    return manifest
+        return commit_shard(job.out, plan.name, {path: tar_file, metadata_path: metadata_file}, manifest)
+
+
+def _record_of(sample: RawSample, language: Language) -> bytes:
+    name, score = language or (None, None)
+    record = {"caption": sample.caption, "group": sample.group, "language": name, "language_score": score}
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def _storage_problem(key: str, record: bytes, written: set[str]) -> str | None:
+    # What would be written is judged by the rules of its readers: they would drop the sample again, or refuse the shard.
+    if not is_safe_key(key):
+        return "unsafe name"
+    if key in written:
+        return "duplicate key"
+    return "too large" if len(record) > MAX_TEXT_BYTES else None
 
 
 class RawInfo(Record):
@@ -216,11 +261,6 @@ def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
             "have changed since. Choose another `ingest.out`, or remove the existing one.",
         )
     return raw_fingerprint
-
-
-def _digest(entry: Entry) -> str:
-    data, _ = read_entry(entry)
-    return hashlib.sha256(data).hexdigest() if data else ""
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

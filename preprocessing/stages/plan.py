@@ -1,7 +1,8 @@
 """Plan: estimate size, time and cost of preprocessing a number of pairs, from a finished encode or from given rates."""
 
 from dalle_ds.console import Outcome
-from dalle_ds.data.manifest import load_manifest
+from dalle_ds.data.dataset_files import load_manifest
+from dalle_ds.data.manifest import load_dataset_info
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE
@@ -42,9 +43,10 @@ def run(config: DataPlanConfig) -> Outcome:
     if figures["accepted"] > 1:
         raise ConfigError(f"--accepted is {figures['accepted']}, expected a fraction of at most 1")
     samples = pairs * figures["accepted"]
-    sample_bytes = found.get("sample_bytes", TOKENS * CODE_BYTES + OTHER_BYTES)
-    worker_hours = pairs / figures["rate"] / 3600 if figures["rate"] else None
-    gpu_hours = pairs / gpu_rate / 3600 if gpu_rate else None
+    crops = config.crops or int(found.get("crops", 1))
+    sample_bytes = crops * found.get("crop_bytes", TOKENS * CODE_BYTES + OTHER_BYTES)
+    worker_hours = crops * pairs / figures["rate"] / 3600 if figures["rate"] else None
+    gpu_hours = crops * pairs / gpu_rate / 3600 if gpu_rate else None
     paid_hours = gpu_hours if gpu_hours is not None else worker_hours
     return Outcome(
         {
@@ -53,8 +55,9 @@ def run(config: DataPlanConfig) -> Outcome:
             "shards": -int(-pairs // samples_per_shard),
             "raw_terabytes": pairs * figures["raw_bytes"] / 1e12 if figures["raw_bytes"] else None,
             "token_gigabytes": samples * sample_bytes / 1e9,
+            "crops": crops,
             "bytes_per_sample": sample_bytes,
-            "images_per_second_worker": figures["rate"],
+            "crops_per_second_worker": figures["rate"],
             "worker_hours": worker_hours,
             "days_with_workers": worker_hours / workers / 24 if worker_hours else None,
             "workers": workers,
@@ -62,7 +65,7 @@ def run(config: DataPlanConfig) -> Outcome:
             "cost": paid_hours * price if price is not None and paid_hours is not None else None,
             "from": {
                 name: "given" if value is not None else f"measured in {measured}" if name in found else "assumed"
-                for name, value in {**given, "sample_bytes": None}.items()
+                for name, value in {**given, "crop_bytes": None}.items()
             },
         }
     )
@@ -72,15 +75,15 @@ def _measured(root: str) -> dict[str, float]:
     if not objects.exists(objects.join(root, DATASET_FILE)):
         raise DataError(f"{root}: no token data set; --measured expects the output of `dalle-ds data encode`")
     manifest = load_manifest(root)
-    n_input = sum(shard.n_input for shard in manifest.shards)
+    n_input, seconds = manifest.n_input, manifest.seconds
     n_samples = sum(manifest.n_samples.values())
-    seconds = sum(shard.seconds for shard in manifest.shards)
     if not n_samples or seconds <= 0:
         raise DataError(f"{root}: {n_samples} samples in {seconds} s of work; expected above 0, to compute a rate")
-    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
+    n_crops = load_dataset_info(root).n_crops("train")
     return {
-        "rate": n_input / seconds,
+        "crops": n_crops,
+        "rate": n_crops * n_input / seconds,
         "accepted": n_samples / n_input,
-        "sample_bytes": n_bytes / n_samples,
-        "raw_bytes": sum(shard.input.bytes for shard in manifest.shards) / n_input,
+        "crop_bytes": manifest.n_bytes / n_samples / n_crops,
+        "raw_bytes": manifest.input_bytes / n_input,
     }

@@ -5,7 +5,9 @@ import time
 from collections import Counter
 
 from dalle_ds.console import Outcome
-from dalle_ds.data.manifest import DatasetManifest, RawShardManifest, load_dataset_info, load_manifest, load_shard_manifests
+from dalle_ds.data.dataset_files import DatasetManifest, load_manifest
+from dalle_ds.data.manifest import load_dataset_info
+from dalle_ds.data.raw_index import load_raw_manifests
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE
@@ -45,28 +47,28 @@ def _write(page: str, config: StatsConfig) -> str | None:
 
 def _tokens(config: StatsConfig) -> tuple[dict[str, object], str]:
     info, manifest = load_dataset_info(config.root), load_manifest(config.root)
-    n_bytes = sum(part.bytes for shard in manifest.shards for part in shard.splits.values())
-    work_seconds = sum(shard.seconds for shard in manifest.shards)
     n_samples = sum(manifest.n_samples.values())
     summary = {
         "root": config.root,
         "kind": "tokens",
         "complete": manifest.complete,
-        "shards": len(manifest.shards),
-        "inputs": sum(shard.n_input for shard in manifest.shards),
+        "shards": manifest.n_shards,
+        "shards_missing": len(manifest.missing),
+        "inputs": manifest.n_input,
         "samples": dict(manifest.n_samples),
         "dropped": manifest.dropped,
         "grid": info.grid,
+        "crops": info.n_crops("train"),
         **code_usage(manifest.code_histogram),
         "caption_tokens": _lengths(manifest),
-        **_projection(n_bytes, n_samples, work_seconds, config.project_to),
+        **_projection(manifest.n_bytes, n_samples, manifest.seconds, config.project_to),
         "fingerprint": manifest.fingerprint,
     }
-    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, manifest, config.images))
+    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, config.images))
 
 
 def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
-    manifests = load_shard_manifests(config.root, RawShardManifest)
+    manifests = load_raw_manifests(config.root)
     if not manifests:
         raise DataError(f"{config.root}: neither a token data set nor finished raw shards")
     dropped: Counter[str] = Counter()

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle_ds.data.images import ImageProblem, decode_image
-from dalle_ds.data.manifest import DatasetManifest
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.data.dataset_files import DatasetManifest, load_index
+from dalle_ds.data.images import decode_image
+from dalle_ds.data.raw import list_raw_shards
+from dalle_ds.data.raw_metadata import read_image, sample_rows
 from dalle_ds.data.shards import read_block
 from dalle_ds.errors import DataError
 from dalle_ds.figures import drawn, new_figure
@@ -58,7 +59,7 @@ def page_of_raw(summary: Mapping[str, object], dropped: Mapping[str, int], examp
     return _page(summary, [_bars("Dropped, by reason", dropped)] if dropped else [], examples, "as ingested")
 
 
-def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Example]:
+def decoded_examples(root: str, n: int) -> list[Example]:
     """The first `n` samples of the training split, decoded by the data set's own dVAE.
 
     Samples are decoded one at a time, which takes seconds at full size.
@@ -70,7 +71,7 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
     except DataError as error:
         log.warning("no images on the page: %s", error)
         return []
-    blocks = (read_block(root, part, block) for part in manifest.parts("train") for block in part.blocks)
+    blocks = (read_block(root, part, block) for part in load_index(root)[1].parts("train") for block in part.blocks)
     samples = (sample for tokens_nN, _, captions in blocks for sample in zip(tokens_nN, captions, strict=True))
     examples = []
     with torch.inference_mode():
@@ -82,15 +83,17 @@ def decoded_examples(root: str, manifest: DatasetManifest, n: int) -> list[Examp
 
 
 def raw_examples(root: str, n: int) -> list[Example]:
-    """The first `n` samples of raw shards; unreadable images are skipped."""
-    found = (sample for shard in list_raw_shards(root) for sample in read_raw_shard(shard))
-    examples = []
-    for sample in islice((sample for sample in found if isinstance(sample, RawSample)), n):
-        try:
-            examples.append((decode_image(sample.image), sample.caption))
-        except ImageProblem:  # encode counts it
-            continue
-    return examples
+    """The first `n` samples of raw shards, which need no more than their metadata and `n` ranged reads."""
+    shards = list_raw_shards(root)
+    if not all(shard.metadata for shard in shards):
+        log.warning("no images on the page: %s has no metadata; `dalle-ds data ingest` again adds it", root)
+        return []
+    columns = ["caption", "offset", "bytes", "crc32"]
+    rows = ((shard, row) for shard in shards for row in sample_rows(shard, columns).slice(0, n).to_pylist())
+    return [
+        (decode_image(read_image(shard, row["offset"], row["bytes"], row["crc32"])), row["caption"])
+        for shard, row in islice(rows, n)
+    ]
 
 
 def _page(summary: Mapping[str, object], charts: Sequence[str], examples: Sequence[Example], what: str) -> str:

@@ -1,15 +1,20 @@
-"""Tokenizer: train a BPE tokenizer on the captions of the raw shards' training split."""
+"""Tokenizer: train a BPE tokenizer on a sample of the captions of the raw shards' training split."""
 
 import logging
 import time
+from collections.abc import Iterator
+
+import numpy as np
 
 from dalle_ds.console import Outcome, progress
-from dalle_ds.data.manifest import Record, parse
-from dalle_ds.data.raw import RawSample, RawShard, list_raw_shards, read_raw_shard, split_of
+from dalle_ds.data.raw import RawShard, list_raw_shards, split_of
+from dalle_ds.data.raw_metadata import iterate_sample_rows
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint
+from dalle_ds.storage.hashing import hash_to_integer
+from dalle_ds.storage.record import Record, parse
 from preprocessing.configs import TokenizerConfig
 
 log = logging.getLogger(__name__)
@@ -25,6 +30,9 @@ class Made(Record):
 
 def run(config: TokenizerConfig) -> Outcome:
     """Train the tokenizer, unless `config.out` was already trained on the same captions with the same settings.
+
+    Captions are read from the metadata beside the tars, one shard after the other, and only their words are counted. Tars are
+    read where there is no metadata: in a folder of plain tars, or in raw shards of an earlier version.
 
     Raises:
         DataError: there are no raw shards, or no captions in their training split.
@@ -53,26 +61,61 @@ def run(config: TokenizerConfig) -> Outcome:
 
 
 def _train(config: TokenizerConfig, shards: list[RawShard], inputs: str) -> Made:
-    captions = []
-    with progress(total=sum(shard.bytes for shard in shards), what="read captions", unit="B") as bar:
-        for shard in shards:
-            captions += [
-                sample.caption
-                for sample in read_raw_shard(shard)
-                if isinstance(sample, RawSample) and split_of(sample.group, config.validation_fraction) == "train"
-            ]
-            bar.update(shard.bytes)
-    if not captions:
-        raise DataError(f"{config.raw}: no caption in the training split at validation_fraction {config.validation_fraction}")
-    model = train_tokenizer(captions, config.vocab_size, config.out)
-    made = Made(inputs=inputs, tokenizer=model.fingerprint, n_captions=len(captions))
+    n_captions = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal n_captions
+        for caption in _captions(config, shards):
+            n_captions += 1
+            yield caption
+        if not n_captions:
+            raise DataError(
+                f"{config.raw}: no caption in the training split at validation_fraction {config.validation_fraction}"
+            )
+
+    model = train_tokenizer(counted(), config.vocab_size, config.out, spaces=config.spaces)
+    made = Made(inputs=inputs, tokenizer=model.fingerprint, n_captions=n_captions)
     objects.write_bytes(_made_url(config.out), made.to_json())
     return made
 
 
+def _captions(config: TokenizerConfig, shards: list[RawShard]) -> Iterator[str]:
+    """The captions to train on: of a random choice of rows of each shard, those in the training split."""
+    share = _share(config, shards)
+    n_read = 0
+    with progress(total=len(shards), what="read captions", unit="shard") as bar:
+        for shard, rows in iterate_sample_rows(shards, ["caption", "group"]):
+            # The number of chosen rows follows the number of rows over all shards, since a single shard may be small.
+            n_chosen = int((n_read + len(rows)) * share) - int(n_read * share)
+            n_read += len(rows)
+            for row in rows.take(_choice(shard.name, len(rows), n_chosen)).to_pylist():
+                if split_of(row["group"], config.validation_fraction) == "train":
+                    yield row["caption"]
+            bar.update(1)
+
+
+def _share(config: TokenizerConfig, shards: list[RawShard]) -> float:
+    # Tars without a manifest do not tell their number of samples. They are read anyway, so all of their captions are used.
+    if any(shard.n_samples is None for shard in shards):
+        return 1.0
+    return min(1.0, config.max_captions / max(1, sum(shard.n_samples or 0 for shard in shards)))
+
+
+def _choice(shard: str, n: int, n_chosen: int) -> np.ndarray:
+    """`n_chosen` of the numbers below `n`, in ascending order: a function of the shard's name."""
+    seed = hash_to_integer(f"tokenizer:{shard}")
+    # numpy guarantees stable raw bits of a seeded generator across versions, but not a stable choice().
+    return np.sort(np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")[:n_chosen])
+
+
 def _inputs(config: TokenizerConfig, shards: list[RawShard]) -> str:
     listing = [[shard.name, shard.bytes, shard.checksum] for shard in shards]
-    return fingerprint({"shards": listing, "vocab_size": config.vocab_size, "validation_fraction": config.validation_fraction})
+    settings: dict[str, float] = {"vocab_size": config.vocab_size, "validation_fraction": config.validation_fraction}
+    if _share(config, shards) < 1:
+        settings["max_captions"] = config.max_captions
+    if not config.spaces:
+        settings["spaces"] = False
+    return fingerprint({"shards": listing, **settings})
 
 
 def _already_made(out: str, inputs: str) -> Made | None:

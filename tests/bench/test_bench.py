@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from dalle_ds import cli
-from dalle_ds.bench import attention, loader, scaling, underflow
-from dalle_ds.bench.harness import decoding, loss_scaling, memory, peer_package, readers
-from dalle_ds.bench.harness.settings import AttentionBenchConfig, LoaderBenchConfig, PeersBenchConfig, UnderflowBenchConfig
+from dalle_ds.bench import attention, loader, peers, scaling, underflow
+from dalle_ds.bench.harness import decoding, gpt2, loss_scaling, memory, peer_package, readers
+from dalle_ds.bench.harness.settings import AttentionBenchConfig, LoaderBenchConfig, PriorBenchConfig, UnderflowBenchConfig
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
@@ -54,16 +54,42 @@ def type_in(monkeypatch, capsys):
         (f"scaling {PRIOR}", ["step_vs_global"]),
         (f"sample {PRIOR} --positions 0,4,9 --batch 3", SAMPLED),
         (f"sample {PRIOR} --positions 7 --batch 3 --no-uncached", [name for name in SAMPLED if "dense" in name]),
+    ],
+)
+def test_summary(line, ratios, type_in):
+    check_summary(f"{line} {SHAPE}", ratios, type_in)
+
+
+def peers_ratios(*others):
+    return [f"{what}_grid{grid}_vs_{other}" for grid in (4, 5) for what, other in others]
+
+
+@pytest.mark.parametrize(
+    "options, ratios",
+    [
+        ("--peers gpt2", peers_ratios(("step", "gpt2"), ("images", "gpt2"))),
+        ("--peers gpt2 --no-sampling --dtype bf16", peers_ratios(("step", "gpt2"))),
         pytest.param(
-            f"peers {PRIOR} --d-head 64 --positions 2,6 --images 3",
-            [f"{what}_vs_{form}" for what in ("step", "token") for form in ("peer_axial", "peer_conv")],
+            "",
+            peers_ratios(
+                *(("step", side) for side in ("peer_axial", "peer_conv", "gpt2")),
+                *(("token", side) for side in ("peer_axial", "peer_conv")),
+                ("images", "gpt2"),
+            ),
             marks=needs_peer,
         ),
     ],
 )
-def test_summary(line, ratios, type_in):
+def test_peers_at_two_grids(options, ratios, type_in):
+    shape = f"--text-len 4 --grids 4,5 --conv-kernel 3 --n-heads 2 --rounds 1 {PRIOR} --images 3"
+    summary = check_summary(f"peers {shape} {options}", ratios, type_in)
+    assert summary["n_parameters_of_layers_gpt2"] == summary["n_parameters_of_layers_ours"]
+    assert {f"step_peak_mib_grid{grid}_{side}" for grid in (4, 5) for side in ("ours", "gpt2")} <= summary.keys()
+
+
+def check_summary(line, ratios, type_in):
     threads = torch.get_num_threads()
-    code, out, err = type_in(f"dalle-ds bench {line} {SHAPE} --json")
+    code, out, err = type_in(f"dalle-ds bench {line} --json")
     assert code == 0 and out.count("\n") == 1  # the table is on stderr
     summary = json.loads(out)
     name = line.split()[0]
@@ -75,9 +101,11 @@ def test_summary(line, ratios, type_in):
         low, high = summary["spread"][key]
         assert 0 < low <= ratio <= high
         assert summary["seconds"][f"{what}_ours"] > 0 and summary["seconds"][f"{what}_{other}"] > 0
-    numbers = [value for value in summary.values() if isinstance(value, int | float)]
+    # at a tiny size, a step may fit in memory that the process already has
+    numbers = [value for key, value in summary.items() if isinstance(value, int | float) and "peak_mib" not in key]
     assert all(math.isfinite(value) and value > 0 for value in (*summary["ratios"].values(), *numbers))
     assert torch.get_num_threads() == threads
+    return summary
 
 
 def test_loader(type_in, tmp_path, monkeypatch):
@@ -138,8 +166,45 @@ def test_mistakes_get_a_message_and_exit_code_2(line, message, type_in):
 
 def test_without_the_peer_the_message_says_what_to_install(type_in, monkeypatch):
     monkeypatch.setattr(peer_package, "find_spec", lambda name: None)
-    code, _, err = type_in(f"dalle-ds bench peers {SHAPE} --positions 1")
-    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "separate environment" in err
+    code, _, err = type_in("dalle-ds bench peers --grids 4")
+    assert code == 2 and "pip install dalle-pytorch==1.6.6" in err and "separate environment" in err and "--peers gpt2" in err
+
+
+def test_without_transformers_the_message_says_what_to_install(type_in, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = type_in("dalle-ds bench peers --grids 4 --peers gpt2")
+    assert code == 2 and "pip install 'dalle-ds[bench]'" in err and "--peers dalle-pytorch" in err
+
+
+@torch.inference_mode()
+def test_gpt2_draws_codes_of_its_own_cached_distribution():
+    """Sampling is cached and draws only codes; likely tokens come as often as in the softmax of the whole forward pass."""
+    size = PriorBenchConfig(text_len=4, grid=2, conv_kernel=3, vocab_size=20, n_codes=5)
+    model = gpt2.build_gpt2(size, attention.Machine(torch.device("cpu"), 1, lambda: 0.0), 2, 2)
+    assert model.config._attn_implementation == "sdpa"
+    model.transformer.wte.weight[20:25] *= 1.5  # unequal probabilities of the codes
+    sampler = gpt2.Gpt2Sampler(model, size, 2000)
+    calls = []
+    model.register_forward_pre_hook(lambda _, args, given: calls.append(given["input_ids"].shape[1]), with_kwargs=True)
+    torch.manual_seed(1)
+    images = sampler.sample()
+    assert images.shape == (2000, 4) and images.min() >= 20 and images.max() < 25
+    assert calls == [5, 1, 1, 1], "the prompt once, then token by token"
+    after_prompt = model(input_ids=sampler.prompt_1L).logits[0, -1, 20:25].softmax(-1)
+    found = torch.bincount(images[:, 0] - 20, minlength=5) / 2000
+    torch.testing.assert_close(found, after_prompt, atol=0.05, rtol=0)
+    code = int(found.argmax())
+    after_code = (
+        model(input_ids=torch.cat([sampler.prompt_1L, torch.tensor([[20 + code]])], 1)).logits[0, -1, 20:25].softmax(-1)
+    )
+    second = images[images[:, 0] == 20 + code, 1] - 20
+    torch.testing.assert_close(torch.bincount(second, minlength=5) / len(second), after_code, atol=0.1, rtol=0)
+    assert found.max() > 0.3 and (after_code - after_prompt).abs().max() > 0.1
+
+
+def test_tokens_are_timed_from_the_start_to_the_end_of_an_image():
+    assert peers.positions_in(1024, steps=6) == [8, 508, 1017] and peers.positions_in(16, steps=4) == [5, 8, 11]
+    assert peers.positions_in(4, steps=6) == [0]
 
 
 @pytest.mark.parametrize("pattern", Pattern)
@@ -242,11 +307,9 @@ def test_peak_memory_of_a_fresh_process():
 @pytest.mark.parametrize("conv", [False, True])
 def test_the_peers_cache_gives_its_own_logits(conv):
     """The cached logits equal those of the full forward pass; otherwise the benchmark would time wrong results."""
-    settings = PeersBenchConfig(
-        text_len=4, grid=4, conv_kernel=3, n_heads=2, n_layers=3, vocab_size=20, n_codes=30, positions="1", rounds=1
-    )
+    settings = PriorBenchConfig(text_len=4, grid=4, conv_kernel=3, vocab_size=20, n_codes=30)
     machine = attention.Machine(torch.device("cpu"), 1, lambda: 0.0)
-    model = peer_package.build_peer(settings, machine, conv=conv, cached=True)
+    model = peer_package.build_peer(settings, machine, 3, 2, conv=conv, cached=True)
     sampler = peer_package.PeerSampler(model, 2)
     sampler.go_to(0)
     for _ in range(6):

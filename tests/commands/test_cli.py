@@ -1,21 +1,27 @@
 """Tests of the `dalle-ds` command line."""
 
+import errno
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import click
 import pytest
 import yaml
 
 from dalle_ds import cli
+from dalle_ds.commands.doctor import examine
 from dalle_ds.commands.verb import VerbCommand, imported
 from dalle_ds.commands.verbs import VERBS
 from dalle_ds.recipes import SECTIONS, section_of
+from dalle_ds.storage import objects
 from tests.sampling.exports import make_export
 from tests.support.launching import ROOT
 
@@ -198,6 +204,96 @@ def test_doctor(tmp_path, dalle_ds, monkeypatch):
     assert code == 0 and "warning  kernels" in out and "no gcc here" in out
 
 
+def test_sampling_onto_a_full_disk_is_one_message_and_goes_on_later(dalle_ds, export, tmp_path, monkeypatch):
+    arguments = ("sample", export, "--caption", "a red circle", "--n", 2, "--out", tmp_path / "samples", "--json")
+
+    for place, named, message in (
+        ("dalle_ds.storage.atomic.sync_file", ("x.png",), "[Errno 28] No space left on device: 'x.png'"),
+        ("PIL.Image.Image.save", (), "No space left on device: expected room for the output, and for temporary files in "),
+    ):
+        with monkeypatch.context() as patch:
+            full = OSError(errno.ENOSPC, "No space left on device", *named)
+            patch.setattr(place, Mock(side_effect=full))
+            code, out, err = dalle_ds(*arguments)
+        assert (code, out) == (2, "") and f"error: {message}" in err and "Traceback" not in err
+    code, out, _ = dalle_ds(*arguments)
+    assert code == 0 and json.loads(out)["images"] == 2
+
+
+@pytest.mark.s3
+def test_a_store_that_cannot_be_written_is_refused_before_the_work(dalle_ds, s3, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    out = f"{s3.url}/raw"
+
+    def refused(expected, place=out):
+        code, stdout, stderr = dalle_ds("data", "ingest", tmp_path / "images", place)
+        assert (code, stdout) == (2, "") and stderr.count("\n") == 1, stderr
+        assert re.search(expected, stderr), stderr
+
+    refused("cannot write s3://B!/raw: ParamValidationError", "s3://B!/raw")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        refused("not allowed to write .*check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", s3.server.endpoint.removeprefix("http://"))
+        refused("AWS_ENDPOINT_URL=.*: expected a url such as https://HOST:PORT")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_PROFILE", "no-such-profile")
+        patch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        refused("no-such-profile")
+        patch.delenv("AWS_PROFILE")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        refused("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    assert objects.list_files(s3.url) == [], "nothing is left of the checks"
+
+
+class _LoginPage(BaseHTTPRequestHandler):
+    """A web server that is no MLflow: it answers everything with a page."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>Please log in</html>")
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_doctor_asks_the_tracking_store_as_a_run_does(tmp_path, empty_store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def tracking(uri=None):
+        (finding,) = [one for one in examine(mlflow_uri=uri) if one.name == "tracking"]
+        assert "hush" not in finding.detail
+        return finding.ok, finding.detail
+
+    assert tracking() == (True, f"sqlite:///{tmp_path}/mlflow.db can be created by the first run")
+    assert tracking(f"sqlite:///{empty_store}") == (True, f"sqlite:///{empty_store} answers")
+    (tmp_path / "words.db").write_text("no database " * 100)
+    (tmp_path / "file").write_text("")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _LoginPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for uri in (
+            f"http://u:hush@127.0.0.1:{server.server_port}",
+            "http://u:hush@127.0.0.1:9",
+            "http://no-such-host.invalid:5000",
+            f"sqlite:///{tmp_path}/words.db",
+            "sqlite:////proc/none/mlflow.db",
+            f"sqlite:///{tmp_path}/file/mlflow.db",
+            "postgresql://u:hush@127.0.0.1:9/mlflow",
+            "localhost:5000",
+            "./mlruns",
+        ):
+            assert not tracking(uri)[0], uri
+        server.shutdown()
+
+
 def test_accept(tmp_path, dalle_ds):
     options = ("accept", "--rehearse", "--out", tmp_path, "--steps", "products")
     code, out, _ = dalle_ds(*options)
@@ -259,11 +355,20 @@ def test_accept(tmp_path, dalle_ds):
         (("plan", "--pcie", "--nvlink-gbps", "100"), "pcie and nvlink_gbps 100"),
         (
             ("plan", "--recipe", str(ROOT / "launchers" / "recipes" / "12b.yaml"), "--gpus", "8"),
-            "replicas.count is 16, expected at most the number of GPUs, 8",
+            "replicas.count is 32, expected at most the number of GPUs, 8",
         ),
+        (("sample", "nowhere", "--caption", "caf\udce9"), r"'caf\udce9' is not UTF-8; expected text in UTF-8"),
+        (("sample", "nowhere", "--image-prompt", "nowhere.png"), "image nowhere.png cannot be read: no such file"),
+        (("sample", "nowhere", "--image-prompt", "/dev/zero"), "image /dev/zero cannot be read: not a regular file"),
+        (("sample", "nowhere", "--captions", "/dev/zero"), "captions file /dev/zero cannot be read: has more than "),
+        (("eval", "images", "nowhere", "--blur", "1,-1"), "blur.1 = '-1': expected at least 0"),
+        (("sample", "nowhere", "--captions", "nowhere.txt"), "captions file nowhere.txt cannot be read: "),
+        (("sample", "nowhere", "--caption", "c", "--clip", "runs/clip"), "CLIP runs/clip: no such folder; expected a folder"),
+        (("sample", "nowhere", "--caption", "c", "--n", "1000000000000"), "n = 1000000000000: expected at most 65536"),
+        (("export", "run", "s3://bucket/x?versionId=1"), "names a version of an object"),
         (("mlflow-sync", "nowhere"), "no run was tracked"),
         (("train", "dvae", "nowhere.yaml"), "nowhere.yaml cannot be read"),
-        (("export", "nowhere", "out"), "nowhere/checkpoints has no committed checkpoint"),
+        (("export", "nowhere", "out"), "nowhere/checkpoints: no such folder; expected the checkpoints of a run"),
     ],
 )
 def test_mistakes_get_a_message_and_exit_code_2(arguments, message, tmp_path, dalle_ds, monkeypatch):
@@ -280,7 +385,7 @@ def test_config_lists_every_key(dalle_ds):
     assert code == 0 and re.search(r"^optimizer\.beta2 +float +0\.96", out, re.M)
     code, out, _ = dalle_ds("config", "data.encode", "--json")
     keys = {row["key"]: row for row in json.loads(out)["keys"]}
-    assert keys["validation_fraction"]["default"] == "0.0024" and keys["raw"]["default"] == "required"
+    assert keys["validation_fraction"]["default"] == "0.002424" and keys["raw"]["default"] == "required"
     assert re.search(r"^schedules\.tau\.end +float +0\.0625", dalle_ds("config", "train.dvae")[1], re.M)
     assert re.search(r"^data\.mix\[\]\.weight +float +required", dalle_ds("config", "train", "prior")[1], re.M)
     assert re.search(r"^train prior +section prior of a recipe$", dalle_ds("config")[1], re.M)

@@ -4,8 +4,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import pickle
 import sys
+import tarfile
+from collections import Counter
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -16,8 +19,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dalle_ds.cli import app
-from dalle_ds.commands.eval.images import METRICS, Extractor, clip_score, evaluate_images, load_extractor
+from dalle_ds.commands.eval.images import METRICS, Extractor, captioned, evaluate_images, load_extractor
+from dalle_ds.data import raw_metadata
 from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.evaluation import image_sets
+from dalle_ds.evaluation.caption_retrieval import score_among
 from dalle_ds.evaluation.fid import frechet_distance, moments
 from dalle_ds.evaluation.image_sets import open_images, prepare
 from dalle_ds.evaluation.inception_score import inception_score
@@ -196,7 +202,7 @@ def test_clip_features_and_clip_score_by_the_command(clip_folder, tmp_path):
     assert result["clip_fingerprint"] == result["extractor_fingerprint"] == clip.fingerprint
     (real / "samples.json").unlink()
     with pytest.raises(DataError, match="image 000.png has no caption"):
-        clip_score(clip, open_images(real))
+        captioned(clip, open_images(real))
 
 
 def test_blur_hides_what_only_high_frequencies_tell(tmp_path):
@@ -219,8 +225,8 @@ def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path)
 
     first, second, third = [], [], []
     fids = measure(first)
-    assert first == [4, 2, 4, 4, 2] * 2 and len(list(cache.iterdir())) == 2
-    assert measure(second) == fids and second == [4, 2] * 2  # the reference is not extracted again
+    assert first == [4, 4, 2, 2, 4, 4, 4, 4, 2, 2] and len(list(cache.iterdir())) == 2
+    assert measure(second) == fids and second == [4, 4, 2, 2]  # the reference is not extracted again
     files = sorted(map(str, cache.iterdir()))
     assert measure(third, reference=files) == fids and third == second
     for change, message in (
@@ -237,6 +243,61 @@ def test_statistics_are_extracted_once_and_kept_for_like_measures_only(tmp_path)
         measure([], reference=[real, files[0]])
 
 
+def test_raw_shards_are_read_once_to_choose_and_once_for_all_radii(tmp_path, monkeypatch):
+    samples, real = str(save_images(tmp_path / "samples", 6)), save_images(tmp_path / "real", 12, seed=1)
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for image in sorted(real.glob("*.png"))[number::2]:
+                tar.add(image, image.name)
+                (real / "caption").write_text("a caption")
+                tar.add(real / "caption", f"{image.stem}.txt")
+    for path in (tmp_path / "samples", real):
+        (path / "samples.json").unlink(missing_ok=True)
+    read = Counter()
+    read_shard = image_sets.read_raw_shard
+
+    def count(shard, **options):
+        read[shard.name] += 1
+        return read_shard(shard, **options)
+
+    for module in (image_sets, raw_metadata):  # these tars have no metadata to choose by
+        monkeypatch.setattr(module, "read_raw_shard", count)
+    options = {"reference": [str(tmp_path)], "extractor": pixel_extractor(), "radii": [0, 1, 2, 4, 8], "limit": 5}
+    result = evaluate_images(samples, tmp_path / "out", **options)
+    assert read == {"0": 2, "1": 2} and result["n_reference"] == 5 and len(result["by_blur"]) == 5
+
+    monkeypatch.setattr(image_sets.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115 - as a file
+    again = evaluate_images(samples, tmp_path / "again", **options)
+    assert again["by_blur"] == result["by_blur"] and read == {"0": 5, "1": 5}, "to choose, to check, to measure"
+
+
+def test_retrieval_of_images_and_reference_by_the_command(clip_folder, tmp_path):
+    samples, real = save_images(tmp_path / "samples", 6), save_images(tmp_path / "real", 10, seed=1)
+    places = ("--images", samples, "--reference", real, "--clip", clip_folder, "--out", tmp_path / "out")
+    done = run(*places, "--among", 4, "--alike", "^caption", "--json")
+    assert done.exit_code == 0
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["among"] == 4 and result["chance"] == 0.25
+    assert result["retrieval_images"]["n"] == 6 and result["retrieval_reference"]["n"] == 10
+    assert set(result["retrieval_images"]["by_text"]) == {"caption"}
+    clip, pool = Clip.load(clip_folder), [f"caption {i}" for i in range(5)]  # the captions of both sets
+    plain = score_among(
+        clip.image_features([Image.open(samples / f"{i:03d}.png") for i in range(6)]).numpy(),
+        [f"caption {i // 2}" for i in range(6)],
+        clip.text_features(pool).numpy(),
+        pool,
+        4,
+    )
+    assert result["retrieval_images"]["top1"] == plain["top1"] and result["retrieval_images"]["top5"] == 1
+    refused = run(*places, "--among", 4, "--alike", "(in")
+    assert refused.exit_code == 2 and "'(in' is no regular expression: missing ), unterminated" in refused.stderr
+    with pytest.raises(DataError, match="5 captions like 'caption 0', expected 6 or more"):
+        evaluate_images(str(samples), tmp_path, clip=clip, reference=[str(real)], among=6)
+    for options, message in (({"among": 2}, "--among needs --clip"), ({"clip": clip, "alike": "x"}, "--alike needs --among")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate_images(str(samples), tmp_path, extractor=pixel_extractor(), **options)
+
+
 def test_extractors_that_cannot_be(tmp_path, clip_folder):
     with pytest.raises(ConfigError, match="'resnet': expected inception or clip:PATH"):
         load_extractor("resnet")
@@ -247,8 +308,62 @@ def test_extractors_that_cannot_be(tmp_path, clip_folder):
     with pytest.raises(ConfigError, match="--reference needs --extractor"):
         evaluate_images(str(tmp_path), tmp_path, reference=["real"], clip=Clip.load(clip_folder))
     (tmp_path / "damaged.png").write_bytes(b"none")
-    with pytest.raises(DataError, match="image damaged.png is unreadable"):
+    with pytest.raises(DataError, match=r"1 of 1 images, 1 unreadable: damaged.png \(unreadable\)"):
         evaluate_images(str(tmp_path), tmp_path, extractor=pixel_extractor())
+
+
+def test_all_images_that_cannot_be_used_are_listed_before_any_is_measured(tmp_path):
+    samples, real = save_images(tmp_path / "samples", 8), save_images(tmp_path / "real", 9, seed=1)
+    (samples / "samples.json").unlink()
+    (real / "samples.json").unlink()
+    (samples / "003.png").write_bytes(b"none")
+    (samples / "003.txt").write_text("a caption")
+    Image.new("RGB", (31, 400)).save(real / "001.png")
+    Image.new("RGB", (400, 16)).save(real / "sub.png")
+    (real / "002.png").write_bytes(b"\x89PNG")
+    (real / "gone.png").symlink_to(real / "nowhere")
+    (real / "folder.jpg").mkdir()
+    (real / "000.txt").write_bytes("caf\xe9".encode("latin-1"))
+    os.mkfifo(real / "pipe.png")
+    (real / "._000.png").write_bytes(b"of macOS")
+    (real / ".hidden").mkdir()
+    (real / ".hidden" / "a.png").write_bytes(b"none")
+    calls = []
+    options = {"reference": [str(real)], "extractor": pixel_extractor(calls=calls), "radii": [0]}
+    with pytest.raises(DataError) as refused:
+        evaluate_images(str(samples), tmp_path / "out", **options)
+    first, ours, theirs = str(refused.value).splitlines()
+    assert "leave them out with max_failure_rate 0.54 or more" in first and not calls
+    assert "samples: 1 of 8 images, 1 unreadable: 003.png (unreadable)" in ours
+    assert "real: 7 of 13 images, 2 smaller than 32 pixels, 2 not a file, 1 " in theirs
+    for name, reason in (
+        ("000.png", "with a caption that is not UTF-8"),
+        ("001.png", "smaller than 32 pixels"),
+        ("002.png", "unreadable"),
+        ("folder.jpg", "not a file"),
+        ("gone.png", "a broken link"),
+        ("pipe.png", "not a file"),
+        ("sub.png", "smaller than 32 pixels"),
+    ):
+        assert f"{name} ({reason})" in theirs
+    result = evaluate_images(str(samples), tmp_path / "out", **options, max_failure_rate=0.6)
+    assert (result["n"], result["n_reference"], calls) == (7, 6, [7, 6])
+    assert {source: len(problems) for source, problems in result["left_out"].items()} == {str(samples): 1, str(real): 7}
+    for image in real.glob("*.png"):
+        image.unlink()
+    (real / "a.png").write_bytes(b"none")
+    with pytest.raises(DataError, match="images that cannot be used\n"):
+        evaluate_images(str(samples), tmp_path / "out", **options, max_failure_rate=0.99)
+
+
+def test_images_without_a_caption_are_listed_too(tmp_path, clip_folder):
+    samples = save_images(tmp_path / "samples", 3)
+    (samples / "samples.json").unlink()
+    (samples / "001.txt").write_text("a caption\n")
+    with pytest.raises(DataError, match="2 of 3 images, 2 without a caption: 000.png .*, 002.png"):
+        evaluate_images(str(samples), tmp_path / "out", clip=Clip.load(clip_folder))
+    result = evaluate_images(str(samples), tmp_path / "out", clip=Clip.load(clip_folder), max_failure_rate=0.7)
+    assert result["clip_n"] == 1
 
 
 @NEEDS_FIDELITY

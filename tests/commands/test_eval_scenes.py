@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dalle_ds.cli import app
+from dalle_ds.commands.eval import scenes
 from dalle_ds.commands.eval.scenes import evaluate_scenes
 from dalle_ds.commands.sample import sample_export
 from dalle_ds.errors import DataError
@@ -18,6 +19,7 @@ from dalle_ds.scenes.mixture import evaluation_captions
 from dalle_ds.scenes.render import render
 from dalle_ds.scenes.scene import scene_of
 from dalle_ds.scenes.score import require_meaning
+from dalle_ds.scenes.trial import try_judge
 from dalle_ds.tracking.mlflow_sink import read_run
 from dalle_ds.tracking.tracker import Tracker
 from preprocessing.configs import FetchConfig, IngestConfig, SceneDrawingConfig
@@ -63,6 +65,16 @@ def test_samples_are_judged_by_their_captions(samples, tmp_path):
     assert "the judge itself: 100.0%" in text and "seen      mean" in text
 
 
+def test_the_ceilings_scenes_are_drawn_as_told(samples, tmp_path, monkeypatch):
+    """So that a dVAE is judged by scenes like those that it was trained on."""
+    drawn = []
+    monkeypatch.setattr(scenes, "try_judge", lambda *args, **kwargs: drawn.append(try_judge(*args, **kwargs)) or drawn[-1])
+    for flags in ((), ("--textured", 0)):
+        assert run(samples, "--out", tmp_path / "out", "--limit", 10, *flags).exit_code == 0
+    free, told = ((trial.images_BSSC[:, 0] != trial.images_BSSC[:, 0, :1]).any((1, 2)).mean() for trial in drawn)
+    assert free > 0.1 and told == 0  # textures reach the first row of pixels, and objects do not
+
+
 def test_from_fetch_to_scores_with_a_ceiling_in_the_run_of_the_export(tmp_path, empty_store, monkeypatch):
     """Raw shards of training scenes are right; what an untrained prior samples is not; a random dVAE leaves no ceiling."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -98,7 +110,7 @@ def test_what_cannot_be_judged_is_one_message(samples, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (32, 32), "white").save(other / "a.png")
-    with pytest.raises(DataError, match=r"image a.png has no caption"):
+    with pytest.raises(DataError, match=r"a.png \(without a caption\)"):
         evaluate_scenes(str(other), tmp_path / "out")
     (other / "a.txt").write_text("a cat on a mat")
     with pytest.raises(DataError, match="'a cat on a mat' is no caption of a scene"):

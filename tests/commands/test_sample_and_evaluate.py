@@ -54,6 +54,7 @@ def test_evaluation_is_written_and_tracked(export, tmp_path):
     summary = evaluate_export(str(export), tmp_path, batch=7)
     written = json.loads((tmp_path / "evaluate.json").read_text())
     assert summary["caption_gap"] == written["caption_gap"] and summary["n_samples"] == 40 and summary["tracked"]
+    assert written["fp16_samples"] == 40 and 0.9 < written["fp16_token_agreement"] == summary["fp16_token_agreement"] <= 1
     assert np.mean(written["loss_by_position"]) == pytest.approx(summary["loss/validation/image"], rel=1e-6)
     with np.load(tmp_path / "losses.npz") as losses:
         assert losses["nll"].shape == (40, 16)
@@ -131,7 +132,7 @@ def test_a_run_id_that_was_late_is_found_beside_the_checkpoints(tmp_path, export
 def test_asked_to_stop_it_goes_on_later(export, tmp_path, monkeypatch):
     options = (str(export), tmp_path / "out", SamplingConfig(n=1), A_RED_BAR)
     with monkeypatch.context() as patch:
-        patch.setattr(StopFlag, "__enter__", lambda flag: flag._request("test") or flag)
+        patch.setattr(StopFlag, "__enter__", lambda flag: flag.request("test") or flag)
         with pytest.raises(SystemExit, match="143"):
             sample_export(*options)
     assert not (tmp_path / "out" / "samples.json").exists()

@@ -104,14 +104,16 @@ def test_every_kernel_fits_its_card(code: dict[str, Any]) -> None:
                     assert kernel["spilled"] == 0 or name.startswith("triton_tem_fused_flex"), where
 
 
-def test_low_bit_adamw_is_eager_adamw(found: dict[str, Any], code: dict[str, Any]) -> None:
-    """Codes of both moments are bitwise equal, weights within one unit in the last place. It is one kernel. No instruction
-    flushes subnormals to zero, because the smallest codes are decoded through subnormals."""
-    case = found["low_bit_adamw"]
-    assert case["moved"] > 8000 and case["codes"] == [0, 0] and case["ulp"] <= 1
+@pytest.mark.parametrize("moments", ["low_bit", "fp32"])
+def test_compiled_adamw_is_eager_adamw(found: dict[str, Any], code: dict[str, Any], moments: str) -> None:
+    """Codes of moments are bitwise equal, weights and fp32 moments within one unit in the last place. It is one kernel. No
+    instruction flushes subnormals to zero, because the smallest codes are decoded through subnormals."""
+    case = found[f"adamw {moments}"]
+    assert case["moved"] > 8000 and case["ulp"] <= 1
+    assert max(case["moments"]) <= (0 if moments == "low_bit" else 1)
     assert len(case["kernels"]) == 1
     for modules in code.values():
-        (candidates,) = modules["low_bit_adamw 0"].values()
+        (candidates,) = modules[f"adamw {moments} 0"].values()
         assert all(kernel["ftz"] == [] for kernel in candidates)
 
 

@@ -1,63 +1,30 @@
-"""Manifests: merging is deterministic, and shards of another data set are refused."""
+"""Manifests: what is stored, and what is refused."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from dalle_ds.data.dataset_files import load_index, load_manifest, merge, publish
 from dalle_ds.data.manifest import (
     BlockColumns,
     BlockTable,
-    DatasetInfo,
-    InputIdentity,
     Part,
     ShardManifest,
     done_shards,
     load_dataset_info,
-    load_manifest,
+    load_shard_manifests,
     manifest_url,
-    merge,
 )
+from dalle_ds.data.raw import DropLists, list_raw_shards
+from dalle_ds.data.token_index import TokenIndex
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.storage import objects
-
-INFO = DatasetInfo(image_size=32, grid=8, n_codes=4, dvae="d", tokenizer="t", crop="c", validation_fraction=0.1).sealed()
-
-
-def shard(name: str, n_train: int, fingerprint: str = INFO.fingerprint) -> ShardManifest:
-    part = Part(path=f"data/{name}.tar", bytes=10, checksum="x", n_samples=n_train, blocks=BlockColumns.of(name, []))
-    return ShardManifest(
-        shard=name,
-        attempt="a",
-        input=InputIdentity(path="p", bytes=1),
-        splits={"train": part},
-        n_input=n_train + 1,
-        dropped={"unreadable": 1},
-        dropped_samples=[("k", "unreadable")],
-        code_histogram=[n_train, 0, 1, 0],
-        caption_lengths={3: n_train},
-        fingerprint=fingerprint,
-        seconds=1.0,
-    )
-
-
-def write(root: str, *shards: ShardManifest) -> None:
-    objects.write_bytes(objects.join(root, "dataset.json"), INFO.to_json())
-    for manifest in shards:
-        objects.write_bytes(manifest_url(root, manifest.shard), manifest.to_json())
-
-
-def test_merge_is_independent_of_the_order() -> None:
-    shards = [shard("b", 2), shard("a", 3)]
-    merged = merge(INFO, shards, complete=True)
-    assert merged == merge(INFO, shards[::-1], complete=True)
-    assert [part.path for part in merged.parts("train")] == ["data/a.tar", "data/b.tar"]
-    assert merged.parts("validation") == []
-    assert merged.n_samples == {"train": 5, "validation": 0}
-    assert merged.dropped == {"unreadable": 2}
-    assert merged.code_histogram == [5, 0, 2, 0]
-    assert merged.caption_lengths == {3: 5}
+from dalle_ds.storage.record import Record, parse, seal
+from dalle_ds.training.checkpoint_record import CheckpointRecord
+from tests.data.manifests import INFO, details, shard, write
 
 
 def test_the_encoders_number_format_is_told_apart_and_the_usual_one_stays_as_it_was() -> None:
@@ -76,21 +43,12 @@ def test_json_spells_the_schema(any_root: str) -> None:
     assert done_shards(any_root) == {"a"}
 
 
-def test_unfinished_data_sets_are_merged_from_their_shards(any_root: str) -> None:
-    write(any_root, shard("a", 1), shard("b", 2))
-    merged = load_manifest(any_root)
-    assert merged.n_samples["train"] == 3
-    assert not merged.complete
-    whole = merge(INFO, [shard("a", 1)], complete=True)
-    objects.write_bytes(objects.join(any_root, "manifest.json"), whole.to_json())
-    assert load_manifest(any_root) == whole
-
-
 def test_blocks_are_columns() -> None:
     columns = {"name": "a", "bytes": "100 50 70", "n_samples": "4 4 3", "crc32": "00000001 ffffffff 0a0b0c0d"}
     part = {"path": "data/a.tar", "bytes": 1024, "checksum": "x", "n_samples": 11}
     read = Part.model_validate_json(json.dumps({**part, "blocks": columns}))
     assert json.loads(read.to_json())["blocks"] == columns and BlockColumns.of("a", read.blocks) == read.columns
+    assert BlockColumns.of_arrays("a", *read.columns.arrays()) == read.columns
     assert [(block.name, block.offset, block.bytes, block.n_samples, block.crc32) for block in read.blocks] == [
         ("a-00000", 0, 100, 4, "00000001"),
         ("a-00001", 100, 50, 4, "ffffffff"),
@@ -119,10 +77,10 @@ def test_blocks_of_many_parts_lie_in_one_table() -> None:
         )
         for name, sizes in (("a", [5, 6]), ("b", []), ("c", [7]))
     ]
-    table = BlockTable(parts)
+    table = BlockTable.of(parts)
     assert [table[i] for i in range(len(table))] == [block for part in parts for block in part.blocks]
     assert table.part.tolist() == [0, 0, 2] and table[2].name == "c-00000" and table[1].offset == 5
-    assert len(BlockTable([])) == 0
+    assert len(BlockTable.of([])) == 0
 
 
 def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
@@ -150,3 +108,77 @@ def test_edited_and_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_bytes(edited.to_json())
     with pytest.raises(FingerprintMismatch, match="was edited"):
         load_manifest(root)
+
+
+def test_a_changed_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    """Without digests, other blocks would be read, other samples counted, or other reasons told."""
+    root = str(tmp_path)
+    write(root, shard("a", 2))
+    published = publish(root, *merge(INFO, [(shard("a", 2), details(2))]))
+    index = load_index(root)[1]
+    for file, read, expected in (
+        (tmp_path / "dataset.json", lambda: load_dataset_info(root), INFO),
+        (tmp_path / "manifests" / "a.json", lambda: load_shard_manifests(root, ShardManifest), [shard("a", 2)]),
+        (tmp_path / "manifest.json", lambda: load_manifest(root), published),
+        (tmp_path / published.index.path, lambda: load_index(root)[1], index),
+    ):
+        whole, n_refused = file.read_bytes(), 0
+        for bit in random.Random(0).sample(range(8 * len(whole)), 400):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            try:
+                assert read() == expected, bytes(damaged)
+            except DataError:
+                n_refused += 1
+        assert n_refused > 300, file
+        file.write_bytes(whole)
+
+
+OUT = ["../owned", "/tmp/owned", "a/../../owned", "s3://bucket/owned", "..", ""]
+"""Names that lead out of the folder of the record that has them."""
+
+
+@pytest.mark.parametrize("name", OUT)
+@pytest.mark.parametrize("field", ["shard", "attempt", "path", "metadata", "dropped_path"])
+def test_raw_manifests_of_others_lead_nowhere(tmp_path: Path, field: str, name: str) -> None:
+    """Encode, dedup and ingest copy the name of a raw shard into the names of their outputs."""
+    sums = {"n_input": 1, "n_samples": 1, "dropped": {}, "fingerprint": "f", "seconds": 1.0}
+    tree = {"schema": 1, "shard": "a", "attempt": "0", "path": "data/a.tar", "bytes": 10240, "checksum": "x", **sums}
+    value = {"path": name, "bytes": 1, "checksum": "x"} if field == "metadata" else name
+    objects.write_bytes(manifest_url(tmp_path, "a"), seal({**tree, field: value}))
+    with pytest.raises(DataError, match=rf"a.json: not a valid RawShardManifest: {field}.*expected a path below the folder"):
+        list_raw_shards(tmp_path)
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_token_manifests_drop_lists_and_commits_of_others_lead_nowhere(tmp_path: Path, name: str) -> None:
+    token_shard = json.loads(shard("a", 1).to_json())
+    token_shard.pop("digest")
+    token_shard["splits"]["train"]["path"] = name
+    commit = {
+        "format": 3,
+        "update": 1,
+        "world_size": 1,
+        "attempt": "a",
+        "about": {},
+        "files": {name: {"bytes": 1, "sha256": "x"}},
+    }
+    for record_class, tree in (
+        (ShardManifest, token_shard),
+        (DropLists, {"max_distance": 1, "lists": {"a": name}}),
+        (CheckpointRecord[Record], commit),
+    ):
+        with pytest.raises(DataError, match="expected a path below the folder"):
+            parse(record_class, seal(tree), "it")
+    index = TokenIndex.of([shard("a", 1)])
+    index.paths[0] = name
+    with pytest.raises(DataError, match="not an index of token shards.*expected a path below the folder"):
+        TokenIndex.unpack(index.pack(), "it")
+
+
+def test_a_copy_of_a_manifest_does_not_double_its_samples(any_root: str) -> None:
+    write(any_root, shard("a", 1))
+    objects.write_bytes(manifest_url(any_root, "b"), objects.read_bytes(manifest_url(any_root, "a")))
+    with pytest.raises(DataError, match="b.json is the manifest of shard a, expected shard b"):
+        load_shard_manifests(any_root, ShardManifest)

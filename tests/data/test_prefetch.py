@@ -32,11 +32,12 @@ def test_at_most_depth_items_are_made_ahead():
             yield i
 
     ahead = Prefetch(source(), 2, "ahead")
-    for _ in range(3):  # two items in the queue, and one held by the thread
+    for _ in range(2):
         may_go.acquire()
+    assert not may_go.acquire(timeout=0.3), "no third item is held by the thread: items may be as large as a window of images"
     assert next(ahead) == 0
     may_go.acquire()
-    assert not may_go.acquire(timeout=0.3) and made == [0, 1, 2, 3]
+    assert not may_go.acquire(timeout=0.3) and made == [0, 1, 2]
     ahead.close()
 
 
@@ -60,6 +61,28 @@ def test_close_ends_the_thread_even_where_the_queue_is_full():
     assert not threads("close-me")
     with pytest.raises(RuntimeError, match="close-me is closed"):
         next(ahead)
+
+
+def test_close_wakes_a_consumer_on_another_thread():
+    release, told = threading.Event(), []
+
+    def source():
+        release.wait()
+        yield 0
+
+    def consume():
+        try:
+            next(ahead)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    ahead = Prefetch(source(), 1, "slow")
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    ahead.close(timeout=0)
+    consumer.join(timeout=10)
+    release.set()
+    assert told == ["slow is closed"]
 
 
 def test_a_forgotten_consumer_is_collected_and_its_thread_ends():

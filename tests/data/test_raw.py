@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw import Dropped, RawSample, iterate_images, list_raw_shards, load_images, read_raw_shard, split_of
+from dalle_ds.data.raw import Dropped, RawSample, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.errors import DataError
 from tests.support.images import encoded
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
                 ("d.png", IMAGE),
                 ("d.json", record(5)),
                 ("e.png", IMAGE),
-                ("e.txt", b"\xff\xfe"),
+                ("e.txt", b"caf\xe9"),
                 ("f.png", IMAGE),
                 ("f.json", b"[]"),
                 ("good.png", IMAGE),
@@ -78,11 +78,11 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
                 ("h.png", IMAGE),
                 ("h.json", record()),
                 ("i.png", IMAGE),
-                ("i.json", record(group=7)),
+                ("i.json", record(group=[7])),
             ],
         )
     )
-    assert {d.key: d.reason for d in found if isinstance(d, Dropped) and d.key != "a"} == {
+    assert {d.key: d.reason for d in found if isinstance(d, Dropped)} == {
         "b": "no caption",
         "c": "unreadable caption",
         "d": "unreadable caption",
@@ -91,9 +91,7 @@ def test_what_cannot_be_a_sample_is_dropped_with_a_reason(tmp_path: Path) -> Non
         "h": "duplicate key",
         "i": "unreadable caption",
     }
-    # A key that is repeated after other keys would give two incomplete samples.
-    assert [d.reason for d in found if isinstance(d, Dropped) and d.key == "a"] == ["no image", "duplicate key"]
-    assert [s.key for s in found if isinstance(s, RawSample)] == ["good"]
+    assert [s.key for s in found if isinstance(s, RawSample)] == ["a", "good"]  # the members of a key need not be neighbours
 
 
 def test_hostile_member_names_are_only_keys(tmp_path: Path) -> None:
@@ -156,21 +154,3 @@ def test_the_split_follows_the_group() -> None:
     assert {split_of(f"g{i}", 0.0) for i in range(100)} == {"train"}
     # A larger fraction only adds samples: validation samples stay in the validation split.
     assert all(split_of(f"group {i}", 0.2) == "validation" for i, split in enumerate(drawn) if split == "validation")
-
-
-def test_load_images(tmp_path: Path) -> None:
-    members = [
-        (f"{i}.{kind}", data)
-        for i in range(40)
-        for kind, data in (("png", IMAGE), ("json", record(f"caption {i}", group=str(i // 2))))
-    ]
-    write_tar(tmp_path / "0.tar", members[:30])
-    write_tar(tmp_path / "1.tar", members[30:])
-    train, validation = (load_images(tmp_path, split, 0.3) for split in ("train", "validation"))
-    assert len(train) + len(validation) == 40
-    assert not {sample.group for sample in train} & {sample.group for sample in validation}
-    assert list(iterate_images(tmp_path, "train", 0.3)) == train
-    with pytest.raises(DataError, match="no sample in the validation split"):
-        load_images(tmp_path, "validation", 0.0)
-    with pytest.raises(ValueError, match="expected 'train' or 'validation'"):
-        next(iterate_images(tmp_path, "test", 0.3))

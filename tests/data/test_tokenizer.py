@@ -14,7 +14,7 @@ import sentencepiece
 from dalle_ds.data import bpe_dropout
 from dalle_ds.data.bpe_dropout import merge_word
 from dalle_ds.data.sample_seeds import sample_generators
-from dalle_ds.data.tokenizer import SEGMENT, SPACE, CaptionTokenizer, train_tokenizer
+from dalle_ds.data.tokenizer import SEGMENT, SPACE, CaptionTokenizer, _count, train_tokenizer
 from dalle_ds.errors import ConfigError, DataError
 
 ADJECTIVES = ["red", "green", "blue", "small", "smiling", "grinning", "wooden", "medium-dark"]
@@ -110,6 +110,17 @@ def test_a_caption_is_the_concatenation_of_its_segments(tokenizer):
 def test_digits_punctuation_and_spaces_are_single_tokens(tokenizer):
     pieces = [piece(tokenizer, i) for i in tokenizer.encode("A  RED cat's 10:30")]
     assert pieces == ["a", SPACE, "red", SPACE, "cat", "'", "s", SPACE, "1", "0", ":", "3", "0"]
+
+
+def test_without_tokens_for_spaces_words_keep_theirs(tokenizer, tmp_path):
+    tight = train_tokenizer(CAPTIONS, tokenizer.vocab_size, tmp_path / "tight.model", spaces=False)
+    again = CaptionTokenizer(tmp_path / "tight.model")
+    for caption in ("A  RED cat's 10:30", "two blue stars", " a"):
+        pieces = [piece(tight, i) for i in again.encode(caption)]
+        assert pieces == [piece(tokenizer, i) for i in tokenizer.encode(caption) if piece(tokenizer, i) != SPACE]
+        assert encode_with_dropout(tight, caption, 0.0, np.random.default_rng(0)) == tight.encode(caption)
+    assert len(encode_with_dropout(tight, "two blue stars", 1.0, np.random.default_rng(0))) == len("twobluestars")
+    assert tight.decode(tight.encode("two blue stars")) == "twobluestars" and tight.fingerprint != tokenizer.fingerprint
 
 
 def test_unseen_characters_fall_back_to_bytes_and_come_back(tokenizer):
@@ -222,6 +233,27 @@ def test_only_the_most_frequent_words_train(tmp_path, monkeypatch):
     models = [train_tokenizer(order, 400, tmp_path / "t.model") for order in itertools.permutations(captions)]
     assert len({model.model_bytes for model in models}) == 1
     assert len(models[0].encode("often")) == 1 and len(models[0].encode("rarely")) > 3
+
+
+def test_memory_for_words_is_bounded_and_frequent_words_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle_ds.data.tokenizer.MAX_COUNTED_WORDS", 50)
+    rare = ["".join(letters) for letters in itertools.product("qxz", repeat=5)]  # 243 words, each in one caption
+    words, _, n_captions = _count(f"a red house {word}" for word in rare)
+    assert n_captions == 243 and len(words) <= 50
+    assert words["house"] == words["red"] == 243
+
+
+@pytest.mark.parametrize("n_rarer", [0, 20])
+def test_half_of_the_words_stay_if_none_is_more_frequent(tmp_path, monkeypatch, n_rarer):
+    monkeypatch.setattr("dalle_ds.data.tokenizer.MAX_COUNTED_WORDS", 50)
+    words = ["".join(letters) for letters in itertools.product("qxz", repeat=4)][:51]
+    captions = [f"{word} {word}" for word in words[n_rarer:]] + words[:n_rarer]
+    counted, _, _ = _count(captions)
+    assert len(counted) == 25 and set(counted) <= set(words[n_rarer:])
+    assert set(counted.values()) == {2}
+    assert _count(sorted(captions, reverse=True))[0] == counted, "the order of the captions does not decide which"
+    assert len({word[0] for word in counted}) > 1
+    assert train_tokenizer(captions, 400, tmp_path / "t.model").vocab_size > 256
 
 
 def test_too_small_vocabulary_is_refused_with_both_numbers(tmp_path):

@@ -6,13 +6,15 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dalle_ds.data import prefetch, shards, token_dataset
-from dalle_ds.data.manifest import load_dataset_info, load_manifest
+from dalle_ds.data.dataset_files import load_index
+from dalle_ds.data.manifest import load_dataset_info
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
@@ -20,7 +22,8 @@ from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
-from tests.data.token_sets import edit_json, make_token_set
+from tests.data.token_sets import make_token_set
+from tests.support.sealed import edit_json
 
 SIZES = {"n_samples": 150, "n_validation": 50, "block_samples": 16, "n_shards": 3}
 SETTINGS = {"text_len": 24, "global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1, "seed": 5, "bpe_dropout": 0.1}
@@ -72,7 +75,7 @@ def test_data_set_says_what_it_is(root):
 def test_batches_hold_the_samples_that_were_written(root):
     dataset = TokenDataset(root)
     written = {}
-    for part in load_manifest(root).parts("train"):
+    for part in load_index(root)[1].parts("train"):
         for block in part.blocks:
             tokens_nN, keys, captions = shards.read_block(root, part, block)
             written |= {key: (row, caption, part.path) for row, key, caption in zip(tokens_nN, keys, captions, strict=True)}
@@ -90,6 +93,72 @@ def test_batches_hold_the_samples_that_were_written(root):
                 assert batch.captions[i] == caption and batch.shards[i] == shard
                 ids = dataset.tokenizer.encode(caption)[:23]
                 assert batch.text_BT[i].tolist() == ids + [PAD] * (23 - len(ids))
+
+
+def tokens_by_crop(root: str, n_crops: int) -> dict[str, list[list[int]]]:
+    found: dict[str, list[list[int]]] = {}
+    for crop in range(n_crops):
+        for part in load_index(root)[1].parts("train", crop):
+            for block in part.blocks:
+                tokens_nN, keys, _ = shards.read_block(root, part, block)
+                for key, row in zip(keys, tokens_nN.tolist(), strict=True):
+                    found.setdefault(key, []).append(row)
+    return found
+
+
+def test_each_epoch_reads_the_next_crop(root, tmp_path):
+    cropped = make_token_set(tmp_path / "tokens", **SIZES, crops=3)
+    written = tokens_by_crop(cropped, 3)
+    assert sum(a == b for a, b, _ in written.values()) < 10
+    dataset = TokenDataset(cropped)
+    assert (dataset.n_samples, dataset.n_blocks, dataset.n_stored_blocks) == (150, 12, 36)
+    updates = read(dataset, 4 * 12)
+    for number, update in enumerate(updates):
+        for batch in update:
+            for key, image_N, shard in zip(batch.keys, batch.image_BN.tolist(), batch.shards, strict=True):
+                crop = number // 12 % 3
+                assert image_N == written[key][crop]
+                assert shard.endswith(f"train-crop{crop}.tar" if crop else "train.tar")
+    of_one = read(TokenDataset(root), 4 * 12)
+    for ours, theirs in zip(joined(updates), joined(of_one), strict=True):
+        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]), "the order and the captions are those of one crop"
+    assert_same(joined(updates[:12]), joined(of_one[:12]))
+    assert_same(joined(read(TokenDataset(cropped), 19, start_update=20)), joined(updates[20:39]))
+    (batch,) = validation_batches(TokenMix([TokenDataset(cropped, "validation")]), text_len=24, batch=50, rank=0, world_size=1)
+    (other,) = validation_batches(TokenMix([TokenDataset(root, "validation")]), text_len=24, batch=50, rank=0, world_size=1)
+    assert torch.equal(batch.image_BN, other.image_BN)
+    assert dataset.content_fingerprint != TokenDataset(root).content_fingerprint
+
+
+def test_in_a_mix_each_data_set_reads_its_own_crops(tmp_path):
+    roots = [make_token_set(tmp_path / f"{n}", **SIZES | {"n_samples": 60 * n}, crops=n) for n in (2, 1, 3)]
+    written = [tokens_by_crop(root, n) for root, n in zip(roots, (2, 1, 3), strict=True)]
+    mix = TokenMix([TokenDataset(root) for root in roots], [0.5, 0.2, 0.3])
+    seen: list[dict[str, list[int]]] = [{}, {}, {}]  # for each data set: the crops that its samples were read with
+    with TokenStream(mix, **SETTINGS) as stream:
+        for update in itertools.islice(stream, 120):
+            for batch in update:
+                for key, image_N, shard in zip(batch.keys, batch.image_BN.tolist(), batch.shards, strict=True):
+                    (number,) = (number for number, root in enumerate(roots) if shard.startswith(f"{root}/"))
+                    crop = int(shard.removesuffix(".tar").rpartition("-crop")[2]) if "-crop" in shard else 0
+                    assert image_N == written[number][key][crop]
+                    seen[number].setdefault(key, []).append(crop)
+    for n_crops, crops in zip((2, 1, 3), seen, strict=True):
+        assert {crop for of_key in crops.values() for crop in of_key} == set(range(n_crops))
+
+
+def test_a_data_set_of_one_crop_is_stored_as_before(root):
+    assert b"crop" not in objects.read_bytes(f"{root}/manifest.json") + objects.read_bytes(f"{root}/manifests/00000.json")
+    assert b'"crops"' not in objects.read_bytes(f"{root}/dataset.json")
+    assert TokenDataset(root).n_crops == 1
+
+
+def test_a_shard_that_lacks_a_crop_is_named(tmp_path):
+    root = make_token_set(tmp_path / "tokens", **SIZES, crops=3)
+    edit_json(f"{root}/manifests/00001.json", lambda manifest: manifest["more_crops"].pop())
+    objects.delete(f"{root}/manifest.json")
+    with pytest.raises(DataError, match="shard 00001 of .*: 2 crops of each training image, expected 3 as in dataset.json"):
+        TokenDataset(root)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -295,11 +364,20 @@ def test_shard_of_another_data_set(own_root):
         TokenDataset(own_root)
 
 
-def test_merged_manifest_with_a_shard_of_another_data_set(own_root):
-    merged = load_manifest(own_root)
-    strange = [shard.model_copy(update={"fingerprint": "ffff"}) if shard.shard == "00002" else shard for shard in merged.shards]
-    objects.write_bytes(f"{own_root}/manifest.json", merged.model_copy(update={"shards": strange}).to_json())
-    with pytest.raises(FingerprintMismatch, match="shard 00002 .*found ffff"):
+def test_manifest_of_another_data_set(own_root):
+    edit_json(f"{own_root}/manifest.json", fingerprint="ffff")
+    with pytest.raises(FingerprintMismatch, match="manifest.json.*found ffff"):
+        TokenDataset(own_root)
+
+
+def test_a_damaged_or_missing_index_is_named(own_root):
+    (index,) = Path(own_root, "index").iterdir()
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=f"{index.name}: {len(whole) - 1} bytes with SHA-256 .*, expected {len(whole)} with"):
+        TokenDataset(own_root)
+    index.unlink()
+    with pytest.raises(DataError, match=f"{index.name}: manifest.json names this index, but it does not exist"):
         TokenDataset(own_root)
 
 
@@ -329,7 +407,7 @@ def test_unfinished_encoding_is_read_with_a_warning(tmp_path, caplog):
 
 
 def test_a_damaged_block_is_named_to_the_consumer(own_root):
-    part = load_manifest(own_root).parts("train")[1]
+    part = load_index(own_root)[1].parts("train")[1]
     url = f"{own_root}/{part.path}"
     data = bytearray(objects.read_bytes(url))
     data[part.blocks[0].offset + 700] ^= 1
@@ -339,7 +417,7 @@ def test_a_damaged_block_is_named_to_the_consumer(own_root):
 
 
 def test_a_lost_shard_is_named_to_the_consumer(own_root):
-    part = load_manifest(own_root).parts("train")[2]
+    part = load_index(own_root)[1].parts("train")[2]
     objects.delete(f"{own_root}/{part.path}")
     with pytest.raises(DataError, match=part.path):
         read(TokenDataset(own_root), 12)
@@ -397,6 +475,13 @@ def test_validation_has_equal_counts_and_no_sample_twice(root, world_size):
     assert len(keys) == len(set(keys)) == 50 // (4 * world_size) * 4 * world_size
     again = validation_batches(TokenMix([dataset]), text_len=24, batch=4, rank=0, world_size=world_size)
     assert all(torch.equal(a.text_BT, b.text_BT) and a.keys == b.keys for a, b in zip(ranks[0], again, strict=True))
+
+
+def test_validation_samples_of_a_rank_are_neighbours(root):
+    mix = TokenMix([TokenDataset(root, "validation")])
+    for rank in range(5):
+        own = validation_batches(mix, text_len=24, batch=1, rank=rank, world_size=5)
+        assert len(own) == 10 and len({shard for batch in own for shard in batch.shards}) <= 2, "of 3 shards"
 
 
 def test_validation_limit_spreads_over_the_shards(root):

@@ -1,6 +1,5 @@
 """Small token data sets for tests: captions of a small grammar, with codes that depict them, so that a prior can learn them."""
 
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dalle_ds.data.manifest import DatasetInfo, InputIdentity, Part, ShardManifest, manifest_url, merge
+from dalle_ds.data.dataset_files import merge, publish
+from dalle_ds.data.manifest import DatasetInfo, InputIdentity, Part, ShardDetails, ShardManifest, StoredFile, manifest_url
 from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.models.dvae import DVAE, DVAEConfig
@@ -40,6 +40,7 @@ def make_token_set(
     vocab_size: int = 360,
     seed: int = 0,
     complete: bool = True,
+    crops: int = 1,
 ) -> str:
     """Write a valid token data set below `root` (a path or URL) and return its URL. Equal arguments give equal data.
 
@@ -48,6 +49,7 @@ def make_token_set(
         n_codes: at least 8, for background and colours.
         noise: probability of replacing a cell's code by a random code.
         complete: False omits manifest.json, as during an encode run.
+        crops: crops of each training image. The first crops are those of a data set with one.
     """
     root = str(root)
     rng = np.random.default_rng(seed)
@@ -64,6 +66,7 @@ def make_token_set(
         tokenizer=tokenizer.fingerprint,
         crop="none",
         validation_fraction=n_validation / (n_samples + n_validation),
+        crops=crops if crops > 1 else None,
     ).sealed()
     objects.write_bytes(objects.join(root, "dataset.json"), info.to_json())
     shards = [
@@ -73,7 +76,7 @@ def make_token_set(
         for i in range(n_shards)
     ]
     if complete:
-        objects.write_bytes(objects.join(root, "manifest.json"), merge(info, shards, complete=True).to_json())
+        publish(root, *merge(info, [(shard, shard.read_details(root)) for shard in shards]))
     return root
 
 
@@ -120,6 +123,7 @@ def _write_shard(
     samples: dict[str, list[tuple[str, np.ndarray]]],
 ) -> ShardManifest:
     parts: dict[str, Part] = {}
+    more_crops: list[Part] = []
     histogram = np.zeros(info.n_codes, dtype=np.int64)
     lengths: Counter[int] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -135,22 +139,28 @@ def _write_shard(
                         lengths[len(tokenizer.encode(caption))] += 1
                 parts[split] = writer.finish(name)
             objects.put_file(Path(folder) / "part.tar", objects.join(root, name))
+        for crop in range(1, info.n_crops("train")):
+            name = f"data/{shard}-test-train-crop{crop}.tar"
+            with PartWriter(Path(folder) / "part.tar", shard, info.n_tokens, block_samples) as writer:
+                for i, (caption, codes) in enumerate(samples["train"]):
+                    writer.add(np.roll(codes, crop), f"train-{shard}-{i:05d}", caption, group=caption)
+                    histogram += np.bincount(codes, minlength=info.n_codes)
+                more_crops.append(writer.finish(name))
+            objects.put_file(Path(folder) / "part.tar", objects.join(root, name))
+    details = ShardDetails(code_histogram=histogram.tolist(), caption_lengths=lengths).pack()
+    path = f"details/{shard}-test.json.gz"
+    objects.write_bytes(objects.join(root, path), details)
     manifest = ShardManifest(
         shard=shard,
         attempt="test",
         input=InputIdentity(path="drawn", bytes=0),
         splits=parts,
+        more_crops=more_crops or None,
         n_input=sum(map(len, samples.values())),
         dropped={},
-        code_histogram=histogram.tolist(),
-        caption_lengths=lengths,
+        details=StoredFile.of(path, details),
         fingerprint=info.fingerprint,
         seconds=0.0,
     )
     objects.create_exclusive(manifest_url(root, shard), manifest.to_json())
     return manifest
-
-
-def edit_json(url: str, **changes: object) -> None:
-    """Replace fields of a stored JSON file, to damage a data set."""
-    objects.write_bytes(url, json.dumps(json.loads(objects.read_bytes(url)) | changes).encode())

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ from mlflow import MlflowClient
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dalle_ds.data.manifest import load_manifest
+from dalle_ds.data.dataset_files import load_index
 from dalle_ds.data.mixture import MixtureOrder
 from dalle_ds.data.order import slots_of_rank
 from dalle_ds.data.token_dataset import TokenDataset
 from tests.data.token_sets import make_token_set
 from tests.support import launching
+from tests.support.sealed import edit_json
 
 pytestmark = pytest.mark.launch
 
@@ -85,7 +87,7 @@ def block_that_rank_1_alone_reads_first(data: Path) -> int:
 def test_an_error_of_any_rank_ends_the_job_and_is_shown(home: Path) -> None:
     data = home / "runs" / "demo" / "tokens"
     number = block_that_rank_1_alone_reads_first(data)
-    part, block = [(part, block) for part in load_manifest(data).parts("train") for block in part.blocks][number]
+    part, block = [(part, block) for part in load_index(data)[1].parts("train") for block in part.blocks][number]
     whole = (data / part.path).read_bytes()
     damaged = bytearray(whole)
     damaged[block.offset + 700] ^= 1
@@ -125,6 +127,53 @@ def test_a_rank_that_hangs_does_not_hang_the_others(home: Path) -> None:
     assert "no answer from another rank within 5 s (failure.collective_timeout)" in err
     assert f"stopped: rank 1 (process {ranks[1].pid})" in err
     assert tracked(home).info.status == "FAILED"
+
+
+JOIN = "from dalle_ds.commands.job import on_all_ranks; on_all_ranks(lambda ranks: {}, as_json=True)"
+STOP = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP); "
+
+
+def start_rank(rank: int, program: str, cwd: Path, port: int) -> subprocess.Popen[str]:
+    """Start one rank of a job of two ranks, without a launcher."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=launching.environment({**job, "DALLE_DS_START_SECONDS": "3"}),
+        text=True,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_other_never_starts_ends_with_a_message(tmp_path: Path, rank: int) -> None:
+    port = launching.free_port()
+    with start_rank(rank, JOIN, tmp_path, port) as process:
+        _, err = process.communicate(timeout=240)  # less than torch's own timeout of ten minutes
+    assert process.returncode == 75, err
+    assert f"error: rank {rank} of 2 waited for the others at 127.0.0.1:{port}" in err
+    assert "not all have joined within 3 s (DALLE_DS_START_SECONDS)" in err and "Traceback" not in err
+
+
+def test_a_rank_that_hangs_at_the_start_is_named(tmp_path: Path) -> None:
+    port = launching.free_port()
+    with start_rank(0, STOP + JOIN, tmp_path, port) as stopped, start_rank(1, JOIN, tmp_path, port) as process:
+        _, err = process.communicate(timeout=240)
+        stopped.kill()
+    assert process.returncode == 75, err
+    assert f"stopped on this machine: rank 0 (process {stopped.pid})" in err and "Traceback" not in err
+
+
+def test_a_port_that_is_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with start_rank(0, JOIN, tmp_path, port) as process:
+            _, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert f"port {port} of 127.0.0.1 is taken by another process" in err and "Traceback" not in err
 
 
 def test_a_rank_where_no_error_comes_is_ended(tmp_path: Path) -> None:
@@ -172,7 +221,7 @@ def diverged(home: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
         save_file(tensors, file, metadata)
         digest = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         commit["files"][f"{commit['attempt']}/{file.name}"] = digest
-        (newest / "checkpoint.json").write_text(json.dumps(commit))
+    edit_json(newest / "checkpoint.json", files=commit["files"])
     update = int(newest.name.removeprefix("update_")) + 3
     done = launching.run(command("failure.nonfinite_losses=3"), home, env(home))
     assert checkpoints(home)[-1] == newest, "states without a finite loss are not kept"

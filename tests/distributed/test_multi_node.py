@@ -172,6 +172,19 @@ def test_pdsh_trains_as_one_host_does_passes_the_environment_on_and_ends_by_ctrl
     assert state_of(home, "run", update) == state_of(home, "one_host", update), "weights, moments and losses, bit by bit"
 
 
+def test_a_killed_pdsh_is_never_exit_code_0(hosts: Hosts, home: Path, env: dict[str, str]) -> None:
+    command = ["bash", launching.TRAIN_PRIOR, *arguments(home, "cut", updates=100000)]
+    with started(hosts, command, home, {**env, "DS_LAUNCH_ARGS": "--hostfile hosts"}) as process:
+        launching.wait_for(lambda: hosts["node-b"].ranks(), "rank on node-b", process=process)
+        (pdsh,) = (child for child in launching.family(process.pid) if Path(child.cmdline()[0]).name == "pdsh")
+        pdsh.kill()
+        process.wait(timeout=240)
+        kill_all(hosts)  # ssh outlives pdsh
+        launching.kill_tree(process.pid)
+        _, err = process.communicate(timeout=240)
+    assert process.returncode == 143 and "was killed by SIGKILL: the job is not done" in err
+
+
 def test_a_rank_that_dies_on_the_far_host_ends_the_job_on_both(hosts: Hosts, home: Path, env: dict[str, str]) -> None:
     (home / "environment").write_text("".join(f"{name}={value}\n" for name, value in PASSED_ON.items()))
     before = newest(home)

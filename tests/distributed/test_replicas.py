@@ -11,7 +11,7 @@ import torch
 
 from dalle_ds.errors import ConfigError
 from dalle_ds.parallel.engine_config import EngineConfig
-from dalle_ds.parallel.replicas.groups import Replicas
+from dalle_ds.parallel.replicas.groups import PAPER_RATE, Replicas
 from dalle_ds.training.prior.export import export_checkpoint
 from tests.data.token_sets import make_token_set
 from tests.distributed.test_engine import assert_close
@@ -78,19 +78,19 @@ def test_power_sgd_learns_as_the_plain_average_does_with_a_fifth_of_the_bytes(ou
     assert plain["bytes_sent"] == plain["plain_bytes"] == matrices + ours["plain_bytes"]
     assert ours["bytes_sent"] == ours["power_sgd_bytes"] + ours["plain_bytes"]
     values = ours["power_sgd_bytes"] / 2  # 16-bit codes
-    assert values <= 0.141 * matrices / 4, "the paper's rate, counted in values as the paper does"
+    assert values <= PAPER_RATE * matrices / 4, "the paper's rate, counted in values as the paper does"
     assert ours["bytes_sent"] < 0.2 * plain["bytes_sent"], "all gradients, those that are not compressed included"
     for name in ("none", "power_sgd"):
         assert runs[name]["difference"] == 0.0, "weights differ between replicas"
 
 
 @pytest.mark.launch
-def test_inf_in_one_block_of_one_rank_skips_on_all_replicas_and_keeps_the_errors(outcome: dict[str, Any]) -> None:
+def test_inf_in_one_block_of_one_rank_skips_on_all_replicas_and_the_errors_keep_the_rest(outcome: dict[str, Any]) -> None:
     for rank in range(N_RANKS):
         quiet, hit, after = outcome[f"rank{rank}"]["inf"][1:]
         for update in (quiet, after):
             assert update["took_step"] and update["weights_moved"] and update["errors_moved"] and not update["blocks"]
-        assert not hit["took_step"] and not hit["weights_moved"] and not hit["errors_moved"]
+        assert not hit["took_step"] and not hit["weights_moved"] and hit["errors_moved"]
         assert hit["blocks"] == [hit["name"]]
         steps = [b - a for a, b in zip(quiet["scales"], hit["scales"], strict=True)]
         assert steps == pytest.approx([0.001] * 3 + [-0.5] + [0.001] * 2, abs=1e-4)
@@ -98,12 +98,12 @@ def test_inf_in_one_block_of_one_rank_skips_on_all_replicas_and_keeps_the_errors
 
 
 @pytest.mark.launch
-def test_nan_that_no_block_sees_skips_on_all_replicas_and_keeps_the_errors(outcome: dict[str, Any]) -> None:
+def test_nan_that_no_block_sees_skips_on_all_replicas_and_the_errors_keep_the_matrices(outcome: dict[str, Any]) -> None:
     for rank in range(N_RANKS):
         before, hit, after = outcome[f"rank{rank}"]["nan"]
         for update in (before, after):
             assert update["took_step"] and update["errors_moved"]
-        assert not hit["took_step"] and not hit["errors_moved"]
+        assert not hit["took_step"] and hit["errors_moved"]
         assert after["difference"] == 0.0
 
 

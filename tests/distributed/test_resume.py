@@ -17,7 +17,7 @@ pytestmark = pytest.mark.launch
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("resume")
     cases = Path(__file__).parent / "cases" / "resume.py"
-    for actions, n_ranks in (("save+load+store", 2), ("load", 1), ("load", 3)):
+    for actions, n_ranks in (("save+load+store+damage", 2), ("load", 1), ("load", 3)):
         launching.run_ranks(n_ranks, cases, actions, str(folder), cwd=folder)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*-?.json")}
 
@@ -59,3 +59,9 @@ def test_all_ranks_learn_what_one_of_them_finds(outcome: dict[str, Any]) -> None
         assert len(found[case]) == 2 and all(re.search(text, said) for said in found[case]), found[case]
     assert found["files"] == ["0.bin", "1.bin"]
     assert found["found"] == [["update_00000002", "update_00000001"]] * 2, "damage in a share of rank 1"
+
+
+def test_damage_that_one_rank_sees_while_it_reads_gives_way_to_the_checkpoint_before(outcome: dict[str, Any]) -> None:
+    found = outcome["damage-2"]
+    assert found["tried"] == ["update_00000002", "update_00000001"] and found["note"] == 1
+    assert found["found"] == found["expected"]

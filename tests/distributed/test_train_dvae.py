@@ -9,7 +9,7 @@ import pytest
 
 from dalle_ds.recipes import dump_recipe
 from dalle_ds.storage.weights import read_weights
-from tests.distributed.cases.dvae import recipe, trained
+from tests.distributed.cases.dvae import from_clusters, recipe, trained
 from tests.support import launching
 from tests.training.dvae.runs import make_raw
 
@@ -69,6 +69,13 @@ def test_two_ranks_do_what_one_does(home: Path, on_two_ranks: dict[str, Any]) ->
     assert_same_weights(home, "whole", "alone", 3e-4)
     for name in ("psnr", "ssim", "perplexity", "kl_per_cell", "elb_hard", "elb_relaxed"):
         assert whole[name] == pytest.approx(alone[name], rel=2e-2), name
+
+
+def test_two_ranks_cluster_what_one_does(home: Path, on_two_ranks: dict[str, Any]) -> None:
+    alone, pair = trained(from_clusters(home, "clusters_alone")), on_two_ranks["clusters"]
+    for found, expected in zip(pair["seen"], alone["seen"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-3), "of updates without codes, and of those after k-means"
+    assert len(pair["seen"]) == 10
 
 
 def test_stopped_and_killed_and_gone_on_with_is_the_uninterrupted_run(on_two_ranks: dict[str, Any]) -> None:

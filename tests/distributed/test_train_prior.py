@@ -1,8 +1,11 @@
 """launchers/train_prior.sh with the real launchers: every way to start, stop and resume it."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,16 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.parallel.checkpoint_tensors import ENGINE_FILE
 from dalle_ds.sampling.export import load_export
 from dalle_ds.storage import objects
+from dalle_ds.storage.record import unseal
+from dalle_ds.training.preemption import EXIT_STOPPED
 from dalle_ds.training.prior.export import export_checkpoint
 from dalle_ds.training.prior.samples import SampleSheets
 from tests.conftest import S3
 from tests.data.token_sets import make_token_set
-from tests.support import launching
+from tests.support import kubernetes, launching
 
 pytestmark = pytest.mark.launch
 
@@ -34,6 +40,7 @@ SMALL = [
     "validation.samples=16",
     "tracking.every=1",
     "learning_rate.warmup_updates=2",
+    "data.caption_dropout=0",
 ]
 PHASES = ("data_wait", "forward", "backward", "reduce", "step", "other")
 
@@ -71,7 +78,8 @@ def test_recipe_on_two_ranks(uninterrupted: dict[str, Any], home: Path) -> None:
     assert (uninterrupted["updates"], uninterrupted["resumed_at"]) == (8, 0)
     assert uninterrupted["loss/validation/image"] < 3.4, "ln 32 is 3.47: nothing was learned"
     assert Path(home, uninterrupted["checkpoint"]).name == "update_00000008"
-    assert json.loads((home / "whole" / "summary.json").read_text()) == uninterrupted
+    summary = home / "whole" / "summary.json"
+    assert unseal(summary.read_bytes(), summary) == uninterrupted
     assert json.loads((home / "whole" / "deepspeed.json").read_text())["gradient_clipping"] == 4.0
 
 
@@ -101,7 +109,7 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     assert run.data.tags["provenance.data"] == info["fingerprint"]
     inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
     assert inputs == {"token_shards": info["fingerprint"], "dvae": info["dvae"], "tokenizer": info["tokenizer"]}
-    assert run.data.params["learning_rate.peak"] == "0.002"
+    assert run.data.params["learning_rate.peak"] == "0.005"
     assert "optimizer.beta2" not in run.data.params, "it is the paper's"
     assert f"run_uuid={run.info.run_id}" in run.data.tags["mlflow.note.content"]
     tokens, tflops = (losses(home, env, "whole", f"speed/{name}")[-1] for name in ("tokens_per_second", "model_tflops"))
@@ -112,6 +120,24 @@ def test_mlflow_tells_the_story(uninterrupted: dict[str, Any], home: Path, env: 
     assert all(share[-1] > 0 for share in shares)
     (collectives,) = losses(home, env, "whole", "time_share/collectives")
     assert 0 < collectives < 1
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_brought_to_its_end(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str]
+) -> None:
+    """As after a kill between the last commit and summary.json; with another number of ranks."""
+    shutil.copytree(home / "whole", home / "half")
+    (home / "half" / "summary.json").unlink()
+    (home / "half" / "mlflow_spool" / "ended").unlink()
+    client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+    run_id = json.loads((home / "half" / "mlflow_run.json").read_text())["run_id"]
+    client.update_run(run_id, status="RUNNING")
+    ended = train(home, env, "half", n_ranks=1)
+    assert (ended["resumed_at"], ended["updates"]) == (8, 8)
+    for key in ("loss/validation/image", "loss/validation/text"):
+        assert ended[key] == pytest.approx(uninterrupted[key], abs=1e-4), key
+    assert unseal((home / "half" / "summary.json").read_bytes(), "summary.json") == ended
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 @pytest.mark.s3
@@ -157,6 +183,39 @@ def test_torchrun_starts_all_ranks_again_where_one_was_killed(
     assert run.info.status == "FINISHED"
 
 
+def test_pods_of_kubernetes_go_on_after_one_was_preempted(
+    uninterrupted: dict[str, Any], home: Path, env: dict[str, str]
+) -> None:
+    """The command of launchers/kubernetes/train_prior.yaml, twice on this machine. Each pod gets half of the cores: a rank then
+    has as many threads as one of two ranks of a launcher, and sums in the same order."""
+    arguments = [*launching.TINY, *settings("preempted", "checkpoint.every=1"), "--json"]
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    n_cores = max(1, len(cores) // 2)
+    first = f"127.0.0.1:{launching.free_port()}"
+
+    def started(index: int) -> AbstractContextManager[subprocess.Popen[str]]:
+        command, variables = kubernetes.pod("train_prior.yaml", index, arguments, NODES="2", GPUS="1", FIRST=first)
+        own = ",".join(cores[index * n_cores :][:n_cores] or cores)
+        return launching.started(["taskset", "--cpu-list", own, *command], home, {**env, **variables})
+
+    with started(0) as kept, started(1) as preempted:
+        checkpoint = home / "preempted" / "checkpoints" / "update_00000001" / "checkpoint.json"
+        launching.wait_for(checkpoint.exists, "first checkpoint", process=kept)
+        preempted.terminate()
+        for pod in (kept, preempted):
+            _, err = pod.communicate(timeout=900)
+            assert pod.returncode == EXIT_STOPPED, err[-4000:]
+    with started(0) as kept, started(1) as replacement:
+        out, err = kept.communicate(timeout=900)
+        assert kept.returncode == 0, err[-4000:]
+        replacement.communicate(timeout=900)
+        assert replacement.returncode == 0
+    resumed = launching.last_json(out)
+    assert 1 <= resumed["resumed_at"] < 8
+    for key in ("loss/validation/image", "loss/validation/text", "updates", "skipped_updates"):
+        assert resumed[key] == uninterrupted[key], key
+
+
 def test_export_gives_the_engines_losses(uninterrupted: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     summary = export_checkpoint("whole", "export")
@@ -178,10 +237,15 @@ def test_samples_while_training_are_those_of_the_export(
     dataset = str(home / "runs" / "demo" / "tokens")
     export_checkpoint(home / "whole", tmp_path / "export")
     export = load_export(tmp_path / "export")
-    sheets = SampleSheets(export.prior.config, TokenDataset(dataset, "train"), torch.device("cpu"))
+    sheets = SampleSheets(export.prior.config, TokenDataset(dataset, "validation"), torch.device("cpu"))
     weights = dict(export.prior.named_parameters())
-    again = np.asarray(sheets.draw(weights, update=8))
-    other = np.asarray(sheets.draw({name: -weight for name, weight in weights.items()}, update=8))
+    again = np.asarray(sheets.draw(sheets.prior(weights), update=8)())
+    other = np.asarray(sheets.draw(sheets.prior({name: -weight for name, weight in weights.items()}), update=8)())
+    assert (
+        sheets.scores(sheets.prior(weights))
+        == {}
+        == {name: value for name, value in client.get_run(run_id).data.metrics.items() if name.startswith("scenes/")}
+    ), "these captions are no scenes"
     # the engine gathers the branches' weights as fp16, so a few tokens may differ
     assert (drawn != again).mean() < 0.05 < (drawn != other).mean()
 
@@ -189,6 +253,17 @@ def test_samples_while_training_are_those_of_the_export(
 def losses(home: Path, env: dict[str, str], folder: str, name: str) -> list[float]:
     run_id = json.loads((home / folder / "mlflow_run.json").read_text())["run_id"]
     return [point.value for point in MlflowClient(env["MLFLOW_TRACKING_URI"]).get_metric_history(run_id, name)]
+
+
+def test_a_skipped_update_loses_no_averaging_of_the_weights(home: Path, env: dict[str, str]) -> None:
+    """All updates overflow. Averagings are due at every second one."""
+    tree = json.loads((launching.ROOT / "ds_configs" / "zero3_fp16_cpu.json").read_text())
+    tree["fp16"] |= {"initial_scale_power": 60, "min_scale_power": 60, "max_scale_power": 60}
+    (home / "overflowing.json").write_text(json.dumps(tree))
+    summary = train(home, env, "skipped", "ema.every=2", "updates=4", "deepspeed_config=overflowing.json")
+    assert summary["skipped_updates"] == 4
+    (engine,) = Path(home, summary["checkpoint"]).rglob(ENGINE_FILE)
+    assert json.loads(engine.read_text())["client"]["n_ema_updates"] == 2
 
 
 @pytest.fixture(scope="module")

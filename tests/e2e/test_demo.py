@@ -1,5 +1,5 @@
-"""The demo command on drawn images with a few updates: killed in the middle, restarted, then finished. Afterwards, the commands
-on the pages for each role."""
+"""The demo command with a few updates: on scenes, killed in the middle, restarted, then finished; and on pictures. Afterwards,
+the commands on the pages for each role."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
 
 from tests.support import launching
@@ -37,11 +38,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str]) -> None:
+def test_killed_demo_goes_on_and_ends_with_scores(home: Path, env: dict[str, str]) -> None:
     out = home / "runs" / "demo"
-    images = draw_folder(out / "images", 160)
-    (images / "p0007.png").write_bytes(b"not an image")
-    command = ["bash", DEMO, "--quick", "--pictures", "runs/demo/images", "--out", "runs/demo"]  # relative to the caller
+    command = ["bash", DEMO, "--quick", "--out", "runs/demo"]  # relative to the caller
     with launching.started(command, home, env) as process:
         launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=900, process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
@@ -50,6 +49,40 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     done = launching.run(command, home, env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out / "dvae" / "dvae_report.json").read_text() == dvae_report, "a finished stage was repeated"
+    raw = [json.loads(path.read_text()) for path in (out / "raw" / "manifests").glob("*.json")]
+    assert sum(shard["n_samples"] for shard in raw) > 590
+    plain, best = (json.loads((out / folder / "scenes.json").read_text()) for folder in ("scores", "scores_best"))
+    assert plain["n_images"] == best["n_images"] == 22 and plain["judge"]["drawn_right"] >= 0.99
+    rows = re.findall(r"^  (one sample|the best of 16|ceiling).*?(\d\.\d{3}) +(\d\.\d{3})$", done.stderr, re.MULTILINE)
+    scores = [plain, best, plain["ceiling"]]
+    assert [row[1:] for row in rows] == [
+        tuple(f"{score[split]['mean']['value']:.3f}" for split in ("seen", "zero_shot")) for score in scores
+    ]
+    record = json.loads((out / "best" / "samples.json").read_text())
+    assert record["scorer"] == json.loads((out / "clip" / "clip_report.json").read_text())["clip"]
+    assert len(record["images"]) == 22 and all(len(scores) == 16 for scores in record["scores"])
+    for name in ("samples/grid.png", "scores/scenes.png", "scores/judged.png"):
+        assert f"{out}/{name.partition('/')[0]}/" in done.stderr
+        with Image.open(out / name) as chart:
+            assert chart.width > 300 and len(chart.convert("RGB").getcolors(1 << 24)) > 100
+
+    prior, pipeline = (run_of(out, stage) for stage in ("prior", "pipeline"))
+    assert prior.data.tags["mlflow.parentRunId"] == pipeline.info.run_id
+    names = ("scenes/seen/mean", "scenes/zero_shot/counting", "scenes/ceiling/seen/mean", "scenes_best_of_16/seen/mean")
+    assert set(names) <= set(prior.data.metrics)
+    history = MlflowClient(f"sqlite:///{out}/mlflow.db").get_metric_history(prior.info.run_id, "scenes/seen/mean")
+    assert len(history) >= 2, "while training, and of the export"
+    assert_nothing_is_repeated(command, home, env, out, n_skipped=7, prior="6/13")
+
+
+def test_pictures_go_the_same_way(home: Path, env: dict[str, str]) -> None:
+    out = home / "runs" / "pictures"
+    images = draw_folder(out / "images", 160)
+    (images / "p0007.png").write_bytes(b"not an image")
+    (images / "source.json").write_text('{"source": "drawn", "limit": null}')  # as if fetched, for --emoji below
+    command = ["bash", DEMO, "--quick", "--pictures", "runs/pictures/images", "--out", "runs/pictures"]
+    done = launching.run(command, home, env)
+    assert done.returncode == 0, done.stderr[-4000:]
     assert "Validation image loss" in done.stderr
     raw = [json.loads(path.read_text()) for path in (out / "raw" / "manifests").glob("*.json")]
     assert sum(shard["n_samples"] for shard in raw) == 159
@@ -60,21 +93,51 @@ def test_killed_demo_goes_on_and_ends_with_images(home: Path, env: dict[str, str
     with Image.open(out / "samples" / "grid.png") as grid:
         assert grid.width > 300 and len(grid.convert("RGB").getcolors(1 << 24)) > 100
 
-    runs = MlflowClient(f"sqlite:///{out}/mlflow.db").search_runs(["1"])
-    prior = next(run for run in runs if run.data.tags["stage"] == "prior")
-    dvae = next(run for run in runs if run.data.tags["stage"] == "dvae")
+    prior, dvae, pipeline = (run_of(out, stage) for stage in ("prior", "dvae", "pipeline"))
     assert prior.data.tags["provenance.dvae"] == dvae.data.tags["fingerprint.dvae"], (
         "provenance leads from samples back to the dVAE"
     )
     assert "caption_gap" in prior.data.metrics
-    pipeline = next(run for run in runs if run.data.tags["stage"] == "pipeline")
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
+    emoji = ["bash", DEMO, "--quick", "--emoji", "--out", "runs/pictures"]
+    assert_nothing_is_repeated(emoji, home, env, out, n_skipped=4, prior="6/10")
 
+
+def run_of(out: Path, stage: str) -> Run:
+    """The MLflow run of a stage of the demo."""
+    runs = MlflowClient(f"sqlite:///{out}/mlflow.db").search_runs(["1"])
+    return next(run for run in runs if run.data.tags["stage"] == stage)
+
+
+def assert_nothing_is_repeated(
+    command: list[str], home: Path, env: dict[str, str], out: Path, *, n_skipped: int, prior: str
+) -> None:
     trained = (out / "prior" / "summary.json").stat().st_mtime_ns
     again = launching.run(command, home, env)
-    assert again.returncode == 0
+    assert again.returncode == 0, again.stderr[-4000:]
     assert (out / "prior" / "summary.json").stat().st_mtime_ns == trained
-    assert again.stderr.count("is up to date") == 4 and "=== 6/10" in again.stderr, "a finished demo repeats no stage"
+    assert again.stderr.count("is up to date") == n_skipped and f"=== {prior}" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--emoji", "--pictures", "."], "--emoji and --pictures .*: expected one of them"),
+        (["--emoji", "--families"], "--emoji and --families: expected one of them"),
+        (["--pictures", "nowhere"], "--pictures .*/nowhere: no such folder"),
+        (["--picture", "."], "unknown option --picture; see --help"),
+        (["--out"], "--out needs a folder"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_set_up(home: Path, arguments: list[str], message: str) -> None:
+    done = launching.run(["bash", DEMO, *arguments], home)
+    assert done.returncode in (1, 2) and re.search(message, done.stderr) and len(done.stderr.splitlines()) == 1
+
+
+def test_help_shows_every_way(home: Path) -> None:
+    shown = launching.run(["bash", DEMO, "--help"], home).stdout
+    assert all(option in shown for option in ("--emoji", "--families", "--pictures DIR", "--out DIR", "--quick", "kill -9"))
+    assert "set -euo" not in shown
 
 
 @pytest.mark.parametrize("page", ["INFRA.md", "DATA.md", "RESEARCH.md"])

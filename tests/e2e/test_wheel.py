@@ -112,7 +112,7 @@ def test_source_distribution_makes_the_same_wheel(tree: Path, wheel: Path, tmp_p
 
 def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path, empty_store: Path) -> None:
     home = tmp_path / "home"
-    draw_folder(home / "runs" / "demo" / "images", 160)
+    draw_folder(home / "runs" / "emoji" / "images", 160)
     shutil.copy(empty_store, home / "mlflow.db")
     git(home, "init", "--quiet")  # somebody's own project, whose commit is not ours
     env = {
@@ -135,14 +135,14 @@ def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path
     assert typed("bash $(dalle-ds path ranks.sh) 2") == "2\n"
     assert "MLflow server" in typed("bash $(dalle-ds path mlflow_server.sh) --help")
 
-    typed("dalle-ds data ingest tiny.yaml")
-    typed("python -m preprocessing tokenizer tiny.yaml vocab_size=400")
-    typed("dalle-ds train dvae tiny.yaml updates=3 global_batch=12 precision=fp32")
-    typed("dalle-ds data encode tiny.yaml min_codes_used=0")
+    typed("dalle-ds data ingest emoji.yaml")
+    typed("python -m preprocessing tokenizer emoji.yaml vocab_size=400")
+    typed("dalle-ds train dvae emoji.yaml updates=3 global_batch=12 precision=fp32")
+    typed("dalle-ds data encode emoji.yaml min_codes_used=0")
     small = "model.n_layers=2 model.n_heads=1 updates=3 checkpoint.every=3 validation.every=3 tracking.samples_every=null"
-    typed(f"{shlex.join(launching.deepspeed(2))} $(dalle-ds path train_prior.sh) tiny.yaml {small}")
-    typed("dalle-ds export tiny.yaml")
-    typed('dalle-ds sample runs/demo/export --caption "a red circle" --n 1 --out drawn')
+    typed(f"{shlex.join(launching.deepspeed(2))} $(dalle-ds path train_prior.sh) emoji.yaml {small}")
+    typed("dalle-ds export emoji.yaml")
+    typed('dalle-ds sample runs/emoji/export --caption "a red circle" --n 1 --out drawn')
     record = json.loads((home / "drawn" / "samples.json").read_text())
     with Image.open(home / "drawn" / record["images"][0]["file"]) as image:
         assert image.size == (32, 32)

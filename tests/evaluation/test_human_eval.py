@@ -116,6 +116,19 @@ def test_a_page_does_not_tell_whose_image_is_whose(sets, tmp_path):
     assert text.count("base64,") == 10
 
 
+def test_links_of_the_other_side_do_not_bring_private_images_to_voters(sets, tmp_path):
+    ours, theirs = sets
+    (theirs / "samples.json").unlink()
+    for number, file in enumerate(sorted(theirs.glob("*.png"))):
+        file.with_suffix(".txt").write_text(f"caption {number}")
+    (tmp_path / "private.png").write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(tmp_path / "private.png")
+    with pytest.raises(DataError, match=rf"{file.name} \(a link out of the folder"):
+        build_pages(ours, theirs, tmp_path / "pages")
+    assert not (tmp_path / "pages").exists()
+
+
 def test_sides_and_order_are_drawn_by_the_seed(tmp_path):
     captions = [f"caption {i}" for i in range(40)]
     sets = make_set(tmp_path / "ours", OURS, captions), make_set(tmp_path / "theirs", THEIRS, captions)
@@ -134,7 +147,7 @@ def test_sets_without_a_common_caption_are_refused(tmp_path):
     with pytest.raises(DataError, match="share no caption"):
         build_pages(ours, theirs, tmp_path / "pages")
     (theirs / "samples.json").unlink()
-    with pytest.raises(DataError, match="image 0-0.png has no caption"):
+    with pytest.raises(DataError, match=r"0-0.png \(without a caption\)"):
         build_pages(ours, theirs, tmp_path / "pages")
 
 

@@ -10,8 +10,9 @@ from dalle_ds.evaluation.judge import judge
 
 
 def record(file, scores_CK, scorer, **changes):
-    about = {"export_fingerprint": "e", "captions": ["a"] * len(scores_CK), "settings": {"seed": 0}, "image": None}
     scores = np.asarray(scores_CK).tolist()
+    about = {"export_fingerprint": "e", "dvae": "d", "captions": ["a"] * len(scores), "settings": {"n": len(scores[0])}}
+    about["images"] = [{"file": "a.png", "caption": "a", "row": 0, "candidate": 0, "seed": 1}]
     file.write_text(json.dumps({**about, "scorer": scorer, "scorer_name": scorer, "scores": scores, **changes}))
     return file
 
@@ -35,7 +36,7 @@ def test_a_choice_is_as_good_as_its_agreement_with_the_judge(tmp_path):
 def test_what_cannot_be_compared(tmp_path):
     a, b = record(tmp_path / "a.json", [[1.0, 2.0]], "a"), record(tmp_path / "b.json", [[1.0, 2.0]], "b")
     for other, message in (
-        (record(tmp_path / "c.json", [[1.0, 2.0]], "c", settings={"seed": 1}), "differ in settings"),
+        (record(tmp_path / "c.json", [[1.0, 2.0]], "c", settings={"n": 2, "seed": 1}), "differ in settings"),
         (record(tmp_path / "d.json", [[1.0, 2.0]], "a"), "both scored by a"),
     ):
         with pytest.raises(ConfigError, match=message):

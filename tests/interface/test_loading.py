@@ -8,6 +8,7 @@ import threading
 
 import fsspec
 import pytest
+from mlflow import MlflowClient
 
 import dalle_ds
 from dalle_ds.commands.register import register_export
@@ -71,7 +72,7 @@ def test_a_web_server(export, codes, tmp_path):
         url = f"http://127.0.0.1:{server.server_port}"
         assert [sample.codes.tolist() for sample in dalle_ds.load(url, "cpu").sample(CAPTION, n=2)] == codes
         (parts / "dvae.safetensors").unlink()
-        with pytest.raises(dalle_ds.UserError, match=r"no file dvae.safetensors; this is not an export"):
+        with pytest.raises(dalle_ds.UserError, match="dvae.safetensors: no such dvae weights file"):
             dalle_ds.load(url, "cpu")
         server.shutdown()
 
@@ -107,6 +108,19 @@ def test_a_registered_model_brings_its_scorer(empty_store, tmp_path, monkeypatch
         dalle_ds.load("models:/drawn/3")
 
 
+def test_nothing_is_registered_for_a_deleted_run(empty_store, tmp_path, monkeypatch):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Tracker.start(tmp_path / "run").close()
+    run, client = read_run(tmp_path / "run"), MlflowClient(uri)
+    export = make_export(tmp_path / "made", mlflow={"uri": run.uri, "run_id": run.run_id})
+    client.delete_run(run.run_id)
+    with pytest.raises(dalle_ds.UserError, match=f"run {run.run_id} of .* was deleted; restore it"):
+        register_export(str(export), "drawn")
+    assert not client.search_registered_models() and not client.list_artifacts(run.run_id)
+
+
 def test_a_store_that_is_not_there_is_not_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
@@ -120,15 +134,15 @@ def test_what_is_not_there_is_an_error(export, tmp_path):
         dalle_ds.load(tmp_path / "nothing")
     with pytest.raises(dalle_ds.UserError, match="device is 'tpu', expected auto, or cpu"):
         dalle_ds.load(export, "tpu")
-    with pytest.raises(dalle_ds.UserError, match="memory://nothing: no file config.json; this is not an export folder"):
+    with pytest.raises(dalle_ds.UserError, match="memory://nothing is not an export folder: it has no config.json"):
         dalle_ds.load("memory://nothing")
-    with pytest.raises(dalle_ds.UserError, match="nosuch://a/b: expected a path, s3:// or another URL that fsspec supports"):
+    with pytest.raises(dalle_ds.UserError, match="nosuch://a/b.*: unknown URL scheme; expected a path, file://, s3://"):
         dalle_ds.load("nosuch://a/b")
-    with pytest.raises(dalle_ds.UserError, match="^foo:/x: unknown URL scheme; expected a path, file:// or s3://"):
+    with pytest.raises(dalle_ds.UserError, match="^foo:/x: unknown URL scheme; expected a path, file://, s3://"):
         dalle_ds.load("foo:/x", "cpu")
     with pytest.raises(dalle_ds.UserError, match="^device is 'gpu', expected auto, or cpu, cuda, cuda:N of this machine$"):
         dalle_ds.load(export, "gpu")
-    with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing: no such folder; expected a folder, or a model name"):
+    with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing: no such folder; expected a folder, or hf://"):
         dalle_ds.load(export, "cpu", scorer=tmp_path / "nothing")
     with pytest.raises(dalle_ds.UserError, match="CLIP .*nothing"):
         dalle_ds.load_scorer(tmp_path / "nothing")

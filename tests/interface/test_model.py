@@ -253,5 +253,5 @@ def test_a_damaged_file_is_named(model):
     file = io.BytesIO()
     Image.fromarray(random_images(1, 40, 40)[0]).save(file, "png")
     damaged = Image.open(io.BytesIO(file.getvalue()[:2000]))
-    with pytest.raises(dalle_ds.UserError, match="image 0 is unreadable"):
+    with pytest.raises(dalle_ds.UserError, match="image 0 is truncated"):
         model.encode([damaged])

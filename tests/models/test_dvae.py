@@ -117,3 +117,42 @@ def test_wrong_images_and_codes_are_named() -> None:
 def test_impossible_configs_are_refused(setting: dict[str, int], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         DVAEConfig(**setting)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_a_folded_dvae_has_the_same_grid_with_fewer_pools(patch: int) -> None:
+    n_groups = {1: 3, 2: 2, 4: 1}[patch]
+    model = DVAE(DVAEConfig(**{**SMALL.model_dump(), "patch": patch, "n_groups": n_groups}))
+    assert (model.config.cell, model.config.grid) == (4, 8)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    pixels, logits, mu, ln_b = model(images, tau=1.0)
+    assert logits.shape == (2, 32, 8, 8)
+    assert pixels.shape == mu.shape == ln_b.shape == images.shape
+    assert model.decode_tokens(model.tokens(images)).shape == images.shape
+
+
+def test_a_folded_pixel_stays_in_its_place() -> None:
+    # With one group of patches and no mixing in space, what the decoder makes of a cell lies where the cell is.
+    model = DVAE(DVAEConfig(**{**SMALL.model_dump(), "patch": 4, "n_groups": 1}))
+    for block in model.decoder.blocks.group_1:
+        for name, parameter in block.res_path.named_parameters():
+            if name.endswith("w"):
+                parameter.data.zero_()
+    codes = torch.zeros(1, 64, dtype=torch.int64)
+    before = model.decode_tokens(codes)
+    codes[0, 3 * 8 + 5] = 7
+    changed = (model.decode_tokens(codes) != before).any(1)[0].nonzero()
+    assert changed[:, 0].min() >= 12 and changed[:, 0].max() < 16
+    assert changed[:, 1].min() >= 20 and changed[:, 1].max() < 24
+
+
+def test_a_cellwise_code_depends_on_the_pixels_of_its_cell_alone() -> None:
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    other = images.clone()
+    other[:, :, 12:16, 20:24] = 255 - other[:, :, 12:16, 20:24]
+    for encoder, n_changed in (("cellwise", 1), ("convolutional", 9)):
+        model = DVAE(DVAEConfig(**{**SMALL.model_dump(), "encoder": encoder}))
+        one, two = (model.encode_logits(map_pixels(x)) for x in (images, other))
+        changed = (one != two).any(1)[0]
+        assert changed[3, 5]
+        assert changed.sum() == 1 if n_changed == 1 else changed.sum() >= n_changed, encoder

@@ -78,18 +78,23 @@ class _GeneratorsElsewhere(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("drawn_at_once", [16, 1 << 20])
-def test_weights_are_drawn_where_the_generator_is(drawn_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("drawn_at_once", "embedding_std"), [(16, 0.02), (1 << 20, 0.02), (1 << 20, 0.8)])
+def test_weights_are_drawn_where_the_generator_is(
+    drawn_at_once: int, embedding_std: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A CPU generator works for parameters on any device. Drawing
     in pieces gives the same numbers as one call per parameter."""
     monkeypatch.setattr("dalle_ds.models.prior._DRAWN_AT_ONCE", drawn_at_once)
-    prior, generator = Prior(CONFIG), torch.Generator().manual_seed(7)
+    config = CONFIG.model_copy(update={"embedding_std": embedding_std})
+    prior, generator = Prior(config), torch.Generator().manual_seed(7)
     with _GeneratorsElsewhere(prior):
         initialise(prior, generator)
     again = torch.Generator().manual_seed(7)
     for name, parameter in prior.named_parameters():
         if not name.endswith(("bias", "norm.weight")):
-            std = 0.02 if name.startswith(("embed.", "heads.")) else parameter.shape[1] ** -0.5
+            axis = 0 if name.endswith("mlp.branch.project.weight") else 1
+            first = {"embed": embedding_std, "heads": 0.02}.get(name.split(".")[0])
+            std = first or parameter.shape[axis] ** -0.5
             if name.endswith("project.weight"):
                 std /= (2 * CONFIG.n_layers) ** 0.5
             assert torch.equal(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=again)), name

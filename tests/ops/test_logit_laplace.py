@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dalle_ds.ops.logit_laplace import location_pixels, log_density, map_pixels, split_output, unmap_pixels
+from dalle_ds.ops.logit_laplace import location_pixels, log_density, log_mass, map_pixels, split_output, unmap_pixels
 
 
 @pytest.mark.parametrize(("mu", "b"), [(0.0, 0.5), (1.3, 0.2), (-2.0, 1.5)])
@@ -21,6 +21,22 @@ def test_density_is_the_laplace_of_the_logit() -> None:
     laplace = torch.distributions.Laplace(torch.tensor(mu, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
     expected = laplace.log_prob(torch.logit(x)) - torch.log(x * (1 - x))
     torch.testing.assert_close(log_density(x, torch.tensor(mu), torch.tensor(math.log(b), dtype=torch.float64)), expected)
+
+
+@pytest.mark.parametrize("mu", [-30.0, -2.2, -0.3, 0.0, 1.1, 40.0])
+@pytest.mark.parametrize("b", [1e-4, 0.03, 0.5, 4.0])
+def test_mass_of_8_bit_values_is_the_difference_of_the_cdf(mu: float, b: float) -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    ln_mass = log_mass(values, torch.tensor(mu), torch.tensor(math.log(b)))
+    edges = torch.logit((torch.arange(257, dtype=torch.float64) - 0.5) * (0.8 / 255) + 0.1)
+    laplace = torch.distributions.Laplace(torch.tensor(mu).double(), torch.tensor(math.log(b)).double().exp())
+    cdf = laplace.cdf(edges)
+    assert ln_mass.isfinite().all() and ln_mass.max() <= 0
+    torch.testing.assert_close(ln_mass.exp(), cdf.diff(), rtol=1e-9, atol=1e-15)
+    assert ln_mass.exp().sum().item() == pytest.approx((cdf[-1] - cdf[0]).item(), rel=1e-12)
+    if b == 4.0:  # the density hardly changes within an interval
+        density = log_density(map_pixels(values).double(), torch.tensor(mu).double(), torch.tensor(math.log(b)).double())
+        torch.testing.assert_close(ln_mass, density + math.log(0.8 / 255), rtol=0, atol=2e-3)
 
 
 def test_pixel_map_runs_over_the_margins_and_back() -> None:

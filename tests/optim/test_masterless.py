@@ -1,4 +1,4 @@
-"""AdamW for fp16 weights without masters, compared with `LowBitAdamW` on fp32 weights that are rounded after each step."""
+"""AdamW for fp16 weights without masters, compared with `ClippedAdamW` on fp32 weights that are rounded after each step."""
 
 import zlib
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_ds.ops.low_bit import FORMAT_0_6_10, FORMAT_1_6_9, decode, encode
-from dalle_ds.optim.adamw import LowBitAdamW, moment_bytes
+from dalle_ds.optim.adamw import ClippedAdamW, moment_bytes
 from dalle_ds.optim.masterless import MasterlessAdamW, Stretch
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.96), "eps": 1e-8, "weight_decay": 0.045}
@@ -44,7 +44,7 @@ def plainly_rounded(values: Tensor, name: str, step: int) -> Tensor:
 def test_a_step_is_low_bit_adamws_rounded() -> None:
     ours, theirs = start(), nn.Parameter(start().float())
     a = MasterlessAdamW(**SETTINGS, seed=SEED)
-    b = LowBitAdamW([theirs], **SETTINGS)
+    b = ClippedAdamW([theirs], **SETTINGS)
     for step in range(1, 6):
         codes, factor = gradients(step), torch.tensor(0.7)
         a.step([Stretch(NAME, ours, partial(gradients, step))], factor)

@@ -80,9 +80,10 @@ def test_wrong_sections_say_what_is_wrong(tmp_path: Path, tree: dict[str, Any], 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_engine_config(tmp_path / "none.json", micro_batch=1, accumulation=1, clip=1.0)
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        load_engine_config(tmp_path / "bad.json", micro_batch=1, accumulation=1, clip=1.0)
+    for content in (b"{", b"", b"[" * 100_000, b'{"a": "caf\xe9"}', b"\xff\xfe"):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            load_engine_config(tmp_path / "bad.json", micro_batch=1, accumulation=1, clip=1.0)
 
 
 @pytest.mark.parametrize(

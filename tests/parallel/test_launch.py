@@ -1,7 +1,9 @@
 """Environment variables of a rank. tests/distributed/test_multi_node.py runs the real launchers on two hosts."""
 
 import os
+import re
 import shutil
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +12,16 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from dalle_ds.commands import job
 from dalle_ds.errors import ConfigError
+from dalle_ds.parallel import launch, ranks
 from dalle_ds.parallel.launch import (
     ALLOCATORS_NAMES,
     COMPILE_THREADS,
+    NUMBERS,
+    RUN_DEEPSPEED,
+    check_numbers,
+    check_rank,
     require_hostfile,
     set_defaults,
     take_environment,
@@ -55,6 +63,46 @@ def test_open_mpi_tells_all_but_the_first_host(told: dict[str, str]) -> None:
     take_rank()
     found = {name: told[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     assert list(found.values()) == ["3", "1", "4", "2", "node-a", "29500"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["two", "-1", "1.5", "1e3", "\u0663", "0x1", " 1"])
+def test_variables_that_count_are_numbers(told: dict[str, str], name: str, value: str) -> None:
+    told[name] = value
+    with pytest.raises(ConfigError, match=rf"^{name}=.*: expected a whole number, as launchers set it"):
+        check_numbers()
+
+
+def test_every_variable_that_is_read_as_a_number_is_checked() -> None:
+    read = set()
+    for path in (Path(launch.__file__), Path(ranks.__file__), Path(job.__file__)):
+        read |= set(re.findall(r"int\([^)]*?\"([A-Z_]{4,})\"", path.read_text()))
+    assert {"WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"} <= read <= {*NUMBERS}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2: expected a rank below the number of ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 with WORLD_SIZE=0"),
+        ({"RANK": "5"}, "RANK=5 with WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: expected a launcher"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, "WORLD_SIZE=2 without MASTER_PORT"),
+    ],
+)
+def test_ranks_that_could_never_meet_are_told_at_once(told: dict[str, str], given: dict[str, str], message: str) -> None:
+    told |= given
+    with pytest.raises(ConfigError, match=message):
+        check_rank()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"RANK": "0"}, {"LOCAL_SIZE": ""}, {**dict.fromkeys(("MASTER_ADDR", "LOCAL_RANK"), "1")}]
+)
+def test_a_process_alone_needs_no_variables(told: dict[str, str], given: dict[str, str]) -> None:
+    told |= given
+    check_numbers()
+    check_rank()
 
 
 @pytest.mark.parametrize("given", [{}, BATCH_SCRIPT, {"RANK": "5", **STEP}, {"RANK": "5", **OPEN_MPI}])
@@ -175,3 +223,86 @@ def test_bash_form_refuses_it_before_anything_starts(tmp_path, words):
     done = launching.run(["bash", str(launching.ROOT / "launchers" / "train_prior.sh")], tmp_path, {"DS_LAUNCH_ARGS": words})
     assert done.returncode == 2 and "hostfile nowhere does not exist" in done.stderr, done.stderr
     assert not (tmp_path / ".environment").exists()
+
+
+def test_the_file_of_the_environment_holds_whole_variables_and_follows_no_link(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=2")
+    (tmp_path / "theirs").write_text("of somebody else")
+    (tmp_path / ".environment").symlink_to(tmp_path / "theirs")
+    told = {
+        "PYTHON": str(tmp_path / "bin" / "python"),
+        "DS_LAUNCH_ARGS": "--hostfile hosts",
+        "AWS_ACCESS_KEY_ID": "a key = with 'signs' $HOME",
+        "MLFLOW_TWO_LINES": "x\nAWS_SESSION_TOKEN=evil",
+        "UNRELATED": "x\nAWS_PROFILE=evil",
+    }
+    done = launching.run(["bash", str(launching.ROOT / "launchers" / "train_prior.sh")], tmp_path, told)
+    assert done.returncode == 0 and "MLFLOW_TWO_LINES has a line break and is not passed" in done.stderr, done.stderr
+    file = tmp_path / ".environment"
+    assert not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "theirs").read_text() == "of somebody else"
+    lines = file.read_text().splitlines()
+    assert "AWS_ACCESS_KEY_ID=a key = with 'signs' $HOME" in lines and any(line.startswith("PATH=") for line in lines)
+    assert "evil" not in file.read_text() and "UNRELATED" not in file.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "hosts", "theirs", ".environment"}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("form", ["deepspeed", "bash"])
+def test_a_killed_node_launcher_is_never_exit_code_0(tmp_path: Path, form: str) -> None:
+    """DeepSpeed alone exits with 0 there, and a script would go on with an unfinished run."""
+    script, port = tmp_path / "rank.py", str(launching.free_port())
+    script.write_text(
+        "import os, pathlib, time\n"
+        "from dalle_ds.parallel.launch import prepare_rank\n"
+        "prepare_rank(None)\n"
+        "pathlib.Path('started' + os.environ['RANK']).write_text(os.environ['MASTER_PORT'])\n"
+        "time.sleep(600)\n"
+    )
+    words = ["--num_gpus", "2", str(script), "tracking.uri=http://me:hush@host"]
+    run_deepspeed = [
+        sys.executable,
+        launching.TRAIN_PRIOR,
+        RUN_DEEPSPEED,
+    ]  # what the bash form becomes, which takes MASTER_PORT
+    command = ["deepspeed", "--master_port", port] if form == "deepspeed" else run_deepspeed
+    with launching.started([*command, *words], tmp_path, extra_env={"MASTER_PORT": port}) as process:
+        launching.wait_for(lambda: len(list(tmp_path.glob("started?"))) == 2, "two ranks", process=process)
+        launching.wait_for(lambda: {file.read_text() for file in tmp_path.glob("started?")} == {port}, "their port")
+        (launcher,) = (
+            child for child in launching.family(process.pid) if "deepspeed.launcher.launch" in " ".join(child.cmdline())
+        )
+        launcher.kill()
+        process.wait(timeout=240)
+        launching.kill_tree(process.pid)  # these ranks do not look for their launcher
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == (-15 if form == "deepspeed" else 143), "the shell sees 143 for both"
+    if form == "bash":
+        assert f"the launcher's process {launcher.pid} was killed by SIGKILL: the job is not done" in err
+        assert "warning: the command line has a password" in err
+        assert "hush" not in out + err, "DeepSpeed's log has the command lines of the ranks"
+
+
+def test_values_of_the_environment_are_taken_as_they_are(told, tmp_path):
+    file = tmp_path / "environment"
+    file.write_bytes("AWS_PROFILE=a\u2028b\x0bc\nMLFLOW_NAME=caf".encode() + b"\xe9\n")
+    take_environment(file)
+    assert (told["AWS_PROFILE"], os.fsencode(told["MLFLOW_NAME"])) == ("a\u2028b\x0bc", b"caf\xe9")
+    file.write_bytes(b"")
+    take_environment(file)
+    with pytest.raises(ConfigError, match="cannot be read on .*: Is a directory"):
+        take_environment(tmp_path)
+
+
+def test_a_master_port_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = launching.run([sys.executable, "-m", "dalle_ds.cli", "sample", "nowhere", "--caption", "a"], tmp_path, told)
+    assert (
+        done.returncode == 2 and f"error: port {port} of 127.0.0.1 is taken by another process; choose another" in done.stderr
+    )
+    assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
-from dalle_ds.models.resblock import BranchLinear
+from dalle_ds.models.resblock import BranchLinear, InputsFirstLinear
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.precision import fp16_branches
 from dalle_ds.precision.fp16_branches import unread_product, use_fp16_branches
@@ -69,3 +69,27 @@ def test_an_fp16_weight_has_fp32_gradients_and_gives_the_same_numbers() -> None:
         layer(x).sum().backward()
     assert torch.equal(wide(x), narrow(x))
     assert narrow.weight.grad.dtype is torch.float32 and torch.equal(wide.weight.grad, narrow.weight.grad)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_weight_with_its_inputs_first_gives_the_same_numbers(half: bool) -> None:
+    """The transposed storage of the MLP's second matrix changes neither its products nor its gradients."""
+    plain, stored = BranchLinear(16, 4), InputsFirstLinear(16, 4)
+    with torch.no_grad():
+        stored.weight.copy_(plain.weight.t())
+        stored.bias.copy_(plain.bias)
+    assert stored.weight.shape == (16, 4) and torch.equal(stored.weight_OI, plain.weight)
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    if half:
+        plain.use_matmul(fp16_branches._LinearFP16.apply)
+        stored.use_matmul(fp16_branches._InputsFirstFP16.apply)
+        x = x.half()
+    found = []
+    for layer in (plain, stored):
+        inputs = x.clone().requires_grad_()
+        out = layer(inputs)
+        out.float().square().sum().backward()
+        found.append((out, inputs.grad, layer.weight.grad if layer is plain else layer.weight.grad.t(), layer.bias.grad))
+    assert stored.weight.grad.is_contiguous()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3 if half else 1e-5, atol=1e-3 if half else 1e-6)

@@ -234,12 +234,12 @@ def test_scales_stay_within_their_limits() -> None:
     )
     scaler.update(torch.ones(6))
     assert scaler.scale.log2().tolist() == [7.0] * 6
-    assert scaler.at_limits() == dict.fromkeys(scaler.names, "floor")
+    assert scaler.at_limits(scaler.log2_scales()) == dict.fromkeys(scaler.names, "floor")
     scaler.update(torch.tensor([1.0, 0, 0, 0, 0, 0]))
-    assert scaler.at_limits() == {scaler.names[0]: "floor"}
+    assert scaler.at_limits(scaler.log2_scales()) == {scaler.names[0]: "floor"}
     for _ in range(50):
         scaler.update(torch.zeros(6))
-    assert scaler.at_limits() == dict.fromkeys(scaler.names, "ceiling")
+    assert scaler.at_limits(scaler.log2_scales()) == dict.fromkeys(scaler.names, "ceiling")
     assert scaler.scale.log2().max().item() == pytest.approx(7.01, abs=1e-4)
 
 

@@ -67,7 +67,11 @@ def test_errors_that_people_can_mend(arguments: tuple[str, ...], message: str) -
 
 
 @pytest.mark.parametrize("config_class", [FetchConfig, IngestConfig, TokenizerConfig, EncodeConfig])
-def test_the_tiny_recipe_fits(config_class: type[Any]) -> None:
-    config = load_recipe(config_class, RECIPES / "tiny.yaml")
-    assert config.out.startswith("runs/demo/")
-    assert getattr(config, "validation_fraction", 0.05) == 0.05
+@pytest.mark.parametrize(
+    ("recipe", "folder", "fraction"),
+    [("tiny.yaml", "runs/demo/", 0.05), ("emoji.yaml", "runs/emoji/", 0.05), ("families.yaml", "runs/families/", 0.12)],
+)
+def test_the_recipes_of_the_demo_fit(config_class: type[Any], recipe: str, folder: str, fraction: float) -> None:
+    config = load_recipe(config_class, RECIPES / recipe)
+    assert config.out.startswith(folder)
+    assert getattr(config, "validation_fraction", fraction) == fraction

@@ -15,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dalle_ds.data.manifest import done_shards, load_manifest
+from dalle_ds.data.dataset_files import load_manifest
+from dalle_ds.data.manifest import done_shards
+from dalle_ds.errors import StoreUnreachable
 from dalle_ds.storage import objects
 from preprocessing.configs import IngestConfig, StatsConfig, TokenizerConfig, VerifyConfig
 from preprocessing.executors import local
@@ -172,13 +174,31 @@ def test_the_server_is_killed_in_the_middle(world: World, s3: S3, is_undisturbed
 
 
 @pytest.mark.s3
+def test_an_outage_longer_than_the_retries_pauses_the_run(
+    world: World, s3: S3, is_undisturbed: Check, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = f"{s3.url}/tokens"
+
+    def outage() -> None:
+        s3.server.kill()
+        threading.Timer(2, s3.server.start).start()
+
+    monkeypatch.setattr(local, "progress", killing_progress(outage, after=3))
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.3")
+    assert encode.run(world.config(out)).is_complete
+    assert "the store has been away" in caplog.text
+    assert is_undisturbed(out)
+
+
+@pytest.mark.s3
 def test_a_server_that_stays_away_ends_the_run_and_a_rerun_completes(
     world: World, s3: S3, is_undisturbed: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = f"{s3.url}/tokens"
     monkeypatch.setattr(local, "progress", killing_progress(lambda: s3.server.kill(), after=N_SHARDS - 2))
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
-    with pytest.raises(Exception, match=r"cannot .* s3://.*: tried for 0 s, last error:"):
+    monkeypatch.setenv("DALLE_DS_OUTAGE_SECONDS", "1")
+    with pytest.raises(StoreUnreachable, match=r"cannot .* s3://.*: tried for 0 s, last error:"):
         encode.run(world.config(out))
     monkeypatch.undo()
     for name, value in s3.server.environment.items():

@@ -10,7 +10,7 @@ import pytest
 
 from dalle_ds.data.manifest import RawShardManifest, done_shards, load_shard_manifests
 from dalle_ds.errors import DataError
-from dalle_ds.storage import objects
+from dalle_ds.storage import objects, s3_requests
 from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.stages import encode, ingest, verify
 from tests.conftest import S3
@@ -32,7 +32,7 @@ def test_encode_through_a_faulty_store_is_the_undisturbed_run(
     world: World, s3: S3, raw_on_s3: str, is_undisturbed: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = f"{s3.url}/tokens"
-    monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
     with FaultProxy(s3.server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         assert encode.run(world.config(out, raw=raw_on_s3)).is_complete
@@ -49,7 +49,7 @@ def test_ingest_through_a_faulty_store_is_the_undisturbed_run(s3: S3, tmp_path: 
     for file in folder.iterdir():
         objects.write_bytes(f"{images}/{file.name}", file.read_bytes())
     undisturbed = ingest.run(IngestConfig(images=images, out=str(tmp_path / "raw"), samples_per_shard=8, workers=1))
-    monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_SECONDS", 1)  # for the stalled bodies
     with FaultProxy(s3.server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         assert ingest.run(IngestConfig(images=images, out=out, samples_per_shard=8, workers=1)).is_complete
@@ -89,7 +89,7 @@ def test_a_commit_whose_answer_is_lost_does_not_lose_against_itself(s3: S3, monk
 def test_no_part_of_an_object_is_taken_for_all_of_it(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     url, data = f"{s3.url}/object", os.urandom(300_000)
     objects.write_bytes(url, data)
-    monkeypatch.setattr(objects, "READ_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", "0.5")
     with FaultProxy(s3.server.endpoint, faults=["cut", "stalled"], every=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

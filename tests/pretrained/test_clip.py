@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dalle_ds.errors import DataError
-from dalle_ds.pretrained.clip import Clip
+from dalle_ds.pretrained.clip import Clip, find_clip
 from tests.support.clip_models import make_clip
 
 
@@ -92,3 +92,66 @@ def test_images_that_would_be_misread_are_refused(clip):
         clip.image_features(np.zeros((1, 32, 32, 3), dtype=np.float32))
     with pytest.raises(ValueError, match="expected uint8"):
         clip.image_features(np.zeros((1, 3, 32, 32), dtype=np.uint8))
+
+
+def _config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _weights(change):
+    def changed(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _text("config.json", "[]"),
+        _text("config.json", "{"),
+        _text("config.json", "[" * 100_000),
+        _text("config.json", '{"model_type": "clip", "text_config": 3}'),
+        _config(model_type="own", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}),
+        _config(vision_config=None),
+        _config(projection_dim="wide"),
+        _config(text_config={"hidden_size": 10**6}),
+        _text("tokenizer.json", "[]"),
+        _text("tokenizer.json", '{"model": null}'),
+        _text("preprocessor_config.json", "[]"),
+        _text("preprocessor_config.json", '{"crop_size": "large"}'),
+        _text("preprocessor_config.json", '{"image_mean": "grey"}'),
+        _text("model.safetensors", "none"),
+        _weights(lambda state: state.update(logit_scale=torch.tensor(float("nan")))),
+        _weights(lambda state: state["visual_projection.weight"].fill_(float("inf"))),
+    ],
+)
+def test_damaged_folders_are_refused_with_a_message_and_run_no_code(folder, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run code"))
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    damage(copy)
+    with pytest.raises(DataError, match="^CLIP .*clip: "):
+        Clip.load(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/clip", "openai/clip", "clip", "./clip", "/nowhere/clip", "a/b/c", "hf://a", "hf://a/b/c"]
+)
+def test_a_mistyped_folder_is_not_asked_for_at_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asks the network"))
+    with pytest.raises(DataError, match=f"CLIP {name}: no such folder; expected a folder, or hf://"):
+        Clip.load(name)
+    assert find_clip("hf://openai/clip-vit-base-patch32") == "openai/clip-vit-base-patch32"

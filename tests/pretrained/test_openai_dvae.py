@@ -79,3 +79,36 @@ def test_mistakes(released, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         with pytest.raises(SystemExit) as ended:
             main(["import-dvae", *(str(tmp_path / name) for name in ("encoder.pkl", decoder, "dvae.safetensors"))])
         assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def _cyclic() -> torch.nn.Module:
+    module = torch.nn.Sequential(torch.nn.ReLU())
+    module._modules["self"] = module
+    return module
+
+
+def _of_texts() -> torch.nn.Module:
+    module = torch.nn.Sequential(torch.nn.ReLU())
+    module._modules, module._parameters = {"a": "no module"}, ["no mapping"]
+    return module
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        3,
+        {1: torch.zeros(2)},
+        {"blocks.input.w": torch.zeros(())},
+        {"blocks.input.w": torch.zeros(2, 3, 1, 1), "blocks.group_9999999999.block_1.w": torch.zeros(1)},
+        {"blocks.input.w": "text"},
+        _cyclic(),
+        _of_texts(),
+    ],
+    ids=["list", "number", "keys", "scalar", "groups", "text", "cyclic", "modules of texts"],
+)
+def test_crafted_files_are_refused_with_a_message(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "crafted.pkl")
+    with pytest.raises(DataError, match="crafted.pkl"):
+        import_openai(*[str(tmp_path / "crafted.pkl")] * 2, str(tmp_path / "dvae.safetensors"), image_size=32)
+    assert not (tmp_path / "dvae.safetensors").exists()

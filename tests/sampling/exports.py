@@ -22,7 +22,11 @@ from tests.data.token_sets import make_token_set
 
 def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int = 0, **data_options: Any) -> Path:
     """Write folder/tokens (a data set) and folder/export, and return the latter. The untrained prior is far from uniform."""
-    data = make_token_set(folder / "tokens", **data_options)
+    return make_export_of(make_token_set(folder / "tokens", **data_options), folder, mlflow=mlflow, seed=seed)
+
+
+def make_export_of(data: str, folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """Write folder/export with an untrained prior for the data set at `data`, and return it."""
     export = folder / "export"
     tokenizer = CaptionTokenizer(objects.join(data, "tokenizer.model"))
     dvae = read_weights(objects.join(data, "dvae.safetensors"), "dvae")
@@ -46,7 +50,7 @@ def make_export(folder: Path, *, mlflow: dict[str, Any] | None = None, seed: int
     for name in ("tokenizer.model", "dvae.safetensors"):
         objects.write_bytes(export / name, objects.read_bytes(objects.join(data, name)))
     record = ExportRecord(
-        format=2,
+        format=3,
         fingerprint=mark,
         dvae=dvae.fingerprint,
         tokenizer=tokenizer.fingerprint,

@@ -2,7 +2,10 @@
 
 import gc
 import hashlib
+import json
+import os
 import threading
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.sampling.decode import BLANK, decode_images, partial_images
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.folder import SampleFolder
@@ -35,6 +38,11 @@ def export(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return load_scorer(make_clip(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return encoded(draw(3, 40).image)
 
 
 class RedScorer:
@@ -149,6 +157,137 @@ def test_other_samples_are_refused_and_finished_ones_left_alone(export, tmp_path
         draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path)
 
 
+def test_files_that_a_finished_folder_lacks_are_made_again(export, photo, tmp_path, monkeypatch, caplog):
+    prompt = make_image_prompt(export, photo, rows=1)
+    options = {"scorer": RedScorer(), "image_prompt": prompt}
+    record = draw_samples(export, CAPTIONS, SamplingConfig(n=3, keep=2), tmp_path, **options)
+    whole = files(tmp_path)
+    first = record["images"][0]["file"]
+    (tmp_path / first).unlink()
+    (tmp_path / "grid.png").write_bytes(whole["grid.png"][:-9])
+    (tmp_path / "image_prompt.png").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "run", lambda *_: pytest.fail("the codes are there"))
+        assert draw_samples(export, CAPTIONS, SamplingConfig(n=3, keep=2), tmp_path, **options) == record
+    assert files(tmp_path) == whole and f"lacks 3 files ({first}, grid.png, image_prompt.png)" in caplog.text
+    for damage in (b"", whole["codes.npy"][:-4], np.load(tmp_path / "codes.npy").astype(np.float32).tobytes()):
+        (tmp_path / "codes.npy").write_bytes(damage)
+        assert draw_samples(export, CAPTIONS, SamplingConfig(n=3, keep=2), tmp_path, **options) == record
+        assert files(tmp_path) == whole and not (tmp_path / ".parts").exists()
+
+
+def test_a_damaged_image_of_a_finished_folder_is_named(export, tmp_path):
+    record = draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path)
+    image = tmp_path / record["images"][0]["file"]
+    (tmp_path / "grid.png").unlink()
+    image.write_bytes(b"no image" + image.read_bytes()[8:])
+    with pytest.raises(DataError, match=f"{image.name} is damaged .unreadable.; remove it"):
+        draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path)
+    image.unlink()
+    assert draw_samples(export, CAPTIONS, SamplingConfig(seed=4), tmp_path) == record
+
+
+def test_records_of_others_are_checked(export, photo, tmp_path):
+    prompt = make_image_prompt(export, photo, rows=1)
+    record = draw_samples(export, CAPTIONS, SamplingConfig(n=2), tmp_path / "a", image_prompt=prompt)
+    file = tmp_path / "a" / "samples.json"
+
+    def repeated(**changes):
+        file.write_text(json.dumps({**record, **changes}))
+        return repeat_samples(export, file, tmp_path / "b")
+
+    def image(**changes):
+        return {"images": [{**record["images"][0], **changes}]}
+
+    def prompted(**changes):
+        return {"image_prompt": {**record["image_prompt"], **changes}}
+
+    settings, codes = record["settings"], record["image_prompt"]["codes"]
+    for changes in (
+        {"settings": None},
+        {"settings": {**settings, "n": 10**12}},
+        {"settings": {**settings, "n": "2"}},
+        {"settings": {**settings, "colour": 1}},
+        {"settings": {**settings, "temperature": -1}},
+        {"captions": []},
+        {"captions": "a red square"},
+        {"captions": [1, 2]},
+        {"captions": record["captions"][::-1]},
+        {"images": []},
+        {"images": {}},
+        {"images": [record["images"][0]] * 2},
+        image(row=2),
+        image(row=-1),
+        image(candidate=2),
+        image(candidate=None),
+        image(file="../a.png"),
+        image(score="high"),
+        {"scores": [[1.0]]},
+        {"scores": "none"},
+        prompted(codes=codes[:-1]),
+        prompted(codes=[*codes[:-1], 10**6]),
+        prompted(codes=[*codes[:-1], -1]),
+        prompted(rows=4),
+        prompted(rows=None),
+        {"export_fingerprint": None},
+        {"export_fingerprint": "other"},
+        {"dvae": 1},
+    ):
+        with pytest.raises(UserError):
+            repeated(**changes)
+    for text in ("[]", "1", "null", "{", "[" * 100_000, '{"images": NaN}'):
+        file.write_text(text)
+        with pytest.raises(DataError, match="is not a record of samples"):
+            repeat_samples(export, file, tmp_path / "b")
+    file.write_text(json.dumps(record))
+    assert repeated()["images"] == record["images"]
+
+
+def test_the_crop_of_an_image_prompt_is_opened_as_images_of_others(export, photo, tmp_path, monkeypatch):
+    prompt = make_image_prompt(export, photo, rows=1)
+    draw_samples(export, CAPTIONS[:1], SamplingConfig(n=1), tmp_path / "a", image_prompt=prompt)
+    crop = tmp_path / "a" / "image_prompt.png"
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    large = encoded(Image.new("L", (12_000, 11_000)))  # 132 megapixels in 16 kB
+    for content, said in (
+        (postscript, "unreadable"),
+        (large, "too large"),
+        (encoded(Image.new("RGB", (8, 7))), "8 x 7 pixels, expected 8 x 8"),
+        (b"", "unreadable"),
+    ):
+        crop.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(DataError, match=said):
+            repeat_samples(export, tmp_path / "a" / "samples.json", tmp_path / "b")
+        assert tracemalloc.get_traced_memory()[1] < 50e6 and not (tmp_path / "ran").exists()
+        tracemalloc.stop()
+    crop.unlink()
+    with pytest.raises(DataError, match="image_prompt.png cannot be read: No such file"):
+        repeat_samples(export, tmp_path / "a" / "samples.json", tmp_path / "b")
+
+
+def test_captions_longer_than_the_prior_reads_are_told_and_recorded(export, tmp_path, caplog):
+    width = export.prior.config.text_len - 1
+    long = "red circle " * 100
+    tokens = len(export.tokenizer.encode(long))
+    record = draw_samples(export, (CAPTIONS[0], long), SamplingConfig(n=1), tmp_path / "a")
+    assert tokens > width
+    assert record["cut_captions"][-1] == {"row": 1, "tokens": tokens, "read": width}
+    assert f"has {len(export.tokenizer.encode(CAPTIONS[0]))} tokens" in caplog.text or len(record["cut_captions"]) == 1
+    assert f"of which the prior reads the first {width}" in caplog.text
+    assert draw_samples(export, ("red",), SamplingConfig(n=1), tmp_path / "b")["cut_captions"] == []
+
+
+def test_captions_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"caption 2 is not UTF-8: 'caf\\udce9'"):
+        Request(("a", "caf\udce9"), SamplingConfig())
+
+
 def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
     with pytest.raises(ConfigError, match="keep 1 of n 2: choosing needs a scorer"):
         draw_samples(export, CAPTIONS, SamplingConfig(n=2, keep=1), tmp_path / "none")
@@ -164,11 +303,6 @@ def test_choosing_needs_a_scorer_that_gives_numbers(export, tmp_path):
 
 
 # ---- image prompts ----
-
-
-@pytest.fixture(scope="module")
-def photo():
-    return encoded(draw(3, 40).image)
 
 
 def test_given_rows_are_kept_and_shown_and_repeated(export, photo, tmp_path):

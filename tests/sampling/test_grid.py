@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle_ds.commands.doctor import examine
+from dalle_ds.sampling import lettering
 from dalle_ds.sampling.grid import MARGIN, PAPER, image_grid
 
 
@@ -41,6 +43,14 @@ def test_long_captions_and_long_words_stay_inside():
     assert (margin == PAPER).all()
 
 
+@pytest.mark.parametrize("part", ["a", "a ", "?", "\u732b"])
+def test_a_caption_of_a_megabyte_is_drawn_as_its_first_lines(part: str) -> None:
+    """Wrapping all of it took minutes."""
+    image = Image.new("RGB", (128, 128))
+    short, long = (image_grid([[image]], [part * n]) for n in (400, 1_000_000))
+    assert short.tobytes() == long.tobytes()
+
+
 def test_titles_change_only_the_top():
     rows = [[image("red"), image("blue")]]
     plain = np.asarray(image_grid(rows, ["a"]))
@@ -48,6 +58,36 @@ def test_titles_change_only_the_top():
     added = len(titled) - len(plain)
     assert added > 20
     assert (titled[MARGIN + added :] == plain[MARGIN:]).all()
+
+
+def caption_pixels(text):
+    return np.asarray(image_grid([[image("red", side=256)]], [text]))[MARGIN + 256 :]
+
+
+def test_letters_of_other_scripts_are_drawn_and_not_boxes(caplog):
+    box = caption_pixels("\U000f0000")  # of private use: no font has it
+    different = [caption_pixels(letter) for letter in ("ж", "я", "λ", "é", "א", "😀", "a")]
+    assert all((one != box).any() for one in different) and len({one.tobytes() for one in different}) == 7
+    wide = caption_pixels("Кошка ждёт café, naïve " * 3)
+    assert (wide[:, -MARGIN:] == PAPER).all(), "wrapped by the width of the letters that are drawn"
+    joined = caption_pixels("👩\u200d🚀")
+    assert (joined == caption_pixels("👩🚀")).all() or (joined != box).any()
+
+
+def test_letters_that_no_font_has_are_told_once_with_the_package_that_has_them(monkeypatch, caplog):
+    monkeypatch.setattr(lettering, "_installed", lambda: ())
+    monkeypatch.setattr(lettering, "_said", set())
+    lettering._path_for.cache_clear()
+    try:
+        for _ in range(2):
+            image_grid([[image("red")]], ["猫 on a mat 😀\ufe0f\u200d, ж"])
+        assert caplog.text.count("no installed font has 猫 😀 ж") == 1
+        assert "apt-get install fonts-noto-cjk fonts-symbola fonts-noto-core" in caplog.text
+        assert lettering.missing_letters(["plain", "words\n\t\u200d"]) == ""
+        (finding,) = [one for one in examine() if one.name == "fonts"]
+        assert not finding.ok and not finding.must and "fonts-noto-cjk" in finding.detail
+    finally:
+        lettering._path_for.cache_clear()
 
 
 def test_rows_must_fit():

@@ -11,20 +11,24 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import Page
 
-from dalle_ds.commands.serve import run_link
+from dalle_ds.commands.serve import examples_of, run_link
+from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.serving.page import build_page, draw_rows, launch_page
+from dalle_ds.sampling.serving import page as page_of_serve
+from dalle_ds.sampling.serving.drawing import draw_rows
+from dalle_ds.sampling.serving.page import build_page, launch_page
 from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
-from tests.sampling.exports import make_export
+from dalle_ds.sampling.validation_samples import validation_of
+from tests.sampling.exports import edit_config, make_export
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
 from tests.support.clip_models import make_clip
 from tests.support.launching import free_port
 
-LIMITS = PageLimitsConfig(max_n=12, max_caption=40, max_upload_mb=0.1, max_waiting=30)
+LIMITS = PageLimitsConfig(max_n=12, max_caption=40, max_upload_mb=0.1, max_upload_megapixels=1, max_waiting=30)
 
 
 class Slow(Sampler):
@@ -60,7 +64,8 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Slow:
 
 @pytest.fixture(scope="module")
 def url(sampler: Slow) -> Iterator[str]:
-    page, port = build_page(sampler, LIMITS, run_link(sampler.export, None)), free_port()
+    examples = [*examples_of(sampler.export), "x" * (LIMITS.max_caption + 1)]
+    page, port = build_page(sampler, LIMITS, run_link(sampler.export, None), examples), free_port()
     launch_page(page, LIMITS, "127.0.0.1", port, block=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
@@ -139,7 +144,47 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
         call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "large.png"), 2))
     with (tmp_path / "large.png").open("rb") as file:  # bypasses the checks of the client
         assert requests.post(f"{url}/gradio_api/upload", files={"files": file}, timeout=10).status_code == 413
+    Image.new("RGBA", (2000, 501)).save(tmp_path / "bomb.png")  # 6 kB
+    with pytest.raises(AppError, match="the image prompt is too large: .* 1 megapixels or less"):
+        call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "bomb.png"), 2))
     assert "4 sampled in" in call(client, "a red circle")[0], "still there"
+
+
+def test_drawings_that_nobody_listens_to_are_not_drawn(url: str, slowly: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_of_serve, "LISTENER_S", 1.0)
+    values = [2, 1, 1, 0, 0, 1]
+    for number in range(4):
+        asked = requests.post(f"{url}/gradio_api/call/draw", json={"data": [f"unread {number}", *values]}, timeout=10)
+        assert asked.status_code == 200
+    event = requests.post(f"{url}/gradio_api/call/draw", json={"data": ["read by a script", *values]}, timeout=10).json()
+    with requests.get(f"{url}/gradio_api/call/draw/{event['event_id']}", stream=True, timeout=60) as answer:
+        assert "sampled in" in answer.text
+    assert "1 sampled in" in call(Client(url, verbose=False), "listened to", n=1, keep=1)[0]
+    assert slowly.began == ["read by a script", "listened to"]
+
+
+def test_a_drawing_ends_when_its_client_stops_reading(slowly: Slow) -> None:
+    wanted = iter([True, True, True, False])
+    seen = list(draw_rows(slowly, Request(("a red circle",), SamplingConfig(n=2)), lambda: next(wanted)))
+    assert len(seen) < slowly.export.dvae.config.grid and slowly.began and not slowly.ended
+
+
+def test_the_page_tells_no_path_of_the_server(url: str, sampler: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(url, verbose=False)
+    told = str(client.view_api(return_format="dict")) + requests.get(f"{url}/config", timeout=10).text
+    told += call(client, "a red circle")[2]
+    assert "dalle-ds sample export --caption 'a red circle' --clip clip" in told
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error", sampler.export.url)
+
+    monkeypatch.setattr(sampler, "draw", fail)
+    with pytest.raises(AppError, match="its log has the reason"):
+        call(client, "a red circle")
+    monkeypatch.setattr(sampler, "check", lambda _: (_ for _ in ()).throw(ConfigError(f"{sampler.export.url} cannot")))
+    with pytest.raises(AppError, match="^export cannot"):
+        call(client, "a red circle")
+    assert str(Path(sampler.export.url).parent) not in told
 
 
 def wait_for_status(page: Page, text: str) -> None:
@@ -172,6 +217,49 @@ def test_in_a_browser(url: str, slowly: Slow, tmp_path: Path) -> None:
         assert "--image-prompt noise.png --prompt-rows" in page.input_value("#command textarea")
         page.screenshot(path=tmp_path / "image.png")
     assert slowly.began == ["a red circle", ""]
+
+
+BOXES = """selector => [...document.querySelectorAll(selector)].map(e => {
+    const { left, right, top, bottom, width } = e.getBoundingClientRect()
+    return { left, right, top: top + scrollY, bottom: bottom + scrollY, width, looks: getComputedStyle(e).imageRendering }
+})"""
+
+
+@NEEDS_CHROMIUM
+@pytest.mark.parametrize("width, image_width", [(1280, 300), (390, 120)])
+def test_a_click_on_an_example_draws_images_that_a_person_can_see(
+    url: str, slowly: Slow, tmp_path: Path, width: int, image_width: int
+) -> None:
+    slowly.pause = 0
+    with browser_page(width, 844) as page:
+        page.goto(url)
+        page.wait_for_selector("#examples .gallery-item")
+        shown = page.locator("#examples .gallery-item").all_inner_texts()
+        assert [caption.strip() for caption in shown] == examples_of(slowly.export), "but none that is too long"
+        page.locator("#examples .gallery-item").first.click()
+        wait_for_status(page, "sampled in")
+        page.wait_for_function("document.querySelectorAll('#images .grid-container img').length == 4")
+        assert page.input_value("#caption input, #caption textarea") == shown[0].strip()
+        page.screenshot(path=tmp_path / "example.png", full_page=True)
+        images, labels = (page.evaluate(BOXES, f"#images {what}") for what in ("img", ".caption-label"))
+        (settings,), (asking,) = (page.evaluate(BOXES, what) for what in ("#settings", "#caption"))
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert all(box["left"] >= 0 and box["right"] <= width for box in (*images, *labels, settings, asking))
+    assert all(box["width"] >= image_width and box["looks"] == "pixelated" for box in images)
+    assert len(labels) == 4 and all(label["top"] >= image["bottom"] for image, label in zip(images, labels, strict=True))
+    on_a_phone = width < 700
+    assert (max(box["bottom"] for box in images) <= settings["top"]) == on_a_phone, "there the settings are below"
+    assert images[0]["bottom"] < 844, "seen without scrolling"
+
+
+def test_examples_are_captions_that_training_has_not_seen(sampler: Slow, tmp_path: Path, caplog) -> None:
+    dataset = TokenDataset(sampler.export.record.data_urls[0], "validation")
+    known = set(validation_of([dataset], 16).captions)
+    examples = examples_of(sampler.export)
+    assert examples and set(examples) <= known and len(set(map(str.lower, examples))) == len(examples) <= 6
+    alone = make_export(tmp_path, n_samples=16, n_validation=4)
+    edit_config(alone, data_urls=[str(tmp_path / "gone")])
+    assert examples_of(load_export(alone)) == [] and "no examples" in caplog.text
 
 
 def test_a_port_that_is_taken_is_named(url: str, sampler: Slow) -> None:

@@ -32,6 +32,8 @@ def test_every_wording_of_two_objects_is_read_back() -> None:
     for meaning in pairs(2000):
         captions = wordings(meaning)
         assert len(captions) >= (3 if meaning.relation is None else 6)
+        if meaning.relation is None:  # scenes show the objects in this order
+            assert {read.wanted for read in map(meaning_of, captions) if read} == {meaning.wanted}
         for caption in captions:
             read = meaning_of(caption)
             assert read is not None and read.key == meaning.key and read.category == meaning.category

@@ -7,7 +7,7 @@ import pytest
 from dalle_ds.scenes.captions import meaning_of
 from dalle_ds.scenes.meaning import CATEGORIES, is_zero_shot
 from dalle_ds.scenes.mixture import WEIGHTS, evaluation_captions, training_scene
-from dalle_ds.scenes.vocabulary import COLOURS, SHAPES, ZERO_SHOT_COLOURS, ZERO_SHOT_COMPANIONS
+from dalle_ds.scenes.vocabulary import COLOURS, GROUNDS, SHAPES, ZERO_SHOT_COLOURS, ZERO_SHOT_COMPANIONS
 
 N = 4000
 
@@ -56,3 +56,14 @@ def test_the_evaluation_is_balanced_and_unseen(scenes) -> None:
     plain = [caption for caption in captions if caption[:3] not in ("an ", "to ", "ove", "und", "abo", "bel", "lef", "rig")]
     assert 0.4 < len(plain) / len(captions) < 0.9  # several wordings
     assert evaluation_captions(20) == captions and evaluation_captions(20, seed=1) != captions
+
+
+def test_two_objects_without_a_relation_lie_in_reading_order(scenes) -> None:
+    pairs = [one.scene.objects for one in scenes if one.meaning.relation is None and len(one.meaning.wanted) == 2]
+    steps = {(round((b.x - a.x) / 0.5), round((b.y - a.y) / 0.5)) for a, b in pairs}
+    assert steps == {(0, 1), (1, 0), (1, 1), (-1, 1)}  # right and down, from the first one to the second
+
+
+def test_grounds_are_the_first_of_the_vocabulary() -> None:
+    for n_grounds, expected in ((1, {"white"}), (2, {"white", "cream"}), (len(GROUNDS), set(GROUNDS))):
+        assert {training_scene(0, i, n_grounds=n_grounds).scene.ground.colour for i in range(150)} == expected

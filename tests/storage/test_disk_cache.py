@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data.manifest import load_manifest
+from dalle_ds.data.dataset_files import load_index
 from dalle_ds.data.shards import read_block
 from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import TokenStream
-from dalle_ds.storage import disk_cache, objects
+from dalle_ds.storage import disk_cache, s3_requests
 from dalle_ds.storage.disk_cache import DiskCache
 from tests.data.token_sets import make_token_set
 
@@ -109,8 +109,8 @@ def test_a_bad_disk_is_told_once_and_nothing_is_lost(tmp_path, monkeypatch, capl
 def test_a_second_epoch_from_the_cache_makes_no_request(tmp_path, s3, monkeypatch, caplog):
     remote = make_token_set(f"{s3.url}/tokens", n_samples=150, block_samples=16)
     ranges = []
-    get = objects._s3_range
-    monkeypatch.setattr(objects, "_s3_range", lambda *args: ranges.append(args) or get(*args))
+    get = s3_requests.read_range
+    monkeypatch.setattr(s3_requests, "read_range", lambda *args: ranges.append(args) or get(*args))
 
     def read(disk: DiskCache | None) -> list[list[str]]:
         with TokenStream(TokenMix([TokenDataset(remote, disk=disk, cache_bytes=1)]), **SETTINGS) as stream:
@@ -132,7 +132,7 @@ def test_a_set_made_anew_in_the_same_place_is_not_taken_for_the_one_before(tmp_p
     root, disk = str(tmp_path / "tokens"), DiskCache(tmp_path / "cache", 10**7)
     for seed in (0, 1):
         make_token_set(root, n_samples=32, block_samples=16, seed=seed)
-        for part in load_manifest(root).parts("train"):
+        for part in load_index(root)[1].parts("train"):
             for block in part.blocks:
                 expected, found = read_block(root, part, block), read_block(root, part, block, disk)
                 assert (found[0] == expected[0]).all() and found[1:] == expected[1:]

@@ -1,6 +1,7 @@
 """Storage: the same functions on local disks and on a real S3 server; objects are complete or absent."""
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.errors import DataError
-from dalle_ds.storage import objects
+from dalle_ds.errors import ConfigError, DataError
+from dalle_ds.storage import objects, s3_requests
 from tests.conftest import S3
 
 
@@ -173,3 +174,97 @@ def test_a_file_atomic_object_appears_whole_or_not_at_all(any_root: str) -> None
         assert not objects.exists(url)
     assert objects.read_bytes(url) == b"whole"
     assert not file.exists(), "nothing is left beside it"
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run[!x]", "run*", "run?", "{run,runs}", "run%31", "run#1"])
+def test_names_are_never_patterns(any_root: str, tmp_path: Path, name: str) -> None:
+    others = [objects.join(any_root, other, "a[1].bin") for other in ("run", "run1", "runs", "runx")]
+    for other in others:
+        objects.write_bytes(other, b"other")
+    folder = objects.join(any_root, name)
+    own = objects.join(folder, "a[1].bin")
+    assert objects.list_files(folder) == [] and not objects.exists(own)
+    objects.write_bytes(own, b"own")
+    assert objects.create_exclusive(objects.join(folder, "b*"), b"new")
+    (tmp_path / "local").write_bytes(b"file")
+    objects.put_file(tmp_path / "local", objects.join(folder, "c?"))
+    assert objects.list_sizes(folder) == {own: 3, objects.join(folder, "b*"): 3, objects.join(folder, "c?"): 4}
+    assert objects.read_bytes(own) == b"own" and objects.read_range(own, 1, 2) == b"wn" and objects.size(own) == 3
+    with objects.local_copy(objects.join(folder, "c?")) as copy:
+        assert copy.read_bytes() == b"file"
+    objects.delete(objects.join(folder, "c?"))
+    objects.delete_tree(folder)
+    assert objects.list_files(folder) == []
+    assert [objects.read_bytes(other) for other in others] == [b"other"] * 4
+    objects.delete_tree(any_root)
+    assert objects.list_files(any_root) == []
+
+
+@pytest.mark.s3
+def test_trees_of_more_objects_than_a_request_may_delete_are_deleted_whole(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_requests, "MAX_DELETED", 3)
+    for number in range(8):
+        objects.write_bytes(f"{s3.url}/tree/{number}", b"x")
+    objects.delete_tree(f"{s3.url}/tree")
+    assert objects.list_files(f"{s3.url}/tree") == []
+
+
+def test_an_object_that_the_store_refuses_to_delete_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def call_s3(self, _name: str, **_options: object) -> dict[str, object]:
+            return {"Errors": [{"Key": "run/a", "Code": "AccessDenied", "Message": "locked"}]}
+
+    monkeypatch.setattr(s3_requests, "client", Refusing)
+    with pytest.raises(PermissionError, match=r"not allowed to delete s3://b/run .*1 of 2 objects, the first run/a: locked"):
+        s3_requests.delete("s3://b/run", ["s3://b/run/a", "s3://b/run/b"])
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        *("127.0.0.1:9000", "localhost", "s3://bucket", "https://", "tcp://host:1", "http://host:port"),
+        *("http://a b", "http://minio_1:9000", "http://[::1", "http://h:99999"),
+    ],
+)
+def test_an_endpoint_that_is_no_url_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, variable: str, endpoint: str) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv(variable, endpoint)
+    with pytest.raises(ConfigError, match=f"{variable}={re.escape(endpoint)}: expected a url such as https://HOST:PORT"):
+        objects.read_bytes("s3://bucket/x")
+
+
+def test_a_bucket_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent:
+        def pipe_file(self, *_: object) -> None:
+            raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(s3_requests, "client", Absent)
+    with pytest.raises(DataError, match="s3://none/raw: no such bucket"):
+        objects.check_writable("s3://none/raw")
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan"])
+def test_a_limit_of_retries_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DALLE_DS_RETRY_SECONDS", text)
+    with pytest.raises(ConfigError, match=f"DALLE_DS_RETRY_SECONDS={text}: expected a number of seconds"):
+        objects.exists("s3://bucket/x")
+
+
+def test_a_version_of_an_object_is_no_place(any_root: str) -> None:
+    with pytest.raises(DataError, match="versionId"):
+        objects.write_bytes("s3://bucket/x?versionId=3", b"")
+
+
+@pytest.mark.s3
+def test_reading_an_object_is_one_get(s3: S3, s3_requests: list[str], tmp_path: Path) -> None:
+    """A HEAD before each GET would double the requests, and the time, of a thousand ranks that start."""
+    url = objects.join(s3.url, "small")
+    data = os.urandom(100_000)
+    for content in (data, b""):
+        objects.write_bytes(url, content)
+        s3_requests.clear()
+        assert objects.read_bytes(url) == content
+        with objects.local_copy(url) as file:
+            assert file.read_bytes() == content
+        assert s3_requests == [f"GET /{url.removeprefix('s3://')}"] * 2

@@ -1,30 +1,48 @@
-"""Tensors stored in pieces of files are read back unchanged, and invalid files are refused."""
+"""Tensors are read from files unchanged, and invalid files are refused."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from dalle_ds.errors import DataError
-from dalle_ds.storage.stored_tensors import Piece, StoredTensor, cut, read_layout
+from dalle_ds.errors import Damaged, DataError
+from dalle_ds.storage.stored_tensors import StoredTensor, Wanted, read_layout, read_through
 
 
-def test_any_cut_of_any_pieces(tmp_path: Path) -> None:
-    content = bytes(range(40))
-    (tmp_path / "a").write_bytes(content)
-    (tmp_path / "b").write_bytes(content)
-    places = (("a", 3, 5), ("b", 0, 0), ("b", 10, 1), ("a", 20, 9))
-    pieces = [Piece(str(tmp_path / name), offset, n) for name, offset, n in places]
-    joined = content[3:8] + content[10:11] + content[20:29]
-    for start in range(len(joined) + 1):
-        for n in range(len(joined) - start + 1):
-            found = StoredTensor(torch.uint8, torch.Size([n]), cut(pieces, start, n)).read()
-            assert bytes(found.tolist()) == joined[start : start + n]
-    with pytest.raises(ValueError, match="pieces end 2 bytes too early"):
-        cut(pieces, 10, 7)
-    with pytest.raises(ValueError, match="pieces have 5 bytes, torch.float32 of shape \\(2,\\) needs 8"):
-        StoredTensor(torch.float32, torch.Size([2]), cut(pieces, 0, 5))
+@pytest.mark.parametrize("piece", [8, 24, 1000])
+def test_what_is_wanted_arrives_from_pieces_of_any_size(tmp_path: Path, piece: int) -> None:
+    tensors = {"a": torch.arange(7.0), "b": torch.arange(5, dtype=torch.int16), "c": torch.arange(9.0).double()}
+    save_file(tensors, tmp_path / "w", {"said": "x"})
+    content = (tmp_path / "w").read_bytes()
+    pieces = [bytearray(content[start : start + piece]) for start in range(0, len(content), piece)]
+    found = {"a": torch.zeros(4), "b": torch.zeros(5, dtype=torch.int16), "c": torch.zeros(1).double()}
+
+    def wanted(metadata: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> Iterator[Wanted]:
+        assert metadata == {"said": "x"}
+        for name, first in (("a", 2), ("b", 0), ("c", 8)):
+            offset, dtype = stored[name].offset + first * tensors[name].itemsize, tensors[name].dtype
+            put = lambda at, values, name=name: found[name][at : at + len(values)].copy_(values)  # noqa: E731
+            yield Wanted(offset, len(found[name]), dtype, put)
+
+    read_through("w", len(content), pieces, wanted)
+    assert torch.equal(found["a"], tensors["a"][2:6]) and torch.equal(found["b"], tensors["b"]) and found["c"].item() == 8
+
+
+def test_values_across_pieces_must_be_aligned() -> None:
+    header = json.dumps(
+        {
+            "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        }
+    )
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(9)
+    start = len(content) - 8
+    with pytest.raises(Damaged, match="torch.float32 at byte .*, expected a multiple of its size"):
+        pieces = [bytearray(content[: start + 2]), bytearray(content[start + 2 :])]
+        read_through("w", len(content), pieces, lambda *_: [Wanted(start, 2, torch.float32, lambda *_: None)])
 
 
 @pytest.mark.parametrize(

@@ -16,3 +16,9 @@ def test_a_byte_order_mark_is_no_part_of_the_text():
 def test_lines_end_at_line_feeds_alone():
     assert lines_of("a\u2028b\x85c\x0bd\r\ne\n") == ["a\u2028b\x85c\x0bd", "e"]
     assert lines_of("") == [] and lines_of("a\n\nb") == ["a", "", "b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_byte_order_marks_tell_the_encoding_and_are_no_part_of_the_text(encoding: str) -> None:
+    mark = "\ufeff" if encoding.startswith("utf-16-") else ""
+    assert decode_text((mark + "ein B\u00e4r\n").encode(encoding)) == "ein B\u00e4r\n"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
-from dalle_ds.storage.weights import read_weights, verified_fingerprint, write_weights
+from dalle_ds.storage.weights import PutPart, pour_weights, read_weights, verified_fingerprint, write_weights
 
 
 def test_round_trip(any_root: str) -> None:
@@ -59,7 +59,14 @@ def test_several_files(any_root: str) -> None:
     state = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
     mark = write_weights(f"{any_root}/whole", kind="prior", config={}, state=state)
     progress: list[int] = []
-    assert write_weights(url, kind="prior", config={}, state=state, max_file_bytes=90, wrote=progress.append) == mark
+
+    def pour(put: PutPart) -> None:  # in any order, in parts
+        for name, tensor in reversed(state.items()):
+            put(name, 3, tensor[3:])
+            put(name, 0, tensor[:3])
+
+    how = {"kind": "prior", "config": {}, "tensors": state, "max_file_bytes": 90}
+    assert pour_weights(url, **how, pour=pour, hashed=progress.append) == mark
     assert progress == [40] * 5
     files = [f"{any_root}/model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert objects.list_files(any_root) == [*files, f"{url}.index.json", f"{any_root}/whole"]

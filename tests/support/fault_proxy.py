@@ -1,11 +1,11 @@
-"""Faults before a real S3 server: a proxy on loopback that spoils some responses, in a fixed order."""
+"""A proxy on loopback before a real S3 server: it records the requests, and spoils some responses, in a fixed order."""
 
 import asyncio
 import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 SLOW_DOWN = (
     b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
@@ -24,7 +24,7 @@ class FaultProxy:
     Args:
         upstream: endpoint of the server, http://host:port.
         faults: names of faults from `FAULTS`, repeated in this order.
-        every: one in this many requests gets a fault.
+        every: one in this many requests gets a fault. 0: none does.
         pause: seconds before the second half of a slow body.
         stall: seconds before the second half of a stalled body.
         unreachable: requests with this string in their path always get 503 SlowDown.
@@ -46,6 +46,8 @@ class FaultProxy:
         self._every, self._pause, self._stall, self._unreachable = every, pause, stall, unreachable
         self._is_read_only, self._n_requests = read_only, 0
         self.suffered: Counter[str] = Counter()
+        self.requests: list[str] = []
+        """Requests in the order of their arrival, as "METHOD /bucket/key". A listing has the method LIST."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -73,7 +75,7 @@ class FaultProxy:
         if self._unreachable and self._unreachable.encode() in head.partition(b"\r\n")[0]:
             return "busy"
         self._n_requests += 1
-        return next(self._faults) if self._n_requests % self._every == 0 else ""
+        return next(self._faults) if self._every and self._n_requests % self._every == 0 else ""
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # One request per connection, so the end of the connection marks the end of the response.
@@ -91,6 +93,7 @@ class FaultProxy:
         if b"expect" in fields:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(int(fields.get(b"content-length", b"0")))
+        self.requests.append(_told(request.decode()))
         if self._is_read_only and not request.startswith(READING):
             await _refuse(writer, request, b"403 Forbidden", DENIED)
             return
@@ -125,6 +128,12 @@ class FaultProxy:
             return await reader.read()
         finally:
             writer.close()
+
+
+def _told(request: str) -> str:
+    method, target, _ = request.split(" ")
+    path, _, query = target.partition("?")
+    return f"{'LIST' if 'list-type=' in query else method} {unquote(path)}"
 
 
 async def _refuse(writer: asyncio.StreamWriter, request: bytes, status: bytes, body: bytes) -> None:

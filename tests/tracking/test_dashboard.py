@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,14 +65,14 @@ def server(tmp_path_factory, empty_store, s3_server):
 def run(server, tmp_path_factory):
     """Thirty updates, logged as training logs them."""
     recipe = load_recipe(PriorRunConfig, REPOSITORY / "launchers" / "recipes" / "tiny.yaml", ["tracking.every=1"])
-    text = describe(recipe, n_parameters=2_800_000, world_size=2)
+    text = describe(recipe, n_parameters=2_800_000, world_size=2, different=())
     folder = tmp_path_factory.mktemp("run")
     tracker = Tracker.start(folder, uri=server.uri, experiment="dashboard", description=text)
     state, names = TrainState(), ("layers.0.attention", "layers.0.mlp")
     scaler = SimpleNamespace(
         names=names,
         scale=torch.tensor([2.0**13, 2.0**14]),
-        at_limits=dict,
+        at_limits=lambda _: {},
         log2_scales=lambda: dict(zip(names, (13.0, 14.0), strict=True)),
     )
     engine = SimpleNamespace(
@@ -85,7 +86,7 @@ def run(server, tmp_path_factory):
             report.log(UpdateReport(loss, loss, True, 1.0, (), None, False, 0), lr=1e-3)
         if state.update % 15 == 0:
             report.log_validation(loss, loss, torch.rand(2, 64))
-            report.log_samples(Image.fromarray(np.full((200, 300, 3), 8 * state.update, dtype=np.uint8)))
+            report.log_samples(partial(Image.new, "RGB", (300, 200), (8 * state.update,) * 3))
     assert tracker.close()
     return tracker.run
 

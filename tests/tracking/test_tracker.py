@@ -3,19 +3,24 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from functools import partial
 
 import pytest
 from PIL import Image
 
 from dalle_ds.errors import DataError
-from dalle_ds.tracking.mlflow_sink import MlflowSink, read_run, without_password
+from dalle_ds.tracking.drawing import Drawing
+from dalle_ds.tracking.mlflow_sink import MlflowSink, read_run
 from dalle_ds.tracking.spool import Position, Spool
-from dalle_ds.tracking.tracker import NullTracker, Tracker, replay
+from dalle_ds.tracking.store import create_sqlite_store
+from dalle_ds.tracking.tracker import NullTracker, Tracker, has_ended, replay
 from tests.support.mlflow_server import MlflowServer
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -45,6 +50,21 @@ def wait_for(condition, seconds=60):
         time.sleep(0.1)
 
 
+def test_whether_a_run_has_ended_is_known_without_the_server(tmp_path, database):
+    folder = tmp_path / "run"
+    assert has_ended(folder, "FINISHED"), "nothing was tracked there"
+    tracker = Tracker.start(folder)
+    assert not has_ended(folder, "FINISHED")
+    tracker.metrics({"loss": 1.0}, step=1)
+    assert tracker._flush_and_stop(120) and not has_ended(folder, "FINISHED"), "killed before it was closed"
+    away = Tracker.start(folder, uri=NOBODY)
+    assert not away.close("FINISHED", timeout=5) and not has_ended(folder, "FINISHED"), "closed, but not delivered"
+    assert replay(folder, uri=f"sqlite:///{database}") and has_ended(folder, "FINISHED")
+    assert not has_ended(folder, "KILLED")
+    Tracker.start(folder).close("KILLED")
+    assert has_ended(folder, "KILLED") and not has_ended(folder, "FINISHED")
+
+
 # ---- spool ----
 
 
@@ -59,6 +79,29 @@ def test_spool_gives_back_what_was_not_acknowledged(tmp_path):
     again = Spool(tmp_path)
     again.append({"n": 5})
     assert [record["n"] for record in again.read(limit=100)[0]] == [3, 4, 5]
+
+
+def test_spool_skips_no_record_where_a_bit_of_the_position_has_changed(tmp_path):
+    spool = Spool(tmp_path)
+    for number in range(5):
+        spool.append({"n": number})
+    spool.acknowledge(spool.read(limit=2)[1])
+    spool.close()
+    file = tmp_path / "position.json"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        assert [record["n"] for record in Spool(tmp_path).read(limit=9)[0]] in ([2, 3, 4], [0, 1, 2, 3, 4]), bytes(damaged)
+
+
+def test_spool_leaves_files_of_others_alone(tmp_path):
+    spool = Spool(tmp_path)
+    spool.append({"n": 1})
+    for name in ("00000001 (copy).jsonl", "00000001.backup.jsonl", "1.jsonl", "0x000001.jsonl"):
+        (tmp_path / name).write_text('{"n": 2}\n')
+    assert spool.read(limit=9)[0] == [{"n": 1}] and spool.n_waiting() == 1
 
 
 def test_spool_ignores_a_torn_last_line_and_a_damaged_position(tmp_path):
@@ -242,9 +285,109 @@ def test_a_refused_record_is_named_and_the_others_arrive(tmp_path, database, cap
     tracker.metrics({"good": 1.0}, step=0)
     tracker._append("values", {"kind": "metrics", "step": 1, "values": {"bad\x00name": 1.0}})
     tracker.metrics({"good": 2.0}, step=2)
-    assert tracker.close()
+    assert not tracker.close(), "a refused record is not delivered"
     assert history(f"sqlite:///{database}", tracker.run.run_id, "good") == {0: 1.0, 2: 2.0}
-    assert "dropped" in caplog.text and "bad" in caplog.text
+    (refused,) = map(json.loads, (tmp_path / "run" / "mlflow_refused.jsonl").read_text().splitlines())
+    assert refused["record"][0]["step"] == 1 and "INVALID_PARAMETER_VALUE" in refused["reason"]
+    assert "refused 1 tracking records" in caplog.text
+
+
+def _begun(folder):
+    """A tracker of which three metrics, the parameters and an image have arrived."""
+    tracker = Tracker.start(folder, params={"a": 1}, tags={"kind": "test"}, description="Look.")
+    for step in range(3):
+        tracker.metrics({"loss": float(step)}, step=step)
+    tracker.image("before", Image.new("RGB", (4, 4)))
+    wait_for(lambda: not any(lane.n_waiting() for lane in tracker._lanes.values()))
+    return tracker, tracker.run.run_id
+
+
+def _go_on(tracker, first=3):
+    for step in range(first, first + 3):
+        tracker.metrics({"loss": float(step)}, step=step)
+    tracker.image("after", Image.new("RGB", (4, 4)))
+    tracker.tags({"late": "yes"})
+    assert tracker.close()
+
+
+@pytest.mark.parametrize("files_first", [False, True])
+def test_a_run_deleted_while_it_is_tracked_is_followed_by_one_with_all_later_records(tmp_path, database, files_first):
+    uri = f"sqlite:///{database}"
+    tracker, deleted = _begun(tmp_path / "run")
+    client(uri).delete_run(deleted)
+    if files_first:  # the store still takes files of a deleted run
+        tracker.image("file", Image.new("RGB", (4, 4)))
+        wait_for(lambda: tracker.run.run_id not in (None, deleted))
+    _go_on(tracker)
+    run = client(uri).get_run(tracker.run.run_id)
+    assert run.info.run_id != deleted and run.info.status == "FINISHED"
+    assert history(uri, run.info.run_id, "loss") == {3: 3.0, 4: 4.0, 5: 5.0}
+    assert run.data.params == {"a": "1"} and run.data.tags["mlflow.note.content"] == "Look."
+    assert {run.data.tags[name] for name in ("kind", "late", "dalle_ds.continues")} == {"test", "yes", deleted}
+    images = {file.path for file in client(uri).list_artifacts(run.info.run_id, "latest_images")}
+    assert images == {"latest_images/after.png"} | ({"latest_images/file.png"} if files_first else set())
+    assert client(uri).get_run(deleted).info.status == "RUNNING", "a deleted run is left as it is"
+
+
+def test_an_experiment_deleted_while_it_is_tracked_is_restored_with_its_run(tmp_path, database):
+    uri = f"sqlite:///{database}"
+    tracker, run_id = _begun(tmp_path / "run")
+    client(uri).delete_experiment(tracker.run.experiment_id)
+    _go_on(tracker)
+    run = client(uri).get_run(run_id)
+    assert (tracker.run.run_id, run.info.lifecycle_stage, run.info.status) == (run_id, "active", "FINISHED")
+    assert history(uri, run_id, "loss") == {step: float(step) for step in range(6)}
+    assert len(client(uri).list_artifacts(run_id, "latest_images")) == 2
+
+
+def test_records_for_a_deleted_run_of_another_folder_stay_in_the_spool(tmp_path, database):
+    uri = f"sqlite:///{database}"
+    training, run_id = _begun(tmp_path / "run")
+    training.close()
+    guest = Tracker.attach(tmp_path / "samples", uri=uri, run_id=run_id)
+    guest.metrics({"score": 1.0}, step=7)
+    wait_for(lambda: not guest._lanes["values"].n_waiting())
+    client(uri).delete_run(run_id)
+    guest.metrics({"score": 2.0}, step=8)
+    guest.image("grid", Image.new("RGB", (4, 4)))
+    assert not guest.close() and not replay(tmp_path / "samples")
+    client(uri).restore_run(run_id)
+    assert replay(tmp_path / "samples")
+    assert history(uri, run_id, "score") == {7: 1.0, 8: 2.0}
+    assert "latest_images/grid.png" in {file.path for file in client(uri).list_artifacts(run_id, "latest_images")}
+
+
+@pytest.mark.mlflow
+def test_a_run_deleted_at_a_server_is_followed_by_one_with_all_later_records(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    server.start()
+    tracker, deleted = _begun(tmp_path / "run")
+    client(server.uri).delete_run(deleted)
+    _go_on(tracker)
+    assert history(server.uri, tracker.run.run_id, "loss") == {3: 3.0, 4: 4.0, 5: 5.0}
+    assert client(server.uri).get_run(tracker.run.run_id).data.params == {"a": "1"}
+
+
+@pytest.mark.parametrize(("folder", "said"), [("a?b", "cannot contain"), ("a%20b", "cannot contain"), ("a#b", None)])
+def test_the_default_store_is_beside_the_folder_or_refused(tmp_path, empty_store, monkeypatch, folder, said):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / folder).mkdir()
+    if said is not None:
+        with pytest.raises(DataError, match=said):
+            Tracker.start(tmp_path / folder / "run")
+        assert not list(tmp_path.rglob("*.db"))
+    else:
+        shutil.copy(empty_store, tmp_path / folder / "mlflow.db")
+        assert Tracker.start(tmp_path / folder / "run").close()
+
+
+def test_leftovers_beside_a_store_whose_name_has_brackets_are_the_only_ones_removed(tmp_path):
+    other = tmp_path / ".s1.db.new"
+    other.write_text("another's")
+    leftover = tmp_path / ".s[1].db.new-journal"
+    leftover.write_text("ours")
+    create_sqlite_store(tmp_path / "s[1].db")
+    assert (tmp_path / "s[1].db").is_file() and other.exists() and not leftover.exists()
 
 
 def test_attach_adds_to_a_run_and_leaves_its_state(tmp_path, database):
@@ -333,16 +476,62 @@ def test_calls_do_not_wait_for_a_server_that_is_not_there(tmp_path):
         Tracker.start(tmp_path / "other", uri=NOBODY).close("DONE")
 
 
-def test_a_full_disk_loses_records_but_raises_nothing(tmp_path, monkeypatch, caplog):
-    tracker = Tracker.start(tmp_path / "run", uri=NOBODY)
+def test_images_are_made_on_a_thread_and_the_caller_goes_on(tmp_path, database, caplog):
+    tracker = Tracker.start(tmp_path / "run")
+    may_draw, threads = threading.Event(), []
 
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
+    def draw(colour):
+        assert may_draw.wait(60)
+        threads.append(threading.current_thread().name)
+        return Image.new("RGB", (4, 4), colour)
+
+    def fail():
+        raise ZeroDivisionError("no colour left")
+
+    tracker.image("first", lambda: draw("red"))  # the calls return, although no image can be made yet
+    tracker.image("fails", fail)
+    tracker.image("second", lambda: draw("blue"))
+    tracker.metrics({"loss": 1.0}, step=0)
+    wait_for(lambda: tracker.run.run_id and history(f"sqlite:///{database}", tracker.run.run_id, "loss") == {0: 1.0})
+    assert threads == []
+    may_draw.set()
+    assert not tracker.close(), "one of the images is missing"
+    assert threads == ["drawing"] * 2
+    files = client(f"sqlite:///{database}").list_artifacts(tracker.run.run_id, "latest_images")
+    assert {file.path for file in files} == {"latest_images/first.png", "latest_images/second.png"}
+    assert "image fails could not be drawn" in caplog.text
+
+
+def test_images_that_wait_take_bounded_memory(monkeypatch, caplog):
+    monkeypatch.setattr("dalle_ds.tracking.drawing.MAX_WAITING", 3)
+    drawing, may_draw, drawn = Drawing(), threading.Event(), []
+    drawing.add("held", lambda: may_draw.wait(60))
+    wait_for(drawing._waiting.empty)
+    for number in range(10):
+        drawing.add(f"number {number}", partial(drawn.append, number))
+    may_draw.set()
+    drawing.finish(60)
+    assert drawn == [0, 1, 2] and drawing.n_lost == 7
+    assert "image number 3 is left out: 3 images still wait" in caplog.text
+
+
+def test_a_full_disk_loses_records_but_raises_nothing(tmp_path, database, monkeypatch, caplog):
+    tracker, full = Tracker.start(tmp_path / "run"), []
+    write = os.write
+
+    def refuse(*arguments):
+        if full:
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
 
     monkeypatch.setattr("dalle_ds.tracking.spool.os.write", refuse)
+    full.append(True)
     for step in range(3):
         tracker.metrics({"loss": 1.0}, step=step)
     assert caplog.text.count("No space left on device") == 1
+    full.clear()
+    assert not tracker.close(), "three records were not delivered"
+    assert "3 tracking records are lost" in caplog.text
 
 
 def test_a_mistake_of_the_caller_is_not_hidden(tmp_path):
@@ -356,10 +545,14 @@ def test_replay_needs_a_tracked_folder(tmp_path):
         replay(tmp_path)
 
 
-def test_passwords_stay_out_of_files(tmp_path):
-    assert without_password("https://user:secret@host:1/path") == "https://host:1/path"
-    Tracker.start(tmp_path / "run", uri="http://user:secret@127.0.0.1:9")
-    assert "secret" not in (tmp_path / "run" / "mlflow_run.json").read_text()
+def test_passwords_stay_out_of_files_and_logs(tmp_path, caplog):
+    uri = "http://user:secret@127.0.0.1:9"
+    tracker = Tracker.start(tmp_path / "run", uri=uri, params={"tracking.uri": uri}, tags={"at": uri}, description=uri)
+    tracker.input_dataset("data", "https://secret@host/x", "digest")
+    assert not tracker.close(timeout=30)
+    assert "127.0.0.1" in caplog.text and "secret" not in caplog.text
+    files = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert "127.0.0.1:9" in "".join(files) and "secret" not in "".join(files)
 
 
 def test_null_tracker_has_every_public_call_of_the_tracker():

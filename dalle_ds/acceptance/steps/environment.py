@@ -37,7 +37,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
             record.tell(package, metadata.version(package))
     record.detail("variables", {key: value for key, value in os.environ.items() if VARIABLES.match(key)})
     problem = launcher_problem() if is_rehearsal else _gpus(record, place)
-    why = problem or "Triton compiles the kernels of FlexAttention, fused functions and low-bit AdamW on this machine"
+    why = problem or "Triton compiles the kernels of FlexAttention, fused functions and AdamW on this machine"
     record.must("Triton can build kernels", problem is None, problem is None, "True", why)
     ranks = join()
     record.equal("rank of one process", f"{ranks.rank} of {ranks.world_size}", "0 of 1", "no launcher started this step")

@@ -10,8 +10,9 @@ from dalle_ds.acceptance.place import Place
 from dalle_ds.acceptance.record import Record
 from dalle_ds.acceptance.sizes import random_batch, small_prior
 from dalle_ds.errors import DataError
-from dalle_ds.parallel.checkpoint_tensors import WEIGHTS, SavedState
+from dalle_ds.parallel.checkpoint_layout import WEIGHTS
 from dalle_ds.parallel.ranks import join, leave
+from dalle_ds.parallel.saved_state import open_state
 from dalle_ds.storage.names import PRIOR_FILE
 from dalle_ds.storage.weights import open_weights, write_weights
 from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
@@ -33,7 +34,7 @@ def run(record: Record, is_rehearsal: bool) -> None:
         folder, model = Path(name), str(Path(name, PRIOR_FILE))
         engine.save(folder, {})
         save_file({"text": text_BT, "image": image_BN, "image_nll": nll_BN}, folder / PARITY_FILE)
-        state = SavedState(folder).of_kind(WEIGHTS)
+        state = open_state(folder).whole(WEIGHTS)
         write_weights(model, kind="prior", config=config.model_dump(), state=state)
         why = "no export is written without this proof; the engine and the CPU sum and round fp16 in different orders"
         try:

@@ -19,13 +19,13 @@ ATTENTION = "flex_attention"
 
 @contextmanager
 def compiled_stand_ins(gpu: FakeGPU) -> Iterator[None]:
-    """Replace FlexAttention, the loop of low-bit AdamW and fused functions by stand-ins on `gpu`. All other code is real."""
+    """Replace FlexAttention, the loop of AdamW and fused functions by stand-ins on `gpu`. All other code is real."""
 
     def attend(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, **_: object) -> Tensor:
         return _Attention.apply(gpu, q_BHLD, k_BHLD, v_BHLD)
 
     def update(p: Tensor, g: Tensor, mean: Tensor, variance: Tensor, scalars: Tensor, low_bit: bool) -> None:
-        with gpu.compiled("low_bit_adamw", 1, [p, g, mean, variance, scalars], [p, mean, variance]):
+        with gpu.compiled("adamw", 1, [p, g, mean, variance, scalars], [p, mean, variance]):
             pass
 
     def observe(function: fused.Fused, args: tuple[Any, ...]) -> Any:

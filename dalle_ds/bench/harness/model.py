@@ -63,8 +63,8 @@ def random_loss(prior: Prior, batch: int, precision: AbstractContextManager[None
 
 
 def adamw(parameters: list[nn.Parameter] | list[dict]) -> torch.optim.AdamW:
-    """Returns AdamW with learning rate 1e-4 and the paper's betas."""
-    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.96))
+    """Returns AdamW with learning rate 1e-4 and the paper's betas, in torch's fastest form, for any side of a comparison."""
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.96), fused=True)
 
 
 def training_step(loss: Callable[[], torch.Tensor], parameters: list[nn.Parameter] | list[dict]) -> Callable[[], None]:

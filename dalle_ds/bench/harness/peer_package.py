@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from dalle_ds.bench.harness.machine import Machine
 from dalle_ds.bench.harness.model import training_step
-from dalle_ds.bench.harness.settings import PeersBenchConfig
+from dalle_ds.bench.harness.settings import PriorBenchConfig
 from dalle_ds.errors import UserError
 from dalle_ds.ops.attention.masks import Pattern, layer_patterns
 
@@ -69,11 +69,12 @@ def _missing(what: str) -> str:
         f"{what}. It is not a dependency of this project. In a separate environment that also has this project, run\n"
         "  pip install dalle-pytorch==1.6.6\n"
         "or, to keep the installed torch and skip dependencies that the benchmark does not need,\n"
-        "  pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch requests"
+        "  pip install --no-deps dalle-pytorch==1.6.6 axial-positional-embedding rotary-embedding-torch requests\n"
+        "To compare without it: --peers gpt2"
     )
 
 
-def build_peer(settings: PeersBenchConfig, machine: Machine, *, conv: bool, cached: bool) -> nn.Module:
+def build_peer(settings: PriorBenchConfig, machine: Machine, layers: int, heads: int, *, conv: bool, cached: bool) -> nn.Module:
     """Returns the package's model, with its sparse attention types in the paper's order of patterns.
 
     Args:
@@ -84,18 +85,18 @@ def build_peer(settings: PeersBenchConfig, machine: Machine, *, conv: bool, cach
     peer = import_peer()
     torch.manual_seed(0)
     last = TYPES[Pattern.CONV if conv else Pattern.ROW]
-    types = [*(TYPES[pattern] for pattern in layer_patterns(settings.n_layers)[:-1]), last]
-    # The model uses the VAE only for its sizes: one layer that halves the resolution, one channel
-    vae = peer.DiscreteVAE(
-        image_size=2 * settings.grid, num_layers=1, num_tokens=settings.n_codes, codebook_dim=1, hidden_dim=1
-    )
+    types = [*(TYPES[pattern] for pattern in layer_patterns(layers)[:-1]), last]
+    # The model uses the VAE only for its sizes: one layer that halves the resolution, one channel. It is made at a size that is
+    # a power of two, as its constructor demands, and then named another.
+    vae = peer.DiscreteVAE(image_size=2, num_layers=1, num_tokens=settings.n_codes, codebook_dim=1, hidden_dim=1)
+    vae.image_size = 2 * settings.grid
     model = peer.DALLE(
-        dim=settings.n_heads * settings.d_head,
+        dim=heads * settings.d_head,
         vae=vae,
         num_text_tokens=settings.vocab_size,
         text_seq_len=settings.text_len,
-        depth=settings.n_layers,
-        heads=settings.n_heads,
+        depth=layers,
+        heads=heads,
         dim_head=settings.d_head,
         attn_types=types,
         optimize_for_inference=cached,

@@ -10,7 +10,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 PRECISION = "fp32, bf16 (autocast) or fp16 (fp16 branches)"
 
 
-def _numbers(value: Any) -> Any:
+def _words(value: Any) -> Any:
     return str(value).split(",") if isinstance(value, str | int) else value
 
 
@@ -27,19 +27,24 @@ class CommonBenchConfig(MachineBenchConfig):
     rounds: int = Field(5, ge=1, description="timed runs of each side")
 
 
-class GeometryBenchConfig(CommonBenchConfig):
-    """Options of every benchmark of a token sequence. The defaults are the paper's."""
+class SequenceBenchConfig(CommonBenchConfig):
+    """Options of every benchmark of token sequences. The defaults are the paper's."""
 
     text_len: int = Field(256, ge=2, description="text slots")
-    grid: int = Field(32, ge=1, description="image tokens per side of the grid")
     conv_kernel: int = Field(11, ge=1, description="side of the last layer's attention window, odd")
     d_head: int = Field(64, ge=1, description="width of a head")
 
     @model_validator(mode="after")
-    def _check(self) -> "GeometryBenchConfig":
+    def _check(self) -> "SequenceBenchConfig":
         if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel is {self.conv_kernel}, expected an odd number: the window is centred")
         return self
+
+
+class GeometryBenchConfig(SequenceBenchConfig):
+    """Options of every benchmark of sequences of one length."""
+
+    grid: int = Field(32, ge=1, description="image tokens per side of the grid")
 
     @property
     def n_slots(self) -> int:
@@ -69,11 +74,15 @@ class ResblockBenchConfig(GeometryBenchConfig):
     mix_layers: int = Field(64, ge=1, description="layers of the model whose pattern mix is summed up")
 
 
-class PriorBenchConfig(GeometryBenchConfig):
-    """Options of every benchmark of a whole prior."""
+class VocabularyBenchConfig(Config):
+    """Sizes of the vocabularies."""
 
     vocab_size: int = Field(16384, ge=1, description="size of the text vocabulary")
     n_codes: int = Field(8192, ge=2, description="size of the image codebook")
+
+
+class PriorBenchConfig(VocabularyBenchConfig, GeometryBenchConfig):
+    """Options of every benchmark of a whole prior."""
 
 
 class TrainingBenchConfig(PriorBenchConfig):
@@ -120,7 +129,7 @@ class SamplingBenchConfig(PriorBenchConfig):
     """Options of every benchmark that samples image tokens one by one."""
 
     n_heads: int = Field(8, ge=1, description="attention heads")
-    positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
+    positions: Annotated[tuple[int, ...], BeforeValidator(_words)] = Field(
         (8, 128, 256, 512, 768, 1000), description="image positions to time, increasing, separated by commas"
     )
 
@@ -148,19 +157,31 @@ class SampleBenchConfig(SamplingBenchConfig):
     uncached: bool = Field(True, description="also time one round of sampling without a cache (slow)")
 
 
-class PeersBenchConfig(SamplingBenchConfig):
-    """Options of the comparison with dalle-pytorch: training step and sampling."""
+class PeersBenchConfig(VocabularyBenchConfig, SequenceBenchConfig):
+    """Options of the comparison with other packages: training step and sampling, at several grids."""
 
     module: ClassVar = "dalle_ds.bench.peers"
     section: ClassVar = "bench_peers"
+    peers: Annotated[tuple[Literal["dalle-pytorch", "gpt2"], ...], BeforeValidator(_words)] = Field(
+        ("dalle-pytorch", "gpt2"),
+        min_length=1,
+        description="packages to compare with, separated by commas: dalle-pytorch, gpt2",
+    )
+    grids: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_words)] = Field(
+        (16, 20, 24, 32), min_length=1, description="image tokens per side of each grid, separated by commas"
+    )
     n_layers: int = Field(4, ge=1, description="layers")
+    n_heads: int = Field(8, ge=1, description="attention heads")
     batch: int = Field(2, ge=1, description="samples per training step")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="training step in fp32, or in bf16 (autocast on both sides)")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="training step in fp32, or in bf16 (autocast on all sides)")
     images: int = Field(16, ge=1, description="images of one caption per batch of sampling")
     rounds: int = Field(2, ge=1, description="timed runs of each side")
-    positions: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
-        (8, 512, 1000), description="image positions to time, increasing, separated by commas"
-    )
+    sampling: bool = Field(True, description="also compare sampling, which takes most of the time")
+
+    def prior_of(self, grid: int) -> PriorBenchConfig:
+        """Size of the prior at one grid."""
+        shared = {name: getattr(self, name) for name in PriorBenchConfig.model_fields if name != "grid"}
+        return PriorBenchConfig(grid=grid, **shared)
 
 
 class EncodeBenchConfig(CommonBenchConfig):
@@ -196,7 +217,7 @@ class CudaPathBenchConfig(Config):
 
     module: ClassVar = "dalle_ds.bench.cuda_path"
     section: ClassVar = "bench_cuda_path"
-    n_heads: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = Field(
+    n_heads: Annotated[tuple[int, ...], BeforeValidator(_words)] = Field(
         (32, 62), min_length=1, description="heads (64 wide) of each model, separated by commas; default: presets 1.2b, 12b"
     )
     deepspeed_config: str = Field("ds_configs/zero3_fp16.json", description="DeepSpeed JSON: ZeRO-3, fp16 per resblock")

@@ -17,6 +17,7 @@ from dalle_ds.commands.settings import ScenesConfig
 from dalle_ds.console import Outcome, progress
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.image_sets import decode, open_images
+from dalle_ds.evaluation.usable_images import require_usable, survey
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.sampling.decode import decode_images
@@ -26,6 +27,7 @@ from dalle_ds.scenes.render import MIN_SIDE
 from dalle_ds.scenes.score import Found, Report, found_in, require_meaning, score, score_found
 from dalle_ds.scenes.table import table
 from dalle_ds.scenes.trial import Trial, try_judge
+from dalle_ds.scenes.vocabulary import GROUNDS
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DVAE_FILE
 from dalle_ds.tracking.export_run import track
@@ -39,7 +41,16 @@ BATCH = 256
 
 
 def evaluate_scenes(
-    images: str, out: Path, *, dvae: DVAE | None = None, export: str | None = None, limit: int | None = None, seed: int = 0
+    images: str,
+    out: Path,
+    *,
+    dvae: DVAE | None = None,
+    export: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    textured: float = 0.25,
+    n_grounds: int = len(GROUNDS),
+    name: str = "scenes",
 ) -> Outcome:
     """Judge images by their captions; writes scenes.json (each verdict in it), a chart and a sheet of images to `out`.
 
@@ -49,6 +60,8 @@ def evaluate_scenes(
         export: what drew the images: its MLflow run gets scores and charts.
         limit: images at most, chosen by hash of their names.
         seed: of the drawn scenes, and of the captions that give the chance level.
+        textured, n_grounds: of the drawn scenes, as `scene_of`: those of the dVAE's training data.
+        name: first part of the names of metrics and charts in the MLflow run.
 
     Raises:
         DataError: no images, one without a caption or with a caption that is none of a scene, one that is not square; a dVAE
@@ -60,7 +73,7 @@ def evaluate_scenes(
     captions, found, shown = _read(images, limit)
     report = score_found(found, captions, seed=seed)
     side = shown[0].width if dvae is None else dvae.config.image_size
-    trial = try_judge(captions, side, seed=seed)
+    trial = try_judge(captions, side, seed=seed, textured=textured, n_grounds=n_grounds)
     ceiling = None if dvae is None else _ceiling(dvae, trial, seed)
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -75,14 +88,17 @@ def evaluate_scenes(
         result["ceiling"] = ceiling.to_dict()
     verdicts = [one.to_dict() for one in report.judged]
     objects.write_bytes(out / SCORES, json.dumps({**result, "judged": verdicts}, indent=1).encode())
-    charts = {"scenes/scores": score_chart(report, ceiling), "scenes/judged": judged_sheet(shown, report.judged[: len(shown)])}
-    for name, chart in zip((CHART, SHEET), charts.values(), strict=True):
-        chart.save(out / name)
+    charts = {
+        f"{name}/scores": score_chart(report, ceiling),
+        f"{name}/judged": judged_sheet(shown, report.judged[: len(shown)]),
+    }
+    for file, chart in zip((CHART, SHEET), charts.values(), strict=True):
+        chart.save(out / file)
     if record is not None and export is not None:
-        metrics = {f"scenes/{name}": value for name, value in report.metrics().items()}
+        metrics = {f"{name}/{row}": value for row, value in report.metrics().items()}
         if ceiling is not None:
-            metrics |= {f"scenes/ceiling/{name}": value for name, value in ceiling.metrics().items() if name.endswith("/mean")}
-        result["tracked"] = track(export, record, out, metrics, charts, [out / SCORES], "scenes")
+            metrics |= {f"{name}/ceiling/{row}": value for row, value in ceiling.metrics().items() if row.endswith("/mean")}
+        result["tracked"] = track(export, record, out, metrics, charts, [out / SCORES], name)
     judge = f"the judge itself: {trial.drawn_right:.1%} of {len(trial.captions)} drawn scenes right, "
     judge += f"{trial.spoiled_refused:.1%} of spoiled ones refused"
     return Outcome(result, text=f"{table(report, ceiling)}\n\n{judge}\n{out / SCORES}, {CHART}, {SHEET}")
@@ -95,7 +111,17 @@ def run(config: ScenesConfig) -> Outcome:
     else:
         url = None if config.export is None else objects.join(config.export, DVAE_FILE)
     dvae = None if url is None else load_dvae(url)[0].to(device).eval().requires_grad_(False)
-    return evaluate_scenes(config.images, config.out, dvae=dvae, export=config.export, limit=config.limit, seed=config.seed)
+    return evaluate_scenes(
+        config.images,
+        config.out,
+        dvae=dvae,
+        export=config.export,
+        limit=config.limit,
+        seed=config.seed,
+        textured=config.textured,
+        n_grounds=config.n_grounds,
+        name=config.name,
+    )
 
 
 def _read(images: str, limit: int | None) -> tuple[list[str], list[Found], list[Image.Image]]:
@@ -103,14 +129,14 @@ def _read(images: str, limit: int | None) -> tuple[list[str], list[Found], list[
     captions: list[str] = []
     found: list[Found] = []
     shown: list[Image.Image] = []
-    entries = iter(open_images(images, limit=limit))
+    checked = survey(open_images(images, limit=limit), needs_caption=True)
+    require_usable([checked], 0.0)
+    entries = iter(checked.images)
     with progress(what="judge", unit="image") as bar:
         while batch := list(islice(entries, BATCH)):
             for entry in batch:
-                if entry.caption is None:
-                    raise DataError(f"{images}: image {entry.key} has no caption to judge it by")
-                require_meaning(entry.caption)
-                captions.append(entry.caption)
+                require_meaning(str(entry.caption))
+                captions.append(str(entry.caption))
             decoded = [decode(entry) for entry in batch]
             found += found_in(decoded)
             shown += decoded[: SHOWN - len(shown)]

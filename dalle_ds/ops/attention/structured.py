@@ -107,6 +107,7 @@ class _TwoParts(torch.autograd.Function):
     def forward(ctx: Any, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, windows: _Windows) -> Tensor:
         attend = getattr(torch.ops.aten, _FORWARD)
         q, k, v, n_text = q_BHLD, k_BHLD, v_BHLD, windows.n_text
+        wide = _at_least_fp32(q.dtype)
         # torch's causal mask is aligned at the top left: text slots see earlier text, and image slots see all text
         out, lse_BHL = attend(q, k[:, :, :n_text], v[:, :, :n_text], 0.0, True)
         led_k, led_v = windows.lead(k), windows.lead(v)
@@ -116,7 +117,7 @@ class _TwoParts(torch.autograd.Function):
             )
             whole, whole_lse = windows.blocks(out[b]), windows.blocks(lse_BHL[b, ..., None])[..., 0]
             share = torch.sigmoid(local_lse - whole_lse)[..., None]
-            whole.copy_(torch.lerp(whole.float(), local.float(), share))
+            whole.copy_(torch.lerp(whole.to(wide), local.to(wide), share))
             whole_lse.copy_(torch.logaddexp(whole_lse, local_lse))
         ctx.save_for_backward(q, k, v, out, lse_BHL)
         ctx.windows = windows
@@ -126,7 +127,7 @@ class _TwoParts(torch.autograd.Function):
     def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         attend_backward = getattr(torch.ops.aten, _BACKWARD)
         q, k, v, out, lse_BHL = ctx.saved_tensors
-        windows, n_text = ctx.windows, ctx.windows.n_text
+        windows, n_text, wide = ctx.windows, ctx.windows.n_text, _at_least_fp32(q.dtype)
         grad_q, text_grad_k, text_grad_v = attend_backward(
             grad_BHLD, q, k[:, :, :n_text], v[:, :, :n_text], out, lse_BHL, 0.0, True
         )
@@ -134,18 +135,22 @@ class _TwoParts(torch.autograd.Function):
         grad_k[:, :, :n_text], grad_v[:, :, :n_text] = text_grad_k, text_grad_v
         led_k, led_v = windows.lead(k), windows.lead(v)
         for b in range(len(q)):
-            # in fp32: the CPU's 16-bit flash backward is slow on small blocks
+            # not in 16 bits: the CPU's 16-bit flash backward is slow on small blocks
             local_grad_q, local_grad_k, local_grad_v = attend_backward(
-                windows.blocks(grad_BHLD[b].float()),
-                windows.blocks(q[b].float()),
-                windows.reach(led_k[b].float()),
-                windows.reach(led_v[b].float()),
-                windows.blocks(out[b].float()),
+                windows.blocks(grad_BHLD[b].to(wide)),
+                windows.blocks(q[b].to(wide)),
+                windows.reach(led_k[b].to(wide)),
+                windows.reach(led_v[b].to(wide)),
+                windows.blocks(out[b].to(wide)),
                 windows.blocks(lse_BHL[b, ..., None])[..., 0],
                 0.0,
-                **windows.options(torch.float32),
+                **windows.options(wide),
             )
             windows.blocks(grad_q[b]).add_(local_grad_q)
             windows.blocks(grad_k[b]).copy_(windows.collect(local_grad_k))
             windows.blocks(grad_v[b]).copy_(windows.collect(local_grad_v))
         return grad_q, grad_k, grad_v, None
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -5,16 +5,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dalle_ds.models.resblock import BranchLinear
-from dalle_ds.parallel.checkpoint_tensors import SavedState, StateParts
+from dalle_ds.parallel.checkpoint_layout import ERROR
+from dalle_ds.parallel.checkpoint_tensors import StateParts
 from dalle_ds.parallel.gradient_shards import GradientShards
 from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.replicas.groups import BUCKET_VALUES, Replicas, ReplicasConfig, mean_in_fp32
 from dalle_ds.parallel.replicas.power_sgd import MatrixShard, PowerSGD, as_fp32
-from dalle_ds.parallel.zero_shards import shard_start
+from dalle_ds.parallel.saved_state import Put, Ranges, SavedState, Take
+from dalle_ds.parallel.zero_shards import put_into, shard_start
 from dalle_ds.storage import objects
 from dalle_ds.storage.buckets import in_buckets
-
-ERROR = "error"
 
 
 class ReplicaGradients:
@@ -49,6 +49,8 @@ class ReplicaGradients:
             )
             if masterless is not None:
                 masterless.carry(self.power_sgd)
+        self._read: dict[str, dict[str, Tensor]] = {}
+        """Errors of a checkpoint, by parameter and kind, until `use_read_errors`."""
         self._compressed = in_buckets(matrices, self._size, BUCKET_VALUES)
         self._plain = in_buckets([name for name in self._parameters if name not in matrices], self._size, BUCKET_VALUES)
         self.matrix_bytes = sum(shard.numel for shard in matrices.values()) * 4
@@ -94,43 +96,81 @@ class ReplicaGradients:
             for name, average in self.power_sgd.average({name: self._gradient(name) for name in bucket}).items():
                 self._set_gradient(name, average)
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Call instead of `average` if the update is skipped. Adds finite gradients of compressed matrices to the errors, so
+        that they are sent with the next update (paper, appendix E.2 step 2). With `masterless` they are there already."""
+        if self.power_sgd is None or self._masterless is not None:
+            return
+        for name in self.power_sgd.shards:
+            gradient = self._gradient(name)
+            is_finite = torch.isfinite(torch.linalg.vector_norm(gradient))
+            self.power_sgd.keep(name, torch.where(is_finite, gradient, 0.0))
+
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+    @property
+    def error_kinds(self) -> tuple[str, ...]:
+        """Kinds under which the replicas save their errors."""
+        if self.power_sgd is None:
+            return ()
+        if self._config.checkpoint_errors == "mean":
+            return (f"{ERROR}.mean",)
+        return tuple(f"{ERROR}.{index}" for index in range(self._replicas.count))
 
     def collect(self, parts: StateParts) -> dict[str, dict[str, Tensor]]:
         """Add the carried errors to `parts`. Returns a warm start's factors, by file name. All ranks must call it together."""
         if self.power_sgd is None:
             return {}
-        is_first, kind = self._replicas.index == 0, f"{ERROR}.{self._replicas.index}"
-        errors = self.power_sgd.errors
-        if self._config.checkpoint_errors == "mean":
-            errors, kind = self.power_sgd.mean_errors(), f"{ERROR}.mean"
-            errors = errors if is_first else {}
-        for name, error in errors.items():
-            parts.add(kind, name, shard_start(self._parameters[name]), error)
+        is_first, kinds = self._replicas.index == 0, self.error_kinds
+        errors = self.power_sgd.errors if len(kinds) > 1 else self.power_sgd.mean_errors()
+        for name, error in errors.items() if len(kinds) > 1 or is_first else ():
+            parts.add(kinds[self._replicas.index], name, shard_start(self._parameters[name]), error)
         if not (self._config.warm_start and is_first):
             return {}
         return {self._factors: {name: start.to("cpu", copy=True).contiguous() for name, start in self.power_sgd.starts.items()}}
 
-    def load(self, saved: SavedState) -> None:
-        """Load the errors of a checkpoint, written by any number of ranks.
+    def restoring(self, saved: SavedState) -> tuple[Ranges, Take]:
+        """Clear the errors, and return what `SavedState.pour` needs to read those of a checkpoint, written by any number of
+        ranks. Afterwards call `use_read_errors`.
 
         If the number of replicas is the same, each replica gets its own errors. Otherwise each gets the mean of all errors,
         which keeps their mean. If the checkpoint has no errors because it was trained without compression, they stay zero.
         """
-        if self.power_sgd is None:
+        self._read = {}
+        kinds: tuple[str, ...] = saved.layout.errors
+        ranges: dict[str, tuple[int, int]] = {}
+        if self.power_sgd is not None:
+            kinds = (kinds[self._replicas.index],) if len(kinds) == self._replicas.count else kinds
+            for name, shard in self.power_sgd.shards.items():
+                self.power_sgd.errors[name].zero_()
+                start = shard_start(self._parameters[name])
+                end = min(start + shard.numel, saved.shapes[name].numel())
+                ranges[name] = start, max(start, end)
+
+        def take(kind: str, name: str, dtype: torch.dtype) -> Put:
+            start, end = ranges[name]
+            of_name = self._read.setdefault(name, {})
+            if kind not in of_name:
+                of_name[kind] = torch.zeros(end - start, dtype=dtype)
+            return put_into(of_name[kind], start)
+
+        return dict.fromkeys(kinds, ranges) if ranges else {}, take
+
+    def use_read_errors(self) -> None:
+        """Call after `SavedState.pour`."""
+        for name, of_name in self._read.items():
+            assert self.power_sgd is not None
+            errors = [of_name[kind] for kind in sorted(of_name)]
+            self.power_sgd.set_error(name, errors[0] if len(errors) == 1 else torch.stack(list(map(as_fp32, errors))).mean(0))
+        self._read = {}
+
+    def load_factors(self, saved: SavedState) -> None:
+        """Load the factors of a warm start, if the checkpoint has those of this rank's shard."""
+        if self.power_sgd is None or not self._config.warm_start:
             return
-        for name, shard in self.power_sgd.shards.items():
-            start = shard_start(self._parameters[name])
-            kinds = sorted(kind for kind in saved.kinds(name) if kind.startswith(f"{ERROR}."))
-            if len(kinds) == self._replicas.count:
-                kinds = [f"{ERROR}.{self._replicas.index}"]
-            errors = [saved.read(kind, name, start, start + shard.numel) for kind in kinds]
-            if len(errors) > 1:
-                errors = [torch.stack([as_fp32(error) for error in errors]).mean(0)]
-            if errors:
-                self.power_sgd.set_error(name, errors[0])
         url = objects.join(saved.url, self._factors)
-        if self._config.warm_start and objects.exists(url):
+        if self._factors in saved.files if saved.files is not None else objects.exists(url):
             with objects.local_copy(url) as file:
                 self.power_sgd.set_starts(load_file(file))
 

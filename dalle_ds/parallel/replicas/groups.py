@@ -16,8 +16,9 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.ops.low_bit import FORMAT_1_6_9, decode, encode
 from dalle_ds.recipes import Config
 
-PAPER_RATE = 0.141
-"""Size of the paper's factors relative to the gradient: 5 r / (8 d) with r = 896 and d = 3968 (appendix E.1, table 1)."""
+PAPER_RATE = 0.1412
+"""Size of the factors relative to the gradient for the paper's largest model: 5 r / (8 d) with r = 896 and d = 3968, rounded up
+(appendix E.1, table 1). Shards of 8 ranks then have the paper's rank, 896 / 8 = 112."""
 
 
 BUCKET_VALUES = 2**25
@@ -35,7 +36,10 @@ class ReplicasConfig(Config):
         PAPER_RATE, gt=0, le=1, description="size of the factors as a fraction of the matrices' gradients; sets the rank"
     )
     rank: int | None = Field(
-        None, ge=1, description="rank of every shard's factors, instead of sent_fraction (12b in the paper: 112)"
+        None,
+        ge=1,
+        description="rank of every shard's factors, instead of sent_fraction; the paper's, for 8 ranks a replica: 64 (2.8b), "
+        "80 (5.6b), 112 (12b)",
     )
     warm_start: bool = Field(
         False,
@@ -44,6 +48,10 @@ class ReplicasConfig(Config):
     number_format: Literal["1-6-9", "fp32"] = Field(
         "1-6-9", description="format of the factors on the wire and of the carried errors"
     )
+    p_scale_power: int = Field(
+        -8, ge=-40, le=40, description="1-6-9 only: the first factor is multiplied by 2^this on the wire, to fit its range"
+    )
+    q_scale_power: int = Field(-8, ge=-40, le=40, description="1-6-9 only: the same for the second factor")
 
     checkpoint_errors: Literal["each", "mean"] = Field(
         "each",
@@ -58,6 +66,9 @@ class ReplicasConfig(Config):
         of_compression = changed - {"count", "compression"}
         if self.compression == "none" and of_compression:
             raise ValueError(f"{', '.join(sorted(of_compression))} would be ignored: compression is none")
+        of_wire = sorted(changed & {"p_scale_power", "q_scale_power"})
+        if self.number_format == "fp32" and of_wire:
+            raise ValueError(f"{', '.join(of_wire)} would be ignored: number_format is fp32")
         if self.compression != "none" and self.count == 1:
             raise ValueError(f"compression is {self.compression}, but with count 1 no gradients go between replicas")
         if self.rank is not None and "sent_fraction" in changed:
@@ -131,22 +142,22 @@ def mean_in_fp32(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
     return _split_as(flat.div_(dist.get_world_size(group)), tensors)
 
 
-def mean_in_1_6_9(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+def mean_in_1_6_9(tensors: Sequence[Tensor], group: Any, scale_power: int = 0) -> list[Tensor]:
     """`mean_in_fp32` with half the bytes: sends 16-bit codes in the format 1-6-9.
 
     Each rank receives one part of every rank's codes, averages it in fp32, and sends the codes of the average to all ranks.
-    Values beyond the format's largest, nearly 16, become the largest. So do Inf and NaN, so ranks must agree on those by other
-    means.
+    Values are multiplied by 2^`scale_power` on the wire. What is then beyond the format's largest value, nearly 16, becomes the
+    largest. So do Inf and NaN, so ranks must agree on those by other means.
     """
     n_ranks, n = dist.get_world_size(group), sum(tensor.numel() for tensor in tensors)
     flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_zeros(-n % n_ranks)])
     # send as bytes: neither NCCL nor gloo supports int16
-    codes = encode(flat, FORMAT_1_6_9).view(torch.uint8)
+    codes = encode(flat.mul_(2.0**scale_power), FORMAT_1_6_9).view(torch.uint8)
     received = torch.empty_like(codes)
     dist.all_to_all_single(received, codes, group=group)
     parts = decode(received.view(torch.int16), FORMAT_1_6_9).view(n_ranks, -1)
     dist.all_gather_into_tensor(codes, encode(parts.mean(0), FORMAT_1_6_9).view(torch.uint8), group=group)
-    return _split_as(decode(codes.view(torch.int16), FORMAT_1_6_9)[:n], tensors)
+    return _split_as(decode(codes.view(torch.int16), FORMAT_1_6_9)[:n].mul_(2.0**-scale_power), tensors)
 
 
 def _split_as(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

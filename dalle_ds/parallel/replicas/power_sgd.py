@@ -9,17 +9,21 @@ all replicas, and fixed for the whole training; with `warm_start` it is the last
 Differences from the paper, and the reasons:
 - Columns are orthonormalised by Cholesky factors in fp64, for all matrices of one shape at once. The paper uses Householder QR,
   which GPUs compute one matrix and one column at a time. Cholesky needs no epsilon on P's diagonal.
-- Non-finite gradients never get here, since 16-bit codes can't represent them. The caller skips such an update on all ranks and
-  leaves the errors unchanged. So errors are always finite and never need to be set to zero.
-- The MLP's second matrix is sharded by its outputs, not its inputs, so its factors are larger: at the paper's rate, the rank
-  for the 12-billion-parameter model is 82 instead of 112.
+- Non-finite gradients never get here, since 16-bit codes can't represent them. The caller skips such an update on all ranks,
+  and only adds its finite gradients to the errors, as the paper does. So errors are always finite and never set to zero.
+- An update is skipped before its factors are computed, so nothing is subtracted from the errors. As the paper words it, a
+  skipped update subtracts the average from the errors of shards with finite factors, although nothing has applied it.
+
+On the wire, P and Q are multiplied by fixed powers of two (`p_scale_power`, `q_scale_power`), so that they fit the range of
+1-6-9, 2^-59 to 16. The paper has a constant for each but states no values. Ours, 2^-8, centres the range around the entries of
+gradients, about 2^-20 for 12 billion parameters and a norm near 1. A matrix may then have a norm of 4096 without being clamped.
 
 K pieces of a shard, M rows and N columns of each with M <= N, R rank.
 """
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +115,13 @@ class PowerSGD:
         self.rank = config.rank or largest_rank(self.shards, config.sent_fraction)
         self._group, self._warm_start = group, config.warm_start
         self._is_low_bit = config.number_format == "1-6-9"
-        self._mean: Wire = mean_in_1_6_9 if self._is_low_bit else mean_in_fp32
+        self._means: tuple[Wire, Wire] = (mean_in_fp32, mean_in_fp32)
+        """Means of P and of Q over the peers."""
+        if self._is_low_bit:
+            self._means = (
+                partial(mean_in_1_6_9, scale_power=config.p_scale_power),
+                partial(mean_in_1_6_9, scale_power=config.q_scale_power),
+            )
         dtype = torch.int16 if self._is_low_bit else torch.float32
         self.errors = {name: torch.zeros(shard.numel, dtype=dtype, device=device) for name, shard in self.shards.items()}
         """Carried errors, flat like the shards: fp32, or int16 codes of the format 1-6-9, in which code 0 is the number 0."""
@@ -127,7 +137,7 @@ class PowerSGD:
         # Seeded by name: all replicas draw the same factors, in any order of parameters. Kept ones are drawn on the CPU, so
         # that they do not depend on the device.
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{name} {self._position}".encode()))
-        # The scale does not matter in fp32. This one keeps P at the scale of the gradient, far below 1-6-9's largest value.
+        # The scale does not matter in fp32. This one keeps P at the scale of the gradient.
         return torch.randn(k, n, min(self.rank, m), generator=generator, device=device) * n**-0.5
 
     @property
@@ -140,7 +150,7 @@ class PowerSGD:
         """Average flat shards over the peers. Returns fp32 averages, bit-identical on all peers.
 
         All peers must pass the same names, and all values must be finite. The errors are updated, so do not call it for an
-        update that may still be skipped.
+        update that may still be skipped; see `keep`.
         """
         matrices = {
             name: self.shards[name].matrix(gradient.flatten().float() + as_fp32(self.errors[name]))
@@ -166,11 +176,17 @@ class PowerSGD:
         """Subtract the average from the error, so that the error holds what the average lacks."""
         self.set_error(name, as_fp32(self.errors[name]) - average)
 
+    @torch.no_grad()
+    def keep(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient to the error without sending it: a later update sends it."""
+        self.set_error(name, as_fp32(self.errors[name]) + gradient)
+
     def _factors_of(self, matrices: Mapping[str, Tensor]) -> dict[str, "Factors"]:
         names = list(matrices)
-        sketches = self._mean([matrices[name] @ self._start(name) for name in names], self._group)
+        mean_of_p, mean_of_q = self._means
+        sketches = mean_of_p([matrices[name] @ self._start(name) for name in names], self._group)
         bases = dict(zip(names, _by_shape(orthonormal, sketches), strict=True))
-        factors = self._mean([matrices[name].mT @ bases[name] for name in names], self._group)
+        factors = mean_of_q([matrices[name].mT @ bases[name] for name in names], self._group)
         if self._warm_start:
             self.starts |= {name: F.normalize(factor_KNR, dim=1) for name, factor_KNR in zip(names, factors, strict=True)}
         return {name: Factors(bases[name], factor_KNR) for name, factor_KNR in zip(names, factors, strict=True)}

@@ -5,20 +5,18 @@ Requests run one at a time; the others wait in a first-in, first-out queue.
 
 import logging
 import shlex
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.recipes import from_options
-from dalle_ds.sampling.decode import partial_images
-from dalle_ds.sampling.image_prompt import PAPER_SHARE, make_image_prompt
+from dalle_ds.sampling.export import told_of_cut
+from dalle_ds.sampling.image_prompt import PAPER_SHARE, ImagePrompt, make_image_prompt
 from dalle_ds.sampling.request import Request
-from dalle_ds.sampling.sampler import Candidate, RowsDecoded, Sampler
+from dalle_ds.sampling.sampler import Sampler
+from dalle_ds.sampling.serving.drawing import Shown, draw_rows
 from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
 
 try:
@@ -28,117 +26,91 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 
-Shown = list[tuple[Image.Image, str]]
-"""Images and the text below each."""
-
-SHORTEST_PAUSE_S, SHARE_FOR_SHOWING = 0.3, 0.2
+LISTENER_S, UNREAD_S = 3.0, 15.0
+"""Seconds within which a client must read its first message, and any later one. Without a reader the drawing ends."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# System fonts: the page must not load any from another server. Small images are enlarged without smoothing.
+# System fonts: the page must not load any from another server.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-STYLE = "#images img { image-rendering: pixelated; }"
+# Small images are enlarged without smoothing, up to four of them in two columns. Labels lie below their images, not on them. On
+# a phone, the examples are one line to scroll along, and the images come before the settings, in two columns: gradio's own four
+# are wider than the screen.
+STYLE = """
+#images img { image-rendering: pixelated; }
+#images .grid-wrap { max-height: 80vh; }
+#images .grid-wrap:not(:has(.grid-container > :nth-child(5))) { max-height: none; }
+#images .grid-container:not(:has(> :nth-child(5))) { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+#images .gallery-item { min-width: 0; }
+#images .grid-container .thumbnail-item { aspect-ratio: auto; height: auto; width: 100%; }
+#images .grid-container img { aspect-ratio: 1; width: 100%; height: auto; }
+#images .grid-container .caption-label { position: static; max-width: none; border: 0; }
+@media (max-width: 700px) {
+  #asking { display: contents; }
+  #asking > * { order: 0; min-width: 100%; }
+  #results { order: 1; }
+  #asking > #settings { order: 2; }
+  #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
+  #examples .gallery-item { flex: none; }
+  #images .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+}
+"""
 
 
-def draw_rows(sampler: Sampler, request: Request) -> Iterator[tuple[str, Shown]]:
-    """Yields (status, images) while a request is sampled, at last with the kept images. Closing the generator ends sampling.
-
-    Raises:
-        Exception: any exception of sampling.
-    """
-    drawing = _Drawing(sampler, request)
-    drawing.start()
-    try:
-        while not drawing.ended.is_set():
-            if drawing.changed.wait(0.1):
-                drawing.changed.clear()
-                yield drawing.status, drawing.shown
-        drawing.join()
-        if drawing.error is not None:
-            raise drawing.error
-        yield drawing.status, drawing.shown
-    finally:
-        drawing.abandoned = True
-        drawing.join()
-
-
-class _Abandoned(Exception):
-    pass
-
-
-class _Drawing(threading.Thread):
-    def __init__(self, sampler: Sampler, request: Request) -> None:
-        super().__init__(name="drawing", daemon=True)
-        self._sampler, self._request, self._n_batches = sampler, request, len(request.work_items())
-        self.changed, self.ended, self.abandoned = threading.Event(), threading.Event(), False
-        self.status, self.shown, self.error = "", [], None
-        self._next_at = 0.0
-
-    def run(self) -> None:
-        began = time.monotonic()
-        try:
-            chosen = [candidate for row in self._sampler.draw(self._request, self._show) for candidate in row]
-            self.shown = list(zip(self._sampler.images(chosen), map(_label, chosen), strict=True))
-            self.status = f"{self._request.settings.n} sampled in {time.monotonic() - began:.1f} s"
-        except _Abandoned:
-            log.info("the client closed the page: sampling was cancelled")
-        except Exception as error:  # the page shows any error
-            self.error = error
-        self.ended.set()
-
-    def _show(self, rows: RowsDecoded) -> None:
-        if self.abandoned:
-            raise _Abandoned
-        began = time.monotonic()
-        if began < self._next_at:
-            return
-        grid = self._sampler.export.dvae.config.grid
-        images = partial_images(self._sampler.export.dvae, rows.codes_BN, rows.n_rows)
-        batch = f", batch {rows.item.number + 1} of {self._n_batches}" if self._n_batches > 1 else ""
-        self.shown = [(image, f"{k + 1}") for k, image in zip(rows.item.candidates, images, strict=True)]
-        self.status = f"row {rows.n_rows} of {grid}{batch}"
-        self.changed.set()
-        # previews take time from sampling: wait, so that they take at most SHARE_FOR_SHOWING of the time
-        seconds = time.monotonic() - began
-        self._next_at = time.monotonic() + max(SHORTEST_PAUSE_S, seconds * (1 / SHARE_FOR_SHOWING - 1))
-
-
-def _label(candidate: Candidate) -> str:
-    score = "" if candidate.score is None else f", score {candidate.score:.3f}"
-    return f"no. {candidate.index.candidate + 1}{score}"
-
-
-def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | None = None) -> gr.Blocks:
+def build_page(
+    sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | None = None, examples: Sequence[str] = ()
+) -> gr.Blocks:
     """Build the web page of an export, with one tab for captions and one for image prompts.
 
     Args:
         mlflow_url: url of the training run's page, linked at the top.
+        examples: captions that a click samples.
     """
     export, has_scorer = sampler.export, sampler.scorer is not None
     grid, size = export.dvae.config.grid, export.dvae.config.image_size
 
-    def draw(caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+    def draw(client: gr.Request, caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+        listener = _Listener(page, client.session_hash)
+        if not listener.answers_within(LISTENER_S):
+            log.info("nobody listens to a request: it is not sampled")
+            raise gr.Error("Nobody reads the answer: nothing is drawn.", print_exception=False)
         try:
             request = _request(sampler, limits, caption, file, rows, dict(zip(names, values, strict=True)))
-            for status, shown in draw_rows(sampler, request):
-                yield status, shown, _command(sampler, request, file)
+            cut = export.cut_captions(request.captions)
+            note = f"; {told_of_cut(cut)}" if cut else ""
+            for status, shown in draw_rows(sampler, request, listener.listens):
+                yield f"{status}{note}", shown, _command(sampler, request, file)
         except UserError as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from None
+            said = str(error).replace(export.url, _last(export.url))  # the server's paths are nobody's business
+            raise gr.Error(said, duration=None, print_exception=False) from None
+        except Exception:
+            log.exception("a request failed")
+            raise gr.Error("The server failed; its log has the reason.", duration=None, print_exception=False) from None
 
-    def draw_from_caption(caption: str, *values: Any) -> Iterator[tuple[str, Shown, str]]:
-        yield from draw(caption, None, 0, *values)
+    def draw_from_caption(client: gr.Request, caption: str, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+        yield from draw(client, caption, None, 0, *values)
 
-    def draw_from_image(caption: str, file: str | None, rows: int, *values: Any) -> Iterator[tuple[str, Shown, str]]:
+    def draw_from_image(
+        client: gr.Request, caption: str, file: str | None, rows: int, *values: Any
+    ) -> Iterator[tuple[str, Shown, str]]:
         if file is None:
             raise gr.Error("Choose an image first.", print_exception=False)
-        yield from draw(caption, file, int(rows), *values)
+        yield from draw(client, caption, file, int(rows), *values)
 
     with gr.Blocks(title="dalle_ds", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_headline(sampler, mlflow_url))
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="asking"):
                 with gr.Tabs():
                     with gr.Tab("From a caption"):
                         caption = gr.Textbox(label="Caption", max_length=limits.max_caption, elem_id="caption")
                         button = gr.Button("Draw", variant="primary", elem_id="draw")
+                        shortest = [[example] for example in examples if len(example) <= limits.max_caption]
+                        clickable = gr.Dataset(
+                            label="Examples: a click draws one",
+                            components=[caption],
+                            samples=shortest,
+                            visible=bool(shortest),
+                            elem_id="examples",
+                        )
                     with gr.Tab("From an image"):
                         image = gr.Image(
                             label=f"Image, at least {size} pixels a side",
@@ -156,20 +128,27 @@ def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | Non
                         )
                         second_button = gr.Button("Draw", variant="primary", elem_id="draw-2")
                 defaults = SamplingConfig(n=min(16, limits.max_n), keep=min(4, limits.max_n) if has_scorer else None)
-                settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Images to sample", elem_id="n")}
-                if has_scorer:
-                    settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best images to keep")
-                settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
-                settings["seed"] = gr.Number(defaults.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
-                with gr.Accordion("More", open=False):
-                    settings["top_k"] = gr.Number(0, precision=0, minimum=0, label="Top-k (0: all)")
-                    settings["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                    if export.record.caption_dropout > 0:
-                        settings["guidance"] = gr.Slider(0, 8, 1, step=0.25, label="Guidance (1: none)")
-            with gr.Column(scale=3, min_width=320):
+                with gr.Column(elem_id="settings"):
+                    settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Images to sample", elem_id="n")}
+                    if has_scorer:
+                        settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best images to keep")
+                    settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
+                    settings["seed"] = gr.Number(defaults.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
+                    with gr.Accordion("More", open=False):
+                        settings["top_k"] = gr.Number(0, precision=0, minimum=0, label="Top-k (0: all)")
+                        settings["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
+                        if export.record.caption_dropout > 0:
+                            settings["guidance"] = gr.Slider(0, 8, 1, step=0.25, label="Guidance (1: none)")
+            with gr.Column(scale=3, min_width=320, elem_id="results"):
                 status = gr.Textbox(label="Progress", interactive=False, lines=1, elem_id="status")
                 gallery = gr.Gallery(
-                    label="Images", columns=4, format="png", object_fit="contain", elem_id="images", buttons=["download"]
+                    label="Images",
+                    show_label=False,
+                    columns=4,
+                    format="png",
+                    object_fit="contain",
+                    elem_id="images",
+                    buttons=["download"],
                 )
                 command = gr.Textbox(
                     label="Equivalent command", interactive=False, lines=2, buttons=["copy"], elem_id="command"
@@ -178,6 +157,10 @@ def build_page(sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | Non
         # one concurrency id for all events: together they run one request at a time
         options: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress": "minimal"}
         gr.on([button.click, caption.submit], draw_from_caption, [caption, *controls], results, api_name="draw", **options)
+        clicked = clickable.click(
+            lambda sample: sample[0], clickable, caption, show_progress="hidden", api_visibility="private"
+        )
+        clicked.then(draw_from_caption, [caption, *controls], results, api_visibility="private", **options)
         inputs = [second_caption, image, rows, *controls]
         starts = [second_button.click, second_caption.submit]
         gr.on(starts, draw_from_image, inputs, results, api_name="draw_from_image", **options)
@@ -213,6 +196,40 @@ def launch_page(page: gr.Blocks, limits: PageLimitsConfig, host: str, port: int,
         page.block_thread()
 
 
+class _Listener:
+    """Whether a client reads the messages of its request. A client of the API may start a request and never read them."""
+
+    def __init__(self, page: gr.Blocks, session: str | None) -> None:
+        self._page, self._session = page, session
+        self._n_unread, self._since = 0, time.monotonic()
+
+    def answers_within(self, seconds: float) -> bool:
+        """Wait until the client has read all messages so far. Returns False if it has not after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._unread():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def listens(self) -> bool:
+        """Returns False if the client has not read any message for UNREAD_S although there are some."""
+        n_unread, now = self._unread(), time.monotonic()
+        if n_unread == 0 or n_unread < self._n_unread:
+            self._since = now
+        self._n_unread = n_unread
+        return now - self._since < UNREAD_S
+
+    def _unread(self) -> int:
+        messages = self._page._queue.pending_messages_per_session.get(self._session)  # gradio's; no public call tells it
+        return 1 if messages is None else messages.qsize()
+
+
+def _last(path: str) -> str:
+    """The last part of a path or url."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
 def _request(
     sampler: Sampler, limits: PageLimitsConfig, caption: str, file: str | None, rows: int, values: dict[str, Any]
 ) -> Request:
@@ -223,10 +240,22 @@ def _request(
     settings = from_options(SamplingConfig, values)
     if settings.n > limits.max_n:
         raise ConfigError(f"{settings.n} images, expected at most {limits.max_n}")
-    image_prompt = make_image_prompt(sampler.export, Path(file).read_bytes(), rows) if file else None
+    image_prompt = _image_prompt(sampler, limits, file, rows) if file else None
     request = Request((caption,), settings, image_prompt)
     sampler.check(request)
     return request
+
+
+def _image_prompt(sampler: Sampler, limits: PageLimitsConfig, file: str, rows: int) -> ImagePrompt:
+    max_pixels = int(limits.max_upload_megapixels * 1e6)
+    return make_image_prompt(sampler.export, Path(file).read_bytes(), rows, max_pixels=max_pixels)
+
+
+def _scorer(sampler: Sampler) -> str | None:
+    """Name of the scorer: of a folder its last part, else the hub name."""
+    if sampler.scorer is None:
+        return None
+    return _last(sampler.scorer.name) if Path(sampler.scorer.name).exists() else sampler.scorer.name
 
 
 def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
@@ -238,15 +267,15 @@ def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
         f"{export.dvae.config.image_size} pixels",
         f"export `{export.fingerprint}`",
     ]
-    about += [f"scores by `{sampler.scorer.name}`"] if sampler.scorer else ["no scorer: all candidates are shown"]
+    about += [f"scores by `{_scorer(sampler)}`"] if sampler.scorer else ["no scorer: all candidates are shown"]
     about += [f"[training run]({mlflow_url})"] if mlflow_url else []
     return f"# dalle_ds\n{' · '.join(about)}"
 
 
 def _command(sampler: Sampler, request: Request, file: str | None) -> str:
-    words = ["dalle-ds", "sample", sampler.export.url]
+    words = ["dalle-ds", "sample", _last(sampler.export.url)]
     words += ["--caption", request.captions[0]] if request.captions[0] else []
-    words += ["--clip", sampler.scorer.name] if sampler.scorer else []
+    words += ["--clip", str(_scorer(sampler))] if sampler.scorer else []
     words += (
         ["--image-prompt", Path(file).name, "--prompt-rows", str(request.image_prompt.rows)]
         if file and request.image_prompt

@@ -5,17 +5,36 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
-from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place, Seed
 from dalle_ds.tracking.config import TrackingConfig
-from dalle_ds.training.fields import CheckpointEvery, CheckpointsKept, MetricsEvery, ValidationEvery, ValidationImages
+from dalle_ds.training.fields import (
+    CheckpointEvery,
+    CheckpointsKept,
+    MetricsEvery,
+    UpdatesWithoutStep,
+    ValidationEvery,
+    ValidationImages,
+)
 
 
 class ClipDataConfig(Config):
-    """Source of the images, which are all held in memory."""
+    """Source of the images, and memory for them."""
 
     raw: Place = Field(description="root of raw shards: a path or s3:// url")
     validation_fraction: float = Field(
         VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
+    )
+    window_mb: int = Field(
+        2048,
+        ge=1,
+        description="MiB of encoded images. If all shards fit, every rank holds the decoded images; larger sets are streamed, "
+        "and a batch is drawn among so many",
+    )
+    streams: int = Field(
+        8, ge=1, description="streams into which a larger set is divided: they divide global_batch, and ranks divide them"
+    )
+    decoders: int = Field(
+        2, ge=0, le=1024, description="processes per rank that decode streamed images; 0: a thread of the trainer"
     )
     fold: int = Field(0, ge=0, description="index of the fold to train on; the hash of its group assigns an image to a fold")
     folds: int = Field(
@@ -23,6 +42,12 @@ class ClipDataConfig(Config):
         ge=1,
         description="number of disjoint folds of the training images; a model of one fold can evaluate the reranking by a "
         "model of another, as they share no image",
+    )
+    alike: int = Field(
+        1,
+        ge=1,
+        description="images in a row of a batch whose captions share words, so that CLIP learns to tell them apart; 1: batches "
+        "are random",
     )
 
     @model_validator(mode="after")
@@ -35,15 +60,17 @@ class ClipDataConfig(Config):
 class ClipModelConfig(Config):
     """Two small transformers of the same width."""
 
-    image_size: int = Field(32, ge=8, description="width and height in pixels, to which images are resized")
+    image_size: int = Field(32, ge=8, le=2**12, description="width and height in pixels, to which images are resized")
     patch_size: int = Field(8, ge=1, description="width and height of a patch in pixels")
-    width: int = Field(128, ge=8, description="width of both transformers")
+    width: int = Field(128, ge=8, le=2**14, description="width of both transformers")
     n_heads: int = Field(4, ge=1, description="attention heads of both transformers")
-    n_image_layers: int = Field(4, ge=1, description="layers of the image transformer")
-    n_text_layers: int = Field(2, ge=1, description="layers of the text transformer")
-    text_len: int = Field(32, ge=3, description="maximum tokens in a caption, start and end token included")
-    vocab_size: int = Field(2048, ge=514, description="maximum vocabulary: 512 byte tokens, start and end token, merges")
-    n_features: int = Field(64, ge=1, description="size of the vectors whose cosine similarity is the score")
+    n_image_layers: int = Field(4, ge=1, le=1024, description="layers of the image transformer")
+    n_text_layers: int = Field(2, ge=1, le=1024, description="layers of the text transformer")
+    text_len: int = Field(32, ge=3, le=2**16, description="maximum tokens in a caption, start and end token included")
+    vocab_size: int = Field(
+        2048, ge=514, le=2**24, description="maximum vocabulary: 512 byte tokens, start and end token, merges"
+    )
+    n_features: int = Field(64, ge=1, le=2**16, description="size of the vectors whose cosine similarity is the score")
 
     @model_validator(mode="after")
     def _check(self) -> "ClipModelConfig":
@@ -87,6 +114,11 @@ class ClipTrackingConfig(TrackingConfig):
     every: MetricsEvery = 20
 
 
+class ClipFailureConfig(Config):
+    collective_timeout: float = Field(1800, gt=0, description="seconds that a collective may wait for a rank")
+    updates_without_step: UpdatesWithoutStep = 100
+
+
 class ClipRunConfig(Config):
     """One training run of a CLIP, with all its restarts."""
 
@@ -103,7 +135,8 @@ class ClipRunConfig(Config):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     device: str = Field("auto", description=DEVICE)
     threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: PyTorch's default")
-    seed: int = Field(0, description="seed of the initial weights, and of the images and captions of each batch")
+    seed: Seed = Field(0, description="seed of the initial weights, and of the images and captions of each batch")
     checkpoint: ClipCheckpointConfig = ClipCheckpointConfig()
     validation: ClipValidationConfig = ClipValidationConfig()
     tracking: ClipTrackingConfig = ClipTrackingConfig()
+    failure: ClipFailureConfig = ClipFailureConfig()

@@ -1,5 +1,6 @@
 """Recipe schema of a dVAE training run. The defaults are the paper's (section 2.1 and appendix A)."""
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -8,9 +9,18 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.optim.ema import EMAConfig
 from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
-from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place, Seed
 from dalle_ds.tracking.config import TrackingConfig
-from dalle_ds.training.fields import CheckpointEvery, CheckpointsKept, MetricsEvery, ValidationEvery, ValidationImages
+from dalle_ds.training.dvae.codebook_start import CodebookStartConfig
+from dalle_ds.training.dvae.codebook_watch import CollapseConfig
+from dalle_ds.training.fields import (
+    CheckpointEvery,
+    CheckpointsKept,
+    MetricsEvery,
+    UpdatesWithoutStep,
+    ValidationEvery,
+    ValidationImages,
+)
 
 
 class DVAEDataConfig(Config):
@@ -21,14 +31,20 @@ class DVAEDataConfig(Config):
         VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
     )
     window_mb: int = Field(
-        2048, ge=1, description="MiB of encoded images per rank; images are shuffled within such a window of the data set"
+        2048,
+        ge=1,
+        description="MiB of encoded images among which a batch is drawn. If all shards fit, every rank holds them; else each "
+        "micro-batch has its share, and a rank holds the shares of its micro-batches twice",
     )
     decoded_mb: int = Field(
         2048, ge=0, description="MiB of decoded images cached per rank, if all shards fit in one window; otherwise unused"
     )
     min_zoom: float = Field(9 / 8, ge=1, description="random resize before the crop: smallest multiple of image_size")
     max_zoom: float = Field(12 / 8, ge=1, description="random resize before the crop: largest multiple of image_size")
-    prefetch: int = Field(4, ge=1, description="batches prepared in advance")
+    prefetch: int = Field(4, ge=1, le=1024, description="batches prepared in advance")
+    decoders: int = Field(
+        2, ge=0, le=1024, description="processes per rank that decode images beyond decoded_mb; 0: a thread of the trainer does"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DVAEDataConfig":
@@ -101,9 +117,10 @@ class DVAEFailureConfig(Config):
     collective_timeout: float = Field(
         1800,
         gt=0,
-        description="seconds that a collective may wait for a rank: for its batch, or at each start for the main rank, which "
-        "reads the validation images from the raw shards",
+        description="seconds that a collective may wait for a rank: for its batch, or at the first start for the main rank, "
+        "which lists the raw shards",
     )
+    updates_without_step: UpdatesWithoutStep = 100
 
 
 class DVAERunConfig(Config):
@@ -114,6 +131,8 @@ class DVAERunConfig(Config):
     data: DVAEDataConfig
     model: DVAEConfig = DVAEConfig()
     optimizer: DVAEOptimizerConfig = DVAEOptimizerConfig()
+    codebook_start: CodebookStartConfig = CodebookStartConfig()
+    collapse: CollapseConfig = CollapseConfig()
     schedules: DVAEScheduleConfig = DVAEScheduleConfig()
     learning_rate: DVAELearningRateConfig = DVAELearningRateConfig()
     loss: DVAELossConfig = DVAELossConfig()
@@ -127,9 +146,9 @@ class DVAERunConfig(Config):
         "fp16", description="fp16 needs CUDA and uses one loss scale, as in the paper"
     )
     device: str = Field("auto", description=DEVICE)
-    workers: int = Field(1, ge=1, description="threads that process micro-batches of an update in parallel; for CPUs")
+    workers: int = Field(1, ge=1, le=1024, description="threads that process micro-batches of an update in parallel; for CPUs")
     threads: int | None = Field(None, ge=1, description="CPU threads inside one operation; unset: PyTorch's default")
-    seed: int = Field(0, description="seed of the initial weights, the order and crops of the images, and the Gumbel noise")
+    seed: Seed = Field(0, description="seed of the initial weights, the order and crops of the images, and the Gumbel noise")
     checkpoint: DVAECheckpointConfig = DVAECheckpointConfig()
     validation: DVAEValidationConfig = DVAEValidationConfig()
     tracking: DVAETrackingConfig = DVAETrackingConfig()
@@ -144,6 +163,21 @@ class DVAERunConfig(Config):
     def n_parts(self) -> int:
         """Number of parts in the batch of an update. Their losses are averaged."""
         return self.global_batch // self.part_size
+
+    @property
+    def first_loss_scale(self) -> float:
+        """Loss scale at which fp16 training starts: 2^24 for the paper's batch and images.
+
+        The loss is divided by the sub-pixels and by all images of the batch before the backward pass, so the scale multiplies
+        by both, up to a constant. PyTorch's 2^16 would turn most gradients of the encoder's branches into 0 until growth by 2
+        every 2000 updates has made up for it, while a scale that is too large costs one skipped update per factor of 2.
+        """
+        n_subpixels = self.model.in_channels * self.model.image_size**2
+        return 2.0 ** round(math.log2(self.global_batch * n_subpixels / 8))
+
+    def n_relaxed(self, update: int) -> int:
+        """Updates with relaxed codes after `update` updates; negative during the updates of `codebook_start`."""
+        return update - self.codebook_start.updates
 
     def parts_of(self, rank: int, world_size: int) -> range:
         """The parts of every batch that a rank processes. Raises ConfigError if the parts do not divide among the ranks."""
@@ -161,4 +195,5 @@ class DVAERunConfig(Config):
             raise ValueError(f"model.image_size is {self.model.image_size}, expected at least 11, the window of SSIM")
         if self.global_batch % self.part_size:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        self.codebook_start.check(self.model.n_features, self.model.n_codes, self.updates)
         return self

@@ -1,66 +1,79 @@
-"""Image batches for the dVAE: an endless stream, determined by seed and position, prefetched by a thread."""
+"""Image batches for the dVAE: an endless stream, determined by seed and cursors, prefetched by a thread."""
 
-# B batch or a rank's part of it, C channels, H and W pixels
+# B images of this rank's parts of a batch, C channels, H and W pixels
 
-import itertools
-import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data.images import ImageProblem, decode_image, dvae_augment, prior_crop, seed_of
+from dalle_ds.data.decoded_batches import DecodedBatch, DecodedBatches
+from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import RawSample, RawShard, iterate_images, list_raw_shards, read_raw_shard, split_of
-from dalle_ds.errors import DataError
-from dalle_ds.training.dvae.config import DVAEDataConfig
-
-log = logging.getLogger(__name__)
-
-
-class Position(NamedTuple):
-    """Position of the next sample in the stream. A resumed run starts there without reading earlier samples."""
-
-    epoch: int = 0
-    window: int = 0
-    offset: int = 0
-
-
-START = Position()
+from dalle_ds.data.raw import RawShard, split_of
+from dalle_ds.data.raw_sample import RawSample
+from dalle_ds.data.raw_streams import Cursors, Reading
+from dalle_ds.parallel.ranks import ALONE, Ranks
+from dalle_ds.training.dvae.augmentation import Augmentation
+from dalle_ds.training.dvae.config import DVAERunConfig
+from dalle_ds.training.validation_set import validation_set
 
 
 class ImageBatch(NamedTuple):
     images_BCHW: Tensor  # uint8
-    next_position: Position
+    cursors: Cursors
     n_unusable: int  # unusable images since this process began the stream; the sum over ranks counts each image once
 
 
+def reading_of(recipe: DVAERunConfig, shards: Sequence[RawShard]) -> Reading:
+    """The order in which a run reads its images."""
+    data, augmentation = recipe.data, _augmentation(recipe)
+
+    def problem_of(sample: RawSample) -> str | None:
+        try:
+            augmentation.crop(augmentation.decode(sample.image), (0,))
+        except ImageProblem as problem:
+            return problem.reason
+        return None
+
+    return Reading(
+        shards=shards,
+        n_parts=recipe.n_parts,
+        part_size=recipe.part_size,
+        window_bytes=data.window_mb * 2**20,
+        seed=recipe.seed,
+        keeps=lambda sample: split_of(sample.group, data.validation_fraction) == "train",
+        problem_of=problem_of,
+    )
+
+
+def _augmentation(recipe: DVAERunConfig) -> Augmentation:
+    return Augmentation(recipe.model.image_size, recipe.data.min_zoom, recipe.data.max_zoom)
+
+
 class ImageStream:
-    """Iterates over training batches. `close()` ends the thread.
+    """Iterates over the training batches of some parts. `close()` ends its threads and processes.
 
-    An epoch distributes all shards, in a new order, over windows that fit in memory, and shuffles the images of each window.
-    If all shards fit in one window, they are read once and stay in memory. A batch consists of the next `global_batch`
-    positions of this order. An unusable image is replaced by the next usable image of its window, with a different crop.
-
-    Each rank decodes only its own `places`, the range of indices in every batch (all, if None). Every rank still reads all
-    shards and holds the whole window, because any image may be assigned to any rank and the order is known only once the
-    window has been read.
+    Args:
+        cursors: of all parts, from a checkpoint. None: a new run.
     """
 
-    def __init__(
-        self,
-        data: DVAEDataConfig,
-        image_size: int,
-        global_batch: int,
-        seed: int,
-        start: Position = START,
-        places: range | None = None,
-    ) -> None:
-        self._maker = _BatchMaker(data, image_size, global_batch, seed, range(global_batch) if places is None else places)
-        self._batches = Prefetch(self._maker.batches(start), data.prefetch, "dvae-images")
+    def __init__(self, recipe: DVAERunConfig, reading: Reading, parts: range, cursors: Cursors | None = None) -> None:
+        data = recipe.data
+        order = reading.start(parts, cursors)
+        self.cursors = order.cursors
+        """Of these parts, before the first batch."""
+        self._decoded = DecodedBatches(
+            order,
+            _augmentation(recipe),
+            n_processes=data.decoders,
+            n_ahead=data.prefetch,
+            decoded_bytes=data.decoded_mb * 2**20 if reading.is_whole else 0,
+        )
+        self._batches = Prefetch(map(_batch, self._decoded), data.prefetch, "dvae-images")
 
     def __iter__(self) -> Iterator[ImageBatch]:
         return self
@@ -75,124 +88,31 @@ class ImageStream:
 
     def close(self) -> None:
         """Stop making batches."""
+        self._decoded.close()
         self._batches.close()
 
 
-class _BatchMaker:
-    def __init__(self, data: DVAEDataConfig, image_size: int, global_batch: int, seed: int, mine: range) -> None:
-        self.data, self.image_size, self.global_batch, self.seed, self.mine = data, image_size, global_batch, seed, mine
-        self.shards = list_raw_shards(data.raw)
-        self.fits_in_one = sum(shard.bytes for shard in self.shards) <= data.window_mb * 2**20
-        self.samples: list[RawSample] = []  # of the current window
-        self.order = np.arange(0)  # permutation of `samples`
-        self.decoded = _DecodedCache(data.decoded_mb * 2**20 if self.fits_in_one else 0)
-        self.unusable: Counter[str] = Counter()
-
-    def batches(self, start: Position) -> Iterator[ImageBatch]:
-        places = self._places(start)
-        while True:
-            images = []
-            for n, place in enumerate(itertools.islice(places, self.global_batch)):
-                if n in self.mine:
-                    images.append(self._image(place))
-            stacked_BHWC = torch.from_numpy(np.stack(images))
-            yield ImageBatch(stacked_BHWC.permute(0, 3, 1, 2), place._replace(offset=place.offset + 1), self.unusable.total())
-
-    def _places(self, start: Position) -> Iterator[Position]:
-        # While a position is yielded, `samples` and `order` are those of its window.
-        for epoch in itertools.count(start.epoch):
-            n_places = 0
-            for window, shards in enumerate(self._windows(epoch)):
-                if (epoch, window) < start[:2]:
-                    continue
-                self._read(shards)
-                self.order = np.random.default_rng((self.seed, epoch, window)).permutation(len(self.samples))
-                for offset in range(start.offset if (epoch, window) == start[:2] else 0, len(self.samples)):
-                    n_places += 1
-                    yield Position(epoch, window, offset)
-            if n_places == 0 and epoch > start.epoch:
-                raise DataError(f"{self.data.raw}: no image in the training split; unusable: {dict(self.unusable)}")
-
-    def _windows(self, epoch: int) -> list[list[RawShard]]:
-        if self.fits_in_one:
-            return [self.shards]
-        windows: list[list[RawShard]] = []
-        room = 0
-        for index in np.random.default_rng((self.seed, epoch)).permutation(len(self.shards)):
-            shard = self.shards[index]
-            if not windows or shard.bytes > room:
-                windows.append([])
-                room = self.data.window_mb * 2**20
-            windows[-1].append(shard)
-            room -= shard.bytes
-        return windows
-
-    def _read(self, shards: list[RawShard]) -> None:
-        if self.fits_in_one and self.samples:
-            return
-        self.samples = []  # free the old window first: memory may not hold two
-        for shard in shards:
-            for sample in read_raw_shard(shard):
-                if not isinstance(sample, RawSample):
-                    self.unusable[sample.reason] += 0 in self.mine  # all ranks read it, one counts it
-                elif split_of(sample.group, self.data.validation_fraction) == "train":
-                    self.samples.append(sample)
-
-    def _image(self, place: Position) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, *place))
-        for step in range(len(self.order)):
-            sample = self.samples[self.order[(place.offset + step) % len(self.order)]]
-            try:
-                pixels_HWC = self.decoded.get(sample)
-                return dvae_augment(pixels_HWC, self.image_size, rng, min_zoom=self.data.min_zoom, max_zoom=self.data.max_zoom)
-            except ImageProblem as problem:
-                if step == 0:  # an unusable substitute is counted at its own position
-                    self._count(sample, problem.reason)
-        raise DataError(
-            f"{self.data.raw}: none of {len(self.order)} images is usable, expected at least one in each window "
-            f"(data.window_mb {self.data.window_mb}); unusable: {dict(self.unusable)}"
-        )
-
-    def _count(self, sample: RawSample, reason: str) -> None:
-        if not self.unusable[reason]:
-            log.warning("image %s is unusable and skipped: %s; further such images are only counted", sample.key, reason)
-        self.unusable[reason] += 1
+def _batch(decoded: DecodedBatch) -> ImageBatch:
+    images_BCHW = torch.from_numpy(decoded.pixels_SHWC).permute(0, 3, 1, 2)
+    return ImageBatch(images_BCHW, decoded.cursors, decoded.n_unusable)
 
 
-class _DecodedCache:
-    """Decoded images by key, up to `n_bytes`. Nothing is evicted: every epoch reads each image once, so it would not help."""
+def validation_images(recipe: DVAERunConfig, shards: Sequence[RawShard], folder: Path, ranks: Ranks = ALONE) -> Tensor:
+    """Validation images (B, C, H, W) uint8, with the same crop as for the prior; at most `validation.samples` of them.
 
-    def __init__(self, n_bytes: int) -> None:
-        self.room = n_bytes
-        self.images: dict[str, np.ndarray] = {}
-
-    def get(self, sample: RawSample) -> np.ndarray:
-        found = self.images.get(sample.key)
-        if found is None:
-            found = np.asarray(decode_image(sample.image))
-            if found.nbytes <= self.room:
-                self.images[sample.key] = found
-                self.room -= found.nbytes
-        return found
-
-
-def validation_images(data: DVAEDataConfig, limit: int, image_size: int) -> Tensor:
-    """Validation images (B, C, H, W) uint8, with the same crop as for the prior; at most `limit` of them.
+    All ranks must call it together. The images are kept in `folder`, see `validation_set`.
 
     Raises:
         DataError: no image is usable.
     """
-    images = []
-    for sample in iterate_images(data.raw, "validation", data.validation_fraction):
+    size = recipe.model.image_size
+
+    def pixels_of(sample: RawSample) -> np.ndarray | None:
         try:
-            images.append(prior_crop(decode_image(sample.image), image_size, seed_of(sample.key)))
+            return prior_crop(decode_image(sample.image), size, seed_of(sample.key))
         except ImageProblem:
-            continue
-        if len(images) == limit:
-            break
-    if not images:
-        raise DataError(
-            f"{data.raw}: no usable image in the validation split at validation_fraction {data.validation_fraction}; "
-            f"images must be at least {image_size} pixels wide and high"
-        )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+            return None
+
+    limit, fraction = recipe.validation.samples, recipe.data.validation_fraction
+    found = validation_set(folder, shards, pixels_of, limit=limit, validation_fraction=fraction, image_size=size, ranks=ranks)
+    return found.images_SHWC.permute(0, 3, 1, 2)

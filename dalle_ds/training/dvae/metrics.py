@@ -17,6 +17,7 @@ from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.logit_laplace import location_pixels, log_density, split_output
 from dalle_ds.ops.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.tracking.charts import thinned
 from dalle_ds.training.dvae.config import DVAERunConfig
 
 BATCH = 16
@@ -43,6 +44,8 @@ def describe(run: DVAERunConfig, n_parameters: int, world_size: int) -> str:
         "- `validation/psnr` and `validation/ssim`: of the EMA weights with hard codes, as the prior's data. Both should rise.",
         "- `validation/codes_used` and `validation/perplexity`: if they fall and stay low, the codebook has collapsed.",
         "- `loss/train/nll` and `loss/train/kl_per_cell`, beside the schedules `schedules/tau` and `schedules/kl_weight`.",
+        "- `optimizer/skipped_updates`: updates with Inf or NaN among the gradients. In fp16 a few at the start and one in "
+        "about 2000 are the search for the largest loss scale.",
         "- `speed/images_per_second` and `speed/data_wait_seconds`: if the second keeps growing, training waits for images.",
         "",
         "The settings are listed as parameters, and in `recipe.yaml` under *Artifacts*.",
@@ -171,17 +174,21 @@ def floored(ln_b: Tensor, minimum: float | None) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pairs: int = 3, min_side: int = 64) -> Image.Image:
-    """Grid of validation images, each row above its reconstructions from hard codes. Images below `min_side` are enlarged
-    without smoothing."""
+def reconstructions(model: DVAE, images_BCHW: Tensor, n: int = 36) -> tuple[Tensor, Tensor]:
+    """Reconstruct up to `n` validation images from hard codes. Returns the images and their reconstructions, on the CPU."""
     # Take images spread over the set: neighbours are often similar.
-    spread = torch.linspace(0, len(images_BCHW) - 1, min(columns * pairs, len(images_BCHW))).long()
-    chosen_BCHW = images_BCHW[spread].to(next(model.parameters()).device)
-    made_BCHW = torch.cat([model.decode_tokens(model.tokens(batch_BCHW)) for batch_BCHW in chosen_BCHW.split(BATCH)])
+    spread = torch.linspace(0, len(images_BCHW) - 1, min(n, len(images_BCHW))).long()
+    chosen_BCHW = images_BCHW[spread]
+    batches = chosen_BCHW.to(next(model.parameters()).device).split(BATCH)
+    return chosen_BCHW.cpu(), torch.cat([model.decode_tokens(model.tokens(batch_BCHW)) for batch_BCHW in batches]).cpu()
+
+
+def reconstruction_grid(images_BCHW: Tensor, made_BCHW: Tensor, columns: int = 12, min_side: int = 64) -> Image.Image:
+    """Grid of images, each row above its reconstructions. Images below `min_side` are enlarged without smoothing."""
     rows = []
-    for start in range(0, len(chosen_BCHW), columns):
-        for images in (chosen_BCHW, made_BCHW):
-            row_BHWC = images[start : start + columns].permute(0, 2, 3, 1).cpu().numpy()
+    for start in range(0, len(images_BCHW), columns):
+        for images in (images_BCHW, made_BCHW):
+            row_BHWC = images[start : start + columns].permute(0, 2, 3, 1).numpy()
             missing = columns - len(row_BHWC)
             rows.append(np.concatenate([*row_BHWC, *[np.full_like(row_BHWC[0], 255)] * missing], axis=1))
     grid = Image.fromarray(np.concatenate(rows, axis=0).squeeze())
@@ -190,9 +197,11 @@ def reconstruction_grid(model: DVAE, images_BCHW: Tensor, columns: int = 12, pai
 
 
 def usage_chart(counts_K: np.ndarray, title: str) -> Image.Image:
-    """Bar chart of how often each code is chosen, from the most to the least used, on a logarithmic scale."""
+    """Chart of how often each code is chosen, from the most to the least used, on a logarithmic scale."""
     figure = new_figure(7.5, 3.6)
     axes = figure.add_subplot()
-    axes.bar(np.arange(len(counts_K)), np.sort(counts_K)[::-1], width=1.0)
+    kept = thinned(len(counts_K))  # a bar a code, as one outline: 8192 bars of their own take 8 s
+    edges = np.append(kept, len(counts_K)) - 0.5
+    axes.stairs(np.sort(counts_K)[::-1][kept], edges, fill=True, baseline=0.5)
     axes.set(title=title, xlabel="codes, by use", ylabel="cells", yscale="log", ylim=(0.5, None))
     return drawn(figure, dpi=100)

@@ -18,8 +18,13 @@ def read_engine_config(recipe: PriorRunConfig, ranks: Ranks) -> EngineConfig:
     )
 
 
-def build_engine(recipe: PriorRunConfig, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks) -> PriorEngine:
+def build_engine(
+    recipe: PriorRunConfig, model_config: PriorConfig, engine_config: EngineConfig, ranks: Ranks, initialised: bool = True
+) -> PriorEngine:
     """Build model and optimizer under DeepSpeed, choose the attention backend and verify its results on this machine.
+
+    Args:
+        initialised: False if a checkpoint is loaded next.
 
     Raises:
         ConfigError: the recipe does not fit the ranks or the machine.
@@ -34,12 +39,14 @@ def build_engine(recipe: PriorRunConfig, model_config: PriorConfig, engine_confi
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            variance_clip=settings.variance_clip,
             moments=settings.moments,
             master=settings.master,
         ),
         ranks,
         recipe.seed,
         recipe.replicas,
+        initialised,
     )
     use_attention(engine.module, recipe.attention, ranks.device)
     verify_attention(engine.module, engine_config.branch_dtype, ranks.device, recipe.micro_batch)

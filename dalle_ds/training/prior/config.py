@@ -1,11 +1,13 @@
 """Recipe schema of a prior training run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from dalle_ds import project_files
+from dalle_ds.data.dataset_files import DatasetFiles
 from dalle_ds.data.manifest import DatasetInfo, Split
 from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokens import BPE_DROPOUT
@@ -13,11 +15,11 @@ from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.ops.attention.backends import BackendName
-from dalle_ds.optim.adamw import Master, Moments
+from dalle_ds.optim.adamw import VARIANCE_CLIP, Master, Moments
 from dalle_ds.optim.ema import PriorEMAConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas.groups import ReplicasConfig
-from dalle_ds.recipes import Config, OptionalOutFolder, OptionalPlace, OutFolder, Place
+from dalle_ds.recipes import Config, OptionalOutFolder, OptionalPlace, OutFolder, Place, Seed, from_values
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.names import DATASET_FILE
 from dalle_ds.tracking.config import TrackingConfig
@@ -38,6 +40,12 @@ class PriorModelConfig(Config):
     grid: int | None = Field(None, ge=1, description="image tokens along one side; unset: the data set's (the paper: 32)")
     vocab_size: int | None = Field(None, ge=1, description="text vocabulary; unset: the data set's (the paper: 16,384)")
     n_codes: int | None = Field(None, ge=1, description="codes of the codebook; unset: the data set's (the paper: 8192)")
+    embedding_std: float | None = Field(
+        None,
+        gt=0,
+        description="standard deviation of the first embeddings (the paper names none; 12b: 0.02). Near 1, small models in "
+        "short runs learn from half of the samples",
+    )
 
     def resolve(self, data: DatasetInfo, vocab_size: int, source: str) -> PriorConfig:
         """The model's geometry for the data set at `source`. Raises ConfigError if recipe and data disagree."""
@@ -46,12 +54,12 @@ class PriorModelConfig(Config):
             wanted = getattr(self, key)
             if wanted is not None and wanted != found:
                 raise ConfigError(f"the recipe's model.{key} is {wanted}, but the data set {source} has {found}")
-        return PriorConfig(**{**self.on_paper().model_dump(), **from_data})
+        return from_values(PriorConfig, {**self.on_paper().model_dump(), **from_data}, "the recipe's model with its data set")
 
     def on_paper(self) -> PriorConfig:
         """The model's geometry without a data set: grid and vocabularies that are not set come from the preset."""
         own = {key: value for key, value in self.model_dump(exclude={"preset"}).items() if value is not None}
-        return PriorConfig(**{**PRESETS[self.preset].model_dump(), **own})
+        return from_values(PriorConfig, {**PRESETS[self.preset].model_dump(), **own}, "the recipe's model")
 
 
 class DataShareConfig(Config):
@@ -81,7 +89,7 @@ class PriorDataConfig(Config):
     caption_dropout: float = Field(
         0.0, ge=0, lt=1, description="fraction of training captions dropped, for classifier-free guidance; the paper drops none"
     )
-    prefetch: int = Field(2, ge=1, description="global batches to prefetch")
+    prefetch: int = Field(2, ge=1, le=1024, description="global batches to prefetch")
     cache: CacheConfig | None = None
 
     @model_validator(mode="after")
@@ -100,24 +108,30 @@ class PriorDataConfig(Config):
         """The data sets and their weights as text for display."""
         return self.dataset or " + ".join(f"{share.weight:g} * {share.dataset}" for share in self.mix)
 
-    def open(self, split: Split) -> TokenMix:
+    def read(self) -> list[DatasetFiles]:
+        """Read the files of the data sets. One rank does it for all."""
+        return [DatasetFiles.read(share.dataset) for share in self.shares]
+
+    def open(self, files: Sequence[DatasetFiles], split: Split) -> TokenMix:
         """Open a split of the data sets and check that they match each other (see `TokenMix` for the errors)."""
         disk = DiskCache(self.cache.folder, int(self.cache.gib * 2**30)) if self.cache else None
-        return TokenMix.open([(share.dataset, share.weight) for share in self.shares], split, disk)
+        shares = [(of_set, share.weight) for of_set, share in zip(files, self.shares, strict=True)]
+        return TokenMix.open(shares, split, disk)
 
 
 class PriorOptimizerConfig(Config):
-    """AdamW. The defaults are the paper's (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
+    """AdamW. The numbers are the paper's by default (appendix B.2). Note beta2 = 0.96 and weight decay 0.045."""
 
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient's mean; the paper's")
     beta2: float = Field(0.96, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean; the paper's")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment; the paper's")
     weight_decay: float = Field(4.5e-2, ge=0, description="of matrices and unembeddings; the paper's")
     clip: float = Field(4.0, gt=0, description="gradient clipping: maximum global norm")
+    variance_clip: float = Field(
+        VARIANCE_CLIP, gt=0, le=7.99, description="maximum of the squared gradient's mean, before it is used; the paper's"
+    )
     moments: Moments = Field(
-        "fp32",
-        description="low_bit: the layers' matrices have 16-bit moments (mean 1-6-9, variance 0-6-10, clipped at 5), as in the "
-        "paper",
+        "fp32", description="low_bit: the layers' matrices have 16-bit moments (mean 1-6-9, variance 0-6-10), as in the paper"
     )
     master: Master = Field(
         "fp32",
@@ -151,6 +165,12 @@ class PriorTrackingConfig(TrackingConfig):
         description="updates between sample sheets for validation captions; unset: none. For small models only: the main rank "
         "generates them from a full copy of the model while the other ranks wait",
     )
+    scene_captions: int = Field(
+        0,
+        ge=0,
+        description="captions whose samples are judged beside each sample sheet, where the data are drawn scenes; 0: none. "
+        "The metrics are scenes/seen/mean, scenes/zero_shot/mean, and those of the categories",
+    )
     profile_every: int = Field(500, ge=1, description="updates between measurements of the time in collectives")
     peak_tflops: float | None = Field(
         None, gt=0, description="16-bit peak of one device, for MFU; unset: the known peak of common GPUs, otherwise no MFU"
@@ -176,7 +196,11 @@ class PriorFailureConfig(Config):
 
 
 class PriorRunConfig(Config):
-    """One training run of the prior, on all its nodes and with all its restarts. The defaults are the paper's."""
+    """One training run of the prior, on all its nodes and with all its restarts.
+
+    Model, batch and length are the paper's by default. The recipe 12b.yaml also sets its halvings of the learning rate, its
+    16-bit moments and its PowerSGD, which are off by default. `training/prior/paper.py` has all its values.
+    """
 
     section: ClassVar = "prior"
     folder: OutFolder = Field(description="run folder: checkpoints, logs and the merged recipe")
@@ -186,7 +210,7 @@ class PriorRunConfig(Config):
     updates: int = Field(430_000, ge=1, description="updates of the run; the paper's")
     global_batch: int = Field(1024, ge=1, description="samples per update, of all ranks together; the paper's")
     micro_batch: int = Field(1, ge=1, description="samples per rank and forward pass; limited to global_batch / ranks")
-    seed: int = Field(0, description="seed of the initial weights, the order of the samples, and BPE dropout")
+    seed: Seed = Field(0, description="seed of the initial weights, the order of the samples, and BPE dropout")
     attention: Literal["auto", BackendName] = Field(
         "auto", description="backend; auto: flex on CUDA, structured on CPUs, dense if these are not available"
     )

@@ -74,6 +74,8 @@ def settings_of(run: PriorRunConfig, gpus: int) -> dict[str, Any]:
         "moments": run.optimizer.moments,
         "master": run.optimizer.master,
         "compression": run.replicas.compression,
+        "compression_rank": run.replicas.rank,
+        "sent_fraction": run.replicas.sent_fraction,
         **{name: int(zero[key]) for name, key in in_json.items() if isinstance(zero.get(key), int | float)},
     }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dalle_ds.data.tokens import TokenBatch
@@ -31,7 +31,8 @@ from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.recipes import dump_recipe
 from dalle_ds.storage import objects
-from dalle_ds.storage.record import Record, read_record
+from dalle_ds.storage.record import SealedRecord, read_record
+from dalle_ds.storage.text import parse_json
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training.prior.build import build_engine, read_engine_config
 from dalle_ds.training.prior.config import PriorFailureConfig, PriorRunConfig
@@ -43,7 +44,7 @@ FOLDER, DIAGNOSIS_FILE, IMAGE_FILE = "diagnosis", "diagnosis.json", "magnitudes.
 BATCHES, STATE_FOLDER, RECIPE_FILE, DEEPSPEED_FILE = "batch", "state", "recipe.yaml", "deepspeed.json"
 
 
-class DiagnosisRecord(Record):
+class DiagnosisRecord(SealedRecord):
     """Content of diagnosis.json."""
 
     format: Literal[2]
@@ -201,16 +202,29 @@ def _save_batch(micro_batches: Sequence[TokenBatch], folder: Path, ranks: Ranks)
 
 
 def _load_batch(url: str, run: PriorRunConfig, ranks: Ranks) -> list[TokenBatch]:
-    """Load this rank's part of the diagnosed batch, in the recipe's micro-batches."""
+    """Load this rank's part of the diagnosed batch, in the recipe's micro-batches.
+
+    Raises:
+        DataError: files are missing or damaged.
+        ConfigError: the recipe's global_batch is not the size of the batch.
+    """
     texts, images, names = [], [], {"keys": [], "captions": [], "shards": []}
     for file_url in sorted(objects.list_files(objects.join(url, BATCHES), ".safetensors")):
-        with objects.local_copy(file_url) as path, safe_open(path, "pt") as file:
-            texts.append(file.get_tensor("text"))
-            images.append(file.get_tensor("image"))
-            for what, values in names.items():
-                values += json.loads(file.metadata()[what])
+        try:
+            with objects.local_copy(file_url) as path, safe_open(path, "pt") as file:
+                texts.append(file.get_tensor("text"))
+                images.append(file.get_tensor("image"))
+                for what, values in names.items():
+                    values += parse_json(file.metadata()[what])
+        except (SafetensorError, ValueError, TypeError, LookupError) as error:
+            raise DataError(f"{file_url} is not the batch of a diagnosis: {type(error).__name__}: {error}") from None
+    if not texts:
+        raise DataError(f"{url} has no batch: expected {BATCHES}/rank-*.safetensors")
     text_BT, image_BN = torch.cat(texts), torch.cat(images)
     n = len(text_BT)
+    lengths = {"image": len(image_BN), **{what: len(values) for what, values in names.items()}}
+    if set(lengths.values()) != {n}:
+        raise DataError(f"{url}: the batch has {n} texts, and {lengths}; expected equally many")
     if n != run.global_batch:
         raise ConfigError(f"the recipe's global_batch is {run.global_batch}, but {url} has {n} samples")
     share = n // ranks.world_size

@@ -1,35 +1,39 @@
 """Export: convert a sharded checkpoint to one folder that any machine can sample from, in memory for two of its tensors.
 
-Tensors are copied one at a time from the ranks' files to the export. The parity check then reads the written files.
+Threads read the ranks' files, each once, and write the parts that they hold to their places in the export. Fingerprint and
+parity check then read the written files.
 """
 
 import json
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dalle_ds.console import progress
 from dalle_ds.data.tokenizer import CaptionTokenizer
-from dalle_ds.errors import DataError
+from dalle_ds.errors import Damaged, DataError
 from dalle_ds.models.prior import Prior
-from dalle_ds.parallel.checkpoint_tensors import AVERAGE, WEIGHTS, SavedState
+from dalle_ds.parallel.checkpoint_layout import AVERAGE, WEIGHTS
+from dalle_ds.parallel.checkpoint_tensors import ENGINE_FILE
+from dalle_ds.parallel.saved_state import Put, SavedState, open_state
+from dalle_ds.recipe_yaml import read_yaml
 from dalle_ds.sampling.export_record import RECORD_FILE, ExportRecord
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
+from dalle_ds.storage.leftovers import remove_old_leftovers
 from dalle_ds.storage.names import DVAE_FILE, PRIOR_FILE, TOKENIZER_FILE
-from dalle_ds.storage.stored_tensors import StoredTensor
-from dalle_ds.storage.weights import open_weights, verified_fingerprint, write_weights
+from dalle_ds.storage.weights import PutPart, open_weights, pour_weights, verified_fingerprint
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
-from dalle_ds.training.prior.parity import prove_parity
+from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 from dalle_ds.training.prior.state import PriorAbout
 from dalle_ds.training.prior.throughput import peak_gigabytes
 
 log = logging.getLogger(__name__)
 
+READING_THREADS = 8
+"""State files read at the same time. On s3:// each takes up to 200 MB of memory."""
 MAX_FILE_BYTES = 5 * 10**9
 """A larger model is split into several files. 5 GB is common: some file systems and object stores limit one upload to it."""
 
@@ -50,11 +54,12 @@ def export_checkpoint(
         The export's url, parts of its record, the parity result (None without `ema`), its size and the peak memory.
 
     Raises:
-        DataError: there is no such checkpoint, its files do not match each other, or the exported model does not reproduce
-            the losses that the engine computed at the save.
+        DataError: there is no such checkpoint, a file of it has changed, its files do not match each other, or the exported
+            model does not reproduce the losses that the engine computed at the save.
         FingerprintMismatch: tokenizer or dVAE of the data set are not those that the run was trained with.
     """
-    checkpoint = CheckpointStore(_checkpoint_folder(str(run_folder)), PriorAbout, keep=1).find(tag)
+    checkpoints = CheckpointStore(_checkpoint_folder(str(run_folder)), PriorAbout, keep=1)
+    checkpoint = checkpoints.find(tag)
     about = checkpoint.about
     sets = [objects.absolute(one.dataset) for one in about.sets]
     dataset = sets[0]
@@ -62,19 +67,42 @@ def export_checkpoint(
     tokenizer, dvae = CaptionTokenizer(inputs[TOKENIZER_FILE]), verified_fingerprint(inputs[DVAE_FILE], "dvae")
     for name, expected, found in ((TOKENIZER_FILE, about.tokenizer, tokenizer.fingerprint), (DVAE_FILE, about.dvae, dvae)):
         require_same(f"{name} of data set {dataset}", expected, found, "The run was trained with the expected one.")
-    state = _weights(checkpoint, ema)
-    n_bytes = sum(tensor.nbytes for tensor in state.values())
+    checkpoints.require_whole(checkpoint, [ENGINE_FILE, PARITY_FILE])
+    saved = _open_state(checkpoint)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in saved.shapes.items()}
+    kind = AVERAGE if ema else WEIGHTS
+    ranges = {kind: {name: (0, tensor.numel()) for name, tensor in tensors.items()}}
+    read = saved.files_with(ranges)
 
-    # config.json is deleted first and written last: without it, a partly written folder does not count as an export
-    objects.delete(objects.join(out, RECORD_FILE))
-    model = objects.join(out, PRIOR_FILE)
-    with progress(total=n_bytes, what="export", unit="B", unit_scale=True) as bar:
-        fingerprint = write_weights(
-            model, kind="prior", config=about.model.model_dump(), state=state, max_file_bytes=max_file_bytes, wrote=bar.update
-        )
+    def pour(put: PutPart) -> None:
+        def take(of: str, name: str, _dtype: torch.dtype) -> Put | None:
+            return (lambda at, values: put(name, at, values.float())) if of == kind else None
+
+        # each file is verified while it is read, since the parity check would not notice a changed low bit of a weight
+        saved.pour(ranges, take, threads=READING_THREADS, read=bar.update)
+        # config.json is deleted before a file of the model is replaced, and written last: without it, a partly written folder
+        # does not count as an export
+        objects.delete(objects.join(out, RECORD_FILE))
+
+    remove_old_leftovers(out)
+    model, n_bytes = objects.join(out, PRIOR_FILE), sum(tensor.nbytes for tensor in tensors.values())
+    n_read = sum(file.bytes for name, file in checkpoint.data_files.items() if name in read)
+    try:
+        with progress(total=n_read + n_bytes, what="export", unit="B", unit_scale=True) as bar:
+            fingerprint = pour_weights(
+                model,
+                kind="prior",
+                config=about.model.model_dump(),
+                tensors=tensors,
+                pour=pour,
+                max_file_bytes=max_file_bytes,
+                hashed=bar.update,
+            )
+    except Damaged as error:
+        raise checkpoints.refusal(checkpoint, str(error)) from None
     parity = _parity(checkpoint, model) if ema else None  # checkpoints hold losses of the EMA weights only
     record = ExportRecord(
-        format=2,
+        format=3,
         fingerprint=fingerprint,
         dvae=about.dvae,
         tokenizer=about.tokenizer,
@@ -104,29 +132,33 @@ def export_checkpoint(
 def _checkpoint_folder(run_folder: str) -> str:
     if objects.is_s3(run_folder):
         return run_folder
-    with suppress(FileNotFoundError):  # the merged recipe in the run folder
-        recipe = yaml.safe_load(Path(run_folder, "recipe.yaml").read_text(encoding="utf-8"))
+    file = Path(run_folder, "recipe.yaml")  # the merged recipe of the run
+    if file.exists():
+        recipe = read_yaml(file)
         if "prior" not in recipe:
             raise DataError(
                 f"{run_folder} is not the folder of a prior run: its recipe.yaml has the sections {', '.join(recipe)}, "
                 "expected `prior`"
             )
-        if folder := recipe["prior"]["checkpoint"]["folder"]:
-            return folder
+        try:
+            folder = recipe["prior"]["checkpoint"]["folder"]
+        except (KeyError, TypeError):
+            raise DataError(f"{file} is not the recipe of a prior run: it lacks prior.checkpoint.folder") from None
+        if folder:
+            return str(folder)
     return objects.join(run_folder, "checkpoints")
 
 
-def _weights(checkpoint: Checkpoint[PriorAbout], ema: bool) -> dict[str, StoredTensor]:
-    """Return the stored weights, not yet read. Raises DataError if their names or shapes are not those of the model."""
+def _open_state(checkpoint: Checkpoint[PriorAbout]) -> SavedState:
+    """Open the state. Raises DataError if names or shapes of its tensors are not those of the model."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Prior(checkpoint.about.model).named_parameters()}
-    tensors = SavedState(checkpoint.data).of_kind(AVERAGE if ema else WEIGHTS)
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != shapes:
-        different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    saved = open_state(checkpoint.data, checkpoint.data_files)
+    if saved.shapes != shapes:
+        different = sorted(n for n in shapes.keys() | saved.shapes.keys() if shapes.get(n) != saved.shapes.get(n))
         named = ", ".join(different[:5])
         raise DataError(f"the tensors of {checkpoint.url} do not match the model of its checkpoint.json: {named} differ")
-    return tensors
+    return saved
 
 
 def _parity(checkpoint: Checkpoint[PriorAbout], model: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.prior.build import read_engine_config
 from dalle_ds.training.prior.config import PriorRunConfig
-from dalle_ds.training.prior.state import PriorAbout, TrainedOn
+from dalle_ds.training.prior.state import PriorAbout, TrainedOn, saved_update
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PriorJob:
     """Description of the run for checkpoint.json. The MLflow run is added when a checkpoint is saved."""
     checkpoints: CheckpointStore[PriorAbout]
     newest: Checkpoint[PriorAbout] | None
-    """Checkpoint to resume from. None for a new run."""
+    """Checkpoint to resume from, unless its tensors turn out to be damaged. None for a new run."""
     n_parameters: int
 
     @property
@@ -47,7 +47,8 @@ def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
         FingerprintMismatch: the data set was made with another dVAE or tokenizer than the recipe requires.
     """
     engine_config = read_engine_config(recipe, ranks)
-    train_set, validation_set = recipe.data.open("train"), recipe.data.open("validation")
+    files = ranks.once(recipe.data.read)
+    train_set, validation_set = recipe.data.open(files, "train"), recipe.data.open(files, "validation")
     info = train_set.info
     for what, expected, found in (("dVAE", recipe.data.dvae, info.dvae), ("tokenizer", recipe.data.tokenizer, info.tokenizer)):
         if expected is not None:
@@ -68,8 +69,8 @@ def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
         tokenizer=info.tokenizer,
         sets=tuple(_trained_on(train_set)),
     )
-    checkpoints = CheckpointStore(recipe.checkpoint_folder, PriorAbout, recipe.checkpoint.keep)
-    newest = checkpoints.newest(ranks)
+    checkpoints = CheckpointStore(recipe.checkpoint_folder, PriorAbout, recipe.checkpoint.keep, saved_update)
+    newest = checkpoints.candidate(ranks)
     if newest is not None:
         about.require_same_run(newest.about, newest.url)
     n_parameters = _count_parameters(model_config)

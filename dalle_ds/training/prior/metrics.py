@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 
 from PIL import Image
 from torch import Tensor
@@ -14,9 +15,10 @@ from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.step_timer import collective_share
 from dalle_ds.precision.resblock_scaling import ResblockGradScaler
-from dalle_ds.tracking.charts import gradient_scales, position_heatmap
+from dalle_ds.tracking.charts import MAX_POINTS, gradient_scales, position_heatmap
 from dalle_ds.tracking.tracker import NullTracker
 from dalle_ds.training.prior.config import PriorRunConfig
+from dalle_ds.training.prior.paper import Difference
 from dalle_ds.training.prior.state import TrainState
 from dalle_ds.training.prior.throughput import Throughput, known_peak_tflops, peak_gigabytes
 
@@ -24,12 +26,12 @@ log = logging.getLogger(__name__)
 
 SAMPLES = "samples"
 
-CHART_POINTS = 1000
-"""Maximum number of updates in the chart of gradient scales: more than its width in pixels."""
 
-
-def describe(run: PriorRunConfig, n_parameters: int, world_size: int) -> str:
-    """Describe the run and its main metrics in Markdown, for the run's MLflow page."""
+def describe(run: PriorRunConfig, n_parameters: int, world_size: int, different: Sequence[Difference]) -> str:
+    """Describe the run and its main metrics in Markdown, for the run's MLflow page. `different` compares it with the paper."""
+    told = "No setting differs from the paper's recipe"
+    if different:
+        told = f"Settings that differ from the paper's recipe (its value in brackets): {', '.join(map(str, different))}"
     lines = [
         f"Prior `{run.model.preset}` with {n_parameters / 1e6:.1f} million parameters: {run.updates} updates of "
         f"{run.global_batch} samples from `{run.data.sources}` on {world_size} ranks.",
@@ -43,9 +45,15 @@ def describe(run: PriorRunConfig, n_parameters: int, world_size: int) -> str:
         "not near 0, training waits for its data.",
         "- the images `samples/validation` and `loss/by_position`, by update.",
         "",
-        "The parameters listed are those that affect the result and differ from the paper's recipe. All settings are in "
-        "`recipe.yaml` and `deepspeed.json` under *Artifacts*.",
+        f"{told}. What no setting changes is in `launchers/REPRODUCE.md`, *What is known to differ from the paper*. All "
+        "settings are in `recipe.yaml` and `deepspeed.json` under *Artifacts*.",
     ]
+    if run.tracking.samples_every and run.tracking.scene_captions:
+        lines.insert(
+            -2,
+            "- `scenes/seen/mean` and `scenes/zero_shot/mean`, if the data are drawn scenes: share of the samples that show "
+            "what their caption says, for combinations that training sees and for those that it never sees.",
+        )
     if run.tracking.samples_every:
         lines += ["", f"![Newest samples](get-artifact?path=latest_images%2F{SAMPLES}.png&run_uuid=RUN_ID)"]
     return "\n".join(lines)
@@ -69,8 +77,9 @@ class PriorMetrics:
         ranks = engine.ranks
         peak = recipe.tracking.peak_tflops or known_peak_tflops(ranks.device)
         self._throughput = Throughput(model_config, recipe.global_batch, peak * ranks.world_size if peak else None)
-        self._scale_history: list[tuple[int, list[float]]] = []
-        self._n_scales, self._scale_stride = 0, 1
+        # a deep prior has 128 of 150 metrics in its blocks: MLflow gets as many points of them as a chart shows
+        self._blocks_every = self._every * -(-recipe.updates // (self._every * MAX_POINTS))
+        self._scale_history: list[tuple[int, dict[str, float]]] = []
         self._at_limits: dict[str, str] = {}
         self._moments, self._optimizer_bytes = recipe.optimizer.moments, 0.0
         self.bar = progress(total=recipe.updates, initial=state.update, what="prior", unit="update", enabled=self._is_main)
@@ -126,9 +135,15 @@ class PriorMetrics:
         if report.loss_scale is not None:
             values["optimizer/loss_scale"] = report.loss_scale
         if self._engine.scaler:
-            self._warn_of_limits(self._engine.scaler)
-            values |= {f"gradient_scale_log2/{name}": value for name, value in self._engine.scaler.log2_scales().items()}
-            self._keep_scales(state.update, self._engine.scaler.scale)
+            powers = self._engine.scaler.log2_scales()
+            self._warn_of_limits(self._engine.scaler, powers)
+            values |= {
+                "optimizer/lowest_gradient_scale_log2": min(powers.values()),
+                "optimizer/highest_gradient_scale_log2": max(powers.values()),
+            }
+            if state.update % self._blocks_every == 0:
+                values |= {f"gradient_scale_log2/{name}": power for name, power in powers.items()}
+                self._scale_history.append((state.update, powers))
         self._tracker.metrics(values, state.update)
         self.bar.set_postfix_str(
             f"image {report.image_loss:.3f} text {report.text_loss:.3f} skipped {state.n_skipped}", refresh=False
@@ -136,25 +151,31 @@ class PriorMetrics:
 
     def log_validation(self, text_loss: float, image_loss: float, nll_BN: Tensor) -> None:
         """Log the validation losses of the EMA weights, and a map of the image loss by grid position, from `nll_BN` of some
-        samples."""
+        samples. The tracker draws the charts; this call does not wait for them."""
         if not self._is_main:
             return
-        update, grid, scaler = self._state.update, self._grid, self._engine.scaler
+        update, grid = self._state.update, self._grid
         self._tracker.metrics({"loss/validation/text": text_loss, "loss/validation/image": image_loss}, update)
         log.info("update %d: validation image loss %.4f, text loss %.4f nats per token", update, image_loss, text_loss)
-        chart = position_heatmap(nll_BN.mean(0).view(grid, grid).numpy(), f"validation loss by position, update {update}")
-        self._tracker.image("loss/by_position", chart, update)
-        if scaler:
-            self.log_scales("gradient scales")
-            if len(self._scale_history) > 1:
-                updates, scales = zip(*self._scale_history, strict=True)
-                lines = dict(zip(scaler.names, zip(*scales, strict=True), strict=True))
-                self._tracker.image("optimizer/gradient_scales", gradient_scales(updates, lines), update)
+        title = f"validation loss by position, update {update}"
+        heatmap = partial(position_heatmap, nll_BN.mean(0).view(grid, grid).numpy(), title)
+        self._tracker.image("loss/by_position", heatmap, update)
+        self.log_scales("gradient scales")
+        if len(self._scale_history) > 1:
+            self._tracker.image("optimizer/gradient_scales", partial(_scales_chart, tuple(self._scale_history)), update)
 
-    def log_samples(self, sheet: Image.Image) -> None:
+    def log_samples(self, sheet: Callable[[], Image.Image]) -> None:
         """Log a sample sheet twice: by update among the charts, and as the newest sheet in the run's description."""
+        sheet = cache(sheet)
         self._tracker.image("samples/validation", sheet, self._state.update)
         self._tracker.image(SAMPLES, sheet)
+
+    def log_scores(self, scores: dict[str, float]) -> None:
+        """Log shares of right scenes by metric name, if there are any."""
+        if scores:
+            means = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if name.endswith("/mean"))
+            log.info("update %d: %s", self._state.update, means)
+            self._tracker.metrics(scores, self._state.update)
 
     def log_scales(self, what: str) -> None:
         """Write the smallest and the largest gradient scale to the log. `what` starts the line."""
@@ -169,18 +190,8 @@ class PriorMetrics:
             self._tracker.tags({"optimizer_bytes_per_parameter": round(self._optimizer_bytes, 4)})
             log.info("%s moments: %.2f bytes per parameter", self._moments, self._optimizer_bytes)
 
-    def _keep_scales(self, update: int, scale: Tensor) -> None:
-        """Keep the scales for the chart. A long run keeps fewer updates, at equal distances."""
-        self._n_scales += 1
-        if self._n_scales % self._scale_stride:
-            return
-        self._scale_history.append((update, scale.tolist()))
-        if len(self._scale_history) > CHART_POINTS:
-            del self._scale_history[::2]
-            self._scale_stride *= 2
-
-    def _warn_of_limits(self, scaler: ResblockGradScaler) -> None:
-        now, powers = scaler.at_limits(), scaler.log2_scales()
+    def _warn_of_limits(self, scaler: ResblockGradScaler, powers: Mapping[str, float]) -> None:
+        now = scaler.at_limits(powers)
         for name, limit in now.items():
             if self._at_limits.get(name) != limit:
                 log.warning(
@@ -192,3 +203,13 @@ class PriorMetrics:
                     powers[name],
                 )
         self._at_limits = now
+
+
+def _scales_chart(history: Sequence[tuple[int, dict[str, float]]]) -> Image.Image:
+    """Chart of gradient scales.
+
+    Args:
+        history: updates, each with the log2 of every block's scale.
+    """
+    updates, powers = zip(*history, strict=True)
+    return gradient_scales(updates, {name: [2.0 ** of_all[name] for of_all in powers] for name in powers[0]})

@@ -6,6 +6,7 @@ from typing import Any
 from dalle_ds.errors import ConfigError
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.optim.adamw import Master, Moments
+from dalle_ds.parallel.saved_state import open_state
 from dalle_ds.sampling.export_record import MlflowRun
 from dalle_ds.storage.record import Record
 
@@ -30,6 +31,11 @@ class TrainState:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def saved_update(folder: str) -> int:
+    """The update of the state in the folder of a checkpoint's files."""
+    return open_state(folder).state["client"]["train_state"]["update"]
 
 
 class TrainedOn(Record):

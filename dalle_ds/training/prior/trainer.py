@@ -6,42 +6,44 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
-from dalle_ds.errors import TrainingDiverged
+from dalle_ds.errors import DataError, TrainingDiverged
 from dalle_ds.models.presets import n_effective_parameters
 from dalle_ds.optim.ema import EMA
 from dalle_ds.optim.plateau import Plateau
 from dalle_ds.parallel.engine import UpdateReport
 from dalle_ds.parallel.failure_detection import limit_waiting
 from dalle_ds.parallel.ranks import Ranks
+from dalle_ds.parallel.saved_state import SavedState, open_state
 from dalle_ds.planning.memory import CHECKPOINT_BYTES, state_bytes
 from dalle_ds.recipes import flatten
 from dalle_ds.sampling.export_record import MlflowRun
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DVAE_FILE, TOKENIZER_FILE
+from dalle_ds.storage.record import unseal
 from dalle_ds.training.checkpoint import Checkpoint
 from dalle_ds.training.prior.build import build_engine
 from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.diagnosis import DivergenceMonitor, diagnose
 from dalle_ds.training.prior.job import PriorJob, check_job
 from dalle_ds.training.prior.metrics import PriorMetrics, describe
+from dalle_ds.training.prior.paper import differences
 from dalle_ds.training.prior.parity import PARITY_FILE
-from dalle_ds.training.prior.samples import SampleSheets
 from dalle_ds.training.prior.state import PriorAbout, TrainState
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
+
+if TYPE_CHECKING:
+    from dalle_ds.training.prior.samples import SampleSheets
 
 log = logging.getLogger(__name__)
 
 SUMMARY_FILE, DEEPSPEED_FILE = "summary.json", "deepspeed.json"
 PARITY_SAMPLES = 4
-COMPARED = ("updates", "global_batch", "seed", "model.", "optimizer.", "learning_rate.", "data.bpe_", "data.caption_")
-"""Prefixes of the settings that are logged as MLflow parameters if they differ from the defaults. All settings are in
-recipe.yaml. MLflow's page lists the parameters above each image, so a long list would push the images out of sight."""
 
 
 def train_prior(recipe: PriorRunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -54,20 +56,29 @@ def train_prior(recipe: PriorRunConfig, ranks: Ranks) -> dict[str, Any]:
         SystemExit(143): the run was asked to stop, and its state is saved.
     """
     recipe = recipe.on_ranks(ranks.world_size)
-    with open_run(recipe.folder, ranks, recipe.failure.collective_timeout) as run:
+    with open_run(recipe.folder, ranks, recipe.failure.collective_timeout, recipe.checkpoint_folder) as run:
         job = check_job(recipe, ranks)
-        if job.newest is not None and job.is_finished:
-            return _summary_of_finished(run, job.newest)
+        job.checkpoints.before_commit = run.require_locks
+        if job.is_finished and (newest := job.checkpoints.newest(ranks)) == job.newest and newest is not None:
+            summary = ranks.from_main(_summary_of(run.folder, newest.update) if ranks.is_main else None)
+            if summary is not None:
+                log.info("%s is finished: %d updates; nothing to do", run.folder, newest.update)
+                run.end_again(recipe.tracking, [SUMMARY_FILE])
+                return {**summary, "resumed_at": newest.update}
         return PriorTrainer(run, job).train()
 
 
-def _summary_of_finished(run: TrainingRun, last: Checkpoint[PriorAbout]) -> dict[str, Any]:
-    """Return the summary of a run that is already finished. Works at any number of ranks."""
-    if run.ranks.is_main:
-        log.info("%s is finished: %d updates; nothing to do", run.folder, last.update)
-    path = run.folder / SUMMARY_FILE
-    known = json.loads(path.read_text()) if path.exists() else {"updates": last.update, "checkpoint": last.url}
-    return {**known, "resumed_at": last.update}
+def _summary_of(folder: Path, update: int) -> dict[str, Any] | None:
+    """Read the summary of a run that ended at this update. None if it is missing, damaged, or of another update: the run was
+    killed between its last checkpoint and its summary."""
+    try:
+        summary = unseal((folder / SUMMARY_FILE).read_bytes(), folder / SUMMARY_FILE)
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        log.warning("%s; it is written again", error)
+        return None
+    return summary if summary.get("updates") == update else None
 
 
 class PriorTrainer:
@@ -79,31 +90,23 @@ class PriorTrainer:
         per_parameter = CHECKPOINT_BYTES + state_bytes(config, recipe.optimizer.moments).moments
         self.checkpoints.check_disk_space(job.n_parameters * (per_parameter + recipe.replicas.checkpoint_bytes), ranks)
         self.validation, self.parity_batch = self._validation_batches()
-        self.stream = TokenStream(
-            job.train_set,
-            text_len=config.text_len,
-            global_batch=recipe.global_batch,
-            micro_batch=recipe.micro_batch,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=recipe.seed,
-            bpe_dropout=recipe.data.bpe_dropout,
-            caption_dropout=recipe.data.caption_dropout,
-            start_update=job.newest.update if job.newest else 0,
-            prefetch=recipe.data.prefetch,
-        )
-        self.engine = build_engine(recipe, config, job.engine_config, ranks)
+        self.stream = self._stream_from(job.newest.update if job.newest else 0)  # early, since it checks the recipe
+        self.engine = build_engine(recipe, config, job.engine_config, ranks, initialised=job.newest is None)
         limit_waiting(recipe.failure.collective_timeout)  # again, for the process groups that the engine made
         self.ema = EMA(self.engine.shards(), recipe.ema, device="cpu", background=True)
-        self.plateau = Plateau(recipe.learning_rate.plateau) if recipe.learning_rate.plateau else None
+        plateau = recipe.learning_rate.plateau
+        self.plateau = Plateau(plateau, recipe.updates) if plateau else None
         self.divergence = DivergenceMonitor(recipe.failure)
-        self.state = TrainState() if job.newest is None else self._restore(job.newest)
+        self.state = TrainState() if job.newest is None else self._restore()
+        if job.newest is not None and self.state.update != job.newest.update:  # that checkpoint was damaged
+            self.stream.close()
+            self.stream = self._stream_from(self.state.update)
         self.resumed_at, self.watch = self.state.update, Stopwatch(self.state.seconds)
         self._start_tracking()
         self.metrics = PriorMetrics(recipe, config, self.engine, self.stream, self.state, run.tracker)
-        is_drawing = ranks.is_main and recipe.tracking.samples_every is not None
-        self.sheets = SampleSheets(config, job.train_set.sets[0], ranks.device) if is_drawing else None
+        self.sheets = self._sample_sheets() if ranks.is_main and recipe.tracking.samples_every is not None else None
         self.last_validation: dict[str, float] = {}
+        self.last_scores: dict[str, float] = {}
 
     # ---- the loop --------------------------------------------------------------------------------------------------------
 
@@ -111,7 +114,7 @@ class PriorTrainer:
         """Do the remaining updates. Returns the summary."""
         state, updates = self.state, self.recipe.updates
         with self.metrics.bar, self.stream:
-            if state.update == 0:
+            if state.update == 0 or state.update >= updates:  # the latter: killed after its last checkpoint, before the end
                 self.validate()
                 self.draw_samples()
             while state.update < updates:
@@ -124,7 +127,7 @@ class PriorTrainer:
                 state.advance(report.took_step, self.watch.seconds)
                 if report.took_step:
                     self.watch_plateau(report.loss)
-                    self.average_weights()
+                self.average_weights()
                 self.metrics.log(report, lr)
                 if self.checkpoints.is_open and not report.saves_under_way:
                     self.checkpoints.finish(self.ranks)
@@ -157,18 +160,21 @@ class PriorTrainer:
         return (self.is_due(self.recipe.checkpoint.every) or report.stop_requested) and math.isfinite(report.loss)
 
     def watch_plateau(self, loss: float) -> None:
-        """Call after a step. Halves the learning rate if the training loss has stopped falling (paper, appendix B.2)."""
+        """Call after a step. Halves the learning rate if the training loss has flattened (paper, appendix B.2)."""
         update = self.state.update
         if self.plateau and update > self.recipe.learning_rate.warmup_updates and self.plateau.observe(update, loss):
             log.info(
-                "update %d: the training loss has stopped falling (smoothed %.4f): learning rate halved (%d times so far)",
+                "update %d: the training loss has flattened: learning rate halved (%d times so far)",
                 update,
-                self.plateau.state.smoothed,
                 len(self.plateau.state.halvings),
             )
 
     def average_weights(self) -> None:
-        """Call after a step. Updates the EMA if this update is a multiple of `ema.every`."""
+        """Call after every update. Updates the EMA if this update is a multiple of `ema.every`.
+
+        A skipped update counts too: its weights are those of the update before. Otherwise a skip now and then, at 1 of 25
+        updates, would lose 1 of 25 averagings.
+        """
         if self.state.update % self.recipe.ema.every == 0:
             self.ema.update(self.engine.shards())
 
@@ -182,13 +188,17 @@ class PriorTrainer:
         self.metrics.log_validation(text_loss, image_loss, nll_BN)
 
     def draw_samples(self) -> None:
-        """Log a sheet of samples from the EMA weights, if `tracking.samples_every` is set."""
+        """Log a sheet of samples from the EMA weights, and scores of scenes, if `tracking.samples_every` is set."""
         if self.recipe.tracking.samples_every is None:
             return
         with self._with_ema():
             weights = self.engine.whole_weights()
         if self.sheets is not None and weights is not None:
-            self.metrics.log_samples(self.sheets.draw(weights, self.state.update))
+            prior = self.sheets.prior(weights)
+            self.metrics.log_samples(self.sheets.draw(prior, self.state.update))
+            if self.state.update:  # an untrained prior draws no scene
+                self.last_scores = self.sheets.scores(prior)
+                self.metrics.log_scores(self.last_scores)
 
     def give_up(self, reason: str, batch: Sequence[TokenBatch], lr: float) -> NoReturn:
         """Diagnose the batch, then raise TrainingDiverged with the result."""
@@ -212,11 +222,12 @@ class PriorTrainer:
             "seconds": round(self.state.seconds, 1),
             "checkpoint": objects.join(self.checkpoints.url, checkpoints[-1]) if checkpoints else None,
             **self.last_validation,
+            **self.last_scores,
             "data_wait_seconds": round(self.stream.wait_seconds, 2),
             "n_parameters": self.job.n_parameters,
         }
         if self.ranks.is_main:
-            self.run.tracker.artifact(self.run.write(SUMMARY_FILE, json.dumps(summary, indent=1)))
+            self.run.tracker.artifact(self.run.write_results(SUMMARY_FILE, summary))
         self.run.finished()
         return summary
 
@@ -250,8 +261,18 @@ class PriorTrainer:
         about = self.job.about.model_copy(update={"mlflow": mlflow})
         self.checkpoints.begin(self.state.update, write, about, self.ranks, background)
 
-    def _restore(self, checkpoint: Checkpoint[PriorAbout]) -> TrainState:
-        saved = self.engine.load(checkpoint.data, self.ema.averages)
+    def _restore(self) -> TrainState:
+        """Load the newest checkpoint that is whole: each rank reads its part once, and verifies it meanwhile."""
+        opened: list[SavedState] = []
+
+        def load(checkpoint: Checkpoint[PriorAbout]) -> list[str]:
+            self.job.about.require_same_run(checkpoint.about, checkpoint.url)
+            opened[:] = [open_state(checkpoint.data, checkpoint.data_files)]
+            return [f"{checkpoint.record.attempt}/{name}" for name in self.engine.read_state(opened[0], self.ema.averages)]
+
+        checkpoint = self.checkpoints.newest(self.ranks, load)
+        assert checkpoint is not None  # `check_job` has found one, and this run holds the lock of the folder
+        saved = self.engine.start_from(opened[0])
         self.ema.n_updates = saved["n_ema_updates"]
         if self.plateau and saved["plateau"]:
             self.plateau.load_state_dict(saved["plateau"])
@@ -274,12 +295,40 @@ class PriorTrainer:
         parity = validation_batches(samples, text_len=text_len, batch=n_parity, rank=0, world_size=1, limit=n_parity)
         return own, parity[0]
 
+    def _sample_sheets(self) -> "SampleSheets":
+        from dalle_ds.training.prior.samples import SampleSheets  # scipy, for one rank of all, and only if it draws
+
+        first_set, n_captions = self.job.validation_set.sets[0], self.recipe.tracking.scene_captions
+        return SampleSheets(self.job.model_config, first_set, self.ranks.device, n_captions)
+
+    def _stream_from(self, update: int) -> TokenStream:
+        """The training data of this rank from an update on. Raises ConfigError if the recipe does not fit the data."""
+        return TokenStream(
+            self.job.train_set,
+            text_len=self.job.model_config.text_len,
+            global_batch=self.recipe.global_batch,
+            micro_batch=self.recipe.micro_batch,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.recipe.seed,
+            bpe_dropout=self.recipe.data.bpe_dropout,
+            caption_dropout=self.recipe.data.caption_dropout,
+            start_update=update,
+            prefetch=self.recipe.data.prefetch,
+        )
+
     def _start_tracking(self) -> None:
         run, job, recipe, about = self.run, self.job, self.recipe, self.job.about
         if not self.ranks.is_main:
             return
-        world_size = self.ranks.world_size
+        world_size, sent = self.ranks.world_size, self.engine.replica_gradients
+        fractions = [dataset.info.validation_fraction for dataset in job.train_set.sets]
+        rank = sent.power_sgd.rank if sent and sent.power_sgd else None
+        different = differences(recipe, job.model_config, job.engine_config, world_size, fractions, rank)
+        # MLflow's page lists the parameters above each image: a long list, as of all sizes of a model, would push them out of
+        # sight.
         set_here = flatten(recipe.model_dump(mode="json", exclude_defaults=True))
+        of_model = {key: value for key, value in set_here.items() if key == "seed" or key.startswith("model.")}
         run.start_tracking(
             recipe,
             recipe.tracking,
@@ -295,8 +344,8 @@ class PriorTrainer:
                 "n_effective_parameters": n_effective_parameters(job.model_config),
                 "n_train_samples": job.train_set.n_samples,
             },
-            params={key: value for key, value in set_here.items() if key.startswith(COMPARED)},
-            text=describe(recipe, job.n_parameters, world_size),
+            params={one.key: one.here for one in different if not one.key.startswith("model.")} | of_model,
+            text=describe(recipe, job.n_parameters, world_size, different),
         )
         for dataset in about.sets:
             run.tracker.input_dataset("token_shards", dataset.dataset, dataset.data)

@@ -13,7 +13,7 @@ from dalle_ds.bench.fake_cuda.counts import Counts
 from dalle_ds.bench.fake_cuda.device import FakeGPU, fake_cuda
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
-from dalle_ds.optim.adamw import LowBitAdamW
+from dalle_ds.optim.adamw import ClippedAdamW
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.ranks import ALONE
@@ -25,6 +25,7 @@ from dalle_ds.training.clip.trainer import ClipTrainer
 from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.metrics import BATCH, measure
 from dalle_ds.training.dvae.trainer import DVAETrainer
+from dalle_ds.training.image_run import raw_data
 from dalle_ds.training.preemption import StopFlag
 from dalle_ds.training.run import TrainingRun
 from preprocessing.demo.drawn import draw
@@ -71,7 +72,7 @@ def _step(
         recompute_layers(prior)
     groups = decay_groups(prior.named_parameters(), 0.045, "low_bit" if low_bit else "fp32")
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    optimizer = LowBitAdamW(groups, lr=1e-4) if low_bit else torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    optimizer = ClippedAdamW(groups, lr=1e-4, moments="low_bit" if low_bit else "fp32")
     text_BT = torch.empty(n_samples, config.text_len - 1, dtype=torch.int64, device=gpu.device)
     image_BN = torch.empty(n_samples, config.n_image, dtype=torch.int64, device=gpu.device)
     with gpu.counting() as step, gpu.measuring_peak() as peak:
@@ -125,7 +126,7 @@ def dvae_update(folder: str) -> Found:
         optimizer={"clip": 1.0},
     )
     with fake_cuda() as gpu:
-        trainer = DVAETrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", "lint")
+        trainer = DVAETrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", raw_data(run.data.raw))
         trainer._step(False)  # allocates the optimizer's state
         with gpu.counting() as update, gpu.measuring_peak() as peak:
             trainer._step(False)
@@ -145,7 +146,7 @@ def clip_update(folder: str) -> Found:
         precision="bf16",
     )
     with fake_cuda() as gpu:
-        trainer = ClipTrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", "lint")
+        trainer = ClipTrainer(TrainingRun(Path(run.folder), ALONE, StopFlag()), run, "lint", raw_data(run.data.raw))
         with gpu.counting() as counts:
             trainer._step(False)
         trainer.close()

@@ -30,6 +30,12 @@ def recipe(home: Path, name: str) -> DVAERunConfig:
     )
 
 
+def from_clusters(home: Path, name: str) -> DVAERunConfig:
+    """The same, but the codebook starts from clusters after six updates."""
+    settings = {**recipe(home, name).model_dump(), "updates": 10, "codebook_start": {"updates": 6, "cells": 1000}}
+    return DVAERunConfig(**settings)
+
+
 def trained(run: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Train without MLflow. Returns the report, and (update, loss, gradient norm, unusable images so far) of every update."""
     seen: list[tuple[int, float, float, float]] = []
@@ -49,4 +55,9 @@ def trained(run: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 if __name__ == "__main__":
     home = Path(sys.argv[1])
-    on_all_ranks(lambda ranks: {name: trained(recipe(home, name), ranks) for name in ("whole", "killed")}, as_json=True)
+
+    def runs(ranks: Ranks) -> dict[str, Any]:
+        done = {name: trained(recipe(home, name), ranks) for name in ("whole", "killed")}
+        return {**done, "clusters": trained(from_clusters(home, "clusters"), ranks)}
+
+    on_all_ranks(runs, as_json=True)

@@ -22,12 +22,14 @@ from dalle_ds.optim.build import OptimizerSettings
 from dalle_ds.optim.ema import EMA, EMAConfig
 from dalle_ds.optim.groups import decay_groups
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
-from dalle_ds.parallel.checkpoint_tensors import WEIGHTS, SavedState
+from dalle_ds.parallel.checkpoint_layout import WEIGHTS
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.engine_config import load_engine_config
 from dalle_ds.parallel.ranks import Ranks, join, leave
+from dalle_ds.parallel.saved_state import open_state
 from dalle_ds.parallel.zero_shards import fragments
 from dalle_ds.precision.resblock_scaling import ResblockGradScaler, ResblockScalingConfig
+from dalle_ds.storage.weights import open_weights, write_weights
 from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 
 CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, vocab_size=40, n_codes=32, conv_kernel=3)
@@ -114,6 +116,7 @@ def make_engine(
     adamw: OptimizerSettings = ADAMW,
     offload: Sequence[str] = (),
     shipped: str | None = None,
+    initialised: bool = True,
     **more: Any,
 ) -> PriorEngine:
     """Make an engine. `offload` lists "optimizer", "param" or both.
@@ -125,9 +128,8 @@ def make_engine(
     if shipped:
         path = DS_CONFIGS / shipped
     micro = GLOBAL_BATCH // ranks.world_size // accumulation
-    return PriorEngine(
-        CONFIG, load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP), adamw, ranks, seed=0
-    )
+    engine_config = load_engine_config(path, micro_batch=micro, accumulation=accumulation, clip=CLIP)
+    return PriorEngine(CONFIG, engine_config, adamw, ranks, seed=0, initialised=initialised)
 
 
 def losses(
@@ -301,7 +303,9 @@ def save_and_load(
     if ranks.is_main:
         save_file({"text": text, "image": image, "image_nll": nll}, checkpoint / PARITY_FILE)
     ranks.barrier()
-    written = SavedState(checkpoint).of_kind(WEIGHTS)
+    model = folder / f"{name}-{ranks.rank}.safetensors"
+    write_weights(model, kind="prior", config={}, state=open_state(checkpoint).whole(WEIGHTS))
+    written = open_weights(model, "prior").tensors
     proof = prove_parity(checkpoint, CONFIG, written, fp16_branches=first.scaler is not None, dtype=weight_dtype)
     second = make_engine(folder, ranks, fp16, **how)
     note = second.load(checkpoint)["note"]

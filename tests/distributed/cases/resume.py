@@ -1,19 +1,22 @@
-"""Save on some number of ranks and load on another: resume.py save+load+store|load FOLDER."""
+"""Save on some number of ranks and load on another: resume.py save+load+store+damage|load FOLDER."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from dalle_ds.errors import UserError
 from dalle_ds.optim.ema import EMA, EMAConfig
+from dalle_ds.parallel.checkpoint_tensors import state_file
 from dalle_ds.parallel.engine import PriorEngine
 from dalle_ds.parallel.ranks import Ranks, join, leave
+from dalle_ds.parallel.saved_state import open_state
 from dalle_ds.storage.record import Record
-from dalle_ds.training.checkpoint import CheckpointStore
+from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from tests.distributed.cases import engine as engine_cases
 from tests.distributed.cases.engine import ADAMW, make_engine, micro_batches
 
@@ -49,6 +52,12 @@ def _average(engine: PriorEngine) -> EMA:
     return EMA(engine.shards(), EMAConfig(decay=0.5))
 
 
+def _empty(folder: Path, ranks: Ranks, case: str) -> PriorEngine:
+    """An engine to load a checkpoint into. Fails if initial weights are drawn."""
+    with patch("dalle_ds.parallel.sharded_model.initialise", side_effect=AssertionError("weights are drawn")):
+        return make_engine(folder, ranks, initialised=False, **CASES[case])
+
+
 def save(folder: Path, ranks: Ranks) -> dict[str, Any]:
     results = {}
     for case, options in CASES.items():
@@ -75,7 +84,7 @@ def load(folder: Path, ranks: Ranks) -> dict[str, Any]:
     results = {}
     pairs = [(case, case) for case in CASES]
     for source, target in [*pairs, *ACROSS_STAGES.items()] if ranks.world_size == 2 else pairs:
-        engine = make_engine(folder, ranks, **CASES[target])
+        engine = _empty(folder, ranks, target)
         average = _average(engine)
         assert engine.load(folder / source, average.averages) == {"note": source}
         results[f"{source} as {target}"] = _go_on(engine, average, ranks)
@@ -121,10 +130,43 @@ def store(folder: Path, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def damage(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """The newest checkpoint is damaged in the file that only rank 1 reads: all ranks go on from the one before."""
+    case, checkpoints = "zero3_fp16", CheckpointStore(folder / "damaged", Said, keep=2)
+    engine = make_engine(folder, ranks, **CASES[case])
+    average = _average(engine)
+    for update in (1, 2):
+        engine.update(micro_batches(update, ranks, 1), ADAMW.lr)
+        average.update(engine.shards())
+        checkpoints.begin(update, engine.snapshot({"note": update}, average.averages).write, Said(), ranks)
+        checkpoints.finish(ranks)
+    if ranks.is_main:
+        file = Path(checkpoints.find(None).data, state_file(1, 2))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    ranks.barrier()
+    engine = _empty(folder, ranks, case)
+    average, read, tried = _average(engine), [], []
+
+    def read_part(checkpoint: Checkpoint[Said]) -> list[str]:
+        tried.append(checkpoint.name)
+        read[:] = [open_state(checkpoint.data, checkpoint.data_files)]
+        return [f"{checkpoint.record.attempt}/{name}" for name in engine.read_state(read[0], average.averages)]
+
+    found = checkpoints.newest(ranks, read_part)
+    note = engine.start_from(read[0])["note"]
+    went_on = _go_on(engine, average, ranks)
+    other = _empty(folder, ranks, case)
+    other_average = _average(other)
+    other.load(found.data, other_average.averages)
+    return {"tried": tried, "note": note, "found": went_on, "expected": _go_on(other, other_average, ranks)}
+
+
 def main(actions: str, folder: Path) -> None:
     ranks = join()
     for action in actions.split("+"):
-        results = {"save": save, "load": load, "store": store}[action](folder, ranks)
+        results = {"save": save, "load": load, "store": store, "damage": damage}[action](folder, ranks)
         if ranks.is_main:
             (folder / f"{action}-{ranks.world_size}.json").write_text(json.dumps(results))
     leave()

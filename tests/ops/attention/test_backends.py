@@ -21,12 +21,15 @@ GEOMETRIES = [(6, 4, 3), (3, 5, 5), (2, 8, 11), (5, 8, 5), (1, 1, 3), (4, 16, 11
 FULL = [(256, 32, 11)]
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("pattern", list(Pattern))
 @pytest.mark.parametrize("geometry", GEOMETRIES + FULL)
-def test_structured_equals_dense_in_fp32(pattern: Pattern, geometry: tuple[int, int, int]) -> None:
+def test_structured_equals_dense_in_fp32_and_fp64(
+    pattern: Pattern, geometry: tuple[int, int, int], dtype: torch.dtype, limit: float
+) -> None:
     mask = SparseMask(pattern, *geometry)
-    errors = errors_against_dense(attention_backend("structured", mask, CPU), mask, 3, 16, torch.float32, CPU)
-    assert errors["out"][0] < 1e-6 and errors["grad"][0] < 1e-6
+    errors = errors_against_dense(attention_backend("structured", mask, CPU), mask, 3, 16, dtype, CPU)
+    assert errors["out"][0] < limit and errors["grad"][0] < limit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -39,6 +42,17 @@ def test_structured_is_as_exact_as_dense_in_16_bits(
     errors = errors_against_dense(attention_backend("structured", mask, CPU), mask, 2, 64, dtype, CPU)
     for ours, dense in errors.values():
         assert ours <= 1.4 * dense  # merging the two parts rounds once more than dense attention
+
+
+@pytest.mark.parametrize("pattern", list(Pattern))
+def test_short_training_in_bf16_is_as_exact_as_the_flash_kernel(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = SparseMask(pattern, 30, 8, 5)
+    kept = errors_against_dense(DenseAttention(mask, CPU), mask, 2, 64, torch.bfloat16, CPU, batch=2)
+    monkeypatch.setattr("dalle_ds.ops.attention.dense.SHORT", 0)
+    flash = errors_against_dense(DenseAttention(mask, CPU), mask, 2, 64, torch.bfloat16, CPU, batch=2)
+    assert kept != flash  # both ways ran
+    for name in ("out", "grad"):
+        assert kept[name][0] <= 1.4 * flash[name][0]
 
 
 @pytest.mark.parametrize("pattern", list(Pattern))
@@ -64,8 +78,6 @@ def test_no_backend_sees_the_future(pattern: Pattern, name: str) -> None:
     mask = SparseMask(pattern, 5, 4, 3)
     backend, seen = attention_backend(name, mask, CPU), mask.dense()
     q, k, v = torch.randn(3, 1, 2, mask.n_slots, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    if name == "structured":
-        q, k, v = q.float(), k.float(), v.float()
     before = backend(q, k, v)
     for slot in range(mask.n_slots):
         changed_k, changed_v = k.clone(), v.clone()

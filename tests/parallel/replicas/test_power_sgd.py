@@ -258,6 +258,38 @@ def test_1_6_9_is_near_fp32_and_half_its_bytes() -> None:
     assert low.errors["w"].dtype == torch.int16
 
 
+@pytest.mark.parametrize("norm", [0.1, 60.0, 600.0])
+def test_factors_of_steep_gradients_fit_the_wire(norm: float) -> None:
+    """Rank 1, all of the norm in one direction. Without scale constants, factors above 16 would be clamped."""
+    generator = torch.Generator().manual_seed(0)
+    steep = torch.randn(24, 1, generator=generator) @ torch.randn(1, 40, generator=generator)
+    steep *= norm / steep.norm()
+    scaled, unscaled = (
+        power_sgd({"w": whole(24, 40)}, rank=4, number_format="1-6-9", p_scale_power=power, q_scale_power=power)
+        for power in (-8, 0)
+    )
+    found = scaled.average({"w": steep.flatten()})["w"].view(24, 40)
+    assert (found - steep).norm() < 5e-3 * norm
+    clamped = unscaled.average({"w": steep.flatten()})["w"].view(24, 40)
+    assert ((clamped - steep).norm() > 0.05 * norm) == (norm > 16)
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**-20, 1.0])
+def test_factors_of_faint_gradients_keep_their_digits(scale: float) -> None:
+    """2^-20 is the size of gradients of 12 billion parameters."""
+    low, full = (power_sgd({"w": whole(12, 20)}, rank=4, number_format=name) for name in ("1-6-9", "fp32"))
+    gradient = gradients(1)[0] * 1e3 * scale
+    a, b = (sgd.average({"w": gradient.flatten()})["w"] for sgd in (low, full))
+    assert (a - b).norm() < 5e-3 * b.norm()
+
+
+def test_a_kept_gradient_is_sent_with_the_next() -> None:
+    first, second = gradients(2)
+    sgd = power_sgd({"w": whole(12, 20)}, rank=12)
+    sgd.keep("w", first.flatten())
+    torch.testing.assert_close(sgd.average({"w": second.flatten()})["w"].view(12, 20), first + second, rtol=1e-5, atol=1e-9)
+
+
 # ---- state and settings ------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +335,10 @@ def test_rank_follows_from_the_share_that_is_sent() -> None:
         ({"count": 2, "rank": 4}, "rank would be ignored: compression is none"),
         ({"count": 1, "compression": "power_sgd"}, "with count 1 no gradients go between replicas"),
         ({"count": 2, "compression": "power_sgd", "rank": 4, "sent_fraction": 0.2}, "set only one of them"),
+        (
+            {"count": 2, "compression": "power_sgd", "number_format": "fp32", "q_scale_power": -4},
+            "q_scale_power would be ignored: number_format is fp32",
+        ),
         ({"count": 0}, "greater than or equal to 1"),
     ],
 )

@@ -2,9 +2,11 @@
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
+from dalle_ds.data.images import MAX_PIXELS
 from preprocessing.configs import FilterConfig
-from preprocessing.filters.rules import caption_filters, image_filters, judge_caption, judge_image
+from preprocessing.filters.rules import Boilerplate, caption_filters, image_filters, judge_caption, judge_image
 from tests.support.images import encoded
 
 CONFIG = FilterConfig(min_letters=3, min_side=16)
@@ -106,10 +108,22 @@ def test_another_language_can_be_asked_for_or_all() -> None:
 )
 def test_pictures(size: tuple[int, int], reason: str | None) -> None:
     data = encoded(Image.new("RGB", size))
-    assert judge_image(data, image_filters(CONFIG), max_pixels=50_000) == reason
+    assert judge_image(data, image_filters(CONFIG), max_pixels=50_000).reason == reason
 
 
 def test_unreadable_pictures() -> None:
     data = encoded(Image.effect_noise((64, 64), 50))
-    for broken in (b"", data[:100], b"<html>not found</html>"):
-        assert judge_image(broken, image_filters(CONFIG), CONFIG.max_pixels) == "unreadable"
+    for broken, reason in ((b"", "unreadable"), (data[:100], "truncated"), (b"<html>not found</html>", "unreadable")):
+        assert judge_image(broken, image_filters(CONFIG), CONFIG.max_pixels).reason == reason
+
+
+@pytest.mark.parametrize("caption", [f"may1{' ' * 10**6}x", f"may1{' ' * 10**6},{' ' * 10**6}x", f"mon{' ' * 10**6}x"])
+def test_boilerplate_is_found_in_linear_time(caption: str) -> None:
+    # With a quadratic expression, the test runs into the time limit of all tests: 100,000 spaces took 40 s.
+    assert Boilerplate(0.7)(caption) is None
+
+
+def test_no_limit_on_pixels_exceeds_that_of_the_readers() -> None:
+    assert FilterConfig(max_pixels=MAX_PIXELS).max_pixels == MAX_PIXELS
+    with pytest.raises(ValidationError, match=f"{MAX_PIXELS + 1}: expected at most {MAX_PIXELS}"):
+        FilterConfig(max_pixels=MAX_PIXELS + 1)

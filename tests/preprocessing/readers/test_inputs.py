@@ -1,5 +1,6 @@
 """Inputs of ingest other than image folders: tars, img2dataset's output, parquet files; on disk and on S3."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
 from preprocessing.configs import ColumnsConfig, IngestConfig, VerifyConfig
 from preprocessing.demo.drawn import draw
+from preprocessing.readers import parquet
+from preprocessing.readers.listing import list_input
 from preprocessing.stages import ingest, verify
 from tests.data.test_raw import write_tar
 from tests.support.images import encoded
@@ -165,21 +168,31 @@ def test_parquet_of_bytes(any_root: str, tmp_path: Path) -> None:
         ("struct", pa.array([{"bytes": image(i), "path": None} for i in range(3)])),
         ("large", pa.array([image(i) for i in range(3)], pa.large_binary())),
         ("dictionary", pa.array([image(i) for i in range(3)], pa.binary()).dictionary_encode()),
+        ("view", pa.array([image(i) for i in range(3)], pa.binary_view())),
+        ("list", pa.array([[image(i)] for i in range(3)], pa.list_(pa.binary()))),
+        ("structs", pa.array([[{"bytes": image(i), "path": "x"}] for i in range(3)])),
     ],
 )
 def test_spellings_of_a_image_column(tmp_path: Path, name: str, column: pa.Array) -> None:
     file = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"pixels": column, "title": pa.array(["first one", "second one", "third one"])}), file)
     with pytest.raises(DataError, match=r"the columns are \['pixels', 'title'\]; expected one of \['image', "):
-        list(ingest.list_parts(str(file), ColumnsConfig())[0].samples())
-    columns = {"image": ["pixels"], "caption": ["title"]}
+        list(ingest.list_parts(list_input(str(file)), ColumnsConfig())[0].samples())
+    columns = {"image": "pixels", "caption": ["title"]}
     run(file, tmp_path / "out", columns=columns)
     assert {key: s.image for key, s in samples(str(tmp_path / "out")).items()} == {
         f"{name}/{i:08d}": image(i) for i in range(3)
     }
     with pytest.raises(DataError, match="column 'n' has the type int64; expected bytes or text"):
         pq.write_table(pa.table({"n": [1], "caption": ["x"]}), tmp_path / "n.parquet")
-        list(ingest.list_parts(str(tmp_path / "n.parquet"), ColumnsConfig(image=("n",)))[0].samples())
+        list(ingest.list_parts(list_input(str(tmp_path / "n.parquet")), ColumnsConfig(image=("n",)))[0].samples())
+
+
+def test_a_column_that_stands_twice_is_named(tmp_path: Path) -> None:
+    columns = [pa.array([image(0)]), pa.array(["first"]), pa.array(["second"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "caption", "caption"]), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="twice.parquet: column 'caption' stands 2 times; expected it once"):
+        list(ingest.list_parts(list_input(str(tmp_path / "twice.parquet")), ColumnsConfig())[0].samples())
 
 
 def test_rows_of_a_parquet_file_that_cannot_be_samples(tmp_path: Path) -> None:
@@ -212,7 +225,101 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
     assert shards == {"00000": 12, "00001": 1, "00002": 1, "00003": 1}
 
 
-@pytest.mark.parametrize("name", ["12b", "tiny"])
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.list_(pa.dictionary(pa.int8(), pa.string()))]
+)
+def test_a_list_of_captions_is_drawn_from(tmp_path: Path, kind: pa.DataType) -> None:
+    captions = [["first one", "first again", "first once more"], ["second"], [], None, [None], ["", "third one"]]
+    column = pa.array(captions, pa.list_(pa.string())).cast(kind)
+    write_parquet(tmp_path / "a.PARQUET", 6, caption=pa.nulls(6)).unlink()
+    pq.write_table(pa.table({"jpg": [image(i) for i in range(6)], "TEXT": column}), tmp_path / "a.PARQUET")
+    assert run(tmp_path, tmp_path / "out")["dropped"] == {"no caption": 3}
+    found = samples(str(tmp_path / "out"))
+    assert found["a/00000000"].caption in captions[0]
+    assert [found[f"a/0000000{row}"].caption for row in (1, 5)] == ["second", "third one"]
+
+
+def test_views_of_text(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", 3, caption=pa.array([f"view number {i}" for i in range(3)], pa.string_view()))
+    run(tmp_path, tmp_path / "out")
+    assert sorted(sample.caption for sample in samples(str(tmp_path / "out")).values()) == [
+        f"view number {i}" for i in range(3)
+    ]
+
+
+def test_a_column_that_unpacks_to_far_more_is_counted_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [image(0, "JPEG"), bytes(64 << 20), image(2, "JPEG")]
+    table = pa.table({"image": pa.array(rows, pa.binary()), "caption": ["the first", "a bomb", "the third"]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="zstd")
+    monkeypatch.setattr(parquet, "FREE_BYTES", 1 << 20)
+    assert run(tmp_path / "a.parquet", tmp_path / "out")["dropped"] == {"too large": 1}
+    assert sorted(samples(str(tmp_path / "out"))) == ["a/00000000", "a/00000002"]
+
+
+def test_large_images_are_read_few_at_a_time() -> None:
+    class Chunk:
+        path_in_schema, has_dictionary_page = "image.bytes", False
+        total_uncompressed_size = total_compressed_size = 1000 * 16 * 2**20
+
+    class Group:
+        num_rows, num_columns = 1000, 1
+
+        def column(self, number: int) -> type[Chunk]:
+            return Chunk
+
+    assert parquet._batch_rows(Group(), {"image"}) == ("", 4)
+
+
+def test_tars_and_parquet_files_in_one_folder_are_both_read(tmp_path: Path) -> None:
+    folder = img2dataset_output(tmp_path / "in")  # its logs have columns without images
+    (folder / "00001_stats.json").unlink()
+    write_parquet(folder / "more.parquet", 2)
+    write_parquet(folder / "00000" / "0.parquet", 1)
+    (folder / "gone.tar").symlink_to("nothing.tar")
+    os.mkfifo(folder / "pipe.tar")
+    (folder / "more.tar.br").write_bytes(b"?")
+    summary = run(folder, tmp_path / "out")
+    assert (summary["inputs"], summary["dropped"]) == (
+        6 + 2 + 1 + 3,
+        {"empty caption": 1, "broken link": 1, "not a regular file": 1, "unsupported archive": 1},
+    )
+    assert {key.rpartition("/")[0] for key in samples(str(tmp_path / "out"))} == {"00000", "00001", "more", "00000/0"}
+
+
+def test_endings_in_any_case_and_compressed_tars(tmp_path: Path) -> None:
+    members = [("0.png", image(0)), ("0.txt", b"an image")]
+    whole = write_tar(tmp_path / "in" / "A.TAR", members).read_bytes()
+    (tmp_path / "in" / "b.tar.gz").write_bytes(gzip.compress(whole))
+    (tmp_path / "in" / "b.parquet").write_bytes(b"rubbish")
+    assert run(tmp_path / "in", tmp_path / "out")["dropped"] == {"damaged shard": 1}
+    found = samples(str(tmp_path / "out"))
+    assert len(found) == 2 and "A/0" in found  # b.tar.gz and b.parquet get distinct names
+    assert run(tmp_path / "in" / "b.tar.gz", tmp_path / "one")["samples"] == 1
+
+
+def test_keys_that_grow_too_long_are_cut_and_stay_distinct(tmp_path: Path) -> None:
+    members = [(f"{'k' * 195}{i}.{kind}", data) for i in range(3) for kind, data in (("png", image(i)), ("txt", b"an image"))]
+    write_tar(tmp_path / "in" / "shard-000000.tar", members)
+    write_parquet(tmp_path / "in" / ("p" * 220 + ".parquet"), 2)
+    assert run(tmp_path / "in", tmp_path / "out")["dropped"] == {}
+    found = samples(str(tmp_path / "out"))
+    assert len(found) == 5 and all(len(key) <= 200 for key in found)
+    assert all(sample.group == key for key, sample in found.items())
+
+
+def test_what_is_no_input_is_told_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"no images among its 1 files \(1 .zip\); expected"):
+        run(tmp_path, tmp_path / "out")
+    with pytest.raises(DataError, match=r"is one file; expected a folder, or a file ending in .tar, .tar.gz, "):
+        run(tmp_path / "images.zip", tmp_path / "out")
+    write_parquet(tmp_path / "a.parquet", 1)
+    (tmp_path / "b.png").write_bytes(image(1))
+    with pytest.raises(DataError, match="contains both parquet files and loose images"):
+        run(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["12b", "emoji"])
 def test_recipes_fit(name: str) -> None:
     filters = load_recipe(IngestConfig, Path(__file__).parents[3] / "launchers" / "recipes" / f"{name}.yaml").filters
     assert (filters.min_aspect, filters.max_aspect, filters.language) == (0.5, 2, "en")  # as in the paper

@@ -7,42 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from dalle_ds.data.raw import Dropped, RawShard, list_raw_shards, read_raw_shard
+from dalle_ds.data.manifest import DatasetInfo
+from dalle_ds.data.raw import Dropped, RawShard, list_raw_shards, read_drop_list, read_raw_shard
 from dalle_ds.errors import DataError
+from dalle_ds.evaluation.image_sets import open_images
+from dalle_ds.storage import objects
 from preprocessing.configs import DuplicatesConfig, IngestConfig, VerifyConfig
 from preprocessing.demo.drawn import draw
-from preprocessing.encoding.encode_shard import _require_health, identity_of
+from preprocessing.encoding.encode_shard import EncodeJob, _require_health, identity_of
+from preprocessing.filters.perceptual_hash import NOT_COMPARED, perceptual_hash
 from preprocessing.stages import duplicates, ingest, verify
-from preprocessing.stages.duplicates import NOT_COMPARED, find_duplicates, perceptual_hash
-
-
-def plain_twin(hashes: list[int], n_against: int, max_distance: int) -> list[int]:
-    """The definition: compare each image with all kept images before it."""
-    earlier = [-1] * len(hashes)
-    for i in range(n_against, len(hashes)):
-        kept = (j for j in range(i) if earlier[j] < 0 and NOT_COMPARED not in (hashes[i], hashes[j]))
-        earlier[i] = next((j for j in kept if (hashes[i] ^ hashes[j]).bit_count() <= max_distance), -1)
-    return earlier
-
-
-@pytest.mark.parametrize("max_distance", [0, 1, 3, 7])
-@pytest.mark.parametrize("n_against", [0, 40])
-def test_banding_finds_what_all_pairs_find(max_distance: int, n_against: int) -> None:
-    rng = np.random.default_rng(max_distance)
-    centres = rng.integers(1, 2**64, 30, dtype=np.uint64)
-    hashes = [int(centre) for centre in rng.choice(centres, 300)]
-    for i in range(300):  # copies at different distances, and some images with too little contrast
-        for bit in rng.integers(0, 64, rng.integers(0, 8)):
-            hashes[i] ^= 1 << int(bit)
-        if i % 17 == 0:
-            hashes[i] = NOT_COMPARED
-    found = find_duplicates(np.array(hashes, np.uint64), n_against, max_distance)
-    # If several kept images are close, any of them may be returned; the dropped images and the reasons are unique.
-    expected = plain_twin(hashes, n_against, max_distance)
-    assert [i >= 0 for i in found] == [i >= 0 for i in expected]
-    assert [0 <= i < n_against for i in found] == [0 <= i < n_against for i in expected]
-    assert sum(i >= 0 for i in expected) > 3
-    assert all(j < 0 or (hashes[i] ^ hashes[j]).bit_count() <= max_distance for i, j in enumerate(found.tolist()))
 
 
 def changed(image: Image.Image) -> dict[str, Image.Image]:
@@ -87,7 +61,7 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
         image_folder = folder(tmp_path / f"{root}_images", these)
         ingest.run(IngestConfig(images=str(image_folder), out=str(tmp_path / root), samples_per_shard=6, workers=1))
     before = {shard.name: identity_of(shard) for shard in list_raw_shards(tmp_path / "raw")}
-    config = DuplicatesConfig(raw=str(tmp_path / "raw"), against=(str(tmp_path / "eval"),), workers=1)
+    config = DuplicatesConfig(raw=str(tmp_path / "raw"), against=(str(tmp_path / "eval"),), drop="training", workers=1)
     summary = duplicates.run(config).summary
     assert (summary["images"], summary["evaluation_images"], summary["too_plain_to_compare"]) == (16, 2, 2)
     assert summary["dropped"] == {"in evaluation set": 1, "near duplicate": 6}
@@ -97,19 +71,111 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
     assert found == dict.fromkeys(images) | copies | {"05": "in evaluation set"}
     assert set(reasons_of(tmp_path / "eval").values()) == {None}
     assert Image.open(str(summary["examples"])).width > 500
-    # A changed drop list changes the input's identity, so shards that were encoded before do not count as done.
-    changed_shards = {shard.name for shard in list_raw_shards(tmp_path / "raw") if identity_of(shard) != before[shard.name]}
-    assert changed_shards == set(json.loads((tmp_path / "raw" / "duplicates.json").read_text())["lists"])
+    after = {shard.name: identity_of(shard) for shard in list_raw_shards(tmp_path / "raw")}
+    assert after == before, "a changed drop list does not change the input of encoded shards"
+    assert json.loads((tmp_path / "raw" / "duplicates.json").read_text())["lists"]
     assert verify.run(VerifyConfig(root=str(tmp_path / "raw"), workers=1)).is_complete
-    # A second run gives the same result from stored hashes, although readers skip the dropped images.
-    monkeypatch.setattr(duplicates, "hash_shard", None)
+    # A second run gives the same result, although readers skip the dropped images, and downloads no tar.
+    monkeypatch.setattr(objects, "local_copy", None)
     assert {**duplicates.run(config).summary, "seconds": 0} == {**summary, "seconds": 0}
     with pytest.raises(DataError, match="both the training data and an evaluation set"):
         duplicates.run(config.model_copy(update={"against": (config.raw,)}))
 
 
+def test_images_in_both_are_dropped_from_the_evaluation_set_as_in_the_paper(tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
+    originals = [Image.fromarray(pixels).resize((128, 128)) for pixels in noise]
+    sets = {
+        "raw": {"0": originals[0], "0_again": changed(originals[0])["pale"], "1": originals[1], "2": originals[2]},
+        "other": {"3": originals[3]},
+        "eval": {
+            "copy0": changed(originals[0])["small"],
+            "copy3": originals[3],
+            "4": originals[4],
+            "4_again": changed(originals[4])["pale"],
+        },
+    }
+    for root, images in sets.items():
+        image_folder = folder(tmp_path / f"{root}_images", images)
+        ingest.run(IngestConfig(images=str(image_folder), out=str(tmp_path / root), samples_per_shard=2, workers=1))
+    roots = {root: str(tmp_path / root) for root in sets}
+    duplicates.run(DuplicatesConfig(raw=roots["eval"], workers=1))
+    assert reasons_of(tmp_path / "eval") == dict.fromkeys(sets["eval"]) | {"4_again": "near duplicate"}
+
+    summary = duplicates.run(DuplicatesConfig(raw=roots["raw"], against=(roots["eval"],), workers=1)).summary
+    assert summary["dropped"] == {"in training set": 1, "near duplicate": 1}
+    assert (summary["images"], summary["evaluation_images"]) == (4, 4)
+    assert reasons_of(tmp_path / "raw") == dict.fromkeys(sets["raw"]) | {"0_again": "near duplicate"}
+    expected = dict.fromkeys(sets["eval"]) | {"4_again": "near duplicate", "copy0": "in training set"}
+    assert reasons_of(tmp_path / "eval") == expected, "the set's own near-duplicate stays on its list"
+    duplicates.run(DuplicatesConfig(raw=roots["other"], against=(roots["eval"],), workers=1))
+    expected["copy3"] = "in training set"
+    assert reasons_of(tmp_path / "eval") == expected, "and so does what another training set has"
+    duplicates.run(DuplicatesConfig(raw=roots["eval"], workers=1))
+    assert reasons_of(tmp_path / "eval") == expected
+
+    used = {entry.key.split("/")[1] for entry in open_images(roots["eval"])}
+    assert used == {"4"}
+    assert {entry.key.split("/")[1] for entry in open_images(roots["eval"], with_overlap=True)} == {"4", "copy0", "copy3"}
+    assert open_images(roots["eval"]).fingerprint != open_images(roots["eval"], with_overlap=True).fingerprint
+
+    with pytest.raises(DataError, match="eval_images has no raw shards, so no list of images in the training data"):
+        open_images(tmp_path / "eval_images", with_overlap=True)
+    duplicates.run(DuplicatesConfig(raw=roots["raw"], against=(roots["eval"],), drop="training", workers=1))
+    del expected["copy0"]
+    assert reasons_of(tmp_path / "eval") == {"copy0": None} | expected
+    assert reasons_of(tmp_path / "raw")["0"] == reasons_of(tmp_path / "raw")["0_again"] == "in evaluation set"
+
+
+def test_a_drop_list_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    for root in ("raw", "eval"):
+        ingest.run(
+            IngestConfig(images=str(folder(tmp_path / f"{root}_images", {"a": image})), out=str(tmp_path / root), workers=1)
+        )
+    write = objects.write_bytes
+
+    def refusing(url: str, data: bytes) -> None:
+        if str(url).startswith(f"{tmp_path}/eval/"):
+            raise PermissionError("access denied")
+        write(url, data)
+
+    monkeypatch.setattr(objects, "write_bytes", refusing)
+    with pytest.raises(DataError, match="eval: its drop list cannot be written .access denied.; --drop training drops"):
+        duplicates.run(DuplicatesConfig(raw=str(tmp_path / "raw"), against=(str(tmp_path / "eval"),), workers=1))
+
+
+def test_an_old_drop_list_that_is_missing_or_damaged_is_named_before_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((128, 128))
+    images = folder(tmp_path / "images", {"a": image, "b": changed(image)["pale"]})
+    root = tmp_path / "raw"
+    ingest.run(IngestConfig(images=str(images), out=str(root), workers=1))
+    config = DuplicatesConfig(raw=str(root), workers=1)
+    assert duplicates.run(config).summary["dropped"] == {"near duplicate": 1}
+    (old,) = (root / "duplicates").glob("*.jsonl")
+    monkeypatch.setattr(duplicates, "HashComparison", None)
+    for damaged in (b'{"key": "a"', b'{"key": "a"}', b'{"key": ["a"], "reason": "b"}', b"[]", b"\xff"):
+        old.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{old}: the drop list is damaged; .* remove {root}/duplicates.json, then run"):
+            duplicates.run(config)
+        with pytest.raises(DataError, match=f"{old}: the drop list is damaged; run `dalle-ds data dedup` again"):
+            read_drop_list(str(old))
+    old.unlink()
+    with pytest.raises(DataError, match=f"{old}: the drop list is missing; .* remove {root}/duplicates.json, then run"):
+        duplicates.run(config)
+    monkeypatch.undo()
+    (root / "duplicates.json").unlink()
+    assert duplicates.run(config).summary["dropped"] == {"near duplicate": 1}, "the advice helps"
+
+
 def test_listed_samples_are_no_failures_of_encode() -> None:
     shard = RawShard("0", "0.tar", 1)
-    _require_health(shard, 10, [("a", "near duplicate")] * 5, 0.1)
+    info = DatasetInfo(image_size=32, grid=8, n_codes=4, dvae="d", tokenizer="t", crop="c", validation_fraction=0.1)
+    job = EncodeJob(out="out", info=info, batch=1, block_samples=1, max_failure_rate=0.1, device="cpu")
+    for reason in ("near duplicate", "in evaluation set", "in training set"):
+        _require_health(shard, 10, [("a", reason)] * 5, job)
     with pytest.raises(DataError, match="5 of 10 samples failed"):
-        _require_health(shard, 10, [("a", "unreadable")] * 5, 0.1)
+        _require_health(shard, 10, [("a", "unreadable")] * 5, job)

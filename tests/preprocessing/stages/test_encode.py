@@ -1,40 +1,58 @@
 """Encode: tokens equal those of a plain reference, shards are committed once, other settings and bad shards are refused."""
 
 import dataclasses
+import gzip
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from dalle_ds.data.commit import commit_shard
+from dalle_ds.data.dataset_files import load_index, load_manifest, merge_stored
 from dalle_ds.data.images import decode_image, prior_crop, seed_of
-from dalle_ds.data.manifest import load_dataset_info, load_manifest
-from dalle_ds.data.raw import list_raw_shards, split_of
+from dalle_ds.data.manifest import (
+    SPLITS,
+    RawShardManifest,
+    ShardManifest,
+    StoredFile,
+    done_shards,
+    load_dataset_info,
+    load_shard_manifests,
+)
+from dalle_ds.data.raw import DROP_LISTS, DropLists, list_raw_shards, split_of, without_drop_list
+from dalle_ds.data.raw_metadata import sample_rows
 from dalle_ds.data.shards import read_block
+from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights, write_weights
-from preprocessing.configs import IngestConfig, StatsConfig, TokenizerConfig, VerifyConfig
-from preprocessing.encoding import encode_shard, reconstruct
+from preprocessing.configs import DataPlanConfig, DuplicatesConfig, IngestConfig, StatsConfig, TokenizerConfig, VerifyConfig
+from preprocessing.encoding import encode_shard, publication, reconstruct
 from preprocessing.encoding.encode_shard import EncodeJob
 from preprocessing.executors import local
-from preprocessing.stages import encode, ingest, stats, tokenizer, verify
+from preprocessing.stages import duplicates, encode, ingest, plan, stats, tokenizer, verify
 from tests.preprocessing.conftest import N_IMAGES, N_SHARDS, World, part_checksums, write_dvae
 from tests.support.images import draw_folder, encoded
+from tests.support.sealed import edit_json
 
 
 def read_all(root: str) -> dict[str, dict[str, tuple[np.ndarray, str]]]:
-    manifest = load_manifest(root)
+    index = load_index(root)[1]
     found: dict[str, dict[str, tuple[np.ndarray, str]]] = {"train": {}, "validation": {}}
     for split, samples in found.items():
-        for part in manifest.parts(split):
+        for part in index.parts(split):
             for block in part.blocks:
                 for tokens_N, key, caption in zip(*read_block(root, part, block), strict=True):
                     samples[key] = (tokens_N, caption)
@@ -73,6 +91,54 @@ def test_tokens_equal_a_plain_twin(world: World, tmp_path: Path) -> None:
     assert len(found["validation"]) > 0
     assert outcome.summary["codes_used"] > 1
     assert verify.run(VerifyConfig(root=out, workers=1)).is_complete
+
+
+def test_several_crops_of_each_training_image(world: World, tmp_path: Path) -> None:
+    out, one = str(tmp_path / "tokens"), str(tmp_path / "one")
+    outcome = encode.run(world.config(out, crops=3))
+    encode.run(world.config(one))
+    dvae = encode_shard.load_dvae(world.dvae)[0]
+    manifest, manifest_of_one = load_manifest(out), load_manifest(one)
+    histogram = np.zeros(32, dtype=np.int64)
+    crops = []
+    for crop in range(3):
+        keys = []
+        for part in load_index(out)[1].parts("train", crop):
+            for block in part.blocks:
+                for tokens_N, key, _ in zip(*read_block(out, part, block), strict=True):
+                    image = decode_image((world.images / f"{key}.png").read_bytes())
+                    pixels = prior_crop(image, 32, seed_of(key, crop))
+                    codes = dvae.tokens(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].numpy()
+                    assert np.array_equal(tokens_N, codes), (key, crop)
+                    histogram += np.bincount(codes, minlength=32)
+                    keys.append(key)
+                    crops.append((key, pixels.tobytes()))
+        assert keys == list(read_all(out)["train"])
+    assert len(set(crops)) > 0.9 * len(crops), "crops of an image differ"
+    assert manifest.code_histogram == histogram.tolist()
+    assert manifest.caption_lengths == manifest_of_one.caption_lengths
+    for split in ("train", "validation"):
+        checksums = [[part.checksum for part in load_index(root)[1].parts(split)] for root in (out, one)]
+        assert checksums[0] == checksums[1], "the first crop is that of a data set with one crop"
+    verified = verify.run(VerifyConfig(root=out, workers=1))
+    assert verified.is_complete and verified.summary["samples"] == N_IMAGES and verified.summary["orphans"] == 0
+    assert verified.summary["images_compared"] > verify.run(VerifyConfig(root=one, workers=1)).summary["images_compared"]
+    planned, planned_more = (plan.run(DataPlanConfig(measured=out, crops=crops)).summary for crops in (None, 6))
+    assert planned["crops"] == outcome.summary["crops"] == 3
+    assert planned["bytes_per_sample"] == pytest.approx(outcome.summary["bytes_per_sample"])
+    for name in ("bytes_per_sample", "worker_hours"):
+        assert planned_more[name] == pytest.approx(2 * planned[name]), name
+    with pytest.raises(FingerprintMismatch, match="crops was 3, is now None"):
+        encode.run(world.config(out))
+
+
+def test_crops_that_changed_places_are_found(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "tokens"
+    encode.run(world.config(out, crops=3))
+    for file in (out / "manifests").glob("*.json"):
+        edit_json(file, lambda record: record["more_crops"].reverse())
+    problems = verify.run(VerifyConfig(root=str(out), workers=1, images_per_shard=4)).problems
+    assert sum("of its tokens equal those of its source image" in problem for problem in problems) > 3
 
 
 def test_a_second_run_does_nothing(world: World, tmp_path: Path) -> None:
@@ -126,7 +192,9 @@ def test_several_machines_begin_apart_and_leave_out_what_stands(
     out = tmp_path / "tokens"
     outcome = encode.run(world.config(out, machine=1, machines=3))
     made = sorted((out / "manifests").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert [path.stem for path in made] == [f"{i % N_SHARDS:05}" for i in range(5, 5 + N_SHARDS)]
+    names, own = [path.stem for path in made], [f"{i:05}" for i in range(5, 5 + N_SHARDS // 3)]
+    assert sorted(names[: len(own)]) == own, "its own part first"
+    assert sorted(names) == [f"{i:05}" for i in range(N_SHARDS)]
     assert outcome.is_complete and is_undisturbed(str(out))
     gone = dataclasses.replace(list_raw_shards(world.raw)[0], url=str(tmp_path / "gone.tar"))
     work = EncodeJob(str(out), load_dataset_info(str(out)), 4, 3, 0.1, "cpu").start(1)
@@ -204,17 +272,64 @@ def test_plain_tars_and_bad_shards(world: World, tmp_path: Path) -> None:
     assert outcome.summary["failed_shards"].keys() == {"many", "broken"}
     assert "3 of 7 samples failed (" in outcome.summary["failed_shards"]["many"]
     assert "1 too small" in outcome.summary["failed_shards"]["many"]
+    assert (
+        "needs 32 pixels on the shorter side: ingest with `ingest.filters.min_side` 32"
+        in outcome.summary["failed_shards"]["many"]
+    )
     assert "the tar is damaged after" in outcome.summary["failed_shards"]["broken"]
     assert outcome.summary["samples"] == {"train": 30, "validation": 0}
     assert outcome.summary["dropped"] == {"unreadable": 1}
-    assert not objects.exists(objects.join(out, "manifest.json"))
+    published = load_manifest(out)
+    assert not published.complete and published.missing == ["broken", "many"] and published.n_samples["train"] == 30
+    assert TokenDataset(out).n_samples == 30, "training reads the shards that are done"
     assert "dropped" not in {path.name for path in Path(out).iterdir()}
 
     accepted = encode.run(config.model_copy(update={"max_failure_rate": 1.0}))
     assert accepted.is_complete
     assert accepted.summary["shards_made_now"] == 2
-    assert accepted.summary["dropped"] == {"damaged shard": 1, "empty caption": 1, "too small": 1, "unreadable": 2}
+    reasons = ("damaged shard", "empty caption", "too small", "truncated", "unreadable")
+    assert accepted.summary["dropped"] == dict.fromkeys(reasons, 1)
     assert verify.run(VerifyConfig(root=out, workers=1)).is_complete
+
+
+def test_shards_without_samples_are_finished_shards(world: World, tmp_path: Path) -> None:
+    """Every stage takes what the stage before it finished: shards whose samples were all dropped, empty tars and tables."""
+    images = draw_folder(tmp_path / "images", 4)
+    lines = [json.dumps({"file": f"gone{i}.png", "caption": "an image that is missing"}) for i in range(48)]
+    captions = images / "captions.jsonl"
+    captions.write_text("\n".join([*lines, captions.read_text()]))
+    raw, out = str(tmp_path / "raw"), str(tmp_path / "tokens")
+    ingest.run(IngestConfig(images=str(images), out=raw, samples_per_shard=4, workers=1))
+    assert [manifest.n_samples for manifest in load_shard_manifests(raw, RawShardManifest)] == [0] * 12 + [4]
+    duplicates.run(DuplicatesConfig(raw=raw, workers=1))
+    outcome = encode.run(world.config(out, raw=raw))
+    assert outcome.is_complete
+    assert (outcome.summary["shards"], sum(outcome.summary["samples"].values())) == (13, 4)
+    assert load_manifest(out).complete
+    for root in (raw, out):
+        assert verify.run(VerifyConfig(root=root, workers=1)).is_complete
+        assert stats.run(StatsConfig(root=root)).is_complete
+    assert plan.run(DataPlanConfig(measured=out)).is_complete
+    assert encode.run(world.config(out, raw=raw)).summary["shards_made_now"] == 0
+
+
+def test_a_data_set_without_any_sample_is_complete(world: World, tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars" / "0.tar", [])
+    (tmp_path / "tables").mkdir()
+    pq.write_table(
+        pa.table({"image": pa.array([], pa.binary()), "caption": pa.array([], pa.string())}), tmp_path / "tables" / "0.parquet"
+    )
+    for kind in ("tars", "tables"):
+        raw, out = str(tmp_path / f"raw_{kind}"), str(tmp_path / f"tokens_{kind}")
+        assert ingest.run(IngestConfig(images=str(tmp_path / kind), out=raw, workers=1)).summary["inputs"] == 0
+        duplicates.run(DuplicatesConfig(raw=raw, workers=1))
+        assert encode.run(world.config(out, raw=raw)).is_complete
+        for root in (raw, out):
+            assert verify.run(VerifyConfig(root=root, workers=1)).is_complete
+            assert stats.run(StatsConfig(root=root)).is_complete
+        with pytest.raises(DataError, match=": 0 samples in"):
+            plan.run(DataPlanConfig(measured=out))
+    assert encode.run(world.config(tmp_path / "tokens", raw=str(tmp_path / "tars"))).is_complete  # a tar without a manifest
 
 
 def test_a_missing_shard_is_named_and_the_rest_done(world: World, tmp_path: Path) -> None:
@@ -229,7 +344,7 @@ def test_a_missing_shard_is_named_and_the_rest_done(world: World, tmp_path: Path
 def test_the_loser_of_a_race_takes_its_data_away(world: World, tmp_path: Path) -> None:
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
-    manifest = load_manifest(out).shards[0]
+    manifest = load_shard_manifests(out, ShardManifest)[0]
     ours = tmp_path / "ours.tar"
     ours.write_bytes(b"x")
     late = manifest.model_copy(update={"attempt": "late"})
@@ -249,7 +364,7 @@ def test_bad_input_is_told_at_the_start(world: World, tmp_path: Path) -> None:
         ({"dvae": str(tmp_path / "missing")}, "no such dvae weights file"),
         ({"dvae": str(tmp_path / "text")}, "not a safetensors"),
         ({"dvae": world.tokenizer}, "not a safetensors"),
-        ({"dvae": str(tmp_path / "strange")}, "does not match DVAEConfig"),
+        ({"dvae": str(tmp_path / "strange")}, "config of dVAE .*strange: "),
         ({"tokenizer": str(tmp_path / "missing")}, "no such file"),
         ({"tokenizer": world.dvae}, "sentencepiece"),
     ]:
@@ -269,6 +384,26 @@ def test_a_collapsed_codebook_is_refused(world: World, tmp_path: Path, used: int
         assert not (tmp_path / "out").exists()
     else:
         assert encode.run(config).is_complete
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"validation": "[]"},
+        {"validation": "{"},
+        {"validation": '{"codes_used": "many", "n_codes": 32}'},
+        {"validation": "[" * 100_000},
+        {"validation_fraction": "half"},
+        {"validation_fraction": "nan"},
+    ],
+)
+def test_metadata_of_a_strange_dvae_is_named(world: World, tmp_path: Path, extra: dict[str, str]) -> None:
+    """Nothing verifies these entries: the fingerprint is that of the weights."""
+    write_dvae(tmp_path / "dvae.safetensors", extra=extra)
+    with pytest.raises(
+        DataError, match=r"dvae\.safetensors.*(validation_fraction in its metadata is|not a valid CodebookUsage)"
+    ):
+        encode.run(world.config(tmp_path / "out", dvae=str(tmp_path / "dvae.safetensors")))
 
 
 def test_no_room_is_told_before_any_work(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,9 +442,14 @@ def test_verify_finds_every_kind_of_damage(world: World, tmp_path: Path) -> None
         first(out, "manifests").unlink()
 
     def edit_histogram(out: Path) -> None:
-        manifest = json.loads(first(out, "manifests").read_text())
-        manifest["code_histogram"][0] += 1
-        first(out, "manifests").write_text(json.dumps(manifest))
+        def point_to_other(manifest: dict[str, Any]) -> None:
+            details = json.loads(gzip.decompress(file.read_bytes()))
+            details["code_histogram"][0] += 1
+            file.write_bytes(gzip.compress(json.dumps(details).encode()))
+            manifest["details"] = StoredFile.of(manifest["details"]["path"], file.read_bytes()).model_dump()
+
+        file = first(out, "details")
+        edit_json(first(out, "manifests"), point_to_other)
 
     for damage, message in [
         (flip, "SHA-256"),
@@ -406,3 +546,87 @@ def test_less_than_fp32_on_a_gpu_agrees_with_fp32(world: World, tmp_path: Path, 
     assert summary["agreement"] is None if (precision, tf32) == ("fp32", False) else summary["agreement"] >= 0.9
     assert load_dataset_info(config.out).tf32 == (tf32 or None)
     assert verify.run(VerifyConfig(root=str(tmp_path / "out"), workers=1)).is_complete
+
+
+@pytest.mark.parametrize("publisher_died", [False, True])
+def test_one_machine_publishes_for_all(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publisher_died: bool
+) -> None:
+    """All machines are through at the same time. At full size each of them would read 50,000 objects to publish them."""
+    out = str(tmp_path / "tokens")
+    encode.run(world.config(out))
+    for url in (f"{out}/manifest.json", *objects.list_files(f"{out}/index")):
+        objects.delete(url)
+    monkeypatch.setattr(publication, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(publication, "MAX_WAIT_SECONDS", 0.5 if publisher_died else 600.0)
+    n_merges = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal n_merges
+        n_merges += 1
+        return merge_stored(*args)
+
+    monkeypatch.setattr(publication, "merge_stored", counted)
+    configs = [world.config(out, machines=4, machine=machine) for machine in range(4)]
+    if publisher_died:
+        killed = publication._claimed(out, done_shards(out), 3, 4)
+        killed_before = publication._claimed(out, done_shards(out) - {"00001"}, 2, 4)
+        assert killed.__enter__() and killed_before.__enter__()
+        configs = configs[:1]
+        assert verify.run(VerifyConfig(root=out, workers=1)).summary["orphans"] == 2
+    with ThreadPoolExecutor(len(configs)) as pool:
+        summaries = [outcome.summary for outcome in pool.map(encode.run, configs)]
+    assert n_merges == 1
+    assert all(summary["shards"] == N_SHARDS and summary["shards_made_now"] == 0 for summary in summaries)
+    assert load_manifest(out).complete and load_index(out)[1].names == sorted(done_shards(out))
+    assert objects.list_files(f"{out}/status/publishing") == [], "claims are of no use any more"
+    killed_after = publication._claimed(out, done_shards(out), 3, 4)
+    assert killed_after.__enter__(), "this machine was killed when it had published"
+    encode.run(configs[0])
+    assert objects.list_files(f"{out}/status/publishing") == []
+    assert n_merges == 1, "what is published is not merged again"
+    (tmp_path / "tokens" / "manifests" / "00001.json").touch()
+    encode.run(world.config(out))
+    assert n_merges == 2, "a younger manifest may be of another attempt"
+
+
+def write_drop_list(root: str, keys: list[str]) -> None:
+    lists = {}
+    for shard in list_raw_shards(root):
+        own = [key for key in sample_rows(without_drop_list(shard), ["key"])["key"].to_pylist() if key in keys]
+        if own:
+            lists[shard.name] = f"duplicates/{shard.name}-{len(own)}.jsonl"
+            lines = [json.dumps({"key": key, "reason": "near duplicate"}) for key in own]
+            objects.write_bytes(objects.join(root, lists[shard.name]), "\n".join(lines).encode())
+    objects.write_bytes(objects.join(root, DROP_LISTS), DropLists(max_distance=2, lists=lists).to_json())
+
+
+def read_keys(out: str) -> set[str]:
+    found: set[str] = set()
+    for split in SPLITS:
+        dataset = TokenDataset(out, split)
+        found |= {key for block in dataset.blocks(range(dataset.n_blocks)).values() for key in block.keys}
+    return found
+
+
+def test_a_changed_drop_list_masks_encoded_shards(world: World, tmp_path: Path) -> None:
+    raw, out = str(tmp_path / "raw"), str(tmp_path / "tokens")
+    shutil.copytree(world.raw, raw)
+    every = [key for shard in list_raw_shards(raw) for key in sample_rows(shard, ["key"])["key"].to_pylist()]
+    first = every[:2]
+    write_drop_list(raw, first)
+    config = world.config(out, raw=raw)
+    summary = encode.run(config).summary
+    assert (summary["dropped"], summary["masked"], summary["no_longer_listed"]) == ({"near duplicate": 2}, 0, 0)
+    sums = part_checksums(out)
+
+    write_drop_list(raw, [every[1], *every[9:30:4]])
+    summary = encode.run(config).summary
+    assert (summary["shards_made_now"], summary["masked"], summary["no_longer_listed"]) == (0, 6, 1)
+    assert part_checksums(out) == sums
+    assert read_keys(out) == set(every) - {*first, *every[9:30:4]}
+    assert verify.run(VerifyConfig(root=out, workers=1, images_per_shard=0)).is_complete
+
+    write_drop_list(raw, [])
+    assert encode.run(config).summary["no_longer_listed"] == 2
+    assert read_keys(out) == set(every) - set(first)

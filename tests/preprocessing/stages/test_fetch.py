@@ -7,9 +7,10 @@ import pytest
 
 from dalle_ds.errors import DataError
 from preprocessing.configs import FetchConfig
-from preprocessing.demo import sources
+from preprocessing.demo import downloads, sources
 from preprocessing.demo.drawn import draw
 from preprocessing.readers.folder import read_folder
+from preprocessing.readers.listing import list_input
 from preprocessing.stages import fetch
 
 
@@ -23,7 +24,7 @@ def test_falls_back_to_drawing(tmp_path: Path) -> None:
     out = tmp_path / "images"
     outcome = fetch.run(FetchConfig(out=str(out), limit=12))
     assert outcome.summary["source"] == "drawn"
-    entries = read_folder(str(out))
+    entries = read_folder(list_input(str(out)))
     assert len(entries) == 12
     assert all(entry.reason is None and entry.caption.startswith("a ") for entry in entries)
     credit = json.loads((out / "source.json").read_text())
@@ -32,6 +33,29 @@ def test_falls_back_to_drawing(tmp_path: Path) -> None:
     before = (out / "captions.jsonl").stat().st_mtime_ns
     assert fetch.run(FetchConfig(out=str(out), limit=12)).summary["n_images"] == 12
     assert (out / "captions.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"source": "drawn"}', "[" * 100_000, "\xff", None])
+def test_a_folder_of_others_is_left_as_it_is(tmp_path: Path, text: str | None) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.png").write_bytes(b"mine")
+    if text is not None:
+        (tmp_path / "images" / "source.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match="images: not empty and not created by fetch"):
+        fetch.run(FetchConfig(out=str(tmp_path / "images"), limit=2))
+
+
+def test_the_cache_is_a_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DALLE_DS_CACHE", "~/cache")
+    assert downloads.cache_folder() == tmp_path / "cache"
+    for named, told in (
+        ("s3://bucket/cache", "expected a local path, not a url"),
+        ("/proc/cache", "cannot be created .*; expected a folder that can be written"),
+    ):
+        monkeypatch.setenv("DALLE_DS_CACHE", named)
+        with pytest.raises(DataError, match=f"DALLE_DS_CACHE: {named}: {told}"):
+            downloads.cache_folder()
 
 
 def test_a_source_that_is_asked_for_has_no_stand_in(tmp_path: Path) -> None:
@@ -45,11 +69,11 @@ def test_a_download_with_another_checksum_is_not_used(tmp_path: Path, monkeypatc
         (folder / "x.tgz").write_bytes(b"not what was pinned")
         return folder / "x.tgz"
 
-    monkeypatch.setattr(sources, "_npm_pack", pack)
+    monkeypatch.setattr(downloads.NpmPackage, "_download", lambda _, folder: pack(folder))
     with pytest.raises(DataError, match="file's checksum differs from the pinned one"):
         fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
     # A damaged file in the cache is not used either; it is downloaded again.
-    (tmp_path / "cache" / f"fluent-emoji-3d-{sources.FLUENT_VERSION}.tgz").write_bytes(b"damaged")
+    (tmp_path / "cache" / sources.FLUENT.file_name).write_bytes(b"damaged")
     with pytest.raises(DataError, match="file's checksum differs from the pinned one"):
         fetch.run(FetchConfig(out=str(tmp_path / "images"), source="fluent"))
 
@@ -81,10 +105,10 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_emoji_names_join_on_code_points() -> None:
-    names = sources._emoji_names()
+    names = sources.emoji_names()
     assert names["1f469"] == "woman"
     assert names["1f93f"] == "diving mask"
-    assert names[sources._without_variant(["1f575", "1f3fb", "200d", "2642", "fe0f"])] == "man detective light skin tone"
+    assert names[sources.without_variant(["1f575", "1f3fb", "200d", "2642", "fe0f"])] == "man detective light skin tone"
 
 
 def test_drawings_are_reproducible_and_match_their_captions() -> None:

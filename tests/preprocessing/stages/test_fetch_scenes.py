@@ -54,10 +54,10 @@ def test_a_whole_folder_or_none_and_the_same_one_once(tmp_path: Path, monkeypatc
     out = tmp_path / "scenes"
     real = scene_set.training_scene
 
-    def stop_at_five(seed: int, index: int, *, textured: float) -> CaptionedScene:
+    def stop_at_five(seed: int, index: int, *, textured: float, n_grounds: int) -> CaptionedScene:
         if index == 5:
             raise KeyboardInterrupt
-        return real(seed, index, textured=textured)
+        return real(seed, index, textured=textured, n_grounds=n_grounds)
 
     with monkeypatch.context() as patch:
         patch.setattr(scene_set, "training_scene", stop_at_five)
@@ -70,6 +70,8 @@ def test_a_whole_folder_or_none_and_the_same_one_once(tmp_path: Path, monkeypatc
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     with pytest.raises(DataError, match=r"contains scenes of \{'image_size': 32"):
         fetch.run(config(out, image_size=64))
+    with pytest.raises(DataError, match="expected .*'n_grounds': 1"):
+        fetch.run(config(out, n_grounds=1))
     with pytest.raises(DataError, match="limit 30"):
         fetch.run(config(out, 31))
     with pytest.raises(DataError, match="contains scenes images"):

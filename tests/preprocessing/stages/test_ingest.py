@@ -1,6 +1,7 @@
 """Ingest: every sample is accounted for, a restart makes the same shards, damaged input is never fatal."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ import webdataset
 from PIL import Image
 
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard, shard_of
+from dalle_ds.data.raw_metadata import read_metadata
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.storage import objects
 from preprocessing.configs import FilterConfig, IngestConfig, VerifyConfig
+from preprocessing.readers import inputs
 from preprocessing.stages import ingest, verify
+from tests.data.test_raw import write_tar
 from tests.support.images import draw_folder, encoded
 
 
@@ -81,7 +85,8 @@ def test_hostile_input_is_counted_and_never_fatal(tmp_path: Path) -> None:
     outcome = ingest.run(config(hostile_folder(tmp_path / "images"), root))
     assert outcome.is_complete
     assert outcome.summary["dropped"] == {
-        "unreadable": 3,
+        "unreadable": 2,
+        "truncated": 1,
         "aspect ratio": 1,
         "too small": 1,
         "too large": 1,
@@ -98,13 +103,59 @@ def test_hostile_input_is_counted_and_never_fatal(tmp_path: Path) -> None:
     assert "twin-b" in keys
     listed = {}
     for manifest in load_shard_manifests(root, RawShardManifest):
-        if manifest.dropped_path:
-            for line in objects.read_bytes(objects.join(root, manifest.dropped_path)).splitlines():
-                listed[json.loads(line)["key"]] = json.loads(line)["reason"]
+        rows = read_metadata(shard_of(root, manifest), ("key", "reason")).to_pylist()
+        listed |= {row["key"]: row["reason"] for row in rows if row["reason"]}
     assert listed["twin-c"] == "duplicate image"
     assert listed["huge"] == "too large"
     assert len(listed) == sum(outcome.summary["dropped"].values())
     assert verify.run(VerifyConfig(root=root, workers=1)).is_complete
+
+
+def test_each_image_of_a_folder_is_read_once_and_by_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(6):  # 0, 2 and 4 are one image, all have the same size
+        colour = ("red", "blue", "red", "lime", "red", "navy")[number]
+        pixels = Image.new("RGB", (40, 40), colour)
+        pixels.save(images / f"{number}.bmp")
+        (images / f"{number}.txt").write_text(f"a square of number {number}")
+    assert len({image.stat().st_size for image in images.glob("*.bmp")}) == 1
+    read: list[str] = []
+    read_entry = inputs.read_entry
+    monkeypatch.setattr(inputs, "read_entry", lambda entry: (read.append(entry.key), read_entry(entry))[1])
+    settings = config(images, str(tmp_path / "raw"), samples_per_shard=3)
+    plans, *_ = ingest._plan(settings)
+    assert len(plans) == 2 and not read
+    outcome = ingest.run(settings)
+    assert sorted(read) == [str(number) for number in range(6)]
+    assert outcome.summary["dropped"] == {"duplicate image": 1}, "4 is in another shard than 0: dedup finds it"
+    assert outcome.summary["samples"] == 5
+
+
+def test_names_that_are_no_utf8_are_kept_or_listed(tmp_path: Path) -> None:
+    images = draw_folder(tmp_path / "images", 2)
+    (images / "captions.jsonl").unlink()
+    for name, content in {
+        b"caf\xe9.png": (images / "p0000.png").read_bytes(),
+        b"caf\xe9.txt": b"a picture of a house",
+        b"lone\xe9.txt": b"without an image",
+        b"film\xe9.mp4": b"?",
+    }.items():
+        Path(os.fsdecode(bytes(images) + b"/" + name)).write_bytes(content)
+    outcome = ingest.run(config(images, str(tmp_path / "raw")))
+    assert outcome.is_complete
+    assert outcome.summary["dropped"] == {"missing image": 1, "no caption": 2, "unknown file type": 1}
+    (shard,) = list_raw_shards(tmp_path / "raw")
+    assert "lone\\udce9.txt" in read_metadata(shard, ["key"])["key"].to_pylist()
+    for i in range(2):
+        (images / f"p000{i}.png").unlink()
+    write_tar(
+        Path(os.fsdecode(bytes(tmp_path) + b"/tars/t\xe9.tar")),
+        [("0.png", encoded(Image.new("RGB", (40, 40)))), ("0.txt", b"a red house")],
+    )
+    Path(os.fsdecode(bytes(tmp_path) + b"/tars/gone\xe9.tar")).symlink_to("nothing")
+    outcome = ingest.run(config(tmp_path / "tars", str(tmp_path / "raw2")))
+    assert (outcome.is_complete, outcome.summary["samples"], outcome.summary["dropped"]) == (True, 1, {"broken link": 1})
 
 
 def test_a_second_run_does_nothing_and_a_restart_makes_what_is_missing(tmp_path: Path) -> None:
@@ -117,9 +168,10 @@ def test_a_second_run_does_nothing_and_a_restart_makes_what_is_missing(tmp_path:
     (tmp_path / "raw" / "manifests" / "00001.json").unlink()  # as after a kill before the commit: data without a manifest
     assert ingest.run(config(images, root)).summary["shards_made_now"] == 1
     assert checksums(root) == sums
+    (tmp_path / "raw" / "data" / ".00001.tar.0123456789ab.part").write_bytes(b"cut")  # as after a kill during a write
     report = verify.run(VerifyConfig(root=root, workers=1))
     assert report.is_complete
-    assert report.summary["orphans"] == 1
+    assert report.summary["orphans"] == 3
     verify.run(VerifyConfig(root=root, workers=1, delete_orphans=True))
     report = verify.run(VerifyConfig(root=root, workers=1))
     assert report.is_complete

@@ -13,6 +13,7 @@ from dalle_ds.data.raw import split_of
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.trainer import DVAETrainer
+from dalle_ds.training.image_run import raw_data
 from dalle_ds.training.preemption import StopFlag
 from dalle_ds.training.run import TrainingRun
 
@@ -21,18 +22,28 @@ TRAIN_KEYS = [key for key in KEYS if split_of(key, 0.2) == "train"]
 TOO_SMALL, DAMAGED = TRAIN_KEYS[3], TRAIN_KEYS[30]
 
 
-def make_raw(root: Path, damaged: tuple[str, ...] = (DAMAGED,)) -> Path:
-    """Write three shards of drawn images, 48 pixels wide: a coloured disc or square on white. Returns the root."""
+def make_raw(root: Path, damaged: tuple[str, ...] = (DAMAGED,), noise: int = 0) -> Path:
+    """Write three shards of drawn images, 48 pixels wide: a coloured disc or square on white. Returns the root.
+
+    Args:
+        noise: width of random pixels instead. 80: the shards are larger than the smallest window, so they are streamed.
+    """
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for shard in range(3):
         with tarfile.open(root / f"{shard:02d}.tar", "w") as tar:
             for n in range(24):
                 key = f"{shard:02d}{n:03d}"
-                image = _draw(rng, side=12 if key == TOO_SMALL else 48)
+                image = _noise(rng, noise) if noise else _draw(rng, side=12 if key == TOO_SMALL else 48)
                 _add(tar, f"{key}.png", b"not an image" if key in damaged else image)
                 _add(tar, f"{key}.json", json.dumps({"caption": f"thing {key}", "group": key}).encode())
     return root
+
+
+def _noise(rng: np.random.Generator, side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _draw(rng: np.random.Generator, side: int) -> bytes:
@@ -79,4 +90,4 @@ def dvae_run(raw: Path, folder: Path, **changes: Any) -> DVAERunConfig:
 
 def trainer_of(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> DVAETrainer:
     """A trainer without a run around it: no lock and no tracking."""
-    return DVAETrainer(TrainingRun(Path(recipe.folder), ranks, StopFlag()), recipe, "test", "shards")
+    return DVAETrainer(TrainingRun(Path(recipe.folder), ranks, StopFlag()), recipe, "test", raw_data(recipe.data.raw))

@@ -10,7 +10,7 @@ import torch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.training.dvae import metrics as dvae_report
-from dalle_ds.training.dvae.metrics import describe, measure, reconstruction_grid
+from dalle_ds.training.dvae.metrics import describe, measure, reconstruction_grid, reconstructions
 from tests.training.dvae.runs import dvae_run
 
 
@@ -22,7 +22,7 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     for batch in (16, 64, 5, 1):
         monkeypatch.setattr(dvae_report, "BATCH", batch)
         found.append(measure(model, images_BCHW, 0.5, -3.0, ALONE))
-        grids.append(np.asarray(reconstruction_grid(model, images_BCHW)))
+        grids.append(np.asarray(reconstruction_grid(*reconstructions(model, images_BCHW))))
     first, counts_K = found[0]
     assert first.elb_hard != first.elb_relaxed and first.codes_used > 4
     for numbers, counts in found[1:]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dalle_ds.data.tokenizer import CaptionTokenizer
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
-from dalle_ds.parallel.checkpoint_tensors import AVERAGE, OPTIMIZER, WEIGHTS, StateParts
+from dalle_ds.parallel.checkpoint_layout import AVERAGE, OPTIMIZER, WEIGHTS
+from dalle_ds.parallel.checkpoint_tensors import StateParts
 from dalle_ds.precision.fp16_branches import use_fp16_branches
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import read_weights
@@ -53,13 +54,14 @@ def make_checkpoint(folder: Path, **geometry: int) -> Prior:
             {"dataset": "s3://second/tokens", "weight": 0.3, "data": "d", "content": "c"},
         ],
     )
-    checkpoint = commit(folder / "run" / "checkpoints", 7, about, N_RANKS) / "attempt"
-    checkpoint.mkdir()
+    checkpoint = folder / "run" / "checkpoints" / "update_00000007" / "attempt"
+    checkpoint.mkdir(parents=True)
     state = prior.state_dict()
     _write_parts(checkpoint, state)
     half.load_state_dict(state, assign=True)
     use_fp16_branches(half)
     save_file(_scored(half), checkpoint / "parity.safetensors")
+    commit(folder / "run" / "checkpoints", 7, about, N_RANKS, shapes={name: value.shape for name, value in state.items()})
     return prior
 
 

@@ -116,9 +116,14 @@ def test_warnings():
 
 
 def test_a_recipe_says_what_a_plan_needs(tmp_path):
-    run = load_recipe(PriorRunConfig, ROOT / "launchers" / "recipes" / "12b.yaml", ["optimizer.moments=low_bit"])
+    run = load_recipe(PriorRunConfig, ROOT / "launchers" / "recipes" / "12b.yaml")
     settings = settings_of(run, 256)
-    assert settings["shard_gpus"] == 16 and settings["activation_checkpointing"] == 0 and settings["moments"] == "low_bit"
+    assert (
+        settings["shard_gpus"] == 8
+        and settings["compression_rank"] == 112
+        and settings["activation_checkpointing"] == 0
+        and settings["moments"] == "low_bit"
+    )
     assert settings["compression"] == "power_sgd" and settings["updates"] == 430_000
     json_file = tmp_path / "ds.json"
     json_file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "sub_group_size": 1e8}}')

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dalle_ds.cli import main
 from dalle_ds.data.tokens import TokenBatch
-from dalle_ds.errors import ConfigError
+from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.precision.resblock_scaling import ResblockScalingConfig
 from dalle_ds.training.prior.config import PriorFailureConfig
@@ -94,6 +95,28 @@ def test_a_kept_batch_is_dealt_to_any_number_of_ranks(any_root: str, world_size:
     run.global_batch = 16
     with pytest.raises(ConfigError, match="global_batch is 16, but .* has 8 samples"):
         _load_batch(any_root, run, Ranks(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "no metadata", "other tensors", "fewer keys", "deep keys"])
+def test_batches_that_are_damaged_are_named(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "batch").mkdir()
+    file = tmp_path / "batch" / "rank-00000.safetensors"
+    tensors = {"text": torch.zeros(2, 3, dtype=torch.int64), "image": torch.zeros(2, 4, dtype=torch.int64)}
+    names = {"keys": '["a", "b"]', "captions": '["", ""]', "shards": '["s", "s"]'}
+    match damage:
+        case "truncated":
+            save_file(tensors, file, names)
+            file.write_bytes(file.read_bytes()[:-8])
+        case "no metadata":
+            save_file(tensors, file)
+        case "other tensors":
+            save_file({"text": tensors["text"]}, file, names)
+        case "fewer keys":
+            save_file(tensors, file, {**names, "keys": '["a"]'})
+        case "deep keys":
+            save_file(tensors, file, {**names, "keys": "[" * 100_000})
+    with pytest.raises(DataError, match="is not the batch of a diagnosis|has no batch|expected equally many"):
+        _load_batch(str(tmp_path), SimpleNamespace(global_batch=2, micro_batch=2), Ranks(0, 1, torch.device("cpu")))
 
 
 def test_replay_of_a_folder_without_a_diagnosis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

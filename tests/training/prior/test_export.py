@@ -23,6 +23,7 @@ from dalle_ds.storage.fingerprint import fingerprint
 from dalle_ds.storage.weights import open_weights, write_weights
 from dalle_ds.training.prior.export import export_checkpoint
 from dalle_ds.training.prior.parity import prove_parity, weights_from_files
+from tests.support.sealed import edit_json
 from tests.training.prior.checkpoints import make_checkpoint
 
 CHECKPOINT = Path("run", "checkpoints", "update_00000007")
@@ -128,7 +129,7 @@ def test_an_engine_that_rounds_as_gpus_do_is_believed(made, tmp_path, monkeypatc
     """Uses a model with sharp predictions: in an untrained model the losses hardly depend on the branches."""
     folder, prior = made
     sharp = Prior(prior.config)
-    sharp.load_state_dict({name: 64 * w if name.startswith("heads.") else w for name, w in prior.state_dict().items()})
+    sharp.load_state_dict({name: 256 * w if name.startswith("heads.") else w for name, w in prior.state_dict().items()})
     write_weights(tmp_path / "w", kind="prior", config={}, state=sharp.state_dict())
     tensors = open_weights(tmp_path / "w", "prior").tensors
     scored = load_file(folder / CHECKPOINT / "attempt" / "parity.safetensors")
@@ -202,18 +203,25 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
         out = tmp_path / "out"
         with pytest.raises((DataError, FingerprintMismatch), match=match):
             export_checkpoint(checkpoint.parents[2], out, ema=ema)
-        assert not out.exists(), "must be refused before anything is written"
+        assert not out.exists() or not list(out.iterdir()), "nothing may be left of what is refused"
 
     copy = run("one rank's file is missing")
     (copy / "state-00001-of-00002.safetensors").unlink()
-    refused(copy, "holds 1 state-.*expected 2")
+    refused(copy, "state-00001-of-00002.safetensors is missing")
     (copy / "state-00000-of-00002.safetensors").unlink()
-    refused(copy, "holds 0 state-", ema=False)
+    refused(copy, "state-0000[01]-of-00002.safetensors is missing", ema=False)
 
     copy = run("cut")
     file = copy / "state-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(copy, "state-00001-of-00002.safetensors: not a safetensors file")
+    refused(copy, "state-00001-of-00002.safetensors has .* bytes, expected")
+
+    copy = run("a flipped bit, of a weight's last digit")
+    file = copy / "state-00001-of-00002.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-4] ^= 1
+    file.write_bytes(whole)
+    refused(copy, "state-00001-of-00002.safetensors has changed since it was written")
 
     for name, change, match in (
         (
@@ -225,9 +233,7 @@ def test_files_that_do_not_fit_are_named(made, tmp_path):
         ("dvae", lambda about: about.update(dvae="other"), "dvae.safetensors of data set"),
     ):
         copy = run(name)
-        tree = json.loads((copy.parent / "checkpoint.json").read_text())
-        change(tree["about"])
-        (copy.parent / "checkpoint.json").write_text(json.dumps(tree))
+        edit_json(copy.parent / "checkpoint.json", lambda tree, change=change: change(tree["about"]))
         refused(copy, match)
 
 
@@ -270,7 +276,8 @@ def test_peak_memory_is_two_tensors_and_a_constant(made, tmp_path):
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[3],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # glibc would raise this threshold, and the holes that temporary tensors leave in its heap would count: up to 100 MB
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]

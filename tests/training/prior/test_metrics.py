@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,31 +33,53 @@ QUIET: dict[str, Any] = {
 }
 
 
-def metrics_at(update: int, tracker: SimpleNamespace, scaler: SimpleNamespace | None = None) -> PriorMetrics:
+def metrics_at(update: int, tracker: SimpleNamespace, scaler: SimpleNamespace | None = None, *overrides: str) -> PriorMetrics:
     engine = SimpleNamespace(
         ranks=ALONE, scaler=scaler, phases=SimpleNamespace(take=dict), optimizer_bytes_per_parameter=lambda: 8.0
     )
     stream = SimpleNamespace(wait_seconds=0.0, updates_per_epoch=5, n_truncated=0, n_drawn=[40])
     return PriorMetrics(
-        load_recipe(PriorRunConfig, RECIPE), PriorConfig(n_layers=2), engine, stream, TrainState(update=update), tracker
+        load_recipe(PriorRunConfig, RECIPE, ["tracking.every=10", *overrides]),
+        PriorConfig(n_layers=2),
+        engine,
+        stream,
+        TrainState(update=update),
+        tracker,
     )
 
 
-def test_a_long_runs_scales_take_no_more_memory_than_a_chart_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "CHART_POINTS", 10)
-    charts: list[Sequence[int]] = []
-    monkeypatch.setattr(metrics, "gradient_scales", lambda updates, lines: charts.append(updates))
-    scaler = SimpleNamespace(names=["b"], scale=torch.ones(1), at_limits=dict, log2_scales=lambda: {"b": 0.0})
-    tracker = SimpleNamespace(tags=lambda _: None, metrics=lambda *_: None, image=lambda *_: None)
-    report = metrics_at(0, tracker, scaler)
-    for update in range(10, 2001, 10):  # the updates whose metrics are logged
+def test_scales_of_a_long_run_are_told_no_more_often_than_a_chart_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    charts: list[tuple[Sequence[int], Mapping[str, Sequence[float]]]] = []
+    monkeypatch.setattr(metrics, "gradient_scales", lambda updates, lines: charts.append((updates, lines)))
+    names = [f"layers.{i // 2}.{'attention' if i % 2 else 'mlp'}" for i in range(128)]
+    n_reads = 0
+
+    def powers() -> dict[str, float]:  # waits for the device
+        nonlocal n_reads
+        n_reads += 1
+        return dict.fromkeys(names, 13.0)
+
+    sent: list[dict[str, float]] = []
+    made: list[Callable[[], None]] = []
+    scaler = SimpleNamespace(names=names, at_limits=lambda _: {}, log2_scales=powers)
+    tracker = SimpleNamespace(
+        tags=lambda _: None, metrics=lambda values, _: sent.append(values), image=lambda _, make, __: made.append(make)
+    )
+    report = metrics_at(0, tracker, scaler, "updates=430000")
+    monkeypatch.setattr(report, "bar", SimpleNamespace(update=lambda _: None, set_postfix_str=lambda *_, **__: None))
+    for update in range(10, 430_001, 10):
         report._state.update = update
         report.log(UpdateReport(text_loss=2.0, image_loss=3.0, **QUIET), lr=0.1)
-        assert len(report._scale_history) <= 10
+    assert n_reads == len(sent) == 43_000
+    of_blocks = [values for values in sent if f"gradient_scale_log2/{names[0]}" in values]
+    assert 400 < len(of_blocks) == len(report._scale_history) <= 500
+    assert all("optimizer/lowest_gradient_scale_log2" in values for values in sent)
     report.log_validation(1.0, 1.0, torch.zeros(1, 1024))
-    (updates,) = charts
-    assert len(updates) >= 5 and updates[-1] > 1600
-    assert len({b - a for a, b in pairwise(updates)}) == 1 and updates[0] == updates[1] - updates[0]
+    assert not charts and len(made) == 2, "the tracker draws"
+    made[1]()
+    ((updates, lines),) = charts
+    assert len(updates) == len(of_blocks) and updates[-1] > 429_000 and len({b - a for a, b in pairwise(updates)}) == 1
+    assert list(lines) == names and set(lines[names[0]]) == {2.0**13}
 
 
 @pytest.mark.parametrize(

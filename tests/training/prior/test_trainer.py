@@ -6,16 +6,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mlflow import MlflowClient
 
 from dalle_ds.cli import main
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.parallel.ranks import ALONE
 from dalle_ds.recipes import dump_recipe, load_recipe
+from dalle_ds.storage.record import seal
+from dalle_ds.tracking.tracker import Tracker
 from dalle_ds.training.prior import trainer
 from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.job import check_job
 from dalle_ds.training.prior.trainer import train_prior
-from tests.data.token_sets import edit_json, make_token_set
+from tests.data.token_sets import make_token_set
+from tests.support.sealed import edit_json
 from tests.training.prior.abouts import about_of, commit
 
 RECIPES = Path(__file__).resolve().parents[3] / "launchers" / "recipes"
@@ -37,6 +41,8 @@ def recipe(token_set: str, tmp_path: Path, *overrides: str) -> PriorRunConfig:
     [
         ("model.grid=8", r"model.grid is 8, but the data set .* has 4"),
         ("model.n_codes=8192", r"model.n_codes is 8192, but the data set .* has 32"),
+        ("model.conv_kernel=4", "the recipe's model.*conv_kernel is 4, expected an odd number"),
+        ("model.n_layers=99999", "the recipe's model.*n_layers = 99999: expected at most 1024"),
         ("global_batch=1024", "64 samples"),
         ("deepspeed_config=nowhere.json", "nowhere.json cannot be read"),
     ],
@@ -83,9 +89,8 @@ def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
         recipe(token_set, tmp_path, "data.cache={folder: s3://bucket/cache, gib: 1}")
 
 
-def test_the_papers_way_drops_no_caption(token_set: str, tmp_path: Path) -> None:
-    for run in (recipe(token_set, tmp_path), load_recipe(PriorRunConfig, RECIPES / "12b.yaml")):
-        assert run.data.caption_dropout == 0.0
+def test_the_papers_way_drops_no_caption() -> None:
+    assert load_recipe(PriorRunConfig, RECIPES / "12b.yaml").data.caption_dropout == 0.0
 
 
 def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Path) -> None:
@@ -96,11 +101,11 @@ def test_batch_that_does_not_divide_among_the_ranks(token_set: str, tmp_path: Pa
 def test_a_recipe_for_few_ranks_starts_on_more(token_set: str, tmp_path: Path) -> None:
     """`deepspeed launchers/train_prior.sh` on a node of eight GPUs: the default recipe is made for two CPU cores."""
     run = load_recipe(PriorRunConfig, RECIPES / "tiny.yaml")
-    for n_ranks, micro_batch, accumulation in ((1, 8, 2), (2, 8, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1)):
+    for n_ranks, micro_batch, accumulation in ((1, 16, 2), (2, 16, 1), (4, 8, 1), (8, 4, 1), (32, 1, 1)):
         there = run.on_ranks(n_ranks)
         assert (there.micro_batch, there.accumulation(n_ranks)) == (micro_batch, accumulation)
-    for n_ranks in (3, 32):
-        with pytest.raises(ConfigError, match=f"16 is not a multiple of micro_batch 8 x {n_ranks} ranks"):
+    for n_ranks in (3, 64):
+        with pytest.raises(ConfigError, match=rf"32 is not a multiple of micro_batch \d+ x {n_ranks} ranks"):
             run.on_ranks(n_ranks).accumulation(n_ranks)
 
 
@@ -147,19 +152,58 @@ def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) 
         train_prior(run, ALONE)
 
 
-@pytest.mark.parametrize("summary", [{}, {"loss/validation/image": 2.5}])
-def test_a_finished_run_is_not_repeated_at_any_number_of_ranks(
-    token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: dict[str, float]
-) -> None:
+SUMMARY = {"updates": 10, "loss/validation/image": 2.5}
+
+
+def finished_run(token_set: str, tmp_path: Path, summary: bytes | None) -> PriorRunConfig:
     run = recipe(token_set, tmp_path, "updates=10")
     commit(tmp_path / "run" / "checkpoints", 10, check_job(run, ALONE).about, world_size=4)
-    if summary:
-        (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    if summary is not None:
+        (tmp_path / "run" / "summary.json").write_bytes(summary)
+    return run
+
+
+def test_a_finished_run_is_not_repeated_at_any_number_of_ranks(
+    token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(token_set, tmp_path, seal(SUMMARY))
     monkeypatch.setattr(trainer, "PriorTrainer", lambda *_: pytest.fail("it trained"))
-    found = train_prior(run, ALONE)
-    assert found["resumed_at"] == 10 and summary.items() <= found.items()
+    assert train_prior(run, ALONE) == {**SUMMARY, "resumed_at": 10}
     with pytest.raises(pytest.fail.Exception, match="it trained"):
         train_prior(recipe(token_set, tmp_path, "updates=11"), ALONE)
+
+
+@pytest.mark.parametrize("summary", [None, b"", b"[]", seal({**SUMMARY, "updates": 5}), seal(SUMMARY).replace(b"2.5", b"2.4")])
+def test_a_run_that_was_killed_before_its_summary_is_brought_to_its_end(
+    token_set: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: bytes | None
+) -> None:
+    """The summary is missing, of an earlier end of the run, or damaged."""
+    run = finished_run(token_set, tmp_path, summary)
+    monkeypatch.setattr(trainer, "PriorTrainer", lambda *_: pytest.fail("the trainer ends it"))
+    with pytest.raises(pytest.fail.Exception, match="the trainer ends it"):
+        train_prior(run, ALONE)
+
+
+def test_a_run_that_was_killed_before_mlflow_knew_its_end_is_finished_there(
+    token_set: str, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+    run, client = finished_run(token_set, tmp_path, seal(SUMMARY)), MlflowClient(store)
+    killed = Tracker.start(tmp_path / "run", uri=store)
+    killed.metrics({"loss/train/total": 3.0}, step=10)
+    assert killed._flush_and_stop(120), "all but the end is delivered"
+
+    def tracked() -> tuple[str, list[str]]:
+        found = client.get_run(json.loads((tmp_path / "run" / "mlflow_run.json").read_text())["run_id"])
+        return found.info.status, [file.path for file in client.list_artifacts(found.info.run_id)]
+
+    assert tracked() == ("RUNNING", [])
+    train_prior(run, ALONE)
+    assert tracked() == ("FINISHED", ["summary.json"])
+    before = sorted((tmp_path / "run" / "mlflow_spool").rglob("*"))
+    train_prior(run, ALONE)
+    assert sorted((tmp_path / "run" / "mlflow_spool").rglob("*")) == before, "nothing is sent twice"
 
 
 @pytest.mark.parametrize(("saved", "wanted"), [("fp32", "low_bit"), ("low_bit", "fp32")])

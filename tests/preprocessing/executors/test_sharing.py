@@ -1,0 +1,245 @@
+"""Sharing shards over machines: little work is done twice, whatever machines start, stop or lag behind."""
+
+import heapq
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+
+from dalle_ds.data.commit import new_attempt
+from dalle_ds.data.manifest import done_shards, manifest_url
+from dalle_ds.errors import DataError
+from dalle_ds.storage import objects
+from preprocessing.executors import sharing
+from preprocessing.executors.local import run_shards
+from preprocessing.executors.sharing import SharedShards, StoredBoard, forget_claims
+
+N_SHARDS, SHARD_SECONDS, REQUEST_SECONDS = 25_000, 60.0, 0.03
+
+
+@dataclass
+class World:
+    """Simulated claims and manifests of one output, in virtual time."""
+
+    now: float = 0.0
+    claimed: dict[str, int] = field(default_factory=dict)
+    committed: set[str] = field(default_factory=set)
+    n_requests: int = 0
+    work: float = 0.0  # seconds of workers
+    wasted: float = 0.0  # of these, on shards that were committed before
+    finished: float = 0.0  # when the last shard was committed
+
+
+@dataclass
+class Board:
+    """A machine's view of the world. Its requests take time."""
+
+    world: World
+    machine: int
+    seconds: float = 0.0  # of the requests since the last event
+
+    def time(self) -> float:
+        return self.world.now + self.seconds
+
+    def _request(self, n: int = 1) -> None:
+        self.world.n_requests += n
+        self.seconds += n * REQUEST_SECONDS
+
+    def create(self, name: str) -> bool:
+        self._request()
+        return self.world.claimed.setdefault(name, self.machine) == self.machine
+
+    def delete(self, name: str) -> None:
+        self._request()
+        self.world.claimed.pop(name, None)
+
+    def claims(self) -> set[str]:
+        self._request(1 + len(self.world.claimed) // 1000)
+        return set(self.world.claimed)
+
+    def done(self) -> set[str]:
+        self._request(1 + len(self.world.committed) // 1000)
+        return self.world.committed
+
+    def is_done(self, shard: str) -> bool:
+        self._request()
+        return shard in self.world.committed
+
+
+@dataclass(frozen=True)
+class Machine:
+    number: int
+    of: int
+    speed: float = 1.0
+    starts: float = 0.0  # seconds
+    dies: float = float("inf")  # with its claims
+
+
+def simulate(machines: Sequence[Machine], n_workers: int) -> World:
+    """Let the machines do all shards."""
+    world, draw = World(), random.Random(0)
+    names = [f"{number:05d}" for number in range(N_SHARDS)]
+    boards = {machine: Board(world, machine.number) for machine in machines}
+    shares: dict[Machine, SharedShards] = {}
+    starts = [(machine.starts + draw.random(), machine) for machine in machines for _ in range(n_workers)]
+    events: list[tuple[float, int, Machine, str | None, float]] = [
+        (at, number, machine, None, 0.0) for number, (at, machine) in enumerate(starts)
+    ]
+    heapq.heapify(events)
+    n_events = len(events)
+    while events:
+        world.now, _, machine, shard, seconds = heapq.heappop(events)
+        if world.now >= machine.dies:
+            continue
+        board = boards[machine]
+        board.seconds = 0.0
+        if machine not in shares:
+            shares[machine] = SharedShards(names, world.committed, machine.number, machine.of, board, board.time)
+        if shard is not None:
+            world.work += seconds
+            if shard in world.committed:
+                world.wasted += seconds
+            else:
+                world.committed.add(shard)
+                world.finished = world.now
+            shares[machine].settle(shard, is_done=True, seconds=seconds)
+        following = shares[machine].take()
+        n_events += 1
+        if following is not None:
+            seconds = SHARD_SECONDS / machine.speed * draw.uniform(0.85, 1.15)
+            heapq.heappush(events, (board.time() + seconds, n_events, machine, following, seconds))
+        elif not shares[machine].is_over:
+            heapq.heappush(events, (board.time() + shares[machine].poll_seconds, n_events, machine, None, 0.0))
+    return world
+
+
+def ideal(machines: Sequence[Machine], n_workers: int) -> float:
+    """Time in which the machines could do all shards if none of their time were lost."""
+    time, left = 0.0, N_SHARDS * SHARD_SECONDS
+    changes = sorted({at for machine in machines for at in (machine.starts, machine.dies)})
+    for start, end in zip(changes, [*changes[1:], float("inf")], strict=True):
+        rate = n_workers * sum(machine.speed for machine in machines if machine.starts <= start < machine.dies)
+        if rate * (end - start) >= left:
+            return start + left / rate
+        time, left = end, left - rate * (end - start)
+    raise AssertionError(f"{left} seconds of work are left at {time}")
+
+
+def fleet(n: int, of: int | None = None, **changes: Callable[[int], float]) -> list[Machine]:
+    given = [{name: change(number) for name, change in changes.items()} for number in range(n)]
+    return [Machine(number, of or n, **more) for number, more in enumerate(given)]
+
+
+INFINITE = float("inf")
+CASES: dict[str, tuple[list[Machine], int]] = {
+    "64 of 64": (fleet(64), 8),
+    "64 of 64, speeds 0.8 to 1.2": (fleet(64, speed=lambda number: 0.8 + 0.4 * number / 63), 8),
+    "64 of 64, 8 start two hours late": (fleet(64, starts=lambda number: 7200.0 if number >= 56 else 0.0), 1),
+    "16 of 16, 2 at half speed": (fleet(16, speed=lambda number: 0.5 if number >= 14 else 1.0), 8),
+    "60 of 64, 4 never start": ([machine for machine in fleet(64) if machine.number % 16 != 5], 8),
+    "16 of 64 at a time": (fleet(16, of=64), 8),
+    "48 of 64 got nodes": (fleet(48, of=64), 8),
+    "64 of 64, 16 die half way with their claims": (fleet(64, dies=lambda number: 1500.0 if number % 4 == 1 else INFINITE), 8),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_machines_do_little_twice_and_finish_in_time(case: str) -> None:
+    machines, n_workers = CASES[case]
+    world = simulate(machines, n_workers)
+    assert len(world.committed) == N_SHARDS
+    assert world.wasted <= 0.05 * world.work
+    assert world.finished <= 1.10 * ideal(machines, n_workers)
+    assert world.n_requests <= 5 * N_SHARDS
+
+
+def test_a_machine_that_dies_at_the_end_costs_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = fleet(16, of=64, dies=lambda number: 11_700.0 if number < 2 else INFINITE)
+    world = simulate(machines, 8)
+    assert len(world.committed) == N_SHARDS
+    assert world.finished <= 11_700 + sharing.MIN_LEASE_SECONDS + 3 * SHARD_SECONDS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real executor on a real store, a process a machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+N_REAL = 48
+
+
+@dataclass(frozen=True)
+class Sleepy:
+    """Sleeps, then commits, as encode does, and notes each shard that it begins."""
+
+    out: str
+    begun: list[str]
+
+    def start(self, n_threads: int) -> Callable[[str], bool]:
+        return self.work
+
+    def work(self, shard: str) -> bool:
+        self.begun.append(shard)
+        time.sleep(0.02)
+        return objects.create_exclusive(manifest_url(self.out, shard), new_attempt().encode())
+
+
+NAMES = [f"{number:05d}" for number in range(N_REAL)]
+
+
+def sharing_as(machine: int, of: int, out: str) -> SharedShards:
+    return SharedShards(NAMES, done_shards(out), machine, of, StoredBoard(out, machine))
+
+
+def work_as(machine: int, of: int, out: str, begun: list[str]) -> dict[str, str]:
+    todo, shares = [name for name in NAMES if name not in done_shards(out)], sharing_as(machine, of, out)
+    job = Sleepy(out, begun)
+    return run_shards(job, todo, n_workers=1, name=str, size=lambda _: 1, what="work", unit="shard", shares=shares)[1]
+
+
+def test_real_machines_on_a_real_store_do_nothing_twice(any_root: str) -> None:
+    """Three of twelve machines: three quarters of the shards are in nobody's own part. A dead one has left its claims."""
+    begun: list[str] = []
+    dead = sharing_as(7, 12, any_root)
+    left_behind = [dead.take(), dead.take()]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(sharing, "MIN_LEASE_SECONDS", 1)
+        failures = list(pool.map(lambda machine: work_as(machine, 12, any_root, begun), (0, 1, 2)))
+    assert failures == [{}, {}, {}]
+    assert done_shards(any_root) == set(NAMES)
+    assert sorted(begun) == NAMES
+    assert set(begun[-2:]) == set(left_behind)
+    assert objects.list_files(f"{any_root}/claims") == []
+
+
+def test_a_machine_that_starts_again_goes_on_with_its_claims(tmp_path: object) -> None:
+    names = ["a", "b"]
+    first = SharedShards(names, (), 0, 2, StoredBoard(str(tmp_path), 0))
+    assert first.take() == "a"
+    assert SharedShards(names, (), 1, 2, StoredBoard(str(tmp_path), 1)).take() == "b"
+    again = SharedShards(names, (), 0, 2, StoredBoard(str(tmp_path), 0))
+    assert (again.take(), again.take()) == ("a", None)
+
+
+def test_a_shard_that_fails_is_tried_on_two_machines_and_no_more(tmp_path: object) -> None:
+    out, names = str(tmp_path), ["a", "b", "c"]
+    machines = [SharedShards(names, (), number, 8, StoredBoard(out, number)) for number in range(3)]
+    n_tried = dict.fromkeys(names, 0)
+    for shares in [*machines, *machines]:
+        while (name := shares.take()) is not None:
+            n_tried[name] += 1
+            if name != "b":
+                objects.write_bytes(manifest_url(out, name), b"{}")
+            shares.settle(name, is_done=name != "b")
+    assert n_tried == {"a": 1, "b": 2, "c": 1}
+    third = SharedShards(names, done_shards(out), 7, 8, StoredBoard(out, 7))
+    assert third.take() is None and third.is_over
+    assert third.settled_elsewhere() == {"b": "failed on 2 other machines; `dalle-ds data status` shows why"}
+    forget_claims(out)
+    assert objects.list_files(f"{out}/claims") == []
+
+
+class Damaged(DataError):
+    pass
