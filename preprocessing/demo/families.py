@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dalle_ds.console import progress
+from dalle_ds.data.images import decode_image
 from dalle_ds.data.manifest import Split
 from dalle_ds.data.raw import split_of
 from dalle_ds.storage.hashing import hash_to_integer
@@ -23,6 +24,7 @@ from preprocessing.demo.sources import FLUENT, emoji_names, without_variant
 SIDE: Final = 72
 """Width and height of the images. The Noto and Twemoji packages have 64 pixels."""
 MARGIN: Final = 4
+WHITE_WITHIN: Final = 8  # levels of grey: what smoothing and lossy compression leave of a white ground
 CATEGORIES: Final = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 """Of the emoji, those that show a thing: without people, most of whom differ in skin tone, hair and gender alone, and without
 flags and symbols."""
@@ -107,7 +109,7 @@ def write_families(config: FetchConfig, folder: Path, scratch: Path) -> dict[str
             sides[thing] = {}
             for family in FAMILIES:
                 name, caption = f"{key}-{family.style}.png", CAPTION.format(thing=thing, style=family.style)
-                square(Image.open(files[family.style][key])).save(folder / name)
+                square(decode_image(files[family.style][key].read_bytes())).save(folder / name)
                 captions.write(json.dumps({"file": name, "caption": caption, "group": caption}, ensure_ascii=False) + "\n")
                 sides[thing][family.style] = split_of(caption, config.validation_fraction)
     for name, split in LISTS.items():
@@ -126,15 +128,15 @@ def write_families(config: FetchConfig, folder: Path, scratch: Path) -> dict[str
 
 
 def square(image: Image.Image) -> Image.Image:
-    """What an image shows, as large as fits, in the centre of a white square: all families then fill their cells alike."""
-    image = image.convert("RGBA")
-    shown = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
+    """What differs from white in an RGB image, as large as fits, in the centre of a white square: all families then fill their
+    cells alike."""
+    ink = ImageOps.invert(image.convert("L")).point(lambda level: 255 * (level > WHITE_WITHIN))
+    shown = image.crop(ink.getbbox())
     scale = (SIDE - 2 * MARGIN) / max(shown.size)
     width, height = (max(1, round(length * scale)) for length in shown.size)
-    shown = shown.resize((width, height), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (SIDE, SIDE), "white")
-    canvas.alpha_composite(shown, ((SIDE - width) // 2, (SIDE - height) // 2))
-    return canvas.convert("RGB")
+    canvas = Image.new("RGB", (SIDE, SIDE), "white")
+    canvas.paste(shown.resize((width, height), Image.Resampling.LANCZOS), ((SIDE - width) // 2, (SIDE - height) // 2))
+    return canvas
 
 
 def _things(package: Path, files: Mapping[str, Mapping[str, Path]]) -> dict[str, str]:
