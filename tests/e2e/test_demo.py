@@ -14,6 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from dalle_ds.data.raw import split_of
+from preprocessing.demo.drawn import draw
 from tests.support import launching
 from tests.support.images import draw_folder
 from tests.support.pages import run_python_page
@@ -21,6 +23,7 @@ from tests.support.pages import run_python_page
 pytestmark = [pytest.mark.launch, pytest.mark.e2e]
 
 DEMO = str(launching.ROOT / "launchers" / "demo.sh")
+STYLES, FRACTION = ("glossy", "noto", "flat"), 0.12  # as in families.yaml
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,41 @@ def test_pictures_go_the_same_way(home: Path, env: dict[str, str]) -> None:
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
     emoji = ["bash", DEMO, "--quick", "--emoji", "--out", "runs/pictures"]
     assert_nothing_is_repeated(emoji, home, env, out, n_skipped=4, prior="6/10")
+
+
+def test_families_end_with_the_score_of_a_judge(home: Path, env: dict[str, str]) -> None:
+    out = home / "runs" / "families"
+    write_families(out / "images", n_things=80)
+    command = ["bash", DEMO, "--quick", "--families", "--out", "runs/families"]
+    done = launching.run(command, home, env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    plain, best = (json.loads((out / f"scores_{name}" / "image_metrics.json").read_text()) for name in ("zero_shot", "best"))
+    assert plain["among"] == 5 and plain["chance"] == 0.2
+    found = [plain["retrieval_images"], best["retrieval_images"], plain["retrieval_reference"]]
+    assert set(found[0]["by_text"]) == {f"in {style} style" for style in STYLES} and found[0]["n"] == found[1]["n"] == 6
+    rows = re.findall(r"^  (?:zero-shot|real images).*?(\d\.\d{3})   \((.*) to (.*)\)$", done.stderr, re.MULTILINE)
+    assert rows == [tuple(f"{score[key]:.3f}" for key in ("top1", "top1_low", "top1_high")) for score in found]
+    judge, ranker = (json.loads((out / name / "clip_report.json").read_text()) for name in ("judge", "clip"))
+    assert json.loads((out / "best" / "samples.json").read_text())["scorer"] == ranker["clip"] != judge["clip"]
+    with Image.open(out / "samples" / "grid.png") as grid:
+        assert grid.width > 300 and len(grid.convert("RGB").getcolors(1 << 24)) > 100
+    assert_nothing_is_repeated(command, home, env, out, n_skipped=10, prior="6/16")
+
+
+def write_families(folder: Path, n_things: int) -> None:
+    """What `--families --quick` would fetch, of drawn things instead of downloaded emoji."""
+    folder.mkdir(parents=True)
+    captions = [f"thing {i} in {style} style" for i in range(n_things) for style in STYLES]
+    with (folder / "captions.jsonl").open("w") as lines:
+        for i, caption in enumerate(captions):
+            draw(i, 72).image.save(folder / f"{i}.png")
+            lines.write(json.dumps({"file": f"{i}.png", "caption": caption, "group": caption}) + "\n")
+    for name, split in (("seen_captions.txt", "train"), ("zero_shot_captions.txt", "validation")):
+        of_split = [caption for caption in captions if split_of(caption, FRACTION) == split]
+        some = [caption for style in STYLES for caption in [c for c in of_split if style in c][:2]]
+        (folder / name).write_text("".join(f"{caption}\n" for caption in some))
+    settings = {"evaluation_captions": 6, "validation_fraction": FRACTION}
+    (folder / "source.json").write_text(json.dumps({"source": "families", "limit": 100, "families": settings}))
 
 
 def run_of(out: Path, stage: str) -> Run:
