@@ -24,7 +24,7 @@ from dalle_ds.bench.harness.timing import Comparison, take_turns
 from dalle_ds.console import progress
 from dalle_ds.data.images import CROP_RULE, ImageProblem
 from dalle_ds.data.manifest import DatasetInfo
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.data.raw.shards import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage.names import TOKENIZER_FILE

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dalle_ds.data.manifest import Block
-from dalle_ds.data.shards import parse_block
+from dalle_ds.data.tokens.shards import parse_block
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.caption_gap import gap_of_file
 from dalle_ds.evaluation.statistics import Statistics

@@ -19,7 +19,7 @@ import sys
 import dalle_ds
 dalle_ds.data, dalle_ds.UserError, dir(dalle_ds), dir(dalle_ds.data)
 print([name for name in ("torch", "numpy", "pydantic", "fsspec", "mlflow", "PIL") if name in sys.modules])
-import dalle_ds.interface.loading, dalle_ds.data.loading
+import dalle_ds.interface.loading, dalle_ds.data.tokens.loading
 print([name for name in ("deepspeed", "mlflow", "pandas") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -16,7 +16,6 @@ from dalle_ds.bench.harness.readers import Sample, open_readers
 from dalle_ds.bench.harness.report import Report
 from dalle_ds.bench.harness.settings import LoaderBenchConfig
 from dalle_ds.bench.harness.timing import take_turns
-from dalle_ds.data.dataset_files import merge, publish
 from dalle_ds.data.manifest import (
     DatasetInfo,
     InputIdentity,
@@ -26,11 +25,12 @@ from dalle_ds.data.manifest import (
     load_shard_manifests,
     manifest_url,
 )
-from dalle_ds.data.shards import PartWriter, unbatch
-from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
-from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
-from dalle_ds.data.tokens import TokenStream
+from dalle_ds.data.tokens.batches import TokenStream
+from dalle_ds.data.tokens.dataset import DecodedBlock, TokenDataset
+from dalle_ds.data.tokens.dataset_files import merge, publish
+from dalle_ds.data.tokens.mix import TokenMix
+from dalle_ds.data.tokens.shards import PartWriter, unbatch
 from dalle_ds.errors import ConfigError
 from dalle_ds.padding import PAD
 from dalle_ds.storage import objects

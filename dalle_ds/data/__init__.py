@@ -7,9 +7,9 @@ __all__ = ["TokenBatch", "TrainBatches", "ValidationBatches", "open"]  # noqa: F
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "open": "dalle_ds.data.loading",
-        "TrainBatches": "dalle_ds.data.loading",
-        "ValidationBatches": "dalle_ds.data.loading",
-        "TokenBatch": "dalle_ds.data.tokens",
+        "open": "dalle_ds.data.tokens.loading",
+        "TrainBatches": "dalle_ds.data.tokens.loading",
+        "ValidationBatches": "dalle_ds.data.tokens.loading",
+        "TokenBatch": "dalle_ds.data.tokens.batches",
     },
 )

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dalle_ds.data.png_chunks import only_pixels
-from dalle_ds.data.raw_sample import SampleProblem
+from dalle_ds.data.raw.sample import SampleProblem
 from dalle_ds.storage.hashing import hash_to_integer
 
 # H, W source height and width, S side of the square crop, T side after resizing, C channels

@@ -78,7 +78,7 @@ class RawShardManifest(SealedRecord):
     n_input: int
     n_samples: int
     dropped: dict[str, int]
-    metadata: StoredFile | None = None  # parquet of `raw_metadata`; None in raw shards of earlier versions
+    metadata: StoredFile | None = None  # parquet of `data.raw.metadata`; None in raw shards of earlier versions
     dropped_path: PathBelow | None = None  # of earlier versions: JSON lines {"key", "reason"}, below the root
     fingerprint: str  # fingerprint of the inputs and the filters
     seconds: float

@@ -19,9 +19,9 @@ from scipy.ndimage import gaussian_filter
 
 from dalle_ds.data.images import ImageProblem, center_crop, decode_image
 from dalle_ds.data.manifest import iterate_shards
-from dalle_ds.data.raw import RawSample, RawShard, list_raw_shards, read_raw_shard, split_of
-from dalle_ds.data.raw_metadata import iterate_sample_rows, read_image, sample_rows
-from dalle_ds.data.raw_sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, MAX_TEXT_BYTES, OTHER_IMAGE_EXTENSIONS
+from dalle_ds.data.raw.metadata import iterate_sample_rows, read_image, sample_rows
+from dalle_ds.data.raw.sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, MAX_TEXT_BYTES, OTHER_IMAGE_EXTENSIONS
+from dalle_ds.data.raw.shards import RawSample, RawShard, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.bounded import read_bounded

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.data.images import MAX_PIXELS, ImageProblem, decode_image, prior_crop, seed_of
-from dalle_ds.data.raw_sample import MAX_MEMBER_BYTES
+from dalle_ds.data.raw.sample import MAX_MEMBER_BYTES
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.sampling.export import Export
 from dalle_ds.storage.bounded import read_bounded

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data.dataset_files import load_index
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
 from dalle_ds.data.manifest import InputIdentity
-from dalle_ds.data.raw import RawSample, RawShard, list_raw_shards, read_raw_shard
+from dalle_ds.data.raw.shards import RawSample, RawShard, list_raw_shards, read_raw_shard
+from dalle_ds.data.tokens.dataset_files import load_index
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.sampling.validation_samples import ValidationSamples

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data.shards import CAPTIONS
-from dalle_ds.data.token_dataset import TokenDataset
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import TokenBatch, validation_batches
+from dalle_ds.data.tokens.batches import TokenBatch, validation_batches
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.mix import TokenMix
+from dalle_ds.data.tokens.shards import CAPTIONS
 from dalle_ds.errors import DataError
 from dalle_ds.sampling.export import Export
 from dalle_ds.storage import objects

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data.raw import RawShard, list_raw_shards
-from dalle_ds.data.raw_streams import Cursor, Cursors
+from dalle_ds.data.raw.shards import RawShard, list_raw_shards
+from dalle_ds.data.raw.streams import Cursor, Cursors
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.parallel.ranks import ALONE, Ranks

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle_ds.data.images import CROP_RULE
-from dalle_ds.data.raw import RawShard, read_raw_shard, split_of
-from dalle_ds.data.raw_sample import RawSample
+from dalle_ds.data.raw.sample import RawSample
+from dalle_ds.data.raw.shards import RawShard, read_raw_shard, split_of
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.storage.atomic import atomic_write
@@ -133,7 +133,7 @@ def _held_out(shard: RawShard, validation_fraction: float) -> Iterator[RawSample
         found = (sample for sample in read_raw_shard(shard) if isinstance(sample, RawSample))
         yield from (sample for sample in found if split_of(sample.group, validation_fraction) == "validation")
         return
-    from dalle_ds.data.raw_metadata import read_image, sample_rows  # pyarrow: needed at the first start only
+    from dalle_ds.data.raw.metadata import read_image, sample_rows  # pyarrow: needed at the first start only
 
     rows = sample_rows(shard, ["key", "caption", "group", "offset", "bytes", "crc32"])
     for number, group in enumerate(rows["group"].to_pylist()):

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from dalle_ds.console import progress
 from dalle_ds.data.images import decode_image
 from dalle_ds.data.manifest import Split
-from dalle_ds.data.raw import split_of
+from dalle_ds.data.raw.shards import split_of
 from dalle_ds.storage.hashing import hash_to_integer
 from preprocessing.configs import FetchConfig
 from preprocessing.demo.downloads import NpmPackage, SourceUnavailable

@@ -25,11 +25,11 @@ from dalle_ds.data.manifest import (
     StoredFile,
     manifest_url,
 )
-from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import LISTED_REASONS, Dropped, RawSample, RawShard, read_raw_shard, split_of, without_drop_list
+from dalle_ds.data.raw.shards import LISTED_REASONS, Dropped, RawSample, RawShard, read_raw_shard, split_of, without_drop_list
 from dalle_ds.data.reconstruction import codebook_usage
-from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.tokens.prefetch import Prefetch
+from dalle_ds.data.tokens.shards import PartWriter
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.pretrained.stored_weights import build_dvae

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dalle_ds.data.images import ImageProblem
-from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard
+from dalle_ds.data.raw.shards import RawSample, RawShard, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.models.dvae import DVAE, Conv2d
 from dalle_ds.ops import exactness

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 
 from dalle_ds.data.manifest import SPLITS, ShardManifest, Split, iterate_shards, load_shard_manifest
-from dalle_ds.data.raw import LISTED_REASONS, RawShard, read_drop_list, split_of, without_drop_list
-from dalle_ds.data.raw_metadata import sample_rows
-from dalle_ds.data.token_index import TokenIndex
+from dalle_ds.data.raw.metadata import sample_rows
+from dalle_ds.data.raw.shards import LISTED_REASONS, RawShard, read_drop_list, split_of, without_drop_list
+from dalle_ds.data.tokens.index import TokenIndex
 from dalle_ds.errors import DataError
 
 

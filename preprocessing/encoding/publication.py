@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
-from dalle_ds.data.dataset_files import DatasetManifest, load_current, merge, merge_stored, publish
 from dalle_ds.data.manifest import DatasetInfo, InputIdentity, done_shards
-from dalle_ds.data.raw import LISTED_REASONS, RawShard
-from dalle_ds.data.token_index import TokenIndex
+from dalle_ds.data.raw.shards import LISTED_REASONS, RawShard
+from dalle_ds.data.tokens.dataset_files import DatasetManifest, load_current, merge, merge_stored, publish
+from dalle_ds.data.tokens.index import TokenIndex
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from dalle_ds.data.raw import Dropped, RawSample, RawShard, fetched, read_raw_shard, samples_in
+from dalle_ds.data.raw.shards import Dropped, RawSample, RawShard, fetched, read_raw_shard, samples_in
 
 Copy = Future[tuple[ExitStack, Path]]  # a checked local file, and what deletes it
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from dalle_ds.data.images import ImageProblem, seed_of
 from dalle_ds.data.manifest import ShardManifest
-from dalle_ds.data.raw import RawSample, RawShard, read_raw_shard
+from dalle_ds.data.raw.shards import RawSample, RawShard, read_raw_shard
 from dalle_ds.data.reconstruction import psnr
-from dalle_ds.data.shards import read_block
+from dalle_ds.data.tokens.shards import read_block
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.storage import objects
 from preprocessing.encoding.encode_shard import crop_of

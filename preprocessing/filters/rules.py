@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, Protocol
 from PIL import Image
 
 from dalle_ds.data.images import ImageProblem, decode_image
-from dalle_ds.data.raw import RawSample
+from dalle_ds.data.raw.shards import RawSample
 from preprocessing.configs import FilterConfig
 from preprocessing.filters.language import language_of
 

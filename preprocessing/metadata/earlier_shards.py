@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dalle_ds.data.images import ImageProblem, decode_image
 from dalle_ds.data.manifest import RawShardManifest, manifest_url
-from dalle_ds.data.raw import Dropped, fetched, read_reasons, samples_in, shard_of
-from dalle_ds.data.raw_metadata import write_metadata
+from dalle_ds.data.raw.metadata import write_metadata
+from dalle_ds.data.raw.shards import Dropped, fetched, read_reasons, samples_in, shard_of
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.scratch import scratch_folder

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dalle_ds.data.images import decode_image
-from dalle_ds.data.raw import RawShard
-from dalle_ds.data.raw_metadata import read_image, sample_rows
+from dalle_ds.data.raw.metadata import read_image, sample_rows
+from dalle_ds.data.raw.shards import RawShard
 from dalle_ds.storage import objects
 from preprocessing.metadata.compare_hashes import Duplicate
 

@@ -6,15 +6,15 @@ from collections import Counter
 
 from PIL import Image
 
-from dalle_ds.data.raw import RawSample
-from dalle_ds.data.raw_metadata import SCHEMA
+from dalle_ds.data.raw.metadata import SCHEMA
+from dalle_ds.data.raw.shards import RawSample
 from preprocessing.filters.perceptual_hash import perceptual_hash
 
 Language = tuple[str, float] | None
 
 
 class Rows:
-    """Columns of `raw_metadata.SCHEMA`, row by row."""
+    """Columns of `data.raw.metadata.SCHEMA`, row by row."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}

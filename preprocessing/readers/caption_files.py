@@ -11,8 +11,8 @@ from typing import IO, Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dalle_ds.data.captions import CAPTION_FIELDS, CaptionProblem, captions_in, field_of, group_in
-from dalle_ds.data.raw_sample import MAX_TEXT_BYTES
+from dalle_ds.data.raw.captions import CAPTION_FIELDS, CaptionProblem, captions_in, field_of, group_in
+from dalle_ds.data.raw.sample import MAX_TEXT_BYTES
 from dalle_ds.storage import objects
 from dalle_ds.storage.text import BYTE_ORDER_MARK, encoding_of
 from preprocessing.readers.parquet import text_rows

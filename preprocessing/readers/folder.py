@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import Final
 
-from dalle_ds.data.captions import CAPTION_EXTENSIONS, CaptionProblem, caption_beside, draw_caption
-from dalle_ds.data.raw_sample import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, OTHER_IMAGE_EXTENSIONS, short_key
+from dalle_ds.data.raw.captions import CAPTION_EXTENSIONS, CaptionProblem, caption_beside, draw_caption
+from dalle_ds.data.raw.sample import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, OTHER_IMAGE_EXTENSIONS, short_key
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from preprocessing.readers.caption_files import (

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dalle_ds.data.compressed import TAR_ENDINGS, tar_stem
 from dalle_ds.data.images import extension_of
-from dalle_ds.data.raw import RawShard, distinct_names, read_raw_shard
-from dalle_ds.data.raw_sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, SAME_FORMAT, Dropped, RawSample, with_prefix
+from dalle_ds.data.raw.compressed import TAR_ENDINGS, tar_stem
+from dalle_ds.data.raw.sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, SAME_FORMAT, Dropped, RawSample, with_prefix
+from dalle_ds.data.raw.shards import RawShard, distinct_names, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from preprocessing.configs import ColumnsConfig

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute  # noqa: F401 (makes pa.compute available)
 import pyarrow.parquet as pq
 
-from dalle_ds.data.captions import draw_caption
 from dalle_ds.data.images import extension_of
-from dalle_ds.data.raw_sample import MAX_MEMBER_BYTES, Dropped, RawSample, short_key
+from dalle_ds.data.raw.captions import draw_caption
+from dalle_ds.data.raw.sample import MAX_MEMBER_BYTES, Dropped, RawSample, short_key
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from preprocessing.configs import ColumnsConfig

@@ -12,7 +12,8 @@ from typing import Final
 import numpy as np
 
 from dalle_ds.console import Outcome, progress
-from dalle_ds.data.raw import (
+from dalle_ds.data.raw.metadata import N_READERS, iterate_sample_rows, sample_rows
+from dalle_ds.data.raw.shards import (
     DROP_LISTS,
     LISTED_REASONS,
     DropLists,
@@ -22,7 +23,6 @@ from dalle_ds.data.raw import (
     read_reasons,
     without_drop_list,
 )
-from dalle_ds.data.raw_metadata import N_READERS, iterate_sample_rows, sample_rows
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.hashing import sha256_of_bytes

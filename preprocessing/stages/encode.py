@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from dalle_ds.console import Outcome
-from dalle_ds.data.dataset_files import DatasetManifest
 from dalle_ds.data.images import CROP_RULE
 from dalle_ds.data.manifest import (
     DatasetInfo,
@@ -21,8 +20,9 @@ from dalle_ds.data.manifest import (
     load_shard_manifest,
     spread,
 )
-from dalle_ds.data.raw import RawShard, list_raw_shards
+from dalle_ds.data.raw.shards import RawShard, list_raw_shards
 from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.tokens.dataset_files import DatasetManifest
 from dalle_ds.errors import DataError
 from dalle_ds.ops.devices import gpus_are_wanted
 from dalle_ds.pretrained.stored_weights import dvae_config_of

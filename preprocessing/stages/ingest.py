@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from dalle_ds.console import Outcome
 from dalle_ds.data.commit import commit_shard, new_attempt
 from dalle_ds.data.manifest import RawShardManifest, done_shards, manifest_url
-from dalle_ds.data.raw_index import load_raw_manifests, write_raw_index
-from dalle_ds.data.raw_metadata import write_metadata
-from dalle_ds.data.raw_sample import MAX_TEXT_BYTES, Dropped, RawSample, is_safe_key
+from dalle_ds.data.raw.index import load_raw_manifests, write_raw_index
+from dalle_ds.data.raw.metadata import write_metadata
+from dalle_ds.data.raw.sample import MAX_TEXT_BYTES, Dropped, RawSample, is_safe_key
 from dalle_ds.recipes import canonical_json
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same

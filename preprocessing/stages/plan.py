@@ -1,8 +1,8 @@
 """Plan: estimate size, time and cost of preprocessing a number of pairs, from a finished encode or from given rates."""
 
 from dalle_ds.console import Outcome
-from dalle_ds.data.dataset_files import load_manifest
 from dalle_ds.data.manifest import load_dataset_info
+from dalle_ds.data.tokens.dataset_files import load_manifest
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE

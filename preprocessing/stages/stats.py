@@ -5,9 +5,9 @@ import time
 from collections import Counter
 
 from dalle_ds.console import Outcome
-from dalle_ds.data.dataset_files import DatasetManifest, load_manifest
 from dalle_ds.data.manifest import load_dataset_info
-from dalle_ds.data.raw_index import load_raw_manifests
+from dalle_ds.data.raw.index import load_raw_manifests
+from dalle_ds.data.tokens.dataset_files import DatasetManifest, load_manifest
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle_ds.data.dataset_files import DatasetManifest, load_index
 from dalle_ds.data.images import decode_image
-from dalle_ds.data.raw import list_raw_shards
-from dalle_ds.data.raw_metadata import read_image, sample_rows
-from dalle_ds.data.shards import read_block
+from dalle_ds.data.raw.metadata import read_image, sample_rows
+from dalle_ds.data.raw.shards import list_raw_shards
+from dalle_ds.data.tokens.dataset_files import DatasetManifest, load_index
+from dalle_ds.data.tokens.shards import read_block
 from dalle_ds.errors import DataError
 from dalle_ds.figures import drawn, new_figure
 from dalle_ds.storage import objects

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from dalle_ds.console import Outcome, progress
-from dalle_ds.data.raw import RawShard, list_raw_shards, split_of
-from dalle_ds.data.raw_metadata import iterate_sample_rows
+from dalle_ds.data.raw.metadata import iterate_sample_rows
+from dalle_ds.data.raw.shards import RawShard, list_raw_shards, split_of
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from dalle_ds.console import Outcome
-from dalle_ds.data.dataset_files import INDEX_FOLDER, DatasetManifest, load_index, merge
 from dalle_ds.data.images import seed_of
 from dalle_ds.data.manifest import (
     DatasetInfo,
@@ -24,11 +23,12 @@ from dalle_ds.data.manifest import (
     load_shard_manifests,
     spread,
 )
-from dalle_ds.data.raw import Dropped, read_raw_shard, read_reasons, shard_of, split_of
-from dalle_ds.data.raw_index import RAW_INDEX
-from dalle_ds.data.raw_metadata import read_metadata
-from dalle_ds.data.shards import parse_record
+from dalle_ds.data.raw.index import RAW_INDEX
+from dalle_ds.data.raw.metadata import read_metadata
+from dalle_ds.data.raw.shards import Dropped, read_raw_shard, read_reasons, shard_of, split_of
 from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.tokens.dataset_files import INDEX_FOLDER, DatasetManifest, load_index, merge
+from dalle_ds.data.tokens.shards import parse_record
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.storage import objects

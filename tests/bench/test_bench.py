@@ -13,7 +13,7 @@ from dalle_ds import cli
 from dalle_ds.bench import attention, loader, peers, scaling, underflow
 from dalle_ds.bench.harness import decoding, gpt2, loss_scaling, memory, peer_package, readers
 from dalle_ds.bench.harness.settings import AttentionBenchConfig, LoaderBenchConfig, PriorBenchConfig, UnderflowBenchConfig
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig, initialise
 from dalle_ds.ops.attention.backends import attention_backend

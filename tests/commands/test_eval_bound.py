@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle_ds.commands.eval.loss import evaluate_export
 from dalle_ds.data.images import prior_crop, seed_of
-from dalle_ds.data.raw import split_of
+from dalle_ds.data.raw.shards import split_of
 from dalle_ds.errors import DataError
 from dalle_ds.sampling.export import load_export
 from dalle_ds.storage.weights import read_weights, write_weights

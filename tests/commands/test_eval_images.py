@@ -20,7 +20,7 @@ from PIL import Image
 
 from dalle_ds.cli import app
 from dalle_ds.commands.eval.images import METRICS, Extractor, captioned, evaluate_images, load_extractor
-from dalle_ds.data import raw_metadata
+from dalle_ds.data.raw import metadata
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.evaluation import image_sets
 from dalle_ds.evaluation.caption_retrieval import score_among
@@ -260,7 +260,7 @@ def test_raw_shards_are_read_once_to_choose_and_once_for_all_radii(tmp_path, mon
         read[shard.name] += 1
         return read_shard(shard, **options)
 
-    for module in (image_sets, raw_metadata):  # these tars have no metadata to choose by
+    for module in (image_sets, metadata):  # these tars have no metadata to choose by
         monkeypatch.setattr(module, "read_raw_shard", count)
     options = {"reference": [str(tmp_path)], "extractor": pixel_extractor(), "radii": [0, 1, 2, 4, 8], "limit": 5}
     result = evaluate_images(samples, tmp_path / "out", **options)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dalle_ds.data.dataset_files import load_index, load_manifest, merge, publish
 from dalle_ds.data.manifest import (
     BlockColumns,
     BlockTable,
@@ -18,8 +17,9 @@ from dalle_ds.data.manifest import (
     load_shard_manifests,
     manifest_url,
 )
-from dalle_ds.data.raw import DropLists, list_raw_shards
-from dalle_ds.data.token_index import TokenIndex
+from dalle_ds.data.raw.shards import DropLists, list_raw_shards
+from dalle_ds.data.tokens.dataset_files import load_index, load_manifest, merge, publish
+from dalle_ds.data.tokens.index import TokenIndex
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.storage import objects
 from dalle_ds.storage.record import Record, parse, seal

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dalle_ds.data.dataset_files import merge, publish
 from dalle_ds.data.manifest import DatasetInfo, InputIdentity, Part, ShardDetails, ShardManifest, StoredFile, manifest_url
-from dalle_ds.data.shards import PartWriter
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
+from dalle_ds.data.tokens.dataset_files import merge, publish
+from dalle_ds.data.tokens.shards import PartWriter
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.weights import write_weights

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data.raw import list_raw_shards
+from dalle_ds.data.raw.shards import list_raw_shards
 from dalle_ds.storage.hashing import sha256_of_bytes
 from dalle_ds.training.dvae.data import validation_images
 from tests.distributed.cases.agreeing import AWAY

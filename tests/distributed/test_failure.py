@@ -16,10 +16,10 @@ from mlflow import MlflowClient
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dalle_ds.data.dataset_files import load_index
-from dalle_ds.data.mixture import MixtureOrder
-from dalle_ds.data.order import slots_of_rank
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.dataset_files import load_index
+from dalle_ds.data.tokens.mixture import MixtureOrder
+from dalle_ds.data.tokens.order import slots_of_rank
 from tests.data.token_sets import make_token_set
 from tests.support import launching
 from tests.support.sealed import edit_json

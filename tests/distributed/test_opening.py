@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 from tests.conftest import S3
 from tests.data.token_sets import make_token_set
 from tests.support import launching

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data.raw import list_raw_shards
+from dalle_ds.data.raw.shards import list_raw_shards
 from tests.distributed.cases.streams import EVERY, UPDATES, clip_recipe, dvae_recipe, trained
 from tests.support import launching
 from tests.training.dvae.runs import make_raw

@@ -15,7 +15,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.parallel.checkpoint_tensors import ENGINE_FILE
 from dalle_ds.sampling.export import load_export
 from dalle_ds.storage import objects

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from dalle_ds.data.raw import split_of
+from dalle_ds.data.raw.shards import split_of
 from preprocessing.demo.drawn import draw
 from tests.support import launching
 from tests.support.images import draw_folder

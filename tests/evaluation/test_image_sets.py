@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw import split_of
+from dalle_ds.data.raw.shards import split_of
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.fid import moments
 from dalle_ds.evaluation.image_sets import Entry, open_images, prepare

@@ -12,7 +12,7 @@ from PIL import Image
 import dalle_ds
 from dalle_ds.cli import app
 from dalle_ds.commands.eval.loss import evaluate_export
-from dalle_ds.data.raw import RawSample
+from dalle_ds.data.raw.shards import RawSample
 from dalle_ds.interface.model import Model, SampleOptions
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.request import SamplingConfig

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dalle_ds.data.dataset_files import load_manifest
 from dalle_ds.data.manifest import done_shards
+from dalle_ds.data.tokens.dataset_files import load_manifest
 from dalle_ds.errors import StoreUnreachable
 from dalle_ds.storage import objects
 from preprocessing.configs import IngestConfig, StatsConfig, TokenizerConfig, VerifyConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw import list_raw_shards, read_raw_shard
-from dalle_ds.data.raw_metadata import read_metadata
-from dalle_ds.data.raw_sample import short_key
+from dalle_ds.data.raw.metadata import read_metadata
+from dalle_ds.data.raw.sample import short_key
+from dalle_ds.data.raw.shards import list_raw_shards, read_raw_shard
 from preprocessing.configs import IngestConfig, VerifyConfig
 from preprocessing.stages import ingest, verify
 from tests.support.images import encoded

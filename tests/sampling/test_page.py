@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from dalle_ds.commands.serve import examples_of, run_link
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.errors import ConfigError
 from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.request import Request

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data.dataset_files import load_index
-from dalle_ds.data.shards import read_block
-from dalle_ds.data.token_dataset import TokenDataset
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import TokenStream
+from dalle_ds.data.tokens.batches import TokenStream
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.dataset_files import load_index
+from dalle_ds.data.tokens.mix import TokenMix
+from dalle_ds.data.tokens.shards import read_block
 from dalle_ds.storage import disk_cache, s3_requests
 from dalle_ds.storage.disk_cache import DiskCache
 from tests.data.token_sets import make_token_set

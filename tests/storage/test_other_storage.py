@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.storage import objects
 from preprocessing.configs import IngestConfig

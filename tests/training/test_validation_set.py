@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_ds.data.raw import RawSample, RawShard, list_raw_shards, read_raw_shard
-from dalle_ds.data.raw_metadata import SCHEMA, write_metadata
+from dalle_ds.data.raw.metadata import SCHEMA, write_metadata
+from dalle_ds.data.raw.shards import RawSample, RawShard, list_raw_shards, read_raw_shard
 from dalle_ds.storage import objects
 from dalle_ds.training.dvae.data import validation_images
 from tests.training.dvae.runs import dvae_run, make_raw

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 
 # N image tokens
 

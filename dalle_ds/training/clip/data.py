@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle_ds.data.decoded_batches import DecodedBatch, DecodedBatches
 from dalle_ds.data.images import ImageProblem, prior_crop, seed_of
-from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import RawShard, read_raw_shard, split_of
-from dalle_ds.data.raw_sample import RawSample
-from dalle_ds.data.raw_streams import Cursors, Reading, at_random
+from dalle_ds.data.raw.decoded_batches import DecodedBatch, DecodedBatches
+from dalle_ds.data.raw.sample import RawSample
+from dalle_ds.data.raw.shards import RawShard, read_raw_shard, split_of
+from dalle_ds.data.raw.streams import Cursors, Reading, at_random
+from dalle_ds.data.tokens.prefetch import Prefetch
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.storage.hashing import hash_to_integer
@@ -154,7 +154,7 @@ def read_split(recipe: ClipRunConfig, shards: Sequence[RawShard], split: str = "
 
 def tokenizer_captions(recipe: ClipRunConfig, reading: Reading) -> list[str]:
     """Captions of the training split of a data set that is streamed: of shards in random order, until there are enough."""
-    from dalle_ds.data.raw_metadata import iterate_sample_rows  # pyarrow: needed at the first start only
+    from dalle_ds.data.raw.metadata import iterate_sample_rows  # pyarrow: needed at the first start only
 
     captions: list[str] = []
     shards = [reading.shards[n] for n in np.random.default_rng(recipe.seed).permutation(len(reading.shards))]

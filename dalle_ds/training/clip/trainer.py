@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data.raw_streams import Reading
+from dalle_ds.data.raw.streams import Reading
 from dalle_ds.ops.devices import on_device
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.pretrained.clip import Clip

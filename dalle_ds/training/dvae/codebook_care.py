@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_ds.data.raw_streams import Cursors
+from dalle_ds.data.raw.streams import Cursors
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.ops.devices import on_device
 from dalle_ds.optim.ema import EMA

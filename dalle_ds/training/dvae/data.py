@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_ds.data.decoded_batches import DecodedBatch, DecodedBatches
 from dalle_ds.data.images import ImageProblem, decode_image, prior_crop, seed_of
-from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import RawShard, split_of
-from dalle_ds.data.raw_sample import RawSample
-from dalle_ds.data.raw_streams import Cursors, Reading
+from dalle_ds.data.raw.decoded_batches import DecodedBatch, DecodedBatches
+from dalle_ds.data.raw.sample import RawSample
+from dalle_ds.data.raw.shards import RawShard, split_of
+from dalle_ds.data.raw.streams import Cursors, Reading
+from dalle_ds.data.tokens.prefetch import Prefetch
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.training.dvae.augmentation import Augmentation
 from dalle_ds.training.dvae.config import DVAERunConfig

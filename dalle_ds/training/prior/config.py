@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dalle_ds import project_files
-from dalle_ds.data.dataset_files import DatasetFiles
 from dalle_ds.data.manifest import DatasetInfo, Split
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import BPE_DROPOUT
+from dalle_ds.data.tokens.batches import BPE_DROPOUT
+from dalle_ds.data.tokens.dataset_files import DatasetFiles
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig

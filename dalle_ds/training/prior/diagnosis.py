@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dalle_ds.data.tokens import TokenBatch
+from dalle_ds.data.tokens.batches import TokenBatch
 from dalle_ds.errors import ConfigError, DataError, UserError
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dalle_ds.data.token_mix import TokenMix
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.ranks import Ranks

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle_ds.data.tokens import TokenBatch
+from dalle_ds.data.tokens.batches import TokenBatch
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.zero_shards import shard_start
 from dalle_ds.precision.fp16_branches import resblocks_of

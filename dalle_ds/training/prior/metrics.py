@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_ds.console import progress
-from dalle_ds.data.tokens import TokenStream
+from dalle_ds.data.tokens.batches import TokenStream
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine import PriorEngine, UpdateReport
 from dalle_ds.parallel.step_timer import collective_share

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dalle_ds.data.tokens import BPE_DROPOUT
+from dalle_ds.data.tokens.batches import BPE_DROPOUT
 from dalle_ds.models.presets import PRESETS
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.parallel.engine_config import EngineConfig

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import Prior, PriorConfig
 from dalle_ds.pretrained.stored_weights import build_dvae

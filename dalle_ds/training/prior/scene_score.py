@@ -8,8 +8,8 @@ from typing import Final
 import torch
 from PIL import Image
 
-from dalle_ds.data.token_dataset import TokenDataset
 from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.models.dvae import DVAE
 from dalle_ds.models.prior import Prior
 from dalle_ds.sampling.decode import decode_images

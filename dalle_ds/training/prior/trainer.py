@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import TokenBatch, TokenStream, validation_batches
 from dalle_ds.errors import DataError, TrainingDiverged
 from dalle_ds.models.presets import n_effective_parameters
 from dalle_ds.optim.ema import EMA

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.raw import list_raw_shards
+from dalle_ds.data.raw.shards import list_raw_shards
 from dalle_ds.errors import StoreUnreachable, UserError
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.sampling.export import load_export

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dalle_ds.data.tokens import TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import TokenStream, validation_batches
 from dalle_ds.errors import DataError
 from dalle_ds.parallel.ranks import Ranks, join, leave
 from dalle_ds.training.prior.config import PriorDataConfig

@@ -10,8 +10,8 @@ import pytest
 
 from dalle_ds.data import manifest
 from dalle_ds.data.manifest import RawShardManifest, ShardDetails, StoredFile, manifest_url
-from dalle_ds.data.raw import RawShard, list_raw_shards, shard_of
-from dalle_ds.data.raw_index import RAW_INDEX, write_raw_index
+from dalle_ds.data.raw.index import RAW_INDEX, write_raw_index
+from dalle_ds.data.raw.shards import RawShard, list_raw_shards, shard_of
 from preprocessing.encoding.publication import publish_shards
 from preprocessing.stages import encode
 from tests.data import manifests

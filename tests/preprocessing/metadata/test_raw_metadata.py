@@ -8,8 +8,8 @@ from PIL import Image
 
 from dalle_ds.data.images import decode_image
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests, manifest_url
-from dalle_ds.data.raw import DROP_LISTS, IN_TRAINING, DropLists, RawSample, RawShard, list_raw_shards, read_raw_shard
-from dalle_ds.data.raw_metadata import SCHEMA, iterate_sample_rows, read_image, read_metadata, sample_rows
+from dalle_ds.data.raw.metadata import SCHEMA, iterate_sample_rows, read_image, read_metadata, sample_rows
+from dalle_ds.data.raw.shards import DROP_LISTS, IN_TRAINING, DropLists, RawSample, RawShard, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.image_sets import open_images
 from dalle_ds.storage import objects

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw_sample import Dropped, RawSample, is_safe_key
+from dalle_ds.data.raw.sample import Dropped, RawSample, is_safe_key
 from dalle_ds.errors import DataError
 from preprocessing.configs import ColumnsConfig, IngestConfig
 from preprocessing.readers import caption_files

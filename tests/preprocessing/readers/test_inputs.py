@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard
+from dalle_ds.data.raw.shards import RawSample, list_raw_shards, read_raw_shard
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.recipes import load_recipe
 from dalle_ds.storage import objects
@@ -19,7 +19,7 @@ from preprocessing.demo.drawn import draw
 from preprocessing.readers import parquet
 from preprocessing.readers.listing import list_input
 from preprocessing.stages import ingest, verify
-from tests.data.test_raw import write_tar
+from tests.data.raw.test_shards import write_tar
 from tests.support.images import encoded
 
 

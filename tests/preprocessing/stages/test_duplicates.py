@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from dalle_ds.data.manifest import DatasetInfo
-from dalle_ds.data.raw import Dropped, RawShard, list_raw_shards, read_drop_list, read_raw_shard
+from dalle_ds.data.raw.shards import Dropped, RawShard, list_raw_shards, read_drop_list, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.evaluation.image_sets import open_images
 from dalle_ds.storage import objects

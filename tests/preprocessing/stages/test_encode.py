@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from dalle_ds.data.commit import commit_shard
-from dalle_ds.data.dataset_files import load_index, load_manifest, merge_stored
 from dalle_ds.data.images import decode_image, prior_crop, seed_of
 from dalle_ds.data.manifest import (
     SPLITS,
@@ -30,10 +29,11 @@ from dalle_ds.data.manifest import (
     load_dataset_info,
     load_shard_manifests,
 )
-from dalle_ds.data.raw import DROP_LISTS, DropLists, list_raw_shards, split_of, without_drop_list
-from dalle_ds.data.raw_metadata import sample_rows
-from dalle_ds.data.shards import read_block
-from dalle_ds.data.token_dataset import TokenDataset
+from dalle_ds.data.raw.metadata import sample_rows
+from dalle_ds.data.raw.shards import DROP_LISTS, DropLists, list_raw_shards, split_of, without_drop_list
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.dataset_files import load_index, load_manifest, merge_stored
+from dalle_ds.data.tokens.shards import read_block
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.storage import objects

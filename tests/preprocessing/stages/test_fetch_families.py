@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard, split_of
+from dalle_ds.data.raw.shards import RawSample, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.errors import DataError
 from preprocessing.configs import FamiliesConfig, FetchConfig, IngestConfig
 from preprocessing.demo import families

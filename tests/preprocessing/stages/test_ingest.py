@@ -9,14 +9,14 @@ import webdataset
 from PIL import Image
 
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard, shard_of
-from dalle_ds.data.raw_metadata import read_metadata
+from dalle_ds.data.raw.metadata import read_metadata
+from dalle_ds.data.raw.shards import RawSample, list_raw_shards, read_raw_shard, shard_of
 from dalle_ds.errors import DataError, FingerprintMismatch
 from dalle_ds.storage import objects
 from preprocessing.configs import FilterConfig, IngestConfig, VerifyConfig
 from preprocessing.readers import inputs
 from preprocessing.stages import ingest, verify
-from tests.data.test_raw import write_tar
+from tests.data.raw.test_shards import write_tar
 from tests.support.images import draw_folder, encoded
 
 

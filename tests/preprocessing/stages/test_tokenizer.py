@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_ds.data.raw import RawSample, list_raw_shards, read_raw_shard, split_of
-from dalle_ds.data.raw_metadata import iterate_sample_rows
+from dalle_ds.data.raw.metadata import iterate_sample_rows
+from dalle_ds.data.raw.shards import RawSample, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.storage import objects

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from dalle_ds.data.raw import list_raw_shards
+from dalle_ds.data.raw.shards import list_raw_shards
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, TrainingDiverged
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.recipes import load_recipe

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_ds.data.raw import split_of
+from dalle_ds.data.raw.shards import split_of
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.training.dvae.config import DVAERunConfig
 from dalle_ds.training.dvae.trainer import DVAETrainer

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from dalle_ds.data.images import decode_image
-from dalle_ds.data.raw import RawSample, RawShard, list_raw_shards, read_raw_shard
-from dalle_ds.data.raw_streams import Cursors
+from dalle_ds.data.raw.shards import RawSample, RawShard, list_raw_shards, read_raw_shard
+from dalle_ds.data.raw.streams import Cursors
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, TrainingDiverged, UserError
 from dalle_ds.models.dvae import DVAE, DVAEConfig
 from dalle_ds.optim.schedules import HalfCosineConfig

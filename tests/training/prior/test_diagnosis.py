@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dalle_ds.cli import main
-from dalle_ds.data.tokens import TokenBatch
+from dalle_ds.data.tokens.batches import TokenBatch
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.parallel.ranks import Ranks
 from dalle_ds.precision.resblock_scaling import ResblockScalingConfig

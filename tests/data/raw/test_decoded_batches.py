@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle_ds.data.decoded_batches import DecodedBatches
-from dalle_ds.data.decoders import Decoders
-from dalle_ds.data.raw_sample import RawSample
-from dalle_ds.data.raw_streams import BatchOrder, Cursor, Place
+from dalle_ds.data.raw.decoded_batches import DecodedBatches
+from dalle_ds.data.raw.decoders import Decoders
+from dalle_ds.data.raw.sample import RawSample
+from dalle_ds.data.raw.streams import BatchOrder, Cursor, Place
 from dalle_ds.errors import DataError, UserError
-from tests.data.preparations import Numbers
+from tests.data.raw.preparations import Numbers
 
 
 class InOrder(BatchOrder):

@@ -13,10 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from dalle_ds.data import compressed, tar_samples
-from dalle_ds.data.raw import list_raw_shards, read_raw_shard
-from dalle_ds.data.raw_sample import Dropped, RawSample
-from tests.data.test_raw import IMAGE, read_one, record, write_tar
+from dalle_ds.data.raw import compressed, tar_samples
+from dalle_ds.data.raw.sample import Dropped, RawSample
+from dalle_ds.data.raw.shards import list_raw_shards, read_raw_shard
+from tests.data.raw.test_shards import IMAGE, read_one, record, write_tar
 
 A, B = IMAGE + b"a", IMAGE + b"b"  # decoders ignore the last byte; it tells the images apart
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dalle_ds.data.mixture import MixtureOrder
-from dalle_ds.data.order import WINDOW_BLOCKS, SampleLocations, slots_of_rank
-from dalle_ds.data.prefetch import Prefetch
 from dalle_ds.data.sample_seeds import sample_generators
-from dalle_ds.data.token_dataset import DecodedBlock, TokenDataset
-from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import ID_BYTES
+from dalle_ds.data.tokens.dataset import DecodedBlock, TokenDataset
+from dalle_ds.data.tokens.mix import TokenMix
+from dalle_ds.data.tokens.mixture import MixtureOrder
+from dalle_ds.data.tokens.order import WINDOW_BLOCKS, SampleLocations, slots_of_rank
+from dalle_ds.data.tokens.prefetch import Prefetch
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.padding import PAD
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dalle_ds.data.manifest import StoredFile
-from dalle_ds.data.raw import IN_TRAINING, RawSample, RawShard, read_drop_list, read_raw_shard
+from dalle_ds.data.raw.shards import IN_TRAINING, RawSample, RawShard, read_drop_list, read_raw_shard
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.hashing import sha256_of_bytes, sha256_of_file

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from dalle_ds.data.compressed import TAR_ENDINGS, tar_stem
 from dalle_ds.data.manifest import RawShardManifest, Split
-from dalle_ds.data.raw_index import load_raw_manifests
-from dalle_ds.data.raw_sample import Dropped, RawSample
-from dalle_ds.data.tar_samples import read_tar
+from dalle_ds.data.raw.compressed import TAR_ENDINGS, tar_stem
+from dalle_ds.data.raw.index import load_raw_manifests
+from dalle_ds.data.raw.sample import Dropped, RawSample
+from dalle_ds.data.raw.tar_samples import read_tar
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.hashing import hash_to_integer, sha256_of_file
@@ -39,7 +39,7 @@ class RawShard:
     checksum: str | None = None
     n_samples: int | None = None
     drop_list: str | None = None  # URL of JSON lines {"key", "reason"}: samples to skip
-    metadata: str | None = None  # URL of the parquet file of `raw_metadata`
+    metadata: str | None = None  # URL of the parquet file of `data.raw.metadata`
     metadata_checksum: str | None = None  # its SHA-256
 
 

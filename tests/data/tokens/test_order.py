@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dalle_ds.data import order as module
-from dalle_ds.data.mixture import MixtureOrder
-from dalle_ds.data.order import slots_of_rank
+from dalle_ds.data.tokens import order as module
+from dalle_ds.data.tokens.mixture import MixtureOrder
+from dalle_ds.data.tokens.order import slots_of_rank
 from dalle_ds.errors import ConfigError, DataError
 
 BLOCKS = [17, 5, 40, 1, 33, 8, 0, 21, 64, 2, 11, 9]  # 211 samples

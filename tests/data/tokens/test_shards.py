@@ -7,7 +7,7 @@ import pytest
 import webdataset
 
 from dalle_ds.data.manifest import Part
-from dalle_ds.data.shards import PartWriter, read_block, unbatch
+from dalle_ds.data.tokens.shards import PartWriter, read_block, unbatch
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 

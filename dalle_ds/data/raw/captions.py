@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from dalle_ds.data.raw_sample import SampleProblem
+from dalle_ds.data.raw.sample import SampleProblem
 from dalle_ds.storage.hashing import hash_to_integer
 from dalle_ds.storage.text import BYTE_ORDER_MARK, decode_text, lines_of
 

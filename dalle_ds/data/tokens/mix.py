@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from dalle_ds.data.dataset_files import DatasetFiles
 from dalle_ds.data.manifest import Split
-from dalle_ds.data.order import SampleLocations
-from dalle_ds.data.token_dataset import CACHE_BYTES, DecodedBlock, TokenDataset
+from dalle_ds.data.tokens.dataset import CACHE_BYTES, DecodedBlock, TokenDataset
+from dalle_ds.data.tokens.dataset_files import DatasetFiles
+from dalle_ds.data.tokens.order import SampleLocations
 from dalle_ds.errors import ConfigError, FingerprintMismatch
 from dalle_ds.storage import objects
 from dalle_ds.storage.disk_cache import DiskCache

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import dalle_ds
-from dalle_ds.data.token_dataset import TokenDataset
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.errors import FingerprintMismatch
 from tests.data.token_sets import make_token_set
 

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from dalle_ds.data.prefetch import Prefetch
+from dalle_ds.data.tokens.prefetch import Prefetch
 
 
 def threads(name: str) -> list[threading.Thread]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle_ds.data.dataset_files import DatasetFiles, DatasetManifest, load_current, load_index, load_manifest, merge, publish
 from dalle_ds.data.manifest import (
     BlockColumns,
     InputIdentity,
@@ -20,10 +19,19 @@ from dalle_ds.data.manifest import (
     StoredFile,
     load_shard_manifests,
 )
-from dalle_ds.data.token_dataset import TokenDataset
-from dalle_ds.data.token_index import TokenIndex
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import TokenStream, validation_batches
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.dataset_files import (
+    DatasetFiles,
+    DatasetManifest,
+    load_current,
+    load_index,
+    load_manifest,
+    merge,
+    publish,
+)
+from dalle_ds.data.tokens.index import TokenIndex
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.errors import DataError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint

@@ -35,9 +35,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle_ds.data.prefetch import Prefetch
-from dalle_ds.data.raw import RawShard, fetched, read_raw_shard, samples_in
-from dalle_ds.data.raw_sample import Dropped, RawSample
+from dalle_ds.data.raw.sample import Dropped, RawSample
+from dalle_ds.data.raw.shards import RawShard, fetched, read_raw_shard, samples_in
+from dalle_ds.data.tokens.prefetch import Prefetch
 from dalle_ds.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle_ds.data.decoders import Decoders, Preparation, Prepared, Task, prepare
 from dalle_ds.data.images import ImageProblem
-from dalle_ds.data.raw_sample import RawSample
-from dalle_ds.data.raw_streams import BatchOrder, Cursors, Place
+from dalle_ds.data.raw.decoders import Decoders, Preparation, Prepared, Task, prepare
+from dalle_ds.data.raw.sample import RawSample
+from dalle_ds.data.raw.streams import BatchOrder, Cursors, Place
 from dalle_ds.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_ds.data import prefetch, shards, token_dataset
-from dalle_ds.data.dataset_files import load_index
 from dalle_ds.data.manifest import load_dataset_info
-from dalle_ds.data.token_dataset import TokenDataset
-from dalle_ds.data.token_mix import TokenMix
 from dalle_ds.data.tokenizer import train_tokenizer
-from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens import dataset as dataset_module
+from dalle_ds.data.tokens import prefetch, shards
+from dalle_ds.data.tokens.batches import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.dataset_files import load_index
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.padding import PAD
 from dalle_ds.storage import objects
@@ -434,14 +435,14 @@ def test_any_other_fault_of_reading_is_named_too(root, monkeypatch):
 
 def test_a_read_that_stands_still_is_named_again_and_again(root, monkeypatch, caplog):
     monkeypatch.setattr(prefetch, "WARN_AFTER_S", 0.1)
-    read_block = token_dataset.read_block
+    read_block = dataset_module.read_block
 
     def slow(*args):
         while caplog.text.count("no item for") < 3:
             time.sleep(0.01)
         return read_block(*args)
 
-    monkeypatch.setattr(token_dataset, "read_block", slow)
+    monkeypatch.setattr(dataset_module, "read_block", slow)
     with caplog.at_level(logging.WARNING):
         read(TokenDataset(root), 1)
     for seconds in ("0.1", "0.2", "0.4"):
@@ -450,7 +451,7 @@ def test_a_read_that_stands_still_is_named_again_and_again(root, monkeypatch, ca
 
 def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
     def wrong(tokens_nN):
-        monkeypatch.setattr("dalle_ds.data.token_dataset.read_block", lambda *_: (tokens_nN, ["k"] * 16, ["c"] * 16))
+        monkeypatch.setattr("dalle_ds.data.tokens.dataset.read_block", lambda *_: (tokens_nN, ["k"] * 16, ["c"] * 16))
 
     wrong(np.full((16, 16), 32, dtype=np.uint16))
     with pytest.raises(DataError, match="image token 32, expected codes below 32"):

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from dalle_ds.data.token_dataset import TokenDataset
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import TokenStream, validation_batches
+from dalle_ds.data.tokens.dataset import TokenDataset
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.errors import ConfigError, FingerprintMismatch
 from tests.data.token_sets import make_token_set
 

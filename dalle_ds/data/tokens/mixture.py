@@ -32,7 +32,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle_ds.data.order import WINDOW_BLOCKS, SampleLocations, SetOrder, SlotReader
+from dalle_ds.data.tokens.order import WINDOW_BLOCKS, SampleLocations, SetOrder, SlotReader
 from dalle_ds.errors import ConfigError, DataError
 
 PERIOD = 1000  # updates

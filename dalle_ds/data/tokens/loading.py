@@ -11,8 +11,8 @@ from typing import Any, Literal, NoReturn, TypedDict, overload
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dalle_ds.data.manifest import SPLITS, Split
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import BPE_DROPOUT, TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import BPE_DROPOUT, TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.errors import ConfigError, FingerprintMismatch
 
 Shares = str | Path | Sequence[tuple[str | Path, float]]

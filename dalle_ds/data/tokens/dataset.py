@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_ds.data.dataset_files import DatasetFiles, DatasetManifest
 from dalle_ds.data.manifest import Split
-from dalle_ds.data.shards import read_block
-from dalle_ds.data.token_index import TokenIndex
 from dalle_ds.data.tokenizer import CaptionTokenizer
+from dalle_ds.data.tokens.dataset_files import DatasetFiles, DatasetManifest
+from dalle_ds.data.tokens.index import TokenIndex
+from dalle_ds.data.tokens.shards import read_block
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.storage import objects
 from dalle_ds.storage.block_cache import BlockCache

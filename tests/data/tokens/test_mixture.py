@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dalle_ds.data import mixture
-from dalle_ds.data.mixture import MixtureOrder
-from dalle_ds.data.order import slots_of_rank
+from dalle_ds.data.tokens import mixture
+from dalle_ds.data.tokens.mixture import MixtureOrder
+from dalle_ds.data.tokens.order import slots_of_rank
 from dalle_ds.errors import ConfigError, DataError
 
 BLOCKS = [[7] * 60, [16, 3, 9] * 30, [5] * 200]  # 420, 840 and 1000 samples

@@ -24,7 +24,7 @@ from dalle_ds.data.manifest import (
     load_shard_manifest,
     shard_times,
 )
-from dalle_ds.data.token_index import TokenIndex
+from dalle_ds.data.tokens.index import TokenIndex
 from dalle_ds.errors import DataError, UserError
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_ds.data.raw import Dropped, RawSample, list_raw_shards, read_raw_shard, split_of
+from dalle_ds.data.raw.shards import Dropped, RawSample, list_raw_shards, read_raw_shard, split_of
 from dalle_ds.errors import DataError
 from tests.support.images import encoded
 

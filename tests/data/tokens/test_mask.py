@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_ds.data.dataset_files import load_index, publish
 from dalle_ds.data.manifest import Split
-from dalle_ds.data.shards import read_block
-from dalle_ds.data.token_dataset import TokenDataset, _count_masked
-from dalle_ds.data.token_index import TokenIndex
-from dalle_ds.data.token_mix import TokenMix
-from dalle_ds.data.tokens import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.batches import TokenBatch, TokenStream, validation_batches
+from dalle_ds.data.tokens.dataset import TokenDataset, _count_masked
+from dalle_ds.data.tokens.dataset_files import load_index, publish
+from dalle_ds.data.tokens.index import TokenIndex
+from dalle_ds.data.tokens.mix import TokenMix
+from dalle_ds.data.tokens.shards import read_block
 from tests.data.token_sets import make_token_set
 
 GLOBAL_BATCH = 12

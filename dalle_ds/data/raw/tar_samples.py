@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
-from dalle_ds.data.captions import CAPTION_EXTENSIONS, CaptionProblem, caption_beside
-from dalle_ds.data.compressed import unpacked
 from dalle_ds.data.images import extension_of
-from dalle_ds.data.raw_sample import (
+from dalle_ds.data.raw.captions import CAPTION_EXTENSIONS, CaptionProblem, caption_beside
+from dalle_ds.data.raw.compressed import unpacked
+from dalle_ds.data.raw.sample import (
     IMAGE_EXTENSIONS,
     MAX_KEY_CHARACTERS,
     MAX_MEMBER_BYTES,

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from dalle_ds.data import raw_streams
-from dalle_ds.data.raw import RawShard, list_raw_shards, read_raw_shard
-from dalle_ds.data.raw_sample import RawSample
-from dalle_ds.data.raw_streams import BatchOrder, Cursor, PartStreams, Reading, WholeSet
+from dalle_ds.data.raw import streams
+from dalle_ds.data.raw.sample import RawSample
+from dalle_ds.data.raw.shards import RawShard, list_raw_shards, read_raw_shard
+from dalle_ds.data.raw.streams import BatchOrder, Cursor, PartStreams, Reading, WholeSet
 from dalle_ds.errors import DataError
 
 N_SHARDS, N_PARTS, PART_SIZE = 5, 6, 2
@@ -101,7 +101,7 @@ def test_an_epoch_reads_every_image_once_and_every_tar_once_and_the_seams(
     any_shards: list[RawShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    fetched = raw_streams.fetched
+    fetched = streams.fetched
 
     @contextmanager
     def counting(shard: RawShard) -> Iterator[Path]:
@@ -109,7 +109,7 @@ def test_an_epoch_reads_every_image_once_and_every_tar_once_and_the_seams(
         with fetched(shard) as file:
             yield file
 
-    monkeypatch.setattr(raw_streams, "fetched", counting)
+    monkeypatch.setattr(streams, "fetched", counting)
     plan = reading(any_shards)
     orders = []
     for epoch in range(2):
@@ -136,9 +136,9 @@ def test_an_epoch_reads_every_image_once_and_every_tar_once_and_the_seams(
 def _first_epoch(plan: Reading, part: int) -> Iterator[tuple[int, str]]:
     """(window, key) of each image of a part's first epoch, without threads."""
     start = Cursor()
-    shards = raw_streams._fetch(plan, part, start)
+    shards = streams._fetch(plan, part, start)
     shards = (shard for shard in _until_last(shards))
-    for epoch, window, sample in raw_streams._members(plan, part, shards, start):
+    for epoch, window, sample in streams._members(plan, part, shards, start):
         assert epoch == 0
         if isinstance(sample, RawSample):
             yield window, sample.key
@@ -185,7 +185,7 @@ def test_the_next_window_is_read_while_this_one_is_used_and_no_more(
     def recording(samples: Any, rng: Any) -> Any:
         made.append(len(samples))
         window_read.release()
-        return raw_streams.at_random(samples, rng)
+        return streams.at_random(samples, rng)
 
     with closing(reading(shards, order=recording).start(range(1))) as order:
         order.next_batch()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dalle_ds.data.manifest import RawShardManifest, load_shard_manifests, manifest_url
-from dalle_ds.data.raw import list_raw_shards
-from dalle_ds.data.raw_index import RAW_INDEX, load_raw_manifests, write_raw_index
+from dalle_ds.data.raw.index import RAW_INDEX, load_raw_manifests, write_raw_index
+from dalle_ds.data.raw.shards import list_raw_shards
 from dalle_ds.storage import objects
 from tests.conftest import S3
 
