@@ -77,7 +77,7 @@ elif [ $way = families ]; then
 else
   recipe=launchers/recipes/emoji.yaml
   names+=("sample" "evaluate")
-  expected=(5 10 5 180 15 330 10 70 15 10)
+  expected=(5 10 5 120 15 330 10 70 15 10)
 fi
 
 began=$SECONDS
