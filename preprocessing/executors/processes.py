@@ -5,14 +5,13 @@ Processes exit when their parent dies.
 
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_sentinel
 from typing import Any
 
+from dalle_ds.child_processes import leave_with_parent
 from dalle_ds.console import setup_logging
 from preprocessing.executors.crew import Job, Report, perform
 
@@ -32,7 +31,7 @@ class Processes:
     def start(self, worker: int) -> None:
         # Processes are spawned: a forked child would inherit S3 connections and locks, and hang.
         context = multiprocessing.get_context("spawn")
-        self._executors[worker] = ProcessPoolExecutor(1, mp_context=context, initializer=_leave_with_parent)
+        self._executors[worker] = ProcessPoolExecutor(1, mp_context=context, initializer=_start_process)
         gpu = self._gpus[worker % len(self._gpus)] if self._gpus else None
         self._pending[self._executors[worker].submit(_start, self._job, self._n_threads, gpu)] = worker, True
 
@@ -104,17 +103,9 @@ class ThisProcess:
     def close(self) -> None: ...
 
 
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+def _start_process() -> None:
+    leave_with_parent()
     setup_logging()
-
-
-def _leave_with(parent: Any) -> None:
-    # Without this, idle workers would outlive a killed parent forever, because they hold their own end of the queue open.
-    wait_for_sentinel([parent.sentinel])
-    os._exit(1)
 
 
 def _start(job: Job, n_threads: int, gpu: str | None) -> str:

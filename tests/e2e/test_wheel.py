@@ -137,7 +137,8 @@ def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path
 
     typed("dalle-ds data ingest emoji.yaml")
     typed("python -m preprocessing tokenizer emoji.yaml vocab_size=400")
-    typed("dalle-ds train dvae emoji.yaml updates=6 codebook_start.updates=3 codebook_start.cells=500 global_batch=12 precision=fp32")
+    few = "updates=6 codebook_start.updates=3 codebook_start.cells=500 global_batch=12"
+    typed(f"dalle-ds train dvae emoji.yaml {few} precision=fp32")
     typed("dalle-ds data encode emoji.yaml min_codes_used=0")
     small = "model.n_layers=2 model.n_heads=1 updates=3 checkpoint.every=3 validation.every=3 tracking.samples_every=null"
     typed(f"{shlex.join(launching.deepspeed(2))} $(dalle-ds path train_prior.sh) emoji.yaml {small}")

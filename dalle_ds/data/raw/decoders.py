@@ -2,18 +2,16 @@
 
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from dalle_ds.child_processes import leave_with_parent
 from dalle_ds.data.images import ImageProblem
 from dalle_ds.errors import UserError
 
@@ -126,10 +124,4 @@ def _prepare_all(preparation: Preparation, data: Sequence[bytes], seeds: Sequenc
 def _start_process() -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job: the trainer still needs images until it has saved
         signal.signal(stop, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
-def _leave_with(parent: Any) -> None:
-    # an idle process would outlive a killed trainer: it holds its own end of the queue open
-    wait([parent.sentinel])
-    os._exit(1)
+    leave_with_parent()
