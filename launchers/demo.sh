@@ -2,7 +2,7 @@
 # The whole way on this machine, in ten to twelve minutes on two cores: from captioned images to generated ones, and how right they are.
 #   bash launchers/demo.sh [--out DIR] [--quick]                  drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
-#   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in three styles at 66 pixels, judged by a CLIP: two hours
+#   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour
 #   bash launchers/demo.sh --pictures DIR [--out DIR] [--quick]   as --emoji on your own pictures
 #     --pictures DIR   NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
 #     --out DIR        folder of all results; runs/demo, runs/emoji or runs/pictures if not given, with --quick runs/demo_quick, ...

@@ -5,8 +5,9 @@ split of all stages is one of combinations: a prior has seen what it is asked fo
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,19 +34,39 @@ CAPTION: Final = "{thing} in {style} style"
 LISTS: Final[dict[str, Split]] = {"seen_captions.txt": "train", "zero_shot_captions.txt": "validation"}
 
 
+Images = Mapping[str, Callable[[], bytes]]
+"""An encoded image of each emoji, by its code points."""
+
+
 @dataclass(frozen=True)
 class Family:
-    """The emoji of one designer. Files are named by their code points, below a folder of the package."""
+    """The emoji of one designer."""
 
     style: str
     package: NpmPackage
-    files: str
     credit: str
+    files: str | None = None
+    """Pattern of image files that are named by their code points. None: a set of SVG icons in the format of iconify.design."""
 
-    def unpack(self, folder: Path) -> dict[str, Path]:
-        """Unpack the package below `folder`. Returns the file of each emoji, by its code points. Raises SourceUnavailable."""
-        found = sorted(self.package.unpack(folder / self.style).glob(self.files))
-        return {key_of(file.stem): file for file in found}
+    def unpack(self, folder: Path) -> Images:
+        """Unpack the package below `folder`. Raises SourceUnavailable."""
+        contents = self.package.unpack(folder / self.style)
+        if self.files is not None:
+            return {key_of(file.stem): file.read_bytes for file in sorted(contents.parent.glob(self.files))}
+        names, icons = (json.loads((contents / file).read_text(encoding="utf-8")) for file in ("chars.json", "icons.json"))
+        return {key_of(points): partial(_rendered, icons, name) for points, name in names.items() if name in icons["icons"]}
+
+
+def _rendered(icons: Mapping[str, Any], name: str) -> bytes:
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError:
+        raise SourceUnavailable("the PyPI package `resvg-py`, which renders SVG icons, is not installed") from None
+    # three times larger than shown, so that `square` enlarges nothing
+    icon = icons | icons["icons"][name]
+    view = " ".join(str(icon.get(key, 0)) for key in ("left", "top", "width", "height"))
+    head = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg_to_bytes(svg_string=f'<svg {head} viewBox="{view}">{icon["body"]}</svg>', width=3 * SIDE, skip_system_fonts=True)
 
 
 NOTO: Final = Family(
@@ -55,11 +76,11 @@ NOTO: Final = Family(
         "16.0.0",
         "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
     ),
-    "img/google/64/*.png",
     "Noto emoji by Google (Apache-2.0)",
+    "package/img/google/64/*.png",
 )
 FAMILIES: Final = (
-    Family("glossy", FLUENT, "assets/*.webp", "Fluent emoji, 3D style, by Microsoft (MIT)"),
+    Family("glossy", FLUENT, "Fluent emoji, 3D style, by Microsoft (MIT)", "package/assets/*.webp"),
     NOTO,
     Family(
         "flat",
@@ -68,8 +89,26 @@ FAMILIES: Final = (
             "16.0.0",
             "7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
         ),
-        "img/twitter/64/*.png",
         "Twemoji by Twitter and others (CC-BY-4.0)",
+        "package/img/twitter/64/*.png",
+    ),
+    Family(
+        "smooth",
+        NpmPackage(
+            "@iconify-json/fluent-emoji-flat",
+            "1.2.6",
+            "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        ),
+        "Fluent emoji, flat style, by Microsoft (MIT)",
+    ),
+    Family(
+        "outlined",
+        NpmPackage(
+            "@iconify-json/openmoji",
+            "1.2.29",
+            "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+        ),
+        "OpenMoji by its contributors (CC-BY-SA-4.0)",
     ),
 )
 
@@ -109,7 +148,7 @@ def write_families(config: FetchConfig, folder: Path, scratch: Path) -> dict[str
             sides[thing] = {}
             for family in FAMILIES:
                 name, caption = f"{key}-{family.style}.png", CAPTION.format(thing=thing, style=family.style)
-                square(decode_image(files[family.style][key].read_bytes())).save(folder / name)
+                square(decode_image(files[family.style][key]())).save(folder / name)
                 captions.write(json.dumps({"file": name, "caption": caption, "group": caption}, ensure_ascii=False) + "\n")
                 sides[thing][family.style] = split_of(caption, config.validation_fraction)
     for name, split in LISTS.items():
@@ -117,7 +156,7 @@ def write_families(config: FetchConfig, folder: Path, scratch: Path) -> dict[str
         (folder / name).write_text("".join(f"{caption}\n" for caption in wanted), encoding="utf-8")
     return {
         "title": ", ".join(f"{family.credit} as {family.style!r}" for family in FAMILIES),
-        "licence": "MIT, Apache-2.0 and CC-BY-4.0, as in the title",
+        "licence": "MIT, Apache-2.0, CC-BY-4.0 and CC-BY-SA-4.0, as in the title",
         "package": ", ".join(f"npm {family.package.name}@{family.package.version}" for family in FAMILIES),
         "checksum": ", ".join(f"sha512-{family.package.sha512}" for family in FAMILIES),
         "captions": "English short names of the PyPI package emoji (BSD-3-Clause), joined on code points, and the style",
@@ -139,7 +178,7 @@ def square(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def _things(package: Path, files: Mapping[str, Mapping[str, Path]]) -> dict[str, str]:
+def _things(package: Path, files: Mapping[str, Images]) -> dict[str, str]:
     # name of each emoji that all families have, by its code points, in the order of their hashes: any limit takes some of all
     names = {key_of(points): name for points, name in emoji_names().items()}
     found = {}

@@ -23,7 +23,7 @@ from tests.support.pages import run_python_page
 pytestmark = [pytest.mark.launch, pytest.mark.e2e]
 
 DEMO = str(launching.ROOT / "launchers" / "demo.sh")
-STYLES, FRACTION = ("glossy", "noto", "flat"), 0.12  # as in families.yaml
+STYLES, FRACTION = ("glossy", "noto", "flat", "smooth", "outlined"), 0.12  # as in families.yaml
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_families_end_with_the_score_of_a_judge(home: Path, env: dict[str, str])
     plain, best = (json.loads((out / f"scores_{name}" / "image_metrics.json").read_text()) for name in ("zero_shot", "best"))
     assert plain["among"] == 5 and plain["chance"] == 0.2
     found = [plain["retrieval_images"], best["retrieval_images"], plain["retrieval_reference"]]
-    assert set(found[0]["by_text"]) == {f"in {style} style" for style in STYLES} and found[0]["n"] == found[1]["n"] == 6
+    assert set(found[0]["by_text"]) == {f"in {style} style" for style in STYLES} and found[0]["n"] == found[1]["n"] == 10
     rows = re.findall(r"^  (?:zero-shot|real images).*?(\d\.\d{3})   \((.*) to (.*)\)$", done.stderr, re.MULTILINE)
     assert rows == [tuple(f"{score[key]:.3f}" for key in ("top1", "top1_low", "top1_high")) for score in found]
     judge, ranker = (json.loads((out / name / "clip_report.json").read_text()) for name in ("judge", "clip"))

@@ -27,6 +27,7 @@ EMOJI = {
     "1f550": ("Travel & Places", "time", ()),
     "1f469": ("People & Body", "person", ()),
 }
+STYLES = ("glossy", "noto", "flat", "smooth", "outlined")
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +40,26 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for n, family in enumerate(families.FAMILIES):
         root = tmp_path / family.style / "package"
-        (root / family.files).parent.mkdir(parents=True)
-        records = []
+        root.mkdir(parents=True)
+        if family.files is not None:
+            (root.parent / family.files).parent.mkdir(parents=True)
+        records, chars, icons = [], {}, {}
         for i, (points, (category, subcategory, missing)) in enumerate(EMOJI.items()):
             records.append({"unified": points.upper(), "category": category, "subcategory": subcategory})
-            if family.style not in missing:
-                name = points.removesuffix("-fe0f") if family.style == "glossy" else points
-                image = Image.new("RGBA", (64, 64))
-                image.paste((60 * n, 20 * i, 90, 255), (10, 20, 30, 60))
-                image.save((root / family.files).parent / f"{name}{Path(family.files).suffix}", lossless=True)
+            if family.style in missing:
+                continue
+            name, colour = points.removesuffix("-fe0f") if family.style == "glossy" else points, (60 * n, 20 * i, 90)
+            if family.files is None:  # an icon that overrides the size of its set
+                chars[name] = f"thing-{i}"
+                body = f'<path fill="rgb{colour}" d="M5,10h10v20h-10z"/>'
+                icons[f"thing-{i}"] = {"body": body, "width": 32}
+                continue
+            image = Image.new("RGBA", (64, 64))
+            image.paste((*colour, 255), (10, 20, 30, 60))
+            image.save((root.parent / family.files).parent / f"{name}{Path(family.files).suffix}", lossless=True)
         (root / "emoji.json").write_text(json.dumps(records))
+        (root / "chars.json").write_text(json.dumps(chars))
+        (root / "icons.json").write_text(json.dumps({"prefix": "some", "icons": icons, "width": 64, "height": 32}))
         file = cache / family.package.file_name
         with tarfile.open(file, "w:gz") as tar:
             tar.add(root, "package")
@@ -64,20 +75,19 @@ def config(out: Path, **others: object) -> FetchConfig:
 
 def test_every_thing_in_every_style_is_a_group_of_its_own(tmp_path: Path) -> None:
     summary = fetch.run(config(tmp_path / "images")).summary
-    assert summary["n_images"] == 9 and "CC-BY-4.0" in summary["licence"]
+    assert summary["n_images"] == 15 and "CC-BY-4.0" in summary["licence"]
     ingest.run(IngestConfig(images=str(tmp_path / "images"), out=str(tmp_path / "raw"), workers=1))
     shards = list_raw_shards(str(tmp_path / "raw"))
     samples = [sample for shard in shards for sample in read_raw_shard(shard) if isinstance(sample, RawSample)]
     things = ("red apple", "star", "sun")  # no clock, no person, nothing that a family lacks
-    assert {sample.caption for sample in samples} == {
-        f"{thing} in {s} style" for thing in things for s in ("glossy", "noto", "flat")
-    }
+    assert {sample.caption for sample in samples} == {f"{thing} in {s} style" for thing in things for s in STYLES}
     assert {sample.group for sample in samples} == {sample.caption for sample in samples}
 
 
-def test_what_is_shown_fills_a_white_square(tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", ["flat", "outlined"])
+def test_what_is_shown_fills_a_white_square(tmp_path: Path, style: str) -> None:
     fetch.run(config(tmp_path / "images"))
-    pixels = np.asarray(Image.open(tmp_path / "images" / "1f34e-flat.png"))
+    pixels = np.asarray(Image.open(tmp_path / "images" / f"1f34e-{style}.png"))
     shown = (pixels < 250).any(2)
     rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
     assert pixels.shape == (72, 72, 3)
@@ -101,9 +111,9 @@ def test_lists_of_captions_keep_to_the_split(tmp_path: Path) -> None:
 
 def test_fewer_things_and_captions_as_asked_for(tmp_path: Path) -> None:
     given = config(tmp_path / "images", limit=2, families=FamiliesConfig(evaluation_captions=1), validation_fraction=0)
-    assert fetch.run(given).summary["n_images"] == 6
+    assert fetch.run(given).summary["n_images"] == 10
     seen = (tmp_path / "images" / "seen_captions.txt").read_text().splitlines()
-    assert [caption.split()[-2] for caption in seen] == ["glossy", "noto", "flat"]
+    assert [caption.split()[-2] for caption in seen] == list(STYLES)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
