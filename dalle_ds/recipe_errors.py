@@ -126,7 +126,7 @@ def _explain(config_class: type[BaseModel], problem: Any, others: Sequence[str])
 
 def _shown(value: Any) -> str:
     """A value in a message: its first letters are enough to find it."""
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 

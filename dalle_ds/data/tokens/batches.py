@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -138,30 +139,35 @@ class TokenStream:
 def validation_batches(
     mix: TokenMix, *, text_len: int, batch: int, rank: int, world_size: int, limit: int | None = None
 ) -> list[TokenBatch]:
-    """Validation batches of one rank: the same samples at every call, without dropout, and as many batches on every rank.
+    """Validation batches of one rank, without dropout: the same at every call, and as many on every rank.
 
-    The samples of all data sets are read together: a data set counts by its number of validation samples, not by its weight.
+    All ranks together have the same samples, each once, whatever their number and that of the batches. So sizes of batches
+    differ by one where samples do not divide: weight losses by samples. The samples of all data sets are read together: a data
+    set counts by its number of validation samples, not by its weight.
 
     Args:
+        batch: largest number of samples in a batch; batches of 1 become some of 2 where ranks would get unequally many.
         limit: maximum number of samples over all ranks, taken from blocks spread over the whole split. None: all samples.
 
     Raises:
         ConfigError: `batch` or `rank` is out of range.
-        DataError: too few samples for one batch on every rank.
+        DataError: too few samples for one on every rank.
     """
     if batch < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"batch {batch}, rank {rank} of {world_size}: expected at least 1, and 0 to {world_size - 1}")
     wanted = mix.n_samples if limit is None else min(limit, mix.n_samples)
-    n_batches = wanted // (batch * world_size)
-    if n_batches == 0:
+    if wanted < world_size:
+        limited = "" if limit is None else f", at most {limit} are wanted"
         raise DataError(
-            f"{wanted} samples of split {mix.split!r} for validation, expected at least {batch * world_size}: "
-            f"one batch of {batch} on each of {world_size} ranks"
+            f"{wanted} samples for validation (split {mix.split!r} has {mix.n_samples}{limited}), "
+            f"expected at least {world_size}: one on each of {world_size} ranks"
         )
-    n_samples = n_batches * batch * world_size
+    n_batches = min(-(-wanted // (batch * world_size)), wanted // world_size)
     collate = _Collate(mix, text_len=text_len, bpe_dropout=0.0, caption_dropout=0.0, seed=0)
     # Neighbouring samples to each rank: they are in one or two blocks, and each block is a request.
-    own = mix.stored(_spread_samples(mix.block_sizes, n_samples)).split(batch)[rank * n_batches : (rank + 1) * n_batches]
+    locations = mix.stored(_spread_samples(mix.block_sizes, wanted))
+    bounds = np.arange(rank * n_batches, (rank + 1) * n_batches + 1) * wanted // (n_batches * world_size)
+    own = [locations[start:end] for start, end in pairwise(bounds.tolist())]
     return [collate(samples, mix.blocks(samples.block.tolist())) for samples in own]
 
 

@@ -62,8 +62,10 @@ class SampleLocations:
 
     def split(self, size: int) -> "list[SampleLocations]":
         """The same locations in consecutive parts of `size` entries."""
-        fields = (self.block, self.row, self.index, self.epoch)
-        return [SampleLocations(*(field[i : i + size] for field in fields)) for i in range(0, len(self), size)]
+        return [self[i : i + size] for i in range(0, len(self), size)]
+
+    def __getitem__(self, part: slice) -> "SampleLocations":
+        return SampleLocations(self.block[part], self.row[part], self.index[part], self.epoch[part])
 
 
 class SetOrder:

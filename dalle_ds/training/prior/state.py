@@ -48,6 +48,15 @@ class TrainedOn(Record):
     content: str
 
 
+_IDENTITY = {  # of PriorAbout: what must not change in a run, and what a difference means
+    "model": "model",
+    "data": "data (dVAE, tokenizer, crops, or the weights of a mix)",
+    "content": "content (samples of the data set were added, masked or encoded again)",
+    "global_batch": "global_batch",
+    "seed": "seed",
+}
+
+
 class PriorAbout(Record):
     """Description of a prior run in checkpoint.json."""
 
@@ -72,13 +81,13 @@ class PriorAbout(Record):
     def require_same_run(self, saved: "PriorAbout", checkpoint: str) -> None:
         """Raises ConfigError if `saved`, the description in the checkpoint, is of another run than this one."""
         different = [
-            f"{key}: checkpoint {getattr(saved, key)!r}, recipe {getattr(self, key)!r}"
-            for key in ("model", "data", "content", "global_batch", "seed")
+            f"{what}: checkpoint {getattr(saved, key)!r}, recipe {getattr(self, key)!r}"
+            for key, what in _IDENTITY.items()
             if getattr(saved, key) != getattr(self, key)
         ]
         if different:
             raise ConfigError(
-                f"{checkpoint} was trained with other settings; use another folder, or restore the settings:\n  "
+                f"{checkpoint} was trained with other settings; use another folder, or restore what differs:\n  "
                 + "\n  ".join(different)
             )
         if saved.moments != self.moments:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle_ds.data.tokens.batches import TokenBatch, TokenStream, validation_batches
-from dalle_ds.errors import DataError, TrainingDiverged
+from dalle_ds.errors import DataError, TrainingDiverged, telling
 from dalle_ds.models.presets import n_effective_parameters
 from dalle_ds.optim.ema import EMA
 from dalle_ds.optim.plateau import Plateau
@@ -290,7 +290,9 @@ class PriorTrainer:
         samples, ranks, text_len = self.job.validation_set, self.ranks, self.job.model_config.text_len
         n = min(self.recipe.validation.samples or samples.n_samples, samples.n_samples)
         batch = max(1, min(self.recipe.micro_batch, n // ranks.world_size))
-        own = validation_batches(samples, text_len=text_len, rank=ranks.rank, world_size=ranks.world_size, batch=batch, limit=n)
+        place = {"rank": ranks.rank, "world_size": ranks.world_size}
+        with telling(f"validation.samples {self.recipe.validation.samples}"):
+            own = validation_batches(samples, text_len=text_len, **place, batch=batch, limit=n)
         n_parity = min(PARITY_SAMPLES, samples.n_samples)
         parity = validation_batches(samples, text_len=text_len, batch=n_parity, rank=0, world_size=1, limit=n_parity)
         return own, parity[0]

@@ -464,17 +464,17 @@ def test_codes_beyond_the_codebook_and_grids_of_another_size(root, monkeypatch):
 # Validation ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_has_equal_counts_and_no_sample_twice(root, world_size):
-    dataset = TokenDataset(root, "validation")
-    ranks = [
-        validation_batches(TokenMix([dataset]), text_len=24, batch=4, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    assert {len(batches) for batches in ranks} == {50 // (4 * world_size)}
-    keys = [key for batches in ranks for batch in batches for key in batch.keys]
-    assert len(keys) == len(set(keys)) == 50 // (4 * world_size) * 4 * world_size
-    again = validation_batches(TokenMix([dataset]), text_len=24, batch=4, rank=0, world_size=world_size)
+@pytest.mark.parametrize("batch", [1, 3, 4, 60])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 49])
+def test_validation_has_each_sample_once_at_any_number_of_ranks(root, batch, world_size):
+    mix = TokenMix([TokenDataset(root, "validation")])
+    ranks = [validation_batches(mix, text_len=24, batch=batch, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1, "collectives: as many on every rank"
+    sizes = [len(of_rank) for batches in ranks for of_rank in batches]
+    assert max(sizes) <= max(batch, 2) and max(sizes) - min(sizes) <= 1
+    (whole,) = validation_batches(mix, text_len=24, batch=50, rank=0, world_size=1)
+    assert [key for batches in ranks for of_rank in batches for key in of_rank.keys] == list(whole.keys) and len(whole) == 50
+    again = validation_batches(mix, text_len=24, batch=batch, rank=0, world_size=world_size)
     assert all(torch.equal(a.text_BT, b.text_BT) and a.keys == b.keys for a, b in zip(ranks[0], again, strict=True))
 
 
@@ -488,15 +488,20 @@ def test_validation_samples_of_a_rank_are_neighbours(root):
 def test_validation_limit_spreads_over_the_shards(root):
     mix = TokenMix([TokenDataset(root, "validation")])
     batches = validation_batches(mix, text_len=24, batch=5, rank=0, world_size=1, limit=34)
-    assert [len(batch) for batch in batches] == [5] * 6  # the last 4 of 34 samples fill no batch
+    assert sorted(len(batch) for batch in batches) == [4, 5, 5, 5, 5, 5, 5]
     assert len({shard for batch in batches for shard in batch.shards}) > 1
     everything = validation_batches(mix, text_len=24, batch=5, rank=0, world_size=1, limit=10**6)
     assert sum(map(len, everything)) == 50
 
 
 def test_too_few_samples_to_validate_on(root):
-    with pytest.raises(DataError, match="50 samples of split 'validation' .* at least 60: one batch of 30 on each of 2 ranks"):
-        validation_batches(TokenMix([TokenDataset(root, "validation")]), text_len=24, batch=30, rank=0, world_size=2)
+    mix = TokenMix([TokenDataset(root, "validation")])
+    for limit, told in (
+        (None, r"50 samples for validation \(split 'validation' has 50\), .* at least 51: one on each of 51 ranks"),
+        (7, "has 50, at most 7"),
+    ):
+        with pytest.raises(DataError, match=told):
+            validation_batches(mix, text_len=24, batch=30, rank=0, world_size=51, limit=limit)
     with pytest.raises(ConfigError, match="rank 2 of 2"):
         validation_batches(TokenMix([TokenDataset(root, "validation")]), text_len=24, batch=1, rank=2, world_size=2)
 

@@ -152,7 +152,7 @@ def test_workers_are_refused(root, split, start):
         ({"split": "test"}, "split 'test': expected one of train, validation"),
         ({"limit": 4}, "limit 4: expected None for split 'train'"),
         ({"split": "validation", "start_update": 3}, "start_update 3: expected 0 for split 'validation'"),
-        ({"split": "validation", "micro_batch": 60}, "expected at least 60"),
+        ({"split": "validation", "world_size": 60}, "50 samples for validation .*expected at least 60"),
     ],
 )
 def test_a_mistake_is_an_error_when_the_set_is_opened(root, settings, message):

@@ -80,7 +80,7 @@ def test_a_mix_is_part_of_what_a_run_is(token_set: str, tmp_path: Path) -> None:
     assert load_recipe(PriorRunConfig, tmp_path / "recipe.yaml") == run
     job, text = check_job(run, ALONE), f"0.7 * {token_set} + 0.3 * {tmp_path / 'other'}"
     assert run.data.sources == text and job.train_set.root_url == text
-    with pytest.raises(ConfigError, match=r"data: checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
+    with pytest.raises(ConfigError, match=r"data \(.*\): checkpoint '0.7 \* .*' *, recipe '0.6 \* .* \+ 0.4 \* "):
         check_job(mix(token_set, tmp_path / "again", "0.6 0.4"), ALONE).about.require_same_run(job.about, "f")
     for sets in ("data.mix=[{dataset: a, weight: 1}]", "data.dataset=null"):
         with pytest.raises(ConfigError, match="expected either `dataset`, or `mix`"):
@@ -148,8 +148,14 @@ def test_no_room_for_a_checkpoint(token_set: str, tmp_path: Path, monkeypatch: p
 def test_folder_of_another_run_is_not_continued(token_set: str, tmp_path: Path) -> None:
     run = recipe(token_set, tmp_path)
     commit(tmp_path / "run" / "checkpoints", 10, about_of(data="other"))
-    with pytest.raises(ConfigError, match="trained with other settings(.|\n)*data: checkpoint 'other'"):
+    with pytest.raises(ConfigError, match=r"trained with other settings(.|\n)*data \(dVAE.*\): checkpoint 'other'"):
         train_prior(run, ALONE)
+
+
+def test_a_data_set_that_has_changed_since_is_named(token_set: str, tmp_path: Path) -> None:
+    commit(tmp_path / "run" / "checkpoints", 10, about_of(content="fewer"))
+    with pytest.raises(ConfigError, match=r"content \(samples .* were added, masked or encoded again\): checkpoint 'fewer'"):
+        train_prior(recipe(token_set, tmp_path), ALONE)
 
 
 SUMMARY = {"updates": 10, "loss/validation/image": 2.5}
