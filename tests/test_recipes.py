@@ -25,6 +25,7 @@ def said_about(config_class, *overrides, path=None):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("updates=null", "updates = null: expected an integer"),
         ("updates=abc", "updates = 'abc': expected an integer"),
         ("updates=0", "updates = 0: expected at least 1"),
         ("ema.decay=x", "ema.decay = 'x': expected a number"),
