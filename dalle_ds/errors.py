@@ -104,6 +104,12 @@ class WorkersLost(UserError):
     exit_code = os.EX_TEMPFAIL
 
 
+class ClusterUnreachable(UserError):
+    """A Ray cluster could not be joined or started. What is done stays: the same command goes on."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
 class StoreUnreachable(DataError):
     """Object storage did not answer. What is done stays: the same command goes on."""
 

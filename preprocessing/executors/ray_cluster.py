@@ -6,32 +6,74 @@ Ray transfers only the shards' descriptions and results; an actor reads images f
 
 import logging
 import os
+import re
+import signal
 import socket
+import threading
 import time
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Final
 
-from dalle_ds.errors import UserError
+from dalle_ds.errors import ClusterUnreachable, UserError
 from preprocessing.executors.crew import Job, Report, perform
 
 log = logging.getLogger(__name__)
+
+JOIN_SECONDS: Final = 60.0  # joining takes seconds; Ray waits 30 s for a node that it starts, after its head
+REFUSALS: Final = ("AuthenticationError", "ValueError", "Version mismatch")  # parts of Ray's errors that no later start mends
 
 
 def join_cluster() -> Any:
     """Returns the `ray` module, connected to the cluster of RAY_ADDRESS, to a running local cluster, or to a new local one.
 
     Raises:
-        UserError: ray is not installed, or the cluster is not reachable.
+        UserError: ray is not installed, or refuses the address, the token or the versions.
+        ClusterUnreachable: no cluster could be joined or started.
     """
     try:
         import ray
     except ImportError:
         raise UserError("engine ray: the package ray is not installed; run pip install 'dalle-ds[ray]'") from None
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        cluster = f"the cluster at RAY_ADDRESS={address}" if address else "a cluster of this machine (RAY_ADDRESS is not set)"
+        try:
+            _initialized(ray).result(JOIN_SECONDS)
+        except Exception as error:  # Ray raises a plain Exception when a node does not start
+            raise _failure(cluster, error) from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGTERM, signal.getsignal(signal.SIGTERM)
+            )  # Ray's library has put one that aborts in its place
+    return ray
+
+
+def _failure(cluster: str, error: Exception) -> UserError:
+    without_traceback = re.sub(r"Traceback .*\n(?: .*\n)+", "", str(error.__cause__ or error))
+    reason = " ".join(without_traceback.split()) or f"no answer within {JOIN_SECONDS:.0f} s"
+    told = f"engine ray: {cluster} cannot be joined: {reason}"
+    if any(refusal in f"{type(error).__name__}: {reason}" for refusal in REFUSALS):
+        return UserError(told)
+    return ClusterUnreachable(f"{told}. Expected a head node that answers; the same command then goes on where this one ended")
+
+
+def _initialized(ray: Any) -> Future[None]:
+    """Call `ray.init` on a thread of its own: without a head it blocks for longer than we wait, and no signal interrupts it."""
+    done: Future[None] = Future()
+
+    def initialize() -> None:
         try:
             ray.init(logging_level=logging.WARNING)
-        except ConnectionError as error:
-            raise UserError(f"engine ray: no cluster is reachable: {error}") from None
-    return ray
+        except Exception as error:
+            done.set_exception(error)
+            return
+        done.set_result(None)
+        threading.Event().wait()  # with the thread that started them, Linux would end the processes of a new cluster
+
+    # Ray warns that it sets no handler of SIGTERM on this thread. The command has one, which Ray's would replace.
+    logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in str(record.msg))
+    threading.Thread(target=initialize, daemon=True).start()
+    return done
 
 
 def n_of(resource: str) -> int:
