@@ -25,7 +25,7 @@ LANGUAGES: Final = tuple(_LANGUAGES.split(" "))
 """The most common languages on the web. Fewer candidates mean fewer classification errors on captions."""
 
 ENGINE = "local: processes on this machine; ray: actors of a Ray cluster"
-MACHINE = "number of this machine, counted from 0, among those that fill one output; each needs a number of its own"
+MACHINE = "number of this machine among those that fill one output, counted from 0 or from 1; each needs a number of its own"
 MACHINES = "number of machines that fill one output together; fewer may come"
 FRACTION = "fraction of the sample groups in the validation split; no stage trains on them; the paper: 606,000 of 250 million"
 

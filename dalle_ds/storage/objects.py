@@ -175,6 +175,19 @@ def etag(url: str | Path) -> str | None:
     return None if local_path(url) is not None else retrying(lambda: _requests(url).etag(url), url, "look up")
 
 
+def version(url: str | Path) -> str:
+    """What changes when the object is replaced, without reading it: size and times on local disks, else the ETag or the size.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+    """
+    path = local_path(url)
+    if path is not None:
+        found = path.stat()
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    return etag(url) or str(size(url))
+
+
 def list_files(prefix_url: str | Path, suffix: str = "") -> list[str]:
     """Sorted URLs of all objects below a folder (recursive), without hidden names. Each URL starts with `prefix_url`."""
     return sorted(list_sizes(prefix_url, suffix))

@@ -10,19 +10,26 @@ rarely ask for the same shard. It lists the output only after it has lost some c
 A dead machine leaves claims. Whoever has nothing else to do watches them, and takes over a claim that stays for longer than the
 lease, by creating the next generation. The watcher measures this time itself, so clocks of machines are not compared. A
 machine that starts again gets its earlier claims at once, because they contain its number.
+
+A shard that failed leaves `claims/SHARD.failed.STATE.MACHINE`. After MAX_MACHINES of them no further machine of this run tries
+the shard, and the last claim stays. A machine that starts deletes the failures that do not count for it: its own, those of a
+shard or of settings that have changed since (STATE is a hash of both), and those older than FAILURE_SECONDS.
 """
 
 import logging
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 
 from dalle_ds.data.manifest import done_shards, manifest_url
+from dalle_ds.errors import UserError
 from dalle_ds.storage import objects
+from dalle_ds.storage.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,9 @@ LEASE_OF_SLOWEST: Final = 4  # the lease is this multiple of the longest time th
 MAX_POLL_SECONDS: Final = 30.0
 LOST_BEFORE_LISTING: Final = 3  # lost claims after which the output is listed: by then, about as many shards are taken as left
 MAX_MACHINES: Final = 2  # a shard that failed on so many machines is not tried on others
-_FAILED: Final = "failed"
+FAILURE_SECONDS: Final = 3600.0  # a machine that starts tries again what failed before this time, by the store's clock
+STATE_LENGTH: Final = 12  # hex characters
+_MARK: Final = re.compile(r"(.+)\.failed\.(?:([0-9a-f]*)\.)?(\d+)")  # earlier versions wrote no state
 
 
 class Shares(Protocol):
@@ -88,9 +97,20 @@ class AllShards:
         return not self._left
 
 
-def shared_shards(names: Sequence[str], done: Iterable[str], machine: int, machines: int, root: str) -> Shares | None:
+def shared_shards(
+    names: Sequence[str], done: Iterable[str], machine: int, machines: int, root: str, state_of: Callable[[str], str]
+) -> Shares | None:
     """The shards of output `root` that this machine takes part in. None if it is the only one."""
-    return SharedShards(names, done, machine, machines, StoredBoard(root, machine)) if machines > 1 else None
+    return SharedShards(names, done, machine, machines, StoredBoard(root, machine), state_of) if machines > 1 else None
+
+
+def state_of_input(url: str, **settings: object) -> str:
+    """Hash of a shard's input and of the settings that decide whether the shard fails. Takes one request."""
+    try:
+        version = objects.version(url)
+    except (UserError, OSError) as error:  # it is missing, or cannot be had: that may be why the shard fails
+        version = type(error).__name__
+    return fingerprint({"url": url, "version": version, **settings})[:STATE_LENGTH]
 
 
 def forget_claims(root: str) -> None:
@@ -108,7 +128,9 @@ class Board(Protocol):
 
     def delete(self, name: str) -> None: ...
 
-    def claims(self) -> set[str]: ...
+    def claims(self) -> dict[str, float]:
+        """Claims and failures: {name: seconds since it was created}."""
+        ...
 
     def done(self) -> set[str]:
         """Names of the committed shards."""
@@ -133,9 +155,9 @@ class StoredBoard:
     def delete(self, name: str) -> None:
         objects.delete(objects.join(self.root, CLAIMS, name))
 
-    def claims(self) -> set[str]:
-        folder = objects.join(self.root, CLAIMS)
-        return {url.removeprefix(folder).strip("/") for url in objects.list_files(folder)}
+    def claims(self) -> dict[str, float]:
+        folder, now = objects.join(self.root, CLAIMS), time.time()
+        return {url.removeprefix(folder).strip("/"): now - created for url, created in objects.list_times(folder).items()}
 
     def done(self) -> set[str]:
         return done_shards(self.root)
@@ -153,7 +175,12 @@ class _Watched:
 
 
 class SharedShards:
-    """The part of the work that this machine gets hold of. `names` are all shards of the output, equal on all machines."""
+    """The part of the work that this machine gets hold of.
+
+    Args:
+        names: all shards of the output, equal on all machines.
+        state_of: returns a hash of what decides whether the shard fails. It is called for shards that failed only.
+    """
 
     def __init__(
         self,
@@ -162,9 +189,10 @@ class SharedShards:
         machine: int,
         machines: int,
         board: Board,
+        state_of: Callable[[str], str],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._board, self._now, self._machine = board, now, machine
+        self._board, self._now, self._machine, self._state_of = board, now, machine, state_of
         self._draw = np.random.default_rng(machine)
         self._left = deque(_order(names, set(done), machine % machines, machines, self._draw))
         self._watched: dict[str, _Watched] = {}
@@ -173,9 +201,7 @@ class SharedShards:
         self._slowest = 0.0
         self._listed_at = -MAX_POLL_SECONDS
         self._n_lost = 0
-        for mark in self._board.claims():  # of an earlier run: the shard may be mended
-            if mark.endswith(f".{_FAILED}.{machine}"):
-                self._board.delete(mark)
+        self._left_behind = self._forget_failures()
 
     @property
     def is_over(self) -> bool:
@@ -195,7 +221,7 @@ class SharedShards:
                 self._list()
                 continue
             name = self._left[0]  # it stays in the list if the store is away
-            is_ours = self._claim(name, 0)
+            is_ours = self._claim(name, self._left_behind.get(name, -1) + 1)
             self._left.popleft()
             if is_ours:
                 return name
@@ -217,9 +243,9 @@ class SharedShards:
     def settle(self, name: str, *, is_done: bool, seconds: float = 0.0) -> None:
         self._slowest = max(self._slowest, seconds)
         if not is_done:
-            self._board.create(f"{name}.{_FAILED}.{self._machine}")
-            _, failed_on = _parsed(self._board.claims())
-            if len(failed_on.get(name, ())) >= MAX_MACHINES:
+            self._board.create(f"{name}.failed.{self._state_of(name)}.{self._machine}")
+            _, failures = _parsed(self._board.claims())
+            if _is_given_up(failures.get(name, ())):
                 self._held.pop(name, None)  # the claim stays, so that no further machine tries it
                 return
         self.release([name])
@@ -251,25 +277,49 @@ class SharedShards:
 
     def _list(self) -> None:
         # Claims first: a claim goes after its manifest came, so a shard that is in neither listing is free.
-        claims, failed_on = _parsed(self._board.claims())
+        claims, failures = _parsed(self._board.claims())
+        claims = {name: number for name, number in claims.items() if number > self._left_behind.get(name, -1)}
         done = self._board.done()
         self._n_lost, self._listed_at = 0, self._now()
         open_ = {*self._left, *self._watched}
         self._elsewhere |= dict.fromkeys(open_ & done)
-        marked = (open_ - done) & (claims.keys() | failed_on.keys())
+        marked = (open_ - done) & (claims.keys() | failures.keys())
         self._left = deque(name for name in [*self._left, *self._watched] if name not in done and name not in marked)
         watched, self._watched = self._watched, {}
         for name in sorted(marked):
-            if self._machine in failed_on.get(name, ()):
+            if any(failure.machine == self._machine for failure in failures.get(name, ())):
                 continue
-            if len(failed_on.get(name, ())) >= MAX_MACHINES:
-                self._elsewhere[name] = f"failed on {MAX_MACHINES} other machines; `dalle-ds data status` shows why"
+            if _is_given_up(failures.get(name, ())):
+                self._elsewhere[name] = (
+                    f"failed on {MAX_MACHINES} other machines; `dalle-ds data status` shows why. If its input is "
+                    "repaired, the same command tries it again"
+                )
             elif name not in claims:
                 self._left.append(name)
             else:
                 before = watched.get(name)
                 is_known = before is not None and before.generation == claims[name]
                 self._watched[name] = before if is_known else _Watched(claims[name], self._listed_at)
+
+    def _forget_failures(self) -> dict[str, int]:
+        """Delete the failures of earlier runs that do not count now.
+
+        Returns:
+            {shard: generation of the claim that its last failure left}. The next generation is free, and only one of the
+            machines that start together gets it.
+        """
+        claims, failures = _parsed(self._board.claims())
+        left_behind: dict[str, int] = {}
+        for name, found in failures.items():
+            lapsed = [failure for failure in found if failure.machine == self._machine or failure.age > FAILURE_SECONDS]
+            if others := [failure for failure in found if failure not in lapsed]:
+                state = self._state_of(name)
+                lapsed += [failure for failure in others if failure.state != state]
+            for failure in lapsed:
+                self._board.delete(failure.mark)
+            if lapsed and _is_given_up(found) and name in claims:
+                left_behind[name] = claims[name]
+        return left_behind
 
 
 def _order(names: Sequence[str], done: set[str], machine: int, machines: int, draw: np.random.Generator) -> list[str]:
@@ -279,14 +329,26 @@ def _order(names: Sequence[str], done: set[str], machine: int, machines: int, dr
     return [name for name in order if name not in done]
 
 
-def _parsed(claims: Iterable[str]) -> tuple[dict[str, int], dict[str, set[int]]]:
-    # Returns {shard: highest generation of its claims}, {shard: machines on which it failed}.
+@dataclass(frozen=True)
+class _Failure:
+    mark: str
+    machine: int
+    state: str
+    age: float  # seconds
+
+
+def _is_given_up(failures: Sequence[_Failure]) -> bool:
+    return len({failure.machine for failure in failures}) >= MAX_MACHINES
+
+
+def _parsed(claims: Mapping[str, float]) -> tuple[dict[str, int], dict[str, list[_Failure]]]:
+    # Returns {shard: highest generation of its claims}, {shard: its failures}.
     highest: dict[str, int] = {}
-    failed_on: dict[str, set[int]] = {}
-    for claim in claims:
-        name, _, number = claim.rpartition(".")
-        if name.endswith(f".{_FAILED}"):
-            failed_on.setdefault(name.removesuffix(f".{_FAILED}"), set()).add(int(number))
+    failures: dict[str, list[_Failure]] = {}
+    for claim, age in claims.items():
+        if mark := _MARK.fullmatch(claim):
+            failures.setdefault(mark[1], []).append(_Failure(claim, int(mark[3]), mark[2] or "", age))
         else:
+            name, _, number = claim.rpartition(".")
             highest[name] = max(highest.get(name, 0), int(number))
-    return highest, failed_on
+    return highest, failures

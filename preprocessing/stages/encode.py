@@ -39,7 +39,7 @@ from preprocessing.encoding.publication import publish_shards, require_same_inpu
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import n_cores, run_shards
 from preprocessing.executors.ray_cluster import n_of, n_places
-from preprocessing.executors.sharing import forget_claims, shared_shards
+from preprocessing.executors.sharing import forget_claims, shared_shards, state_of_input
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ def run(config: EncodeConfig) -> Outcome:
     job = EncodeJob(config.out, info, config.batch, config.block_samples, config.max_failure_rate, device, config.precision)
     gpus = _gpus() if device == "cuda" and config.engine == "local" else []
     cpus_each = config.worker_cpus or (8 if device == "cuda" else 1)
-    shares = shared_shards([shard.name for shard in shards], done, config.machine, config.machines, config.out)
+    by_name = {shard.name: shard for shard in shards}
+    shares = shared_shards(
+        list(by_name), done, config.machine, config.machines, config.out, lambda name: _state(config, by_name[name])
+    )
     results, failures = run_shards(
         job,
         todo,
@@ -230,6 +233,10 @@ def _check_some_inputs(config: EncodeConfig, shards: list[RawShard], done: set[s
     chosen = {shard.name: shard for shard in spread(there, MAX_CHECKED)}
     manifests = iterate_shards(sorted(chosen), partial(load_shard_manifest, config.out, ShardManifest))
     require_same_inputs(config.out, chosen, ((manifest.shard, manifest.input) for manifest in manifests))
+
+
+def _state(config: EncodeConfig, shard: RawShard) -> str:
+    return state_of_input(shard.url, checksum=shard.checksum, bytes=shard.bytes, max_failure_rate=config.max_failure_rate)
 
 
 def _samples(shard: RawShard) -> int:

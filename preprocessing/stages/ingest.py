@@ -26,7 +26,7 @@ from preprocessing.configs import FilterConfig, IngestConfig
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.local import n_cores, run_shards
 from preprocessing.executors.ray_cluster import n_of
-from preprocessing.executors.sharing import forget_claims, shared_shards
+from preprocessing.executors.sharing import forget_claims, shared_shards, state_of_input
 from preprocessing.filters.language import language_of
 from preprocessing.filters.rules import FILTER_RULES, Judgement, caption_filters, judge_caption, sample_judge
 from preprocessing.metadata.earlier_shards import MetadataJob
@@ -80,6 +80,10 @@ def run(config: IngestConfig) -> Outcome:
         log.info("%s: all %d raw shards already exist; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, raw_fingerprint)
     n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
+    by_name = {plan.name: plan for plan in plans}
+    shares = shared_shards(
+        list(by_name), done, config.machine, config.machines, config.out, lambda name: _state(by_name[name].part)
+    )
     made, failures = run_shards(
         job,
         todo,
@@ -90,7 +94,7 @@ def run(config: IngestConfig) -> Outcome:
         unit="KiB",
         journal=Journal(config.out, len(plans)),
         engine=config.engine,
-        shares=shared_shards([plan.name for plan in plans], done, config.machine, config.machines, config.out),
+        shares=shares,
     )
     if not failures:
         forget_claims(config.out)
@@ -144,6 +148,11 @@ def _plan(config: IngestConfig) -> tuple[list[ShardPlan], int, bytes]:
     entries = plan_entries(read_folder(listing), config.filters)
     plans = plan_shards(entries, config.samples_per_shard)
     return plans, len(entries), _packed([entry.key, entry.group, entry.caption, entry.bytes] for entry in entries)
+
+
+def _state(part: Part) -> str:
+    # Images of a folder that cannot be read are dropped, so a shard of them does not fail by its input.
+    return "" if isinstance(part, FolderPart) else state_of_input(part.url)
 
 
 def _packed(items: Iterable[list[object]]) -> bytes:

@@ -25,12 +25,13 @@ class World:
     """Simulated claims and manifests of one output, in virtual time."""
 
     now: float = 0.0
-    claimed: dict[str, int] = field(default_factory=dict)
+    claimed: dict[str, tuple[int, float]] = field(default_factory=dict)  # {name: machine, when}
     committed: set[str] = field(default_factory=set)
     n_requests: int = 0
     work: float = 0.0  # seconds of workers
     wasted: float = 0.0  # of these, on shards that were committed before
     finished: float = 0.0  # when the last shard was committed
+    n_failures: int = 0
 
 
 @dataclass
@@ -50,15 +51,15 @@ class Board:
 
     def create(self, name: str) -> bool:
         self._request()
-        return self.world.claimed.setdefault(name, self.machine) == self.machine
+        return self.world.claimed.setdefault(name, (self.machine, self.world.now))[0] == self.machine
 
     def delete(self, name: str) -> None:
         self._request()
         self.world.claimed.pop(name, None)
 
-    def claims(self) -> set[str]:
+    def claims(self) -> dict[str, float]:
         self._request(1 + len(self.world.claimed) // 1000)
-        return set(self.world.claimed)
+        return {name: self.world.now - since for name, (_, since) in self.world.claimed.items()}
 
     def done(self) -> set[str]:
         self._request(1 + len(self.world.committed) // 1000)
@@ -78,8 +79,8 @@ class Machine:
     dies: float = float("inf")  # with its claims
 
 
-def simulate(machines: Sequence[Machine], n_workers: int) -> World:
-    """Let the machines do all shards."""
+def simulate(machines: Sequence[Machine], n_workers: int, fails: Callable[[str], bool] = lambda _: False) -> World:
+    """Let the machines do all shards, but those that fail on every machine."""
     world, draw = World(), random.Random(0)
     names = [f"{number:05d}" for number in range(N_SHARDS)]
     boards = {machine: Board(world, machine.number) for machine in machines}
@@ -97,15 +98,18 @@ def simulate(machines: Sequence[Machine], n_workers: int) -> World:
         board = boards[machine]
         board.seconds = 0.0
         if machine not in shares:
-            shares[machine] = SharedShards(names, world.committed, machine.number, machine.of, board, board.time)
+            shares[machine] = SharedShards(names, world.committed, machine.number, machine.of, board, lambda _: "0", board.time)
         if shard is not None:
             world.work += seconds
-            if shard in world.committed:
+            if fails(shard):
+                world.n_failures += 1
+                world.wasted += seconds
+            elif shard in world.committed:
                 world.wasted += seconds
             else:
                 world.committed.add(shard)
                 world.finished = world.now
-            shares[machine].settle(shard, is_done=True, seconds=seconds)
+            shares[machine].settle(shard, is_done=not fails(shard), seconds=seconds)
         following = shares[machine].take()
         n_events += 1
         if following is not None:
@@ -156,6 +160,17 @@ def test_machines_do_little_twice_and_finish_in_time(case: str) -> None:
     assert world.n_requests <= 5 * N_SHARDS
 
 
+def test_damaged_shards_are_tried_twice_also_by_machines_that_start_later() -> None:
+    """A percent of the shards. Of 64 machines 16 run at a time, so the others start when all of these have failed."""
+    first = fleet(16, of=64, dies=lambda _: 3_000.0)
+    later = [Machine(number, 64, starts=3_000.0 + 10 * (number % 16)) for number in range(16, 64)]
+    world = simulate([*first, *later], 8, fails=lambda name: name.endswith("50"))
+    assert len(world.committed) == 0.99 * N_SHARDS
+    assert 500 <= world.n_failures <= 510
+    assert world.wasted <= 0.05 * world.work
+    assert world.n_requests <= 5 * N_SHARDS
+
+
 def test_a_machine_that_dies_at_the_end_costs_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = fleet(16, of=64, dies=lambda number: 11_700.0 if number < 2 else INFINITE)
     world = simulate(machines, 8)
@@ -190,7 +205,7 @@ NAMES = [f"{number:05d}" for number in range(N_REAL)]
 
 
 def sharing_as(machine: int, of: int, out: str) -> SharedShards:
-    return SharedShards(NAMES, done_shards(out), machine, of, StoredBoard(out, machine))
+    return SharedShards(NAMES, done_shards(out), machine, of, StoredBoard(out, machine), lambda _: "0")
 
 
 def work_as(machine: int, of: int, out: str, begun: list[str]) -> dict[str, str]:
@@ -216,29 +231,69 @@ def test_real_machines_on_a_real_store_do_nothing_twice(any_root: str) -> None:
 
 def test_a_machine_that_starts_again_goes_on_with_its_claims(tmp_path: object) -> None:
     names = ["a", "b"]
-    first = SharedShards(names, (), 0, 2, StoredBoard(str(tmp_path), 0))
-    assert first.take() == "a"
-    assert SharedShards(names, (), 1, 2, StoredBoard(str(tmp_path), 1)).take() == "b"
-    again = SharedShards(names, (), 0, 2, StoredBoard(str(tmp_path), 0))
+    first, second, again = (
+        SharedShards(names, (), machine, 2, StoredBoard(str(tmp_path), machine), lambda _: "0") for machine in (0, 1, 0)
+    )
+    assert (first.take(), second.take()) == ("a", "b")
     assert (again.take(), again.take()) == ("a", None)
+
+
+def try_all(shares: SharedShards, out: str, bad: str) -> list[str]:
+    """Returns the shards that the machine tried; those in `bad` fail."""
+    tried = []
+    while (name := shares.take()) is not None:
+        tried.append(name)
+        if name not in bad:
+            objects.write_bytes(manifest_url(out, name), b"{}")
+        shares.settle(name, is_done=name not in bad)
+    return tried
 
 
 def test_a_shard_that_fails_is_tried_on_two_machines_and_no_more(tmp_path: object) -> None:
     out, names = str(tmp_path), ["a", "b", "c"]
-    machines = [SharedShards(names, (), number, 8, StoredBoard(out, number)) for number in range(3)]
-    n_tried = dict.fromkeys(names, 0)
-    for shares in [*machines, *machines]:
-        while (name := shares.take()) is not None:
-            n_tried[name] += 1
-            if name != "b":
-                objects.write_bytes(manifest_url(out, name), b"{}")
-            shares.settle(name, is_done=name != "b")
-    assert n_tried == {"a": 1, "b": 2, "c": 1}
-    third = SharedShards(names, done_shards(out), 7, 8, StoredBoard(out, 7))
+    machines = [SharedShards(names, (), number, 8, StoredBoard(out, number), lambda _: "0") for number in range(3)]
+    tried = [name for shares in [*machines, *machines] for name in try_all(shares, out, "b")]
+    assert sorted(tried) == ["a", "b", "b", "c"]
+    third = SharedShards(names, done_shards(out), 7, 8, StoredBoard(out, 7), lambda _: "0")
     assert third.take() is None and third.is_over
-    assert third.settled_elsewhere() == {"b": "failed on 2 other machines; `dalle-ds data status` shows why"}
+    (told,) = third.settled_elsewhere().items()
+    assert told[0] == "b" and "failed on 2 other machines; `dalle-ds data status` shows why" in str(told[1])
     forget_claims(out)
     assert objects.list_files(f"{out}/claims") == []
+
+
+@pytest.mark.parametrize("why", ["other input", "same number", "an hour"])
+def test_a_failure_of_another_input_or_of_long_ago_does_not_count(
+    any_root: str, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    names = ["a", "b"]
+
+    def start(machine: int, state: str) -> SharedShards:
+        return SharedShards(names, done_shards(any_root), machine, 5, StoredBoard(any_root, machine), lambda _: state)
+
+    assert "b" in try_all(start(0, "0"), any_root, "b") and try_all(start(1, "0"), any_root, "b") == ["b"]
+    assert try_all(start(4, "0"), any_root, "b") == []
+    if why == "an hour":
+        monkeypatch.setattr(sharing, "FAILURE_SECONDS", -3.0)
+    numbers = (0, 4) if why == "same number" else (4, 3)
+    states = ["1", "1"] if why == "other input" else ["0", "0"]
+    begun = [start(number, state) for number, state in zip(numbers, states, strict=True)]
+    tried = [shares.take() for shares in begun]
+    assert tried == ["b", None], "one of the machines that start together tries it, at once"
+    objects.write_bytes(manifest_url(any_root, "b"), b"{}")
+    begun[0].settle("b", is_done=True)
+    monkeypatch.setattr(begun[1], "_listed_at", -1000.0)
+    assert begun[1].take() is None and begun[1].is_over and begun[1].settled_elsewhere() in ({"b": None}, {})
+
+
+def test_a_repaired_shard_that_fails_again_is_given_up_again(tmp_path: object) -> None:
+    out = str(tmp_path)
+    for state in "01":
+        machines = [
+            SharedShards(["a"], (), number, 9, StoredBoard(out, number), lambda _, state=state: state) for number in (3, 5, 7)
+        ]
+        tried = [try_all(shares, out, "a") for shares in machines]
+        assert sorted(tried) == [[], ["a"], ["a"]]
 
 
 class Damaged(DataError):

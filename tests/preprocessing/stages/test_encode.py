@@ -341,6 +341,31 @@ def test_a_missing_shard_is_named_and_the_rest_done(world: World, tmp_path: Path
     assert outcome.summary["shards"] == 2
 
 
+@pytest.mark.parametrize("repair", ["tar", "other folder", "max_failure_rate"])
+def test_any_machine_tries_a_repaired_shard_again(world: World, tmp_path: Path, repair: str) -> None:
+    raw, out = tmp_path / "raw", str(tmp_path / "tokens")
+    for i in range(4):
+        write_tar(raw / f"{i}.tar", [good_sample(10 * i + k) for k in range(4)])
+    shutil.copytree(raw, tmp_path / "sound")
+    sound = (raw / "3.tar").read_bytes()
+    cut = sound[: len(sound) // 2].ljust(len(sound), b"?")
+    (raw / "3.tar").write_bytes(cut)
+    configs = [world.config(out, raw=str(raw), machine=machine, machines=5) for machine in range(5)]
+    assert [encode.run(configs[machine]).is_complete for machine in (0, 1)] == [False, False]
+    failed = encode.run(configs[4]).summary["failed_shards"]
+    assert "failed on 2 other machines" in failed["3"]
+    again = configs[4]
+    if repair == "tar":
+        (raw / "3.tar").write_bytes(sound)
+    elif repair == "other folder":
+        again = again.model_copy(update={"raw": str(tmp_path / "sound")})
+    else:
+        again = again.model_copy(update={"max_failure_rate": 1.0})
+    outcome = encode.run(again)
+    assert outcome.is_complete and outcome.summary["shards_made_now"] == 1
+    assert objects.list_files(f"{out}/claims") == []
+
+
 def test_the_loser_of_a_race_takes_its_data_away(world: World, tmp_path: Path) -> None:
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
