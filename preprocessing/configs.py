@@ -254,7 +254,7 @@ class VerifyConfig(Config):
     delete_orphans: bool = Field(
         False,
         description="delete objects that no manifest names, hidden temporary files and claims to publish, which killed workers "
-        "leave; do not use while an encode runs",
+        "leave, and indices that later ones have replaced; do not use while an encode runs or a reader begins",
     )
 
 

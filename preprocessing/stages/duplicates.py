@@ -1,17 +1,19 @@
 """Dedup: put near-duplicates, and images that training data and evaluation sets share, on drop lists of raw shards."""
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate, islice
 from typing import Final
 
 import numpy as np
 
 from dalle_ds.console import Outcome, progress
+from dalle_ds.data.images import ImageProblem
 from dalle_ds.data.raw.metadata import N_READERS, iterate_sample_rows, sample_rows
 from dalle_ds.data.raw.shards import (
     DROP_LISTS,
@@ -23,14 +25,16 @@ from dalle_ds.data.raw.shards import (
     read_reasons,
     without_drop_list,
 )
-from dalle_ds.errors import DataError
+from dalle_ds.errors import DataError, UserError
 from dalle_ds.storage import objects
 from dalle_ds.storage.hashing import sha256_of_bytes
 from dalle_ds.storage.scratch import scratch_folder
 from preprocessing.configs import DuplicatesConfig
 from preprocessing.executors.local import n_cores
-from preprocessing.metadata.compare_hashes import HashComparison
+from preprocessing.metadata.compare_hashes import Duplicate, HashComparison
 from preprocessing.metadata.examples import draw_examples
+
+log = logging.getLogger(__name__)
 
 # R duplicates of one step
 
@@ -71,8 +75,6 @@ def run(config: DuplicatesConfig) -> Outcome:
                 result = comparison.find(config.max_distance, n_training, "all first")
             reasons = publication.publish(comparison.duplicates())
             examples = comparison.most_distant(N_EXAMPLES)
-    url = objects.join(config.raw, "duplicates/examples.png")
-    draw_examples(url, examples, [shard for _, shard in placed], starts)
     return Outcome(
         {
             "raw": config.raw,
@@ -83,10 +85,23 @@ def run(config: DuplicatesConfig) -> Outcome:
             "groups": result.n_groups,
             "dropped": dict(sorted(reasons.items())),
             "dropped_by_distance": result.by_distance,
-            "examples": url,
+            "examples": _draw(config.raw, examples, [shard for _, shard in placed], starts),
             "seconds": time.monotonic() - started,
         }
     )
+
+
+def _draw(root: str, examples: list[Duplicate], shards: list[RawShard], starts: list[int]) -> str | None:
+    """Draw the picture of examples, which alone reads the tars. The lists are the result, so its failure is only a warning."""
+    url = objects.join(root, "duplicates/examples.png")
+    try:
+        draw_examples(url, examples, shards, starts)
+        return url
+    except (UserError, OSError, ImageProblem) as error:
+        log.warning("no picture of example duplicates: %s", error)
+    with suppress(UserError, OSError):
+        objects.delete(url)  # of an earlier comparison
+    return None
 
 
 def _add_hashes(comparison: HashComparison, placed: list[tuple[str, RawShard]]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dalle_ds.console import Outcome
 from dalle_ds.data.commit import commit_shard, new_attempt
@@ -244,32 +245,64 @@ def _storage_problem(key: str, record: bytes, written: set[str]) -> str | None:
 
 
 class RawInfo(Record):
-    """raw.json: the inputs of the raw shards under a root."""
+    """raw.json: the inputs of the raw shards under a root, and the settings that decide what becomes of them."""
 
     fingerprint: str
     images: str
     n_input: int  # number of samples of an image folder, or number of tars or parquet files
     samples_per_shard: int
+    filters: dict[str, Any] | None = None  # None in outputs of earlier versions
+    filter_rules: int | None = None
+
+    def fingerprint_with(self, listing: bytes) -> str:
+        """The fingerprint of these settings with a listing of inputs."""
+        rules = {"filters": self.filters, "version": self.filter_rules, "samples_per_shard": self.samples_per_shard}
+        return fingerprint(rules, {"listing": listing})
 
 
 def _claim(config: IngestConfig, n_input: int, listing: bytes) -> str:
     # The assignment of samples to shards must not change between a run and its restart.
-    rules = {"filters": config.filters.model_dump(), "version": FILTER_RULES, "samples_per_shard": config.samples_per_shard}
-    raw_fingerprint = fingerprint(rules, {"listing": listing})
     info = RawInfo(
-        fingerprint=raw_fingerprint, images=config.images, n_input=n_input, samples_per_shard=config.samples_per_shard
+        fingerprint="",
+        images=config.images,
+        n_input=n_input,
+        samples_per_shard=config.samples_per_shard,
+        filters=config.filters.model_dump(),
+        filter_rules=FILTER_RULES,
     )
+    info = info.model_copy(update={"fingerprint": info.fingerprint_with(listing)})
     url = objects.join(config.out, RAW_INFO)
     if not objects.create_exclusive(url, info.to_json()):
         there = parse(RawInfo, objects.read_bytes(url), url)
         require_same(
             f"raw shards at {config.out}",
             there.fingerprint,
-            raw_fingerprint,
-            f"They were made from {there.n_input} inputs of {there.images}; images, captions or filters "
-            "have changed since. Choose another `ingest.out`, or remove the existing one.",
+            info.fingerprint,
+            f"They were made from {there.n_input} inputs of {there.images}; {'; '.join(_changes(there, info, listing))}. "
+            "Choose another `ingest.out`, or remove the existing one.",
         )
-    return raw_fingerprint
+    return info.fingerprint
+
+
+def _changes(there: RawInfo, ours: RawInfo, listing: bytes) -> list[str]:
+    """What differs between the making of the shards that are there and this one, for a message."""
+    now = ours.filters or {}
+    if are_told := there.filters is not None:
+        filters = dict.fromkeys(now) | there.filters  # JSON leaves out None
+        before = there.model_copy(update={"filters": filters})
+    else:  # an earlier version wrote it, so the filters may have changed or not
+        filters = now
+        before = there.model_copy(update={"filters": now, "filter_rules": ours.filter_rules})
+    settings = [
+        ("ingest.samples_per_shard", before.samples_per_shard, ours.samples_per_shard),
+        ("the version of the filters", before.filter_rules, ours.filter_rules),
+        *((f"ingest.filters.{name}", value, now.get(name)) for name, value in filters.items()),
+    ]
+    changes = [f"{name} was {old!r}, is now {new!r}" for name, old, new in settings if old != new]
+    if before.fingerprint_with(listing) != there.fingerprint:
+        number = "" if there.n_input == ours.n_input else f" (now {ours.n_input} inputs)"
+        changes.append(f"images{'' if are_told else ', filters'} or captions have changed since{number}")
+    return changes
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -3,17 +3,19 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from dalle_ds.console import Outcome
+from dalle_ds.data.images import ImageProblem
 from dalle_ds.data.manifest import load_dataset_info
 from dalle_ds.data.raw.index import load_raw_manifests
 from dalle_ds.data.tokens.dataset_files import DatasetManifest, load_manifest
-from dalle_ds.errors import DataError
+from dalle_ds.errors import DataError, UserError
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DATASET_FILE
 from preprocessing.configs import StatsConfig
 from preprocessing.encoding.encode_shard import code_usage
-from preprocessing.stages.stats_page import decoded_examples, page_of_raw, page_of_tokens, raw_examples
+from preprocessing.stages.stats_page import Example, decoded_examples, page_of_raw, page_of_tokens, raw_examples
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def _tokens(config: StatsConfig) -> tuple[dict[str, object], str]:
         **_projection(manifest.n_bytes, n_samples, manifest.seconds, config.project_to),
         "fingerprint": manifest.fingerprint,
     }
-    return summary, page_of_tokens(summary, manifest, decoded_examples(config.root, config.images))
+    return summary, page_of_tokens(summary, manifest, _examples(decoded_examples, config))
 
 
 def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
@@ -90,7 +92,16 @@ def _raw(config: StatsConfig) -> tuple[dict[str, object], str]:
         ),
         "fingerprint": manifests[0].fingerprint,
     }
-    return summary, page_of_raw(summary, dropped, raw_examples(config.root, config.images))
+    return summary, page_of_raw(summary, dropped, _examples(raw_examples, config))
+
+
+def _examples(read: Callable[[str, int], list[Example]], config: StatsConfig) -> list[Example]:
+    # They alone need the shards and the dVAE. The numbers come from the manifests.
+    try:
+        return read(config.root, config.images)
+    except (UserError, OSError, ImageProblem) as error:
+        log.warning("no images on the page: %s", error)
+        return []
 
 
 def _projection(n_bytes: int, n_samples: int, work_seconds: float, project_to: int) -> dict[str, object]:

@@ -17,7 +17,6 @@ from dalle_ds.data.raw.metadata import read_image, sample_rows
 from dalle_ds.data.raw.shards import list_raw_shards
 from dalle_ds.data.tokens.dataset_files import DatasetManifest, load_index
 from dalle_ds.data.tokens.shards import read_block
-from dalle_ds.errors import DataError
 from dalle_ds.figures import drawn, new_figure
 from dalle_ds.storage import objects
 from dalle_ds.storage.names import DVAE_FILE
@@ -63,14 +62,13 @@ def decoded_examples(root: str, n: int) -> list[Example]:
     """The first `n` samples of the training split, decoded by the data set's own dVAE.
 
     Samples are decoded one at a time, which takes seconds at full size.
+
+    Raises:
+        DataError: the dVAE or a part of the first shards is missing or damaged.
     """
     if n == 0:
         return []
-    try:
-        dvae = load_dvae(objects.join(root, DVAE_FILE))[0].eval()
-    except DataError as error:
-        log.warning("no images on the page: %s", error)
-        return []
+    dvae = load_dvae(objects.join(root, DVAE_FILE))[0].eval()
     blocks = (read_block(root, part, block) for part in load_index(root)[1].parts("train") for block in part.blocks)
     samples = (sample for tokens_nN, _, captions in blocks for sample in zip(tokens_nN, captions, strict=True))
     examples = []
@@ -83,7 +81,11 @@ def decoded_examples(root: str, n: int) -> list[Example]:
 
 
 def raw_examples(root: str, n: int) -> list[Example]:
-    """The first `n` samples of raw shards, which need no more than their metadata and `n` ranged reads."""
+    """The first `n` samples of raw shards, which need no more than their metadata and `n` ranged reads.
+
+    Raises:
+        DataError: metadata or a tar is missing or damaged.
+    """
     shards = list_raw_shards(root)
     if not all(shard.metadata for shard in shards):
         log.warning("no images on the page: %s has no metadata; `dalle-ds data ingest` again adds it", root)

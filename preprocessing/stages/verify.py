@@ -153,6 +153,7 @@ def run(config: VerifyConfig) -> Outcome:
         "problems": problems[:MAX_TOLD],
         "orphans": len(orphans),
         "orphan_bytes": sum(orphans.values()),
+        "orphans_by_kind": dict(sorted(Counter(_kind(config.root, url) for url in orphans).items())),
         "orphans_deleted": config.delete_orphans,
         "fingerprint": mark,
         "seconds": time.monotonic() - started,
@@ -373,6 +374,17 @@ def _orphans(root: str, manifests: list[ShardManifest] | list[RawShardManifest],
         named |= _objects_of(manifest).keys()
     wanted = {objects.join(root, path) for path in named}
     return {url: size for url, size in sizes.items() if url not in wanted} | leftovers(root)
+
+
+def _kind(root: str, url: str) -> str:
+    """What an orphan is."""
+    path = url.removeprefix(objects.join(root, ""))
+    if path.rpartition("/")[2].startswith("."):
+        return "temporary file"
+    if path.startswith(f"{PUBLISHING}/"):
+        return "claim to publish"
+    # `publish` keeps it for readers that began before the new one, with its mask, was written.
+    return "replaced index" if path.startswith(f"{INDEX_FOLDER}/") else "data of a killed attempt"
 
 
 def _objects_of(manifest: ShardManifest | RawShardManifest) -> dict[str, int | None]:

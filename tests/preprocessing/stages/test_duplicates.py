@@ -50,7 +50,9 @@ def reasons_of(root: Path) -> dict[str, str | None]:
     return {sample.key: sample.reason if isinstance(sample, Dropped) else None for sample in found}
 
 
-def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drop_list_is_respected_and_tells_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (8, 12, 12, 3), dtype=np.uint8)
     images = {f"{i:02d}": Image.fromarray(pixels).resize((128, 128)) for i, pixels in enumerate(noise)}
@@ -78,6 +80,11 @@ def test_the_drop_list_is_respected_and_tells_all(tmp_path: Path, monkeypatch: p
     # A second run gives the same result, although readers skip the dropped images, and downloads no tar.
     monkeypatch.setattr(objects, "local_copy", None)
     assert {**duplicates.run(config).summary, "seconds": 0} == {**summary, "seconds": 0}
+    for tar in (tmp_path / "raw" / "data").glob("*.tar"):
+        tar.rename(tar.with_suffix(".away"))
+    assert {**duplicates.run(config).summary, "seconds": 0} == {**summary, "seconds": 0, "examples": None}
+    assert "no picture of example duplicates" in caplog.text and ".tar: the shard does not exist" in caplog.text
+    assert not Path(str(summary["examples"])).exists(), "no picture of another comparison"
     with pytest.raises(DataError, match="both the training data and an evaluation set"):
         duplicates.run(config.model_copy(update={"against": (config.raw,)}))
 

@@ -488,7 +488,7 @@ def test_verify_finds_every_kind_of_damage(world: World, tmp_path: Path) -> None
         assert any(message in problem for problem in found), (damage.__name__, found)
 
 
-def test_stats_come_from_the_manifests(world: World, tmp_path: Path) -> None:
+def test_stats_come_from_the_manifests(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = str(tmp_path / "tokens")
     encode.run(world.config(out))
     found = stats.run(StatsConfig(root=out)).summary
@@ -499,7 +499,16 @@ def test_stats_come_from_the_manifests(world: World, tmp_path: Path) -> None:
     assert 1 <= found["perplexity"] <= found["codes_used"] <= 32
     assert found["caption_tokens"]["median"] <= found["caption_tokens"]["max"]
     raw = stats.run(StatsConfig(root=world.raw)).summary
+    assert "no images" not in caplog.text
     assert (raw["kind"], raw["samples"]) == ("raw", N_IMAGES)
+    shutil.rmtree(tmp_path / "tokens" / "data")
+    shutil.copytree(world.raw, tmp_path / "raw", ignore=shutil.ignore_patterns("*.tar"))
+    for root, expected in ((out, found), (str(tmp_path / "raw"), {**raw, "root": str(tmp_path / "raw")})):
+        caplog.clear()
+        summary = stats.run(StatsConfig(root=root)).summary
+        varying = {"page": None, "seconds": None}
+        assert {**summary, **varying} == {**expected, **varying}
+        assert "no images on the page" in caplog.text and "does not exist" in caplog.text
     with pytest.raises(DataError, match="neither a token data set nor"):
         stats.run(StatsConfig(root=str(tmp_path / "missing")))
     assert part_checksums(out)
@@ -650,7 +659,8 @@ def test_a_changed_drop_list_masks_encoded_shards(world: World, tmp_path: Path) 
     assert (summary["shards_made_now"], summary["masked"], summary["no_longer_listed"]) == (0, 6, 1)
     assert part_checksums(out) == sums
     assert read_keys(out) == set(every) - {*first, *every[9:30:4]}
-    assert verify.run(VerifyConfig(root=out, workers=1, images_per_shard=0)).is_complete
+    verified = verify.run(VerifyConfig(root=out, workers=1, images_per_shard=0))
+    assert verified.is_complete and verified.summary["orphans_by_kind"] == {"replaced index": 1}
 
     write_drop_list(raw, [])
     assert encode.run(config).summary["no_longer_listed"] == 2

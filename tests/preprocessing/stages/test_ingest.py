@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -18,6 +19,7 @@ from preprocessing.readers import inputs
 from preprocessing.stages import ingest, verify
 from tests.data.raw.test_shards import write_tar
 from tests.support.images import draw_folder, encoded
+from tests.support.sealed import edit_json
 
 
 def config(images: Path, out: str, **more: object) -> IngestConfig:
@@ -192,8 +194,29 @@ def test_other_inputs_or_filters_into_the_same_output_are_refused(tmp_path: Path
         with pytest.raises(FingerprintMismatch, match=f"expected fingerprint {mark}, found"):
             ingest.run(other)
     (images / "captions.jsonl").write_text((images / "captions.jsonl").read_text().replace("number 3", "number three"))
-    with pytest.raises(FingerprintMismatch, match="captions or filters have changed"):
+    with pytest.raises(FingerprintMismatch, match="; images or captions have changed since"):
         ingest.run(config(images, root))
+
+
+def test_settings_that_changed_are_named_with_both_values(tmp_path: Path) -> None:
+    images, root = draw_folder(tmp_path / "images", 10), str(tmp_path / "raw")
+
+    def refused(**settings: Any) -> str:
+        with pytest.raises(FingerprintMismatch) as caught:
+            ingest.run(config(images, root, **settings))
+        return str(caught.value)
+
+    ingest.run(config(images, root, samples_per_shard=11, filters=FilterConfig(language=None)))
+    same = FilterConfig(language=None)
+    told = refused(samples_per_shard=9, filters=same)
+    assert "; ingest.samples_per_shard was 11, is now 9. Choose" in told
+    told = refused(samples_per_shard=11, filters=FilterConfig(min_side=20))
+    assert "; ingest.filters.language was None, is now 'en'; ingest.filters.min_side was 32, is now 20. Choose" in told
+    (images / "p0000.png").unlink()
+    told = refused(samples_per_shard=9, filters=same)
+    assert "ingest.samples_per_shard was 11, is now 9; images or captions have changed since" in told
+    edit_json(Path(root) / "raw.json", lambda record: record.pop("filters"))  # as earlier versions wrote it
+    assert "images, filters or captions have changed since" in refused(samples_per_shard=11, filters=same)
 
 
 def test_no_room_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
