@@ -238,6 +238,17 @@ def test_a_machine_that_starts_again_goes_on_with_its_claims(tmp_path: object) -
     assert (again.take(), again.take()) == ("a", None)
 
 
+def test_numbers_that_count_from_one_share_as_those_from_zero(any_root: str) -> None:
+    shares = [sharing_as(machine, 3, any_root) for machine in (1, 2, 3)]
+    assert [one.take() for one in shares] == [NAMES[16], NAMES[32], NAMES[0]]
+    begun: list[str] = []
+    for one in shares:
+        one.release(NAMES)
+    with ThreadPoolExecutor(3) as pool:
+        failures = list(pool.map(lambda machine: work_as(machine, 3, any_root, begun), (1, 2, 3)))
+    assert failures == [{}, {}, {}] and sorted(begun) == NAMES
+
+
 def try_all(shares: SharedShards, out: str, bad: str) -> list[str]:
     """Returns the shards that the machine tried; those in `bad` fail."""
     tried = []
