@@ -298,7 +298,7 @@ def _changes(there: RawInfo, ours: RawInfo, listing: bytes) -> list[str]:
         ("the version of the filters", before.filter_rules, ours.filter_rules),
         *((f"ingest.filters.{name}", value, now.get(name)) for name, value in filters.items()),
     ]
-    changes = [f"{name} was {old!r}, is now {new!r}" for name, old, new in settings if old != new]
+    changes = [f"{name} was {json.dumps(old)}, is now {json.dumps(new)}" for name, old, new in settings if old != new]
     if before.fingerprint_with(listing) != there.fingerprint:
         number = "" if there.n_input == ours.n_input else f" (now {ours.n_input} inputs)"
         changes.append(f"images{'' if are_told else ', filters'} or captions have changed since{number}")

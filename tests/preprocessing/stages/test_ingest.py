@@ -211,7 +211,7 @@ def test_settings_that_changed_are_named_with_both_values(tmp_path: Path) -> Non
     told = refused(samples_per_shard=9, filters=same)
     assert "; ingest.samples_per_shard was 11, is now 9. Choose" in told
     told = refused(samples_per_shard=11, filters=FilterConfig(min_side=20))
-    assert "; ingest.filters.language was None, is now 'en'; ingest.filters.min_side was 32, is now 20. Choose" in told
+    assert '; ingest.filters.language was null, is now "en"; ingest.filters.min_side was 32, is now 20. Choose' in told
     (images / "p0000.png").unlink()
     told = refused(samples_per_shard=9, filters=same)
     assert "ingest.samples_per_shard was 11, is now 9; images or captions have changed since" in told
