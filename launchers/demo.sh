@@ -73,7 +73,7 @@ if [ $way = demo ]; then
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
-  expected=(20 10 5 200 60 4200 5 600 900 60 10 60 10 400 10 30)
+  expected=(40 13 2 180 47 1980 4 355 465 26 29 53 50 278 52 20)
 else
   recipe=launchers/recipes/emoji.yaml
   names+=("sample" "evaluate")
