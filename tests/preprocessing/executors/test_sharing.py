@@ -3,7 +3,7 @@
 import heapq
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -204,12 +204,13 @@ class Sleepy:
 NAMES = [f"{number:05d}" for number in range(N_REAL)]
 
 
-def sharing_as(machine: int, of: int, out: str) -> SharedShards:
-    return SharedShards(NAMES, done_shards(out), machine, of, StoredBoard(out, machine), lambda _: "0")
+def sharing_as(machine: int, of: int, out: str, done: Iterable[str] = ()) -> SharedShards:
+    return SharedShards(NAMES, done, machine, of, StoredBoard(out, machine), lambda _: "0")
 
 
 def work_as(machine: int, of: int, out: str, begun: list[str]) -> dict[str, str]:
-    todo, shares = [name for name in NAMES if name not in done_shards(out)], sharing_as(machine, of, out)
+    done = done_shards(out)  # once: what others finish meanwhile is told by `shares`
+    todo, shares = [name for name in NAMES if name not in done], sharing_as(machine, of, out, done)
     job = Sleepy(out, begun)
     return run_shards(job, todo, n_workers=1, name=str, size=lambda _: 1, what="work", unit="shard", shares=shares)[1]
 
