@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what the tests need and run them all: style, import rules, pytest. About twenty minutes on two cores.
+# Set up what the tests need and run them all: style, import rules, pytest. Twenty to thirty-five minutes on two cores, by their speed.
 #   bash launchers/test.sh [PYTEST OPTIONS]     e.g. tests/ops, or -k masks, or -m "not launch"
 set -euo pipefail
 case ${1:-} in
