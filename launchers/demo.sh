@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on this machine, in ten to twelve minutes on two cores: from captioned images to generated ones, and how right they are.
+# The whole way on this machine, in twelve to eighteen minutes on two cores: from captioned images to generated ones, and how right they are.
 #   bash launchers/demo.sh [--out DIR] [--quick]                  drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
 #   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour
@@ -69,7 +69,7 @@ names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP"
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
-  expected=(8 16 2 61 18 400 3 81 10 9 33 8 12)
+  expected=(11 20 2 92 25 545 3 137 10 10 27 8 12)
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
