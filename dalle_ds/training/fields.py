@@ -1,9 +1,15 @@
-"""Settings that the recipes of all three trainers have. A trainer's config adds its default."""
+"""Settings that the recipes of several trainers have. A trainer's config adds its default."""
 
 from typing import Annotated
 
 from pydantic import Field
 
+from dalle_ds.recipes import Place
+
+RawShards = Annotated[Place, Field(description="root of raw shards: a path or s3:// url")]
+ValidationFraction = Annotated[
+    float, Field(gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on")
+]
 CheckpointEvery = Annotated[int, Field(ge=1, description="updates between checkpoints")]
 CheckpointsKept = Annotated[int, Field(ge=1, description="number of newest checkpoints to keep")]
 ValidationEvery = Annotated[int, Field(ge=1, description="updates between validations")]

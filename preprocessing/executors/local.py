@@ -16,7 +16,7 @@ from preprocessing.executors.crew import Crew, Job, Report
 from preprocessing.executors.journal import Journal
 from preprocessing.executors.outage import patiently, wait_for_store
 from preprocessing.executors.processes import Processes, ThisProcess
-from preprocessing.executors.ray_cluster import Actors
+from preprocessing.executors.ray_cluster import Actors, n_of
 from preprocessing.executors.sharing import AllShards, Shares
 from preprocessing.executors.verdicts import MAX_LOST, Verdicts
 
@@ -34,6 +34,11 @@ class _GiveUp(Exception):
 def n_cores() -> int:
     """Number of cores this process may use. The affinity mask of a container or of Slurm may exclude cores."""
     return len(os.sched_getaffinity(0))
+
+
+def n_workers_of(engine: Engine) -> int:
+    """Number of workers of a stage that needs no GPU, if none is set: one per core of this machine, or of the Ray cluster."""
+    return max(1, n_of("CPU")) if engine == "ray" else n_cores()
 
 
 def run_shards(

@@ -25,8 +25,7 @@ from dalle_ds.storage.record import Record, parse
 from dalle_ds.storage.scratch import scratch_folder
 from preprocessing.configs import FilterConfig, IngestConfig
 from preprocessing.executors.journal import Journal
-from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.ray_cluster import n_of
+from preprocessing.executors.local import n_workers_of, run_shards
 from preprocessing.executors.sharing import forget_claims, shared_shards, state_of_input
 from preprocessing.filters.language import language_of
 from preprocessing.filters.rules import FILTER_RULES, Judgement, caption_filters, judge_caption, sample_judge
@@ -80,7 +79,7 @@ def run(config: IngestConfig) -> Outcome:
     if not todo:
         log.info("%s: all %d raw shards already exist; nothing to do", config.out, len(plans))
     job = IngestJob(config.out, config.filters, raw_fingerprint)
-    n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
+    n_workers = config.workers or n_workers_of(config.engine)
     by_name = {plan.name: plan for plan in plans}
     shares = shared_shards(
         list(by_name), done, config.machine, config.machines, config.out, lambda name: _state(by_name[name].part)

@@ -41,8 +41,7 @@ from preprocessing.configs import VerifyConfig
 from preprocessing.encoding.encode_shard import load_dvae
 from preprocessing.encoding.publication import PUBLISHING
 from preprocessing.encoding.reconstruct import MIN_SAME_TOKENS, Pair, draw, pairs_of
-from preprocessing.executors.local import n_cores, run_shards
-from preprocessing.executors.ray_cluster import n_of
+from preprocessing.executors.local import n_workers_of, run_shards
 from preprocessing.stages.ingest import RAW_INFO, RawInfo
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ def run(config: VerifyConfig) -> Outcome:
     shown = spread(read, MAX_SHOWN)
     n_shown = {manifest.shard: -(-MAX_SHOWN // len(shown)) for manifest in shown}
     job = VerifyJob(config.root, info, mark, config.images_per_shard, n_shown)
-    n_workers = config.workers or (max(1, n_of("CPU")) if config.engine == "ray" else n_cores())
+    n_workers = config.workers or n_workers_of(config.engine)
     reports, failures = run_shards(
         job,
         read,

@@ -5,14 +5,16 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dalle_ds.optim.schedules import half_cosine, linear_warmup
-from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place, Seed
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Seed
 from dalle_ds.tracking.config import TrackingConfig
 from dalle_ds.training.fields import (
     CheckpointEvery,
     CheckpointsKept,
     MetricsEvery,
+    RawShards,
     UpdatesWithoutStep,
     ValidationEvery,
+    ValidationFraction,
     ValidationImages,
 )
 
@@ -20,10 +22,8 @@ from dalle_ds.training.fields import (
 class ClipDataConfig(Config):
     """Source of the images, and memory for them."""
 
-    raw: Place = Field(description="root of raw shards: a path or s3:// url")
-    validation_fraction: float = Field(
-        VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
-    )
+    raw: RawShards
+    validation_fraction: ValidationFraction = VALIDATION_FRACTION
     window_mb: int = Field(
         2048,
         ge=1,

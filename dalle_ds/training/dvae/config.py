@@ -9,7 +9,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.dvae import DVAEConfig
 from dalle_ds.optim.ema import EMAConfig
 from dalle_ds.optim.schedules import HalfCosineConfig, half_cosine, linear_warmup
-from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Place, Seed
+from dalle_ds.recipes import DEVICE, VALIDATION_FRACTION, Config, OutFolder, Seed
 from dalle_ds.tracking.config import TrackingConfig
 from dalle_ds.training.dvae.codebook_start import CodebookStartConfig
 from dalle_ds.training.dvae.codebook_watch import CollapseConfig
@@ -17,8 +17,10 @@ from dalle_ds.training.fields import (
     CheckpointEvery,
     CheckpointsKept,
     MetricsEvery,
+    RawShards,
     UpdatesWithoutStep,
     ValidationEvery,
+    ValidationFraction,
     ValidationImages,
 )
 
@@ -26,10 +28,8 @@ from dalle_ds.training.fields import (
 class DVAEDataConfig(Config):
     """Source of the images, memory for them, and augmentation."""
 
-    raw: Place = Field(description="root of raw shards: a path or s3:// url")
-    validation_fraction: float = Field(
-        VALIDATION_FRACTION, gt=0, lt=1, description="fraction of the groups in the validation split, which no stage trains on"
-    )
+    raw: RawShards
+    validation_fraction: ValidationFraction = VALIDATION_FRACTION
     window_mb: int = Field(
         2048,
         ge=1,
