@@ -15,4 +15,13 @@ ruff check .
 ruff format --check .
 lint-imports
 # in the order of tests/conftest.py, the longest first
-exec python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
+status=0
+python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+[ $status = 1 ] || exit $status
+# A machine that is busy with other things breaks a time limit now and then: up to three failed tests run once more, alone. What is
+# wrong with the code fails again.
+failed=$(python -m pytest --last-failed --collect-only -q "$@" | grep "::")
+[ "$(wc -l <<<"$failed")" -le 3 ] || exit 1
+printf '\n=== failed beside other tests; now alone:\n%s\n' "$failed"
+python -m pytest --last-failed "$@"
+printf '\n=== passed alone, but failed beside other tests; please report them with the output above:\n%s\n' "$failed"

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pickle
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ from dalle_ds.storage.fingerprint import fingerprint
 from tests.conftest import S3
 from tests.data.manifests import INFO, details, shard, write
 from tests.data.token_sets import make_token_set
+from tests.support.memory import peak_of
 
 THREE = [shard("b", 2, n_validation=1), shard("a", 3), shard("a-1", 0)]
 
@@ -185,11 +185,7 @@ def _full_size(number: int) -> tuple[ShardManifest, ShardDetails]:
 def test_a_shard_takes_kilobytes_in_its_manifest_in_the_driver_and_in_the_index() -> None:
     """With codes and dropped keys in it, a manifest took 108 KB on disk and 387 KB in memory: 10 GB for 25,000 shards."""
     assert max(len(_full_size(number)[0].to_json()) for number in range(5)) < 4096
-    peaks = {}
-    for n in (20, 80):
-        tracemalloc.start()
-        _, index = merge(INFO, map(_full_size, range(n)))
-        peaks[n] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    peaks = {n: peak_of(lambda n=n: merge(INFO, map(_full_size, range(n)))) for n in (20, 80)}
     assert (peaks[80] - peaks[20]) / 60 < 5000
+    _, index = merge(INFO, map(_full_size, range(80)))
     assert len(index.pack()) / 80 < 500

@@ -1,7 +1,5 @@
 """The reading order covers each epoch once for any number of ranks, and scales to a billion samples."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 
@@ -9,6 +7,7 @@ from dalle_ds.data.tokens import order as module
 from dalle_ds.data.tokens.mixture import MixtureOrder
 from dalle_ds.data.tokens.order import slots_of_rank
 from dalle_ds.errors import ConfigError, DataError
+from tests.support.memory import peak_of
 
 BLOCKS = [17, 5, 40, 1, 33, 8, 0, 21, 64, 2, 11, 9]  # 211 samples
 PINNED = [80, 0, 67, 78, 5, 194, 170, 177, 205, 184, 59, 29]  # seed 3, epoch 0, update 0
@@ -108,13 +107,13 @@ def test_a_slot_needs_few_blocks_at_a_time():
 
 def test_a_quarter_billion_samples_cost_two_integers_a_block():
     sizes = np.full(1_000_000, 256)
-    tracemalloc.start()
-    reading = MixtureOrder([sizes], seed=0, global_batch=1024)
-    batch = indices(reading, 3 * reading.updates_per_epoch[0] + 123_456, range(512, 520))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert reading.updates_per_epoch == (250_000,) and len(set(batch)) == 8
-    assert peak < 100e6  # a list of all samples would take 2e9 bytes
+
+    def read() -> None:
+        reading = MixtureOrder([sizes], seed=0, global_batch=1024)
+        batch = indices(reading, 3 * reading.updates_per_epoch[0] + 123_456, range(512, 520))
+        assert reading.updates_per_epoch == (250_000,) and len(set(batch)) == 8
+
+    assert peak_of(read) < 100e6  # a list of all samples would take 2e9 bytes
 
 
 def test_too_few_samples_are_refused():

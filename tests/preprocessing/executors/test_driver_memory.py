@@ -1,7 +1,6 @@
 """The driver of a run keeps little of each shard: 25,000 shards must not fill the memory of a login node."""
 
 import os
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,19 +15,10 @@ from preprocessing.encoding.publication import publish_shards
 from preprocessing.stages import encode
 from tests.data import manifests
 from tests.preprocessing.conftest import World
+from tests.support.memory import peak_of
 
 N_SHARDS = 25_000  # of 10,000 images each: the paper's 250 million
 LOOP_BYTES, MAX_BYTES = 1_000, 5_000  # a shard, at the peak: of the loop, and of what lists and publishes
-
-
-def peak_of(action: Callable[[], object]) -> int:
-    """The bytes that `action` allocates at its peak."""
-    tracemalloc.start()
-    try:
-        action()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @dataclass(frozen=True)
@@ -59,10 +49,12 @@ def test_the_loop_of_encode(world: World, tmp_path: Path, monkeypatch: pytest.Mo
     like = shard_of("s3://bucket/raw", raw_manifest(0))
     monkeypatch.setattr(encode, "EncodeJob", NothingToEncode)
     monkeypatch.setattr(encode, "list_raw_shards", lambda _: [replace(like, name=f"{n:05d}") for n in range(N_SHARDS)])
-    summaries = []
-    bytes_each = peak_of(lambda: summaries.append(encode.run(world.config(tmp_path / "tokens")).summary)) / N_SHARDS
-    assert summaries[0]["shards_made_now"] == N_SHARDS and not summaries[0]["failed_shards"]
-    assert bytes_each < LOOP_BYTES
+
+    def loop() -> None:
+        summary = encode.run(world.config(tmp_path / "tokens")).summary
+        assert summary["shards_made_now"] == N_SHARDS and not summary["failed_shards"]
+
+    assert peak_of(loop) / N_SHARDS < LOOP_BYTES
 
 
 def test_to_list_raw_shards(tmp_path: Path) -> None:
@@ -72,9 +64,8 @@ def test_to_list_raw_shards(tmp_path: Path) -> None:
         (tmp_path / "manifests" / f"{number:05d}.json").touch()
     write_raw_index(tmp_path, [raw_manifest(number) for number in range(n_shards)])
     os.utime(tmp_path / RAW_INDEX, (2e9, 2e9))  # younger than the manifests
-    shards: list[RawShard] = []
-    assert peak_of(lambda: shards.extend(list_raw_shards(tmp_path))) / n_shards < MAX_BYTES
-    assert len(shards) == n_shards
+    assert peak_of(lambda: list_raw_shards(tmp_path)) / n_shards < MAX_BYTES
+    assert len(list_raw_shards(tmp_path)) == n_shards
 
 
 def test_to_publish_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
