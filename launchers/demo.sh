@@ -112,9 +112,9 @@ newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 [ -s "$out/format" ] || python -c 'from dalle_ds.ops.devices import fastest_cpu_format, use_cuda
 print("cuda" if use_cuda() else fastest_cpu_format())' >"$out/format"
 format=$(cat "$out/format")
-dvae_format=() prior_format=()
+dvae_format=() prior_format=() clip_format=()
 case $format in
-  bf16) prior_format=(deepspeed_config=ds_configs/zero3_bf16_cpu.json) ;;
+  bf16) prior_format=(deepspeed_config=ds_configs/zero3_bf16_cpu.json) clip_format=(precision=bf16) ;;
   fp32) dvae_format=(precision=fp32) prior_format=(deepspeed_config=ds_configs/zero3_fp32.json) ;;
 esac
 launch() { # launch ARGUMENTS...     by deepspeed, on two ranks or on the GPUs of this machine; replaces the stage's process
@@ -137,7 +137,7 @@ newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage "export" dalle-ds export "$out/prior" "$out/export"
 newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
   stage "CLIP" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/clip" \
-      "${clip_quick[@]}"
+      "${clip_format[@]}" "${clip_quick[@]}"
 
 draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the first captions of a list
   local name=$1 folder=$2 n=$3 captions=$4
@@ -189,7 +189,7 @@ recognise() { # recognise STAGE FOLDER SCORES
 if [ $way = families ]; then
   newer "$out/judge/clip_report.json" "$out/tokenizer.model" || # as in the recipe's first lines
     stage "judge" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/judge" \
-      seed=1 model.n_image_layers=4 "${clip_quick[@]}"
+      seed=1 model.n_image_layers=4 data.damaged=false "${clip_format[@]}" "${clip_quick[@]}"
   draw "sample seen" "$out/seen" 10000 seen_captions.txt
   recognise "score seen" "$out/seen" "$out/scores_seen"
   draw "sample zero-shot" "$out/zero_shot" 10000 zero_shot_captions.txt

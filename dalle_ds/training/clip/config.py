@@ -49,6 +49,10 @@ class ClipDataConfig(Config):
         description="images in a row of a batch whose captions share words, so that CLIP learns to tell them apart; 1: batches "
         "are random",
     )
+    damaged: bool = Field(
+        False,
+        description="also show a damaged copy of every image, which its caption must score lower: for a CLIP that ranks samples",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ClipDataConfig":

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from dalle_ds.parallel.ranks import ALONE, Ranks
 
 
-def contrastive_loss(text_bD: Tensor, image_bD: Tensor, log_scale: Tensor, groups_b: Tensor, ranks: Ranks = ALONE) -> Tensor:
+def contrastive_loss(
+    text_bD: Tensor, image_bD: Tensor, log_scale: Tensor, groups_b: Tensor, ranks: Ranks = ALONE, copy_bD=None) -> Tensor:
     """Mean cross-entropy of finding the image of each caption and the caption of each image. Same on every rank.
 
     Pairs of the same group are no negatives for each other. All ranks must call it together, with equally many pairs. The sum
@@ -31,6 +32,11 @@ def contrastive_loss(text_bD: Tensor, image_bD: Tensor, log_scale: Tensor, group
     same_BB = (groups_B[:, None] == groups_B) & ~torch.eye(len(groups_B), dtype=torch.bool, device=groups_B.device)
     logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
     right_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    if copy_bD is not None:
+        copy_BD = _of_all_ranks(copy_bD, ranks) if ranks.world_size > 1 else copy_bD
+        copies_BB = text_BD.float() @ copy_BD.float().T * log_scale.exp()
+        copies_BB = copies_BB.masked_fill((copy_BD == 0).all(1)[None], -torch.inf)
+        return (F.cross_entropy(torch.cat([logits_BB, copies_BB], 1), right_B) + F.cross_entropy(logits_BB.T, right_B)) / 2
     return (F.cross_entropy(logits_BB, right_B) + F.cross_entropy(logits_BB.T, right_B)) / 2
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dalle_ds.data.raw.streams import Reading
-from dalle_ds.ops.devices import on_device
+from dalle_ds.ops.devices import on_device, use_cuda
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.tracking.provenance import code_tags
 from dalle_ds.training.clip.config import ClipRunConfig
 from dalle_ds.training.clip.contrastive import contrastive_loss
+from dalle_ds.training.clip.damage import damaged
 from dalle_ds.training.clip.data import ClipBatches, reading_of, tokenizer_captions, validation_pairs
 from dalle_ds.training.clip.tokenizer import Vocabulary, clip_tokenizer, learn_vocabulary
 from dalle_ds.training.image_run import (
@@ -139,9 +140,17 @@ class ClipTrainer(ImageTrainer):
         tokens = self.tokenizer(batch.captions, padding="longest", truncation=True, return_tensors="pt")
         tokens = {name: on_device(values, self.device) for name, values in tokens.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            features = self.model(pixel_values=self._pixels(batch.images_bHWC), **tokens)
+            images = batch.images_bHWC
+            if recipe.data.damaged:
+                copies, valid = damaged(images, (recipe.seed, self.update))
+                images = np.concatenate([images, copies])
+            features = self.model(pixel_values=self._pixels(images), **tokens)
+        image_bD, copy_bD = features.image_embeds, None
+        if recipe.data.damaged:
+            image_bD, copy_bD = image_bD.chunk(2)
+            copy_bD = copy_bD * torch.from_numpy(valid)[:,None]
         groups_b = on_device(torch.from_numpy(batch.groups_b), self.device)
-        loss = contrastive_loss(features.text_embeds, features.image_embeds, self.model.logit_scale, groups_b, self.ranks)
+        loss = contrastive_loss(features.text_embeds, image_bD, self.model.logit_scale, groups_b, self.ranks, copy_bD)
         loss.backward()
         sums = sum_over_ranks(self.ranks, self.parameters, {"stop_requests": stop_requested})
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.optimizer.clip, foreach=True)
@@ -300,7 +309,10 @@ def _new_model(run: ClipRunConfig, tokenizer: Any) -> Any:
     config = CLIPConfig(
         text_config={**tower, **text, **marks}, vision_config={**tower, **image}, projection_dim=sizes.n_features
     )
-    return CLIPModel(config).train()
+    model = CLIPModel(config).train()
+    if run.precision == "bf16" and not use_cuda():
+        model.set_attn_implementation("eager")  # the backward pass of torch's fused attention in bf16 takes most of a step on CPUs
+    return model
 
 
 def _new_processor(image_size: int) -> Any:
