@@ -57,13 +57,6 @@ class Cursor(NamedTuple):
 Cursors = dict[int, Cursor]
 """By part. A data set that is held whole has one cursor, of the whole batch, under 0."""
 
-Order = Callable[[Sequence[RawSample], np.random.Generator], np.ndarray]
-"""A permutation of a window."""
-
-
-def at_random(samples: Sequence[RawSample], rng: np.random.Generator) -> np.ndarray:
-    return rng.permutation(len(samples))
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -79,7 +72,6 @@ class Reading:
     """Whether an image is trained on: its split, and a fold."""
     problem_of: Callable[[RawSample], str | None]
     """Why an image is unusable, or None."""
-    order: Order = at_random
 
     @property
     def n_bytes(self) -> int:
@@ -161,7 +153,7 @@ class WholeSet(BatchOrder):
         return Place(self._samples, self._order_of(epoch), offset, (self._reading.seed, epoch, 0, offset))
 
     def _order(self, epoch: int) -> np.ndarray:
-        return self._reading.order(self._samples, np.random.default_rng((self._reading.seed, epoch, 0)))
+        return np.random.default_rng((self._reading.seed, epoch, 0)).permutation(len(self._samples))
 
     def _read(self) -> None:
         for shard in self._reading.shards:
@@ -277,7 +269,7 @@ def _windows(reading: Reading, part: int, shards: Iterator[_Fetched], cursor: Cu
                 unusable[sample.reason] += 1
             elif sample is not None and reading.keeps(sample):
                 found.append(sample)
-        order = reading.order(found, np.random.default_rng((reading.seed, epoch, number, part)))
+        order = np.random.default_rng((reading.seed, epoch, number, part)).permutation(len(found))
         problems = list(itertools.takewhile(bool, (reading.problem_of(found[i]) for i in order)))
         if len(problems) < len(found):
             yield _Window(epoch, number, found, order, unusable)

@@ -43,15 +43,10 @@ class ClipDataConfig(Config):
         description="number of disjoint folds of the training images; a model of one fold can evaluate the reranking by a "
         "model of another, as they share no image",
     )
-    alike: int = Field(
-        1,
-        ge=1,
-        description="images in a row of a batch whose captions share words, so that CLIP learns to tell them apart; 1: batches "
-        "are random",
-    )
-    damaged: bool = Field(
+    damaged_copies: bool = Field(
         False,
-        description="also show a damaged copy of every image, which its caption must score lower: for a CLIP that ranks samples",
+        description="true: a damaged copy of every image is a further negative of its caption, so that CLIP learns to tell a "
+        "flawed sample from a right one; the paper's CLIP has none",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,13 @@ from dalle_ds.parallel.ranks import ALONE, Ranks
 
 
 def contrastive_loss(
-    text_bD: Tensor, image_bD: Tensor, log_scale: Tensor, groups_b: Tensor, ranks: Ranks = ALONE, copy_bD=None) -> Tensor:
+    text_bD: Tensor,
+    image_bD: Tensor,
+    log_scale: Tensor,
+    groups_b: Tensor,
+    copies: tuple[Tensor, Tensor] | None = None,
+    ranks: Ranks = ALONE,
+) -> Tensor:
     """Mean cross-entropy of finding the image of each caption and the caption of each image. Same on every rank.
 
     Pairs of the same group are no negatives for each other. All ranks must call it together, with equally many pairs. The sum
@@ -20,6 +26,8 @@ def contrastive_loss(
         text_bD, image_bD: features of length 1.
         log_scale: logarithm of the factor of the cosines.
         groups_b: int64, equal for pairs of the same group.
+        copies: features (b, D) of damaged copies of the images, and bool (b,): whether the copy differs from its image. Those
+            that do are negatives of every caption.
     """
     if ranks.world_size > 1:
         text_BD, image_BD = (_of_all_ranks(features_bD, ranks) for features_bD in (text_bD, image_bD))
@@ -32,12 +40,14 @@ def contrastive_loss(
     same_BB = (groups_B[:, None] == groups_B) & ~torch.eye(len(groups_B), dtype=torch.bool, device=groups_B.device)
     logits_BB = logits_BB.masked_fill(same_BB, -torch.inf)
     right_B = torch.arange(len(logits_BB), device=logits_BB.device)
-    if copy_bD is not None:
-        copy_BD = _of_all_ranks(copy_bD, ranks) if ranks.world_size > 1 else copy_bD
-        copies_BB = text_BD.float() @ copy_BD.float().T * log_scale.exp()
-        copies_BB = copies_BB.masked_fill((copy_BD == 0).all(1)[None], -torch.inf)
-        return (F.cross_entropy(torch.cat([logits_BB, copies_BB], 1), right_B) + F.cross_entropy(logits_BB.T, right_B)) / 2
-    return (F.cross_entropy(logits_BB, right_B) + F.cross_entropy(logits_BB.T, right_B)) / 2
+    of_captions = logits_BB
+    if copies is not None:
+        copies_bD, differs_b = copies[0], copies[1].long()
+        if ranks.world_size > 1:
+            copies_bD, differs_b = _of_all_ranks(copies_bD, ranks), _of_all_ranks(differs_b, ranks)
+        of_copies_BB = (text_BD.float() @ copies_bD.float().T * log_scale.exp()).masked_fill(differs_b == 0, -torch.inf)
+        of_captions = torch.cat([logits_BB, of_copies_BB], 1)
+    return (F.cross_entropy(of_captions, right_B) + F.cross_entropy(logits_BB.T, right_B)) / 2
 
 
 def _of_all_ranks(own: Tensor, ranks: Ranks) -> Tensor:

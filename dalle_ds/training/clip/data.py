@@ -14,13 +14,14 @@ from dalle_ds.data.images import ImageProblem, prior_crop, seed_of
 from dalle_ds.data.raw.decoded_batches import DecodedBatch, DecodedBatches
 from dalle_ds.data.raw.sample import RawSample
 from dalle_ds.data.raw.shards import RawShard, read_raw_shard, split_of
-from dalle_ds.data.raw.streams import Cursors, Reading, at_random
+from dalle_ds.data.raw.streams import Cursors, Reading
 from dalle_ds.data.tokens.prefetch import Prefetch
 from dalle_ds.errors import ConfigError, DataError
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.storage.hashing import hash_to_integer
 from dalle_ds.training.clip.config import ClipRunConfig
 from dalle_ds.training.clip.crops import ClipCrops
+from dalle_ds.training.clip.damage import DamagedCopies, damaged_copies
 from dalle_ds.training.validation_set import Chosen, ValidationSet, validation_set
 
 BATCHES_AHEAD = 4
@@ -42,6 +43,7 @@ class CaptionedBatch(NamedTuple):
     captions: list[str]
     groups_b: np.ndarray  # int64, equal for images of the same group
     cursors: Cursors  # after this batch; empty if the data set is in memory, where a batch is a function of the update
+    damaged: DamagedCopies | None = None
 
 
 def reading_of(recipe: ClipRunConfig, shards: Sequence[RawShard]) -> Reading:
@@ -55,9 +57,6 @@ def reading_of(recipe: ClipRunConfig, shards: Sequence[RawShard]) -> Reading:
             return problem.reason
         return None
 
-    def in_runs(samples: Sequence[RawSample], rng: np.random.Generator) -> np.ndarray:
-        return _in_runs([_words(sample.caption) for sample in samples], data.alike, rng)
-
     return Reading(
         shards=shards,
         n_parts=data.streams,
@@ -66,7 +65,6 @@ def reading_of(recipe: ClipRunConfig, shards: Sequence[RawShard]) -> Reading:
         seed=recipe.seed,
         keeps=lambda sample: _is_trained_on(recipe, sample.group),
         problem_of=problem_of,
-        order=at_random if data.alike == 1 else in_runs,
     )
 
 
@@ -104,6 +102,8 @@ class ClipBatches:
             crops = ClipCrops(recipe.model.image_size)
             self._decoded = DecodedBatches(order, crops, n_processes=recipe.data.decoders, n_ahead=BATCHES_AHEAD)
             source = map(_of_stream, self._decoded)
+        if recipe.data.damaged_copies:
+            source = _with_copies(source, recipe.seed, start)
         self._batches = Prefetch(source, BATCHES_AHEAD, "clip-images")
 
     def __next__(self) -> CaptionedBatch:
@@ -220,12 +220,11 @@ def batches(samples: Sequence[Captioned], recipe: ClipRunConfig, start: int, min
     per_epoch = len(members) // global_batch
     if per_epoch == 0:
         raise DataError(f"{len(members)} groups of images, expected at least global_batch {global_batch}")
-    words = [_words(group[0].caption) for group in members]
     update, ordered, order = start, -1, np.arange(0)
     while True:
         epoch, step = divmod(update, per_epoch)
         if epoch != ordered:
-            ordered, order = epoch, _in_runs(words, recipe.data.alike, np.random.default_rng((recipe.seed, epoch)))
+            ordered, order = epoch, np.random.default_rng((recipe.seed, epoch)).permutation(len(members))
         rng = np.random.default_rng((recipe.seed, epoch, step))
         chosen = []
         for group in order[step * global_batch : (step + 1) * global_batch]:
@@ -242,27 +241,14 @@ def _of_stream(batch: DecodedBatch) -> CaptionedBatch:
     return CaptionedBatch(batch.pixels_SHWC, captions, _numbers_of(batch.samples), batch.cursors)
 
 
+def _with_copies(source: Iterator[CaptionedBatch], seed: int, start: int) -> Iterator[CaptionedBatch]:
+    """Add damaged copies to the batches of the updates from `start` on."""
+    for update, batch in enumerate(source, start):
+        yield batch._replace(damaged=damaged_copies(batch.images_bHWC, (seed, update)))
+
+
 def _numbers_of(samples: Sequence[Captioned] | Sequence[RawSample]) -> np.ndarray:
     return np.array([hash_to_integer(sample.group) >> 1 for sample in samples], dtype=np.int64)
-
-
-def _words(caption: str) -> frozenset[str]:
-    return frozenset(caption.lower().split())
-
-
-def _in_runs(words: Sequence[frozenset[str]], alike: int, rng: np.random.Generator) -> np.ndarray:
-    """A random order of the groups, in runs of `alike` that share words. Returns (len(words),).
-
-    Words are ranked at random, and groups sorted by the ranks of their words: neighbours share their first words, which are
-    others in each epoch. Then the runs are shuffled.
-    """
-    if alike == 1 or not words:
-        return rng.permutation(len(words))
-    vocabulary = sorted(frozenset().union(*words))
-    rank = dict(zip(vocabulary, rng.permutation(len(vocabulary)).tolist(), strict=True))
-    order = np.array(sorted(range(len(words)), key=lambda group: sorted(rank[word] for word in words[group])))
-    runs = np.array_split(order, -(-len(order) // alike))
-    return np.concatenate([runs[run] for run in rng.permutation(len(runs))])
 
 
 def _is_trained_on(recipe: ClipRunConfig, group: str) -> bool:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from dalle_ds.data.raw.streams import Reading
-from dalle_ds.ops.devices import on_device, use_cuda
+from dalle_ds.ops.devices import on_device
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.pretrained.clip import Clip
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.tracking.provenance import code_tags
 from dalle_ds.training.clip.config import ClipRunConfig
 from dalle_ds.training.clip.contrastive import contrastive_loss
-from dalle_ds.training.clip.damage import damaged
 from dalle_ds.training.clip.data import ClipBatches, reading_of, tokenizer_captions, validation_pairs
 from dalle_ds.training.clip.tokenizer import Vocabulary, clip_tokenizer, learn_vocabulary
 from dalle_ds.training.image_run import (
@@ -94,6 +93,8 @@ class ClipTrainer(ImageTrainer):
         self.vocabulary = self._learn_vocabulary(reading) if saved is None else Vocabulary(*saved["vocabulary"])
         self.tokenizer = clip_tokenizer(self.vocabulary, recipe.model.text_len)
         self.model = _new_model(recipe, self.tokenizer).to(self.device)
+        if recipe.precision == "bf16" and self.device.type == "cpu":
+            self.model.set_attn_implementation("eager")  # the fused backward pass takes two thirds of an update there
         self.processor = _new_processor(recipe.model.image_size)
         self._mean = torch.tensor(self.processor.image_mean, device=self.device)
         self._std = torch.tensor(self.processor.image_std, device=self.device)
@@ -139,18 +140,15 @@ class ClipTrainer(ImageTrainer):
         self.cursors = batch.cursors
         tokens = self.tokenizer(batch.captions, padding="longest", truncation=True, return_tensors="pt")
         tokens = {name: on_device(values, self.device) for name, values in tokens.items()}
+        images_bHWC, damaged = batch.images_bHWC, batch.damaged
+        if damaged is not None:
+            images_bHWC = np.concatenate([images_bHWC, damaged.images_bHWC])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            images = batch.images_bHWC
-            if recipe.data.damaged:
-                copies, valid = damaged(images, (recipe.seed, self.update))
-                images = np.concatenate([images, copies])
-            features = self.model(pixel_values=self._pixels(images), **tokens)
-        image_bD, copy_bD = features.image_embeds, None
-        if recipe.data.damaged:
-            image_bD, copy_bD = image_bD.chunk(2)
-            copy_bD = copy_bD * torch.from_numpy(valid)[:,None]
+            features = self.model(pixel_values=self._pixels(images_bHWC), **tokens)
+        image_bD, copies_bD = features.image_embeds.tensor_split([len(batch.captions)])
         groups_b = on_device(torch.from_numpy(batch.groups_b), self.device)
-        loss = contrastive_loss(features.text_embeds, image_bD, self.model.logit_scale, groups_b, self.ranks, copy_bD)
+        copies = None if damaged is None else (copies_bD, on_device(torch.from_numpy(damaged.differs_b), self.device))
+        loss = contrastive_loss(features.text_embeds, image_bD, self.model.logit_scale, groups_b, copies, self.ranks)
         loss.backward()
         sums = sum_over_ranks(self.ranks, self.parameters, {"stop_requests": stop_requested})
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, recipe.optimizer.clip, foreach=True)
@@ -309,10 +307,7 @@ def _new_model(run: ClipRunConfig, tokenizer: Any) -> Any:
     config = CLIPConfig(
         text_config={**tower, **text, **marks}, vision_config={**tower, **image}, projection_dim=sizes.n_features
     )
-    model = CLIPModel(config).train()
-    if run.precision == "bf16" and not use_cuda():
-        model.set_attn_implementation("eager")  # the backward pass of torch's fused attention in bf16 takes most of a step on CPUs
-    return model
+    return CLIPModel(config).train()
 
 
 def _new_processor(image_size: int) -> Any:

@@ -180,14 +180,15 @@ def test_a_set_that_fits_is_one_permutation_an_epoch(shards: list[RawShard]) -> 
 def test_the_next_window_is_read_while_this_one_is_used_and_no_more(
     shards: list[RawShard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, window_read = [], threading.Semaphore(0)
+    made, window_read, window = [], threading.Semaphore(0), streams._Window
 
-    def recording(samples: Any, rng: Any) -> Any:
-        made.append(len(samples))
+    def recording(*fields: Any) -> Any:
+        made.append(len(fields[2]))
         window_read.release()
-        return streams.at_random(samples, rng)
+        return window(*fields)
 
-    with closing(reading(shards, order=recording).start(range(1))) as order:
+    monkeypatch.setattr(streams, "_Window", recording)
+    with closing(reading(shards).start(range(1))) as order:
         order.next_batch()
         assert window_read.acquire(timeout=30) and window_read.acquire(timeout=30), "the second was not asked for"
         assert not window_read.acquire(timeout=0.3) and len(made) == 2
