@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import click
+
+import dalle_ds
 from dalle_ds.commands.verb import VerbGroup
 from dalle_ds.commands.verbs import GROUPS, VERBS
 from dalle_ds.console import setup_logging
@@ -12,6 +15,7 @@ app = VerbGroup(
     "Train and use the original DALL-E: dVAE, sparse-transformer prior, sampling. `dalle-ds VERB --help` shows examples.",
     GROUPS,
 )
+click.version_option(dalle_ds.__version__, message="%(prog)s %(version)s")(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

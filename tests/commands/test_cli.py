@@ -1,6 +1,7 @@
 """Tests of the `dalle-ds` command line."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -71,6 +72,11 @@ def surface():
 def test_verbs_and_options_are_these():
     """A change of the command line must show up as a change of verbs.txt."""
     assert "\n".join(surface()) + "\n" == FROZEN.read_text()
+
+
+def test_version(dalle_ds):
+    code, out, _ = dalle_ds("--version")
+    assert (code, out) == (0, f"dalle-ds {importlib.metadata.version('dalle-ds')}\n")
 
 
 def test_each_verb_has_its_section():
