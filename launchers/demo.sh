@@ -189,7 +189,7 @@ recognise() { # recognise STAGE FOLDER SCORES
 if [ $way = families ]; then
   newer "$out/judge/clip_report.json" "$out/tokenizer.model" || # as in the recipe's first lines
     stage "judge" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/judge" \
-      seed=1 model.n_image_layers=4 data.damaged=false "${clip_format[@]}" "${clip_quick[@]}"
+      seed=1 model.n_image_layers=4 "${clip_format[@]}" "${clip_quick[@]}"
   draw "sample seen" "$out/seen" 10000 seen_captions.txt
   recognise "score seen" "$out/seen" "$out/scores_seen"
   draw "sample zero-shot" "$out/zero_shot" 10000 zero_shot_captions.txt
