@@ -1,8 +1,8 @@
 """Damaged copies of images: negatives from which CLIP learns to tell a flawed sample from a right one.
 
-In a batch of real images, CLIP finds the image of a caption by what images show, never by their flaws. So a CLIP that has seen only
-such batches scores a sample with a doubled, missing or recoloured object nearly as high as a right one. dalle_ds/training/README.md
-has what the copies change.
+In a batch of real images, CLIP finds the image of a caption by what images show, never by their flaws. So a CLIP that has
+seen only such batches scores a sample with a doubled, missing or recoloured object nearly as high as a right one.
+dalle_ds/training/README.md has what the copies change.
 (Negatives made by damage: Sinha et al. 2021, "Negative Data Augmentation".)
 """
 
