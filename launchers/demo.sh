@@ -2,7 +2,7 @@
 # The whole way on this machine, in twelve to eighteen minutes on two cores: from captioned images to generated ones, and how right they are.
 #   bash launchers/demo.sh [--out DIR] [--quick]                  drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
-#   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour
+#   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour or more
 #   bash launchers/demo.sh --pictures DIR [--out DIR] [--quick]   as --emoji on your own pictures
 #     --pictures DIR   NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
 #     --out DIR        folder of all results; runs/demo, runs/emoji or runs/pictures if not given, with --quick runs/demo_quick, ...
@@ -69,11 +69,11 @@ names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP"
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
-  expected=(11 20 2 92 25 545 3 137 10 10 27 8 12)
+  expected=(13 24 2 100 27 530 3 190 9 10 26 9 12)
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
-  expected=(40 13 2 180 47 1980 4 355 465 26 29 53 50 278 52 20)
+  expected=(42 10 2 140 52 3000 4 320 380 22 20 25 20 180 20 17)
 else
   recipe=launchers/recipes/emoji.yaml
   names+=("sample" "evaluate")
