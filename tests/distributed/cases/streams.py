@@ -41,7 +41,14 @@ def dvae_recipe(home: Path, name: str) -> DVAERunConfig:
 def clip_recipe(home: Path, name: str) -> ClipRunConfig:
     return ClipRunConfig(
         folder=str(home / name / "clip"),
-        data={"raw": str(home / "raw"), "validation_fraction": 0.2, "window_mb": 1, "streams": 6, "decoders": 0, "alike": 2},
+        data={
+            "raw": str(home / "raw"),
+            "validation_fraction": 0.2,
+            "window_mb": 1,
+            "streams": 6,
+            "decoders": 0,
+            "damaged_copies": True,
+        },
         model={"image_size": 16, "width": 32, "n_heads": 2, "n_image_layers": 1, "n_text_layers": 1, "vocab_size": 600},
         updates=UPDATES,
         global_batch=12,
