@@ -15,7 +15,7 @@ from preprocessing.encoding.publication import publish_shards
 from preprocessing.stages import encode
 from tests.data import manifests
 from tests.preprocessing.conftest import World
-from tests.support.memory import peak_of
+from tests.support.memory import names_below, peak_of
 
 N_SHARDS = 25_000  # of 10,000 images each: the paper's 250 million
 LOOP_BYTES, MAX_BYTES = 1_000, 5_000  # a shard, at the peak: of the loop, and of what lists and publishes
@@ -64,8 +64,9 @@ def test_to_list_raw_shards(tmp_path: Path) -> None:
         (tmp_path / "manifests" / f"{number:05d}.json").touch()
     write_raw_index(tmp_path, [raw_manifest(number) for number in range(n_shards)])
     os.utime(tmp_path / RAW_INDEX, (2e9, 2e9))  # younger than the manifests
+    names = names_below(tmp_path)
     assert peak_of(lambda: list_raw_shards(tmp_path)) / n_shards < MAX_BYTES
-    assert len(list_raw_shards(tmp_path)) == n_shards
+    assert len(list_raw_shards(tmp_path)) == n_shards <= len(names)
 
 
 def test_to_publish_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

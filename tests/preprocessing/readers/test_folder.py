@@ -1,6 +1,5 @@
 """Image folders: every caption format, and every input error."""
 
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from preprocessing.readers.folder import read_folder
 from preprocessing.readers.inputs import FolderPart, list_parts
 from preprocessing.readers.listing import list_input
 from preprocessing.stages import ingest
-from tests.support.memory import peak_of
+from tests.support.memory import names_below, peak_of
 
 
 def image(path: Path) -> None:
@@ -346,9 +345,7 @@ def test_a_folder_takes_little_memory_a_file(tmp_path: Path) -> None:
         image.touch()
         image.with_suffix(".txt").write_text(f"A caption of sixty characters for the picture with number {number}.")
     config = IngestConfig(images=str(tmp_path), out=str(tmp_path / "raw"))
-    # Paths intern their names. While they are held here, Python's table of interned strings, which grows by megabytes at once,
-    # needs no more room.
-    names = [sys.intern(name) for path in tmp_path.rglob("*") for name in path.parts]
+    names = names_below(tmp_path)
     plans, n_input, _ = ingest._plan(config)  # imports what it needs
     assert (len(plans), n_input) == (4, n) and len(names) > 2 * n
     assert peak_of(lambda: ingest._plan(config)) / n < 2700, "bytes an image"
