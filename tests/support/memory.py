@@ -24,8 +24,10 @@ def peak_of(action: Callable[[], object]) -> int:
     try:
         found = receiver.recv()
     except EOFError:
-        found = RuntimeError(f"the measured process ended with exit code {process.exitcode}")
+        found = None
     process.join()
+    if found is None:
+        raise RuntimeError(f"the measured process ended with exit code {process.exitcode}")
     if isinstance(found, BaseException):
         raise found
     return found
