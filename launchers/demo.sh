@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The whole way on this machine, in twelve to eighteen minutes on two cores: from captioned images to generated ones, and how right they are.
-#   bash launchers/demo.sh [--out DIR] [--quick]                  drawn scenes with an exact judge
+#   bash launchers/demo.sh [--out DIR] [--seed N] [--quick]       drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
 #   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour or more
 #   bash launchers/demo.sh --pictures DIR [--out DIR] [--quick]   as --emoji on your own pictures
 #     --pictures DIR   NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
 #     --out DIR        folder of all results; runs/demo, runs/emoji or runs/pictures if not given, with --quick runs/demo_quick, ...
+#     --seed N         other initial weights, noise, order of samples and drawn tokens; the images stay the same
 #     --quick          a few updates only: shows that everything works, not what it can draw
 # You may stop it at any moment, also with kill -9. The same command then skips finished stages and resumes training from its last
 # checkpoint.
@@ -14,14 +15,20 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
-out="" pictures="" way=demo quick="" ways=()
+out="" pictures="" way=demo quick="" ways=() seed=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) ways+=("--pictures $2"); pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --emoji | --families) ways+=("$1"); way=${1#--}; shift ;;
+    --seed)
+      if ! [[ ${2-} =~ ^[0-9]+$ ]]; then
+        echo "error: --seed ${2-}: expected a number, such as 1" >&2
+        exit 2
+      fi
+      seed=(seed="$2"); shift 2 ;;
     --quick) quick=yes; shift ;;
-    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -128,16 +135,16 @@ if [ $way != pictures ]; then
 fi
 stage "ingest" dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
 stage "tokenizer" dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
-stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${dvae_format[@]}" "${dvae_quick[@]}"
+stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${seed[@]}" "${dvae_format[@]}" "${dvae_quick[@]}"
 stage "encode" dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
   out="$out/tokens" "${encode_quick[@]}"
-stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${prior_format[@]}" "${prior_quick[@]}"
+stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${seed[@]}" "${prior_format[@]}" "${prior_quick[@]}"
 # if the demo is finished, do nothing: each of these results is newer than its input
 newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage "export" dalle-ds export "$out/prior" "$out/export"
 newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
   stage "CLIP" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/clip" \
-      "${clip_format[@]}" "${clip_quick[@]}"
+      "${seed[@]}" "${clip_format[@]}" "${clip_quick[@]}"
 
 draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the first captions of a list
   local name=$1 folder=$2 n=$3 captions=$4
@@ -145,7 +152,7 @@ draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the 
   newer "$folder/samples.json" "$out/export/config.json" || {
     rm -rf "$folder" # drawn from an earlier export
     head -n "$n" "$pictures/$captions" >"$folder.txt"
-    stage "$name" dalle-ds sample $recipe export="$out/export" captions="$folder.txt" out="$folder" "$@"
+    stage "$name" dalle-ds sample $recipe export="$out/export" captions="$folder.txt" out="$folder" "${seed[@]}" "$@"
   }
 }
 
@@ -222,7 +229,7 @@ fi
 if [ $way = emoji ] || [ $way = pictures ]; then
   newer "$out/samples/samples.json" "$out/export/config.json" || {
     rm -rf "$out/samples" # drawn from an earlier export
-    stage "sample" dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples"
+    stage "sample" dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples" "${seed[@]}"
   }
   newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
     stage "evaluate" dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"

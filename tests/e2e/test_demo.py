@@ -164,6 +164,8 @@ def assert_nothing_is_repeated(
         (["--pictures", "nowhere"], "--pictures .*/nowhere: no such folder"),
         (["--picture", "."], "unknown option --picture; see --help"),
         (["--out"], "--out needs a folder"),
+        (["--seed", "one"], "--seed one: expected a number"),
+        (["--seed"], "--seed : expected a number"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_set_up(home: Path, arguments: list[str], message: str) -> None:
@@ -173,7 +175,9 @@ def test_mistakes_are_told_before_anything_is_set_up(home: Path, arguments: list
 
 def test_help_shows_every_way(home: Path) -> None:
     shown = launching.run(["bash", DEMO, "--help"], home).stdout
-    assert all(option in shown for option in ("--emoji", "--families", "--pictures DIR", "--out DIR", "--quick", "kill -9"))
+    assert all(
+        option in shown for option in ("--emoji", "--families", "--pictures DIR", "--out DIR", "--seed N", "--quick", "kill -9")
+    )
     assert "set -euo" not in shown
 
 
