@@ -15,18 +15,18 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
-out="" pictures="" way=demo quick="" ways=() seed=()
+out="" pictures="" way=demo quick="" ways=() seed=0
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
     --pictures) ways+=("--pictures $2"); pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
     --emoji | --families) ways+=("$1"); way=${1#--}; shift ;;
     --seed)
-      if ! [[ ${2-} =~ ^[0-9]+$ ]]; then
-        echo "error: --seed ${2-}: expected a number, such as 1" >&2
+      if ! [[ ${2-} =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
+        echo "error: --seed ${2-}: expected a number from 0 to 999999999" >&2
         exit 2
       fi
-      seed=(seed="$2"); shift 2 ;;
+      seed=$2; shift 2 ;;
     --quick) quick=yes; shift ;;
     -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
@@ -135,16 +135,17 @@ if [ $way != pictures ]; then
 fi
 stage "ingest" dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
 stage "tokenizer" dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
-stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" "${seed[@]}" "${dvae_format[@]}" "${dvae_quick[@]}"
+stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" seed=$seed "${dvae_format[@]}" "${dvae_quick[@]}"
 stage "encode" dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
   out="$out/tokens" "${encode_quick[@]}"
-stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" "${seed[@]}" "${prior_format[@]}" "${prior_quick[@]}"
+stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" seed=$seed \
+  "${prior_format[@]}" "${prior_quick[@]}"
 # if the demo is finished, do nothing: each of these results is newer than its input
 newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage "export" dalle-ds export "$out/prior" "$out/export"
 newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
   stage "CLIP" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/clip" \
-      "${seed[@]}" "${clip_format[@]}" "${clip_quick[@]}"
+      seed=$seed "${clip_format[@]}" "${clip_quick[@]}"
 
 draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the first captions of a list
   local name=$1 folder=$2 n=$3 captions=$4
@@ -152,7 +153,7 @@ draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the 
   newer "$folder/samples.json" "$out/export/config.json" || {
     rm -rf "$folder" # drawn from an earlier export
     head -n "$n" "$pictures/$captions" >"$folder.txt"
-    stage "$name" dalle-ds sample $recipe export="$out/export" captions="$folder.txt" out="$folder" "${seed[@]}" "$@"
+    stage "$name" dalle-ds sample $recipe export="$out/export" captions="$folder.txt" out="$folder" seed=$seed "$@"
   }
 }
 
@@ -196,7 +197,7 @@ recognise() { # recognise STAGE FOLDER SCORES
 if [ $way = families ]; then
   newer "$out/judge/clip_report.json" "$out/tokenizer.model" || # as in the recipe's first lines
     stage "judge" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/judge" \
-      seed=1 model.n_image_layers=4 "${clip_format[@]}" "${clip_quick[@]}"
+      seed=$((seed + 1)) model.n_image_layers=4 "${clip_format[@]}" "${clip_quick[@]}"
   draw "sample seen" "$out/seen" 10000 seen_captions.txt
   recognise "score seen" "$out/seen" "$out/scores_seen"
   draw "sample zero-shot" "$out/zero_shot" 10000 zero_shot_captions.txt
@@ -229,7 +230,7 @@ fi
 if [ $way = emoji ] || [ $way = pictures ]; then
   newer "$out/samples/samples.json" "$out/export/config.json" || {
     rm -rf "$out/samples" # drawn from an earlier export
-    stage "sample" dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples" "${seed[@]}"
+    stage "sample" dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples" seed=$seed
   }
   newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
     stage "evaluate" dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"
