@@ -7,10 +7,11 @@ tokens count within 256 + 1024. Here they do, so the sequence is exactly 1280 = 
 B batch, T text slots, N image tokens, L = T + N slots, D model width, V vocabulary, C captions, P prompt tokens of an image.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -47,6 +48,11 @@ class PriorConfig(Config):
         gt=0,
         description="standard deviation of the first embeddings, positions and pads. The branches of all layers together have "
         "unit scale, beside which 0.02 is small: near 1, small models in short runs learn from half of the samples",
+    )
+    position_init: Literal["normal", "fourier"] = Field(
+        "normal",
+        description="first positions of text slots, rows and columns: unrelated normal numbers, or waves of random "
+        "frequencies, where a step to the next slot is a rotation, which narrow heads learn sooner",
     )
 
     @model_validator(mode="after")
@@ -323,6 +329,9 @@ def initialise(
     | gains of norms                   | 1                                                                |
     | biases                           | 0                                                                |
     | embeddings, positions, pads      | Normal(0, config.embedding_std), 0.02 by default                 |
+    | positions, "fourier"             | sqrt(2) * embedding_std * cos(w_d * slot + phase_d) (Rahimi and  |
+    |                                  | Recht 2007): w_d of a dimension from a quarter of a cycle over   |
+    |                                  | all slots to half a cycle a slot, uniform in its logarithm       |
     | matrices                         | Normal(0, 1 / sqrt(fan in)): a normed input keeps unit scale     |
     | last matrix of a residual branch | the same, divided by sqrt(2 * n_layers): the sum of the branches |
     |                                  | has unit scale at any depth (Child et al. 2019)                  |
@@ -337,6 +346,8 @@ def initialise(
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+            elif name in _POSITIONS and prior.config.position_init == "fourier":
+                _draw_waves(parameter, prior.config.embedding_std, generator)
             elif name.startswith("embed."):
                 _draw(parameter, prior.config.embedding_std, generator)
             elif name.startswith("heads."):
@@ -346,6 +357,21 @@ def initialise(
                 if name.endswith("project.weight"):
                     std /= (2 * prior.config.n_layers) ** 0.5
                 _draw(parameter, std, generator)
+
+
+_POSITIONS: Final = ("embed.text_position", "embed.row", "embed.column")
+
+
+def _draw_waves(parameter_SD: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Fill positions (slots S, D) with random Fourier features of the slot's number, of the given standard deviation."""
+    if parameter_SD.is_meta:
+        return
+    n_slots, d = parameter_SD.shape
+    device = generator.device if generator is not None else "cpu"
+    exponents_D, phases_D = torch.rand(2, d, generator=generator, device=device)
+    slowest, fastest = math.pi / 2 / n_slots, math.pi  # radians a slot
+    angles_SD = torch.arange(n_slots, device=device)[:, None] * (slowest * (fastest / slowest) ** exponents_D)
+    parameter_SD.copy_((angles_SD + 2 * math.pi * phases_D).cos_().mul_(2**0.5 * std))
 
 
 _DRAWN_AT_ONCE = 1 << 20

@@ -101,8 +101,27 @@ def test_weights_are_drawn_where_the_generator_is(
     assert torch.equal(generator.get_state(), again.get_state())
 
 
-def test_weights_in_16_bits_are_the_fp32_ones_rounded() -> None:
-    models = [Prior(CONFIG), Prior(CONFIG).bfloat16()]
+def test_positions_of_waves_turn_from_slot_to_slot() -> None:
+    """They have the embeddings' size, and a product with the next slot's position depends on the distance, not on the slot."""
+    sizes = {"n_layers": 1, "n_heads": 64, "text_len": 32, "embedding_std": 0.8}
+    config = CONFIG.model_copy(update={**sizes, "position_init": "fourier"})
+    prior = Prior(config)
+    with _GeneratorsElsewhere(prior):
+        initialise(prior, torch.Generator().manual_seed(7))
+    positions = prior.embed.text_position.detach()
+    assert float(positions.std(unbiased=False)) == pytest.approx(0.8, rel=0.05)
+    similarity = positions @ positions.t() / positions.square().sum(1).mean()
+    for distance, low, high in ((1, 0.5, 0.8), (4, 0.2, 0.55)):
+        alike = similarity.diagonal(distance)
+        assert low < alike.mean() < high and alike.std() < 0.1
+    across = prior.embed.row.detach() @ prior.embed.column.detach().t()
+    assert abs(float(across.mean())) < 0.1 * 0.64 * config.d_model  # rows and columns are told apart
+
+
+@pytest.mark.parametrize("position_init", ["normal", "fourier"])
+def test_weights_in_16_bits_are_the_fp32_ones_rounded(position_init: str) -> None:
+    config = CONFIG.model_copy(update={"position_init": position_init})
+    models = [Prior(config), Prior(config).bfloat16()]
     for model in models:
         initialise(model, torch.Generator().manual_seed(7))
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(*(model.parameters() for model in models), strict=True))

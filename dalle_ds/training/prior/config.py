@@ -46,6 +46,11 @@ class PriorModelConfig(Config):
         description="standard deviation of the first embeddings (the paper names none; 12b: 0.02). Near 1, small models in "
         "short runs learn from half of the samples",
     )
+    position_init: Literal["normal", "fourier"] | None = Field(
+        None,
+        description="first positions (the paper names none; 12b: normal): unrelated normal numbers, or waves of random "
+        "frequencies, with which small models in short runs bind words sooner",
+    )
 
     def resolve(self, data: DatasetInfo, vocab_size: int, source: str) -> PriorConfig:
         """The model's geometry for the data set at `source`. Raises ConfigError if recipe and data disagree."""
