@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on this machine, in twelve to eighteen minutes on two cores: from captioned images to generated ones, and how right they are.
+# The whole way on this machine, in eight to twenty minutes on two cores: from captioned images to generated ones, and how right they are.
 #   bash launchers/demo.sh [--out DIR] [--seed N] [--quick]       drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
 #   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour or more
@@ -71,12 +71,12 @@ forward() { [ -z "$child" ] || kill -"$1" "$child" 2>/dev/null || true; }
 trap 'forward TERM' TERM
 trap 'forward INT' INT
 
-# seconds on two cores, for the ETA
+# seconds on two cores, for the ETA; `stage` corrects them by how long this machine has taken so far
 names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP")
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
-  expected=(13 27 2 100 28 570 3 220 10 11 26 9 12)
+  expected=(9 19 2 70 20 480 3 120 8 9 17 7 10)
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
@@ -87,12 +87,13 @@ else
   expected=(5 10 5 120 15 330 10 70 15 10)
 fi
 
-began=$SECONDS
+began=$SECONDS planned=0 took=0
 stage() { # stage NAME COMMAND...
   local i=0 left=0 j
   while [ "${names[i]}" != "$1" ]; do i=$((i + 1)); done
   shift
   for ((j = i; j < ${#names[@]}; j++)); do left=$((left + expected[j])); done
+  [ $planned -lt 20 ] || left=$((left * took / planned))
   printf '\n=== %d/%d %s   (%d s so far, about %d s to go)\n    %s\n' \
     $((i + 1)) ${#names[@]} "${names[i]}" $((SECONDS - began)) "$left" "$*" >&2
   local start=$SECONDS status=0
@@ -109,7 +110,9 @@ stage() { # stage NAME COMMAND...
     echo "stage '${names[i]}' ended with exit code $status; the same command resumes here" >&2
     exit "$status"
   fi
-  printf '%s\t%d\n' "${names[i]}" $((SECONDS - start)) >>"$out/seconds.tsv"
+  local seconds=$((SECONDS - start))
+  [ $((4 * seconds)) -lt "${expected[i]}" ] || planned=$((planned + expected[i])) took=$((took + seconds)) # else it had little to do
+  printf '%s\t%d\n' "${names[i]}" $seconds >>"$out/seconds.tsv"
 }
 newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 

@@ -1,6 +1,7 @@
 """Public names: fast to import, and the same in the package, its stub file and its documentation."""
 
 import ast
+import gc
 import importlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dalle_ds
+from dalle_ds.lazy import large_imports
 
 PACKAGE = Path(dalle_ds.__file__).parent
 
@@ -17,6 +19,7 @@ def test_import_brings_in_no_large_package():
     program = """
 import sys
 import dalle_ds
+from dalle_ds.lazy import large_imports
 dalle_ds.data, dalle_ds.UserError, dir(dalle_ds), dir(dalle_ds.data)
 print([name for name in ("torch", "numpy", "pydantic", "fsspec", "mlflow", "PIL") if name in sys.modules])
 import dalle_ds.interface.loading, dalle_ds.data.tokens.loading
@@ -45,3 +48,15 @@ def test_another_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'dalle_ds' has no attribute 'lode'; it has .*load"):
         dalle_ds.lode  # noqa: B018
     assert not hasattr(dalle_ds.data, "opened")
+
+
+def test_cycles_are_collected_again_after_a_large_import() -> None:
+    for was_on in (True, False):
+        (gc.enable if was_on else gc.disable)()
+        try:
+            with pytest.raises(ImportError), large_imports():
+                assert not gc.isenabled()
+                raise ImportError
+            assert gc.isenabled() == was_on
+        finally:
+            gc.enable()

@@ -28,6 +28,7 @@ from dalle_ds.commands.job import alone_or_on_all_ranks, on_all_ranks, prepare_p
 from dalle_ds.console import Outcome, print_error, print_summary
 from dalle_ds.errors import ConfigError, UserError, as_user_error
 from dalle_ds.hints import close_words, did_you_mean
+from dalle_ds.lazy import large_imports
 from dalle_ds.places import check_store
 from dalle_ds.redaction import redacted
 
@@ -79,7 +80,8 @@ class Verb:
 def imported(name: str) -> Any:
     """Import the object that "module:object" names."""
     module, _, thing = name.partition(":")
-    return getattr(import_module(module), thing)
+    with large_imports():
+        return getattr(import_module(module), thing)
 
 
 class VerbCommand(click.Command):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dalle_ds.lazy import large_imports
 from dalle_ds.ops.devices import use_cuda
 
 
@@ -28,7 +29,7 @@ def _without(package: str) -> Iterator[None]:
 if not use_cuda():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for accelerators and warns on every rank
 
-with _without("mlflow"):
+with _without("mlflow"), large_imports():
     import deepspeed
     import deepspeed.ops
     from deepspeed import DeepSpeedEngine

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.lazy import large_imports
 from dalle_ds.ops.exactness import exact_fp32
 from dalle_ds.places import expand_home
 from dalle_ds.storage.fingerprint import fingerprint
@@ -46,8 +47,11 @@ class Clip:
         """
         source = find_clip(path)
         try:
-            from transformers import CLIPModel, CLIPTokenizer, PretrainedConfig
-            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other needs torchvision
+            with large_imports():
+                from transformers import CLIPModel, CLIPTokenizer, PretrainedConfig
+
+                # the other one needs torchvision
+                from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         except ImportError as error:
             raise ConfigError(f"CLIP {path}: {error}; pip install 'dalle-ds[clip]'") from None
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.errors import DataError
+from dalle_ds.lazy import large_imports
 from dalle_ds.places import check_output, check_store
 from dalle_ds.redaction import redacted
 
@@ -55,7 +56,8 @@ def make_client(uri: str) -> Any:
     database = sqlite_file(uri)
     if database is not None:
         create_sqlite_store(database)
-    from mlflow import MlflowClient
+    with large_imports():
+        from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -69,7 +71,8 @@ def store_problem(uri: str, seconds: float) -> str | None:
     Args:
         seconds: maximum time for the answer.
     """
-    import mlflow  # noqa: F401 - takes seconds that are not the store's
+    with large_imports():
+        import mlflow  # noqa: F401 - takes seconds that are not the store's
 
     found: list[str] = []
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle_ds.data.raw.streams import Reading
+from dalle_ds.lazy import large_imports
 from dalle_ds.ops.devices import on_device
 from dalle_ds.parallel.ranks import ALONE, Ranks
 from dalle_ds.pretrained.clip import Clip
@@ -297,7 +298,8 @@ def retrieval(clip: Clip, images_SHWC: np.ndarray, captions: Sequence[str]) -> d
 
 
 def _new_model(run: ClipRunConfig, tokenizer: Any) -> Any:
-    from transformers import CLIPConfig, CLIPModel
+    with large_imports():
+        from transformers import CLIPConfig, CLIPModel
 
     sizes = run.model
     tower = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_attention_heads": sizes.n_heads}
