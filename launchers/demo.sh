@@ -80,7 +80,7 @@ if [ $way = demo ]; then
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
-  expected=(42 10 2 140 52 3000 4 320 380 22 20 25 20 180 20 17)
+  expected=(60 10 2 350 50 2400 4 220 260 15 14 16 14 100 14 13)
 else
   recipe=launchers/recipes/emoji.yaml
   names+=("sample" "evaluate")
