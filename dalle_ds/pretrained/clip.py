@@ -78,6 +78,9 @@ class Clip:
         broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
         if broken:
             raise DataError(f"CLIP {path}: its weights have NaN or Inf in {', '.join(broken[:3])}")
+        # Out of the mapped file: at its odd addresses, products round differently from those of another rank's copy.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
         exact_fp32()
         return cls(model.to(device).eval().requires_grad_(False), tokenizer, processor)
 
