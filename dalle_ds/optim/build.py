@@ -19,6 +19,8 @@ class OptimizerSettings:
     master: Master = "fp32"
     """With "none", the matrices of residual branches are fp16 without an fp32 master copy (`masterless`)."""
     variance_clip: float = VARIANCE_CLIP
+    embedding_rate: float = 1.0
+    """Learning rate of embeddings, positions and pads, relative to that of the other parameters."""
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], settings: OptimizerSettings) -> ClippedAdamW:

@@ -1,4 +1,4 @@
-"""Parameter groups: name patterns choose weight decay and 16-bit moments. The first matching pattern wins."""
+"""Parameter groups: name patterns choose weight decay, 16-bit moments and relative rate. The first matching pattern wins."""
 
 import re
 from collections.abc import Iterable
@@ -17,31 +17,45 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", Fals
 LOW_BIT_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^layers\.", True), (r".", False))
 
 
+EMBEDDING_RULES: tuple[tuple[str, bool], ...] = ((r"^embed\.", True), (r".", False))
+
+
 def decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, moments: Moments = "fp32"
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    moments: Moments = "fp32",
+    embedding_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Split parameters into AdamW parameter groups. Groups with weight decay come first; empty groups are left out.
 
     With `moments` "low_bit", each group has the option `moments` of `ClippedAdamW`. Then there are up to three groups: matrices
     with weight decay and low-bit moments, unembeddings with weight decay and fp32 moments, and the rest.
+
+    Args:
+        embedding_rate: learning rate of embeddings, positions and pads, relative to that of the other parameters. If it is not
+            1, they are a group of their own, and each group has its "relative_rate".
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         decays, low_bit = _first_match(DECAY_RULES, name), moments == "low_bit" and _first_match(LOW_BIT_RULES, name)
-        if (decays, low_bit) not in groups:
-            groups[decays, low_bit] = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0}
+        is_faster = embedding_rate != 1.0 and _first_match(EMBEDDING_RULES, name)
+        key = decays, low_bit, is_faster
+        if key not in groups:
+            groups[key] = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0}
             if moments == "low_bit":
-                groups[decays, low_bit]["moments"] = "low_bit" if low_bit else "fp32"
-        groups[decays, low_bit]["params"].append(parameter)
-        groups[decays, low_bit]["names"].append(name)
+                groups[key]["moments"] = "low_bit" if low_bit else "fp32"
+            if embedding_rate != 1.0:
+                groups[key]["relative_rate"] = embedding_rate if is_faster else 1.0
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """One-line description of all groups for the log at start-up."""
     return "; ".join(
-        f"weight decay {g['weight_decay']:g}, moments {g.get('moments', 'fp32')}: {len(g['names'])} tensors, "
-        f"e.g. {g['names'][0]}"
+        f"weight decay {g['weight_decay']:g}, moments {g.get('moments', 'fp32')}, {g.get('relative_rate', 1.0):g} x the rate: "
+        f"{len(g['names'])} tensors, e.g. {g['names'][0]}"
         for g in groups
     )
 

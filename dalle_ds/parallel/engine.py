@@ -106,7 +106,7 @@ class PriorEngine:
                 adamw = optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay
                 own = MasterlessAdamW(*adamw, seed, optimizer.variance_clip)
                 self.masterless = MasterlessMatrices(model, self.scaler, own)
-        groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments)
+        groups = decay_groups(model.named_parameters(), optimizer.weight_decay, optimizer.moments, optimizer.embedding_rate)
         self.groups_description = describe_groups(groups)
         self._clip, deepspeed_json = engine_config.json["gradient_clipping"], engine_config.json
         if self.masterless:
@@ -150,7 +150,7 @@ class PriorEngine:
             is_saving: whether this rank is writing a background checkpoint. The report counts these ranks.
         """
         for group in self._torch_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("relative_rate", 1.0)
         skipped_before = self._engine.skipped_steps
         loss_scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
         sums = self._accumulate(micro_batches, stop_requested, is_saving)

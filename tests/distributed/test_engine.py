@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases.engine import CAPTIONS_DROPPED, CHECKPOINTING, MODES, TRIALS
+from tests.distributed.cases.engine import CAPTIONS_DROPPED, CHECKPOINTING, EMBEDDING_RATE, MODES, TRIALS
 from tests.support import launching
 
 pytestmark = pytest.mark.launch
@@ -18,7 +18,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("engine")
     cases = Path(__file__).parent / "cases" / "engine.py"
     launching.run_ranks(2, cases, str(folder), cwd=folder)
-    names = ("rank0", "rank1", "plain", "plain_captions_dropped", "plain_calibration")
+    names = ("rank0", "rank1", "plain", "plain_captions_dropped", "plain_embedding_rate", "plain_calibration")
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
@@ -46,6 +46,13 @@ def test_a_global_batch_may_have_few_captions_or_none(outcome: dict[str, Any], m
     assert_close(found, outcome["plain_captions_dropped"], 1e-2 if mode == "fp16" else tolerance(mode))
     text_loss, image_loss, norm = found[2]
     assert text_loss == 0.0 and image_loss > 1.0 and norm > 0.0, "no caption at all: the images alone are learned"
+
+
+@pytest.mark.parametrize("mode", EMBEDDING_RATE)
+def test_embeddings_may_have_a_rate_of_their_own(outcome: dict[str, Any], mode: str) -> None:
+    expected = outcome["plain_embedding_rate"]
+    assert_close(outcome["rank0"]["embedding_rate"][mode], expected, tolerance(mode))
+    assert expected[-1] != pytest.approx(outcome["plain"][-1], rel=1e-3), "the rate changed nothing"
 
 
 def test_ranks_report_the_same(outcome: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ def test_matrices_decay_and_nothing_else() -> None:
     assert all(p.dim() == 2 for p in decayed["params"])
     assert {name.split(".")[0] for name in decayed["names"]} == {"layers", "heads"}
     assert len(decayed["params"]) + len(rest["params"]) == len(list(prior.parameters()))
-    assert "weight decay 0.045, moments fp32: 6 tensors" in describe_groups([decayed, rest])
+    assert "weight decay 0.045, moments fp32, 1 x the rate: 6 tensors" in describe_groups([decayed, rest])
 
 
 def test_low_bit_moments_are_the_layers_matrices_alone() -> None:
@@ -27,4 +27,20 @@ def test_low_bit_moments_are_the_layers_matrices_alone() -> None:
     assert sorted(unembeddings["names"]) == ["heads.image.weight", "heads.text.weight"]
     assert sum(len(g["params"]) for g in groups) == len(list(prior.parameters()))
     assert all("moments" not in g for g in decay_groups(prior.named_parameters(), 0.045))
-    assert "moments low_bit: 4 tensors" in describe_groups(groups)
+    assert "moments low_bit, 1 x the rate: 4 tensors" in describe_groups(groups)
+
+
+def test_embeddings_with_another_rate_are_a_group_of_their_own() -> None:
+    prior = Prior(CONFIG)
+    matrices, embeddings, rest = groups = decay_groups(prior.named_parameters(), 0.045, embedding_rate=3.0)
+    assert [(g["weight_decay"], g["relative_rate"]) for g in groups] == [(0.045, 1.0), (0.0, 3.0), (0.0, 1.0)]
+    assert sorted(embeddings["names"]) == sorted(name for name, _ in prior.named_parameters() if name.startswith("embed."))
+    assert sum(len(g["params"]) for g in groups) == len(list(prior.parameters()))
+    assert "3 x the rate" in describe_groups(groups)
+    low_bit = decay_groups(prior.named_parameters(), 0.045, "low_bit", embedding_rate=3.0)
+    assert [(g["moments"], g["relative_rate"]) for g in low_bit] == [
+        ("low_bit", 1.0),
+        ("fp32", 1.0),
+        ("fp32", 3.0),
+        ("fp32", 1.0),
+    ]

@@ -42,6 +42,7 @@ def build_engine(
             variance_clip=settings.variance_clip,
             moments=settings.moments,
             master=settings.master,
+            embedding_rate=settings.embedding_rate,
         ),
         ranks,
         recipe.seed,

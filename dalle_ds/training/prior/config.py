@@ -131,6 +131,12 @@ class PriorOptimizerConfig(Config):
     beta2: float = Field(0.96, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean; the paper's")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment; the paper's")
     weight_decay: float = Field(4.5e-2, ge=0, description="of matrices and unembeddings; the paper's")
+    embedding_rate: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of embeddings, positions and pads, relative to that of the other parameters; with "
+        "model.embedding_std near 1, about 3 is best",
+    )
     clip: float = Field(4.0, gt=0, description="gradient clipping: maximum global norm")
     variance_clip: float = Field(
         VARIANCE_CLIP, gt=0, le=7.99, description="maximum of the squared gradient's mean, before it is used; the paper's"

@@ -22,6 +22,7 @@ PAPER: dict[str, Any] = {
     "optimizer.beta2": 0.96,
     "optimizer.eps": 1e-8,
     "optimizer.weight_decay": 4.5e-2,
+    "optimizer.embedding_rate": 1.0,
     "optimizer.clip": 4.0,
     "optimizer.variance_clip": 5.0,
     "optimizer.moments": "low_bit",

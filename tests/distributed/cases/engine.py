@@ -35,6 +35,7 @@ from dalle_ds.training.prior.parity import PARITY_FILE, prove_parity
 CONFIG = PriorConfig(n_layers=3, n_heads=2, d_head=16, text_len=6, grid=4, vocab_size=40, n_codes=32, conv_kernel=3)
 ADAMW = OptimizerSettings(lr=3e-3, betas=(0.9, 0.96), eps=1e-8, weight_decay=0.045)
 LOW_BIT = replace(ADAMW, moments="low_bit")
+FASTER_EMBEDDINGS = replace(ADAMW, embedding_rate=3.0)
 UPDATES, GLOBAL_BATCH, CLIP = 5, 8, 0.5  # the norm starts near 1, so clipping has an effect
 DS_CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
 KEPT = (8, 4, 0, 1, 8)  # captions kept per update in the cases with dropped captions; 4: none on rank 1, 0: none at all
@@ -66,6 +67,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Ways to train the same model, as arguments of `make_engine` and `losses`."""
 
+EMBEDDING_RATE: dict[str, dict[str, Any]] = {
+    "fp32_zero1": {"stage": 1},
+    "fp32_zero3": {},
+    "fp32_offload": {"offload": ["optimizer"]},
+}
 CAPTIONS_DROPPED: dict[str, dict[str, Any]] = {"fp32": {"accumulation": 2}, "fp16": {"fp16": PER_RESBLOCK}}
 
 
@@ -88,11 +94,14 @@ def micro_batches(
     return list(zip(text[mine].chunk(accumulation), image[mine].chunk(accumulation), strict=True))
 
 
-def plain_run(kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES) -> list[list[float]]:
+def plain_run(kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES, embedding_rate: float = 1.0) -> list[list[float]]:
     """Train in one process with plain torch. Returns (text loss, image loss, norm before clipping) of every update."""
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     groups = [{k: v for k, v in g.items() if k != "names"} for g in decay_groups(model.named_parameters(), ADAMW.weight_decay)]
+    embeddings = set(model.embed.parameters())
+    groups[1]["params"] = [p for p in groups[1]["params"] if p not in embeddings]
+    groups.append({**groups[1], "params": list(embeddings), "lr": embedding_rate * ADAMW.lr})
     optimizer = torch.optim.AdamW(groups, lr=ADAMW.lr, betas=ADAMW.betas, eps=ADAMW.eps)
     results = []
     for update in range(UPDATES):
@@ -394,6 +403,7 @@ def main(folder: Path) -> None:
     results = {
         "modes": {mode: losses(folder, ranks, **how) for mode, how in MODES.items()},
         "captions_dropped": {mode: losses(folder, ranks, kept=KEPT, **how) for mode, how in CAPTIONS_DROPPED.items()},
+        "embedding_rate": {mode: losses(folder, ranks, adamw=FASTER_EMBEDDINGS, **how) for mode, how in EMBEDDING_RATE.items()},
         "inf": {kind: inf_in_one_block(folder, ranks, kind) for kind in CHECKPOINTING},
         "skipped_block": skipped_block(folder, ranks, threshold=1000),
         "skipped_block_offload": skipped_block(folder, ranks, accumulation=2, adamw=LOW_BIT, offload=["optimizer", "param"]),
@@ -414,6 +424,9 @@ def main(folder: Path) -> None:
     if ranks.is_main:
         (folder / "plain.json").write_text(json.dumps(plain_run()))
         (folder / "plain_captions_dropped.json").write_text(json.dumps(plain_run(KEPT)))
+        (folder / "plain_embedding_rate.json").write_text(
+            json.dumps(plain_run(embedding_rate=FASTER_EMBEDDINGS.embedding_rate))
+        )
         (folder / "plain_calibration.json").write_text(json.dumps(plain_calibration()))
     leave()
 
