@@ -20,7 +20,7 @@ class OptimizerSettings:
     """With "none", the matrices of residual branches are fp16 without an fp32 master copy (`masterless`)."""
     variance_clip: float = VARIANCE_CLIP
     embedding_rate: float = 1.0
-    """Learning rate of embeddings, positions and pads, relative to that of the other parameters."""
+    """Learning rate of embeddings, positions, pads and unembeddings, relative to that of the other parameters."""
 
 
 def build_adamw(groups: Sequence[dict[str, Any]], settings: OptimizerSettings) -> ClippedAdamW:

@@ -17,7 +17,7 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", Fals
 LOW_BIT_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^layers\.", True), (r".", False))
 
 
-EMBEDDING_RULES: tuple[tuple[str, bool], ...] = ((r"^embed\.", True), (r".", False))
+EMBEDDING_RULES: tuple[tuple[str, bool], ...] = ((r"^embed\.", True), (r"^heads\.(text|image)\.weight$", True), (r".", False))
 
 
 def decay_groups(
@@ -32,8 +32,8 @@ def decay_groups(
     with weight decay and low-bit moments, unembeddings with weight decay and fp32 moments, and the rest.
 
     Args:
-        embedding_rate: learning rate of embeddings, positions and pads, relative to that of the other parameters. If it is not
-            1, they are a group of their own, and each group has its "relative_rate".
+        embedding_rate: learning rate of embeddings, positions, pads and unembeddings, relative to that of the other parameters.
+            If it is not 1, they are in groups of their own, and each group has its "relative_rate".
     """
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in named_parameters:

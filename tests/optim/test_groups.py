@@ -32,15 +32,17 @@ def test_low_bit_moments_are_the_layers_matrices_alone() -> None:
 
 def test_embeddings_with_another_rate_are_a_group_of_their_own() -> None:
     prior = Prior(CONFIG)
-    matrices, embeddings, rest = groups = decay_groups(prior.named_parameters(), 0.045, embedding_rate=3.0)
-    assert [(g["weight_decay"], g["relative_rate"]) for g in groups] == [(0.045, 1.0), (0.0, 3.0), (0.0, 1.0)]
+    unembeddings, matrices, embeddings, rest = groups = decay_groups(prior.named_parameters(), 0.045, embedding_rate=3.0)
+    assert [(g["weight_decay"], g["relative_rate"]) for g in groups] == [(0.045, 3.0), (0.045, 1.0), (0.0, 3.0), (0.0, 1.0)]
+    assert sorted(unembeddings["names"]) == ["heads.image.weight", "heads.text.weight"]
     assert sorted(embeddings["names"]) == sorted(name for name, _ in prior.named_parameters() if name.startswith("embed."))
+    assert all(name.startswith("layers.") for name in matrices["names"])
     assert sum(len(g["params"]) for g in groups) == len(list(prior.parameters()))
     assert "3 x the rate" in describe_groups(groups)
     low_bit = decay_groups(prior.named_parameters(), 0.045, "low_bit", embedding_rate=3.0)
     assert [(g["moments"], g["relative_rate"]) for g in low_bit] == [
         ("low_bit", 1.0),
-        ("fp32", 1.0),
+        ("fp32", 3.0),
         ("fp32", 3.0),
         ("fp32", 1.0),
     ]

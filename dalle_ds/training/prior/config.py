@@ -134,8 +134,8 @@ class PriorOptimizerConfig(Config):
     embedding_rate: float = Field(
         1.0,
         gt=0,
-        description="learning rate of embeddings, positions and pads, relative to that of the other parameters; with "
-        "model.embedding_std near 1, about 3 is best",
+        description="learning rate of embeddings, positions, pads and unembeddings, relative to that of the other parameters. "
+        "Small models learn more with about 3",
     )
     clip: float = Field(4.0, gt=0, description="gradient clipping: maximum global norm")
     variance_clip: float = Field(

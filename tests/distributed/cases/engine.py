@@ -99,9 +99,10 @@ def plain_run(kept: Sequence[int] = (GLOBAL_BATCH,) * UPDATES, embedding_rate: f
     model = Prior(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     groups = [{k: v for k, v in g.items() if k != "names"} for g in decay_groups(model.named_parameters(), ADAMW.weight_decay)]
-    embeddings = set(model.embed.parameters())
-    groups[1]["params"] = [p for p in groups[1]["params"] if p not in embeddings]
-    groups.append({**groups[1], "params": list(embeddings), "lr": embedding_rate * ADAMW.lr})
+    faster = {*model.embed.parameters(), model.heads.text.weight, model.heads.image.weight}
+    for group in groups[:2]:
+        groups.append({**group, "params": [p for p in group["params"] if p in faster], "lr": embedding_rate * ADAMW.lr})
+        group["params"] = [p for p in group["params"] if p not in faster]
     optimizer = torch.optim.AdamW(groups, lr=ADAMW.lr, betas=ADAMW.betas, eps=ADAMW.eps)
     results = []
     for update in range(UPDATES):
