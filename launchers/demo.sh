@@ -76,7 +76,7 @@ names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP"
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
-  expected=(9 19 2 70 20 480 3 120 8 9 17 7 10)
+  expected=(22 46 2 70 55 440 3 130 8 9 17 7 10)
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
@@ -187,7 +187,7 @@ END
   files="  $out/samples/grid.png                  captions of all categories, the best 6 of 16 by the demo's CLIP
   $out/scores/scenes.png, judged.png     the score by category; the samples, right ones in green frames
   $out/scores_best/                      the same with the best of 16"
-  caption="two small blue stars" settings=" --temperature 0.6 --guidance 1.5" # as in the recipe
+  caption="two small blue stars" settings=" --temperature 0.45 --guidance 1.5" # as in the recipe
 fi
 
 # ---- families: how many samples a CLIP of its own takes for what they should show ------------------------------------------
