@@ -19,7 +19,6 @@ def test_import_brings_in_no_large_package():
     program = """
 import sys
 import dalle_ds
-from dalle_ds.lazy import large_imports
 dalle_ds.data, dalle_ds.UserError, dir(dalle_ds), dir(dalle_ds.data)
 print([name for name in ("torch", "numpy", "pydantic", "fsspec", "mlflow", "PIL") if name in sys.modules])
 import dalle_ds.interface.loading, dalle_ds.data.tokens.loading

@@ -16,7 +16,7 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", Fals
 # four matrices of attention and the two of the MLP.
 LOW_BIT_RULES: tuple[tuple[str, bool], ...] = ((r"bias$", False), (r"norm\.", False), (r"^layers\.", True), (r".", False))
 
-
+# Adam moves a value by about the rate, whatever its size: embeddings with a deviation near 1 would hardly move.
 EMBEDDING_RULES: tuple[tuple[str, bool], ...] = ((r"^embed\.", True), (r"^heads\.(text|image)\.weight$", True), (r".", False))
 
 
