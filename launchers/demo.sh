@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on this machine, in eight to twenty minutes on two cores: from captioned images to generated ones, and how right they are.
+# The whole way on this machine, in ten to twenty minutes on two cores: from captioned images to generated ones, and how right they are.
 #   bash launchers/demo.sh [--out DIR] [--seed N] [--quick]       drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
 #   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour or more
@@ -76,7 +76,7 @@ names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP"
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
-  expected=(22 46 2 70 55 440 3 130 8 9 17 7 10)
+  expected=(17 37 2 85 41 425 3 130 8 8 17 9 10)
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
