@@ -38,14 +38,14 @@ def decay_groups(
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         decays, low_bit = _first_match(DECAY_RULES, name), moments == "low_bit" and _first_match(LOW_BIT_RULES, name)
-        is_faster = embedding_rate != 1.0 and _first_match(EMBEDDING_RULES, name)
-        key = decays, low_bit, is_faster
+        is_embedding = embedding_rate != 1.0 and _first_match(EMBEDDING_RULES, name)
+        key = decays, low_bit, is_embedding
         if key not in groups:
             groups[key] = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0}
             if moments == "low_bit":
                 groups[key]["moments"] = "low_bit" if low_bit else "fp32"
             if embedding_rate != 1.0:
-                groups[key]["relative_rate"] = embedding_rate if is_faster else 1.0
+                groups[key]["relative_rate"] = embedding_rate if is_embedding else 1.0
         groups[key]["params"].append(parameter)
         groups[key]["names"].append(name)
     return [groups[key] for key in sorted(groups, reverse=True)]
