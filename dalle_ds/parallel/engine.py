@@ -29,6 +29,7 @@ from dalle_ds.parallel.deepspeed_api import deepspeed, get_accelerator, logger
 from dalle_ds.parallel.engine_config import EngineConfig
 from dalle_ds.parallel.engine_state import EngineState, counters_of, set_counters
 from dalle_ds.parallel.fp16_gather import gather_in_half
+from dalle_ds.parallel.gradient_collectives import improve_collectives
 from dalle_ds.parallel.gradient_shards import GradientShards
 from dalle_ds.parallel.masterless import MasterlessMatrices
 from dalle_ds.parallel.ranks import Ranks
@@ -116,7 +117,10 @@ class PriorEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, config=deepspeed_json, optimizer=torch_optimizer, mpu=self.replicas
         )
-        self._residents = Residents(self._engine.optimizer, model, halves) if self._is_sharded else None
+        self._residents: Residents | None = None
+        if self._is_sharded:
+            self._residents = Residents(self._engine.optimizer, model, halves)
+            improve_collectives(self._engine.optimizer, ranks.device)
         if self._engine.fp16_enabled():
             # Don't raise when the loss scale reaches its minimum: the recipe's `failure` section decides when a run gives up.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -229,7 +233,7 @@ class PriorEngine:
         # host counts, since it would have to wait for counts from the device.
         n_texts = [int((text >= 0).sum()) for text, _ in micro_batches]
         counts = torch.tensor([sum(n_texts), sum(image.numel() for _, image in micro_batches)], dtype=torch.float64)
-        n_text, n_image = self.ranks.sum(on_device(counts, self.ranks.device)).float()
+        counted = self.ranks.start_sum(on_device(counts, self.ranks.device))  # while the first forward pass runs
         micro_batches = [self._on_device(batch) for batch in micro_batches]
         # The engine averages gradients over ranks and micro-batches, but these losses are summands of global means.
         share = self.ranks.world_size * self._accumulation
@@ -239,6 +243,7 @@ class PriorEngine:
                 self._engine.step()  # only counts micro-steps before the last micro-batch
             with self.phases("forward"):
                 nll = NLL(*self._engine(text, image, n_text=n_texts[number]))
+                n_text, n_image = counted().float()
                 text_mean, image_mean = nll.text_sum / n_text.clamp(min=1), nll.image_sum / n_image
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)

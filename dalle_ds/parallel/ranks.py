@@ -43,6 +43,17 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Start `sum`. The returned function waits for its end and returns `tensor`; on a GPU, only the device waits."""
+        work = dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return tensor
+
+        return wait
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather the `value` of every rank, on every rank, in rank order."""
         if self.world_size == 1:

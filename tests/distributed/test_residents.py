@@ -33,6 +33,12 @@ def test_what_stays_gathered_changes_nothing(outcome: dict[str, Any], threshold:
         assert found[what] == expected[what], what
 
 
+def test_groups_of_parameters_need_no_collectives_of_their_own(outcome: dict[str, Any]) -> None:
+    counts = dict(outcome["all"]["collectives"])
+    assert counts.pop("alltoall_base_") >= 1, "the gradients, in buckets"
+    assert counts == {"allreduce_": 3, "_allgather_base_": 1}, "token counts, agreement and norm; weights"
+
+
 def test_whole_weights_are_not_rounded_to_the_fp16_of_what_is_gathered(outcome: dict[str, Any]) -> None:
     values = np.array(outcome["all"]["weights"]["layers.0.mlp.branch.expand.weight"], np.float32)
     assert (values != values.astype(np.float16).astype(np.float32)).mean() > 0.5

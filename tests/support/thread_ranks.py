@@ -40,6 +40,9 @@ class ThreadRank(Ranks):
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor.copy_(torch.stack(self.gather_objects(tensor.clone())).sum(0))
 
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: self.sum(tensor)
+
     def from_main(self, value: Any) -> Any:
         return self.gather_objects(value)[0]
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def case(folder: Path, ranks: Ranks, threshold: int) -> dict[str, Any]:
             whole = engine.whole_weights()  # between a forward pass and the next
         reports.append(engine.update(batch, ADAMW.lr))
     weights = engine.whole_weights()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.update(micro_batches(UPDATES + 1, ranks), ADAMW.lr)
+    collectives = Counter(event.name.removeprefix("c10d::") for event in profile.events() if event.name.startswith("c10d::"))
     residents = engine._residents
     return {
         "are_all": residents is not None and residents.are_all,
@@ -37,6 +41,7 @@ def case(folder: Path, ranks: Ranks, threshold: int) -> dict[str, Any]:
         "n_skipped": sum(not r.took_step for r in reports),
         "evaluated": engine.evaluate(micro_batches(UPDATES, ranks)),
         "weights": {name: w.flatten().tolist() for name, w in weights.items()} if weights else None,
+        "collectives": collectives,
         "has_moved": whole is not None and any(not torch.equal(whole[name], weights[name]) for name in whole),
     }
 
