@@ -66,13 +66,17 @@ export DALLE_DS_LAUNCHER_PID=$$
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$(cd "$out" && pwd)/mlflow.db}
 DALLE_DS_PIPELINE=$(cd "$out" && pwd) # the MLflow run that is the parent of the stages' runs
 export DALLE_DS_PIPELINE
-child=""
-forward() { [ -z "$child" ] || kill -"$1" "$child" 2>/dev/null || true; }
+child="" beside="" # processes of this stage, and of the one that runs beside others
+forward() {
+  local process
+  for process in $child $beside; do kill -"$1" "$process" 2>/dev/null || true; done
+}
 trap 'forward TERM' TERM
 trap 'forward INT' INT
 
 # seconds on two cores, for the ETA; `stage` corrects them by how long this machine has taken so far
-names=("get images" "ingest" "tokenizer" "dVAE" "encode" "prior" "export" "CLIP")
+# (CLIP, which trains beside the dVAE and the encoder, by what it takes after them)
+names=("get images" "ingest" "tokenizer" "dVAE" "encode" "CLIP" "prior" "export")
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
@@ -96,9 +100,16 @@ stage() { # stage NAME COMMAND...
   [ $planned -lt 20 ] || left=$((left * took / planned))
   printf '\n=== %d/%d %s   (%d s so far, about %d s to go)\n    %s\n' \
     $((i + 1)) ${#names[@]} "${names[i]}" $((SECONDS - began)) "$left" "$*" >&2
-  local start=$SECONDS status=0
-  "$@" &
-  child=$!
+  local start=$SECONDS status=0 follower=""
+  if [ -n "$beside" ] && [ "${names[i]}" = "CLIP" ]; then
+    child=$beside beside=""
+    tail -c 0 -f "$out/clip.log" >&2 &
+    follower=$!
+    disown "$follower"
+  else
+    "$@" &
+    child=$!
+  fi
   # a trapped signal interrupts `wait`: wait again until the stage has ended
   while :; do
     status=0
@@ -106,6 +117,10 @@ stage() { # stage NAME COMMAND...
     kill -0 "$child" 2>/dev/null || break
   done
   child=""
+  if [ -n "$follower" ]; then
+    kill "$follower"
+    [ "$status" -eq 0 ] || tail -n 20 "$out/clip.log" >&2
+  fi
   if [ "$status" -ne 0 ]; then
     echo "stage '${names[i]}' ended with exit code $status; the same command resumes here" >&2
     exit "$status"
@@ -138,17 +153,21 @@ if [ $way != pictures ]; then
 fi
 stage "ingest" dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
 stage "tokenizer" dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
+clip=(dalle-ds train clip $recipe data.raw="$out/raw" folder="$out/clip" seed=$seed "${clip_format[@]}" "${clip_quick[@]}")
+if ! newer "$out/clip/clip_report.json" "$out/tokenizer.model"; then
+  echo "=== CLIP begins beside the next stages; its output is in $out/clip.log" >&2
+  "${clip[@]}" >"$out/clip.log" 2>&1 & # on the second core: the dVAE's updates are too small for two
+  beside=$!
+fi
 stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" seed=$seed "${dvae_format[@]}" "${dvae_quick[@]}"
 stage "encode" dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
   out="$out/tokens" "${encode_quick[@]}"
+[ -z "$beside" ] || stage "CLIP" "${clip[@]}"
 stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" seed=$seed \
   "${prior_format[@]}" "${prior_quick[@]}"
 # if the demo is finished, do nothing: each of these results is newer than its input
 newer "$out/export/config.json" "$out/prior/summary.json" ||
   stage "export" dalle-ds export "$out/prior" "$out/export"
-newer "$out/clip/clip_report.json" "$out/tokenizer.model" ||
-  stage "CLIP" launch --no_local_rank --module dalle_ds.cli train clip $recipe data.raw="$out/raw" folder="$out/clip" \
-      seed=$seed "${clip_format[@]}" "${clip_quick[@]}"
 
 draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the first captions of a list
   local name=$1 folder=$2 n=$3 captions=$4
