@@ -80,15 +80,15 @@ names=("get images" "ingest" "tokenizer" "dVAE" "encode" "CLIP" "prior" "export"
 if [ $way = demo ]; then
   recipe=launchers/recipes/tiny.yaml # a section for each stage
   names+=("sample" "score" "sample, best of 16" "score, best of 16" "grid")
-  expected=(17 37 2 85 41 425 3 130 8 8 17 9 10)
+  expected=(15 33 3 85 50 45 350 3 8 8 16 9 10)
 elif [ $way = families ]; then
   recipe=launchers/recipes/families.yaml
   names+=("judge" "sample seen" "score seen" "sample zero-shot" "score zero-shot" "sample best of 8" "score best of 8" "grid")
-  expected=(60 10 2 350 50 2400 4 220 260 15 14 16 14 100 14 13)
+  expected=(60 10 2 380 70 40 2400 4 260 15 14 16 14 100 14 13)
 else
   recipe=launchers/recipes/emoji.yaml
   names+=("sample" "evaluate")
-  expected=(5 10 5 120 15 330 10 70 15 10)
+  expected=(5 10 5 125 20 2 330 10 15 10)
 fi
 
 began=$SECONDS planned=0 took=0

@@ -13,12 +13,12 @@ from dalle_ds.scenes.scene import Scene, scene_of
 from dalle_ds.scenes.vocabulary import COLOURS, GROUNDS, RELATIONS, SHAPES, SIZES
 
 WEIGHTS: Final[dict[Category, float]] = {
-    "single_object": 0.16,
-    "two_objects": 0.1,
-    "counting": 0.24,
+    "single_object": 0.08,
+    "two_objects": 0.12,
+    "counting": 0.22,
     "colours": 0.16,
-    "position": 0.18,
-    "attribute_binding": 0.16,
+    "position": 0.24,
+    "attribute_binding": 0.18,
 }
 """Share of each category in training scenes."""
 _CUMULATIVE: Final = tuple(accumulate(WEIGHTS[category] for category in CATEGORIES[:-1]))

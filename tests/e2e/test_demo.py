@@ -45,13 +45,18 @@ def test_killed_demo_goes_on_and_ends_with_scores(home: Path, env: dict[str, str
     out = home / "runs" / "demo"
     command = ["bash", DEMO, "--quick", "--out", "runs/demo"]  # relative to the caller
     with launching.started(command, home, env) as process:
+        launching.wait_for((out / "clip" / "recipe.yaml").exists, "training of CLIP, beside", timeout=900, process=process)
+        launching.kill_tree(process.pid, signal.SIGKILL)
+    with launching.started(command, home, env) as process:
         launching.wait_for((out / "prior" / "recipe.yaml").exists, "training of the prior", timeout=900, process=process)
         launching.kill_tree(process.pid, signal.SIGKILL)
     dvae_report = (out / "dvae" / "dvae_report.json").read_text()
+    clip_report = (out / "clip" / "clip_report.json").read_text()
 
     done = launching.run(command, home, env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (out / "dvae" / "dvae_report.json").read_text() == dvae_report, "a finished stage was repeated"
+    assert (out / "clip" / "clip_report.json").read_text() == clip_report
     raw = [json.loads(path.read_text()) for path in (out / "raw" / "manifests").glob("*.json")]
     assert sum(shard["n_samples"] for shard in raw) > 590
     plain, best = (json.loads((out / folder / "scenes.json").read_text()) for folder in ("scores", "scores_best"))
@@ -75,7 +80,7 @@ def test_killed_demo_goes_on_and_ends_with_scores(home: Path, env: dict[str, str
     assert set(names) <= set(prior.data.metrics)
     history = MlflowClient(f"sqlite:///{out}/mlflow.db").get_metric_history(prior.info.run_id, "scenes/seen/mean")
     assert len(history) >= 2, "while training, and of the export"
-    assert_nothing_is_repeated(command, home, env, out, n_skipped=7, prior="6/13")
+    assert_nothing_is_repeated(command, home, env, out, n_skipped=7, prior="7/13")
 
 
 def test_pictures_go_the_same_way(home: Path, env: dict[str, str]) -> None:
@@ -103,7 +108,7 @@ def test_pictures_go_the_same_way(home: Path, env: dict[str, str]) -> None:
     assert "caption_gap" in prior.data.metrics
     assert {run.data.tags["mlflow.parentRunId"] for run in (prior, dvae)} == {pipeline.info.run_id}
     emoji = ["bash", DEMO, "--quick", "--emoji", "--out", "runs/pictures"]
-    assert_nothing_is_repeated(emoji, home, env, out, n_skipped=4, prior="6/10")
+    assert_nothing_is_repeated(emoji, home, env, out, n_skipped=4, prior="7/10")
 
 
 def test_families_end_with_the_score_of_a_judge(home: Path, env: dict[str, str]) -> None:
