@@ -100,12 +100,10 @@ stage() { # stage NAME COMMAND...
   [ $planned -lt 20 ] || left=$((left * took / planned))
   printf '\n=== %d/%d %s   (%d s so far, about %d s to go)\n    %s\n' \
     $((i + 1)) ${#names[@]} "${names[i]}" $((SECONDS - began)) "$left" "$*" >&2
-  local start=$SECONDS status=0 follower=""
+  local start=$SECONDS status=0
   if [ -n "$beside" ] && [ "${names[i]}" = "CLIP" ]; then
     child=$beside beside=""
-    tail -c 0 -f "$out/clip.log" >&2 &
-    follower=$!
-    disown "$follower"
+    tail -n 1 -f --pid "$child" "$out/clip.log" >&2 &
   else
     "$@" &
     child=$!
@@ -117,11 +115,9 @@ stage() { # stage NAME COMMAND...
     kill -0 "$child" 2>/dev/null || break
   done
   child=""
-  if [ -n "$follower" ]; then
-    kill "$follower"
-    [ "$status" -eq 0 ] || tail -n 20 "$out/clip.log" >&2
-  fi
   if [ "$status" -ne 0 ]; then
+    [ -z "$beside" ] || { kill "$beside"; wait "$beside"; } 2>/dev/null || true # it saves its state
+    [ "${names[i]}" != "CLIP" ] || tail -n 20 "$out/clip.log" >&2
     echo "stage '${names[i]}' ended with exit code $status; the same command resumes here" >&2
     exit "$status"
   fi

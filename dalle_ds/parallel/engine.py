@@ -120,7 +120,7 @@ class PriorEngine:
         self._residents: Residents | None = None
         if self._is_sharded:
             self._residents = Residents(self._engine.optimizer, model, halves)
-            improve_collectives(self._engine.optimizer, ranks.device)
+            improve_collectives(self._engine.optimizer)
         if self._engine.fp16_enabled():
             # Don't raise when the loss scale reaches its minimum: the recipe's `failure` section decides when a run gives up.
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
