@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on this machine, in ten to twenty minutes on two cores: from captioned images to generated ones, and how right they are.
+# The whole way on this machine, in nine to twenty minutes on two cores: from captioned images to generated ones, and how right they are.
 #   bash launchers/demo.sh [--out DIR] [--seed N] [--quick]       drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
 #   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour or more

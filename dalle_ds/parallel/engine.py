@@ -243,7 +243,8 @@ class PriorEngine:
                 self._engine.step()  # only counts micro-steps before the last micro-batch
             with self.phases("forward"):
                 nll = NLL(*self._engine(text, image, n_text=n_texts[number]))
-                n_text, n_image = counted().float()
+                if not number:
+                    n_text, n_image = counted().float()
                 text_mean, image_mean = nll.text_sum / n_text.clamp(min=1), nll.image_sum / n_image
             with self.phases("backward"):
                 self._engine.backward((TEXT_WEIGHT * text_mean + IMAGE_WEIGHT * image_mean) * share)

@@ -41,7 +41,8 @@ class ThreadRank(Ranks):
         return tensor.copy_(torch.stack(self.gather_objects(tensor.clone())).sum(0))
 
     def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: self.sum(tensor)
+        total = self.sum(tensor)
+        return lambda: total
 
     def from_main(self, value: Any) -> Any:
         return self.gather_objects(value)[0]
