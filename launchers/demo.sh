@@ -130,7 +130,8 @@ newer() { [ "$1" -nt "$2" ] && echo "=== $1 is up to date" >&2; }
 # ---- from images to a prior and a CLIP, whatever the images ------------------------------------------------------------
 
 # on CPUs: bf16 where it is faster than fp32. A demo that goes on after a kill keeps to its choice.
-[ -s "$out/format" ] || python -c 'from dalle_ds.ops.devices import fastest_cpu_format, use_cuda
+[ -s "$out/format" ] || python -c 'from dalle_ds.ops.devices import use_cuda
+from dalle_ds.ops.products import fastest_cpu_format
 print("cuda" if use_cuda() else fastest_cpu_format())' >"$out/format"
 format=$(cat "$out/format")
 dvae_format=() prior_format=() clip_format=()

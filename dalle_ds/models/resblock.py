@@ -4,10 +4,12 @@ B batch, L tokens, D model width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dalle_ds.ops.products import linear
 
 
 class BranchPrecision:
@@ -28,7 +30,7 @@ class BranchPrecision:
 class Linear(nn.Linear):
     """A linear layer whose product `matmul(x, weight, bias)` can be replaced from outside."""
 
-    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(linear)
     is_inputs_first = False
     """Whether `weight` is (inputs, outputs), the transpose of torch's layout."""
 
@@ -57,11 +59,6 @@ class BranchLinear(Linear):
     """A linear layer inside a residual branch. The paper keeps the matrices of these layers in 16 bits."""
 
 
-def _linear_inputs_first(x: Tensor, weight_IO: Tensor, bias_O: Tensor) -> Tensor:
-    # Not F.linear of the transpose: autograd would save that view, which keeps a weight alive that ZeRO-3 has freed.
-    return torch.addmm(bias_O, x.flatten(0, -2), weight_IO).unflatten(0, x.shape[:-1])
-
-
 class InputsFirstLinear(BranchLinear):
     """A layer with more inputs than outputs, whose `weight` is (inputs, outputs).
 
@@ -69,7 +66,7 @@ class InputsFirstLinear(BranchLinear):
     PowerSGD approximates with fewer values at the same rank (paper, appendix E.1, table 2: axis 0 for this matrix).
     """
 
-    matmul = staticmethod(_linear_inputs_first)
+    matmul = staticmethod(partial(linear, inputs_first=True))
     is_inputs_first = True
 
     def __init__(self, n_inputs: int, n_outputs: int) -> None:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle_ds.ops.products import linear
+
 
 def conv2d(x_BCHW: Tensor, weight_OCkk: Tensor, bias_O: Tensor, padding: int) -> Tensor:
     """F.conv2d with stride 1. On CPUs in channels_last memory, a 1 x 1 kernel is a linear layer over each pixel's channels.
@@ -17,4 +19,4 @@ def conv2d(x_BCHW: Tensor, weight_OCkk: Tensor, bias_O: Tensor, padding: int) ->
     is_linear = weight_OCkk.shape[2:] == (1, 1) and x_BCHW.device.type == "cpu"
     if not is_linear or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x_BCHW, weight_OCkk, bias_O, padding=padding)
-    return F.linear(x_BCHW.permute(0, 2, 3, 1), weight_OCkk.flatten(1), bias_O).permute(0, 3, 1, 2)
+    return linear(x_BCHW.permute(0, 2, 3, 1), weight_OCkk.flatten(1), bias_O).permute(0, 3, 1, 2)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dalle_ds.ops.products import add_product, linear, product
 from dalle_ds.ops.split import Split, split_matmul
 
 MAX_LOGITS = 2**23
@@ -58,9 +59,7 @@ def linear_nll(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, targets_R: Tenso
     with torch.autocast(x_RD.device.type, enabled=False):
         x, weight, bias = x_RD.float(), weight_VD.float(), bias_V.float()
         chunks = [
-            F.cross_entropy(
-                torch.addmm(bias, x[rows], weight.t()), targets_R[rows], ignore_index=ignore_index, reduction="none"
-            )
+            F.cross_entropy(linear(x[rows], weight, bias), targets_R[rows], ignore_index=ignore_index, reduction="none")
             for rows in _chunks(len(x), len(weight))
         ]
     return torch.cat(chunks)
@@ -73,23 +72,23 @@ def _chunks(n_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 class _PlainProducts:
-    """Products in fp32. The logits of all chunks share one buffer."""
+    """Products in fp32. The logits of all chunks may share one buffer."""
 
     def __init__(self, x_RD: Tensor, weight_VD: Tensor) -> None:
         self._x_RD, self._weight_VD = x_RD, weight_VD
         self._buffer = x_RD.new_empty(min(len(x_RD), max(1, MAX_LOGITS // len(weight_VD))), len(weight_VD))
 
     def logits(self, rows: slice, bias_V: Tensor) -> Tensor:
-        """Logits (C, V) of a chunk, in the shared buffer. The caller may overwrite them."""
+        """Logits (C, V) of a chunk, perhaps in the shared buffer. The caller may overwrite them."""
         x_CD = self._x_RD[rows]
-        return torch.addmm(bias_V, x_CD, self._weight_VD.t(), out=self._buffer[: len(x_CD)])
+        return product(x_CD, self._weight_VD.t(), bias_V, out=self._buffer[: len(x_CD)])
 
     def add_gradients(self, grad_CV: Tensor, rows: slice, grad_x_RD: Tensor | None, grad_weight_VD: Tensor | None) -> None:
         """Write these rows of x's gradient, and add the chunk's contribution to the weight's gradient."""
         if grad_x_RD is not None:
-            torch.mm(grad_CV, self._weight_VD, out=grad_x_RD[rows])
+            grad_x_RD[rows] = product(grad_CV, self._weight_VD)
         if grad_weight_VD is not None:
-            grad_weight_VD.addmm_(grad_CV.t(), self._x_RD[rows])
+            add_product(grad_weight_VD, grad_CV.t(), self._x_RD[rows])
 
 
 class _SplitProducts:

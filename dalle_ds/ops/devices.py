@@ -1,7 +1,6 @@
 """Choose the compute device, and copy tensors to it."""
 
 import os
-import time
 
 import torch
 from torch import Tensor
@@ -53,23 +52,3 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def fastest_cpu_format() -> str:
-    """Return "bf16" or "fp32": the format in which this CPU multiplies small matrices faster. It is measured, which takes less
-    than a second: some CPUs with instructions for bf16 are half as fast in it as in fp32."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "fp32"  # torch would compute bf16 without such instructions, several times slower
-    return "bf16" if _product_seconds(torch.bfloat16) < _product_seconds(torch.float32) else "fp32"
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Seconds of CPU time for a product of a small prior's size; the shortest of several, since other work disturbs some."""
-    a, b = torch.ones(1280, 128, dtype=dtype), torch.ones(128, 512, dtype=dtype)
-    seconds = []
-    for _ in range(20):
-        began = time.process_time()
-        for _ in range(4):
-            a @ b
-        seconds.append(time.process_time() - began)
-    return min(seconds)

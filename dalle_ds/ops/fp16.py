@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dalle_ds.ops.products import product
+
 
 @cache
 def _cpu_has_fp16() -> bool:
@@ -30,11 +32,10 @@ def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Not F.linear: ZeRO-3 replaces it by a version that adds the bias to the rounded product and rounds again.
     rows = x.flatten(0, -2)
     if has_fast_fp16(x.device):
-        product = torch.mm(rows, weight16.t()) if bias is None else torch.addmm(bias.to(torch.float16), rows, weight16.t())
+        y = torch.mm(rows, weight16.t()) if bias is None else torch.addmm(bias.to(torch.float16), rows, weight16.t())
     else:
-        rows, columns = rows.float(), weight16.float().t()
-        product = (torch.mm(rows, columns) if bias is None else torch.addmm(bias, rows, columns)).to(torch.float16)
-    return product.unflatten(0, x.shape[:-1])
+        y = product(rows.float(), weight16.float().t(), bias).to(torch.float16)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def linear_fp16_backward(
@@ -54,7 +55,7 @@ def matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) fp16 @ b (K, N) fp16 -> (M, N) fp32. The fp32 sums are not rounded to fp16."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return product(a.float(), b.float())
 
 
 def batched_matmul_to_fp32(a: Tensor, b: Tensor) -> Tensor:

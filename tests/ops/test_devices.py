@@ -10,8 +10,7 @@ import torch
 
 from dalle_ds.bench.harness.machine import machine_for
 from dalle_ds.bench.harness.settings import MachineBenchConfig
-from dalle_ds.ops import devices
-from dalle_ds.ops.devices import default_device, fastest_cpu_format, resolve_device
+from dalle_ds.ops.devices import default_device, resolve_device
 from preprocessing.configs import EncodeConfig
 from preprocessing.stages.encode import _device
 from tests.support import launching
@@ -32,18 +31,6 @@ def test_deepspeeds_accelerator_decides_where_auto_is(a_gpu: None, monkeypatch: 
     for value in ("cuda", None):
         monkeypatch.delenv("DS_ACCELERATOR") if value is None else monkeypatch.setenv("DS_ACCELERATOR", value)
         assert {default_device(), _device(encode), resolve_device("auto").type} == {"cuda"}
-
-
-@pytest.mark.parametrize(
-    ("supported", "bf16_seconds", "expected"), [(True, 1.0, "bf16"), (True, 3.0, "fp32"), (False, 1.0, "fp32")]
-)
-def test_bf16_is_chosen_where_it_is_faster(
-    supported: bool, bf16_seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert all(0 < devices._product_seconds(dtype) < 1 for dtype in (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    monkeypatch.setattr(devices, "_product_seconds", {torch.bfloat16: bf16_seconds, torch.float32: 2.0}.get)
-    assert fastest_cpu_format() == expected
 
 
 RANK_ON_A_GPU_MACHINE = """
