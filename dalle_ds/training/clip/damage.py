@@ -1,7 +1,8 @@
 """Damaged copies of images: negatives from which CLIP learns to tell a flawed sample from a right one.
 
 In a batch of real images, CLIP finds the image of a caption by what images show, never by their flaws. So a CLIP that has
-seen only such batches scores a sample with a doubled, missing or recoloured object nearly as high as a right one.
+seen only such batches scores a sample with a doubled, missing or recoloured object nearly as high as a right one, and an
+empty one often higher.
 dalle_ds/training/README.md has what the copies change.
 (Negatives made by damage: Sinha et al. 2021, "Negative Data Augmentation".)
 """
@@ -21,6 +22,8 @@ MIN_LEVELS = 30
 MIN_CHANGED = 0.01
 """Share of the pixels that must change: a piece of sky copied to other sky is no damage."""
 TRIES = 8
+EMPTIED = 1 / 8
+"""Share of the tries in which nothing is left of the image but one of its colours."""
 _RECOLOURINGS = [order for order in permutations(range(3)) if order != (0, 1, 2)]
 
 
@@ -30,7 +33,7 @@ class DamagedCopies(NamedTuple):
 
 
 def damaged_copies(images_bHWC: np.ndarray, seed: tuple[int, ...]) -> DamagedCopies:
-    """A copy of every image, in which a piece is copied to another place or its channels change places.
+    """A copy of every image, in which a piece is copied to another place or its channels change places, or all is one colour.
 
     A copy depends on `seed` and its image, not on the rest of the batch.
 
@@ -50,6 +53,9 @@ def damaged_copies(images_bHWC: np.ndarray, seed: tuple[int, ...]) -> DamagedCop
 
 def _damaged(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     sides = np.array(image_HWC.shape[:2])
+    if rng.random() < EMPTIED:
+        row, column = rng.integers(0, sides)
+        return np.broadcast_to(image_HWC[row, column], image_HWC.shape)
     h, w = np.maximum(1, (sides * rng.uniform(MIN_SIDE, MAX_SIDE, 2)).astype(int))
     (top, left), (new_top, new_left) = rng.integers(0, sides - (h, w), (2, 2), endpoint=True)
     piece_hwC = image_HWC[top : top + h, left : left + w]
