@@ -114,7 +114,7 @@ def test_matrices_without_masters_race_with_nothing(watched: Callable[..., Seen]
 LOST_WAITS = {
     "reduction before the backward pass has computed gradients": (
         [("wait_stream", "__add_grad_to_ipg_bucket")],
-        ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/precision/fp16_branches.py", "(backward)"],
+        ["div_ on stream", "coalesced_collectives.py", "mm on default", "dalle_ds/ops/fp16.py", "(linear_fp16_backward)"],
     ),
     "gradients used before they are reduced": (
         [("synchronize", "independent_gradient_partition_epilogue")],

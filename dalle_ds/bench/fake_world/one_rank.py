@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dalle_ds.models.attention import use_attention
 from dalle_ds.models.prior import PriorConfig
+from dalle_ds.ops import products
 from dalle_ds.parallel.activation_checkpointing import recompute_layers
 from dalle_ds.parallel.ranks import Ranks, join
 
@@ -92,6 +93,7 @@ def _join(rank: int, world_size: int) -> None:
     os.environ.update(ONLY_CPU)  # other code may have started the fork server, with another environment
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
+    products.onednn_is_faster = lambda: False  # count the operators that GPUs run
     gc.freeze()  # imports of the server stay alive: garbage collections and counts of live objects can skip them
     joined = join_alone(rank, world_size)
     _ranks = _EqualRanks(joined.rank, joined.world_size, joined.device)
