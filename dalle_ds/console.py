@@ -86,6 +86,15 @@ class _LastingStderr(ObjectWrapper):
             self._wrapped.flush()
 
 
+class _WholeLines(_LastingStderr):
+    """A stderr that is not a terminal. A bar is a line each time that it is drawn, and log lines begin their own."""
+
+    def write(self, text: str) -> int:
+        if line := text.replace("\x1b[A", "").strip():  # tqdm moves the cursor up after a bar below another
+            super().write(f"{line}\n")
+        return len(text)
+
+
 def progress(
     iterable: Iterable[T] | None = None,
     *,
@@ -110,7 +119,7 @@ def progress(
         unit=unit,
         unit_scale=unit_scale,
         disable=not enabled,
-        file=_LastingStderr(sys.stderr),
+        file=_LastingStderr(sys.stderr) if live else _WholeLines(sys.stderr),
         dynamic_ncols=live,
         ncols=None if live else 100,
         mininterval=0.2 if live else 10.0,

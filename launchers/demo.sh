@@ -3,8 +3,9 @@
 #   bash launchers/demo.sh [--out DIR] [--seed N] [--quick]       drawn scenes with an exact judge
 #   bash launchers/demo.sh --emoji [--out DIR] [--quick]          the same way on fetched pictures of emoji
 #   bash launchers/demo.sh --families [--out DIR] [--quick]       emoji in five styles at 66 pixels, judged by a CLIP: an hour or more
-#   bash launchers/demo.sh --pictures DIR [--out DIR] [--quick]   as --emoji on your own pictures
+#   bash launchers/demo.sh --pictures DIR [--out DIR] [--quick]   as --emoji on your own pictures, at least 24
 #     --pictures DIR   NAME.jpg|png|webp with NAME.txt beside it, or a captions.jsonl of {"file", "caption"}
+#     --any-language   with --pictures: keeps captions that are not English, which are otherwise left out
 #     --out DIR        folder of all results; runs/demo, runs/emoji or runs/pictures if not given, with --quick runs/demo_quick, ...
 #     --seed N         other initial weights, noise, order of samples and drawn tokens; the images stay the same
 #     --quick          a few updates only: shows that everything works, not what it can draw
@@ -15,11 +16,14 @@ set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
-out="" pictures="" way=demo quick="" ways=() seed=0
+out="" pictures="" way=demo quick="" ways=() seed=0 ingest_settings=()
 while [ $# -gt 0 ]; do
+  case $1:${2-} in
+    --out: | --pictures: | --out:--* | --pictures:--*) echo "error: $1 needs a folder; see --help" >&2; exit 2 ;;
+  esac
   case $1 in
-    --out) out=$(absolute "${2:?--out needs a folder}"); shift 2 ;;
-    --pictures) ways+=("--pictures $2"); pictures=$(absolute "${2:?--pictures needs a folder}"); shift 2 ;;
+    --out) out=$(absolute "$2"); shift 2 ;;
+    --pictures) ways+=("--pictures $2"); pictures=$(absolute "$2"); shift 2 ;;
     --emoji | --families) ways+=("$1"); way=${1#--}; shift ;;
     --seed)
       if ! [[ ${2-} =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
@@ -28,7 +32,8 @@ while [ $# -gt 0 ]; do
       fi
       seed=$2; shift 2 ;;
     --quick) quick=yes; shift ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --any-language) ingest_settings=(filters.language=null); shift ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "error: unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -42,6 +47,9 @@ if [ -n "$pictures" ]; then
     exit 2
   fi
   way=pictures
+elif [ ${#ingest_settings[@]} -gt 0 ]; then
+  echo "error: --any-language without --pictures: expected both" >&2
+  exit 2
 fi
 out=${out:-runs/$way${quick:+_quick}}
 
@@ -54,7 +62,7 @@ if [ -n "$quick" ]; then
   dvae_quick=(updates=10 codebook_start.updates=4 codebook_start.cells=2000 schedules.tau.updates=8 learning_rate.decay_updates=10)
   encode_quick=(min_codes_used=0)
   prior_quick=(updates=10 checkpoint.every=5 validation.every=10)
-  clip_quick=(updates=5 global_batch=32)
+  clip_quick=(updates=5)
   score_quick=(among=5)
 fi
 
@@ -118,7 +126,9 @@ stage() { # stage NAME COMMAND...
   if [ "$status" -ne 0 ]; then
     [ -z "$beside" ] || { kill "$beside"; wait "$beside"; } 2>/dev/null || true # it saves its state
     [ "${names[i]}" != "CLIP" ] || tail -n 20 "$out/clip.log" >&2
-    echo "stage '${names[i]}' ended with exit code $status; the same command resumes here" >&2
+    local hint="the same command resumes here"
+    [ "$status" -ne 2 ] || hint="mend the cause first; then $hint"
+    echo "stage '${names[i]}' ended with exit code $status; $hint" >&2
     exit "$status"
   fi
   local seconds=$((SECONDS - start))
@@ -148,17 +158,28 @@ if [ $way != pictures ]; then
   pictures=$out/images
   stage "get images" dalle-ds data fetch $recipe out="$pictures" "${fetch_quick[@]}"
 fi
-stage "ingest" dalle-ds data ingest $recipe images="$pictures" out="$out/raw"
-stage "tokenizer" dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model"
-clip=(dalle-ds train clip $recipe data.raw="$out/raw" folder="$out/clip" seed=$seed "${clip_format[@]}" "${clip_quick[@]}")
+ingest=(images="$pictures" "${ingest_settings[@]}")
+[ $way != pictures ] || [ -e "$out/raw/raw.json" ] || python -m preprocessing.stages.own_pictures count $recipe "${ingest[@]}"
+stage "ingest" dalle-ds data ingest $recipe "${ingest[@]}" out="$out/raw"
+split=() data_split=() clip_batch=${quick:+32} # the split is the same in all stages
+if [ $way = pictures ]; then
+  fitting=$(python -m preprocessing.stages.own_pictures fit $recipe "$out/raw")
+  read -r fraction largest <<<"$fitting"
+  [ -n "$clip_batch" ] && [ "$clip_batch" -le "$largest" ] || clip_batch=$largest
+  split=(validation_fraction="$fraction") data_split=(data.validation_fraction="$fraction")
+fi
+[ -z "$clip_batch" ] || clip_quick+=(global_batch="$clip_batch")
+stage "tokenizer" dalle-ds data tokenizer $recipe raw="$out/raw" out="$out/tokenizer.model" "${split[@]}"
+clip=(dalle-ds train clip $recipe data.raw="$out/raw" "${data_split[@]}" folder="$out/clip" seed=$seed "${clip_format[@]}" "${clip_quick[@]}")
 if ! newer "$out/clip/clip_report.json" "$out/tokenizer.model"; then
   echo "=== CLIP begins beside the next stages; its output is in $out/clip.log" >&2
   "${clip[@]}" >"$out/clip.log" 2>&1 & # on the second core: the dVAE's updates are too small for two
   beside=$!
 fi
-stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" folder="$out/dvae" seed=$seed "${dvae_format[@]}" "${dvae_quick[@]}"
+stage "dVAE" dalle-ds train dvae $recipe data.raw="$out/raw" "${data_split[@]}" folder="$out/dvae" seed=$seed \
+  "${dvae_format[@]}" "${dvae_quick[@]}"
 stage "encode" dalle-ds data encode $recipe raw="$out/raw" dvae="$out/dvae/dvae.safetensors" tokenizer="$out/tokenizer.model" \
-  out="$out/tokens" "${encode_quick[@]}"
+  out="$out/tokens" "${split[@]}" "${encode_quick[@]}"
 [ -z "$beside" ] || stage "CLIP" "${clip[@]}"
 stage "prior" launch launchers/train_prior.sh $recipe data.dataset="$out/tokens" folder="$out/prior" seed=$seed \
   "${prior_format[@]}" "${prior_quick[@]}"
@@ -265,6 +286,8 @@ END
   caption="a red heart" settings=""
 fi
 
+[ -z "$quick" ] || summary+="
+After the few updates of --quick these figures say nothing: the run shows only that all stages work."
 cat >&2 <<END
 
 $summary

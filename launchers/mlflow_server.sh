@@ -9,6 +9,9 @@ set -euo pipefail
 
 host=127.0.0.1 port=5000 folder=mlflow backend="" artifacts=""
 while [ $# -gt 0 ]; do
+  case "$1:${2-}" in
+    --host: | --port: | --folder: | --backend: | --artifacts:) echo "error: $1 needs a value; see --help" >&2; exit 2 ;;
+  esac
   case "$1" in
     --host) host=$2; shift 2 ;;
     --port) port=$2; shift 2 ;;

@@ -64,7 +64,9 @@ class SampleConfig(SamplingConfig):
     export: Place = Field(description=EXPORT)
     caption: tuple[str, ...] = Field((), description="caption to sample images for; may be repeated")
     captions: Path | None = Field(None, description="file with one caption per line; - reads standard input")
-    validation: int = Field(0, ge=0, description="number of captions to take from the validation split, no two of one group")
+    validation: int = Field(
+        0, ge=0, description="captions to take from the validation split, no two of one group; all if there are fewer"
+    )
     data: OptionalPlace = Field(None, description=DATA)
     image_prompt: Path | None = Field(None, description="image prompt: every sample starts with the top rows of this image")
     prompt_rows: int | None = Field(None, description="rows of the token grid to take from the image prompt; unset: 15 of 32")

@@ -1,6 +1,7 @@
 """Image prompts: every sample starts with the top rows of a given image, as in the paper's image-to-image (figure 2d)."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from dalle_ds.sampling.export import Export
 from dalle_ds.storage.bounded import read_bounded
 from dalle_ds.storage.samples_record import PromptRecord
 
+log = logging.getLogger(__name__)
+
+MAX_ASPECT = 2
+"""Longer side / shorter side, above which a warning says what the crop of an image prompt leaves."""
 PAPER_SHARE = 15 / 32
 """Fraction of the rows of the token grid that the paper's image-to-image keeps."""
 
@@ -55,12 +60,15 @@ def make_image_prompt(export: Export, data: bytes, rows: int | None = None, *, m
         raise ConfigError(f"rows {rows}: expected 0 to {config.grid - 1}, because the token grid has {config.grid} rows")
     digest = hashlib.sha256(data).hexdigest()
     try:
-        crop_HWC = prior_crop(decode_image(data, max_pixels=max_pixels), config.image_size, seed_of(digest))
+        image = decode_image(data, max_pixels=max_pixels)
+        crop_HWC = prior_crop(image, config.image_size, seed_of(digest))
     except ImageProblem as problem:
         raise DataError(
             f"the image prompt is {problem.reason}: expected an image file of {config.image_size} pixels a side or more and of "
             f"{max_pixels / 1e6:g} megapixels or less"
         ) from None
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        log.warning("the image prompt has %d x %d pixels: most of it lies outside its square crop", *image.size)
     with torch.inference_mode():
         image_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None].to(export.device)
         codes_N = export.dvae.tokens(image_BCHW)[0].cpu()

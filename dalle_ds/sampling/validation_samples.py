@@ -1,6 +1,7 @@
 """Validation samples of the data that an export was trained on: captions, codes of the real images, and groups."""
 
 import io
+import logging
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from dalle_ds.data.tokens.batches import TokenBatch, validation_batches
 from dalle_ds.data.tokens.dataset import TokenDataset
 from dalle_ds.data.tokens.mix import TokenMix
 from dalle_ds.data.tokens.shards import CAPTIONS
-from dalle_ds.errors import DataError
 from dalle_ds.sampling.export import Export
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.text import parse_json
+
+log = logging.getLogger(__name__)
 
 READ_AT_LEAST = 512  # samples to choose from, even for a few: a single block may hold images of only one kind
 
@@ -81,12 +83,11 @@ def validation_of(sets: Sequence[TokenDataset], text_len: int, limit: int | None
 def choose_validation(export: Export, n: int, *, data_url: str | None = None, seed: int = 0) -> ValidationSamples:
     """Choose `n` validation samples at random by `seed`, with no two of the same group or with the same caption.
 
-    Raises:
-        DataError: fewer than `n` such samples. The message states how many there are.
+    If there are fewer than `n` such samples, it chooses as many as there are, and a warning states their number.
     """
     chosen = _choose_different(export, n, data_url, seed)
     if len(chosen) < n:
-        raise DataError(f"{n} validation captions requested, but the validation split has only {len(chosen)} different ones")
+        log.warning("%d validation captions requested; the validation split has only %d different ones", n, len(chosen))
     return chosen
 
 

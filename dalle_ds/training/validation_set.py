@@ -79,10 +79,7 @@ def validation_set(
 
     def write(chosen: list[Chosen]) -> None:
         if not chosen:
-            raise DataError(
-                f"{shards[0].url} and {len(shards) - 1} more shards: no usable image in the validation split at "
-                f"validation_fraction {validation_fraction}; images must be at least {image_size} pixels wide and high"
-            )
+            raise _nothing_usable(shards, validation_fraction, image_size)
         _write(path, chosen, stamp)
 
     if ranks.from_main(ranks.is_main and _read(path, stamp) is None):
@@ -141,6 +138,21 @@ def _held_out(shard: RawShard, validation_fraction: float) -> Iterator[RawSample
             row = rows.slice(number, 1).to_pylist()[0]
             image = read_image(shard, row["offset"], row["bytes"], row["crc32"])
             yield RawSample(row["key"], group, row["caption"], image, "")
+
+
+def _nothing_usable(shards: Sequence[RawShard], validation_fraction: float, image_size: int) -> DataError:
+    where = f"{len(shards)} raw shards ({shards[0].url}, ...)"
+    if any(True for shard in shards for _ in _held_out(shard, validation_fraction)):
+        return DataError(
+            f"{where}: no usable image in the validation split at validation_fraction {validation_fraction}; images must be at "
+            f"least {image_size} pixels wide and high"
+        )
+    counts = [shard.n_samples for shard in shards]
+    n = "the" if None in counts else f"the {sum(filter(None, counts))}"  # plain tars do not tell
+    return DataError(
+        f"{where}: the validation split is empty: validation_fraction {validation_fraction} holds out none of {n} samples; "
+        "expected more samples or a larger fraction"
+    )
 
 
 def _write(path: Path, chosen: list[Chosen], stamp: str) -> None:

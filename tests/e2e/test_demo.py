@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -168,14 +169,69 @@ def assert_nothing_is_repeated(
         (["--emoji", "--families"], "--emoji and --families: expected one of them"),
         (["--pictures", "nowhere"], "--pictures .*/nowhere: no such folder"),
         (["--picture", "."], "unknown option --picture; see --help"),
-        (["--out"], "--out needs a folder"),
+        (["--out"], "--out needs a folder; see --help"),
+        (["--pictures"], "--pictures needs a folder; see --help"),
+        (["--pictures", "--quick"], "--pictures needs a folder; see --help"),
+        (["--any-language"], "--any-language without --pictures: expected both"),
         (["--seed", "one"], "--seed one: expected a number"),
         (["--seed"], "--seed : expected a number"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_set_up(home: Path, arguments: list[str], message: str) -> None:
     done = launching.run(["bash", DEMO, *arguments], home)
-    assert done.returncode in (1, 2) and re.search(message, done.stderr) and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and re.search(message, done.stderr) and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """An environment whose commands only write down their arguments, so that demo.sh runs without training."""
+    commands = tmp_path / "venv" / "bin"
+    commands.mkdir(parents=True)
+    scripts = {
+        "python": """case "$*" in
+  *own_pictures\\ fit*) echo 0.25 12 ;;
+  *own_pictures\\ count*) exit ${COUNT_STATUS:-0} ;;
+  *fastest_cpu_format*) echo fp32 ;;
+  *) echo 2 ;;
+esac""",
+        "dalle-ds": 'case "$1 $2" in "${FAILS-}") exit "$STATUS" ;; esac',
+        "deepspeed": "exit 0",
+        "mlflow": "exit 0",
+    }
+    for name, script in scripts.items():
+        file = commands / name
+        file.write_text(f'#!/bin/bash\necho "{name} $*" >>{tmp_path}/calls\n{script}\n')
+        file.chmod(0o755)
+    pin = re.search(r'^TORCH_PIN="(.*?)"', (launching.ROOT / "launchers" / "setup.sh").read_text(), re.MULTILINE)
+    project = subprocess.run(["cksum"], stdin=(launching.ROOT / "pyproject.toml").open(), capture_output=True, text=True)
+    (tmp_path / "venv" / ".installed-demo").write_text(f"{pin[1]} {project.stdout}")
+    return tmp_path
+
+
+def test_own_pictures_are_counted_first_and_split_alike_in_all_stages(stand_ins: Path) -> None:
+    env = {"DALLE_DS_VENV": str(stand_ins / "venv")}
+    command = ["bash", DEMO, "--pictures", ".", "--any-language", "--quick", "--out", "out"]
+    done = launching.run(command, stand_ins, {**env, "COUNT_STATUS": "2"})
+    assert done.returncode == 2 and "===" not in done.stderr
+    done = launching.run(command, stand_ins, env)
+    calls = (stand_ins / "calls").read_text().splitlines()
+    assert any("own_pictures count launchers/recipes/emoji.yaml" in call and "filters.language=null" in call for call in calls)
+    (ingest,) = (call for call in calls if "data ingest" in call)
+    assert "filters.language=null" in ingest
+    for stage, setting in (("data tokenizer", ""), ("data encode", ""), ("train dvae", "data."), ("train clip", "data.")):
+        (call,) = (call for call in calls if f"dalle-ds {stage}" in call)
+        assert f" {setting}validation_fraction=0.25" in call, call
+    assert next(call for call in calls if "train clip" in call).split("global_batch=")[1:] == ["12"], "given once"
+    assert "After the few updates of --quick these figures say nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(2, "mend the cause first; then the same command resumes here"), (75, "the same command resumes here")]
+)
+def test_a_mistake_is_not_told_as_an_interruption(stand_ins: Path, status: int, hint: str) -> None:
+    env = {"DALLE_DS_VENV": str(stand_ins / "venv"), "FAILS": "data ingest", "STATUS": str(status)}
+    done = launching.run(["bash", DEMO, "--pictures", ".", "--out", "out"], stand_ins, env)
+    assert done.returncode == status and f"stage 'ingest' ended with exit code {status}; {hint}\n" in done.stderr
 
 
 def test_help_shows_every_way(home: Path) -> None:

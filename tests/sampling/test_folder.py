@@ -243,6 +243,13 @@ def test_records_of_others_are_checked(export, photo, tmp_path):
     assert repeated()["images"] == record["images"]
 
 
+def test_an_image_prompt_far_from_square_is_warned_of(export, caplog):
+    make_image_prompt(export, encoded(Image.new("RGB", (64, 32))), rows=1)
+    assert not caplog.text
+    make_image_prompt(export, encoded(Image.new("RGB", (65, 32))), rows=1)  # such as the contact sheet of samples
+    assert "the image prompt has 65 x 32 pixels: most of it lies outside its square crop" in caplog.text
+
+
 def test_the_crop_of_an_image_prompt_is_opened_as_images_of_others(export, photo, tmp_path, monkeypatch):
     prompt = make_image_prompt(export, photo, rows=1)
     draw_samples(export, CAPTIONS[:1], SamplingConfig(n=1), tmp_path / "a", image_prompt=prompt)

@@ -166,6 +166,13 @@ def test_registered_model_draws_in_a_fresh_process(server, run, tmp_path, monkey
     assert version.run_id == run.run_id and version.tags["update"] == "7"
 
 
+def test_server_names_an_option_without_its_value():
+    server = REPOSITORY / "launchers" / "mlflow_server.sh"
+    for option in ("--host", "--port", "--folder", "--backend", "--artifacts"):
+        done = subprocess.run(["bash", server, option], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (2, f"error: {option} needs a value; see --help\n")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

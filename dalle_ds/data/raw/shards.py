@@ -52,8 +52,12 @@ class DropLists(SealedRecord):
 
 def split_of(group: str, validation_fraction: float) -> Split:
     """ "train" or "validation", by hash of the group. The split does not depend on the other samples of the data set."""
-    draw = hash_to_integer(f"split:{group}") / 2**64
-    return "validation" if draw < validation_fraction else "train"
+    return "validation" if split_draw(group) < validation_fraction else "train"
+
+
+def split_draw(group: str) -> float:
+    """A number from 0 to 1 by hash of the group, uniformly distributed. The validation split has those below its fraction."""
+    return hash_to_integer(f"split:{group}") / 2**64
 
 
 def list_raw_shards(root_url: str | Path) -> list[RawShard]:

@@ -314,6 +314,9 @@ def _with_offsets(shard: RawShard, file: Path) -> Iterator[tuple[int, RawSample 
 
 def _nothing_usable(reading: Reading, unusable: Counter[str]) -> DataError:
     first = reading.shards[0].url
-    return DataError(
-        f"no usable image in the training split of {len(reading.shards)} raw shards ({first}, ...); unusable: {dict(unusable)}"
-    )
+    where = f"the training split of {len(reading.shards)} raw shards ({first}, ...)"
+    if not unusable:
+        return DataError(
+            f"{where} is empty: it has none of their samples; expected more samples or a smaller validation_fraction"
+        )
+    return DataError(f"no usable image in {where}; unusable: {dict(unusable)}")

@@ -136,6 +136,7 @@ def read_split(recipe: ClipRunConfig, shards: Sequence[RawShard], split: str = "
             return None
 
     usable: list[Captioned] = []
+    n_in_split = 0
     with ThreadPoolExecutor(os.cpu_count(), "clip-decode") as pool:  # Pillow releases the GIL
         for shard in shards:
             found = (sample for sample in read_raw_shard(shard) if isinstance(sample, RawSample))
@@ -143,11 +144,15 @@ def read_split(recipe: ClipRunConfig, shards: Sequence[RawShard], split: str = "
                 chosen = [sample for sample in found if _is_trained_on(recipe, sample.group)]
             else:
                 chosen = [sample for sample in found if split_of(sample.group, data.validation_fraction) == split]
+            n_in_split += len(chosen)
             usable += [sample for sample in pool.map(decoded, chosen) if sample is not None]
     if not usable:
+        which = f"fold {data.fold} of {data.folds}, validation_fraction {data.validation_fraction}"
+        if not n_in_split:
+            raise DataError(f"{data.raw}: the {split} split is empty ({which}); expected more samples or another fraction")
         raise DataError(
-            f"{data.raw}: no usable image in the {split} split (fold {data.fold} of {data.folds}, validation_fraction "
-            f"{data.validation_fraction}); images must be at least {image_size} pixels wide and high"
+            f"{data.raw}: no usable image in the {split} split ({which}); images must be at least {image_size} pixels wide and "
+            "high"
         )
     return usable
 

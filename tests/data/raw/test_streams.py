@@ -213,6 +213,10 @@ def test_nothing_usable_is_an_error(shards: list[RawShard]) -> None:
     whole = reading(shards, window_bytes=2**30, keeps=lambda _: False).start(range(1))
     with pytest.raises(DataError, match=r"no usable image in the training split.*'no image': 3"):
         whole.next_batch()
+    intact = [shard for shard in shards if all(isinstance(sample, RawSample) for sample in read_raw_shard(shard))]
+    empty = reading(intact, keeps=lambda _: False).start(range(1))
+    with closing(empty), pytest.raises(DataError, match="the training split of . raw shards .* is empty"):
+        empty.next_batch()
 
 
 def test_cursors_of_another_version_or_batch_are_refused(shards: list[RawShard]) -> None:

@@ -198,6 +198,12 @@ def test_inf_among_the_gradients_skips_the_update_and_a_run_that_diverges_ends(r
         train_clip(clip_run(raw, tmp_path / "all", failure={"updates_without_step": 5}))
 
 
+def test_an_empty_split_is_told_as_such(raw):
+    run = clip_run(raw, raw, data={"raw": str(raw), "validation_fraction": 1e-9})
+    with pytest.raises(DataError, match="the validation split is empty .*; expected more samples or another fraction"):
+        read_split(run, list_raw_shards(raw), "validation")
+
+
 def test_batches_are_a_function_of_the_update_and_hold_each_thing_once(raw):
     run = clip_run(raw, raw, global_batch=20, seed=1)
     samples = read_split(run, list_raw_shards(raw))
