@@ -24,8 +24,9 @@ class Made(Record):
     """OUT.json, next to the model: identifies its training data and settings."""
 
     inputs: str
-    tokenizer: str
-    n_captions: int
+    tokenizer: str | None = None
+    """Fingerprint of the model. None: written before the model is, so that a killed training is known as this one."""
+    n_captions: int = 0
 
 
 def run(config: TokenizerConfig) -> Outcome:
@@ -35,7 +36,7 @@ def run(config: TokenizerConfig) -> Outcome:
     read where there is no metadata: in a folder of plain tars, or in raw shards of an earlier version.
 
     Raises:
-        DataError: there are no raw shards, or no captions in their training split.
+        DataError: there are no raw shards, or no captions in their training split; or `config.out` is another file or model.
         ConfigError: the vocabulary is too small.
     """
     started = time.monotonic()
@@ -73,6 +74,7 @@ def _train(config: TokenizerConfig, shards: list[RawShard], inputs: str) -> Made
                 f"{config.raw}: no caption in the training split at validation_fraction {config.validation_fraction}"
             )
 
+    objects.write_bytes(_made_url(config.out), Made(inputs=inputs).to_json())
     model = train_tokenizer(counted(), config.vocab_size, config.out, spaces=config.spaces)
     made = Made(inputs=inputs, tokenizer=model.fingerprint, n_captions=n_captions)
     objects.write_bytes(_made_url(config.out), made.to_json())
@@ -119,13 +121,31 @@ def _inputs(config: TokenizerConfig, shards: list[RawShard]) -> str:
 
 
 def _already_made(out: str, inputs: str) -> Made | None:
+    """Returns None if the tokenizer is to be trained. Raises DataError if that would replace another file or model."""
+    if not objects.exists(out):
+        return None
     url = _made_url(out)
     try:
         made = parse(Made, objects.read_bytes(url), url)
-        is_it = made.inputs == inputs and CaptionTokenizer(out).fingerprint == made.tokenizer
     except (FileNotFoundError, DataError):
+        made = None
+    if made is None or made.inputs != inputs:
+        raise _other(out)
+    try:
+        found = CaptionTokenizer(out).fingerprint
+    except DataError as error:
+        log.warning("%s; it is trained again", error)
         return None
-    return made if is_it else None
+    if made.tokenizer not in (None, found):
+        raise _other(out)
+    return None if made.tokenizer is None else made
+
+
+def _other(out: str) -> DataError:
+    return DataError(
+        f"{out}: exists, but was not trained on these captions with these settings; choose another `tokenizer.out`, or remove "
+        "this file to train it again"
+    )
 
 
 def _made_url(out: str) -> str:

@@ -461,6 +461,7 @@ def test_verify_finds_every_kind_of_damage(world: World, tmp_path: Path) -> None
         first(out, "data").unlink()
 
     def other_tokenizer(out: Path) -> None:
+        (out / "tokenizer.model").unlink()
         tokenizer.run(TokenizerConfig(raw=world.raw, out=str(out / "tokenizer.model"), vocab_size=390))
 
     def lose_manifest(out: Path) -> None:
