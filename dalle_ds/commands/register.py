@@ -13,6 +13,7 @@ import dalle_ds
 from dalle_ds.commands.settings import RegisterConfig
 from dalle_ds.errors import ConfigError, UserError
 from dalle_ds.sampling.export_record import ExportRecord, read_export_record
+from dalle_ds.sampling.settings import SampleOptionsConfig
 from dalle_ds.storage import objects
 from dalle_ds.tracking.export_run import run_of_export
 from dalle_ds.tracking.store import make_client
@@ -81,7 +82,8 @@ def _save(folder: Path, artifacts: dict[str, str], record: ExportRecord) -> None
     from mlflow.pyfunc import save_model
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    defaults = {"n": 4, "keep": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0, "seed": 0, "batch": 32}
+    # MLflow has no parameter without a value: keep 0 keeps all
+    defaults = {**SampleOptionsConfig().for_prior(record.sampling).model_dump(), "keep": 0}
     types = {int: "long", float: "double"}
     outputs = {"caption": "string", "candidate": "long", "seed": "long", "score": "double", "png": "binary"}
     signature = ModelSignature(

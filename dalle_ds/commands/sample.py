@@ -19,7 +19,7 @@ from dalle_ds.sampling.image_prompt import read_image_prompt
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import RowsDecoded
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.settings import SamplingConfig
+from dalle_ds.sampling.settings import SampleOptionsConfig
 from dalle_ds.storage.names import SAMPLES_FILE
 from dalle_ds.storage.samples_record import read_samples_record
 from dalle_ds.tracking.export_run import track
@@ -35,7 +35,7 @@ WAIT_SECONDS = 86_400.0  # collective timeout: ranks draw equally many batches, 
 def sample_export(
     url: str,
     out: Path,
-    settings: SamplingConfig,
+    options: SampleOptionsConfig,
     source: SampleSource,
     *,
     clip: str | None = None,
@@ -50,6 +50,7 @@ def sample_export(
 
     Args:
         url: export folder, a path or s3:// url.
+        options: where one is not set, the value that the export is meant for.
         clip: folder or hub name of the CLIP that scores the images.
         dtype: format of the prior's residual branches, "fp32" or "fp16".
 
@@ -66,6 +67,7 @@ def sample_export(
             if clip is not None:
                 find_clip(clip)
         export = load_export(url, device, _FORMATS[dtype], ranks)
+        settings = options.for_prior(export.record.sampling)
         scorer = None if clip is None else load_scorer(clip, device, ranks)
         captions, real_codes_CN, about = ranks.once(lambda: source.read(export, settings.seed))
         prompt = read_image_prompt(export, source.image_prompt, source.prompt_rows) if source.image_prompt else None
@@ -102,6 +104,8 @@ def _sample_summary(export: Export, record: dict[str, Any], out: Path, *, is_tra
         "record": str(out / SAMPLES_FILE),
         "images": len(record["images"]),
         "captions": len(record["captions"]),
+        "temperature": record["settings"]["temperature"],
+        "guidance": record["settings"]["guidance"],
         "export_fingerprint": record["export_fingerprint"],
         "tracked": is_tracked,
     }
@@ -113,7 +117,6 @@ def run(config: SampleConfig, ranks: Ranks) -> dict[str, Any]:
     source = SampleSource(
         config.caption, config.captions, config.validation, config.data, config.image_prompt, config.prompt_rows
     )
-    settings = config.settings()
     return sample_export(
-        config.export, config.out, settings, source, clip=config.clip, device=config.device, dtype=config.dtype, ranks=ranks
+        config.export, config.out, config, source, clip=config.clip, device=config.device, dtype=config.dtype, ranks=ranks
     )

@@ -11,7 +11,7 @@ from dalle_ds.sampling.captions import read_captions
 from dalle_ds.sampling.export import Export, load_export
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.serving.page import build_page, launch_page
+from dalle_ds.sampling.serving.page import LOOPBACK, build_page, launch_page
 from dalle_ds.sampling.settings import PageLimitsConfig
 from dalle_ds.sampling.validation_samples import example_captions
 from dalle_ds.tracking.export_run import run_of_export
@@ -43,7 +43,9 @@ def serve_export(
     place = str(resolve_device(device))
     sampler = Sampler(load_export(url, place), load_scorer(clip, place) if clip else None)
     export = sampler.export
-    page = build_page(sampler, limits, run_link(export, mlflow_url), examples_of(export) if captions is None else captions)
+    captions = examples_of(export) if captions is None else captions
+    # visitors from other machines cannot use this machine's paths, and need not know them
+    page = build_page(sampler, limits, run_link(export, mlflow_url), captions, shows_paths=host in LOOPBACK)
     launch_page(page, limits, host, port)
 
 

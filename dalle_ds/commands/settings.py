@@ -25,7 +25,7 @@ from dalle_ds.recipes import (
     Seed,
     load_recipe,
 )
-from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
+from dalle_ds.sampling.settings import PageLimitsConfig, SampleOptionsConfig
 from dalle_ds.scenes.vocabulary import GROUNDS
 
 EXPORT = "export folder: a path or s3:// url"
@@ -41,6 +41,12 @@ class ExportConfig(Config):
     checkpoint: str | None = Field(None, description="checkpoint to export, e.g. update_00000500; unset: the newest")
     ema: bool = Field(True, description="export the EMA of the weights; with --no-ema, the weights themselves")
     max_file_gb: float = Field(5.0, gt=0, description="GB per weights file; a larger model is split into several files")
+    temperature: float | None = Field(
+        None, ge=0, description="temperature of samples that name none of their own; unset: the recipe's sampling.temperature"
+    )
+    guidance: float | None = Field(
+        None, ge=0, description="guidance of samples that name none of their own; unset: the recipe's sampling.guidance"
+    )
 
 
 class ImportDVAEConfig(Config):
@@ -59,7 +65,7 @@ class RegisterConfig(Config):
     mlflow_uri: OptionalStore = Field(None, description="MLflow store; unset: the store that the export names")
 
 
-class SampleConfig(SamplingConfig):
+class SampleConfig(SampleOptionsConfig):
     section: ClassVar = "sample"
     export: Place = Field(description=EXPORT)
     caption: tuple[str, ...] = Field((), description="caption to sample images for; may be repeated")
@@ -79,10 +85,6 @@ class SampleConfig(SamplingConfig):
         "same tokens; --repeat takes that of the record",
     )
     device: str = Field("auto", description=DEVICE)
-
-    def settings(self) -> SamplingConfig:
-        """The settings that determine which images are sampled."""
-        return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
 class ServeConfig(PageLimitsConfig):

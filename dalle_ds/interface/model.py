@@ -23,9 +23,10 @@ from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.export import Export, told_of_cut
 from dalle_ds.sampling.image_prompt import ImagePrompt, make_image_prompt, read_image_prompt
 from dalle_ds.sampling.likelihood import image_losses
-from dalle_ds.sampling.request import Request, SamplingConfig
+from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Candidate, Sampler
 from dalle_ds.sampling.scorer import Scorer, load_scorer
+from dalle_ds.sampling.settings import SampleOptionsConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,14 @@ Codes = Tensor | np.ndarray | Sequence[Tensor]
 
 
 class SampleOptions(TypedDict, total=False):
-    """Options of `Model.sample`: the fields of `SamplingConfig`, which defines their defaults and bounds."""
+    """Options of `Model.sample`: the fields of `SampleOptionsConfig`, which defines their defaults and bounds."""
 
     n: int
     keep: int | None
-    temperature: float
+    temperature: float | None
     top_k: int
     top_p: float
-    guidance: float
+    guidance: float | None
     seed: int
     batch: int
 
@@ -167,11 +168,12 @@ class Model:
             prompt_rows: rows of codes to keep, 0 to grid - 1. If None, the paper's fraction: 15 of 32.
             n: candidates per caption.
             keep: keep only this many candidates, the best by score. If None, all.
-            temperature: softmax temperature. The paper's is 1; 0 takes the most likely token.
+            temperature: softmax temperature. The paper's is 1; 0 takes the most likely token. If None: the value that the
+                export is meant for, or 1 if it names none.
             top_k: sample only from the k most likely tokens. 0 keeps all tokens, as in the paper.
             top_p: sample only from the smallest set of most likely tokens that together have this probability. 1 keeps all
                 tokens, as in the paper.
-            guidance: scale of classifier-free guidance by the caption. 1: none, as in the paper.
+            guidance: scale of classifier-free guidance by the caption. 1: none, as in the paper. If None: as `temperature`.
             seed: seed of the call, from which the seed of each image is derived.
             batch: images per batch.
 
@@ -181,11 +183,11 @@ class Model:
         Raises:
             UserError: invalid options with the message of the command, or a scorer or image that cannot be read.
         """
-        settings = from_values(SamplingConfig, options, "Model.sample", ("image_prompt", "prompt_rows", "scorer"))
+        asked = from_values(SampleOptionsConfig, options, "Model.sample", ("image_prompt", "prompt_rows", "scorer"))
         if prompt_rows is not None and image_prompt is None:
             raise ConfigError(f"prompt_rows {prompt_rows} without an image prompt: expected image_prompt as well")
         prompt = self._image_prompt(image_prompt, prompt_rows)
-        request = Request(_captions_of(captions), settings, prompt)
+        request = Request(_captions_of(captions), asked.for_prior(self._export.record.sampling), prompt)
         sampler = Sampler(self._export, self._scorer_of(scorer))
         if cut := self._export.cut_captions(request.captions):
             log.warning("%s", told_of_cut(cut))

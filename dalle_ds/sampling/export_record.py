@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from dalle_ds.errors import DataError
+from dalle_ds.sampling.settings import PriorSamplingConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.record import Record, read_record
 
@@ -36,6 +37,8 @@ class ExportRecord(Record):
     """Urls of the token data sets during training: one, or several of a mix."""
     checkpoint: str
     mlflow: MlflowRun | None = None
+    sampling: PriorSamplingConfig | None = None
+    """Settings that samples are meant for: the defaults of `dalle-ds sample`. None: written by a version without them."""
 
 
 def read_export_record(url: str | Path) -> ExportRecord:

@@ -55,9 +55,13 @@ class Request:
                 caption.encode()
             except UnicodeEncodeError:  # bytes of an argument that are not UTF-8 become lone surrogates
                 raise DataError(f"caption {row + 1} is not UTF-8: {ascii(caption)[:200]}; expected text in UTF-8") from None
-        n_empty = sum(not caption.strip() for caption in self.captions)
-        if not self.captions or (n_empty and self.image_prompt is None):
-            raise DataError(f"{len(self.captions)} captions, {n_empty} of them empty: expected one or more, none empty")
+        if not self.captions:
+            raise DataError("no captions: expected one or more")
+        empty = [row + 1 for row, caption in enumerate(self.captions) if not caption.strip()]
+        if empty and self.image_prompt is None:
+            if len(self.captions) == 1:
+                raise DataError("the caption is empty: expected text, or an image prompt to draw variations of")
+            raise DataError(f"{len(self.captions)} captions, {len(empty)} of them empty, the first is caption {empty[0]}")
 
     def work_items(self) -> list[WorkItem]:
         """Divide the request into batches: several captions with all their candidates, or some candidates of one caption.

@@ -41,6 +41,7 @@ SMALL = [
     "tracking.every=1",
     "learning_rate.warmup_updates=2",
     "data.caption_dropout=0",
+    "sampling.guidance=1",
 ]
 PHASES = ("data_wait", "forward", "backward", "reduce", "step", "other")
 

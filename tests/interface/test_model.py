@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from dalle_ds.commands.eval.loss import evaluate_export
 from dalle_ds.data.raw.shards import RawSample
 from dalle_ds.interface.model import Model, SampleOptions
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.request import SamplingConfig
+from dalle_ds.sampling.settings import SampleOptionsConfig, SamplingConfig
 from dalle_ds.sampling.validation_samples import read_validation
 from preprocessing.encoding.encode_shard import crop_of, load_dvae
 from preprocessing.encoding.encoder import encoder_of
-from tests.sampling.exports import make_export
+from tests.sampling.exports import edit_config, make_export
 from tests.support.clip_models import make_clip
 
 CAPTIONS = ["A red square in the middle.", "A blue ring on the left."]
@@ -98,8 +99,28 @@ def test_image_to_image_is_that_of_the_command(export, model, tmp_path):
 
 
 def test_options_have_the_names_and_types_of_the_settings():
-    """`SampleOptions` only helps editors: `SamplingConfig` defines names, types, defaults and bounds."""
-    assert {name: field.annotation for name, field in SamplingConfig.model_fields.items()} == SampleOptions.__annotations__
+    """`SampleOptions` only helps editors: `SampleOptionsConfig` defines names, types, defaults and bounds."""
+    fields = SampleOptionsConfig.model_fields
+    assert {name: field.annotation for name, field in fields.items()} == SampleOptions.__annotations__
+
+
+def test_the_settings_of_the_export_are_the_defaults_everywhere(export, tmp_path):
+    """Naming the same values gives the same images; the record and the summary have the numbers."""
+    meant = tmp_path / "meant"
+    shutil.copytree(export, meant)
+    edit_config(meant, caption_dropout=0.1, sampling={"temperature": 0.5, "guidance": 2.0})
+    model, one = dalle_ds.load(meant, device="cpu"), ("--caption", CAPTIONS[0], "--n", "2")
+    record, images = drawn_by_command(meant, tmp_path / "unnamed", *one)
+    assert (record["settings"]["temperature"], record["settings"]["guidance"]) == (0.5, 2.0)
+    named, same_images = drawn_by_command(meant, tmp_path / "named", *one, "--temperature", "0.5", "--guidance", "2")
+    assert named["settings"] == record["settings"] and np.array_equal(images, same_images)
+    assert_same(model.sample(CAPTIONS[0], n=2), record, images)
+    assert_same(model.sample(CAPTIONS[0], n=2, temperature=None, guidance=2.0), record, images)
+    plain, plain_images = drawn_by_command(meant, tmp_path / "plain", *one, "--temperature", "1", "--guidance", "1")
+    assert not np.array_equal(images, plain_images)
+    assert_same(dalle_ds.load(export, device="cpu").sample(CAPTIONS[0], n=2), plain, plain_images)
+    again, repeated = drawn_by_command(meant, tmp_path / "again", "--repeat", str(tmp_path / "plain" / "samples.json"))
+    assert again["settings"] == plain["settings"] and np.array_equal(repeated, plain_images), "--repeat takes the record's"
 
 
 def test_a_scorer_of_ones_own(model):

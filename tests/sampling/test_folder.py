@@ -349,7 +349,7 @@ def test_variations_need_no_caption(export, photo):
     image_prompt = make_image_prompt(export, photo, rows=3)
     (row,) = Sampler(export).draw(Request(("",), SamplingConfig(n=2), image_prompt))
     assert len(row) == 2 and row[0].index == SampleIndex(0, 0)
-    with pytest.raises(DataError, match="1 captions, 1 of them empty"):
+    with pytest.raises(DataError, match="the caption is empty: expected text, or an image prompt"):
         Request(("",), SamplingConfig())
 
 

@@ -1,9 +1,13 @@
 """The web page in a real browser, and its API as scripts call it."""
 
+import logging
+import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import requests
 from gradio_client import Client, handle_file
@@ -20,8 +24,8 @@ from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
 from dalle_ds.sampling.serving import page as page_of_serve
 from dalle_ds.sampling.serving.drawing import draw_rows
-from dalle_ds.sampling.serving.page import build_page, launch_page
-from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
+from dalle_ds.sampling.serving.page import _command, _request, build_page, launch_page
+from dalle_ds.sampling.settings import PageLimitsConfig, PriorSamplingConfig, SamplingConfig
 from dalle_ds.sampling.validation_samples import validation_of
 from tests.sampling.exports import edit_config, make_export
 from tests.support.browser import NEEDS_CHROMIUM, browser_page
@@ -126,15 +130,18 @@ def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slo
     assert all("sampled in" in status and len(images) == 1 for status, images, _ in outcomes)
 
 
-def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
+def test_what_a_script_may_not_ask_for(
+    url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     client = Client(url, verbose=False)
-    with pytest.raises(AppError, match="captions, 1 of them empty"):
+    with pytest.raises(AppError, match="^the caption is empty: expected text"):
         call(client, "  ")
     with pytest.raises(AppError, match="maximum length|100 characters, expected at most 40"):
         call(client, "x" * 100)
-    with pytest.raises(AppError, match="Value 13 is greater than maximum value 12"):
+    with pytest.raises(AppError, match="^Images to sample: Value 13 is greater than maximum value 12"):
         call(client, "a red circle", n=13)
-    with pytest.raises(AppError, match="keep 5 of n 4: expected keep to be at most n"):
+    with pytest.raises(AppError, match="^keep 5 of 4: expected to keep at most as many images as are sampled"):
         call(client, "a red circle", keep=5)
     (tmp_path / "words.png").write_text("no image")
     with pytest.raises(AppError, match="the image prompt is unreadable: expected an image file"):
@@ -148,6 +155,34 @@ def test_what_a_script_may_not_ask_for(url: str, tmp_path: Path) -> None:
     with pytest.raises(AppError, match="the image prompt is too large: .* 1 megapixels or less"):
         call(client, "a red circle", "/draw_from_image", (handle_file(tmp_path / "bomb.png"), 2))
     assert "4 sampled in" in call(client, "a red circle")[0], "still there"
+    refused = [record for record in caplog.records if record.message.startswith("a request was refused: ")]
+    assert len(refused) == 6 and not any("\n" in record.message or record.exc_info for record in refused)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_arguments_of_the_api_have_names(url: str) -> None:
+    told = Client(url, verbose=False).view_api(return_format="dict", print_info=False)["named_endpoints"]
+    names = {api: [one["parameter_name"] for one in about["parameters"]] for api, about in told.items()}
+    settings = ["n", "keep", "temperature", "seed", "top_k", "top_p"]
+    assert names == {"/draw": ["caption", *settings], "/draw_from_image": ["caption", "image", "rows", *settings]}
+    status, *_ = Client(url, verbose=False).predict(caption="a red circle", n=2, keep=1, api_name="/draw")
+    assert "2 sampled in" in status, "the other settings have the values of the page"
+
+
+def test_the_page_begins_with_the_settings_of_the_export(sampler: Slow) -> None:
+    meant = PriorSamplingConfig(temperature=0.45, guidance=1.5)
+    record = sampler.export.record.model_copy(update={"caption_dropout": 0.1, "sampling": meant})
+    guided = Slow(replace(sampler.export, record=record), sampler.scorer)
+    page = build_page(guided, LIMITS, shows_paths=True)
+    values = {block.label: block.value for block in page.blocks.values() if isinstance(block, gr.Slider)}
+    assert (values["Temperature"], values["Guidance (1: none)"]) == (0.45, 1.5)
+    request = _request(guided, LIMITS, "a red circle", None, 0, {"n": 2, "keep": None})
+    assert (request.settings.temperature, request.settings.guidance) == (0.45, 1.5)
+    command = shlex.split(_command(guided, request, None, shows_paths=True))
+    assert command[:3] == ["dalle-ds", "sample", sampler.export.url], "the path as the user gave it: the command runs"
+    assert command[command.index("--clip") + 1] == sampler.scorer.name
+    asked = {name: command[command.index(f"--{name}") + 1] for name in ("n", "temperature", "guidance")}
+    assert asked == {"n": "2", "temperature": "0.45", "guidance": "1.5"}
 
 
 def test_drawings_that_nobody_listens_to_are_not_drawn(url: str, slowly: Slow, monkeypatch: pytest.MonkeyPatch) -> None:

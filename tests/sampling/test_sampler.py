@@ -14,7 +14,7 @@ from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.sampling.captions import read_captions
 from dalle_ds.sampling.decode import decode_images
 from dalle_ds.sampling.export import load_export
-from dalle_ds.sampling.settings import SamplingConfig
+from dalle_ds.sampling.settings import SampleOptionsConfig, SamplingConfig
 from dalle_ds.sampling.validation_samples import choose_validation, read_validation
 from dalle_ds.storage.weights import read_weights, write_weights
 from tests.sampling.exports import draw_samples, edit_config, make_export, repeat_samples
@@ -125,6 +125,16 @@ def test_loaded_parts_equal_what_was_written(made, export):
         assert torch.equal(state[name], tensor)
     long = export.text(["a " * 100, "a"])
     assert long.shape == (2, 15) and (long[0] >= 0).all() and long[1, -1] == -1
+
+
+def test_an_export_names_the_settings_that_its_samples_are_meant_for(export, copy):
+    edit_config(copy, caption_dropout=0.1, sampling={"temperature": 0.45, "guidance": 1.5})
+    meant = load_export(copy).record.sampling
+    asked = SampleOptionsConfig(n=3, seed=5)
+    assert asked.for_prior(meant) == SamplingConfig(n=3, seed=5, temperature=0.45, guidance=1.5)
+    named = SampleOptionsConfig(temperature=1.0, guidance=0.0)
+    assert named.for_prior(meant) == SamplingConfig(temperature=1.0, guidance=0.0), "what the user names wins"
+    assert export.record.sampling is None and asked.for_prior(None) == SamplingConfig(n=3, seed=5), "as before"
 
 
 def test_caption_dropout_is_read_back(export, copy):

@@ -13,7 +13,7 @@ from dalle_ds.sampling.export import load_export
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.scorer import load_scorer
-from dalle_ds.sampling.settings import SamplingConfig
+from dalle_ds.sampling.settings import SampleOptionsConfig
 
 
 class CaptionsToImages(PythonModel):
@@ -33,11 +33,12 @@ class CaptionsToImages(PythonModel):
 
         Args:
             model_input: table with a column "caption".
-            params: fields of `SamplingConfig`. keep 0 keeps all candidates.
+            params: fields of `SampleOptionsConfig`. keep 0 keeps all candidates.
         """
         given = dict(params or {})
-        settings = SamplingConfig(**{**given, "keep": given.get("keep") or None})
+        options = SampleOptionsConfig(**{**given, "keep": given.get("keep") or None})
         with self._one_at_a_time:
+            settings = options.for_prior(self._sampler.export.record.sampling)
             request = Request(tuple(model_input["caption"]), settings)
             chosen = [candidate for row in self._sampler.draw(request) for candidate in row]
             images = self._sampler.images(chosen)

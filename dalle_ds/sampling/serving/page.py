@@ -3,6 +3,7 @@
 Requests run one at a time; the others wait in a first-in, first-out queue.
 """
 
+import inspect
 import logging
 import shlex
 import time
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dalle_ds.errors import ConfigError, UserError
-from dalle_ds.recipes import from_options
+from dalle_ds.recipes import from_values
+from dalle_ds.redaction import redacted
 from dalle_ds.sampling.export import told_of_cut
 from dalle_ds.sampling.image_prompt import PAPER_SHARE, ImagePrompt, make_image_prompt
 from dalle_ds.sampling.request import Request
 from dalle_ds.sampling.sampler import Sampler
 from dalle_ds.sampling.serving.drawing import Shown, draw_rows
-from dalle_ds.sampling.settings import PageLimitsConfig, SamplingConfig
+from dalle_ds.sampling.settings import PageLimitsConfig, SampleOptionsConfig
 
 try:
     import gradio as gr
@@ -56,13 +58,20 @@ STYLE = """
 
 
 def build_page(
-    sampler: Sampler, limits: PageLimitsConfig, mlflow_url: str | None = None, examples: Sequence[str] = ()
+    sampler: Sampler,
+    limits: PageLimitsConfig,
+    mlflow_url: str | None = None,
+    examples: Sequence[str] = (),
+    *,
+    shows_paths: bool = False,
 ) -> gr.Blocks:
     """Build the web page of an export, with one tab for captions and one for image prompts.
 
     Args:
         mlflow_url: url of the training run's page, linked at the top.
         examples: captions that a click samples.
+        shows_paths: the equivalent command has the paths of export and CLIP, so that it runs as it is; else only their last
+            parts.
     """
     export, has_scorer = sampler.export, sampler.scorer is not None
     grid, size = export.dvae.config.grid, export.dvae.config.image_size
@@ -77,10 +86,10 @@ def build_page(
             cut = export.cut_captions(request.captions)
             note = f"; {told_of_cut(cut)}" if cut else ""
             for status, shown in draw_rows(sampler, request, listener.listens):
-                yield f"{status}{note}", shown, _command(sampler, request, file)
+                yield f"{status}{note}", shown, _command(sampler, request, file, shows_paths)
         except UserError as error:
             said = str(error).replace(export.url, _last(export.url))  # the server's paths are nobody's business
-            raise gr.Error(said, duration=None, print_exception=False) from None
+            raise _refusal(said) from None
         except Exception:
             log.exception("a request failed")
             raise gr.Error("The server failed; its log has the reason.", duration=None, print_exception=False) from None
@@ -89,11 +98,11 @@ def build_page(
         yield from draw(client, caption, None, 0, *values)
 
     def draw_from_image(
-        client: gr.Request, caption: str, file: str | None, rows: int, *values: Any
+        client: gr.Request, caption: str, image: str | None, rows: int, *values: Any
     ) -> Iterator[tuple[str, Shown, str]]:
-        if file is None:
-            raise gr.Error("Choose an image first.", print_exception=False)
-        yield from draw(client, caption, file, int(rows), *values)
+        if image is None:
+            raise _refusal("Choose an image first.")
+        yield from draw(client, caption, image, int(rows), *values)
 
     with gr.Blocks(title="dalle_ds", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_headline(sampler, mlflow_url))
@@ -127,18 +136,23 @@ def build_page(
                             label="Caption (empty: variations of the image)", max_length=limits.max_caption, elem_id="caption-2"
                         )
                         second_button = gr.Button("Draw", variant="primary", elem_id="draw-2")
-                defaults = SamplingConfig(n=min(16, limits.max_n), keep=min(4, limits.max_n) if has_scorer else None)
+                n, keep = min(16, limits.max_n), min(4, limits.max_n) if has_scorer else None
+                defaults = SampleOptionsConfig(n=n, keep=keep).for_prior(export.record.sampling)
                 with gr.Column(elem_id="settings"):
                     settings = {"n": gr.Slider(1, limits.max_n, defaults.n, step=1, label="Images to sample", elem_id="n")}
                     if has_scorer:
                         settings["keep"] = gr.Slider(1, limits.max_n, defaults.keep, step=1, label="Best images to keep")
-                    settings["temperature"] = gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature")
+                    hottest = max(2, defaults.temperature)
+                    settings["temperature"] = gr.Slider(0, hottest, defaults.temperature, step=0.05, label="Temperature")
                     settings["seed"] = gr.Number(defaults.seed, precision=0, minimum=0, label="Seed", elem_id="seed")
                     with gr.Accordion("More", open=False):
                         settings["top_k"] = gr.Number(0, precision=0, minimum=0, label="Top-k (0: all)")
                         settings["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
                         if export.record.caption_dropout > 0:
-                            settings["guidance"] = gr.Slider(0, 8, 1, step=0.25, label="Guidance (1: none)")
+                            strongest = max(8, defaults.guidance)
+                            settings["guidance"] = gr.Slider(
+                                0, strongest, defaults.guidance, step=0.05, label="Guidance (1: none)"
+                            )
             with gr.Column(scale=3, min_width=320, elem_id="results"):
                 status = gr.Textbox(label="Progress", interactive=False, lines=1, elem_id="status")
                 gallery = gr.Gallery(
@@ -154,6 +168,10 @@ def build_page(
                     label="Equivalent command", interactive=False, lines=2, buttons=["copy"], elem_id="command"
                 )
         names, controls, results = list(settings), list(settings.values()), [status, gallery, command]
+        for function in (draw_from_caption, draw_from_image):
+            _name_parameters(function, names)
+        for control in (caption, second_caption, rows, *controls):
+            _refuse_in_one_line(control)
         # one concurrency id for all events: together they run one request at a time
         options: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress": "minimal"}
         gr.on([button.click, caption.submit], draw_from_caption, [caption, *controls], results, api_name="draw", **options)
@@ -194,6 +212,33 @@ def launch_page(page: gr.Blocks, limits: PageLimitsConfig, host: str, port: int,
     print(f"serving on http://{host}:{port}", flush=True)
     if block:
         page.block_thread()
+
+
+def _refusal(said: str) -> gr.Error:
+    """An error of the user, whose message the client shows. The server's log has it in one line."""
+    log.info("a request was refused: %s", said)
+    return gr.Error(said, duration=None, print_exception=False)
+
+
+def _refuse_in_one_line(control: Any) -> None:
+    """Where gradio itself refuses a value, its log would have a traceback."""
+    preprocess = control.preprocess
+
+    def refusing(payload: Any) -> Any:
+        try:
+            return preprocess(payload)
+        except gr.Error as error:
+            raise _refusal(f"{control.label}: {error.message}") from None
+
+    control.preprocess = refusing
+
+
+def _name_parameters(function: Any, names: Sequence[str]) -> None:
+    """Put `names` for the *values of a function, since gradio names the arguments of the API by the signature."""
+    signature = inspect.signature(function)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_POSITIONAL]
+    named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    function.__signature__ = signature.replace(parameters=[*own, *named])
 
 
 class _Listener:
@@ -237,7 +282,10 @@ def _request(
     caption = (caption or "").strip()
     if len(caption) > limits.max_caption:
         raise ConfigError(f"the caption has {len(caption)} characters, expected at most {limits.max_caption}")
-    settings = from_options(SamplingConfig, values)
+    given = {name: value for name, value in values.items() if value is not None}
+    if "keep" in given and given["keep"] > (n := given.get("n", 0)):
+        raise ConfigError(f"keep {given['keep']} of {n}: expected to keep at most as many images as are sampled")
+    settings = from_values(SampleOptionsConfig, given, "the request").for_prior(sampler.export.record.sampling)
     if settings.n > limits.max_n:
         raise ConfigError(f"{settings.n} images, expected at most {limits.max_n}")
     image_prompt = _image_prompt(sampler, limits, file, rows) if file else None
@@ -251,11 +299,12 @@ def _image_prompt(sampler: Sampler, limits: PageLimitsConfig, file: str, rows: i
     return make_image_prompt(sampler.export, Path(file).read_bytes(), rows, max_pixels=max_pixels)
 
 
-def _scorer(sampler: Sampler) -> str | None:
-    """Name of the scorer: of a folder its last part, else the hub name."""
+def _scorer(sampler: Sampler, shows_paths: bool = False) -> str | None:
+    """Name of the scorer: of a folder its last part, unless `shows_paths`, else the hub name."""
     if sampler.scorer is None:
         return None
-    return _last(sampler.scorer.name) if Path(sampler.scorer.name).exists() else sampler.scorer.name
+    is_path = Path(sampler.scorer.name).exists()
+    return _last(sampler.scorer.name) if is_path and not shows_paths else sampler.scorer.name
 
 
 def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
@@ -272,17 +321,21 @@ def _headline(sampler: Sampler, mlflow_url: str | None) -> str:
     return f"# dalle_ds\n{' · '.join(about)}"
 
 
-def _command(sampler: Sampler, request: Request, file: str | None) -> str:
-    words = ["dalle-ds", "sample", _last(sampler.export.url)]
+def _command(sampler: Sampler, request: Request, file: str | None, shows_paths: bool) -> str:
+    """The command that draws the same images. Where temperature and guidance may differ from 1, it names them."""
+    export = sampler.export
+    words = ["dalle-ds", "sample", redacted(export.url) if shows_paths else _last(export.url)]
     words += ["--caption", request.captions[0]] if request.captions[0] else []
-    words += ["--clip", str(_scorer(sampler))] if sampler.scorer else []
+    words += ["--clip", str(_scorer(sampler, shows_paths))] if sampler.scorer else []
     words += (
         ["--image-prompt", Path(file).name, "--prompt-rows", str(request.image_prompt.rows)]
         if file and request.image_prompt
         else []
     )
-    plain = SamplingConfig()
-    changed = {key: value for key, value in request.settings.model_dump().items() if value != getattr(plain, key)}
+    plain = SampleOptionsConfig().model_dump()
+    changed = {key: value for key, value in request.settings.model_dump().items() if value != plain[key]}
+    if export.record.caption_dropout == 0:
+        del changed["guidance"]  # 1: no other value is possible
     for key, value in changed.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     return shlex.join(words)

@@ -20,6 +20,7 @@ from dalle_ds.optim.ema import PriorEMAConfig
 from dalle_ds.optim.learning_rate import LearningRateConfig
 from dalle_ds.parallel.replicas.groups import ReplicasConfig
 from dalle_ds.recipes import Config, OptionalOutFolder, OptionalPlace, OutFolder, Place, Seed, from_values
+from dalle_ds.sampling.settings import PriorSamplingConfig
 from dalle_ds.storage.disk_cache import DiskCache
 from dalle_ds.storage.names import DATASET_FILE
 from dalle_ds.tracking.config import TrackingConfig
@@ -173,8 +174,9 @@ class PriorTrackingConfig(TrackingConfig):
     samples_every: int | None = Field(
         None,
         ge=1,
-        description="updates between sample sheets for validation captions; unset: none. For small models only: the main rank "
-        "generates them from a full copy of the model while the other ranks wait",
+        description="updates between sample sheets for validation captions; unset: none. They are of temperature 0.8 without "
+        "guidance, whatever `sampling` says. For small models only: the main rank generates them from a full copy of the "
+        "model while the other ranks wait",
     )
     scene_captions: int = Field(
         0,
@@ -238,11 +240,14 @@ class PriorRunConfig(Config):
     validation: PriorValidationConfig = PriorValidationConfig()
     tracking: PriorTrackingConfig = PriorTrackingConfig()
     failure: PriorFailureConfig = PriorFailureConfig()
+    sampling: PriorSamplingConfig = PriorSamplingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "PriorRunConfig":
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.sampling.guidance != 1 and self.data.caption_dropout == 0:
+            raise ValueError(f"sampling.guidance {self.sampling.guidance:g} requires data.caption_dropout above 0, found 0")
         return self
 
     def require_default_inputs(self, recipe: Path) -> None:

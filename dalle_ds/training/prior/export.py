@@ -13,13 +13,15 @@ import torch
 
 from dalle_ds.console import progress
 from dalle_ds.data.tokenizer import CaptionTokenizer
-from dalle_ds.errors import Damaged, DataError
+from dalle_ds.errors import ConfigError, Damaged, DataError
 from dalle_ds.models.prior import Prior
 from dalle_ds.parallel.checkpoint_layout import AVERAGE, WEIGHTS
 from dalle_ds.parallel.checkpoint_tensors import ENGINE_FILE
 from dalle_ds.parallel.saved_state import Put, SavedState, open_state
 from dalle_ds.recipe_yaml import read_yaml
+from dalle_ds.recipes import from_values
 from dalle_ds.sampling.export_record import RECORD_FILE, ExportRecord
+from dalle_ds.sampling.settings import PriorSamplingConfig
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.storage.leftovers import remove_old_leftovers
@@ -39,7 +41,14 @@ MAX_FILE_BYTES = 5 * 10**9
 
 
 def export_checkpoint(
-    run_folder: str | Path, out: str | Path, *, tag: str | None = None, ema: bool = True, max_file_bytes: int = MAX_FILE_BYTES
+    run_folder: str | Path,
+    out: str | Path,
+    *,
+    tag: str | None = None,
+    ema: bool = True,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    temperature: float | None = None,
+    guidance: float | None = None,
 ) -> dict[str, Any]:
     """Write the export folder of a run's checkpoint: prior, config, tokenizer, dVAE and the result of the parity check.
 
@@ -49,11 +58,13 @@ def export_checkpoint(
         tag: name of the checkpoint, e.g. "update_00000500"; None: the newest.
         ema: export the EMA weights (the paper samples from them) instead of the non-averaged ones.
         max_file_bytes: a larger model is split into several files with an index.
+        temperature, guidance: settings that samples of the export are meant for. None: those of the run's recipe.
 
     Returns:
         The export's url, parts of its record, the parity result (None without `ema`), its size and the peak memory.
 
     Raises:
+        ConfigError: guidance for a prior that was trained without caption dropout.
         DataError: there is no such checkpoint, a file of it has changed, its files do not match each other, or the exported
             model does not reproduce the losses that the engine computed at the save.
         FingerprintMismatch: tokenizer or dVAE of the data set are not those that the run was trained with.
@@ -61,6 +72,7 @@ def export_checkpoint(
     checkpoints = CheckpointStore(_checkpoint_folder(str(run_folder)), PriorAbout, keep=1)
     checkpoint = checkpoints.find(tag)
     about = checkpoint.about
+    sampling = _sampling(checkpoint, {"temperature": temperature, "guidance": guidance})
     sets = [objects.absolute(one.dataset) for one in about.sets]
     dataset = sets[0]
     inputs = {name: objects.join(dataset, name) for name in (TOKENIZER_FILE, DVAE_FILE)}
@@ -114,6 +126,7 @@ def export_checkpoint(
         data_urls=tuple(sets),
         checkpoint=objects.absolute(checkpoint.url),
         mlflow=about.mlflow,
+        sampling=sampling,
     )
     for name, url in inputs.items():
         with objects.local_copy(url) as file:
@@ -123,10 +136,24 @@ def export_checkpoint(
     return {
         "export": str(out),
         **record.model_dump(include={"fingerprint", "update", "ema", "checkpoint"}),
+        **sampling.model_dump(),
         "parity": parity,
         "gigabytes": round(n_bytes / 1e9, 3),
         "peak_memory_gigabytes": peak_gigabytes(torch.device("cpu")).get("memory/cpu_peak_gigabytes"),
     }
+
+
+def _sampling(checkpoint: Checkpoint[PriorAbout], named: dict[str, float | None]) -> PriorSamplingConfig:
+    about = checkpoint.about
+    of_run = (about.sampling or PriorSamplingConfig()).model_dump()
+    given = {key: value for key, value in named.items() if value is not None}
+    sampling = from_values(PriorSamplingConfig, of_run | given, "export")
+    if sampling.guidance != 1 and about.caption_dropout == 0:
+        raise ConfigError(
+            f"guidance {sampling.guidance:g} requires a prior trained with data.caption_dropout above 0, but {checkpoint.url} "
+            "was trained with data.caption_dropout 0; export it with guidance 1"
+        )
+    return sampling
 
 
 def _checkpoint_folder(run_folder: str) -> str:

@@ -68,6 +68,7 @@ def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
         dvae=info.dvae,
         tokenizer=info.tokenizer,
         sets=tuple(_trained_on(train_set)),
+        sampling=recipe.sampling,
     )
     checkpoints = CheckpointStore(recipe.checkpoint_folder, PriorAbout, recipe.checkpoint.keep, saved_update)
     newest = checkpoints.candidate(ranks)

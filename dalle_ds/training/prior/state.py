@@ -8,6 +8,7 @@ from dalle_ds.models.prior import PriorConfig
 from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.parallel.saved_state import open_state
 from dalle_ds.sampling.export_record import MlflowRun
+from dalle_ds.sampling.settings import PriorSamplingConfig
 from dalle_ds.storage.record import Record
 
 
@@ -77,6 +78,8 @@ class PriorAbout(Record):
     tokenizer: str
     sets: tuple[TrainedOn, ...]
     mlflow: MlflowRun | None = None
+    sampling: PriorSamplingConfig | None = None
+    """Settings that samples are meant for, which an export of the checkpoint carries. None: an earlier version's checkpoint."""
 
     def require_same_run(self, saved: "PriorAbout", checkpoint: str) -> None:
         """Raises ConfigError if `saved`, the description in the checkpoint, is of another run than this one."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dalle_ds.errors import DataError, FingerprintMismatch
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch
 from dalle_ds.models.prior import Prior
 from dalle_ds.precision import fp16_branches
 from dalle_ds.precision.fp16_branches import use_fp16_branches
@@ -85,6 +85,27 @@ def test_several_files_are_the_same_model(made, tmp_path, request, out):
         index = json.loads(Path(url, "model.safetensors.index.json").read_text())
         assert files == {*index["weight_map"].values(), "model.safetensors.index.json"}
     assert same_weights(url, prior)
+
+
+def test_an_export_carries_the_sampling_settings_of_the_run(made, tmp_path):
+    folder, _ = made
+    shutil.copytree(folder / "run", tmp_path / "run")
+    checkpoint = tmp_path / CHECKPOINT / "checkpoint.json"
+
+    def sampling(**named):
+        summary = export_checkpoint(tmp_path / "run", tmp_path / "export", **named)
+        found = json.loads((tmp_path / "export" / "config.json").read_text())["sampling"]
+        assert found.items() <= summary.items()
+        return found
+
+    assert sampling() == {"temperature": 1.0, "guidance": 1.0}, "of a checkpoint of an earlier version"
+    edit_json(checkpoint, lambda tree: tree["about"].update(sampling={"temperature": 0.45, "guidance": 1.5}))
+    assert sampling() == {"temperature": 0.45, "guidance": 1.5}
+    assert sampling(temperature=0.8) == {"temperature": 0.8, "guidance": 1.5}
+    edit_json(checkpoint, lambda tree: tree["about"].update(caption_dropout=0.0))
+    with pytest.raises(ConfigError, match="guidance 1.5 requires .* was trained with data.caption_dropout 0; export it with"):
+        sampling()
+    assert sampling(guidance=1.0) == {"temperature": 0.45, "guidance": 1.0}
 
 
 # ---- parity check ----

@@ -59,6 +59,11 @@ def test_checkpoints_hold_absolute_paths(token_set: str, tmp_path: Path, monkeyp
     assert [one.dataset for one in job.about.sets] == [str(Path(token_set).resolve())]
 
 
+def test_guidance_needs_caption_dropout(token_set: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sampling.guidance 2 requires data.caption_dropout above 0, found 0"):
+        recipe(token_set, tmp_path, "data.caption_dropout=0", "sampling.guidance=2")
+
+
 @pytest.mark.parametrize("value", ["1", "-0.1", ".nan", "often"])
 def test_caption_dropout_that_is_no_chance(token_set: str, tmp_path: Path, value: str) -> None:
     with pytest.raises(
