@@ -2,10 +2,12 @@
 
 import json
 import logging
+import tomllib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 from dalle_ds import cli, project_files
 from dalle_ds.training.prior.config import PriorRunConfig
@@ -88,6 +90,14 @@ def test_a_deepspeed_json_in_the_folder_goes_before_the_shipped_one(tmp_path, mo
     assert run.deepspeed_path == ROOT / "ds_configs" / "zero3_fp32.json"
     Path("zero3_fp32.json").write_text("{}")
     assert run.deepspeed_path == Path("zero3_fp32.json")
+
+
+def test_the_demo_installs_what_its_next_steps_need():
+    """`dalle-ds sample --clip` and `dalle-ds serve`."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = [Requirement(text) for text in extras["demo"]]
+    own = set().union(*(requirement.extras for requirement in asked if requirement.name == "dalle-ds"))
+    assert own == {"clip", "page"} <= set(extras)
 
 
 def test_a_wheel_tells_the_commit_it_was_built_from(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -108,6 +109,24 @@ def test_source_distribution_makes_the_same_wheel(tree: Path, wheel: Path, tmp_p
     assert done.returncode == 0, done.stderr[-4000:]
     (source,) = tmp_path.glob("*.tar.gz")
     assert contents(build(source, tmp_path / "wheel")) == contents(wheel)
+
+
+def test_an_editable_installation_is_found_from_the_folder_above_a_clone(tree: Path, tmp_path: Path) -> None:
+    """The clone's own name is the package's. With an import hook, Python would take the folder for a namespace package."""
+    options = re.search(r"--config-settings (editable_mode=\w+)", (tree / "launchers" / "setup.sh").read_text())
+    key, value = options[1].split("=")
+    program = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r}, {{{key!r}: {value!r}}})"
+    done = launching.run([sys.executable, "-c", program], tree, {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr[-4000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = (
+        f"import site; site.addsitedir({str(site)!r}); import dalle_ds, preprocessing; print(dalle_ds.__file__, dalle_ds.load)"
+    )
+    done = launching.run([sys.executable, "-S", "-c", program], tree.parent, {"PYTHONPATH": sysconfig.get_path("purelib")})
+    assert done.stdout.startswith(f"{tree}/dalle_ds/__init__.py <function load"), done.stderr
 
 
 def test_the_way_from_images_to_a_sample(fresh: Path, tree: Path, tmp_path: Path, empty_store: Path) -> None:
