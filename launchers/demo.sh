@@ -165,6 +165,7 @@ split=() data_split=() clip_batch=${quick:+32} # the split is the same in all st
 if [ $way = pictures ]; then
   fitting=$(python -m preprocessing.stages.own_pictures fit $recipe "$out/raw")
   read -r fraction largest <<<"$fitting"
+  encode_quick=(min_codes_used=0) # a handful of validation pictures cannot use a quarter of the codebook
   [ -n "$clip_batch" ] && [ "$clip_batch" -le "$largest" ] || clip_batch=$largest
   split=(validation_fraction="$fraction") data_split=(data.validation_fraction="$fraction")
 fi

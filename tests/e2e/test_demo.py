@@ -210,6 +210,9 @@ esac""",
 
 def test_own_pictures_are_counted_first_and_split_alike_in_all_stages(stand_ins: Path) -> None:
     env = {"DALLE_DS_VENV": str(stand_ins / "venv")}
+    whole = launching.run(["bash", DEMO, "--pictures", ".", "--out", "whole"], stand_ins, env)
+    assert "data encode" in whole.stderr and "min_codes_used=0" in whole.stderr, "few images use few codes"
+    (stand_ins / "calls").unlink()
     command = ["bash", DEMO, "--pictures", ".", "--any-language", "--quick", "--out", "out"]
     done = launching.run(command, stand_ins, {**env, "COUNT_STATUS": "2"})
     assert done.returncode == 2 and "===" not in done.stderr
