@@ -201,8 +201,10 @@ draw() { # draw STAGE FOLDER N_CAPTIONS CAPTIONS SETTING...     samples for the 
 # ---- scenes: how many samples show what their caption says ---------------------------------------------------------------
 
 judge() { # judge STAGE FOLDER SCORES METRICS
-  newer "$3/scenes.json" "$2/samples.json" ||
+  newer "$3/scenes.json" "$2/samples.json" || {
+    rm -rf "$3" # of earlier samples
     stage "$1" dalle-ds eval scenes $recipe images="$2" export="$out/export" out="$3" name="$4"
+  }
 }
 if [ $way = demo ]; then
   captions=evaluation_captions.txt # of all categories, in turns
@@ -216,14 +218,14 @@ import json, sys
 plain, best = (json.load(open(file)) for file in sys.argv[1:])
 print("Images that show every object of their caption and nothing else, mean over categories:")
 print(f"{'':<38}{'seen':>8}{'zero-shot':>12}   zero-shot: combinations that training never saw")
-rows = {"one sample a caption": plain, "the best of 16 by the demo's CLIP": best, "ceiling: what the codebook leaves": plain["ceiling"]}
+rows = {"one sample a caption": plain, "the best of 16 by the demo's CLIP": best, "real scenes, reconstructed": plain.get("reconstructed", {})}
 for name, scores in rows.items():
     seen, zero_shot = (f"{scores[split]['mean']['value']:.3f}" if split in scores else "-" for split in ("seen", "zero_shot"))
     print(f"  {name:<36}{seen:>8}{zero_shot:>12}")
 END
 )
   files="  $out/samples/grid.png                  captions of all categories, the best 6 of 16 by the demo's CLIP
-  $out/scores/scenes.png, judged.png     the score by category; the samples, right ones in green frames
+  $out/scores/scenes.png, judged.png     the score by category; the samples, wrong ones first, in red frames
   $out/scores_best/                      the same with the best of 16"
   caption="two small blue stars" settings=" --temperature 0.45 --guidance 1.5" # as in the recipe
 fi
@@ -231,9 +233,11 @@ fi
 # ---- families: how many samples a CLIP of its own takes for what they should show ------------------------------------------
 
 recognise() { # recognise STAGE FOLDER SCORES
-  newer "$3/image_metrics.json" "$2/samples.json" ||
+  newer "$3/image_metrics.json" "$2/samples.json" || {
+    rm -rf "$3" # of earlier samples
     stage "$1" dalle-ds eval images $recipe images="$2" reference="$out/raw" clip="$out/judge/model" export="$out/export" out="$3" \
       "${score_quick[@]}"
+  }
 }
 if [ $way = families ]; then
   newer "$out/judge/clip_report.json" "$out/tokenizer.model" || # as in the recipe's first lines
@@ -273,8 +277,10 @@ if [ $way = emoji ] || [ $way = pictures ]; then
     rm -rf "$out/samples" # drawn from an earlier export
     stage "sample" dalle-ds sample $recipe export="$out/export" clip="$out/clip/model" out="$out/samples" seed=$seed
   }
-  newer "$out/evaluation/evaluate.json" "$out/export/config.json" ||
+  newer "$out/evaluation/evaluate.json" "$out/export/config.json" || {
+    rm -rf "$out/evaluation" # of an earlier export
     stage "evaluate" dalle-ds eval loss $recipe export="$out/export" data="$out/tokens" out="$out/evaluation"
+  }
   summary=$(python - "$out/evaluation/evaluate.json" <<'END'
 import json, sys
 e = json.load(open(sys.argv[1]))

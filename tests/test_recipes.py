@@ -1,8 +1,11 @@
 """Tests of recipes: what a user is told about wrong keys and values."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from dalle_ds.commands.settings import LossConfig, SampleConfig
+from dalle_ds.commands.settings import LossConfig, SampleConfig, ScenesConfig
 from dalle_ds.errors import ConfigError
 from dalle_ds.recipes import load_recipe
 from dalle_ds.training.dvae.config import DVAERunConfig
@@ -137,3 +140,16 @@ def test_a_value_that_is_no_text_is_refused():
 
 def test_a_long_value_is_cut_in_messages():
     assert len(said_about(PriorRunConfig, *GIVEN_PRIOR, f"updates={'x' * 10**6}")) < 500
+
+
+def test_the_stages_of_the_demos_recipe_are_the_demos():
+    """So that `dalle-ds eval scenes launchers/recipes/tiny.yaml` judges the images whose score the demo prints."""
+    launchers = Path(__file__).resolve().parents[1] / "launchers"
+    demo = (launchers / "demo.sh").read_text()
+    recipe = launchers / "recipes" / "tiny.yaml"
+    (drawn,) = re.findall(r'draw "sample" "\$out/(\w+)" \d+ \$captions n=1$', demo, re.MULTILINE)
+    (judged,) = re.findall(r'judge "score" "\$out/(\w+)" "\$out/(\w+)" (\w+)$', demo, re.MULTILINE)
+    sample, scenes = load_recipe(SampleConfig, recipe), load_recipe(ScenesConfig, recipe)
+    assert (str(sample.out), sample.n) == (f"runs/demo/{drawn}", 1)
+    assert (scenes.images, str(scenes.out), scenes.name) == (f"runs/demo/{judged[0]}", f"runs/demo/{judged[1]}", judged[2])
+    assert judged[0] == drawn

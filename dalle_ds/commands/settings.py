@@ -196,7 +196,9 @@ class ScenesConfig(Config):
     section: ClassVar = "scenes"
     images: Place = Field(description=f"images of scenes with captions: {IMAGES}")
     export: OptionalPlace = Field(None, description="export that drew them: its MLflow run gets scores and charts")
-    dvae: OptionalPlace = Field(None, description="dVAE that gives the ceiling: a dvae.safetensors; unset: the export's")
+    dvae: OptionalPlace = Field(
+        None, description="dVAE through which real scenes are judged as well: a dvae.safetensors; unset: the export's"
+    )
     textured: float = Field(
         0.25, ge=0, le=1, description="fraction of textured grounds of the drawn scenes: as in the dVAE's training data"
     )

@@ -2,7 +2,8 @@
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,15 +13,15 @@ from torch import Tensor
 from dalle_ds.console import progress
 from dalle_ds.data.raw.shards import RawShard, list_raw_shards
 from dalle_ds.data.raw.streams import Cursor, Cursors
-from dalle_ds.errors import ConfigError, DataError, UserError
+from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.parallel.ranks import ALONE, Ranks
-from dalle_ds.recipes import Config, flatten
+from dalle_ds.recipes import Config, flatten, load_recipe
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.record import Record, unseal
 from dalle_ds.training.checkpoint import CheckpointStore
-from dalle_ds.training.run import CHECKPOINTS, Stopwatch, TrainingRun
+from dalle_ds.training.run import CHECKPOINTS, RECIPE_FILE, Stopwatch, TrainingRun
 
 STATE_FILE = "state.pt"
 BYTES_PER_PARAMETER = 16
@@ -84,8 +85,42 @@ def sum_over_ranks(ranks: Ranks, parameters: Sequence[Tensor], sums: dict[str, A
 
 def identity_of(stage: str, recipe: Config, shards: str) -> str:
     """The fingerprint of everything that determines the result: the recipe without `data.raw`, and the digest of the shards."""
-    settings = recipe.model_dump(mode="json", exclude=_NOT_IDENTITY)
+    settings = _settings_of(recipe)
     return fingerprint({"stage": stage, **settings, "data": {**settings["data"], "raw": shards}})
+
+
+@contextmanager
+def telling_what_differs(folder: Path, stage: str, recipe: Config, shards: str) -> Iterator[None]:
+    """Add to the refusal of a folder of another run in what its recipe differs from `recipe`.
+
+    The folder's recipe.yaml says it: only a start that was not refused has written it.
+    """
+    try:
+        yield
+    except FingerprintMismatch as error:
+        if error.expected != identity_of(stage, recipe, shards):
+            raise
+        raise error.told_as("\n  ".join([str(error), *_differences(folder, stage, recipe, shards, error.found)])) from None
+
+
+def _differences(folder: Path, stage: str, recipe: Config, shards: str, found: str) -> list[str]:
+    try:
+        there = load_recipe(type(recipe), folder / RECIPE_FILE)
+    except UserError:  # missing, or of another version
+        return []
+    before, now = (flatten(_settings_of(one)) | {"data.raw": ""} for one in (there, recipe))  # an address is no identity
+    lines = [
+        f"{key}: there {before.get(key)}, recipe {now.get(key)}"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key) != now.get(key)
+    ]
+    if identity_of(stage, there, shards) != found:
+        lines.append("data.raw: other images than there, or the run is of another version")
+    return lines
+
+
+def _settings_of(recipe: Config) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude=_NOT_IDENTITY)
 
 
 def device_of(name: str, ranks: Ranks) -> torch.device:

@@ -385,3 +385,14 @@ def test_warns_of_fewer_images_than_features(tmp_path, caplog):
     folder = str(save_images(tmp_path / "images", 4))
     evaluate_images(folder, tmp_path / "out", reference=[folder], extractor=pixel_extractor(), radii=[0])
     assert "4 images for 32 features" in caplog.text
+
+
+def test_metrics_of_other_images_are_not_replaced(tmp_path):
+    one, other = (str(save_images(tmp_path / name, 6, seed=seed)) for name, seed in (("one", 0), ("other", 1)))
+    options = {"reference": [one], "extractor": pixel_extractor(), "radii": [0]}
+    evaluate_images(one, tmp_path / "out", **options)
+    evaluate_images(one, tmp_path / "out", **options, n_resamples=5)
+    before = (tmp_path / "out" / METRICS).read_bytes()
+    with pytest.raises(ConfigError, match=r"image_metrics.json is a report about something else(.|\n)*there: images .*one"):
+        evaluate_images(other, tmp_path / "out", **options)
+    assert (tmp_path / "out" / METRICS).read_bytes() == before

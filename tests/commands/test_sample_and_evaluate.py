@@ -103,6 +103,8 @@ def test_a_prior_that_ignores_captions_has_no_gap(export, tmp_path):
     assert evaluate_export(str(deaf), tmp_path / "deaf")["caption_gap"] == pytest.approx(0, abs=1e-6)
     hearing = evaluate_export(str(export), tmp_path / "hearing")
     assert abs(hearing["caption_gap"]) > 1e-3 and not hearing["right_captions_win"]  # the model uses captions, but is untrained
+    with pytest.raises(ConfigError, match=r"evaluate.json is a report about something else(.|\n)*there: export "):
+        evaluate_export(str(export), tmp_path / "deaf")
 
 
 def test_samples_are_tracked_with_their_record(export, tmp_path):

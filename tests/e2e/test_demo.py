@@ -62,8 +62,8 @@ def test_killed_demo_goes_on_and_ends_with_scores(home: Path, env: dict[str, str
     assert sum(shard["n_samples"] for shard in raw) > 590
     plain, best = (json.loads((out / folder / "scenes.json").read_text()) for folder in ("scores", "scores_best"))
     assert plain["n_images"] == best["n_images"] == 22 and plain["judge"]["drawn_right"] >= 0.99
-    rows = re.findall(r"^  (one sample|the best of 16|ceiling).*?(\d\.\d{3}) +(\d\.\d{3})$", done.stderr, re.MULTILINE)
-    scores = [plain, best, plain["ceiling"]]
+    rows = re.findall(r"^  (one sample|the best of 16|real scenes).*?(\d\.\d{3}) +(\d\.\d{3})$", done.stderr, re.MULTILINE)
+    scores = [plain, best, plain["reconstructed"]]
     assert [row[1:] for row in rows] == [
         tuple(f"{score[split]['mean']['value']:.3f}" for split in ("seen", "zero_shot")) for score in scores
     ]
@@ -77,7 +77,7 @@ def test_killed_demo_goes_on_and_ends_with_scores(home: Path, env: dict[str, str
 
     prior, pipeline = (run_of(out, stage) for stage in ("prior", "pipeline"))
     assert prior.data.tags["mlflow.parentRunId"] == pipeline.info.run_id
-    names = ("scenes/seen/mean", "scenes/zero_shot/counting", "scenes/ceiling/seen/mean", "scenes_best_of_16/seen/mean")
+    names = ("scenes/seen/mean", "scenes/zero_shot/counting", "scenes/reconstructed/seen/mean", "scenes_best_of_16/seen/mean")
     assert set(names) <= set(prior.data.metrics)
     history = MlflowClient(f"sqlite:///{out}/mlflow.db").get_metric_history(prior.info.run_id, "scenes/seen/mean")
     assert len(history) >= 2, "while training, and of the export"

@@ -101,6 +101,7 @@ def test_text_and_json(images) -> None:
     report = score(images, CAPTIONS)
     text = table(report, report)
     assert text.count("1.000") >= 2 * (6 + 5 + 2) and "zero-shot mean" in text and "seen images with a fault: none" in text
+    assert "reconstructed" in text.splitlines()[0] and "ceiling" not in text, "samples may score higher"
     assert json.loads(json.dumps(report.to_dict()))["seen"]["counting"]["n_images"] == 6
 
 
@@ -110,8 +111,13 @@ def test_charts(images) -> None:
     report = score(changed, CAPTIONS)
     chart = np.asarray(score_chart(report, report))
     assert chart.shape[0] > 300 and len(np.unique(chart.reshape(-1, 3), axis=0)) > 50
-    sheet = judged_sheet([Image.fromarray(image) for image in changed[:14]], report.judged[:14])
-    assert sheet.getpixel((1, 1)) == RIGHT and sheet.getpixel((105, 1)) == WRONG and sheet.height == 2 * 104
+    sheet = np.asarray(judged_sheet([Image.fromarray(image) for image in changed[:14]], report.judged[:14], "14 images"))
+    frames = [tuple(sheet[27, x]) for x in (1, 141)]
+    assert frames == [RIGHT, WRONG] and sheet.shape[1] == 1400
+    texts = [sheet[26 + 134 : 26 + 134 + 13, x : x + 134] for x in (0, 140)]
+    assert all((text < 100).all(2).any() for text in texts), "captions, in ink"
+    assert (sheet[26 + 134 : 250, 140:274] == WRONG).all(2).any(), "its fault, in the colour of the frame"
+    assert not (sheet[26 + 134 : 250, :134] == WRONG).all(2).any()
 
 
 def test_the_judge_on_trial() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_ds.commands.eval.reports import require_replaceable
 from dalle_ds.commands.settings import ImagesConfig
 from dalle_ds.console import progress
 from dalle_ds.data.images import decode_image
@@ -119,7 +120,8 @@ def evaluate_images(
         max_failure_rate: fraction of the samples, and of the reference, that may be left out because they cannot be used.
 
     Raises:
-        ConfigError: neither `extractor` nor `clip`, a reference without an extractor or `among`, or `among` without `clip`.
+        ConfigError: neither `extractor` nor `clip`, a reference without an extractor or `among`, or `among` without `clip`;
+            or `out` has the metrics of other images.
         DataError: unusable images, or statistics made with another extractor, size or blur.
     """
     if extractor is None and clip is None:
@@ -140,6 +142,7 @@ def evaluate_images(
     samples = checked[0].usable
     result: dict[str, Any] = {"images": images, "images_fingerprint": samples.fingerprint, "seed": seed}
     result["left_out"] = {one.images.source: one.problems for one in checked if one.problems}
+    require_replaceable(out / METRICS, result, "images_fingerprint", "images")
     if extractor is not None and size is not None:
         target = _Reference(checked[1].usable if isinstance(real, ImageSet) else real, extractor, size, radii, cache, batch)
     if clip is not None:

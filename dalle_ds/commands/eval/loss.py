@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dalle_ds.commands.eval.reports import require_replaceable
 from dalle_ds.commands.settings import LossConfig
 from dalle_ds.console import progress
 from dalle_ds.evaluation.caption_gap import caption_classes, derangement, gap_of_file, position_map, save_losses
@@ -53,11 +54,16 @@ def evaluate_export(
         fp16_samples: maximum number of samples for the agreement of tokens sampled in fp16 with those in fp32. 0: none.
         seed: seed of the shuffled captions and of the confidence intervals.
         batch: samples per forward pass.
+
+    Raises:
+        ConfigError: `out` has the losses of another export.
     """
     export = load_export(url, str(resolve_device(device)))
     validation = read_validation(export, data_url, limit)
     data_urls = [data_url] if data_url else list(export.record.data_urls)
     data = " + ".join(data_urls)
+    about = {"export": url, "export_fingerprint": export.fingerprint, "data": data}
+    require_replaceable(out / EVALUATION, about, "export_fingerprint", "export", "data")
     classes_S = caption_classes(validation.captions, validation.groups)
     order = derangement(classes_S, seed)
     rows, images_RHWC = read_images(validation, data_urls, export.dvae, bound_pairs, raw) if bound_pairs else ([], np.empty(0))
@@ -78,9 +84,7 @@ def evaluate_export(
     gap = gap_of_file(out / LOSSES, seed=seed)
     loss_map, gap_map = position_map(right_SN), position_map(wrong_SN - right_SN)
     result = {
-        "export": url,
-        "export_fingerprint": export.fingerprint,
-        "data": data,
+        **about,
         "seed": seed,
         **gap.to_dict(),
         "bound": bound.to_dict() if bound else None,

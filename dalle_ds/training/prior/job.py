@@ -1,5 +1,6 @@
 """Checks of a prior run before its engine is built: the recipe against the data, the ranks and the newest checkpoint."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,11 @@ from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import require_same
 from dalle_ds.training.checkpoint import Checkpoint, CheckpointStore
 from dalle_ds.training.prior.build import read_engine_config
+from dalle_ds.training.prior.changes import settings_of
 from dalle_ds.training.prior.config import PriorRunConfig
 from dalle_ds.training.prior.state import PriorAbout, TrainedOn, saved_update
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,14 @@ def check_job(recipe: PriorRunConfig, ranks: Ranks) -> PriorJob:
         tokenizer=info.tokenizer,
         sets=tuple(_trained_on(train_set)),
         sampling=recipe.sampling,
+        settings=settings_of(recipe, engine_config),
     )
     checkpoints = CheckpointStore(recipe.checkpoint_folder, PriorAbout, recipe.checkpoint.keep, saved_update)
     newest = checkpoints.candidate(ranks)
     if newest is not None:
         about.require_same_run(newest.about, newest.url)
+        if ranks.is_main and (changes := about.changes_since(newest.about)):
+            log.warning("%s was trained with other settings, which change the numbers: %s", newest.url, "; ".join(changes))
     n_parameters = _count_parameters(model_config)
     return PriorJob(recipe, engine_config, model_config, train_set, validation_set, about, checkpoints, newest, n_parameters)
 

@@ -58,6 +58,10 @@ _IDENTITY = {  # of PriorAbout: what must not change in a run, and what a differ
 }
 
 
+_SINCE_EARLIER_VERSIONS = ("weight_dtype", "fp16_branches", "caption_dropout", "master")
+"""Fields of `PriorAbout` that are compared where a checkpoint has no `settings`."""
+
+
 class PriorAbout(Record):
     """Description of a prior run in checkpoint.json."""
 
@@ -80,6 +84,21 @@ class PriorAbout(Record):
     mlflow: MlflowRun | None = None
     sampling: PriorSamplingConfig | None = None
     """Settings that samples are meant for, which an export of the checkpoint carries. None: an earlier version's checkpoint."""
+    settings: dict[str, Any] | None = None
+    """The settings that a restart may change, although they change the numbers, by recipe key: `settings_of`. None: the
+    checkpoint is of an earlier version."""
+
+    def changes_since(self, saved: "PriorAbout") -> list[str]:
+        """The settings that differ from those of a checkpoint, as "learning_rate.peak: before 0.005, now 0.001"."""
+        if self.settings is None or saved.settings is None:
+            before, now = ({key: getattr(one, key) for key in _SINCE_EARLIER_VERSIONS} for one in (saved, self))
+        else:
+            before, now = saved.settings, self.settings
+        return [
+            f"{key}: before {before.get(key)}, now {now.get(key)}"
+            for key in dict.fromkeys([*now, *before])
+            if before.get(key) != now.get(key)
+        ]
 
     def require_same_run(self, saved: "PriorAbout", checkpoint: str) -> None:
         """Raises ConfigError if `saved`, the description in the checkpoint, is of another run than this one."""

@@ -154,7 +154,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
 
     tracked.clear()
     assert train_clip(clip_run(raw, tmp_path / "parts")) == parts and tracked == [], "a finished run is not changed"
-    with pytest.raises(FingerprintMismatch, match="finished run"):
+    with pytest.raises(FingerprintMismatch, match="finished run .*\n  seed: there 0, recipe 1$"):
         train_clip(clip_run(raw, tmp_path / "parts", seed=1))
     weights = tmp_path / "parts" / "model" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
@@ -165,7 +165,7 @@ def test_stopped_and_gone_on_with_is_the_uninterrupted_run(raw, tmp_path, tracke
     shutil.rmtree(tmp_path / "parts" / "model")
     assert train_clip(clip_run(raw, tmp_path / "parts"))["clip"] == parts["clip"], "written again from the last checkpoint"
     (tmp_path / "parts" / "clip_report.json").unlink()
-    with pytest.raises(FingerprintMismatch, match="checkpoint .* another recipe"):
+    with pytest.raises(FingerprintMismatch, match="checkpoint .* another recipe.*\n  seed: there 0, recipe 1$"):
         train_clip(clip_run(raw, tmp_path / "parts", seed=1))
     for file in tmp_path.glob("parts/checkpoints/*/*/state.pt"):
         file.write_bytes(b"half")

@@ -180,7 +180,7 @@ def test_it_learns_and_writes_what_others_read(raw: Path, tmp_path: Path, losses
     losses.clear()
     assert train_dvae(run) == report
     assert losses == []
-    with pytest.raises(FingerprintMismatch, match="another recipe or other images"):
+    with pytest.raises(FingerprintMismatch, match="another recipe or other images.*\n  seed: there 0, recipe 1$"):
         train_dvae(dvae_run(raw, tmp_path / "run", updates=120, seed=1))
 
 

@@ -226,6 +226,38 @@ def test_moments_keep_their_format_in_a_run(token_set: str, tmp_path: Path, save
         train_prior(run, ALONE)
 
 
+def test_a_run_that_goes_on_with_other_settings_says_which(
+    token_set: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(tmp_path / "run" / "checkpoints", 10, check_job(recipe(token_set, tmp_path), ALONE).about)
+    for same in ("tracking.every=7", "micro_batch=8", "validation.every=9"):
+        check_job(recipe(token_set, tmp_path, same), ALONE)
+    assert not caplog.records, "these change no numbers"
+    bf16 = "deepspeed_config=ds_configs/zero3_bf16_cpu.json"
+    changed = (bf16, "learning_rate.peak=1e-3", "data.caption_dropout=0.3", "updates=4700")
+    check_job(recipe(token_set, tmp_path, *changed), ALONE)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for said in (
+        "number_format: before float16, now bfloat16",
+        "deepspeed.bf16.enabled: before None, now True",
+        "learning_rate.peak: before 0.005, now 0.001",
+        "data.caption_dropout: before 0.1, now 0.3",
+        "updates: before 4600, now 4700",
+    ):
+        assert said in record.getMessage()
+    assert "zero_optimization" not in record.getMessage(), "the same in both"
+
+
+def test_checkpoints_of_earlier_versions_tell_their_number_format(
+    token_set: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bf16 = check_job(recipe(token_set, tmp_path, "deepspeed_config=ds_configs/zero3_bf16_cpu.json"), ALONE).about
+    commit(tmp_path / "run" / "checkpoints", 10, bf16.model_copy(update={"settings": None}))
+    check_job(recipe(token_set, tmp_path), ALONE)
+    assert caplog.messages[0].endswith("weight_dtype: before bfloat16, now float32; fp16_branches: before False, now True")
+
+
 def test_unknown_key_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "prior", "learning_rate.peek=1"])
