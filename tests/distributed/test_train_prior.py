@@ -325,11 +325,13 @@ def test_literal_command_stops_on_sigterm_and_bash_goes_on(home: Path, env: dict
     saved = json.loads(next(folder.glob("checkpoints/update_*/checkpoint.json")).read_text())["update"]
     assert 0 < saved < 800
     port = {"DS_LAUNCH_ARGS": f"--master_port {launching.free_port()}"}
-    more = ["--set", f"updates={saved + 2}", "--set", "validation.samples=16", "--json"]
+    more = ["--set", f"updates={saved + 2}", "--set", "validation.samples=16", "--set", "learning_rate.peak=1e-3", "--json"]
     done = launching.run(["bash", launching.TRAIN_PRIOR, *more], home, {**env, **port})
     assert done.returncode == 0, done.stderr[-4000:]
     summary = launching.last_json(done.stdout)
     assert (summary["resumed_at"], summary["updates"]) == (saved, saved + 2)
+    (warning,) = [line for line in done.stderr.splitlines() if "was trained with other settings" in line]
+    assert warning.endswith(f"updates: before 4600, now {saved + 2}; learning_rate.peak: before 0.005, now 0.001")
 
 
 def test_error_reaches_the_exit_code_of_the_launcher(home: Path, env: dict[str, str]) -> None:

@@ -198,7 +198,9 @@ def _read(source: str, limit: int | None) -> _Read:
                 read.side = read.side or image.width
             read.found += found
             bar.update(len(batch))
-    some = ", ".join(f"{caption!r} ({n})" for caption, n in strange.most_common(10)) + (", ..." if len(strange) > 10 else "")
+    some = ", ".join(f"{caption[:100]!r} ({n})" for caption, n in strange.most_common(10))
+    if len(strange) > 10:
+        some += ", ..."
     if not read.captions:
         raise DataError(
             f"{source}: none of its {len(read.left_out)} images has a caption of a scene, such as 'a red heart above a small "
