@@ -227,7 +227,7 @@ END
   files="  $out/samples/grid.png                  captions of all categories, the best 6 of 16 by the demo's CLIP
   $out/scores/scenes.png, judged.png     the score by category; the samples, wrong ones first, in red frames
   $out/scores_best/                      the same with the best of 16"
-  caption="two small blue stars" settings=" --temperature 0.45 --guidance 1.5" # as in the recipe
+  caption="two small blue stars"
 fi
 
 # ---- families: how many samples a CLIP of its own takes for what they should show ------------------------------------------
@@ -267,7 +267,7 @@ END
 )
   files="  $out/samples/grid.png                  things in styles that training never showed them in, the best 4 of 8
   $out/scores_*/image_metrics.json       the score of each style"
-  caption="red apple in glossy style" settings=" --temperature 0.6 --guidance 2" # as in the recipe
+  caption="red apple in glossy style"
 fi
 
 # ---- pictures: captions that training never saw --------------------------------------------------------------------------
@@ -290,7 +290,7 @@ END
 )
   files="  $out/samples/grid.png                  pictures for captions that training never saw, the best 6 of 16 by the demo's CLIP
   $out/evaluation/evaluate.json          validation loss with the right captions and with shuffled ones"
-  caption="a red heart" settings=""
+  caption="a red heart"
 fi
 
 [ -z "$quick" ] || summary+="
@@ -305,5 +305,5 @@ $files
 All runs in MLflow:
   $(dirname "$(command -v mlflow)")/mlflow server --backend-store-uri $MLFLOW_TRACKING_URI --host 127.0.0.1 --port 5000
 Pictures for your own caption:
-  $(dirname "$(command -v dalle-ds)")/dalle-ds sample $out/export --caption "$caption" --n 64 --keep 8$settings --clip $out/clip/model --out $out/mine
+  $(dirname "$(command -v dalle-ds)")/dalle-ds sample $out/export --caption "$caption" --n 64 --keep 8 --clip $out/clip/model --out $out/mine
 END

@@ -40,8 +40,6 @@ _setup() {
   # torch first and alone: with none installed, a looser requirement of another package fetches gigabytes
   "$_venv/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "$TORCH_PIN" "numpy>=2.0"
   "${compile[@]}" & # while pip looks for the others
-  # a folder on Python's path: by setuptools' import hook, Python would find a clone of this name from the folder above instead
-  pip+=(--config-settings editable_mode=compat)
   if ! "${pip[@]}" -e "$_root[$extras]"; then
     [[ $extras == *,kernels* ]] || return 1
     "${pip[@]}" -e "$_root[${extras/,kernels/}]"
