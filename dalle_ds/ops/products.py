@@ -18,11 +18,12 @@ _CPU_FACTS = Path("/proc/cpuinfo")
 
 def linear(x: Tensor, weight: Tensor, bias_O: Tensor | None, *, inputs_first: bool = False) -> Tensor:
     """F.linear: x (..., I) -> x @ weight.T + bias (..., O); weight (O, I), or (I, O) with `inputs_first`."""
-    rows = x.flatten(0, -2)
-    if _by_onednn(rows, weight) and not torch.compiler.is_compiling():
-        return _Linear.apply(rows, weight, bias_O, inputs_first).unflatten(0, x.shape[:-1])
-    if not inputs_first:
+    by_onednn = x.ndim > 1 and _by_onednn(x, weight) and not torch.compiler.is_compiling()
+    if not (by_onednn or inputs_first):
         return F.linear(x, weight, bias_O)
+    rows = x.flatten(0, -2)
+    if by_onednn:
+        return _Linear.apply(rows, weight, bias_O, inputs_first).unflatten(0, x.shape[:-1])
     # Not F.linear of the transpose: autograd would save that view, which keeps a weight alive that ZeRO-3 has freed.
     return (rows @ weight if bias_O is None else torch.addmm(bias_O, rows, weight)).unflatten(0, x.shape[:-1])
 

@@ -65,6 +65,11 @@ def test_a_frozen_weight_gets_no_gradient(by_onednn: bool) -> None:
         torch.testing.assert_close(linear(x, weight, None), F.linear(x, weight))
 
 
+def test_a_vector(by_onednn: bool) -> None:
+    x, weight, bias = torch.rand(32), torch.rand(64, 32), torch.rand(64)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("inputs_first", [False, True])
 def test_autocast_and_16_bits_are_left_to_torch(by_onednn: bool, inputs_first: bool) -> None:
     x, weight_OI = torch.rand(40, 32), torch.rand(64, 32)
