@@ -131,8 +131,13 @@ def test_twenty_at_once_are_served_one_by_one_as_they_came(url: str, slowly: Slo
 
 
 def test_what_a_script_may_not_ask_for(
-    url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    url: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # handlers of earlier tests may have a closed stderr
     caplog.set_level(logging.INFO)
     client = Client(url, verbose=False)
     with pytest.raises(AppError, match="^the caption is empty: expected text"):
