@@ -266,6 +266,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys of two flat trees whose values differ, with both values. A key that is missing has None."""
+    return [(key, before.get(key), now.get(key)) for key in dict.fromkeys([*now, *before]) if before.get(key) != now.get(key)]
+
+
 _REQUIRED = "REQUIRED-KEY"
 
 

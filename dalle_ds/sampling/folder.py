@@ -21,7 +21,7 @@ from dalle_ds.console import progress
 from dalle_ds.data.images import ImageProblem, decode_image
 from dalle_ds.errors import ConfigError, Damaged, DataError
 from dalle_ds.parallel.ranks import ALONE, Ranks
-from dalle_ds.recipes import flatten, from_values
+from dalle_ds.recipes import differing, flatten, from_values
 from dalle_ds.sampling.export import Export, told_of_cut
 from dalle_ds.sampling.image_prompt import repeat_image_prompt
 from dalle_ds.sampling.parts import Collector, Part, PartFiles, divide
@@ -323,11 +323,7 @@ class SampleFolder:
     def _require_same(self, found: dict[str, Any]) -> None:
         wanted = flatten(self._identity())
         there = flatten({key: found.get(key) for key in self._identity()})
-        differences = [
-            f"{key} is {_short(there.get(key))} there, {_short(wanted.get(key))} here"
-            for key in dict.fromkeys([*wanted, *there])
-            if there.get(key) != wanted.get(key)
-        ]
+        differences = [f"{key} is {_short(old)} there, {_short(new)} here" for key, old, new in differing(there, wanted)]
         if differences:
             raise ConfigError(
                 f"{self.out} contains other samples: {'; '.join(differences)}. Choose another folder, or remove this one"

@@ -1,8 +1,9 @@
 """What the dVAE and CLIP trainers share: run identity, completion report, checkpoints, training loop."""
 
+import logging
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,12 +17,14 @@ from dalle_ds.data.raw.streams import Cursor, Cursors
 from dalle_ds.errors import ConfigError, DataError, FingerprintMismatch, UserError
 from dalle_ds.ops.devices import resolve_device
 from dalle_ds.parallel.ranks import ALONE, Ranks
-from dalle_ds.recipes import Config, flatten, load_recipe
+from dalle_ds.recipes import Config, differing, flatten, load_recipe
 from dalle_ds.storage import objects
 from dalle_ds.storage.fingerprint import fingerprint, require_same
 from dalle_ds.storage.record import Record, unseal
 from dalle_ds.training.checkpoint import CheckpointStore
 from dalle_ds.training.run import CHECKPOINTS, RECIPE_FILE, Stopwatch, TrainingRun
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 BYTES_PER_PARAMETER = 16
@@ -89,6 +92,34 @@ def identity_of(stage: str, recipe: Config, shards: str) -> str:
     return fingerprint({"stage": stage, **settings, "data": {**settings["data"], "raw": shards}})
 
 
+def finished_or_trained(
+    run: TrainingRun,
+    stage: str,
+    recipe: Any,
+    data: RawData,
+    results: Sequence[str],
+    finished: Callable[[Path, str], dict[str, Any] | None],
+    train: Callable[[str], dict[str, Any]],
+) -> dict[str, Any]:
+    """Returns the report of a run, on every rank: of a finished one as it is, else of `train(identity)`.
+
+    Args:
+        results: names of the result files; the first is the model.
+        finished: reads the report of this run's folder and identity; None if the run has more to do.
+
+    Raises:
+        FingerprintMismatch: the folder has another run; it names in what the recipe differs.
+    """
+    identity = identity_of(stage, recipe, data.digest)
+    with telling_what_differs(run.folder, stage, recipe, data.digest):
+        report = run.ranks.once(lambda: finished(run.folder, identity))
+        if report is None:
+            return train(identity)
+        log.info("%s is finished: %d updates; nothing to do", run.folder / results[0], report["updates"])
+        run.end_again(recipe.tracking, results, {f"fingerprint.{stage}": report[stage]})
+        return report
+
+
 @contextmanager
 def telling_what_differs(folder: Path, stage: str, recipe: Config, shards: str) -> Iterator[None]:
     """Add to the refusal of a folder of another run in what its recipe differs from `recipe`.
@@ -109,11 +140,7 @@ def _differences(folder: Path, stage: str, recipe: Config, shards: str, found: s
     except UserError:  # missing, or of another version
         return []
     before, now = (flatten(_settings_of(one)) | {"data.raw": ""} for one in (there, recipe))  # an address is no identity
-    lines = [
-        f"{key}: there {before.get(key)}, recipe {now.get(key)}"
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key) != now.get(key)
-    ]
+    lines = [f"{key}: there {old}, recipe {new}" for key, old, new in differing(before, now)]
     if identity_of(stage, there, shards) != found:
         lines.append("data.raw: other images than there, or the run is of another version")
     return lines

@@ -31,11 +31,10 @@ from dalle_ds.training.image_run import (
     all_cursors,
     cursors_of,
     device_of,
+    finished_or_trained,
     finished_report,
-    identity_of,
     raw_data,
     sum_over_ranks,
-    telling_what_differs,
 )
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 from dalle_ds.training.skipped_updates import SkippedUpdates
@@ -61,15 +60,12 @@ def train_clip(recipe: ClipRunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """
     with open_run(recipe.folder, ranks, recipe.failure.collective_timeout) as run:
         data = raw_data(recipe.data.raw, ranks)
-        identity = identity_of("clip", recipe, data.digest)
-        with telling_what_differs(run.folder, "clip", recipe, data.digest):
-            finished = ranks.once(lambda: _finished(run.folder, identity))
-            if finished is not None:
-                log.info("%s is finished: %d updates; nothing to do", run.folder / MODEL_FOLDER, finished["updates"])
-                run.end_again(recipe.tracking, RESULTS, {"fingerprint.clip": finished["clip"]})
-                return finished
+
+        def train(identity: str) -> dict[str, Any]:
             with closing(ClipTrainer(run, recipe, identity, data)) as trainer:
                 return trainer.train()
+
+        return finished_or_trained(run, "clip", recipe, data, RESULTS, _finished, train)
 
 
 class ClipTrainer(ImageTrainer):

@@ -46,11 +46,10 @@ from dalle_ds.training.image_run import (
     all_cursors,
     cursors_of,
     device_of,
+    finished_or_trained,
     finished_report,
-    identity_of,
     raw_data,
     sum_over_ranks,
-    telling_what_differs,
 )
 from dalle_ds.training.run import Stopwatch, TrainingRun, open_run
 from dalle_ds.training.skipped_updates import SkippedUpdates
@@ -76,15 +75,12 @@ def train_dvae(recipe: DVAERunConfig, ranks: Ranks = ALONE) -> dict[str, Any]:
     """
     with open_run(recipe.folder, ranks, recipe.failure.collective_timeout) as run:
         data = raw_data(recipe.data.raw, ranks)
-        identity = identity_of("dvae", recipe, data.digest)
-        with telling_what_differs(run.folder, "dvae", recipe, data.digest):
-            finished = ranks.once(lambda: _finished(run.folder, identity))
-            if finished is not None:
-                log.info("%s is finished: %d updates; nothing to do", run.folder / DVAE_FILE, finished["updates"])
-                run.end_again(recipe.tracking, RESULTS, {"fingerprint.dvae": finished["dvae"]})
-                return finished
+
+        def train(identity: str) -> dict[str, Any]:
             with _denormals_flushed(), closing(DVAETrainer(run, recipe, identity, data)) as trainer:
                 return trainer.train()
+
+        return finished_or_trained(run, "dvae", recipe, data, RESULTS, _finished, train)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dalle_ds.errors import ConfigError
 from dalle_ds.models.prior import PriorConfig
 from dalle_ds.optim.adamw import Master, Moments
 from dalle_ds.parallel.saved_state import open_state
+from dalle_ds.recipes import differing
 from dalle_ds.sampling.export_record import MlflowRun
 from dalle_ds.sampling.settings import PriorSamplingConfig
 from dalle_ds.storage.record import Record
@@ -94,11 +95,7 @@ class PriorAbout(Record):
             before, now = ({key: getattr(one, key) for key in _SINCE_EARLIER_VERSIONS} for one in (saved, self))
         else:
             before, now = saved.settings, self.settings
-        return [
-            f"{key}: before {before.get(key)}, now {now.get(key)}"
-            for key in dict.fromkeys([*now, *before])
-            if before.get(key) != now.get(key)
-        ]
+        return [f"{key}: before {there}, now {here}" for key, there, here in differing(before, now)]
 
     def require_same_run(self, saved: "PriorAbout", checkpoint: str) -> None:
         """Raises ConfigError if `saved`, the description in the checkpoint, is of another run than this one."""
